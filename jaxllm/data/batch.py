@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one shape of training data: rows of tokens with segments, positions and loss weights.
+
+Dims: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one batch (or, with a leading dim, of its micro-batches).
+
+    `weights` is the loss weight of predicting `targets[t]` from `tokens[:t + 1]`. Length, padding
+    and end of text are read from `segment_ids`; no token id has a meaning here.
+    """
+
+    tokens: Any  # int32 [B, T]
+    targets: Any  # int32 [B, T]
+    weights: Any  # float32 [B, T]; 0 = not learned
+    segment_ids: Any  # int32 [B, T]; 0 = padding, 1.. = the row's documents or conversations
+    positions: Any  # int32 [B, T]; restart at 0 in each segment
+
+    @staticmethod
+    def fields() -> tuple[str, ...]:
+        return tuple(f.name for f in fields(Batch))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tokens.shape
+
+
+def make_row(
+    segments: list[tuple[np.ndarray, np.ndarray]], length: int, *, restart: bool = True
+) -> dict[str, np.ndarray]:
+    """Lays segments of (tokens [n], learn [n]) one after another into a row of `length`.
+
+    `learn[j]` is the loss weight of *predicting* token j from those before it, so a segment of n
+    tokens gives n inputs and n - 1 targets; `learn[0]` is never used. With `restart` false the
+    whole row is one segment. Returns the fields of `Batch` without the batch dim. Raises
+    ValueError when the segments do not fit.
+    """
+    total = sum(len(tokens) for tokens, _ in segments)
+    if total > length:
+        raise ValueError(f"segments of {total} tokens do not fit a row of {length}")
+    row = {
+        "tokens": np.zeros(length, np.int32),
+        "targets": np.zeros(length, np.int32),
+        "weights": np.zeros(length, np.float32),
+        "segment_ids": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+    }
+    start = 0
+    for index, (tokens, learn) in enumerate(segments, 1):
+        n = len(tokens)
+        stop = start + n
+        row["tokens"][start:stop] = tokens
+        row["targets"][start : stop - 1] = tokens[1:]
+        row["weights"][start : stop - 1] = learn[1:]
+        row["segment_ids"][start:stop] = index if restart else 1
+        row["positions"][start:stop] = np.arange(n) if restart else np.arange(start, stop)
+        start = stop
+    return row

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of past tokens, stacked over layers.
+
+Dims: L layers, B rows, S slots, N key/value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.model.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All rows write the same slots; a row whose text is shorter marks its slots as padding."""
+
+    k: Any  # [L, B, S, N, K]
+    v: Any  # [L, B, S, N, K]
+    segments: Any  # int32 [B, S]; 0 = empty or padding
+    length: Any  # int32 scalar: slots written so far
+
+    @staticmethod
+    def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
+        shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_dim)
+        return Cache(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((rows, slots), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder is made of. A family selects among these; it never restructures the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base and how it is stretched to longer contexts (layers.rope_frequencies).
+
+    `kind` default | linear | llama3 | yarn | longrope. Fields that a kind does not use stay at
+    their defaults. Lengths are in tokens.
+    """
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    partial: float = 1.0  # share of head_dim that is rotated
+    factor: float = 1.0
+    original_length: int = 0  # context length before stretching
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the correction range outward
+    mscale: float = 1.0  # what cos and sin are multiplied by: yarn and longrope
+    long_factor: tuple[float, ...] = ()  # longrope, one each frequency
+    short_factor: tuple[float, ...] = ()  # longrope
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer: which RoPE (None = NoPE) and which window."""
+
+    rope: int | None = 0  # index into ModelConfig.ropes
+    window: int | None = None  # attend to this many last tokens, itself included; None = all
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder's shape. Widths are in features, lengths in tokens."""
+
+    family: str  # key of families.FAMILIES
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    ropes: tuple[Rope, ...] = (Rope(),)
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)  # the distinct kinds of layer
+    layer_kinds: tuple[int, ...] = ()  # per layer, index into kinds; empty = all of kind 0
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # gemma multiplies by (1 + weight)
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"  # olmo2: post; gemma2/3: sandwich
+    qk_norm: Literal["none", "head", "full"] = "none"  # over each head (qwen3) or all (olmo2)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    query_scale: float = 0.0  # multiplies q·k; 0 = head_dim ** -0.5
+    attention_softcap: float = 0.0  # 0 = none
+    logit_softcap: float = 0.0
+    embed_scale: float = 1.0
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02
