@@ -92,6 +92,12 @@ def param_sharding(
     return NamedSharding(mesh, spec(axes, shape, mesh, drop="fsdp" if whole else ""))
 
 
+def axes_of(variable: Any) -> tuple[str | None, ...]:
+    """Logical axes of a weight; those of a stack of layers begin with "layers"."""
+    axes = variable.get_metadata("axes")
+    return ("layers",) * (variable.get_value().ndim - len(axes)) + tuple(axes)
+
+
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Rows [B, T], or micro-batches of rows [A, B, T]."""
     return NamedSharding(mesh, spec(("micro", "batch", "length")[-len(shape) :], shape, mesh))

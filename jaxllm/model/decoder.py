@@ -144,11 +144,12 @@ class Decoder(nnx.Module):
         self.embed = Embed(cfg, dtype=dtype, rngs=rngs)
         self.layers = stack(rngs)
         self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
-        self.head = None
-        if not cfg.tie_embeddings:
-            self.head = Linear(
-                cfg, ("embed", "vocab"), (cfg.hidden_size, cfg.vocab_size), dtype=dtype, rngs=rngs
-            )
+        head_shape = (cfg.hidden_size, cfg.vocab_size)
+        self.head = (
+            None
+            if cfg.tie_embeddings
+            else Linear(cfg, ("embed", "vocab"), head_shape, dtype=dtype, rngs=rngs)
+        )
 
     def hidden(
         self,
@@ -219,3 +220,11 @@ class Decoder(nnx.Module):
 def softcapped(logits: jax.Array, cfg: ModelConfig) -> jax.Array:
     cap = cfg.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def merge(graph: Any, trainable: Any, frozen: Any) -> Any:
+    """The model whose weights are the leaves of two nested dicts."""
+    state = nnx.State({})
+    for part in (frozen, trainable):
+        state = nnx.merge_state(state, nnx.State(part))
+    return nnx.merge(graph, state)

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and datasets of every accepted format -> records -> texts or conversations.
+
+`locate` finds what a source names, `read` gives it as a `datasets.Dataset`, `records` turns a
+batch of that into dicts, and `text_of` / `conversation_of` bring one dict into canonical form.
+Nothing is executed from data: no pickles, no dataset scripts.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import xxhash
+
+from jaxllm.config import Source
+
+FORMATS = {
+    ".txt": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".array_record": "array_record",
+}
+CONVERSATIONS = (
+    "messages (role, content), conversations (from, value), prompt + completion, "
+    "instruction + output (and input, system, history), or question + answer"
+)
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+USER_TEMPLATES = {
+    "rag": (
+        "Answer the question from the context below. "
+        "If the context does not hold the answer, say that you do not know.\n\n"
+        "Question: {question}\n\nContext:\n{context}\n\nAnswer:"
+    ),
+}
+# Columns of a spooled table: a record as JSON, and the FILE:LINE it came from.
+_RECORD, _AT = "__record__", "__at__"
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a source's path turned out to be."""
+
+    format: str
+    """a value of FORMATS, or dataset (opened already) or tfds"""
+    files: tuple[Path, ...]
+    """every file whose bytes are read, in order"""
+    opened: Any = None
+    """datasets.Dataset, or the tfds data source"""
+
+
+# ---- finding
+
+
+def locate(source: Source) -> Located:
+    """Finds what `source.path` names: files, a folder, a saved or hub dataset, or `tfds:NAME`.
+
+    Raises FileNotFoundError for a missing path, ValueError for one that cannot be read as data.
+    """
+    if source.path.startswith("tfds:"):
+        return _locate_tfds(source)
+    path = os.path.expanduser(source.path)
+    if os.path.isdir(path):
+        return _locate_folder(Path(path), source.split)
+    if os.path.isfile(path):
+        return _of_files([Path(path)], source.path)
+    if glob.has_magic(path):
+        found = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        if not found:
+            raise FileNotFoundError(f"{source.path}: no file matches")
+        return _of_files(found, source.path)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path)
+    if not is_hub_id or Path(path).suffix in FORMATS:
+        raise FileNotFoundError(f"{source.path}: no such file or directory")
+    return _locate_hub(source)
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """128-bit hash of the files' bytes, whatever their names."""
+    whole = xxhash.xxh3_128()
+    for file in files:
+        part = xxhash.xxh3_128()
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                part.update(block)
+        whole.update(part.digest())
+    return whole.hexdigest()
+
+
+def _of_files(files: list[Path], path: str) -> Located:
+    unknown = [f for f in files if f.suffix not in FORMATS]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: the format of {unknown[0].suffix or 'a file without suffix'} is not "
+            f"known; accepted are {', '.join(FORMATS)}"
+        )
+    formats = sorted({FORMATS[f.suffix] for f in files})
+    if len(formats) > 1:
+        raise ValueError(f"{path}: holds {' and '.join(formats)} files; name one kind by a glob")
+    return Located(formats[0], tuple(files))
+
+
+def _locate_folder(folder: Path, split: str) -> Located:
+    """A dataset written by `save_to_disk`, or a folder of data files (of splits by their names)."""
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if split not in splits:
+            raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
+        folder = folder / split
+    if (folder / "state.json").exists():
+        return _of_dataset(datasets.load_from_disk(str(folder)))
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    try:
+        patterns = get_data_patterns(str(folder))
+    except EmptyDatasetError:
+        raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}") from None
+    if split not in patterns:
+        raise ValueError(f"{folder}: no split {split!r}; its file names give {', '.join(patterns)}")
+    found = {f for p in patterns[split] for f in resolve_pattern(p, str(folder))}
+    files = sorted(f for f in map(Path, found) if f.suffix in FORMATS)
+    if not files:
+        raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}")
+    return _of_files(files, str(folder))
+
+
+def _locate_hub(source: Source) -> Located:
+    """A dataset of the hub or its local cache; `ID:SUBSET` picks a configuration."""
+    name, _, subset = source.path.partition(":")
+    try:
+        return _of_dataset(datasets.load_dataset(name, subset or None, split=source.split))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source.path}: no such file or folder, and the hub's dataset of this name "
+            f"could not be loaded: {reason}"
+        ) from error
+
+
+def _of_dataset(dataset: Any) -> Located:
+    files = tuple(Path(f["filename"]) for f in dataset.cache_files)
+    return Located("dataset", files, dataset)
+
+
+def _locate_tfds(source: Source) -> Located:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise ValueError(
+            f"{source.path}: tensorflow-datasets is not installed; pip install 'jaxllm[tfds]'"
+        ) from None
+    name = source.path.removeprefix("tfds:")
+    try:
+        builder = tfds.builder(name)
+        builder.download_and_prepare(file_format="array_record")
+        opened = builder.as_data_source(split=source.split)
+    except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source.path}: could not be loaded: {reason}") from error
+    return Located("tfds", tuple(sorted(Path(builder.data_dir).iterdir())), opened)
+
+
+# ---- reading
+
+
+def read(located: Located, folder: Path) -> Any:
+    """The located data as a memory-mapped `datasets.Dataset`; `folder` takes temporary files.
+
+    Raises ValueError `FILE:LINE: …` or `FILE: …` for what cannot be decoded.
+    """
+    match located.format:
+        case "dataset":
+            return located.opened
+        case "parquet" | "arrow":
+            files = [str(f) for f in located.files]
+            try:
+                return datasets.load_dataset(
+                    located.format, data_files=files, split="train", cache_dir=str(folder)
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise ValueError(
+                    f"{_first_last(files)}: not readable as {located.format}: {reason}"
+                ) from error
+        case "text":
+            pairs = (pair for file in located.files for pair in _text_records(file))
+        case "json":
+            pairs = (pair for file in located.files for pair in _json_records(file))
+        case "array_record":
+            pairs = _array_records([str(f) for f in located.files])
+        case _:
+            pairs = _tfds_records(located.opened)
+    return _spool(pairs, folder / "records.arrow")
+
+
+def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterator[tuple[str, dict]]:
+    """The records of a batch of `read`'s dataset, each with where it came from for messages."""
+    if _RECORD not in batch:
+        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+            # Arrow fills the keys that a struct lacks with nulls: they were not there.
+            yield f"{path}, row {index}", _without_nulls(dict(zip(batch, values, strict=True)))
+        return
+    for text, at in zip(batch[_RECORD], batch[_AT], strict=True):
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{at}: malformed JSON: {error.msg} at column {error.colno}; saw {_short(text)}"
+            ) from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {_short(text)}")
+        yield at, record
+
+
+def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
+    """Streams (record JSON, FILE:LINE) pairs into an Arrow file, to be read memory-mapped."""
+    schema = pa.schema([(_RECORD, pa.large_string()), (_AT, pa.string())])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        chunk: list[tuple[str, str]] = []
+        size = 0
+        for pair in pairs:
+            chunk.append(pair)
+            size += len(pair[0])
+            if size > 1 << 24:
+                writer.write_batch(_arrow_batch(chunk, schema))
+                chunk, size = [], 0
+        if chunk:
+            writer.write_batch(_arrow_batch(chunk, schema))
+    return datasets.Dataset.from_file(str(file))
+
+
+def _arrow_batch(chunk: list[tuple[str, str]], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(zip(*chunk), schema)], schema=schema
+    )
+
+
+def _text_records(file: Path) -> Iterator[tuple[str, str]]:
+    """A text file is one document, exactly as it stands."""
+    try:
+        yield json.dumps({"text": file.read_bytes().decode()}), str(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text: {error}") from None
+
+
+def _json_records(file: Path) -> Iterator[tuple[str, str]]:
+    """Objects of a JSON array, or one a line (blank lines are skipped); parsed by `records`."""
+    with open(file, "rb") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        stream.seek(0)
+        if file.suffix == ".json" and start.startswith(b"["):
+            yield from _array_elements(file, stream.read())
+            return
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}:{number}: not UTF-8: {error}") from None
+            if text := text.strip(" \t\r\n"):
+                yield text, f"{file}:{number}"
+
+
+def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
+    """Elements of a JSON array one by one, so that each keeps its line."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        match = space.match(text, at)
+        assert match is not None
+        return match.end()
+
+    try:
+        text = content.decode("utf-8-sig")
+        at = skip(skip(0) + 1)
+        line = 1 + text.count("\n", 0, at)
+        while text[at : at + 1] != "]":
+            _, stop = decoder.raw_decode(text, at)
+            yield text[at:stop], f"{file}:{line}"
+            after = skip(stop)
+            if text[after : after + 1] == ",":
+                after = skip(after + 1)
+            elif text[after : after + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
+            line += text.count("\n", at, after)
+            at = after
+        if (end := skip(at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8: {error}") from None
+    except json.JSONDecodeError as error:
+        seen = error.doc[error.pos : error.pos + 60] or "the end of the file"
+        raise ValueError(
+            f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
+            f"saw {_short(seen)}"
+        ) from None
+
+
+def _array_records(files: list[str]) -> Iterator[tuple[str, str]]:
+    from grain.sources import ArrayRecordDataSource
+
+    with ArrayRecordDataSource(files) as source:
+        for index in range(len(source)):
+            at = f"{_first_last(files)}, record {index}"
+            try:
+                yield source[index].decode(), at
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"{at}: not UTF-8; a record of an .array_record file is a JSON object"
+                ) from None
+
+
+def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
+    def plain(value: Any) -> Any:
+        return value.decode() if isinstance(value, bytes) else value.tolist()
+
+    def decoded(value: Any) -> Any:
+        # A numpy array of text holds bytes, which JSON's default hook meets one by one.
+        return json.dumps(value, default=plain)
+
+    for index in range(len(source)):
+        yield decoded(source[index]), f"tfds, record {index}"
+
+
+# ---- canonical form
+
+
+def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
+    """The document of a record, exactly as it stands; "" when it is null."""
+    record = _renamed(record, columns, at)
+    if "text" not in record:
+        raise ValueError(
+            f"{at}: found the columns {', '.join(record) or 'none'}; pretraining reads a column "
+            "text (name another with columns: {text: NAME})"
+        )
+    text = record["text"]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{at}: text is {type(text).__name__}, not a string: {_short(str(text))}")
+    return text or ""
+
+
+def conversation_of(
+    record: dict, columns: Mapping[str, str], user_template: str | None, at: str
+) -> dict[str, Any]:
+    """{"messages": [{"role", "content", …}], "tools": list | None} of a record.
+
+    Roles become system, user, assistant and tool; a function call becomes an assistant message
+    with `tool_calls`; a message's `weight` and any further keys stay. `user_template` (a format
+    string or a name of USER_TEMPLATES) rewrites the last user message from the record's columns.
+    Raises ValueError with what was found when no accepted form fits.
+    """
+    found = {k: v for k, v in _renamed(record, columns, at).items() if v is not None}
+    if "messages" in found:
+        turns = _parsed(found["messages"], "messages", at)
+    elif "conversations" in found:
+        turns = _parsed(found["conversations"], "conversations", at)
+    elif "prompt" in found and "completion" in found:
+        turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
+    elif "instruction" in found and "output" in found:
+        past = [(role, text) for pair in found.get("history", ()) for role, text in zip(_PAIR, pair)]
+        asked = "\n".join(t for t in (found["instruction"], found.get("input")) if t)
+        turns = [turn for role, text in past for turn in _said(role, text)]
+        turns += _said("user", asked) + _said("assistant", found["output"])
+    elif "question" in found and "answer" in found:
+        turns = _said("user", found["question"]) + _said("assistant", found["answer"])
+    else:
+        raise ValueError(
+            f"{at}: found the columns {', '.join(found) or 'none'}; a conversation needs "
+            f"{CONVERSATIONS} (name others with columns: {{prompt: NAME, …}})"
+        )
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{at}: a conversation is a list of messages; saw {_short(str(turns))}")
+    messages = [_message(turn, at) for turn in turns]
+    if found.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": found["system"]})
+    if user_template:
+        _rewrite_last_user(messages, USER_TEMPLATES.get(user_template, user_template), found, at)
+    tools = _parsed(found["tools"], "tools", at) if found.get("tools") else None
+    return {"messages": messages, "tools": [_function(t) for t in tools] if tools else None}
+
+
+_PAIR = ("user", "assistant")
+
+
+def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
+    for name, column in columns.items():
+        if column not in record:
+            raise ValueError(
+                f"{at}: columns maps {name} to {column}, which is not among "
+                f"{', '.join(record) or 'no columns'}"
+            )
+    return record | {name: record[column] for name, column in columns.items()}
+
+
+def _said(role: str, value: Any) -> list:
+    """A prompt or completion: a string, or messages already."""
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _parsed(value: Any, what: str, at: str) -> Any:
+    """A nested column, which some datasets store as a string of JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{at}: {what} is not JSON: {error.msg}; saw {_short(value)}") from None
+
+
+def _message(turn: Any, at: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{at}: a message is an object with role and content; saw {_short(str(turn))}")
+    said = turn.get("role", turn.get("from"))
+    if said not in ROLES:
+        raise ValueError(f"{at}: a message has the role {said!r}; accepted are {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    message = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
+    if said == "function_call":
+        calls = _parsed(content, "a function_call", at)
+        message["tool_calls"], content = calls if isinstance(calls, list) else [calls], ""
+    if message.get("tool_calls"):
+        calls = [_function(call) for call in message["tool_calls"]]
+        if not all(isinstance(c, dict) and "name" in c.get("function", {}) for c in calls):
+            raise ValueError(f"{at}: a tool call has name and arguments; saw {_short(str(calls))}")
+        message["tool_calls"] = [_with_arguments(call) for call in calls]
+    else:
+        message.pop("tool_calls", None)
+    if isinstance(content, list):
+        content = "".join(_part(part, at) for part in content)
+    if content is None and "tool_calls" in message:
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"{at}: a message's content is {type(content).__name__}, not a string")
+    return {"role": ROLES[said], "content": content} | message
+
+
+def _part(part: Any, at: str) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"{at}: a content part is not text: {_short(str(part))}")
+
+
+def _function(item: Any) -> Any:
+    """A tool or call in the form that chat templates read: {"type": "function", "function": …}."""
+    if isinstance(item, dict) and "function" not in item and "name" in item:
+        return {"type": "function", "function": item}
+    return item
+
+
+def _with_arguments(call: dict) -> dict:
+    """Arguments given as a string of JSON become an object: a template would encode them twice."""
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError:
+            return call
+        return call | {"function": call["function"] | {"arguments": arguments}}
+    return call
+
+
+def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str) -> None:
+    user = next((m for m in reversed(messages) if m["role"] == "user"), None)
+    if user is None:
+        raise ValueError(f"{at}: user_template rewrites the last user message, but there is none")
+    values = {"question": user["content"]} | {
+        name: "\n\n".join(value) if isinstance(value, list) and _all_text(value) else value
+        for name, value in found.items()
+    }
+    try:
+        user["content"] = template.format_map(values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{at}: user_template {_short(template)} does not fit: {error!r}; "
+            f"the columns are {', '.join(found)}"
+        ) from None
+
+
+def _all_text(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")
+
+
+def _first_last(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"

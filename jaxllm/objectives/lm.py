@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Next-token prediction: cross-entropy over a large vocabulary without its logits.
+
+Dims: B rows, T tokens, D model width, V vocabulary, C tokens of a row per chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxllm.data.batch import Batch
+from jaxllm.mesh import constrain
+from jaxllm.model.decoder import Decoder
+from jaxllm.model.layers import product, transposed
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def _rows_per_device(rows: int) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return max(rows // parts, 1)
+
+
+def _chunks(x: jax.Array, count: int, size: int) -> jax.Array:
+    """[B, T, ...] -> [count, B, size, ...], zero-filled at the end: chunks run along the row, so
+    that every device works on its own rows in each."""
+    pad = [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(x.shape[0], count, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _chunk_terms(h, kernel, targets, weights, softcap: float, z_loss: float):
+    """One chunk: sums (loss, nll, correct, entropy) and the gradient of the loss to the logits."""
+    logits = raw = product(h, kernel, (h.ndim - 1, 0), jnp.float32)
+    if softcap:
+        logits = softcap * jnp.tanh(raw / softcap)
+    top = jnp.max(logits, -1, keepdims=True)
+    exps = jnp.exp(logits - top)
+    total = jnp.sum(exps, -1, keepdims=True)
+    lse = (jnp.log(total) + top)[..., 0]
+    probs = exps / total
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    nll = lse - jnp.sum(jnp.where(hit, logits, 0.0), -1)
+    entropy = lse - jnp.sum(probs * logits, -1)
+    correct = jnp.argmax(logits, -1) == targets
+    loss = nll + z_loss * lse * lse
+    slope = probs * (1.0 + 2.0 * z_loss * lse[..., None]) - hit
+    if softcap:
+        slope = slope * (1.0 - (logits / softcap) ** 2)
+    sums = [jnp.sum(x * weights) for x in (loss, nll, correct, entropy)]
+    return jnp.stack(sums), slope * weights[..., None]
+
+
+def _sum_chunks(h, kernel, targets, weights, options, *, gradient: bool):
+    softcap, z_loss, chunk = options
+    B, T, D = h.shape
+    size = min(T, max(chunk // _rows_per_device(B), 1))
+    count = math.ceil(T / size)
+    w = kernel.astype(h.dtype)
+    split = partial(_chunks, count=count, size=size)
+
+    def body(carry, xs):
+        sums, dw = carry
+        hc, tc, wc = xs
+        terms, slope = _chunk_terms(hc, w, tc, wc, softcap, z_loss)
+        if not gradient:
+            return (sums + terms, dw), None
+        slope = slope.astype(h.dtype)
+        dh = product(slope, w, (2, 1), h.dtype)
+        flat_h, flat_s = hc.reshape(-1, D), slope.reshape(-1, slope.shape[-1])
+        dw = dw + product(transposed(flat_h), flat_s, (1, 0), jnp.float32)
+        return (sums + terms, dw), dh
+
+    dw = jnp.zeros(kernel.shape if gradient else (), jnp.float32)
+    carry = (jnp.zeros(4, jnp.float32), dw)
+    (sums, dw), dh = lax.scan(body, carry, (split(h), split(targets), split(weights)))
+    if gradient:
+        dh = jnp.moveaxis(dh, 0, 1).reshape(B, count * size, D)[:, :T]
+    return sums, dh, dw
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(h, kernel, targets, weights, options: tuple[float, float, int]) -> jax.Array:
+    """Weighted sums over tokens: float32 [4] = loss (nll + z-loss), nll, correct, entropy.
+
+    h [B, T, D], kernel [D, V], targets int32 and weights float32 [B, T]; options = (softcap, z_loss
+    coefficient, tokens whose logits exist at a time). Only the first sum has a gradient. It is
+    computed in the forward pass, chunk by chunk, so no logits outlive their chunk and none are
+    computed twice.
+    """
+    return _sum_chunks(h, kernel, targets, weights, options, gradient=False)[0]
+
+
+def _forward(h, kernel, targets, weights, options):
+    sums, dh, dw = _sum_chunks(h, kernel, targets, weights, options, gradient=True)
+    return sums, (dh, dw.astype(kernel.dtype))
+
+
+def _backward(options, saved, g):
+    dh, dw = saved
+    return (dh * g[0].astype(dh.dtype)), (dw * g[0].astype(dw.dtype)), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def lm_loss(
+    model: Decoder, batch: Batch, rng: Any, reference: Any = None, *, z_loss: float = 0.0, chunk: int = 512
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}) of a batch, float32 scalars."""
+    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    h = constrain(h, "batch", "length", "features")
+    options = (model.cfg.logit_softcap, z_loss, chunk)
+    sums = cross_entropy(h, model.head_kernel(), batch.targets, batch.weights, options)
+    weight = jnp.sum(batch.weights)
+    loss, nll, correct, entropy = sums
+    metrics = {"nll": nll, "accuracy": correct, "entropy": entropy}
+    return loss, weight, {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}

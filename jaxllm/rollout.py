@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation: prefill, then decode with a KV cache, batched; the same code for samples and chat.
+
+Dims: B rows, P prompt slots, S cache slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxllm.model.cache import Cache
+from jaxllm.model.decoder import Decoder
+
+BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+CHUNK = 16  # tokens decoded between two looks of the host
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
+
+    Filters apply in the order temperature, top_k, top_p, min_p. `stop_ids` end a row (the id itself
+    is part of the result).
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for a value outside its range."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+
+
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [B, V] after temperature and filters; what may not be drawn is -inf."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+        probs = jax.nn.softmax(ordered, -1)
+        kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # the token that crosses stays
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if sampling.min_p > 0:
+        probs = jax.nn.softmax(logits, -1)
+        low = probs < sampling.min_p * jnp.max(probs, -1, keepdims=True)
+        logits = jnp.where(low, -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+    """Next tokens int32 [B]; randomness is a function of (seed, row, step) alone."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
+def prefill(graph: Any, params: Any, tokens: jax.Array, segments: jax.Array, slots: int, sampling: Sampling):
+    """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
+    model: Decoder = nnx.merge(graph, params)
+    cache = Cache.empty(model.cfg, tokens.shape[0], slots, model.compute_dtype)
+    positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
+    hidden, cache = model.hidden(tokens, segments, positions, cache)
+    return sample(model.logits(hidden[:, -1]), sampling, jnp.int32(0)), cache
+
+
+@partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
+def decode(
+    graph: Any, params: Any, cache: Cache, token: jax.Array, step: jax.Array, count: int, sampling: Sampling
+):
+    """Feeds `token` [B] and up to `count` - 1 of its successors: (next tokens [B, count], cache)."""
+    model: Decoder = nnx.merge(graph, params)
+
+    def one(carry, index):
+        cache, token = carry
+        positions = jnp.sum(cache.segments, 1, keepdims=True)
+        ones = jnp.ones((token.shape[0], 1), jnp.int32)
+        hidden, cache = model.hidden(token[:, None], ones, positions, cache)
+        token = sample(model.logits(hidden[:, 0]), sampling, step + index)
+        return (cache, token), token
+
+    (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
+    return tokens.T, cache
+
+
+def stream(
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, chunk: int = 1
+) -> Iterator[np.ndarray]:
+    """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
+
+    Raises ValueError when a prompt is empty, or prompt and new tokens pass the model's positions.
+    """
+    sampling.check()
+    longest = max(len(p) for p in prompts)
+    if min(len(p) for p in prompts) == 0:
+        raise ValueError("a prompt has no tokens; give it some text")
+    if longest + sampling.max_new_tokens > model.cfg.max_positions:
+        raise ValueError(
+            f"{longest} prompt tokens and max_new_tokens {sampling.max_new_tokens} pass the model's "
+            f"{model.cfg.max_positions} positions; lower max_new_tokens"
+        )
+    width = -(-longest // BUCKET) * BUCKET
+    tokens = np.zeros((len(prompts), width), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    graph, params = nnx.split(model)
+    slots = width + -(-sampling.max_new_tokens // BUCKET) * BUCKET
+    fixed = replace(sampling, max_new_tokens=1, stop_ids=())  # these two do not change the program
+    token, cache = prefill(graph, params, tokens, segments, slots, fixed)
+    yield np.asarray(token)[:, None]
+    made = 1
+    while made < sampling.max_new_tokens:
+        count = min(chunk, slots - width - made + 1)
+        new, cache = decode(graph, params, cache, token, jnp.int32(made), count, fixed)
+        token, made = new[:, -1], made + count
+        yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stopped: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """New tokens of each prompt, up to and including its first stop id.
+
+    `stopped(new tokens of a row)` ends a row early too; it is asked once a chunk.
+    """
+    out: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for new in stream(model, prompts, sampling, CHUNK):
+        for row, tokens in enumerate(new.tolist()):
+            for token in tokens:
+                if not done[row]:
+                    out[row].append(token)
+                    done[row] = token in sampling.stop_ids
+            done[row] = done[row] or (stopped is not None and stopped(out[row]))
+        if all(done):
+            break
+    return out
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """`text` before the first of the stop strings, and whether there was one."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A HF directory ready to answer: model, tokenizer and what ends a text."""
+
+    model: Decoder
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+    @staticmethod
+    def load(path: str, dtype: str = "float32") -> TextModel:
+        from jaxllm.hf import load_hf
+        from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+
+        tokenizer = load_tokenizer(path)
+        model = load_hf(path, dtype=dtype)
+        check_vocabulary(tokenizer, model.cfg.vocab_size)
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, path)))
+
+    def prompt(self, messages: list[dict[str, Any]], template: str | None = None) -> list[int]:
+        from jaxllm.data.chat import prompt_tokens
+
+        return prompt_tokens(self.tokenizer, messages, template=template).tolist()
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+
+def generate_text(
+    model: str,
+    prompts: list[str],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    template: str | None = None,
+    stop: Sequence[str] = (),
+    dtype: str = "float32",
+    sampling: Sampling = Sampling(),
+) -> list[str]:
+    """Continues texts, or answers them as user messages through the chat template."""
+    loaded = TextModel.load(model, dtype)
+    before = [{"role": "system", "content": system}] if system else []
+    if chat:
+        rows = [loaded.prompt([*before, {"role": "user", "content": p}], template) for p in prompts]
+    else:
+        rows = [loaded.tokenizer(p).input_ids for p in prompts]
+    sampling = replace(sampling, stop_ids=loaded.stop_ids)
+    ended = None if not stop else (lambda tokens: cut(loaded.text(tokens), stop)[1])
+    outs = generate(loaded.model, rows, sampling, ended)
+    return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
+
+
+def chat_loop(
+    model: str,
+    *,
+    system: str | None = None,
+    template: str | None = None,
+    stop: Sequence[str] = (),
+    dtype: str = "float32",
+    sampling: Sampling = Sampling(),
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = partial(print, end="", flush=True),
+) -> None:
+    """A conversation in the terminal, streamed; ends at end of input or an empty line."""
+    loaded = TextModel.load(model, dtype)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = read("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        messages.append({"role": "user", "content": line})
+        tokens: list[int] = []
+        shown = ""
+        for new in stream(loaded.model, [loaded.prompt(messages, template)], sampling, 1):
+            tokens.append(int(new[0, 0]))
+            text, ended = cut(loaded.text(tokens), stop)
+            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                write(text[len(shown) :])
+                shown = text
+            if ended or tokens[-1] in loaded.stop_ids:
+                break
+        write("\n")
+        messages.append({"role": "assistant", "content": shown})

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop, whole: every objective runs this function from top to bottom.
+
+Dims: A micro-batches of an update, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm import hf
+from jaxllm.checkpoint import Checkpoints, guard
+from jaxllm.config import TrainConfig, check, resolve_batch, to_dict
+from jaxllm.data.batch import Batch
+from jaxllm.data.loader import load_data, make_loader
+from jaxllm.evaluate import evaluate, make_eval
+from jaxllm.mesh import axes_of, data_parallel, make_mesh, param_sharding, put
+from jaxllm.model.decoder import merge
+from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
+from jaxllm.monitor.metrics import Metrics, Progress
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.optim import clip, make_optimizer, make_schedule
+from jaxllm.rollout import Sampling, generate
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+
+OBJECTIVES = {"pretrain": lm_loss, "sft": lm_loss}
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step replaces. `trainable` is a nested dict of arrays, the model's tree of weights."""
+
+    step: jax.Array  # int32 scalar: updates done
+    trainable: Any
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: updates done, the last evaluations, and where the model lies."""
+
+    step: int
+    stopped: bool
+    evals: dict[str, dict[str, float]]
+    final: str | None
+
+
+def make_step(
+    graph: Any,
+    objective: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    max_norm: float = 0.0,
+    seed: int = 0,
+    gradient_shardings: Any = None,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """One update: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`, to be jitted.
+
+    Gradients of the loss sums add up in float32 over the A micro-batches and are divided once by
+    the weight of all of them, so A does not change the result. A batch with nothing to learn gives
+    zero gradients. Each metric is its (sum, weight) over the update.
+    """
+
+    def loss_of(trainable, frozen, batch, rng):
+        loss, weight, metrics = objective(merge(graph, trainable, frozen), batch, rng, None)
+        metrics = {"loss": (loss, weight)} | metrics
+        real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
+        return loss, metrics | {"tokens": (real, jnp.zeros(()))}
+
+    gradient = jax.grad(loss_of, has_aux=True)
+
+    def micro_batch(trainable, frozen, batch, rng):
+        grads, metrics = gradient(trainable, frozen, batch, rng)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if gradient_shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
+        return grads, metrics
+
+    def step(state: TrainState, frozen: Any, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        count = batch.tokens.shape[0]
+        with jax.named_scope("gradients"):
+            first = jax.tree.map(lambda x: x[0], batch)
+            run = partial(micro_batch, state.trainable, frozen)
+            if count == 1:
+                grads, metrics = run(first, rng)
+            else:
+
+                def add(carry, xs):
+                    index, rows = xs
+                    return jax.tree.map(
+                        jnp.add, carry, run(rows, jax.random.fold_in(rng, index))
+                    ), None
+
+                shapes = jax.eval_shape(run, first, rng)
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+        with jax.named_scope("update"):
+            weight = metrics["loss"][1]
+            scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            norm = optax.global_norm(grads)
+            if max_norm:
+                grads = clip(grads, norm, max_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def state_shardings(graph_state: Any, optimizer: Any, mesh: Mesh, zero: int) -> tuple[Any, Any, Any]:
+    """NamedShardings by ZeRO stage of (weights, gradients, optimizer state), from abstract weights."""
+
+    def lay(whole: bool):
+        return nnx.to_pure_dict(
+            jax.tree.map(
+                lambda v: v.replace(param_sharding(mesh, axes_of(v), v.get_value().shape, whole=whole)),
+                graph_state,
+                is_leaf=lambda v: isinstance(v, nnx.Variable),
+            )
+        )
+
+    split = lay(whole=False)
+    params = nnx.to_pure_dict(graph_state)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        split if zero >= 1 else lay(whole=True),
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    )
+    return split if zero >= 3 else lay(whole=True), split if zero >= 2 else lay(whole=True), moments
+
+
+def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Adds the metrics of `steps` (read from the device here) to `sums`, in float64.
+
+    Raises ValueError at the first step whose loss or gradient is not finite.
+    """
+    sums = {name: list(pair) for name, pair in sums.items()}
+    for step, metrics in zip([s for s, _ in steps], jax.device_get([m for _, m in steps]), strict=True):
+        for name, (value, weight) in metrics.items():
+            if name in ("loss", "grad_norm") and not np.isfinite(value):
+                raise ValueError(
+                    f"step {step}: {name} is {value}; the last good checkpoint is kept. A lower "
+                    "optim.learning_rate, a longer optim.warmup or optim.clip may help"
+                )
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(value)
+            pair[1] += float(weight)
+    return sums
+
+
+def averages(sums: dict[str, list[float]], steps: int, seconds: float) -> dict[str, float]:
+    """One line of metrics.jsonl from the sums over `steps` updates; loss is token-weighted."""
+    values = {k: a / w if w else a for k, (a, w) in sums.items()}
+    values["learning_rate"] = values.pop("learning_rate")
+    return values | {
+        "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
+        "step_seconds": seconds / max(steps, 1),
+    }
+
+
+@contextmanager
+def stop_signal():
+    """Yields a threading.Event that SIGTERM and SIGINT set, so that the loop ends at a step."""
+    event = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    names = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {name: signal.signal(name, lambda *_: event.set()) for name in names}
+    try:
+        yield event
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def train(cfg: TrainConfig) -> Result:
+    """Runs `cfg` to its end, or to a signal; goes on from the newest good checkpoint if there is one.
+
+    Raises ValueError for a user's mistake before anything compiles, and when a loss or a gradient
+    is not finite.
+    """
+    # ---- the run folder, devices, tokenizer
+    check(cfg)
+    mesh = make_mesh(cfg.mesh)
+    cfg = resolve_batch(cfg, data_parallel(mesh))
+    run = Path(cfg.output_dir)
+    guard(cfg)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path or cfg.model.config)
+
+    # ---- the model: abstract, then sharded arrays
+    compute = dict(
+        compute_dtype=cfg.model.compute_dtype,
+        remat=cfg.model.remat,
+        scan_unroll=cfg.model.scan_unroll,
+    )
+    model = hf.load_model(cfg, mesh=mesh, **compute)
+    check_vocabulary(tokenizer, model.cfg.vocab_size)
+    if cfg.data.max_length > model.cfg.max_positions:
+        raise ValueError(
+            f"data.max_length {cfg.data.max_length} is over the model's limit of "
+            f"{model.cfg.max_positions} positions; lower it"
+        )
+
+    # ---- data
+    data = load_data(cfg, tokenizer)
+    rows = cfg.batch_size
+    count = rows // (cfg.micro_batch_size * data_parallel(mesh))
+    steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
+
+    # ---- optimizer, state, the step
+    hf_config, model_cfg = model.hf_config, model.cfg
+    graph, weights = nnx.split(model, nnx.Param)
+    schedule = make_schedule(cfg.optim, steps)
+    params = nnx.to_pure_dict(weights)
+    optimizer = make_optimizer(cfg.optim, schedule, params)
+    param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
+    lay = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)
+    objective = partial(OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk)
+    step_fn = jax.jit(
+        make_step(
+            graph,
+            objective,
+            optimizer,
+            schedule,
+            max_norm=cfg.optim.clip,
+            seed=cfg.seed,
+            gradient_shardings=grad_lay if mesh.size > 1 else None,
+        ),
+        donate_argnums=0,
+        out_shardings=(lay, None),
+    )
+    eval_fn = make_eval(graph, objective)
+    frozen: dict[str, Any] = {}
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, param_lay)
+        opt_state = jax.jit(optimizer.init, out_shardings=opt_lay)(params)
+        state = TrainState(jax.device_put(jnp.int32(0), lay.step), params, opt_state)
+        del model, weights, params, opt_state  # the state owns the buffers: they are donated
+
+    # ---- resume
+    saves = Checkpoints(run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best)
+    sums: dict[str, list[float]] = {}
+    at = saves.latest() if cfg.resume else None
+    if at is not None:
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, lay)
+        state, sums = saves.restore(at, like), saves.meta(at)["sums"]
+    start = at or 0
+    metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
+    metrics.manifest(data.manifest)
+    peak = peak_flops(jax.devices()[0], cfg.model.compute_dtype)
+    per_token = flops_per_token(model_cfg, cfg.data.max_length)
+
+    # ---- what happens every so many steps
+    evals: dict[str, dict[str, float]] = {}
+    late: tuple[int, list[tuple[int, Any]], dict[str, list[float]], float] | None = None
+    window: list[tuple[int, Any]] = []
+    since, clock = start, time.perf_counter()
+
+    def write_late() -> None:
+        nonlocal late
+        if late is not None:
+            step, steps_of, before, seconds = late
+            line = averages(total(steps_of, before), len(steps_of), seconds)
+            rate = line["tokens_per_second"]
+            mfu = rate * per_token / (peak * mesh.size) if peak else None
+            metrics.write("train", step, **line, mfu=mfu, memory_gib=memory_gib())
+            bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu)
+            late = None
+
+    def run_evals(step: int) -> float | None:
+        for name, held_out in data.evals.items():
+            evals[name] = evaluate(
+                eval_fn, state.trainable, frozen, held_out, mesh=mesh, batch_size=rows // count
+            )
+            metrics.write("eval", step, name=name, **evals[name])
+            bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
+        if cfg.log.samples:
+            whole = merge(graph, state.trainable, frozen)
+            prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in cfg.log.samples]
+            sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
+            for prompt, out in zip(cfg.log.samples, generate(whole, prompts, sampling), strict=True):
+                metrics.sample(step, prompt=prompt, text=tokenizer.decode(out))
+        losses = [e["loss"] for e in evals.values()]
+        return sum(losses) / len(losses) if losses else None
+
+    def save(step: int, eval_loss: float | None) -> None:
+        nonlocal sums, window
+        write_late()
+        sums, window = total(window, sums), []  # a state that is not finite is never saved
+        saves.save(step, state, meta={"sums": sums}, eval_loss=eval_loss)
+
+    # ---- the loop
+    bar = Progress(steps, start, enabled=cfg.log.progress)
+    batches = make_loader(
+        data.train, batch_size=rows, micro_batches=count, seed=cfg.seed, start_step=start
+    )
+    with jax.set_mesh(mesh), stop_signal() as stopping, bar:
+        for step in range(start + 1, steps + 1):
+            batch = Batch(**put(mesh, next(batches)))
+            state, step_metrics = step_fn(state, frozen, batch)
+            window.append((step, step_metrics))
+            last = step == steps or stopping.is_set()
+            if step % cfg.log.every == 0 or last:
+                write_late()
+                late = (step, window, sums, time.perf_counter() - clock)
+                window, sums, since, clock = [], {}, step, time.perf_counter()
+            evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
+            eval_loss = run_evals(step) if evaluated and not stopping.is_set() else None
+            if step % cfg.save.every == 0 or last:
+                save(step, eval_loss)
+            if stopping.is_set():
+                break
+        else:
+            step = steps
+        write_late()
+    saves.close()
+    metrics.close()
+    stopped = step < steps
+    final = None
+    if cfg.save.final and not stopped:
+        final = str(run / "final")
+        whole = merge(graph, state.trainable, frozen)
+        whole.hf_config = hf_config
+        hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
+    return Result(step, stopped, evals, final)
