@@ -286,7 +286,7 @@ def train(cfg: TrainConfig) -> Result:
             rate = line["tokens_per_second"]
             mfu = rate * per_token / (peak * mesh.size) if peak else None
             metrics.write("train", step, **line, mfu=mfu, memory_gib=memory_gib())
-            bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu)
+            bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory_gib())
             late = None
 
     def run_evals(step: int) -> float | None:
