@@ -37,6 +37,12 @@ class Batch:
         return self.tokens.shape
 
 
+def empty_row(length: int) -> dict[str, np.ndarray]:
+    """A row of padding: the fields of `Batch` without the batch dim, all zero."""
+    dtypes = {f: np.float32 if f == "weights" else np.int32 for f in Batch.fields()}
+    return {name: np.zeros(length, dtype) for name, dtype in dtypes.items()}
+
+
 def make_row(
     segments: list[tuple[np.ndarray, np.ndarray]], length: int, *, restart: bool = True
 ) -> dict[str, np.ndarray]:
@@ -50,13 +56,7 @@ def make_row(
     total = sum(len(tokens) for tokens, _ in segments)
     if total > length:
         raise ValueError(f"segments of {total} tokens do not fit a row of {length}")
-    row = {
-        "tokens": np.zeros(length, np.int32),
-        "targets": np.zeros(length, np.int32),
-        "weights": np.zeros(length, np.float32),
-        "segment_ids": np.zeros(length, np.int32),
-        "positions": np.zeros(length, np.int32),
-    }
+    row = empty_row(length)
     start = 0
     for index, (tokens, learn) in enumerate(segments, 1):
         n = len(tokens)

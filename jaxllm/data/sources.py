@@ -52,6 +52,11 @@ USER_TEMPLATES = {
         "Question: {question}\n\nContext:\n{context}\n\nAnswer:"
     ),
 }
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 # Columns of a spooled table: a record as JSON, and the FILE:LINE it came from.
 _RECORD, _AT = "__record__", "__at__"
 
@@ -128,19 +133,34 @@ def _locate_folder(folder: Path, split: str) -> Located:
         folder = folder / split
     if (folder / "state.json").exists():
         return _of_dataset(datasets.load_from_disk(str(folder)))
-    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
-
-    try:
-        patterns = get_data_patterns(str(folder))
-    except EmptyDatasetError:
-        raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}") from None
-    if split not in patterns:
-        raise ValueError(f"{folder}: no split {split!r}; its file names give {', '.join(patterns)}")
-    found = {f for p in patterns[split] for f in resolve_pattern(p, str(folder))}
-    files = sorted(f for f in map(Path, found) if f.suffix in FORMATS)
+    seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.suffix in FORMATS)
+    files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
         raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}")
-    return _of_files(files, str(folder))
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    unnamed = splits.pop(None, [])
+    if not splits:  # names say nothing of splits: all of it is what was asked for
+        return _of_files(unnamed, str(folder))
+    if unnamed:
+        raise ValueError(
+            f"{folder}: file names give the splits {', '.join(map(str, splits))}, but "
+            f"{unnamed[0]} is in none; name the files by a glob"
+        )
+    if split not in splits:
+        raise ValueError(
+            f"{folder}: no split {split!r}; its file names give {', '.join(map(str, splits))}"
+        )
+    return _of_files(splits[split], str(folder))
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name or folder gives, by the words that `datasets` looks for."""
+    words = re.split(r"[-._ /0-9]+", file.with_suffix("").as_posix())
+    return next(
+        (split for word in words for split, names in _SPLITS.items() if word in names), None
+    )
 
 
 def _locate_hub(source: Source) -> Located:
@@ -176,7 +196,9 @@ def _locate_tfds(source: Source) -> Located:
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source.path}: could not be loaded: {reason}") from error
-    return Located("tfds", tuple(sorted(Path(builder.data_dir).iterdir())), opened)
+    return Located(
+        "tfds", tuple(sorted(f for f in Path(builder.data_dir).iterdir() if f.is_file())), opened
+    )
 
 
 # ---- reading
@@ -196,7 +218,7 @@ def read(located: Located, folder: Path) -> Any:
                 return datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
-            except datasets.exceptions.DatasetGenerationError as error:
+            except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise ValueError(
                     f"{_first_last(files)}: not readable as {located.format}: {reason}"
@@ -332,12 +354,8 @@ def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
     def plain(value: Any) -> Any:
         return value.decode() if isinstance(value, bytes) else value.tolist()
 
-    def decoded(value: Any) -> Any:
-        # A numpy array of text holds bytes, which JSON's default hook meets one by one.
-        return json.dumps(value, default=plain)
-
     for index in range(len(source)):
-        yield decoded(source[index]), f"tfds, record {index}"
+        yield json.dumps(source[index], default=plain), f"tfds, record {index}"
 
 
 # ---- canonical form
@@ -375,7 +393,9 @@ def conversation_of(
     elif "prompt" in found and "completion" in found:
         turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
     elif "instruction" in found and "output" in found:
-        past = [(role, text) for pair in found.get("history", ()) for role, text in zip(_PAIR, pair)]
+        past = [
+            (role, text) for pair in found.get("history", ()) for role, text in zip(_PAIR, pair)
+        ]
         asked = "\n".join(t for t in (found["instruction"], found.get("input")) if t)
         turns = [turn for role, text in past for turn in _said(role, text)]
         turns += _said("user", asked) + _said("assistant", found["output"])
@@ -427,7 +447,9 @@ def _parsed(value: Any, what: str, at: str) -> Any:
 
 def _message(turn: Any, at: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise ValueError(f"{at}: a message is an object with role and content; saw {_short(str(turn))}")
+        raise ValueError(
+            f"{at}: a message is an object with role and content; saw {_short(str(turn))}"
+        )
     said = turn.get("role", turn.get("from"))
     if said not in ROLES:
         raise ValueError(f"{at}: a message has the role {said!r}; accepted are {', '.join(ROLES)}")

@@ -24,8 +24,8 @@ from jaxllm.model.layers import MLP, Embed, Linear, RMSNorm, dot, gathered, rope
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names("attention", "qkv"),
+    "dots": jax.checkpoint_policies.save_only_these_names("dot"),
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
 }
 
 

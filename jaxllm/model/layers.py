@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxllm.mesh import constrain, gathered
@@ -116,7 +117,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
-        y = dot(x, gathered(self.kernel[...], axes))
+        y = checkpoint_name(dot(x, gathered(self.kernel[...], axes)), "dot")
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

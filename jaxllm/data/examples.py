@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources -> tokenised examples, made once and kept as memory-mapped Arrow files.
+
+The cache knows an example set by what went in: the bytes of the source, the tokenizer and the
+settings that change tokens. Names, workers and the order of map batches do not matter.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import xxhash
+
+from jaxllm.config import Source, TrainConfig
+from jaxllm.data.chat import render
+from jaxllm.data.sources import content_hash, conversation_of, locate, read, records, text_of
+
+_VERSION = 1  # raise it when the same input gives other tokens than before
+
+# What became of an example.
+KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN = range(4)
+
+_FEATURES = datasets.Features(
+    {
+        "tokens": datasets.LargeList(datasets.Value("int32")),  # empty when dropped
+        "learn": datasets.LargeList(datasets.Value("float32")),  # empty for documents
+        "learned": datasets.Value("int32"),  # targets with a weight
+        "fate": datasets.Value("int8"),
+    }
+)
+
+
+class Examples:
+    """Tokenised examples of one source, random access without a copy.
+
+    lengths: int64 [N], 0 for a dropped example. learned: int64 [N], targets with a loss weight.
+    fate: int8 [N]. `name`, `content` (hash of the bytes read) and `fingerprint` (of the cache).
+    """
+
+    def __init__(self, table: Any, *, name: str, content: str, fingerprint: str) -> None:
+        self.name, self.content, self.fingerprint = name, content, fingerprint
+        self._tokens = _Lists(table.data.column("tokens"))
+        self._learn = _Lists(table.data.column("learn"))
+        self.lengths = self._tokens.lengths
+        self.learned = table.data.column("learned").to_numpy().astype(np.int64)
+        self.fate = table.data.column("fate").to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """int32 [n]; a document's end with eos."""
+        return self._tokens[index]
+
+    def learn(self, index: int) -> np.ndarray:
+        """float32 [n]: the weight of predicting each token of a conversation."""
+        return self._learn[index]
+
+
+class _Lists:
+    """An Arrow column of lists as numpy views over its chunks."""
+
+    def __init__(self, column: Any) -> None:
+        self._firsts: list[int] = []  # index of each chunk's first list
+        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []  # offsets, values
+        count = 0
+        for chunk in column.chunks:
+            if len(chunk):
+                self._firsts.append(count)
+                self._chunks.append((chunk.offsets.to_numpy(), chunk.values.to_numpy()))
+                count += len(chunk)
+        lengths = [np.diff(offsets) for offsets, _ in self._chunks]
+        self.lengths = np.concatenate(lengths or [np.zeros(0)]).astype(np.int64)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        chunk = bisect.bisect_right(self._firsts, index) - 1
+        offsets, values = self._chunks[chunk]
+        at = index - self._firsts[chunk]
+        return values[offsets[at] : offsets[at + 1]]
+
+
+def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str) -> Examples:
+    """The examples of `source`: documents for pretraining, conversations for SFT.
+
+    Reads them from the cache when the same bytes were tokenised before with the same tokenizer
+    (`tokenizer_hash` is its `fingerprint`) and settings. Raises ValueError for an empty source and for records that do not fit.
+    """
+    if cfg.objective == "pretrain" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no eos token, and each document is ended by one; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    with _progress_bars(False):
+        located = locate(source)
+    content = content_hash(located.files)
+    settings = _settings(cfg) | {
+        "version": _VERSION,
+        "content": content,
+        "format": located.format,
+        "split": source.split,
+        "columns": source.columns,
+        "tokenizer": tokenizer_hash,
+    }
+    key = xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
+    root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+    if not (root / key).is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
+            with _progress_bars(False):
+                raw = read(located, Path(folder))
+            made = _map(source, cfg, tokenizer, raw, Path(folder) / "tokens.arrow")
+            with _progress_bars(False):
+                made.save_to_disk(str(Path(folder) / "examples"))
+            try:
+                os.rename(Path(folder) / "examples", root / key)
+            except OSError:
+                if not (root / key).is_dir():  # otherwise another process was first
+                    raise
+    with _progress_bars(False):
+        table = datasets.load_from_disk(str(root / key))
+    return Examples(table, name=source.path, content=content, fingerprint=key)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does to text and conversations."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("truncation", "padding"):
+        del state[name]  # left by the latest call, not by the tokenizer's files
+    parts = [state, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+def _settings(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that change tokens."""
+    if cfg.objective == "pretrain":
+        return {"objective": "pretrain"}
+    data = cfg.data
+    template = data.template
+    if template and os.path.isfile(template):
+        template = Path(template).read_text()
+    return {
+        "objective": cfg.objective,
+        "template": template,
+        "template_kwargs": data.template_kwargs,
+        "user_template": data.user_template,
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+        "learn": data.learn,
+        "train_on_prompt": data.train_on_prompt,
+    }
+
+
+def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:
+    """The dataset of _FEATURES made from `raw` by as many processes as are worth starting."""
+    if not len(raw):
+        raise ValueError(f"{source.path}: holds no examples")
+    each = _documents if cfg.objective == "pretrain" else _conversations
+    workers = min(cfg.data.workers or len(os.sched_getaffinity(0)), len(raw) // 2000)
+    with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
+        # JAX warns of forks, but the children tokenise and never enter JAX.
+        warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+        return raw.map(
+            partial(_tokenize_batch, each, source, cfg, tokenizer),
+            batched=True,
+            batch_size=100,
+            with_indices=True,
+            remove_columns=raw.column_names,
+            features=_FEATURES,
+            num_proc=workers if workers > 1 else None,
+            cache_file_name=str(file),
+            load_from_cache_file=False,
+            new_fingerprint="unused",  # the key is ours; hashing a closure with a tokenizer is slow
+            desc=f"tokenize {Path(source.path).name}",
+        )
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
+def _tokenize_batch(each, source, cfg, tokenizer, batch, indices) -> dict[str, list]:
+    rows = list(each(records(batch, indices, source.path), source, cfg, tokenizer))
+    return {name: [row[i] for row in rows] for i, name in enumerate(_FEATURES)}
+
+
+_NONE = np.zeros(0, np.int32)
+_NO_WEIGHTS = np.zeros(0, np.float32)
+_Row = tuple[np.ndarray, np.ndarray, int, int]
+
+
+def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
+    """Each document's tokens, ended by exactly one eos; begun by bos if the tokenizer does so."""
+    texts = [text_of(record, source.columns, at) for at, record in pairs]
+    encoded = tokenizer(
+        texts,
+        split_special_tokens=True,  # "<eos>" in a text is five characters
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    eos = tokenizer.eos_token_id
+    for ids in encoded:
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+        if len(ids) < 2:
+            yield _NONE, _NO_WEIGHTS, 0, NOTHING_TO_LEARN
+        else:
+            yield np.array(ids, np.int32), _NO_WEIGHTS, len(ids) - 1, KEPT
+
+
+def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
+    """Each conversation's tokens and learning weights, cut to max_length from the right."""
+    data = cfg.data
+    for at, record in pairs:
+        chat = conversation_of(record, source.columns, data.user_template, at)
+        try:
+            tokens, learn = render(
+                tokenizer,
+                chat["messages"],
+                tools=chat["tools"],
+                template=data.template,
+                template_kwargs=data.template_kwargs,
+                learn=data.learn,
+                train_on_prompt=data.train_on_prompt,
+            )
+        except ValueError as error:
+            raise ValueError(f"{at}: {error}") from error
+        fate = KEPT
+        if len(tokens) > data.max_length:
+            tokens, learn = tokens[: data.max_length], learn[: data.max_length]
+            fate = TRUNCATED if data.too_long == "truncate" else TOO_LONG
+        learned = int(np.count_nonzero(learn[1:]))
+        if not learned:
+            fate = NOTHING_TO_LEARN if fate == KEPT else TOO_LONG
+        if fate in (TOO_LONG, NOTHING_TO_LEARN):
+            tokens, learn, learned = _NONE, _NO_WEIGHTS, 0
+        yield tokens, learn, learned, fate

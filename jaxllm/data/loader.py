@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised examples -> rows -> batches whose order is a pure function of (seed, step).
+
+Dims: A micro-batches of an update, B rows of an update, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxllm.config import Source, TrainConfig
+from jaxllm.data.batch import Batch, empty_row, make_row
+from jaxllm.data.examples import (
+    NOTHING_TO_LEARN,
+    TOO_LONG,
+    TRUNCATED,
+    Examples,
+    fingerprint,
+    tokenize,
+)
+from jaxllm.data.packing import one_per_row, pack
+
+Row = dict[str, np.ndarray]  # the fields of Batch, each [T]
+
+
+# ---- rows
+
+
+class Windows:
+    """Documents joined and cut into rows of `length` tokens with a stride of `length`.
+
+    A row reads one token past its end for its last target, so every token but the first is
+    predicted once. What is left over at the end fills no row and is lost, unless `tail` asks for
+    it as a padded row. With `segment`, attention and positions restart at each document and no
+    document's first token is a target; without, a row is one segment and all of it is learned.
+    """
+
+    def __init__(
+        self, examples: Examples, chosen: np.ndarray, length: int, *, segment: bool, tail: bool
+    ) -> None:
+        self._examples, self._chosen = examples, chosen
+        self._length, self._segment = length, segment
+        self._starts = np.concatenate([[0], np.cumsum(examples.lengths[chosen])])
+        targets = max(int(self._starts[-1]) - 1, 0)
+        self._count = -(-targets // length) if tail else targets // length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> Row:
+        starts = self._starts
+        begin = row * self._length
+        end = min(begin + self._length + 1, int(starts[-1]))
+        first = int(np.searchsorted(starts, begin, "right")) - 1
+        last = int(np.searchsorted(starts, end, "left"))
+        tokens, document, positions = np.empty((3, end - begin), np.int32)
+        for index in range(first, last):
+            start = int(starts[index])
+            lo, hi = max(start, begin), min(int(starts[index + 1]), end)
+            at = slice(lo - begin, hi - begin)
+            tokens[at] = self._examples.tokens(self._chosen[index])[lo - start : hi - start]
+            document[at] = index - first + 1
+            positions[at] = np.arange(hi - lo)
+        if not self._segment:
+            document[:] = 1
+            positions[:] = np.arange(end - begin)
+        out = empty_row(self._length)
+        n = end - begin - 1
+        out["tokens"][:n] = tokens[:-1]
+        out["targets"][:n] = tokens[1:]
+        out["weights"][:n] = document[1:] == document[:-1]
+        out["segment_ids"][:n] = document[:-1]
+        out["positions"][:n] = positions[:-1]
+        return out
+
+
+class Conversations:
+    """Whole conversations in rows of `length` tokens: several a row when packed, or one."""
+
+    def __init__(
+        self, examples: Examples, chosen: np.ndarray, length: int, *, packing: bool
+    ) -> None:
+        self._examples, self._chosen, self._length = examples, chosen, length
+        self._plan = pack(examples.lengths[chosen], length) if packing else one_per_row(len(chosen))
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, row: int) -> Row:
+        indices = self._chosen[self._plan[row]]
+        segments = [(self._examples.tokens(i), self._examples.learn(i)) for i in indices]
+        return make_row(segments, self._length)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one or more sources.
+
+    Without `weights` the sources are joined and an epoch is one pass over all of them. With
+    weights each source keeps its share of every stretch of rows, small sources come round more
+    often, and an epoch is one pass over the largest.
+    """
+
+    parts: tuple[Windows | Conversations, ...]
+    weights: tuple[float, ...] | None
+    length: int
+    """tokens in a row"""
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        sizes = [len(part) for part in self.parts]
+        if self.weights is None:
+            return sum(sizes)
+        largest = int(np.argmax(sizes))
+        return round(sizes[largest] / self.shares[largest])
+
+    @property
+    def shares(self) -> list[float]:
+        """Each source's share of the rows; they sum to 1."""
+        weights = self.weights or [len(part) for part in self.parts]
+        return [weight / sum(weights) for weight in weights]
+
+
+# ---- batches
+
+
+def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grain.MapDataset:
+    """The endless run of batches, random access by step; each epoch of a source is reshuffled."""
+
+    def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
+        own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
+        return part.shuffle(seed=int(own_seed)).repeat()
+
+    parts = [grain.MapDataset.source(part) for part in rows.parts]
+    if rows.weights is None:
+        mixed = endless(grain.MapDataset.concatenate(parts), 0)
+    else:
+        mixed = grain.MapDataset.mix([endless(p, i) for i, p in enumerate(parts)], rows.weights)
+
+    def stack(batch: Sequence[Row]) -> Row:
+        dims = (micro_batches, batch_size // micro_batches, rows.length)
+        return {f: np.stack([row[f] for row in batch]).reshape(dims) for f in Batch.fields()}
+
+    return mixed.batch(batch_size, batch_fn=stack)
+
+
+def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:
+    """The fields of Batch [B, T] of update `step` (from 0): the same on every host and mesh."""
+    batch = _batches(rows, seed, batch_size, 1)[step]
+    return {name: value[0] for name, value in batch.items()}
+
+
+def make_loader(
+    rows: Rows,
+    *,
+    batch_size: int,
+    micro_batches: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Row]:
+    """Batches [A, B/A, T] of updates start_step, start_step + 1, …, without end.
+
+    `prefetch` batches are made ahead of need, each in a thread of its own.
+    """
+    if batch_size % micro_batches:
+        raise ValueError(f"{batch_size} rows do not divide into {micro_batches} micro-batches")
+    batches = _batches(rows, seed, batch_size, micro_batches)[start_step:]
+    options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
+    """Every row once, in order, as batches [B, T]; the last one is filled with padding rows."""
+    batch: list[Row] = []
+    for part in rows.parts:
+        for index in range(len(part)):
+            batch.append(part[index])
+            if len(batch) == batch_size:
+                yield {f: np.stack([row[f] for row in batch]) for f in Batch.fields()}
+                batch = []
+    if batch:
+        batch += [empty_row(rows.length)] * (batch_size - len(batch))
+        yield {f: np.stack([row[f] for row in batch]) for f in Batch.fields()}
+
+
+# ---- from a config
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    train: Rows | None
+    """None when the config names no training sources"""
+    evals: dict[str, Rows]
+    manifest: dict[str, Any]
+    """what data.json holds: for each source its counts and hashes, for each set its rows"""
+
+
+def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
+    """Reads, tokenises (or finds in the cache) and lays out all of `cfg.data`.
+
+    Raises ValueError when a source is empty, when all of its examples are dropped, when it gives
+    no row or when a held-out set is empty.
+    """
+    data = cfg.data
+    if not data.train and not data.eval:
+        raise ValueError("data.train names no source; give a file, folder or dataset")
+    fraction = 0.0 if data.eval else data.eval_fraction
+    tokenizer_hash = fingerprint(tokenizer)
+    train, held_out = [], []
+    for index, source in enumerate(data.train):
+        if source.weight is not None and not source.weight > 0:
+            raise ValueError(
+                f"{source.path}: a weight of {source.weight} gives it no share of the mixture; "
+                "leave the source out instead"
+            )
+        examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
+        kept, held = _split(examples, fraction, np.random.default_rng((cfg.seed, index)))
+        train.append(_Part(source, examples, kept))
+        held_out.append(_Part(source, examples, held))
+    evals: dict[str, list[_Part]] = {"eval": held_out} if fraction else {}
+    for source in data.eval:
+        examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
+        part = _Part(source, examples, np.flatnonzero(examples.lengths))
+        evals[_free_name(Path(source.path).stem, evals)] = [part]
+
+    rows = {name: _lay_out(parts, cfg, held_out=True) for name, parts in evals.items()}
+    train_rows = _lay_out(train, cfg, held_out=False) if train else None
+    manifest = {
+        "objective": cfg.objective,
+        "max_length": data.max_length,
+        "seed": cfg.seed,
+        "tokenizer": tokenizer_hash,
+        "train": _describe(train, train_rows),
+        "eval": {name: _describe(parts, rows[name]) for name, parts in evals.items()},
+    }
+    return Data(train_rows, rows, manifest)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The examples of a source that belong to one set."""
+
+    source: Source
+    examples: Examples
+    chosen: np.ndarray  # int64, ascending; none of them dropped
+
+
+def _split(
+    examples: Examples, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Examples to train on and the last `fraction` of a shuffle, held out; both ascending."""
+    usable = np.flatnonzero(examples.lengths)
+    if not fraction:
+        return usable, usable[:0]
+    shuffled = rng.permutation(usable)
+    count = round(fraction * len(usable))
+    if not 0 < count < len(usable):
+        raise ValueError(
+            f"{examples.name}: eval_fraction {fraction} holds out {count} of {len(usable)} "
+            "examples; change it, or name a held-out set in data.eval"
+        )
+    return np.sort(shuffled[:-count]), np.sort(shuffled[-count:])
+
+
+def _free_name(stem: str, taken: dict[str, Any]) -> str:
+    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
+
+
+def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
+    data, laid_out = cfg.data, []
+    for part in parts:
+        if not len(part.chosen):
+            raise ValueError(_why_empty(part.examples, cfg))
+        args = (part.examples, part.chosen, data.max_length)
+        if cfg.objective == "pretrain":
+            rows = Windows(*args, segment=data.segment, tail=held_out)
+        else:
+            rows = Conversations(*args, packing=data.packing)
+        if not len(rows):
+            raise ValueError(
+                f"{part.source.path}: {part.examples.lengths[part.chosen].sum()} tokens fill no "
+                f"row of max_length + 1 = {data.max_length + 1}; give more text or a smaller "
+                "data.max_length"
+            )
+        laid_out.append(rows)
+    weights = [part.source.weight for part in parts]
+    if held_out or weights.count(None) == len(weights):
+        return Rows(tuple(laid_out), None, data.max_length)
+    if None in weights:
+        raise ValueError("data.train: some sources have a weight and some do not; give all or none")
+    return Rows(tuple(laid_out), tuple(weights), data.max_length)
+
+
+def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
+    if cfg.objective == "pretrain":
+        return f"{examples.name}: all {len(examples)} documents are empty"
+    long, nothing = (int((examples.fate == f).sum()) for f in (TOO_LONG, NOTHING_TO_LEARN))
+    return (
+        f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
+        f"data.max_length {cfg.data.max_length}, {nothing} with nothing to learn (no assistant "
+        "turn, or weights of 0)"
+    )
+
+
+def _describe(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
+    """A set's entry in the manifest: its sources, their sum, and how full the rows are."""
+    if rows is None:
+        return {"sources": [], "examples": 0, "tokens": 0, "rows": 0}
+    sources = []
+    for part, laid_out, share in zip(parts, rows.parts, rows.shares, strict=True):
+        fate, examples = part.examples.fate, part.examples
+        sources.append(
+            {
+                "path": part.source.path,
+                "split": part.source.split,
+                "content": examples.content,
+                "cache": examples.fingerprint,
+                "read": len(examples),
+                "dropped_too_long": int((fate == TOO_LONG).sum()),
+                "dropped_nothing_to_learn": int((fate == NOTHING_TO_LEARN).sum()),
+                "truncated": int((fate == TRUNCATED).sum()),
+                "examples": len(part.chosen),
+                "tokens": int(examples.lengths[part.chosen].sum()),
+                "learned_tokens": int(examples.learned[part.chosen].sum()),
+                "rows": len(laid_out),
+                "share": share,
+                "passes_per_epoch": share * len(rows) / len(laid_out),
+            }
+        )
+    totals = {
+        name: sum(s[name] for s in sources) for name in ("examples", "tokens", "learned_tokens")
+    }
+    stored = sum(len(laid_out) for laid_out in rows.parts)
+    return {
+        "sources": sources,
+        **totals,
+        "rows": stored,
+        "rows_per_epoch": len(rows),
+        "fill": min(totals["tokens"] / (stored * rows.length), 1.0),
+    }

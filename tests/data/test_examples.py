@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxllm.config import DataSection, LogSection, Source, TrainConfig
+from jaxllm.data import examples as examples_module
+from jaxllm.data.examples import KEPT, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED, fingerprint, tokenize
+
+BOS, EOS = 0, 1
+
+
+def config(tmp_path: Path, objective: str = "pretrain", **data) -> TrainConfig:
+    section = DataSection(cache_dir=str(tmp_path / "cache"), **({"workers": 1} | data))
+    return TrainConfig(objective=objective, data=section, log=LogSection(progress=False))
+
+
+def write_lines(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def read(file: Path, cfg: TrainConfig, tokenizer) -> examples_module.Examples:
+    return tokenize(Source(str(file)), cfg, tokenizer, fingerprint(tokenizer))
+
+
+def documents(file: Path, cfg: TrainConfig, tokenizer) -> list[list[int]]:
+    found = read(file, cfg, tokenizer)
+    return [found.tokens(i).tolist() for i in range(len(found))]
+
+
+# ---- documents
+
+
+def test_each_document_ends_with_exactly_one_eos(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}])
+    first, second = documents(file, config(tmp_path), tokenizer)
+    assert first == [*tokenizer("ab").input_ids, EOS]
+    assert second == [*tokenizer("c").input_ids, EOS]
+
+
+def test_bos_stands_once_when_the_tokenizer_adds_it(tmp_path, bos_tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "<s>ab"}])
+    for tokens in documents(file, config(tmp_path), bos_tokenizer):
+        assert tokens[0] == BOS and tokens.count(BOS) == 1
+        assert tokens[-1] == EOS and tokens.count(EOS) == 1
+
+
+def test_special_tokens_in_text_stay_text(tmp_path, tokenizer):
+    text = "a<eos>b<|im_end|><s>"
+    file = write_lines(tmp_path / "a.jsonl", [{"text": text}])
+    (tokens,) = documents(file, config(tmp_path), tokenizer)
+    assert len(tokens) == len(text) + 1  # a token a byte, and the end
+    assert min(tokens[:-1]) > 3  # none of the four special ids
+    assert tokenizer.decode(tokens[:-1]) == text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_keep_order_and_borders_across_batches_and_workers(workers, tmp_path, tokenizer):
+    texts = [chr(97 + i % 26) * (1 + i % 5) for i in range(4100)]
+    file = write_lines(tmp_path / "a.jsonl", [{"text": t} for t in texts])
+    got = documents(file, config(tmp_path, workers=workers), tokenizer)
+    assert got == [[*tokenizer(t).input_ids, EOS] for t in texts]
+
+
+def test_a_bad_record_met_by_a_worker_still_names_its_line(tmp_path, tokenizer):
+    rows = [{"text": "a"} if i != 3000 else {"body": "a"} for i in range(4100)]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a\.jsonl:3001: found the columns body"):
+        read(file, config(tmp_path, workers=2), tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}, {"text": "a"}])
+    for made_by in (tokenizer, bos_tokenizer):
+        found = read(file, config(tmp_path), made_by)
+        assert found.fate.tolist() == [NOTHING_TO_LEARN, NOTHING_TO_LEARN, KEPT]
+        assert found.lengths[:2].tolist() == [0, 0]
+        assert found.learned[2] == found.lengths[2] - 1
+
+
+def test_no_eos_token_is_refused(tmp_path, tokenizer):
+    class NoEos:
+        eos_token_id = None
+
+    with pytest.raises(ValueError, match="has no eos token"):
+        tokenize(Source("unread"), config(tmp_path), NoEos(), "")
+
+
+def test_an_empty_source_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl: holds no examples"):
+        read(tmp_path / "a.jsonl", config(tmp_path), tokenizer)
+
+
+# ---- conversations
+
+LONG = {"prompt": "q" * 20, "completion": "a" * 20}
+SHORT = {"prompt": "q", "completion": "a"}
+
+
+def test_long_conversations_are_cut_but_keep_something_to_learn(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [SHORT, LONG])
+    whole = read(file, config(tmp_path, "sft", max_length=200), tokenizer)
+    assert whole.fate.tolist() == [KEPT, KEPT]
+    first_learned = int(np.flatnonzero(whole.learn(1))[0])
+    cut = read(file, config(tmp_path, "sft", max_length=first_learned + 1), tokenizer)
+    assert cut.fate[1] == TRUNCATED
+    assert cut.learned[1] == 1
+    np.testing.assert_array_equal(cut.tokens(1), whole.tokens(1)[: first_learned + 1])
+    dropped = read(file, config(tmp_path, "sft", max_length=first_learned), tokenizer)
+    assert dropped.fate[1] == TOO_LONG
+    assert dropped.lengths[1] == dropped.learned[1] == 0
+
+
+def test_long_conversations_are_dropped_when_asked(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [SHORT, LONG])
+    length = len(read(file, config(tmp_path, "sft"), tokenizer).tokens(1))
+    fits = config(tmp_path, "sft", max_length=length, too_long="drop")
+    assert read(file, fits, tokenizer).fate.tolist() == [KEPT, KEPT]
+    over = config(tmp_path, "sft", max_length=length - 1, too_long="drop")
+    assert read(file, over, tokenizer).fate.tolist() == [KEPT, TOO_LONG]
+
+
+def test_conversations_with_nothing_to_learn_are_dropped(tmp_path, tokenizer):
+    mute = {"role": "assistant", "content": "a", "weight": 0}
+    rows = [{"messages": [{"role": "user", "content": "q"}, mute]}, SHORT | {"messages": None}]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert read(file, config(tmp_path, "sft"), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+
+
+# ---- the cache
+
+
+def test_the_same_input_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    before = documents(file, config(tmp_path), tokenizer)
+    monkeypatch.setattr(examples_module, "_map", None)
+    tokenizer("this call must not change the fingerprint", truncation=True, max_length=4)
+    assert documents(file, config(tmp_path, workers=2), tokenizer) == before
+    assert documents(file.rename(tmp_path / "b.jsonl"), config(tmp_path), tokenizer) == before
+    # Settings of the other objective do not matter either.
+    assert documents(tmp_path / "b.jsonl", config(tmp_path, max_length=8), tokenizer) == before
+
+
+def test_another_content_tokenizer_or_setting_is_tokenised_anew(
+    tmp_path, tokenizer, bos_tokenizer
+):
+    file = write_lines(tmp_path / "a.jsonl", [SHORT | {"other": "x"}])
+    cfg = config(tmp_path, "sft", max_length=64)
+    seen = {read(file, cfg, tokenizer).fingerprint, read(file, cfg, bos_tokenizer).fingerprint}
+    for change in ({"max_length": 63}, {"too_long": "drop"}, {"train_on_prompt": True}):
+        seen.add(read(file, replace(cfg, data=replace(cfg.data, **change)), tokenizer).fingerprint)
+    mapped = Source(str(file), columns={"prompt": "other"})
+    seen.add(tokenize(mapped, cfg, tokenizer, fingerprint(tokenizer)).fingerprint)
+    write_lines(file, [SHORT, SHORT])
+    seen.add(read(file, cfg, tokenizer).fingerprint)
+    assert len(seen) == 7

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+
+from jaxllm.config import Source
+from jaxllm.data.sources import (
+    USER_TEMPLATES,
+    content_hash,
+    conversation_of,
+    locate,
+    read,
+    records,
+    text_of,
+)
+
+ROWS = [{"text": "one\n"}, {"text": "zwei\u2028ü"}, {"text": "<eos> three"}]
+
+
+def read_all(path: object, folder: Path, **source: str) -> list[dict]:
+    table = read(locate(Source(str(path), **source)), folder)
+    batch = table[:] if len(table) else {}
+    return [record for _, record in records(batch, list(range(len(table))), str(path))]
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def in_format(suffix: str, folder: Path) -> Path:
+    """ROWS in a file of the format that `suffix` names."""
+    file = folder / f"data{suffix}"
+    if suffix == ".jsonl":
+        write(file, "\n\n".join(json.dumps(r, ensure_ascii=False) for r in ROWS))
+    elif suffix == "array.json":
+        write(file, "\ufeff" + json.dumps(ROWS, indent=2))
+    elif suffix == "lines.json":
+        write(file, "".join(json.dumps(r) + "\r\n" for r in ROWS))
+    elif suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(str(file))
+    elif suffix == "stream.arrow":
+        table = pa.Table.from_pylist(ROWS)
+        with pa.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == "file.arrow":
+        table = pa.Table.from_pylist(ROWS)
+        with pa.ipc.new_file(str(file), table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == ".array_record":
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for row in ROWS:
+            writer.write(json.dumps(row).encode())
+        writer.close()
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(file))
+    return file
+
+
+FORMATS = [
+    ".jsonl",
+    "array.json",
+    "lines.json",
+    ".parquet",
+    "stream.arrow",
+    "file.arrow",
+    ".array_record",
+    "saved",
+]
+
+
+# ---- finding and reading
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_records(suffix, tmp_path):
+    assert read_all(in_format(suffix, tmp_path), tmp_path) == ROWS
+
+
+def test_a_text_file_is_one_document_kept_exactly(tmp_path):
+    text = "  first\r\n\n\nlast \n"
+    assert read_all(write(tmp_path / "a.txt", text), tmp_path) == [{"text": text}]
+
+
+def test_globs_and_folders_read_their_files_in_order_of_name(tmp_path):
+    for name in ("b", "a", "sub/c"):
+        write(tmp_path / "d" / f"{name}.txt", name)
+    write(tmp_path / "d" / "README.md", "not data")
+    write(tmp_path / "d" / ".cache" / "hidden.txt", "not data")
+    assert [r["text"] for r in read_all(tmp_path / "d", tmp_path)] == ["a", "b", "sub/c"]
+    assert [r["text"] for r in read_all(tmp_path / "d" / "?.txt", tmp_path)] == ["a", "b"]
+
+
+def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path):
+    write(tmp_path / "d" / "train.jsonl", '{"text": "seen"}')
+    write(tmp_path / "d" / "test" / "00-of-01.jsonl", '{"text": "held out"}')
+    assert read_all(tmp_path / "d", tmp_path) == [{"text": "seen"}]
+    assert read_all(tmp_path / "d", tmp_path, split="test") == [{"text": "held out"}]
+    with pytest.raises(ValueError, match="no split 'dev'; its file names give test, train"):
+        locate(Source(str(tmp_path / "d"), split="dev"))
+    write(tmp_path / "d" / "more.jsonl", '{"text": "whose?"}')
+    with pytest.raises(ValueError, match=r"more.jsonl is in none; name the files by a glob"):
+        locate(Source(str(tmp_path / "d")))
+
+
+def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
+    one, two = (datasets.Dataset.from_list([{"text": t}]) for t in ("one", "two"))
+    datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "d"))
+    assert read_all(tmp_path / "d", tmp_path, split="test") == [{"text": "two"}]
+    with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
+        locate(Source(str(tmp_path / "d"), split="dev"))
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("missing.jsonl", FileNotFoundError, "no such file or directory"),
+        ("dir/with/missing", FileNotFoundError, "no such file or directory"),
+        ("*.jsonl", FileNotFoundError, "no file matches"),
+        ("model.bin", ValueError, r"format of \.bin is not known; accepted are \.txt, \.json"),
+        ("mixed", ValueError, "holds json and text files; name one kind by a glob"),
+        ("empty", ValueError, "no data files"),
+        ("someone/nothing", ValueError, "the hub's dataset of this name could not be loaded"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_named(path, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("model.bin", "mixed/a.txt", "mixed/b.jsonl"):
+        write(tmp_path / name, "")
+    with pytest.raises(error, match=message) as raised:
+        locate(Source(path))
+    assert path in str(raised.value)
+
+
+def test_tfds_asks_for_its_extra_only_when_used(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    with pytest.raises(ValueError, match=r"tfds:lm1b: .* pip install 'jaxllm\[tfds\]'"):
+        locate(Source("tfds:lm1b"))
+
+
+def test_hash_is_of_content_and_not_of_names(tmp_path):
+    one, same = write(tmp_path / "a", "x"), write(tmp_path / "b", "x")
+    assert content_hash([one]) == content_hash([same])
+    assert content_hash([one]) != content_hash([write(tmp_path / "c", "y")])
+    assert content_hash([one, same]) != content_hash([write(tmp_path / "d", "xx")])
+
+
+# ---- malformed files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', r"a\.jsonl:3: malformed JSON.*saw '\{\"text\":"),
+        ("a.jsonl", '{"text": "a"}{"text": "b"}', r"a\.jsonl:1: malformed JSON: Extra data"),
+        ("a.jsonl", '{"text": "a"}\n["text"]', r"a\.jsonl:2: a record is a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl:2: not UTF-8"),
+        ("a.json", '[\n{"text": "a"},\n{"text": b}\n]', r"a\.json:3: malformed JSON"),
+        ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a\.json:2: .*Expecting ',' or '\]'"),
+        ("a.json", '[{"text": "a"},\n', r"a\.json:2: malformed JSON.*end of the file"),
+        ("a.json", '[{"text": "a"}]\n]', r"a\.json:2: .*Extra data"),
+        ("a.json", '{\n "text": "a"\n}', r"a\.json:1: malformed JSON.*saw '\{'"),
+        ("a.txt", b"\xff", r"a\.txt: not UTF-8"),
+        ("a.parquet", "PAR0", r"a\.parquet: not readable as parquet"),
+        ("a.arrow", "no arrow", r"a\.arrow: not readable as arrow"),
+    ],
+)
+def test_malformed_data_names_file_and_line(name, content, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_all(write(tmp_path / name, content), tmp_path)
+
+
+def test_records_of_an_array_keep_their_lines(tmp_path):
+    file = write(tmp_path / "a.json", '[\n\n{"a": 1}, {"b":\n2},\n{"c": 3}]')
+    table = read(locate(Source(str(file))), tmp_path)
+    at = [at.rsplit(":", 1)[1] for at, _ in records(table[:], [0, 1, 2], "")]
+    assert at == ["3", "3", "5"]
+
+
+# ---- texts
+
+
+def test_text_comes_from_the_mapped_column():
+    assert text_of({"content": "a", "text": "b"}, {"text": "content"}, "f:1") == "a"
+    assert text_of({"text": None}, {}, "f:1") == ""
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "message"),
+    [
+        ({"body": "a", "id": 1}, {}, "f:1: found the columns body, id; .* a column text"),
+        ({"text": 3}, {}, "f:1: text is int, not a string: '3'"),
+        ({"a": "b"}, {"text": "c"}, "f:1: columns maps text to c, which is not among a"),
+    ],
+)
+def test_wrong_text_columns_say_what_was_found(record, columns, message):
+    with pytest.raises(ValueError, match=message):
+        text_of(record, columns, "f:1")
+
+
+# ---- conversations
+
+
+def said(*turns: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+Q_A = said(("user", "q"), ("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"instruction": "q", "input": "", "output": "a"}, Q_A),
+        (
+            {"instruction": "q", "input": "i", "output": "a", "system": "s"},
+            said(("system", "s"), ("user", "q\ni"), ("assistant", "a")),
+        ),
+        (
+            {"instruction": "q2", "output": "a2", "history": [["q", "a"]], "system": None},
+            Q_A + said(("user", "q2"), ("assistant", "a2")),
+        ),
+        ({"messages": Q_A}, Q_A),
+        ({"messages": json.dumps(Q_A)}, Q_A),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, Q_A),
+        ({"conversations": Q_A}, Q_A),
+        ({"prompt": "q", "completion": "a"}, Q_A),
+        ({"prompt": Q_A[:1], "completion": Q_A[1:], "messages": None}, Q_A),
+        ({"question": "q", "answer": "a"}, Q_A),
+        ({"messages": [Q_A[0] | {"content": [{"type": "text", "text": "q"}]}, Q_A[1]]}, Q_A),
+    ],
+)
+def test_every_layout_becomes_messages(record, messages):
+    assert conversation_of(record, {}, None, "f:1") == {"messages": messages, "tools": None}
+
+
+def test_function_calls_and_tools_take_the_form_that_templates_read():
+    record = {
+        "conversations": [
+            {"from": "human", "value": "weather?"},
+            {"from": "function_call", "value": '{"name": "get", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "It is sunny."},
+        ],
+        "tools": '[{"name": "get", "parameters": {}}]',
+    }
+    call = {"type": "function", "function": {"name": "get", "arguments": {"city": "Rome"}}}
+    got = conversation_of(record, {}, None, "f:1")
+    assert got["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert got["messages"][2] == {"role": "tool", "content": "sunny"}
+    assert got["tools"] == [{"type": "function", "function": {"name": "get", "parameters": {}}}]
+    openai = {"name": "get", "arguments": '{"city": "Rome"}'}
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": openai}]}
+    got = conversation_of({"messages": [message], "tools": []}, {}, None, "f:1")
+    assert got["messages"][0]["tool_calls"] == [{"function": call["function"]}]
+    assert got["tools"] is None
+
+
+def test_weight_and_further_keys_of_a_message_stay():
+    message = {"role": "assistant", "content": "a", "weight": 0.5, "reasoning_content": "r"}
+    assert conversation_of({"messages": [message]}, {}, None, "f:1")["messages"] == [message]
+
+
+def test_nulls_that_arrow_adds_to_messages_are_dropped(tmp_path):
+    messages = [Q_A[0], Q_A[1] | {"weight": 0.5}]
+    datasets.Dataset.from_list([{"messages": messages}]).to_parquet(str(tmp_path / "a.parquet"))
+    assert read_all(tmp_path / "a.parquet", tmp_path) == [{"messages": messages}]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "id": 2}, "f:1: found the columns text, id; a conversation needs messages"),
+        ({"prompt": "a"}, "found the columns prompt"),
+        ({"messages": []}, "a conversation is a list of messages; saw '\\[\\]'"),
+        ({"messages": "hello"}, "messages is not JSON.*saw 'hello'"),
+        ({"messages": ["hello"]}, "a message is an object with role and content"),
+        ({"messages": said(("robot", "x"))}, "role 'robot'; accepted are system, user, human"),
+        ({"messages": [{"role": "user"}]}, "content is NoneType, not a string"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is not text"),
+        ({"messages": [{"from": "function_call", "value": "get()"}]}, "function_call is not JSON"),
+        ({"messages": [{"from": "function_call", "value": "[1]"}]}, "has name and arguments"),
+        ({"messages": Q_A, "tools": "get"}, "tools is not JSON"),
+    ],
+)
+def test_a_record_that_is_no_conversation_says_what_was_found(record, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        conversation_of(record, {}, None, "f:1")
+    assert str(raised.value).startswith("f:1: ")
+
+
+def test_user_template_rewrites_the_last_user_turn_from_columns():
+    record = {"question": "who?", "answer": "Ada", "context": ["p {x}", "q"]}
+    got = conversation_of(record, {}, "{context} -> {question}", "f:1")["messages"]
+    assert got == said(("user", "p {x}\n\nq -> who?"), ("assistant", "Ada"))
+    rag = conversation_of({"messages": Q_A, "context": "c"}, {}, "rag", "f:1")["messages"]
+    assert rag[0]["content"] == USER_TEMPLATES["rag"].format(question="q", context="c")
+    with pytest.raises(ValueError, match=r"f:1: user_template .*KeyError\('context'\)"):
+        conversation_of({"messages": Q_A}, {}, "rag", "f:1")
