@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.chat import render
+from jaxllm.data.chat import render, template_of
 from jaxllm.data.sources import content_hash, conversation_of, locate, read, records, text_of
 
 _VERSION = 1  # raise it when the same input gives other tokens than before
@@ -104,7 +104,7 @@ def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: s
     with _progress_bars(False):
         located = locate(source)
     content = content_hash(located.files)
-    settings = _settings(cfg) | {
+    settings = _settings(cfg, tokenizer) | {
         "version": _VERSION,
         "content": content,
         "format": located.format,
@@ -133,25 +133,22 @@ def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: s
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of what a tokenizer does to text and conversations."""
+    """Hash of what a tokenizer does to text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):
         del state[name]  # left by the latest call, not by the tokenizer's files
-    parts = [state, tokenizer.special_tokens_map, tokenizer.chat_template]
+    parts = [state, tokenizer.special_tokens_map]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
 
 
-def _settings(cfg: TrainConfig) -> dict[str, Any]:
+def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """The settings that change tokens."""
     if cfg.objective == "pretrain":
         return {"objective": "pretrain"}
     data = cfg.data
-    template = data.template
-    if template and os.path.isfile(template):
-        template = Path(template).read_text()
     return {
         "objective": cfg.objective,
-        "template": template,
+        "template": template_of(tokenizer, data.template),
         "template_kwargs": data.template_kwargs,
         "user_template": data.user_template,
         "max_length": data.max_length,
@@ -217,10 +214,10 @@ def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Itera
         verbose=False,
     )["input_ids"]
     eos = tokenizer.eos_token_id
-    for ids in encoded:
+    for text, ids in zip(texts, encoded, strict=True):
         if not ids or ids[-1] != eos:
             ids.append(eos)
-        if len(ids) < 2:
+        if not text or len(ids) < 2:
             yield _NONE, _NO_WEIGHTS, 0, NOTHING_TO_LEARN
         else:
             yield np.array(ids, np.int32), _NO_WEIGHTS, len(ids) - 1, KEPT

@@ -147,9 +147,7 @@ def test_the_same_input_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
     assert documents(tmp_path / "b.jsonl", config(tmp_path, max_length=8), tokenizer) == before
 
 
-def test_another_content_tokenizer_or_setting_is_tokenised_anew(
-    tmp_path, tokenizer, bos_tokenizer
-):
+def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokenizer, bos_tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [SHORT | {"other": "x"}])
     cfg = config(tmp_path, "sft", max_length=64)
     seen = {read(file, cfg, tokenizer).fingerprint, read(file, cfg, bos_tokenizer).fingerprint}

@@ -158,7 +158,11 @@ def test_hash_is_of_content_and_not_of_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', r"a\.jsonl:3: malformed JSON.*saw '\{\"text\":"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text": \n',
+            r"a\.jsonl:3: malformed JSON.*saw '\{\"text\":",
+        ),
         ("a.jsonl", '{"text": "a"}{"text": "b"}', r"a\.jsonl:1: malformed JSON: Extra data"),
         ("a.jsonl", '{"text": "a"}\n["text"]', r"a\.jsonl:2: a record is a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl:2: not UTF-8"),
