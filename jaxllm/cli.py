@@ -247,6 +247,8 @@ def _ours(error: BaseException) -> bool:
     tb = error.__traceback__
     if isinstance(error, OSError) or tb is None:
         return True
+    if any("JAX" in note for note in getattr(error, "__notes__", ())):
+        return False  # jax has cut its own frames off the traceback
     while tb.tb_next:
         tb = tb.tb_next
     return tb.tb_frame.f_globals.get("__name__", "").startswith("jaxllm")

@@ -116,7 +116,7 @@ def make_step(
             weight = metrics["loss"][1]
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             grads = jax.tree.map(lambda g: g * scale, grads)
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             if max_norm:
                 grads = clip(grads, norm, max_norm)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -174,7 +174,6 @@ def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[st
 def averages(sums: dict[str, list[float]], steps: int, seconds: float) -> dict[str, float]:
     """One line of metrics.jsonl from the sums over `steps` updates; loss is token-weighted."""
     values = {k: a / w if w else a for k, (a, w) in sums.items()}
-    values["learning_rate"] = values.pop("learning_rate")
     return values | {
         "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
         "step_seconds": seconds / max(steps, 1),
@@ -201,38 +200,37 @@ def train(cfg: TrainConfig) -> Result:
     Raises ValueError for a user's mistake before anything compiles, and when a loss or a gradient
     is not finite.
     """
-    # ---- the run folder, devices, tokenizer
+    # ---- what a mistake can be in: the run folder, devices, tokenizer, data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_batch(cfg, data_parallel(mesh))
-    run = Path(cfg.output_dir)
-    guard(cfg)
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path or cfg.model.config)
-
-    # ---- the model: abstract, then sharded arrays
-    compute = dict(
-        compute_dtype=cfg.model.compute_dtype,
-        remat=cfg.model.remat,
-        scan_unroll=cfg.model.scan_unroll,
-    )
-    model = hf.load_model(cfg, mesh=mesh, **compute)
-    check_vocabulary(tokenizer, model.cfg.vocab_size)
-    if cfg.data.max_length > model.cfg.max_positions:
+    model_cfg, _ = hf.model_config(cfg)
+    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path or str(cfg.model.config))
+    check_vocabulary(tokenizer, model_cfg.vocab_size)
+    if cfg.data.max_length > model_cfg.max_positions:
         raise ValueError(
             f"data.max_length {cfg.data.max_length} is over the model's limit of "
-            f"{model.cfg.max_positions} positions; lower it"
+            f"{model_cfg.max_positions} positions; lower it"
         )
-
-    # ---- data
+    run = Path(cfg.output_dir)
+    guard(cfg)
     data = load_data(cfg, tokenizer)
     rows = cfg.batch_size
     count = rows // (cfg.micro_batch_size * data_parallel(mesh))
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
+    schedule = make_schedule(cfg.optim, steps)
+
+    # ---- the model: abstract, then sharded arrays
+    model = hf.load_model(
+        cfg,
+        mesh,
+        compute_dtype=cfg.model.compute_dtype,
+        remat=cfg.model.remat,
+        scan_unroll=cfg.model.scan_unroll,
+    )
 
     # ---- optimizer, state, the step
-    hf_config, model_cfg = model.hf_config, model.cfg
     graph, weights = nnx.split(model, nnx.Param)
-    schedule = make_schedule(cfg.optim, steps)
     params = nnx.to_pure_dict(weights)
     optimizer = make_optimizer(cfg.optim, schedule, params)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
@@ -276,7 +274,7 @@ def train(cfg: TrainConfig) -> Result:
     evals: dict[str, dict[str, float]] = {}
     late: tuple[int, list[tuple[int, Any]], dict[str, list[float]], float] | None = None
     window: list[tuple[int, Any]] = []
-    since, clock = start, time.perf_counter()
+    clock = time.perf_counter()
 
     def write_late() -> None:
         nonlocal late
@@ -325,23 +323,23 @@ def train(cfg: TrainConfig) -> Result:
             if step % cfg.log.every == 0 or last:
                 write_late()
                 late = (step, window, sums, time.perf_counter() - clock)
-                window, sums, since, clock = [], {}, step, time.perf_counter()
+                window, sums, clock = [], {}, time.perf_counter()
             evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
+            pause = time.perf_counter()
             eval_loss = run_evals(step) if evaluated and not stopping.is_set() else None
             if step % cfg.save.every == 0 or last:
                 save(step, eval_loss)
+            clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stopping.is_set():
                 break
         else:
             step = steps
         write_late()
     saves.close()
-    metrics.close()
     stopped = step < steps
     final = None
     if cfg.save.final and not stopped:
         final = str(run / "final")
         whole = merge(graph, state.trainable, frozen)
-        whole.hf_config = hf_config
         hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
     return Result(step, stopped, evals, final)

@@ -139,6 +139,7 @@ class Decoder(nnx.Module):
             return Block(cfg, dtype=dtype, rngs=rngs)
 
         self.cfg = cfg
+        self.hf_config = ""  # the config.json it was made from, as text
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll = remat, scan_unroll
         self.embed = Embed(cfg, dtype=dtype, rngs=rngs)

@@ -1,164 +1,346 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each family is: its HF config read into a ModelConfig, and one table of tensor names.
+"""Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
-transformers' own config classes fill defaults and translate old spellings (`rope_scaling`,
-`rope_theta`) first, so a config.json of any age reads the same.
+transformers' own config classes first fill in defaults and translate old spellings (`rope_scaling`,
+`rope_theta`, `type`), so a config.json of any age reads the same. What a model computes is what
+transformers computes from its config; what this decoder cannot compute is refused with ValueError.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-
-
-def _plain(c: dict[str, Any]) -> dict[str, Any]:
-    """Llama, Mistral, Olmo2, Phi3, SmolLM3: biases as the config says."""
-    bias = bool(c.get("attention_bias", False))
-    return dict(qkv_bias=bias, o_bias=bias, mlp_bias=bool(c.get("mlp_bias", False)))
-
-
-def _gemma(c: dict[str, Any]) -> dict[str, Any]:
-    return _plain(c) | dict(
-        norm_offset=1.0,
-        norm_placement="sandwich",
-        embed_scale=math.sqrt(c["hidden_size"]),
-        query_scale=c["query_pre_attn_scalar"] ** -0.5,
-        attention_softcap=c.get("attn_logit_softcapping") or 0.0,
-        logit_softcap=c.get("final_logit_softcapping") or 0.0,
-    )
-
-
-# model_type -> the ModelConfig fields in which the family differs from Llama.
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "llama": _plain,
-    "mistral": _plain,
-    "qwen2": lambda c: dict(qkv_bias=True),
-    "qwen3": lambda c: _plain(c) | dict(qk_norm="head"),
-    "gemma2": _gemma,
-    "gemma3_text": lambda c: _gemma(c) | dict(qk_norm="head"),
-    "olmo2": lambda c: _plain(c) | dict(norm_placement="post", qk_norm="full"),
-    "phi3": _plain,
-    "smollm3": _plain,
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
 }
-# Families whose q, k, v and whose gate, up lie one after another in one tensor.
-FUSED = ("phi3",)
 
 
-def _rope(p: dict[str, Any], max_positions: int, original: int | None) -> Rope:
-    kind = p.get("rope_type", "default")
-    shared = dict(theta=float(p["rope_theta"]), partial=p.get("partial_rotary_factor") or 1.0)
-    if kind == "default":
-        return Rope(**shared)
-    if kind not in ("linear", "llama3", "yarn", "longrope"):
-        raise ValueError(f"rope_type {kind!r} is not supported; known: default, linear, llama3, yarn, longrope")
-    factor, scale = p.get("factor"), p.get("attention_factor")
-    original = p.get("original_max_position_embeddings") or original or max_positions
-    if kind == "yarn" and scale is None:
-
-        def log_scale(m: float) -> float:
-            return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-
-        m, whole = p.get("mscale"), p.get("mscale_all_dim")
-        scale = log_scale(m) / log_scale(whole) if m and whole else log_scale(1.0)
-    if kind == "longrope":
-        factor = max_positions / original if factor is None or p.get("_from_lengths") else factor
-        if scale is None:
-            scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return Rope(
-        **shared,
-        kind=kind,
-        factor=float(factor),
-        original_length=original,
-        low_freq_factor=p.get("low_freq_factor", 1.0),
-        high_freq_factor=p.get("high_freq_factor", 4.0),
-        beta_fast=p.get("beta_fast") or 32.0,
-        beta_slow=p.get("beta_slow") or 1.0,
-        truncate=p.get("truncate", True),
-        mscale=float(scale or 1.0),
-        long_factor=tuple(p.get("long_factor") or ()),
-        short_factor=tuple(p.get("short_factor") or ()),
-    )
+def _same(value: Any) -> Any:
+    return value
 
 
-def _layers(c: dict[str, Any], ropes: dict[str, int]) -> dict[str, Any]:
-    """The distinct kinds of layer and which layer is of which."""
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A ModelConfig field and the HF key it is kept under, with the change of value each way."""
+
+    field: str
+    key: str
+    read: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = _same
+
+
+def _activation_under(key: str) -> Option:
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    return Option("activation", key, _activation, back.__getitem__)
+
+
+def _softcap(field: str, key: str) -> Option:
+    return Option(field, key, lambda cap: cap or 0.0, lambda cap: cap or None)
+
+
+SHARED = (
+    Option("vocab_size", "vocab_size"),
+    Option("hidden_size", "hidden_size"),
+    Option("intermediate_size", "intermediate_size"),
+    Option("num_layers", "num_hidden_layers"),
+    Option("num_heads", "num_attention_heads"),
+    Option("num_kv_heads", "num_key_value_heads"),
+    Option("head_dim", "head_dim"),
+    Option("max_positions", "max_position_embeddings"),
+    Option("norm_eps", "rms_norm_eps"),
+    Option("tie_embeddings", "tie_word_embeddings", bool),
+    Option("initializer_range", "initializer_range"),
+)
+ACTIVATION = (_activation_under("hidden_act"),)
+ATTENTION_BIAS = (
+    Option("qkv_bias", "attention_bias", bool),
+    Option("o_bias", "attention_bias", bool),
+)
+MLP_BIAS = (Option("mlp_bias", "mlp_bias", bool),)
+GEMMA = (
+    _activation_under("hidden_activation"),
+    *ATTENTION_BIAS,
+    Option("embed_scale", "hidden_size", math.sqrt, lambda scale: round(scale**2)),
+    Option(
+        "query_scale",
+        "query_pre_attn_scalar",
+        lambda width: width**-0.5,
+        lambda scale: round(scale**-2),
+    ),
+    _softcap("logit_softcap", "final_logit_softcapping"),
+)
+ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` differ from plain Llama.
+
+    fixed: ModelConfig fields with the same value in every model of the family.
+    options: fields that the config sets, besides SHARED.
+    window: which layers have `sliding_window`: none, all, those that `layer_types` names, or those
+      when `use_sliding_window` says so too ("switched").
+    nope: `no_rope_layers` names layers without rotary positions.
+    rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
+    partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
+    fused: q, k, v lie one after another in one tensor, and so do gate and up.
+    refused: HF keys that must be empty, each with the reason.
+    """
+
+    fixed: dict[str, Any] = field(default_factory=dict)
+    options: tuple[Option, ...] = ACTIVATION
+    window: Literal["none", "all", "typed", "switched"] = "none"
+    nope: bool = False
+    rope_by_type: bool = False
+    partial_rope: bool = False
+    fused: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+_BIDIRECTIONAL = {"use_bidirectional_attention": "only causal attention is supported"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS),
+    "mistral": Family(
+        window="all",
+        refused={"layer_types": "transformers ignores it for mistral; set it to null"},
+    ),
+    "qwen2": Family(fixed={"qkv_bias": True}, window="switched"),
+    "qwen3": Family(
+        fixed={"qk_norm": "head"},
+        options=ACTIVATION + ATTENTION_BIAS,
+        window="switched",
+    ),
+    "gemma2": Family(
+        fixed={"norm_offset": 1.0, "norm_placement": "sandwich"},
+        options=GEMMA + ATTENTION_SOFTCAP,
+        window="typed",
+        refused=_BIDIRECTIONAL,
+    ),
+    "gemma3_text": Family(
+        fixed={"norm_offset": 1.0, "norm_placement": "sandwich", "qk_norm": "head"},
+        options=GEMMA,
+        window="typed",
+        rope_by_type=True,
+        refused=_BIDIRECTIONAL
+        | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
+    ),
+    "olmo2": Family(
+        fixed={"norm_placement": "post", "qk_norm": "full"}, options=ACTIVATION + ATTENTION_BIAS
+    ),
+    "phi3": Family(window="all", partial_rope=True, fused=True),
+    "smollm3": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS, window="switched", nope=True),
+}
+
+# Rope field -> HF key, by kind. `theta` and `partial` belong to all.
+ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncate",
+        "mscale": "attention_factor",
+    },
+    "longrope": {
+        "original_length": "original_max_position_embeddings",
+        "mscale": "attention_factor",
+        "long_factor": "long_factor",
+        "short_factor": "short_factor",
+    },
+}
+
+
+def _stretch_scale(p: dict[str, Any], max_positions: int) -> float:
+    """What yarn and longrope multiply cos and sin by if there is no `attention_factor`."""
+    factor, original = p.get("factor"), p["original_max_position_embeddings"]
+    factor = max_positions / original if factor is None else factor
+    if factor <= 1:
+        return 1.0
+    if p["rope_type"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0
+
+    m, whole = p.get("mscale"), p.get("mscale_all_dim")
+    return scale(m) / scale(whole) if m and whole else scale(1.0)
+
+
+def _read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
+    """One set of `rope_parameters` in transformers' full spelling; `c` is the whole config."""
+    kind = p["rope_type"]
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
+    partial = p.get("partial_rotary_factor")
+    partial = 1.0 if partial is None else float(partial)
+    if partial != 1.0 and not FAMILIES[c["model_type"]].partial_rope:
+        raise ValueError(f"partial_rotary_factor {partial} is not supported for {c['model_type']}")
+    p = dict(p)
+    if kind in ("yarn", "longrope") and p.get("attention_factor") is None:
+        p["attention_factor"] = _stretch_scale(p, c["max_position_embeddings"])
+    if kind == "yarn" and p.get("factor") is None:
+        p["factor"] = c["max_position_embeddings"] / p["original_max_position_embeddings"]
+    values: dict[str, Any] = {}
+    for name, key in ROPE_KEYS[kind].items():
+        value = p.get(key)
+        if value is not None:  # absent or null: Rope's default is transformers'
+            values[name] = tuple(map(float, value)) if isinstance(value, list) else value
+    return Rope(theta=float(p["rope_theta"]), kind=kind, partial=partial, **values)
+
+
+def _write_rope(rope: Rope, family: Family) -> dict[str, Any]:
+    p: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if family.partial_rope:
+        p["partial_rotary_factor"] = rope.partial
+    for name, key in ROPE_KEYS[rope.kind].items():
+        value = getattr(rope, name)
+        p[key] = list(value) if isinstance(value, tuple) else value
+    return p
+
+
+def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
+    """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: which layer is of which."""
+    family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
     window = c.get("sliding_window")
-    default = "sliding_attention" if window and c["model_type"] in ("mistral", "phi3") else "full_attention"
-    types = c.get("layer_types") or [default] * c["num_hidden_layers"]
-    rotated = c.get("no_rope_layers") or [1] * len(types)  # 1 = the layer has rotary positions
+    types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
+    if family.window in ("typed", "switched"):
+        types = c["layer_types"]
+    if strange := set(types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types {', '.join(sorted(strange))} are not supported")
+    rope = c["rope_parameters"]
+    names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
+    ropes = tuple(_read_rope(rope[n] if family.rope_by_type else rope, c) for n in names)
+    rotated = c["no_rope_layers"][:count] if family.nope else [True] * count
     layers = [
         LayerKind(
-            rope=ropes.get(kind, 0) if uses_rope else None,
+            rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else None,
             window=window if kind == "sliding_attention" else None,
         )
         for kind, uses_rope in zip(types, rotated, strict=True)
     ]
     kinds = tuple(dict.fromkeys(layers))
-    return dict(kinds=kinds, layer_kinds=tuple(kinds.index(k) for k in layers) if len(kinds) > 1 else ())
+    index = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
+    return {"ropes": ropes, "kinds": kinds, "layer_kinds": index}
+
+
+def _write_layers(cfg: ModelConfig) -> dict[str, Any]:
+    family = FAMILIES[cfg.family]
+    layers = [cfg.kinds[k] for k in cfg.layer_kinds or (0,) * cfg.num_layers]
+    types = ["full_attention" if kind.window is None else "sliding_attention" for kind in layers]
+    window = next((kind.window for kind in layers if kind.window is not None), None)
+    config: dict[str, Any] = {}
+    if family.window == "all":
+        config["sliding_window"] = window
+    elif family.window != "none":
+        # A length even where no layer uses it: transformers builds gemma's mask from it.
+        config |= {"layer_types": types, "sliding_window": window or cfg.max_positions}
+        if family.window == "switched":
+            config["use_sliding_window"] = window is not None
+    if family.nope:
+        config["no_rope_layers"] = [int(kind.rope is not None) for kind in layers]
+    if family.rope_by_type:
+        by_type = {n: cfg.ropes[kind.rope or 0] for n, kind in zip(types, layers, strict=True)}
+        config["rope_parameters"] = {n: _write_rope(rope, family) for n, rope in by_type.items()}
+    else:
+        config["rope_parameters"] = _write_rope(cfg.ropes[0], family)
+    if cfg.ropes[0].kind == "longrope":  # phi3 gives this one precedence over rope_parameters
+        config["original_max_position_embeddings"] = cfg.ropes[0].original_length
+    return config
+
+
+def _family(config: dict[str, Any]) -> Family:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
 
 
 def normalised(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with every default filled in by transformers. Raises ValueError for an unknown family."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not known; known: {', '.join(sorted(FAMILIES))}")
+    """The config in transformers' newest spelling with every default filled in; a new dict.
+
+    Raises ValueError for an unknown family, quantised weights, and what transformers finds wrong.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    keep = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    family = _family(config)
     if config.get("quantization_config"):
         raise ValueError("the weights are quantised (quantization_config); dequantise them first")
-    return AutoConfig.for_model(kind, **keep).to_dict()
+    if config.get("is_causal") is False:
+        raise ValueError("is_causal is false; only causal attention is supported")
+    keep = copy.deepcopy(config)  # transformers writes into nested dicts
+    kind = keep.pop("model_type")
+    try:
+        c = AutoConfig.for_model(kind, **keep).to_dict()
+    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"config of a {kind} model: {str(error).strip()}") from error
+    for key, reason in family.refused.items():
+        if c.get(key):
+            raise ValueError(f"{key} is {c[key]!r}: {reason}")
+    c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    return c
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
-    """A HF config.json as a ModelConfig.
+    """The decoder that a HF config.json describes; keys that do not shape it are passed over.
 
-    Raises ValueError for a family, an activation or a rope type that is not known.
+    Raises ValueError for a family, activation, rope type or option that is not supported.
     """
-    c = normalised(config)
-    act = c.get("hidden_activation") or c.get("hidden_act")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"activation {act!r} is not known; known: {', '.join(ACTIVATIONS)}")
-    lengths = c["max_position_embeddings"], c.get("original_max_position_embeddings")
-    rope = c["rope_parameters"]
-    names = list(rope) if "rope_theta" not in rope else ["full_attention"]
-    if "rope_theta" in rope:
-        ropes: tuple[Rope, ...] = (_rope(rope, *lengths),)
-    else:  # one base each kind of layer
-        ropes = tuple(_rope(rope[name], *lengths) for name in names)
-    fields = FAMILIES[c["model_type"]](c)
-    return ModelConfig(
-        family=c["model_type"],
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=c["num_attention_heads"],
-        num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        max_positions=c["max_position_embeddings"],
-        ropes=ropes,
-        **_layers(c, {name: i for i, name in enumerate(names)}),
-        norm_eps=c["rms_norm_eps"],
-        activation=ACTIVATIONS[act],
-        tie_embeddings=bool(c["tie_word_embeddings"]),
-        initializer_range=c["initializer_range"],
-        **fields,
-    )
+    family, c = _family(config), normalised(config)
+    values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
+    cfg = ModelConfig(family=c["model_type"], **values, **family.fixed, **_read_layers(c))
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads {cfg.num_heads} is no multiple of "
+            f"num_key_value_heads {cfg.num_kv_heads}"
+        )
+    return cfg
+
+
+def to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """The HF config.json of a decoder: `from_hf(to_hf(cfg)) == cfg`.
+
+    Raises ValueError naming the fields when the family cannot express `cfg`.
+    """
+    family = _family({"model_type": cfg.family})
+    config = {o.key: o.write(getattr(cfg, o.field)) for o in SHARED + family.options}
+    config |= {"model_type": cfg.family} | _write_layers(cfg)
+    back = from_hf(config)
+    if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
+        raise ValueError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
+    return config
 
 
 @dataclass(frozen=True)
 class Key:
-    """One of our weights and the HF tensor it comes from.
+    """One of our weights and the HF tensor it lies in.
 
-    `path` is dotted; a path under `layers.` is the stack over layers, `{i}` the layer in `name`.
-    `transpose`: the tensor is [out, in], ours [in, out]. `rows`: our part of a fused tensor's out dim.
+    path: ours, dotted; under `layers.` it is the stack over layers, `{i}` in `name` the layer.
+    transpose: the tensor is [out, in], ours [in, out].
+    rows: ours is this part of a fused tensor's out dim.
     """
 
     path: str
@@ -166,22 +348,28 @@ class Key:
     transpose: bool = False
     rows: tuple[int, int] | None = None
 
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name
+
+
+NORMS: dict[str, dict[str, str]] = {
+    "pre": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+    "sandwich": {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+
 
 def key_table(cfg: ModelConfig) -> list[Key]:
-    """Every weight of the decoder, once, in the order HF writes them."""
-    norms = {
-        "pre": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-        "post": {
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-        "sandwich": {
-            "attn_norm": "input_layernorm",
-            "attn_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        },
-    }[cfg.norm_placement]
+    """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     layer = "model.layers.{i}."
     keys = [Key("embed.embedding", "model.embed_tokens.weight")]
@@ -191,7 +379,7 @@ def key_table(cfg: ModelConfig) -> list[Key]:
         if bias:
             keys.append(Key(f"layers.{path}.bias", f"{layer}{name}.bias", False, rows))
 
-    if cfg.family in FUSED:
+    if FAMILIES[cfg.family].fused:
         for part, rows in (("q", (0, Q)), ("k", (Q, Q + KV)), ("v", (Q + KV, Q + 2 * KV))):
             linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, rows)
         for part, rows in (("gate", (0, F)), ("up", (F, 2 * F))):
@@ -204,10 +392,10 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
     if cfg.qk_norm != "none":
-        keys += [
-            Key(f"layers.attn.{p}_norm.scale", f"{layer}self_attn.{p}_norm.weight") for p in "qk"
-        ]
-    keys += [Key(f"layers.{ours}.scale", f"{layer}{name}.weight") for ours, name in norms.items()]
+        for part in ("q_norm", "k_norm"):
+            keys.append(Key(f"layers.attn.{part}.scale", f"{layer}self_attn.{part}.weight"))
+    for ours, name in NORMS[cfg.norm_placement].items():
+        keys.append(Key(f"layers.{ours}.scale", f"{layer}{name}.weight"))
     keys.append(Key("norm.scale", "model.norm.weight"))
     if not cfg.tie_embeddings:
         keys.append(Key("head.kernel", "lm_head.weight", True))

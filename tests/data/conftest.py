@@ -12,16 +12,16 @@ CHATML = (
 SPECIALS = ["<s>", "<eos>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """Ids 0..3 are SPECIALS, then one id a byte."""
+def byte_tokenizer(adds: str | None = None) -> PreTrainedTokenizerFast:
+    """Ids 0..3 are SPECIALS, then one id a byte; `adds` is the template of what it adds itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    if adds_bos:
+    if adds:
         backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
+            single=adds, special_tokens=[("<s>", 0), ("<eos>", 1)]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -34,9 +34,14 @@ def byte_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer(adds_bos=False)
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer(adds_bos=True)
+    return byte_tokenizer(adds="<s> $A")
+
+
+@pytest.fixture(scope="session")
+def bos_eos_tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer(adds="<s> $A <eos>")

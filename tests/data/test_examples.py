@@ -42,11 +42,14 @@ def test_each_document_ends_with_exactly_one_eos(tmp_path, tokenizer):
     assert second == [*tokenizer("c").input_ids, EOS]
 
 
-def test_bos_stands_once_when_the_tokenizer_adds_it(tmp_path, bos_tokenizer):
-    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "<s>ab"}])
-    for tokens in documents(file, config(tmp_path), bos_tokenizer):
-        assert tokens[0] == BOS and tokens.count(BOS) == 1
-        assert tokens[-1] == EOS and tokens.count(EOS) == 1
+def test_bos_and_eos_stand_once_when_the_tokenizer_adds_them(
+    tmp_path, bos_tokenizer, bos_eos_tokenizer
+):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "<s>ab<eos>"}])
+    for made_by in (bos_tokenizer, bos_eos_tokenizer):
+        for tokens in documents(file, config(tmp_path), made_by):
+            assert tokens[0] == BOS and tokens.count(BOS) == 1
+            assert tokens[-1] == EOS and tokens.count(EOS) == 1
 
 
 def test_special_tokens_in_text_stay_text(tmp_path, tokenizer):
@@ -74,9 +77,9 @@ def test_a_bad_record_met_by_a_worker_still_names_its_line(tmp_path, tokenizer):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_tokenizer):
+def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}, {"text": "a"}])
-    for made_by in (tokenizer, bos_tokenizer):
+    for made_by in (tokenizer, bos_eos_tokenizer):
         found = read(file, config(tmp_path), made_by)
         assert found.fate.tolist() == [NOTHING_TO_LEARN, NOTHING_TO_LEARN, KEPT]
         assert found.lengths[:2].tolist() == [0, 0]

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step: the same numbers however an update is divided, laid out or recomputed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+from jaxllm.config import MeshSection, OptimSection
+from jaxllm.data.batch import Batch, make_row
+from jaxllm.mesh import make_mesh, put
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.train import TrainState, make_step, state_shardings
+
+V, T = 97, 32
+TINY = ModelConfig(
+    "llama",
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=64,
+    ropes=(Rope(), Rope(theta=500.0)),
+    kinds=(LayerKind(0), LayerKind(1, 9)),
+    layer_kinds=(0, 1, 0, 1),
+    tie_embeddings=False,
+    initializer_range=0.2,
+)
+
+
+def ragged_rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two or three segments with uneven masks and padding."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        segments = []
+        for n in rng.integers(4, 11, 2 + i % 2):
+            learn = (rng.random(n) < 0.2 + 0.1 * (i % 7)).astype(np.float32)
+            segments.append((rng.integers(0, V, n), learn))
+        rows.append(make_row(segments, T))
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def trajectory(rows, *, count=1, steps=3, mesh=MeshSection(fsdp=1), devices=1, **model):
+    """(losses, gradient norms, weights) of AdamW steps on the same rows, in `count` micro-batches."""
+    mesh = make_mesh(mesh, jax.devices()[:devices])
+    graph, weights = nnx.split(Decoder(TINY, rngs=nnx.Rngs(1), **model), nnx.Param)
+    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
+    schedule = make_schedule(optim, 100)
+    params = nnx.to_pure_dict(weights)
+    optimizer = make_optimizer(optim, schedule, params)
+    lay, grads, moments = state_shardings(weights, optimizer, mesh, 3)
+    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, lay)
+        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
+        state = TrainState(jnp.int32(0), params, opt_state)
+        step = make_step(
+            graph, lm_loss, optimizer, schedule, max_norm=0.5, gradient_shardings=grads if devices > 1 else None
+        )
+        step = jax.jit(step, out_shardings=(shardings, None))
+        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
+        losses, norms = [], []
+        for _ in range(steps):
+            state, metrics = step(state, {}, Batch(**put(mesh, split)))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+            norms.append(float(metrics["grad_norm"][0]))
+        assert step._cache_size() <= 2  # nothing is compiled again once shardings have settled
+    return np.array(losses), np.array(norms), jax.device_get(state.trainable)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return trajectory(ragged_rows(16))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        dict(count=4),
+        dict(count=16),
+        dict(remat="full"),
+        dict(remat="dots"),
+        dict(remat="names"),
+        dict(scan_unroll=4),
+        dict(devices=8, mesh=MeshSection(fsdp=8)),
+        dict(devices=8, mesh=MeshSection(data=8, fsdp=1)),
+        dict(devices=8, mesh=MeshSection(fsdp=2, tensor=4)),
+        dict(devices=8, mesh=MeshSection(fsdp=2, tensor=4), count=2, remat="full"),
+    ],
+    ids=lambda form: "-".join(f"{k}_{v}" for k, v in form.items() if k != "mesh"),
+)
+def test_trajectory_does_not_depend_on_how_an_update_is_computed(reference, form):
+    losses, norms, _ = trajectory(ragged_rows(16), **form)
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, reference[1], rtol=1e-5)
+
+
+def test_mean_of_micro_batch_means_would_differ(reference):
+    """The equivalence above can fail: the rows' weights are uneven enough to show a wrong mean."""
+    rows = ragged_rows(16)
+    weights = rows["weights"].reshape(4, -1).sum(1)
+    assert weights.max() > 1.3 * weights.min()
+    assert reference[0][-1] < reference[0][0]
+
+
+def test_packed_rows_equal_unpacked_ones(reference):
+    rows = ragged_rows(16)
+    single = []
+    for r in range(16):
+        for s in range(1, rows["segment_ids"][r].max() + 1):
+            at = rows["segment_ids"][r] == s
+            row = {k: np.zeros(T, v.dtype) for k, v in rows.items()}
+            for k in rows:
+                row[k][: at.sum()] = rows[k][r][at]
+            row["segment_ids"][: at.sum()] = 1
+            single.append(row)
+    unpacked = {k: np.stack([row[k] for row in single]) for k in rows}
+    losses, norms, _ = trajectory(unpacked)
+    np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, reference[1], rtol=1e-5)
+
+
+def test_loss_is_unchanged_by_what_padding_holds(reference):
+    rows = ragged_rows(16)
+    rows["tokens"] = np.where(rows["segment_ids"] == 0, 5, rows["tokens"])
+    rows["targets"] = np.where(rows["weights"] == 0, 7, rows["targets"])
+    np.testing.assert_allclose(trajectory(rows)[0], reference[0], rtol=1e-6)
+
+
+def test_nothing_learned_gives_zero_loss_and_gradients():
+    rows = ragged_rows(4)
+    rows["weights"] = np.zeros_like(rows["weights"])
+    losses, norms, _ = trajectory(rows, steps=1)
+    assert norms[0] == 0.0 and np.isnan(losses[0])  # 0 / 0 only when divided by hand
+
+
+def test_bf16_compute_stays_near_float32(reference):
+    losses, _, _ = trajectory(ragged_rows(16), compute_dtype="bfloat16")
+    np.testing.assert_allclose(losses, reference[0], rtol=2e-2)
+
+
+# ---- whole runs
+
+CORPUS = Path(json.__file__)
+ENV = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tokenizer, a model config, text and chats."""
+    from jaxllm.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("project")
+    text = "\n".join(p.read_text() for p in sorted(CORPUS.parent.glob("*.py")))
+    (folder / "text.txt").write_text(text)
+    train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=500)
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 500,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    (folder / "model.json").write_text(json.dumps(config))
+    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 20]
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in zip(lines[::2], lines[1::2], strict=False)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    return folder
+
+
+def command(project: Path, verb: str, out: str, *more: str) -> list[str]:
+    data = "text.txt" if verb == "pretrain" else "chats.jsonl"
+    return [
+        *(sys.executable, "-m", "jaxllm", verb),
+        *("--model.config", str(project / "model.json"), "--model.tokenizer", str(project / "tokenizer")),
+        *("--data.train", str(project / data), "--data.max_length", "64", "--data.workers", "1"),
+        *("--data.cache_dir", str(project / "cache"), "--output_dir", str(project / out)),
+        *("--batch_size", "8", "--micro_batch_size", "1", "--steps", "12", "--log.every", "1"),
+        *("--save.every", "4", "--optim.learning_rate", "0.01", *more),
+    ]
+
+
+def lines_of(run: Path, kind: str = "train") -> dict[int, dict]:
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: x for x in lines if x["kind"] == kind}
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "sft"])
+def test_resume_after_sigkill_is_bit_exact(project, verb):
+    straight = command(project, verb, f"{verb}-straight")
+    subprocess.run(straight, env=ENV, check=True, capture_output=True)
+    killed = command(project, verb, f"{verb}-killed")
+    run = project / f"{verb}-killed"
+    process = subprocess.Popen(killed, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (run / "checkpoints" / "4").is_dir() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(killed, env=ENV, check=True, capture_output=True)
+    want, got = lines_of(project / f"{verb}-straight"), lines_of(run)
+    assert sorted(got) == sorted(want) == list(range(1, 13))
+    for step in want:
+        for key in ("loss", "grad_norm", "accuracy", "entropy", "tokens"):
+            assert got[step][key] == want[step][key], (step, key)
+    a, b = (load_file(project / f"{verb}-{k}/final/model.safetensors") for k in ("straight", "killed"))
+    assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+
+
+def test_resume_on_fewer_devices_sees_the_same_rows(project):
+    constant = ("--optim.schedule", "constant")
+    two = ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    for out, steps, env in (("unmoved", "12", ENV), ("moved", "8", ENV), ("moved", "12", two)):
+        args = command(project, "pretrain", out, "--steps", steps, *constant)
+        subprocess.run(args, env=env, check=True, capture_output=True)
+    want, got = lines_of(project / "unmoved"), lines_of(project / "moved")
+    for step in range(9, 13):
+        assert got[step]["tokens"] == want[step]["tokens"]
+        assert abs(got[step]["loss"] - want[step]["loss"]) < 1e-5
+
+
+def test_sigterm_saves_and_exits_75(project):
+    args = command(project, "pretrain", "stopped", "--steps", "100000", "--save.every", "100000")
+    process = subprocess.Popen(args, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = project / "stopped" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (file.is_file() and file.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert [p for p in (project / "stopped" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def refused(args: list[str], *words: str) -> None:
+    done = subprocess.run(args, env=ENV, capture_output=True, text=True)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("jaxllm: error: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_another_run_in_the_folder_is_refused(project):
+    subprocess.run(command(project, "pretrain", "mine", "--steps", "4"), env=ENV, check=True, capture_output=True)
+    before = (project / "mine" / "final" / "model.safetensors").read_bytes()
+    refused(command(project, "pretrain", "mine", "--seed", "7"), "another run", "seed")
+    assert (project / "mine" / "final" / "model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project):
+    args = command(project, "pretrain", "nan", "--optim.learning_rate", "1e30", "--optim.clip", "0")
+    refused(args, "step ", "the last good checkpoint is kept")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--optim.learning_rat", "1"], ["optim.learning_rate"]),
+        (["--data.train", "nowhere.txt"], ["nowhere.txt"]),
+        (["--data.max_length", "65"], ["65", "64 positions"]),
+        (["--batch_size", "6"], ["6", "4 devices"]),
+        (["--optim.warmup", "50"], ["warmup", "12"]),
+        (["--mesh.tensor", "3"], ["mesh", "4 devices"]),
+        (["--optim.name", "adamx"], ["adamx", "adamw"]),
+    ],
+)
+def test_a_users_mistake_is_one_line(project, more, words):
+    refused(command(project, "pretrain", "wrong", *more), *words)
