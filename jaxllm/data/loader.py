@@ -137,7 +137,8 @@ def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grai
         own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
         return part.shuffle(seed=int(own_seed)).repeat()
 
-    parts = [grain.MapDataset.source(part) for part in rows.parts]
+    sources: list[Any] = list(rows.parts)  # grain's type for them is narrower than its use
+    parts = [grain.MapDataset.source(part) for part in sources]
     if rows.weights is None:
         mixed = endless(grain.MapDataset.concatenate(parts), 0)
     else:
@@ -153,6 +154,7 @@ def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grai
 def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:
     """The fields of Batch [B, T] of update `step` (from 0): the same on every host and mesh."""
     batch = _batches(rows, seed, batch_size, 1)[step]
+    assert batch is not None  # grain's mark of a filtered element; nothing filters here
     return {name: value[0] for name, value in batch.items()}
 
 
@@ -239,10 +241,29 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
         "max_length": data.max_length,
         "seed": cfg.seed,
         "tokenizer": tokenizer_hash,
-        "train": _describe(train, train_rows),
-        "eval": {name: _describe(parts, rows[name]) for name, parts in evals.items()},
+        "train": _entry(train, train_rows),
+        "eval": {name: _entry(parts, rows[name]) for name, parts in evals.items()},
     }
     return Data(train_rows, rows, manifest)
+
+
+def summarize(manifest: dict[str, Any]) -> list[str]:
+    """A manifest as lines for the terminal, a source each, with what was dropped and cut."""
+    lines = []
+    for name, entry in [("train", manifest["train"]), *manifest["eval"].items()]:
+        for source in entry["sources"]:
+            counts = {
+                "dropped as too long": source["dropped_too_long"],
+                "dropped with nothing to learn": source["dropped_nothing_to_learn"],
+                "truncated": source["truncated"],
+            }
+            lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+            lines.append(
+                f"{name}: {source['path']}: {source['examples']:,} of {source['read']:,} examples, "
+                f"{source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
+                f"{source['rows']:,} rows{lost}"
+            )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -293,12 +314,12 @@ def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
                 "data.max_length"
             )
         laid_out.append(rows)
-    weights = [part.source.weight for part in parts]
-    if held_out or weights.count(None) == len(weights):
+    weights = tuple(p.source.weight for p in parts if p.source.weight is not None)
+    if held_out or not weights:
         return Rows(tuple(laid_out), None, data.max_length)
-    if None in weights:
+    if len(weights) < len(parts):
         raise ValueError("data.train: some sources have a weight and some do not; give all or none")
-    return Rows(tuple(laid_out), tuple(weights), data.max_length)
+    return Rows(tuple(laid_out), weights, data.max_length)
 
 
 def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
@@ -312,7 +333,7 @@ def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
     )
 
 
-def _describe(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
+def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
     """A set's entry in the manifest: its sources, their sum, and how full the rows are."""
     if rows is None:
         return {"sources": [], "examples": 0, "tokens": 0, "rows": 0}

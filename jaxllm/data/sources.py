@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import xxhash
+from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
 
@@ -93,8 +94,10 @@ def locate(source: Source) -> Located:
         if not found:
             raise FileNotFoundError(f"{source.path}: no file matches")
         return _of_files(found, source.path)
+    # A name that can only be meant as a path is not looked up on the hub, which may take long.
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path)
-    if not is_hub_id or Path(path).suffix in FORMATS:
+    near = "/" in path and Path(path).parent.is_dir()
+    if not is_hub_id or near or Path(path).suffix in FORMATS:
         raise FileNotFoundError(f"{source.path}: no such file or directory")
     return _locate_hub(source)
 
@@ -137,30 +140,27 @@ def _locate_folder(folder: Path, split: str) -> Located:
     files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
         raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}")
-    splits: dict[str | None, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
-    unnamed = splits.pop(None, [])
+    unnamed = splits.pop("", [])
     if not splits:  # names say nothing of splits: all of it is what was asked for
         return _of_files(unnamed, str(folder))
     if unnamed:
         raise ValueError(
-            f"{folder}: file names give the splits {', '.join(map(str, splits))}, but "
+            f"{folder}: file names give the splits {', '.join(splits)}, but "
             f"{unnamed[0]} is in none; name the files by a glob"
         )
     if split not in splits:
-        raise ValueError(
-            f"{folder}: no split {split!r}; its file names give {', '.join(map(str, splits))}"
-        )
+        raise ValueError(f"{folder}: no split {split!r}; its file names give {', '.join(splits)}")
     return _of_files(splits[split], str(folder))
 
 
-def _split_of(file: Path) -> str | None:
-    """The split that a file's name or folder gives, by the words that `datasets` looks for."""
+def _split_of(file: Path) -> str:
+    """The split that a file's name or folder gives, by the words `datasets` looks for, or ""."""
     words = re.split(r"[-._ /0-9]+", file.with_suffix("").as_posix())
-    return next(
-        (split for word in words for split, names in _SPLITS.items() if word in names), None
-    )
+    given = (split for word in words for split, names in _SPLITS.items() if word in names)
+    return next(given, "")
 
 
 def _locate_hub(source: Source) -> Located:
@@ -183,7 +183,7 @@ def _of_dataset(dataset: Any) -> Located:
 
 def _locate_tfds(source: Source) -> Located:
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"{source.path}: tensorflow-datasets is not installed; pip install 'jaxllm[tfds]'"
@@ -218,7 +218,7 @@ def read(located: Located, folder: Path) -> Any:
                 return datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
-            except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
+            except (DatasetGenerationError, pa.ArrowInvalid) as error:
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise ValueError(
                     f"{_first_last(files)}: not readable as {located.format}: {reason}"
@@ -339,15 +339,15 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
 def _array_records(files: list[str]) -> Iterator[tuple[str, str]]:
     from grain.sources import ArrayRecordDataSource
 
-    with ArrayRecordDataSource(files) as source:
-        for index in range(len(source)):
-            at = f"{_first_last(files)}, record {index}"
-            try:
-                yield source[index].decode(), at
-            except UnicodeDecodeError:
-                raise ValueError(
-                    f"{at}: not UTF-8; a record of an .array_record file is a JSON object"
-                ) from None
+    source: Any = ArrayRecordDataSource(files)
+    for index in range(len(source)):
+        at = f"{_first_last(files)}, record {index}"
+        try:
+            yield source[index].decode(), at
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{at}: not UTF-8; a record of an .array_record file is a JSON object"
+            ) from None
 
 
 def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:

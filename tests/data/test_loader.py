@@ -19,6 +19,7 @@ from jaxllm.data.loader import (
     eval_batches,
     load_data,
     make_loader,
+    summarize,
 )
 
 
@@ -278,6 +279,9 @@ def test_manifest_counts_what_was_read_cut_dropped_and_laid_out(tmp_path, tokeni
     assert source["tokens"] == (batch["segment_ids"] > 0).sum()
     assert source["learned_tokens"] == (batch["weights"] > 0).sum()
     assert manifest["train"]["rows"] == len(data.train)
+    (line,) = summarize(manifest)
+    assert line.startswith(f"train: {file}: 2 of 3 examples, ")
+    assert line.endswith(" rows, 1 dropped as too long, 1 truncated")
     assert manifest["train"]["fill"] == source["tokens"] / (64 * len(data.train))
 
 

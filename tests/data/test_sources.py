@@ -122,6 +122,7 @@ def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
     [
         ("missing.jsonl", FileNotFoundError, "no such file or directory"),
         ("dir/with/missing", FileNotFoundError, "no such file or directory"),
+        ("mixed/typo", FileNotFoundError, "no such file or directory"),
         ("*.jsonl", FileNotFoundError, "no file matches"),
         ("model.bin", ValueError, r"format of \.bin is not known; accepted are \.txt, \.json"),
         ("mixed", ValueError, "holds json and text files; name one kind by a glob"),
