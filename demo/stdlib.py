@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A corpus that every machine has: the Python standard library's text, and chats from its docstrings.
+
+    python demo/stdlib.py OUT [--every K]
+
+writes OUT/text/{train,heldout}/MODULE.txt (the source of each module) and
+OUT/chat/{train,heldout}.jsonl (one conversation a line: what does a function do, how is it called?).
+Modules are split by place and functions by a hash of their names: the same Python gives the same
+files. Sources are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import json
+import shutil
+import sysconfig
+import textwrap
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+# Tests, bundled wheels, generated tables and other people's packages are not the library's own text.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "ensurepip", "encodings", "lib2to3"}
+EACH = 40  # one module of so many is held out
+SHARE = 0.04  # of functions, held out
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """(dotted name, source) of every pure-Python module of the standard library, sorted by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if LEFT_OUT.isdisjoint(parts) and not any("-" in part for part in parts):
+            name = ".".join(parts).removesuffix(".__init__")
+            try:
+                yield name, path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # a few old files say another encoding
+
+
+def functions(module: str, source: str) -> Iterator[tuple[str, str, str]]:
+    """(dotted name, how it is called, first paragraph of its docstring) of public functions."""
+    if any(part.startswith("_") for part in module.split(".")):
+        return
+
+    def visit(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str, str]]:
+        for node in body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            name = f"{prefix}.{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from visit(node.body, name)
+            elif paragraph := first_paragraph(ast.get_docstring(node) or ""):
+                yield name, f"{node.name}({ast.unparse(node.args)})", paragraph
+
+    yield from visit(ast.parse(source).body, module)
+
+
+def first_paragraph(docstring: str) -> str:
+    """The docstring up to its first blank line, on one line; "" when that is no sentence."""
+    text = " ".join(docstring.strip().split("\n\n")[0].split())
+    return text if 20 <= len(text) <= 400 and " " in text else ""
+
+
+def chat(name: str, call: str, paragraph: str) -> dict[str, object]:
+    """Two questions about a function, answered from its docstring and its signature."""
+    return {
+        "messages": [
+            {"role": "user", "content": f"What does {name} do?"},
+            {"role": "assistant", "content": paragraph},
+            {"role": "user", "content": "How is it called?"},
+            {"role": "assistant", "content": textwrap.shorten(call, 200, placeholder=" …")},
+        ]
+    }
+
+
+def build(out: Path, every: int = 1) -> dict[str, int]:
+    """Writes the corpus of each `every`-th module to `out`; returns what it holds, in counts."""
+    counts = {"modules": 0, "characters": 0, "chats": 0, "held-out modules": 0, "held-out chats": 0}
+    seen: set[str] = set()
+    shutil.rmtree(out / "text", ignore_errors=True)
+    for part in ("train", "heldout"):
+        (out / "text" / part).mkdir(parents=True)
+    (out / "chat").mkdir(exist_ok=True)
+    with (
+        open(out / "chat" / "train.jsonl", "w", encoding="utf-8") as train,
+        open(out / "chat" / "heldout.jsonl", "w", encoding="utf-8") as heldout,
+    ):
+        taken = itertools.islice(modules(), 0, None, every)
+        for index, (module, source) in enumerate(taken):
+            part = "heldout" if index % EACH == EACH // 4 else "train"
+            (out / "text" / part / f"{module}.txt").write_text(source, encoding="utf-8")
+            counts["held-out modules" if part == "heldout" else "modules"] += 1
+            counts["characters"] += len(source) if part == "train" else 0
+            for name, call, paragraph in functions(module, source):
+                if paragraph in seen:  # the same words must not be on both sides of the split
+                    continue
+                seen.add(paragraph)
+                held = zlib.crc32(name.encode()) < SHARE * 2**32
+                counts["held-out chats" if held else "chats"] += 1
+                file = heldout if held else train
+                file.write(json.dumps(chat(name, call, paragraph), ensure_ascii=False) + "\n")
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--every", type=int, default=1, metavar="K", help="only each K-th module")
+    args = parser.parse_args()
+    counts = build(args.out, args.every)
+    print(f"{args.out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
