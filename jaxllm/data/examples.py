@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources -> tokenised examples, made once and kept as memory-mapped Arrow files.
 
-The cache knows an example set by what went in: the bytes of the source, the tokenizer and the
-settings that change tokens. Names, workers and the order of map batches do not matter.
+The cache knows an example set by what went in: the bytes of the source, the tokenizer, the
+settings that change tokens and the code that applies them. Names, workers and the order of map batches do not matter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from jaxllm.config import Source, TrainConfig
 from jaxllm.data.chat import render, template_of
 from jaxllm.data.sources import content_hash, conversation_of, locate, read, records, text_of
 
-_VERSION = 1  # raise it when the same input gives other tokens than before
+# The code that decides about tokens is an input too: a cache must not outlive its rules.
+_CODE = [Path(__file__).with_name(name) for name in ("sources.py", "chat.py", "examples.py")]
 
 # What became of an example.
 KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN = range(4)
@@ -94,7 +95,8 @@ def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: s
     """The examples of `source`: documents for pretraining, conversations for SFT.
 
     Reads them from the cache when the same bytes were tokenised before with the same tokenizer
-    (`tokenizer_hash` is its `fingerprint`) and settings. Raises ValueError for an empty source and for records that do not fit.
+    (`tokenizer_hash` is its `fingerprint`) and settings. Raises ValueError for an empty source
+    and for records that do not fit.
     """
     if cfg.objective == "pretrain" and tokenizer.eos_token_id is None:
         raise ValueError(
@@ -105,7 +107,7 @@ def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: s
         located = locate(source)
     content = content_hash(located.files)
     settings = _settings(cfg, tokenizer) | {
-        "version": _VERSION,
+        "code": content_hash(_CODE),
         "content": content,
         "format": located.format,
         "split": source.split,
