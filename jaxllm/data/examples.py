@@ -2,7 +2,8 @@
 """Sources -> tokenised examples, made once and kept as memory-mapped Arrow files.
 
 The cache knows an example set by what went in: the bytes of the source, the tokenizer, the
-settings that change tokens and the code that applies them. Names, workers and the order of map batches do not matter.
+settings that change tokens and the code that applies them. Names, workers and the size of map
+batches do not matter.
 """
 
 from __future__ import annotations
