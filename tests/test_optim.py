@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules against transformers', optimizers against torch's, and what holds for every optimizer."""
+"""Schedules against transformers', optimizers against torch's, and what holds for all of them."""
 
 import inspect
 import math
@@ -56,24 +56,24 @@ def descend(optim, params, steps, total=10, dtype=jnp.float32):
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     optimizer = make_optimizer(optim, make_schedule(optim, total), params)
     state = optimizer.init(params)
-
-    @jax.jit
-    def update(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     trajectory = []
     for step in range(steps):
-        params, state = update(params, state, weights(seed=100 + step))
+        grads = jax.tree.map(jnp.asarray, weights(seed=100 + step))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
         trajectory.append(params)
     return trajectory, state
 
 
-def flat(tree):
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+def leaves(tree):
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    ]
+
+
+def flat(tree):
+    return {key: np.asarray(leaf) for key, leaf in leaves(tree)}
 
 
 # ---- schedules
@@ -104,7 +104,10 @@ def test_schedule_is_that_of_transformers_at_every_step(ours, theirs, keys, kwar
         OptimSection(schedule=ours, learning_rate=3e-4, warmup=warmup, **keys), steps
     )
     for step in range(steps + 1):
-        assert float(rate(step)) == pytest.approx(reference.get_last_lr()[0], rel=1e-5, abs=1e-10)
+        # wsd's warm-up starts at the final rate there, at 0 here as in the other schedules
+        if theirs != "warmup_stable_decay" or step >= warmup:
+            expected = reference.get_last_lr()[0]
+            assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-10)
         optimizer.step()
         reference.step()
 
@@ -140,9 +143,9 @@ def test_schedule_refuses(keys, message):
 
 def torch_trajectory(make, params, steps):
     """The same weights and gradients through a torch optimizer with decay in a group of its own."""
-    leaves = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(params).items()}
+    tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(params).items()}
     groups = [
-        {"params": [v for k, v in leaves.items() if DECAYED[k.split(".")[-1]] is decayed]}
+        {"params": [v for k, v in tensors.items() if DECAYED[k.split(".")[-1]] is decayed]}
         for decayed in (True, False)
     ]
     optimizer = make(groups)
@@ -151,10 +154,10 @@ def torch_trajectory(make, params, steps):
     trajectory = []
     for step in range(steps):
         for key, grad in flat(weights(seed=100 + step)).items():
-            leaves[key].grad = torch.tensor(grad)
+            tensors[key].grad = torch.tensor(grad)
         optimizer.step()
         schedule.step()
-        trajectory.append({k: v.detach().numpy().copy() for k, v in leaves.items()})
+        trajectory.append({k: v.detach().numpy().copy() for k, v in tensors.items()})
     return trajectory
 
 
@@ -286,22 +289,21 @@ def test_moments_lie_as_their_weights_do(name):
     optim = section(name, options={"momentum": 0.9} if name in ("sgd", "adafactor") else {})
     optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
     mesh = Mesh(np.array(jax.devices()), "x")
-
-    def lay(leaf):
-        return NamedSharding(mesh, P(*(None if size % 8 else "x" for size in leaf.shape[-1:])))
-
+    whole = NamedSharding(mesh, P())
+    last = {1: P("x"), 2: P(None, "x"), 3: P(None, None, "x")}
+    lay = jax.tree.map(
+        lambda w: whole if w.shape[-1] % 8 else NamedSharding(mesh, last[w.ndim]), params
+    )
     shapes = jax.eval_shape(optimizer.init, params)
-    split = state_shardings(shapes, params, jax.tree.map(lay, params))
-    state = jax.jit(optimizer.init, out_shardings=split)(params)
-    moments = [x for x in jax.tree.leaves(state) if x.shape in {(2, 144), (136,)}]
-    assert moments
-    for leaf in moments:
-        split_dim = leaf.sharding.spec[-1:] == ("x",)
-        assert split_dim or name == "adafactor", (leaf.shape, leaf.sharding)
-    kernels = [x for x in jax.tree.leaves(state) if x.shape == (2, 136, 144)]
-    assert kernels
-    assert all(x.is_fully_replicated is (x.shape[-1] % 8 != 0) for x in kernels)
-    assert all(x.is_fully_replicated for x in jax.tree.leaves(state) if x.ndim == 0)
+    state = jax.jit(optimizer.init, out_shardings=state_shardings(shapes, params, lay))(params)
+    by_weight = {key: (w.shape, w.sharding) for key, w in leaves(jax.device_put(params, lay))}
+    moments = 0
+    for key, leaf in leaves(state):
+        weight = next((w for w in by_weight if key.endswith(w)), None)
+        alike = weight is not None and leaf.shape == by_weight[weight][0]
+        assert leaf.sharding == (by_weight[weight][1] if alike else whole), key
+        moments += alike
+    assert moments >= len(by_weight)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -343,14 +345,14 @@ def test_a_weight_of_unknown_name_is_no_silent_case():
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clip_is_torchs_clip_grad_norm(max_norm):
     grads = weights()
-    leaves = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(grads).items()}
-    for leaf in leaves.values():
+    tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(grads).items()}
+    for leaf in tensors.values():
         leaf.grad = leaf.detach().clone()
-    norm = torch.nn.utils.clip_grad_norm_(leaves.values(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(tensors.values(), max_norm)
     ours = optax.tree.norm(grads)
     assert float(ours) == pytest.approx(float(norm), rel=1e-6)
     for key, value in flat(clip(grads, ours, max_norm)).items():
-        np.testing.assert_allclose(value, leaves[key].grad.numpy(), rtol=2e-6)
+        np.testing.assert_allclose(value, tensors[key].grad.numpy(), rtol=2e-6)
 
 
 def test_clip_with_a_scale_is_the_clip_of_scaled_gradients():
