@@ -169,10 +169,12 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
     `length` (tokens in the row or the cache) chooses between longrope's short and long factors.
     linear: positions / factor. llama3: long wavelengths / factor, a ramp between. yarn
     (arXiv:2309.00071): the same by rotations over the original length. longrope (arXiv:2402.13753).
+    Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
     """
     rotated = int(head_dim * rope.partial)
-    base = rope.theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    inverse = 1.0 / base
+    exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    base = (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
+    inverse = 1 / base
     if rope.kind == "linear":
         inverse = inverse / rope.factor
     elif rope.kind == "llama3":
@@ -190,12 +192,15 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotated - 1)
-        ramp = np.clip((np.arange(rotated // 2) - low) / max(high - low, 1e-3), 0, 1)
-        inverse = inverse / rope.factor * ramp + inverse * (1 - ramp)
+        place = np.arange(rotated // 2, dtype=np.float32)
+        ramp = np.clip((place - low) / (high - low or 1e-3), 0, 1)
+        inverse = 1 / (rope.factor * base) * ramp + inverse * (1 - ramp)
     elif rope.kind == "longrope":
         stretched = length > rope.original_length
-        inverse = inverse / np.asarray(rope.long_factor if stretched else rope.short_factor)
-    return inverse.astype(np.float32), rope.mscale
+        factors = rope.long_factor if stretched else rope.short_factor
+        inverse = 1 / (np.asarray(factors, np.float32) * base)
+    assert inverse.dtype == np.float32
+    return inverse, rope.mscale
 
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array, length: int):
