@@ -1,41 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train language models with JAX: a HuggingFace directory in, a HuggingFace directory out."""
+"""Train language models with JAX: a HuggingFace directory in, a HuggingFace directory out.
+
+Importing this package imports nothing heavy and touches no device; each public name brings in its
+module when it is first used.
+"""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.config import (
+        DataSection,
+        LogSection,
+        MeshSection,
+        ModelSection,
+        OptimSection,
+        SaveSection,
+        Source,
+        TrainConfig,
+        load_config,
+    )
+    from jaxllm.evaluate import evaluate_files
+    from jaxllm.hf import export, load_hf, save_hf
+    from jaxllm.rollout import Sampling, generate, generate_text
+    from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+    from jaxllm.train import train
 
 __version__ = "0.1.0"
+__all__ = [
+    "DataSection",
+    "LogSection",
+    "MeshSection",
+    "ModelSection",
+    "OptimSection",
+    "Sampling",
+    "SaveSection",
+    "Source",
+    "TrainConfig",
+    "evaluate_files",
+    "export",
+    "generate",
+    "generate_text",
+    "load_config",
+    "load_hf",
+    "load_tokenizer",
+    "save_hf",
+    "train",
+    "train_tokenizer",
+]
 
-# Public name -> the module that holds it; nothing heavy is imported before a name is used.
-_PUBLIC = {
-    "TrainConfig": "config",
-    "load_config": "config",
-    "load_hf": "hf",
-    "save_hf": "hf",
-    "train": "train",
-    "evaluate_files": "evaluate",
-    "generate_text": "rollout",
-    "Sampling": "rollout",
+_HOMES = {
+    "evaluate": ("evaluate_files",),
+    "hf": ("export", "load_hf", "save_hf"),
+    "rollout": ("Sampling", "generate", "generate_text"),
+    "tokenizer": ("load_tokenizer", "train_tokenizer"),
 }
-__all__ = list(_PUBLIC)
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(f"jaxllm.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
+    if name == "train":
+        return import_module("jaxllm.train")
+    return getattr(import_module(f"jaxllm.{_HOME.get(name, 'config')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _TrainModule(ModuleType):
+    """`jaxllm.train`, which is both the module and, called, its function of that name."""
+
+    def __call__(self, cfg: TrainConfig) -> Any:
+        return self.train(cfg)
 
 
 class _Package(ModuleType):
-    """`jaxllm.train` is the function, also once the module of that name has been imported."""
+    """Python binds `jaxllm.train` to the module whoever imports it first; it is made callable here.
+
+    So `jaxllm.train(cfg)`, `from jaxllm import train`, `from jaxllm.train import train` and
+    `import jaxllm.train as module` all mean the same thing in any order.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in _PUBLIC):
-            super().__setattr__(name, value)
+        if name == "train" and type(value) is ModuleType:
+            value.__class__ = _TrainModule
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

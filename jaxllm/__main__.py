@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`python -m jaxllm`."""
+
 import sys
 
 from jaxllm.cli import main

@@ -1,24 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The spellings of transformers, TRL and DeepSpeed, translated into our keys."""
+"""What a user writes (YAML, flags, the names of transformers and DeepSpeed) in terms of our keys.
+
+Nothing is swallowed: a name is translated, refused, or listed as having no meaning here.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-# HF flag -> our key.
-ALIASES = {
+
+@dataclass(frozen=True)
+class Given:
+    """A value under the name it was written with, and where: a file:line or a flag."""
+
+    name: str
+    value: Any
+    where: str
+
+
+# ---- YAML and flags
+
+
+@cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's safe YAML 1.1, in which 1e-4 is a number."""
+
+    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def parse(text: str) -> Any:
+    """The YAML value of a flag; text that is no YAML stands for itself."""
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())
+    except yaml.YAMLError:
+        return text
+
+
+def read_yaml(path: str, sections: Sequence[str]) -> list[Given]:
+    """The keys of a YAML (or JSON) file, those of sections dotted, each with its file:line.
+
+    Raises FileNotFoundError, or ValueError for what is no YAML, no section, or given twice.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+
+    def walk(node: Any, prefix: str) -> Iterator[Given]:
+        if not isinstance(node, yaml.MappingNode):
+            name = prefix.rstrip(".") or "a config"
+            raise ValueError(
+                f"{path}:{node.start_mark.line + 1}: {name} has keys of its own, seen "
+                f"{loader.construct_object(node, deep=True)!r}"
+            )
+        seen: set[str] = set()
+        for key, value in node.value:
+            name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+            if name in seen:
+                raise ValueError(f"{at}: {name} is given twice; keep one")
+            seen.add(name)
+            scalar = isinstance(value, yaml.ScalarNode)
+            if name in sections and not (scalar and name in TRANSLATED):
+                yield from walk(value, f"{name}.")
+            else:
+                yield Given(name, loader.construct_object(value, deep=True), at)
+
+    try:
+        loader = _yaml_loader()(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        return list(walk(node, "")) if node else []
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+    except (UnicodeDecodeError, yaml.reader.ReaderError):
+        raise ValueError(f"{path}: not a text file; a config is YAML") from None
+
+
+def read_args(args: Sequence[str]) -> list[Given]:
+    """`--key value …`, `--key=value` and bare `--key`, in order; a value is its list of texts."""
+    given: list[Given] = []
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            given.append(Given(name.replace("-", "_"), [text] if equals else [], f"--{name}"))
+        elif given:
+            given[-1].value.append(arg)
+        else:
+            raise ValueError(
+                f"{arg!r} follows no --key; a config file comes first, then --section.key"
+            )
+    return given
+
+
+# ---- transformers and TRL
+
+RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
     "tokenizer_name": "model.tokenizer",
+    "train_file": "data.train",
     "train_files": "data.train",
+    "dataset_name": "data.train",
+    "validation_file": "data.eval",
     "validation_files": "data.eval",
     "block_size": "data.max_length",
     "max_length": "data.max_length",
+    "max_seq_length": "data.max_length",
     "packing": "data.packing",
-    "per_device_train_batch_size": "per_device_batch_size",
+    "preprocessing_num_workers": "data.workers",
+    "dataset_num_proc": "data.workers",
     "gradient_accumulation_steps": "accumulation",
     "learning_rate": "optim.learning_rate",
     "warmup_steps": "optim.warmup",
@@ -29,30 +133,14 @@ ALIASES = {
     "adam_epsilon": "optim.eps",
     "max_grad_norm": "optim.clip",
     "num_train_epochs": "epochs",
-    "max_steps": "steps",
-    "output_dir": "output_dir",
     "overwrite_output_dir": "overwrite",
+    "resume_from_checkpoint": "resume",
     "logging_steps": "log.every",
     "eval_steps": "eval_every",
     "save_steps": "save.every",
     "save_total_limit": "save.keep",
-    "seed": "seed",
+    "report_to": "log.report_to",
 }
-# HF flags whose value is translated too.
-SPECIAL = (
-    "torch_dtype",
-    "bf16",
-    "gradient_checkpointing",
-    "lr_scheduler_type",
-    "report_to",
-    "resume_from_checkpoint",
-    "do_train",
-    "do_eval",
-    "deepspeed",
-)
-LATER = dict.fromkeys(("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), "PEFT")
-LATER["beta"] = "preference training"
-
 SCHEDULES = {
     "cosine": "cosine",
     "linear": "linear",
@@ -61,128 +149,337 @@ SCHEDULES = {
     "warmup_stable_decay": "wsd",
     "inverse_sqrt": "inverse_sqrt",
 }
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "adafactor": "adafactor",
+    "lion_32bit": "lion",
+    "sgd": "sgd",
+}
+# fmt: off
+IGNORED = frozenset({
+    "attn_implementation", "bf16_full_eval", "data_seed", "dataloader_drop_last",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend",
+    "ddp_find_unused_parameters", "ddp_timeout", "do_eval", "do_predict", "do_train",
+    "eval_accumulation_steps", "full_determinism", "gradient_checkpointing_kwargs",
+    "greater_is_better", "group_by_length", "hub_model_id", "include_tokens_per_second",
+    "keep_linebreaks", "load_best_model_at_end", "local_rank", "log_level", "logging_dir",
+    "logging_first_step", "logging_strategy", "low_cpu_mem_usage", "metric_for_best_model",
+    "overwrite_cache", "per_device_eval_batch_size", "prediction_loss_only", "push_to_hub",
+    "remove_unused_columns", "run_name", "save_only_model", "save_safetensors", "tf32",
+    "torch_compile", "trust_remote_code", "use_fast_tokenizer", "use_liger_kernel",
+})
+PEFT = (
+    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
+)
+# fmt: on
+LATER = dict.fromkeys(PEFT, "PEFT") | {"beta": "preference training"}
+
+Flags = dict[str, Given]  # the other names of the same file or command line
 
 
-def _choice(flag: str, value: Any, table: dict[str, Any]) -> Any:
+def _is_true(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"seen {value!r}; it is true or false")
+    return value
+
+
+def _choose(value: Any, table: dict[str, Any]) -> Any:
     if value not in table:
-        raise ValueError(f"--{flag} {value}: not known; known: {', '.join(table)}")
+        raise ValueError(f"{value!r} is not known; known: {', '.join(table)}")
     return table[value]
 
 
-def _special(flag: str, value: Any) -> dict[str, Any]:
-    if flag == "torch_dtype":
-        known = {"float32": "float32", "bfloat16": "bfloat16", "auto": "float32"}
-        kind = _choice(flag, value, known)
-        return {"model.weight_dtype": kind, "model.compute_dtype": kind}
-    if flag == "bf16":
-        return {"model.compute_dtype": "bfloat16" if value else "float32"}
-    if flag == "gradient_checkpointing":
-        return {"model.remat": "full" if value else "none"}
-    if flag == "lr_scheduler_type":
-        return {"optim.schedule": _choice(flag, value, SCHEDULES)}
-    if flag == "report_to":
-        names = [n for n in str(value).split(",") if n != "none"] if value != "all" else ["wandb", "tensorboard"]
-        return {"log.report_to": names}
-    if flag == "resume_from_checkpoint":
-        if isinstance(value, str):
-            raise ValueError(
-                f"--resume_from_checkpoint {value}: a run goes on in its own output_dir; set --output_dir to it"
-            )
-        return {"resume": bool(value)}
+def _dtype(value: Any, flags: Flags) -> dict[str, Any]:
+    known = {"float32": "float32", "bfloat16": "bfloat16", "auto": None}
+    dtype = _choose(str(value).removeprefix("torch."), known)
+    if dtype is None:
+        return {}
+    compute = {} if "bf16" in flags else {"model.compute_dtype": dtype}
+    return {"model.weight_dtype": dtype} | compute
+
+
+def _fp16(value: Any, flags: Flags) -> dict[str, Any]:
+    if _is_true(value):
+        raise ValueError("float16 would need loss scaling; use --bf16")
     return {}
 
 
-def translate(flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """HF flags -> ({our key: value}, {our key: where from}). Raises ValueError for a contradiction."""
-    values: dict[str, Any] = {}
-    source: dict[str, str] = {}
+def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
+    if value == "constant" and any(
+        n in flags and flags[n].value for n in ("warmup_steps", "warmup_ratio")
+    ):
+        raise ValueError(
+            "constant has no warm-up; use constant_with_warmup, or leave the warm-up out"
+        )
+    return {"optim.schedule": _choose(value, SCHEDULES)}
 
-    def put(new: dict[str, Any], where: str) -> None:
-        values.update(new)
-        source.update(dict.fromkeys(new, where))
 
-    for flag, value in flags.items():
-        if flag in ALIASES:
-            put({ALIASES[flag]: value}, f"--{flag}")
-        elif flag != "deepspeed":
-            put(_special(flag, value), f"--{flag}")
-    if "deepspeed" in flags:
-        file = str(flags["deepspeed"])
-        for key, value in deepspeed(file).items():
-            if key in values and values[key] != value:
+def _per_device(value: Any, flags: Flags) -> dict[str, Any]:
+    return {"micro_batch_size": value} | ({} if "batch_size" in flags else {"batch_size": 0})
+
+
+def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]:
+    def translate(value: Any, flags: Flags) -> dict[str, Any]:
+        if _choose("no" if value is False else value, {"no": 1, "steps": 0}):
+            return {key: 0}
+        if key == "eval_every" and interval not in flags:
+            return {key: flags["logging_steps"].value if "logging_steps" in flags else 500}
+        return {}
+
+    return translate
+
+
+# name -> (value and other names -> our keys and values, what it is here)
+TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
+    "bf16": (
+        lambda v, _: {"model.compute_dtype": "bfloat16" if _is_true(v) else "float32"},
+        "model.compute_dtype bfloat16",
+    ),
+    "torch_dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
+    "dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
+    "fp16": (_fp16, "refused: use bf16"),
+    "gradient_checkpointing": (
+        lambda v, _: {"model.remat": "full" if _is_true(v) else "none"},
+        "model.remat full",
+    ),
+    "per_device_train_batch_size": (_per_device, "micro_batch_size"),
+    "max_steps": (lambda v, _: {"steps": 0 if v == -1 else v}, "steps"),
+    "lr_scheduler_type": (_schedule, "optim.schedule"),
+    "optim": (
+        lambda v, _: {"optim.name": _choose(v, OPTIMIZERS | {n: n for n in OPTIMIZERS.values()})},
+        "optim.name",
+    ),
+    "eval_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
+    "evaluation_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
+    "save_strategy": (_strategy("save.every", "save_steps"), "save.every"),
+    "validation_split_percentage": (
+        lambda v, _: {"data.eval_fraction": v / 100},
+        "data.eval_fraction x 100",
+    ),
+    "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
+    "deepspeed": (lambda v, _: {"deepspeed": v}, "a DeepSpeed JSON file"),
+}
+NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(LATER)
+
+
+def meanings() -> dict[str, str]:
+    """{name in transformers: what it sets here}."""
+    return RENAMED | {name: meaning for name, (_, meaning) in TRANSLATED.items()}
+
+
+def trackers(value: Any) -> Any:
+    """report_to's none, all, a name, names with commas, or a list of these -> a list of names."""
+    if value in (None, False):
+        return []
+    if isinstance(value, str):
+        return {"none": [], "all": ["wandb", "tensorboard"]}.get(value, value.split(","))
+    return [name for one in value for name in trackers(one)] if isinstance(value, list) else value
+
+
+def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
+    """Our keys from the names of one file or command line, and the names that mean nothing here.
+
+    The same name twice: the last counts. Two names for one key that differ, and names of parts
+    that do not exist yet, raise ValueError.
+    """
+    flags = {one.name: one for one in layer}
+    if one := flags.keys() & LATER.keys():
+        name = min(one)
+        raise ValueError(f"{flags[name].where}: {LATER[name]} is not available yet")
+    overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
+    if overwrite and resume and overwrite.value and resume.value:
+        raise ValueError(
+            "--overwrite_output_dir deletes what --resume_from_checkpoint goes on from; keep one"
+        )
+    out: dict[str, Given] = {}
+    for one in flags.values():
+        if one.name in IGNORED:
+            continue
+        function, _ = TRANSLATED.get(one.name, (None, ""))
+        try:
+            pairs = (
+                function(one.value, flags)
+                if function
+                else {RENAMED.get(one.name, one.name): one.value}
+            )
+        except (ValueError, TypeError) as error:
+            at = one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
+            raise ValueError(f"{at}: {error}") from None
+        for key, value in pairs.items():
+            before = out.get(key)
+            if before and before.value != value:
                 raise ValueError(
-                    f"{file} asks for {key} = {value!r}, {source[key]} for {values[key]!r}; keep one (or \"auto\")"
+                    f"{key} is given twice: {before.value!r} by {before.where}, {value!r} by "
+                    f"{one.where}; keep one"
                 )
-            put({key: value}, file)
-    return values, source
+            out[key] = Given(key, value, one.where)
+    return out, [one.where for one in flags.values() if one.name in IGNORED]
 
 
-# DeepSpeed key -> ours, where the value carries over.
-DEEPSPEED = {
+def resume_path(given: dict[str, Given]) -> dict[str, Given]:
+    """transformers' checkpoint path as `resume: true`; one outside output_dir raises ValueError."""
+    one = given.get("resume")
+    if one is None or not isinstance(one.value, str):
+        return given
+    run = Path(given["output_dir"].value if "output_dir" in given else "run").resolve()
+    if run not in (Path(one.value).resolve(), *Path(one.value).resolve().parents):
+        raise ValueError(
+            f"{one.where}: {one.value} is not in output_dir {run.name}; a run goes on from the "
+            "newest checkpoint of its own output_dir"
+        )
+    return given | {"resume": Given("resume", True, one.where)}
+
+
+# ---- DeepSpeed
+
+CARRIED = {
+    "zero_optimization.stage": "mesh.zero",
     "gradient_clipping": "optim.clip",
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "accumulation",
-    "train_micro_batch_size_per_gpu": "per_device_batch_size",
-    "steps_per_print": "log.every",
     "optimizer.params.lr": "optim.learning_rate",
-    "optimizer.params.weight_decay": "optim.weight_decay",
     "optimizer.params.eps": "optim.eps",
+    "optimizer.params.weight_decay": "optim.weight_decay",
     "scheduler.params.warmup_max_lr": "optim.learning_rate",
     "scheduler.params.warmup_num_steps": "optim.warmup",
-    "scheduler.params.total_num_steps": "steps",
+    "scheduler.params.cos_min_ratio": "optim.final",
 }
-NAMES = {"adamw": "adamw", "adam": "adamw", "lion": "lion", "lamb": "lamb", "sgd": "sgd", "muon": "muon"}
+DEEPSPEED_OPTIMIZERS = {"Adam": "adamw", "AdamW": "adamw", "Lion": "lion", "SGD": "sgd"}
+DEEPSPEED_SCHEDULES = {
+    "WarmupLR": "constant",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
+}
+# transformers' --lr_scheduler_type for a WarmupLR; the file decides how the warm-up goes.
+AGREE = {("optim.schedule", "constant", "warmup_log")}
+UNSET = (None, False, "auto", "none")
 
 
-def _flat(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in block.items():
-        deeper = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if deeper else {prefix + key: value}
-    return flat
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
-def deepspeed(file: str) -> dict[str, Any]:
-    """What a DeepSpeed JSON asks for, in our keys; "auto" leaves a key to the flags.
-
-    What has no meaning here is listed on stderr. Raises ValueError for fp16, an unknown optimizer
-    or scheduler, and a file that is no JSON.
-    """
+def _read_json(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such DeepSpeed file")
     try:
-        flat = _flat(json.loads(Path(file).read_text()))
-    except FileNotFoundError:
-        raise ValueError(f"--deepspeed {file} is not there") from None
+        block = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: {error.msg}") from None
-    values: dict[str, Any] = {}
-    ignored = []
-    for key, value in flat.items():
-        if value == "auto":
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(block, dict):
+        raise ValueError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
+    return block
+
+
+def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given], list[str]]:
+    """Our keys from a DeepSpeed JSON file, and what in it means nothing here.
+
+    "auto" leaves a key to `given`, what else was written, which the file may not contradict.
+    Raises ValueError for that, for fp16, and for an optimizer or a schedule that is not known.
+    """
+    block = _read_json(path)
+    rest = dict(_flat(block))
+    asked: dict[str, tuple[str, Any]] = {}  # our key -> (theirs, value)
+
+    def ask(key: str, theirs: str, value: Any) -> None:
+        if value in (None, "auto"):
+            return
+        other, before = asked.setdefault(key, (theirs, value))
+        if before != value:
+            raise ValueError(
+                f"{path}: {other} is {before!r} but {theirs} is {value!r}; make them agree"
+            )
+
+    if rest.pop("fp16.enabled", False) is True:
+        raise ValueError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
+    rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
+    if "zero_optimization" in block:
+        rest.setdefault("zero_optimization.stage", 0)
+    if (bf16 := rest.pop("bf16.enabled", "auto")) != "auto":
+        ask("model.compute_dtype", "bf16.enabled", "bfloat16" if bf16 else "float32")
+    _optimizer(path, rest, ask)
+    _scheduler(path, rest, ask, given)
+    for theirs, ours in CARRIED.items():
+        ask(ours, theirs, rest.pop(theirs, None))
+    if "micro_batch_size" in asked and "batch_size" not in given:
+        asked.setdefault("batch_size", (asked["micro_batch_size"][0], 0))
+
+    for key, (theirs, value) in asked.items():
+        one = given.get(key)
+        if one is None or one.value == value or (key, one.value, value) in AGREE:
             continue
-        if key in DEEPSPEED:
-            values[DEEPSPEED[key]] = value
-        elif key == "zero_optimization.stage":
-            values["mesh.zero"] = value
-        elif key == "bf16.enabled":
-            values["model.compute_dtype"] = "bfloat16" if value else "float32"
-        elif key == "fp16.enabled":
-            if value is True:
-                raise ValueError(f"{file}: fp16 needs loss scaling, which is not done here; use bf16")
-        elif key == "optimizer.type":
-            values["optim.name"] = _choice("deepspeed optimizer.type", str(value).lower(), NAMES)
-        elif key == "optimizer.params.betas":
-            values["optim.b1"], values["optim.b2"] = value
-        elif key == "scheduler.type":
-            log = flat.get("scheduler.params.warmup_type", "log") == "log"
-            known = {
-                "WarmupLR": "warmup_log" if log else "constant",
-                "WarmupDecayLR": "linear",
-                "WarmupCosineLR": "cosine",
-            }
-            values["optim.schedule"] = _choice("deepspeed scheduler.type", value, known)
-        elif key != "scheduler.params.warmup_type" and key != "train_batch_size":
-            ignored.append(key)
-    if isinstance(flat.get("train_batch_size"), int) and "per_device_batch_size" not in values:
-        values["batch_size"] = flat["train_batch_size"]
-    if ignored:
-        print(f"jaxllm: {file}: no meaning here, left out: {', '.join(ignored)}", file=sys.stderr)
-    return values
+        if key == "batch_size" and 0 in (one.value, value):  # made of the micro-batches
+            continue
+        raise ValueError(
+            f"{path}: {theirs} is {value!r} but {one.where} makes {key} {one.value!r}; "
+            'make them agree, or write "auto" in the file'
+        )
+    for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if rest.get(f"{part}.device") in UNSET:
+            rest = {k: v for k, v in rest.items() if not k.startswith(f"{part}.")}
+    spare = [key for key, value in rest.items() if not any(value is u or value == u for u in UNSET)]
+    found = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
+    return found, [f"{path}: {', '.join(spare)}"] if spare else []
+
+
+def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None]) -> None:
+    kind = rest.pop("optimizer.type", None)
+    if kind is None:
+        return
+    name = _known(path, "optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
+    if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
+        name = "adam"  # decay in the gradient
+    ask("optim.name", "optimizer.type", name)
+    betas = rest.pop("optimizer.params.betas", "auto")
+    if betas != "auto":
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise ValueError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
+        ask("optim.b1", "optimizer.params.betas", betas[0])
+        ask("optim.b2", "optimizer.params.betas", betas[1])
+
+
+def _scheduler(
+    path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None], given: dict[str, Given]
+) -> None:
+    kind = rest.pop("scheduler.type", None)
+    if kind is None:
+        return
+    params = "scheduler.params."
+    schedule = _known(path, "scheduler.type", kind, DEEPSPEED_SCHEDULES)
+    warmup = rest.pop(f"{params}warmup_type", "log")
+    if warmup == "log" and schedule == "constant":
+        schedule = "warmup_log"
+    elif warmup == "log":
+        rest[f"{params}warmup_type log (the warm-up is linear)"] = True
+    ask("optim.schedule", "scheduler.type", schedule)
+    if "optim.warmup" not in given:
+        rest.setdefault(f"{params}warmup_num_steps", 1000)  # DeepSpeed's own default
+    if schedule == "cosine":
+        rest.setdefault(f"{params}cos_min_ratio", 1e-4)
+    for start in ("warmup_min_lr", "warmup_min_ratio"):
+        if rest.get(params + start) == 0:
+            del rest[params + start]
+    total, steps = rest.get(f"{params}total_num_steps"), given.get("steps")
+    if steps and total == steps.value:
+        del rest[f"{params}total_num_steps"]
+    elif steps and steps.value and isinstance(total, int):
+        raise ValueError(
+            f"{path}: {params}total_num_steps is {total} but {steps.where} makes {steps.value}; "
+            'make them agree, or write "auto" in the file'
+        )
+
+
+def _known(path: str, key: str, value: Any, table: dict[str, str]) -> str:
+    names = {name.lower(): ours for name, ours in table.items()}
+    if str(value).lower() not in names:
+        raise ValueError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
+    return names[str(value).lower()]

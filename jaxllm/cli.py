@@ -1,254 +1,391 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: verbs call functions, and a user's mistake is one line and exit status 2."""
+"""The command line: a verb calls one function; a user's mistake is one line and exit status 2."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import json
+import linecache
+import os
+import re
 import sys
-from typing import Any
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from jaxllm.config import TrainConfig, json_schema, keys, load_config, to_dict
+from jaxllm import __version__, aliases, config
+from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
 
-TRAINING = {
-    "pretrain": "train on text: from random weights (model.config) or from a model (model.path)",
-    "sft": "fine-tune on chats; only the assistant's words are learned",
-}
-ABOUT = "Train language models with JAX: a HuggingFace directory in, a HuggingFace directory out."
-
-
-
-
-def training_help(verb: str) -> str:
-    """Every key of a run with its default, from the config's own docstrings."""
-    import inspect
-
-    from jaxllm import config
-
-    lines = [
-        f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value …]",
-        "",
-        TRAINING[verb],
-        "",
-        "Any key of the YAML file is also a flag; a flag beats the file. The spellings of transformers",
-        "(--model_name_or_path, --per_device_train_batch_size, --deepspeed FILE, …) are accepted too.",
-        "  --explain   print the resolved config and where each value comes from, and end",
-        "  --schema    print the JSON schema of the YAML file, and end",
-        "",
-    ]
-    docs = _field_docs(inspect.getsource(config))
-    defaults = _flat(to_dict(TrainConfig()))
-    for key in keys():
-        if key == "objective":
-            continue
-        lines.append(f"  --{key:<26} {docs[key]} [{json.dumps(defaults[key])}]")
-    return "\n".join(lines)
+DONE, MISTAKE, STOPPED = 0, 2, 75
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    from jaxllm.config import SECTIONS
-
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if key in SECTIONS else {key: value}
-    return flat
+# ---- pretrain, sft
 
 
-def _field_docs(source: str) -> dict[str, str]:
-    """{dotted key: the docstring under the field}."""
-    import ast
-
-    from jaxllm.config import SECTIONS
-
-    names = {kind.__name__: f"{name}." for name, kind in SECTIONS.items()} | {"TrainConfig": ""}
-    docs: dict[str, str] = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name in names:
-            for field, doc in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                    docs[names[node.name] + ast.unparse(field.target)] = ast.literal_eval(doc.value)
-    return docs
-
-
-def run_training(verb: str, args: list[str]) -> int:
-    if "--help" in args or "-h" in args:
+def training(verb: str, args: list[str]) -> int:
+    """A run described by a YAML file and flags (config.load_config)."""
+    if {"-h", "--help"} & set(args):
         print(training_help(verb))
-        return 0
+        return DONE
     if "--schema" in args:
-        print(json.dumps(json_schema(), indent=2))
-        return 0
+        print(json.dumps(config.json_schema(), indent=2))
+        return DONE
     explain = "--explain" in args
-    args = [a for a in args if a != "--explain"]
-    path = args.pop(0) if args and not args[0].startswith("--") else None
-    cfg, source = load_config(verb, path, args)
+    args = [arg for arg in args if arg != "--explain"]
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    cfg, provenance = load_config(verb, path, args)
     if explain:
-        for key, value in _flat(to_dict(cfg)).items():
-            print(f"{key:<28} {json.dumps(value):<40} {source.get(key, 'default')}")
-        return 0
+        print(explanation(cfg, provenance))
+        return DONE
+    config.check(cfg)  # before the seconds that the imports of train take
     from jaxllm.train import train
 
     result = train(cfg)
     for name, values in result.evals.items():
         print(f"{name}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}")
     if result.stopped:
-        print(f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr)
-        return 75
-    print(f"done: {result.step} steps{f', model in {result.final}' if result.final else ''}")
-    return 0
+        print(
+            f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr
+        )
+        return STOPPED
+    print(f"done: {result.step} steps" + (f", model in {result.final}" if result.final else ""))
+    return DONE
 
 
-def tokenizer_train(a: argparse.Namespace) -> int:
-    from jaxllm.tokenizer import train_tokenizer
+def training_help(verb: str) -> str:
+    """Every key of a run: its type, default, docstring and transformers' name."""
+    others: dict[str, list[str]] = {}
+    for name, meaning in aliases.meanings().items():
+        others.setdefault(meaning, []).append(f"--{name}")
+    lines = [
+        f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
+        "",
+        f"{VERBS[verb][1]}.",
+        "",
+        "Keys are the same in the YAML file and as flags; a flag beats the file. A list takes",
+        "several values, a dict YAML ({a: 1}) or --section.key.a 1; --key and --no-key are true",
+        "and false.",
+        "",
+        "  --explain   print the resolved config and where each value came from, and end",
+        "  --schema    print the JSON schema of the YAML file, for editors, and end",
+    ]
+    section = None
+    for leaf in leaves().values():
+        if leaf.key == "objective":
+            continue
+        prefix = leaf.key.rpartition(".")[0]
+        if prefix != section:
+            about = config.SECTIONS.get(prefix, TrainConfig).__doc__
+            lines += ["", about or ""]
+            section = prefix
+        also = f" (also {', '.join(others.pop(leaf.key))})" if leaf.key in others else ""
+        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{_plain(leaf.default)}]")
+        lines += textwrap.wrap(
+            f"{leaf.doc}{also}", 92, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    lines += ["", "Other names of transformers, and what they set:"]
+    lines += [f"  {', '.join(flags)}: {meaning}" for meaning, flags in others.items()]
+    return "\n".join(lines)
 
-    train_tokenizer(a.files, a.out, vocab_size=a.vocab_size)
-    print(a.out)
-    return 0
+
+def kind_of(leaf: Leaf) -> str:
+    """The type of a key as help shows it."""
+    kind = leaf.type
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    choices = [kind, *get_args(kind)]
+    literal = next((c for c in choices if get_origin(c) is Literal), None)
+    if literal is not None:
+        return "|".join(map(str, get_args(literal)))
+    if isinstance(leaf.default, tuple):
+        return "TEXT ..."
+    names = {bool: "true|false", int: "INT", float: "FLOAT"}
+    return "{KEY: VALUE}" if isinstance(leaf.default, dict) else names.get(kind, "TEXT")
 
 
-def evaluate(a: argparse.Namespace) -> int:
-    from jaxllm.evaluate import evaluate_files
-
-    out = evaluate_files(
-        a.model,
-        a.data,
-        objective="sft" if a.chat else "pretrain",
-        max_length=a.max_length,
-        batch_size=a.batch_size,
-        dtype=a.dtype,
-        template=a.template,
+def _plain(value: Any) -> str:
+    """A value as YAML would have it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return (
+        json.dumps(value, default=vars, ensure_ascii=False) if not isinstance(value, str) else value
     )
-    print(json.dumps(out) if a.json else "\n".join(f"{k:<12} {v:g}" for k, v in out.items()))
-    return 0
 
 
-def _sampling(a: argparse.Namespace) -> dict[str, Any]:
-    from jaxllm.rollout import Sampling
-
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-    sampling = Sampling(**{name: getattr(a, name) for name in names})
-    keys = dict(system=a.system, template=a.template, stop=a.stop, dtype=a.dtype)
-    return keys | {"sampling": sampling}
-
-
-def generate(a: argparse.Namespace) -> int:
-    from jaxllm.rollout import generate_text
-
-    prompts = a.prompt or [line.rstrip("\n") for line in sys.stdin]
-    for text in generate_text(a.model, prompts, chat=a.chat, **_sampling(a)):
-        print(json.dumps(text) if a.json else text)
-    return 0
+def explanation(cfg: TrainConfig, provenance: dict[str, str]) -> str:
+    """Key, value and origin of every field, in columns."""
+    rows = [(key, _plain(value_of(cfg, key)), provenance[key]) for key in leaves()]
+    left = max(len(key) for key, _, _ in rows)
+    middle = min(max(len(value) for _, value, _ in rows), 40)
+    return "\n".join(f"{key:<{left}}  {value:<{middle}}  {at}" for key, value, at in rows)
 
 
-def chat(a: argparse.Namespace) -> int:
-    from jaxllm.rollout import chat_loop
-
-    chat_loop(a.model, **_sampling(a))
-    return 0
-
-
-def export(a: argparse.Namespace) -> int:
-    from jaxllm.hf import export as run
-
-    print(run(a.run, a.out, dtype=a.dtype, step=a.step))
-    return 0
+# ---- the other verbs
 
 
 class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one line."""
+
+    def __init__(self, verb: str):
+        super().__init__(
+            prog=f"jaxllm {verb}",
+            description=VERBS[verb.split()[0]][1] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
     def error(self, message: str) -> Any:
-        raise ValueError(f"{self.prog}: {message}")
+        raise ValueError(f"{message} (`{self.prog} --help` shows the flags)")
 
 
-def _decoding(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, help="HF directory or hub id")
-    p.add_argument("--system", help="system message")
-    p.add_argument("--template", help="chat template: a file or a built-in name [the tokenizer's own]")
-    p.add_argument("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
-    p.add_argument("--max_new_tokens", type=int, default=256, help="tokens [%(default)s]")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy [%(default)s]")
-    p.add_argument("--top_k", type=int, default=0, help="0 = off [%(default)s]")
-    p.add_argument("--top_p", type=float, default=1.0, help="1 = off [%(default)s]")
-    p.add_argument("--min_p", type=float, default=0.0, help="0 = off [%(default)s]")
-    p.add_argument("--seed", type=int, default=0, help="of sampling [%(default)s]")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[%(default)s]")
-
-
-def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="jaxllm", description=ABOUT)
-    verbs = top.add_subparsers(dest="verb", required=True, parser_class=_Parser)
-    for verb, text in TRAINING.items():
-        verbs.add_parser(verb, help=text, add_help=False)
-
-    group = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer").add_subparsers(
-        dest="action", required=True, parser_class=_Parser
+def _model_options(parser: _Parser, dtype: str = "float32") -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="HF directory or hub id")
+    parser.add_argument(
+        "--dtype", default=dtype, choices=("float32", "bfloat16"), help="of the arithmetic"
     )
-    p = group.add_parser("train", help="from text files")
-    p.add_argument("files", nargs="+", help="text files")
-    p.add_argument("--out", required=True, help="directory to write")
-    p.add_argument("--vocab_size", type=int, default=32_000, help="tokens in all [%(default)s]")
-    p.set_defaults(run=tokenizer_train)
-
-    p = verbs.add_parser("eval", help="loss and perplexity of a model on files")
-    p.add_argument("--model", required=True, help="HF directory or hub id")
-    p.add_argument("--data", nargs="+", required=True, help="files or data sets")
-    p.add_argument("--chat", action="store_true", help="read chats, count the assistant's tokens only")
-    p.add_argument("--template", help="chat template: a file or a built-in name")
-    p.add_argument("--max_length", type=int, default=1024, help="tokens in a row [%(default)s]")
-    p.add_argument("--batch_size", type=int, default=8, help="rows at a time [%(default)s]")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="[%(default)s]")
-    p.add_argument("--json", action="store_true", help="one JSON object")
-    p.set_defaults(run=evaluate)
-
-    p = verbs.add_parser("generate", help="continue texts, or answer messages")
-    _decoding(p)
-    p.add_argument("--prompt", action="append", help="a text (repeatable) [lines of standard input]")
-    p.add_argument("--chat", action="store_true", help="the prompt is a user's message")
-    p.add_argument("--json", action="store_true", help="one JSON string a prompt")
-    p.set_defaults(run=generate)
-
-    p = verbs.add_parser("chat", help="talk to a model in the terminal")
-    _decoding(p)
-    p.set_defaults(run=chat)
-
-    p = verbs.add_parser("export", help="a run's checkpoint as a HF directory")
-    p.add_argument("run", help="run folder")
-    p.add_argument("out", help="directory to write")
-    p.add_argument("--step", type=int, help="checkpoint [the newest good one]")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights [as trained]")
-    p.set_defaults(run=export)
-    return top
+    parser.add_argument(
+        "--template", help="chat template: a file or a built-in name; default: the model's"
+    )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a verb; returns its exit status: 0 done, 2 the user's mistake, 75 stopped and saved."""
-    argv = sys.argv[1:] if argv is None else argv
+def _sampling_options(parser: _Parser) -> None:
+    add = parser.add_argument
+    add("--system", help="system message of the chat")
+    add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--top_k", type=int, default=0, help="draw from this many likeliest tokens; 0 = all")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
+    add(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="leave out tokens below this share of the likeliest",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    add("--seed", type=int, default=0, help="of the draws")
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+    from jaxllm.rollout import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    sampling = Sampling(**{name: getattr(options, name) for name in names})
+    sampling.check()
+    return sampling
+
+
+def tokenizer(verb: str, args: list[str]) -> int:
+    if not args or args[0] != "train":
+        if {"-h", "--help"} & set(args[:1]):
+            print("usage: jaxllm tokenizer train FILE ... --out DIR [--vocab_size N]")
+            return DONE
+        seen = repr(args[0]) if args else "nothing"
+        raise ValueError(f"jaxllm tokenizer: seen {seen}; there is `tokenizer train`")
+    parser = _Parser("tokenizer train")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text files")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--vocab_size", type=int, default=32_000, help="tokens in all")
+    options = parser.parse_args(args[1:])
+    from jaxllm.tokenizer import train_tokenizer
+
+    train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
+    print(options.out)
+    return DONE
+
+
+def evaluate(verb: str, args: list[str]) -> int:
+    parser = _Parser(verb)
+    _model_options(parser)
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="files or data sets"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="chats: count the assistant's tokens only"
+    )
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens in a row")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (a memory knob)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(args)
+    from jaxllm.evaluate import evaluate_files
+
+    found = evaluate_files(
+        options.model,
+        options.data,
+        objective="sft" if options.chat else "pretrain",
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        template=options.template,
+    )
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(
+                f"{name:<12} {value:>14,}"
+                if isinstance(value, int)
+                else f"{name:<12} {value:>14.4f}"
+            )
+    return DONE
+
+
+def generate(verb: str, args: list[str]) -> int:
+    parser = _Parser(verb)
+    _model_options(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="repeatable; default: lines of standard input",
+    )
+    parser.add_argument("--chat", action="store_true", help="a prompt is a user's message")
+    _sampling_options(parser)
+    parser.add_argument("--json", action="store_true", help='print {"prompt", "text"} a line')
+    options = parser.parse_args(args)
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT, or lines on standard input")
+    from jaxllm.rollout import generate_text
+
+    texts = generate_text(
+        options.model,
+        prompts,
+        chat=options.chat,
+        system=options.system,
+        template=options.template,
+        stop=options.stop,
+        dtype=options.dtype,
+        sampling=_sampling(options),
+    )
+    for prompt, text in zip(prompts, texts, strict=True):
+        one = {"prompt": prompt, "text": text}
+        print(json.dumps(one, ensure_ascii=False) if options.json else text)
+    return DONE
+
+
+def chat(verb: str, args: list[str]) -> int:
+    parser = _Parser(verb)
+    _model_options(parser)
+    _sampling_options(parser)
+    options = parser.parse_args(args)
+    from jaxllm.rollout import chat_loop
+
+    chat_loop(
+        options.model,
+        system=options.system,
+        template=options.template,
+        stop=options.stop,
+        dtype=options.dtype,
+        sampling=_sampling(options),
+    )
+    return DONE
+
+
+def export(verb: str, args: list[str]) -> int:
+    parser = _Parser(verb)
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
+    options = parser.parse_args(args)
+    from jaxllm.hf import export as write
+
+    print(write(options.run, options.out, dtype=options.dtype, step=options.step))
+    return DONE
+
+
+VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
+    "pretrain": (training, "train on text, from random weights or from a model"),
+    "sft": (training, "fine-tune on conversations"),
+    "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
+    "eval": (evaluate, "loss and perplexity of a model on files"),
+    "generate": (generate, "continue texts, or answer messages"),
+    "chat": (chat, "talk to a model in the terminal"),
+    "export": (export, "a run's checkpoint as a HuggingFace directory"),
+}
+
+
+# ---- what every verb goes through
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a user's mistake (one line), 75 stopped with a checkpoint saved.
+
+    Anything else is a bug and leaves as an exception.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv and argv[0] in TRAINING:
-            return run_training(argv[0], argv[1:])
-        a = parser().parse_args(argv)
-        return a.run(a)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        # A ValueError from inside a library is a bug, and its traceback is wanted.
-        if not _ours(error):
+        if not args or args[0] in ("-h", "--help"):
+            print(_usage())
+            return DONE
+        if args[0] in ("-V", "--version"):
+            print(f"jaxllm {__version__}")
+            return DONE
+        verb = args.pop(0)
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+            raise ValueError(f"unknown verb {verb}; {hint}")
+        return VERBS[verb][0](verb, args)
+    except BrokenPipeError:  # `jaxllm … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        line = mistake(error)
+        if line is None:
             raise
-        print(f"jaxllm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"jaxllm: error: the disk is full: {error}; what was saved before is kept", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
+        print(f"jaxllm: error: {line}", file=sys.stderr)
+        return MISTAKE
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package (a message for the user) or below it (a bug)."""
-    tb = error.__traceback__
-    if isinstance(error, OSError) or tb is None:
-        return True
-    if any("JAX" in note for note in getattr(error, "__notes__", ())):
-        return False  # jax has cut its own frames off the traceback
-    while tb.tb_next:
-        tb = tb.tb_next
-    return tb.tb_frame.f_globals.get("__name__", "").startswith("jaxllm")
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "usage: jaxllm VERB [...]",
+            "",
+            "Train language models with JAX, from HuggingFace directory to HuggingFace directory.",
+            "",
+            *(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items()),
+            "",
+            "`jaxllm VERB --help` shows everything that can be set.",
+        ]
+    )
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line to show when `error` is the user's to mend, None when it is a bug.
+
+    That is a file that is missing, unreadable or does not fit on the disk, and a ValueError that
+    a `raise` in this package made. One out of a library, or out of an expression of ours, is a bug.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, OSError) and cause.errno in FULL
+        if full or "No space left" in str(cause):
+            return f"the disk is full ({_one_line(cause)}); what was saved before is kept"
+        cause = cause.__cause__ or cause.__context__
+    files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, files):
+        return _one_line(error)
+    return _one_line(error) if isinstance(error, ValueError) and _raised_here(error) else None
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a `raise` statement of this package made the error, here or in a worker process."""
+    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    frames += re.findall(r'File "(.+?)", line (\d+)', str(error.__cause__))  # a worker's traceback
+    file, line = frames[-1] if frames else ("", 0)
+    statement = linecache.getline(file, int(line or 0)).strip()
+    return Path(__file__).parent in Path(file).parents and statement.startswith("raise")
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,12 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as one frozen value: typed fields, each with its default, unit and meaning."""
+"""A run as one frozen value: typed fields, each with its default, unit and meaning.
+
+Types and ranges are the fields' own annotations, checked by pydantic; what several fields must
+agree on stands in `check`. `load_config` reads a value from a YAML file, a DeepSpeed file and
+`--section.key value`, and says where each of its fields came from.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
-from dataclasses import asdict, dataclass, field, fields, replace
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from jaxllm import aliases
+from jaxllm.aliases import Given
+
+Count = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -26,12 +48,12 @@ class ModelSection:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of activations and matrix products (accumulation stays float32)"""
     remat: Literal["none", "full", "dots", "names"] = "full"
-    """what the backward pass recomputes: nothing, each layer, all but dots, all but named tensors"""
-    scan_unroll: int = 1
+    """what the backward pass recomputes: nothing, each layer, all but dots, all but named ones"""
+    scan_unroll: Size = 1
     """layers per iteration of the scan over layers (more = longer compile)"""
-    loss_chunk: int = 512
+    loss_chunk: Size = 512
     """tokens whose logits exist at one time in the loss"""
-    z_loss: float = 0.0
+    z_loss: Amount = 0.0
     """coefficient of the squared log-partition"""
 
 
@@ -43,8 +65,8 @@ class Source:
 
     path: str
     """file, glob, directory, hub id, `tfds:NAME`; suffix tells the format"""
-    weight: float = 1.0
-    """share of the mixture, relative to the other sources; an epoch is one pass over the largest"""
+    weight: Annotated[float, Gt(0)] | None = None
+    """share of the mixture, relative to the others; left out everywhere, sources are joined"""
     split: str = "train"
     """split of a dataset that has several"""
     columns: dict[str, str] = field(default_factory=dict)
@@ -59,9 +81,9 @@ class DataSection:
     """sources to train on: a path, a list of paths, or a list of {path, weight, split, columns}"""
     eval: tuple[Source, ...] = ()
     """held-out sources; each is evaluated whole"""
-    eval_fraction: float = 0.0
-    """share of the training examples held out (the last ones of a seeded shuffle) when `eval` is empty"""
-    max_length: int = 1024
+    eval_fraction: Fraction = 0.0
+    """share of the training examples held out, drawn by the seed; not together with `eval`"""
+    max_length: Annotated[int, Ge(2)] = 1024
     """tokens in a row (the chapter's block size)"""
     packing: bool = True
     """SFT: several examples share a row as separate segments"""
@@ -74,12 +96,12 @@ class DataSection:
     train_on_prompt: bool = False
     """SFT: learn the other turns too"""
     template: str | None = None
-    """SFT: chat template: a file, or a built-in name (seed-qwen, chatml); default: the tokenizer's own"""
+    """SFT: chat template: a file or built-in name (seed-qwen, chatml); default: the tokenizer's"""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """SFT: extra variables for the chat template"""
     user_template: str | None = None
     """SFT: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
-    workers: int = 0
+    workers: Count = 0
     """processes that tokenize; 0 = one per core"""
     cache_dir: str | None = None
     """where tokenized data is kept; default: ~/.cache/jaxllm"""
@@ -91,25 +113,27 @@ class OptimSection:
 
     name: str = "adamw"
     """adamw, or another optimizer of the table in optim.py"""
-    learning_rate: float = 1e-4
+    learning_rate: Annotated[float, Gt(0)] = 1e-4
     """peak learning rate"""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
+        "cosine"
+    )
     """shape after the warm-up; warmup_log is DeepSpeed's WarmupLR with warmup_type log"""
-    warmup: float = 0.0
-    """warm-up: steps, or a share of all steps when below 1"""
-    decay: float = 0.2
+    warmup: Amount = 0.0
+    """warm-up from 0: steps, or a share of all steps when below 1"""
+    decay: Amount = 0.2
     """wsd: the final decay, steps or share of all steps"""
-    final: float = 0.0
+    final: Share = 0.0
     """learning rate at the end, as a share of the peak"""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """decoupled decay of matrices (never norms and biases)"""
-    b1: float = 0.9
+    b1: Fraction = 0.9
     """decay of the first moment"""
-    b2: float = 0.999
+    b2: Fraction = 0.999
     """decay of the second moment"""
-    eps: float = 1e-8
+    eps: Amount = 1e-8
     """added to the root of the second moment"""
-    clip: float = 1.0
+    clip: Amount = 1.0
     """global gradient norm above which gradients are scaled down; 0 = off"""
     options: dict[str, Any] = field(default_factory=dict)
     """further keyword arguments of the optax optimizer"""
@@ -137,13 +161,13 @@ class MeshSection:
 class LogSection:
     """What is recorded while training."""
 
-    every: int = 10
+    every: Size = 10
     """steps between lines of metrics.jsonl"""
     report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """trackers besides metrics.jsonl"""
     samples: tuple[str, ...] = ()
     """prompts continued at each evaluation and written to samples.jsonl"""
-    sample_tokens: int = 64
+    sample_tokens: Size = 64
     """new tokens per sample"""
     progress: bool = True
     """progress bar on the terminal"""
@@ -153,9 +177,9 @@ class LogSection:
 class SaveSection:
     """Checkpoints."""
 
-    every: int = 500
-    """steps between checkpoints (one is always written at the end)"""
-    keep: int = 3
+    every: Count = 500
+    """steps between checkpoints (one is always written at the end); 0 = only at the end"""
+    keep: Count = 3
     """last checkpoints kept; 0 = all"""
     keep_best: bool = True
     """also keep the one with the lowest eval loss"""
@@ -177,21 +201,19 @@ class TrainConfig:
     """delete what is in output_dir first"""
     resume: bool = True
     """go on from the newest good checkpoint in output_dir when there is one"""
-    seed: int = 0
+    seed: Count = 0
     """of weights, data order and everything else"""
-    epochs: float = 1.0
+    epochs: Annotated[float, Gt(0)] = 1.0
     """passes over the data, unless steps is given"""
-    steps: int = 0
+    steps: Count = 0
     """updates; 0 = epochs decide"""
-    batch_size: int = 32
-    """rows in an update, over all devices: what defines the run"""
-    micro_batch_size: int = 0
+    batch_size: Count = 32
+    """rows in an update, over all devices; 0 = micro_batch_size x accumulation x devices"""
+    micro_batch_size: Count = 0
     """rows per device at a time, a memory knob; 0 = as many as batch_size gives each device"""
-    per_device_batch_size: int = 0
-    """rows per device and micro-batch, HF's way: with accumulation and devices it makes batch_size"""
-    accumulation: int = 1
-    """micro-batches in an update when per_device_batch_size is given"""
-    eval_every: int = 0
+    accumulation: Count = 0
+    """micro-batches in an update; 0 = what batch_size and micro_batch_size make of it"""
+    eval_every: Count = 0
     """steps between evaluations; 0 = only at the end"""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -201,40 +223,7 @@ class TrainConfig:
     save: SaveSection = field(default_factory=SaveSection)
 
 
-def to_dict(cfg: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON-able values."""
-    return asdict(cfg)
-
-
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """Checked types: raises ValueError naming the key, what was seen and what is accepted."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(TrainConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{key}: {first['msg']}, seen {first['input']!r}") from None
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a run's YAML, for editors."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(TrainConfig).json_schema()
-
-
-def keys(kind: Any = None, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a config and its dataclass field."""
-    found: dict[str, Any] = {}
-    for f in fields(kind or TrainConfig):
-        section = SECTIONS.get(f.name) if not prefix else None
-        found |= keys(section, f"{f.name}.") if section else {prefix + f.name: f}
-    return found
-
-
-SECTIONS = {
+SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataSection,
     "optim": OptimSection,
@@ -242,179 +231,337 @@ SECTIONS = {
     "log": LogSection,
     "save": SaveSection,
 }
+CHATS = ("packing", "too_long", "learn", "train_on_prompt")
+CHATS += ("template", "template_kwargs", "user_template")
+UNREAD = {"pretrain": CHATS, "sft": ("segment",)}  # of data: what the objective does not read
 
 
-def nearest(key: str, known: Any) -> str:
-    """The error for an unknown key."""
-    close = difflib.get_close_matches(key, list(known), 1, 0.4)
-    tail = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    guess = (tail or close or [""])[0]
-    return f"unknown key {key}" + (f"; did you mean {guess}?" if guess else "")
+# ---- the fields as a table
 
 
-def _flatten(values: dict[str, Any], where: str, known: dict[str, Any]) -> dict[str, Any]:
-    """{section: {key: value}} -> {dotted key: value}; raises ValueError at an unknown key."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in SECTIONS and isinstance(value, dict):
-            flat |= {f"{name}.{k}": v for k, v in value.items()}
-        elif name in SECTIONS:
-            raise ValueError(f"{where}: {name} is a section with keys of its own, seen {value!r}")
+@dataclass(frozen=True)
+class Leaf:
+    """One dotted key: its type, default and docstring."""
+
+    key: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def _docs(kind: type) -> dict[str, str]:
+    """{field: the string that follows it in the source}."""
+    (node,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(node, ast.ClassDef)
+    return {
+        ast.unparse(name.target): ast.literal_eval(doc.value)
+        for name, doc in zip(node.body, node.body[1:], strict=False)
+        if isinstance(name, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+
+
+def _leaves(kind: type, prefix: str = "") -> Iterator[Leaf]:
+    types, docs = get_type_hints(kind, include_extras=True), _docs(kind)
+    for f in fields(kind):
+        if not prefix and f.name in SECTIONS:
+            yield from _leaves(SECTIONS[f.name], f"{f.name}.")
         else:
-            flat[name] = value
-    for key in flat:
-        if key not in known:
-            raise ValueError(f"{where}: {nearest(key, known)}")
-    return flat
+            made = f.default_factory() if f.default_factory is not MISSING else f.default
+            yield Leaf(prefix + f.name, types[f.name], made, docs[f.name])
 
 
-def _read_yaml(path: str, known: dict[str, Any]) -> dict[str, Any]:
-    import yaml
+@cache
+def leaves() -> dict[str, Leaf]:
+    """Every key of a run, in order."""
+    return {leaf.key: leaf for leaf in _leaves(TrainConfig)}
 
+
+def value_of(cfg: TrainConfig, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(cfg, section) if section else cfg, name)
+
+
+def leaf_of(key: str) -> Leaf | None:
+    """The field that a dotted key sets: itself, or an entry of a dict such as model.overrides.X."""
+    found = leaves().get(key)
+    parent = leaves().get(key.rpartition(".")[0])
+    return found or (parent if parent and isinstance(parent.default, dict) else None)
+
+
+def _unknown(key: str, where: str = "") -> ValueError:
+    """The error for a key that is none, naming the nearest one."""
+    last = key.rpartition(".")[2]
+    names = {name.rpartition(".")[2]: name for name in reversed(leaves())}
+    names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
+    near = [n for k in (key, last) for n in difflib.get_close_matches(k, names, 1)]
+    flag = where.startswith("--")
+    hint = f"did you mean {'--' * flag}{names[near[0]]}?" if near else "--help lists all keys"
+    shown = f"unknown flag {where}" if flag else f"{where}: unknown key {key}".removeprefix(": ")
+    return ValueError(f"{shown}; {hint}")
+
+
+# ---- checking
+
+
+@cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TrainConfig)
+
+
+def _validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
+    """The nested dict as a TrainConfig; raises ValueError for the first wrong value."""
+    from pydantic import ValidationError
+
+    flat = {k: v for k, v in tree.items() if k not in SECTIONS}
+    for section in SECTIONS.keys() & tree.keys():
+        if not isinstance(tree[section], dict):
+            raise ValueError(f"{section} has keys of its own, seen {tree[section]!r}")
+        flat |= {f"{section}.{k}": v for k, v in tree[section].items()}
+    for key, value in flat.items():
+        if (leaf := leaves().get(key)) is None:
+            raise _unknown(key)
+        if isinstance(value, bool) and not isinstance(leaf.default, bool):
+            raise ValueError(f"{_at(key, where)} needs a value, seen {str(value).lower()}")
     try:
-        text = Path(path).read_text()
-        values = yaml.safe_load(text) or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ValueError(f"{path}:{line}: {error.problem}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected sections and keys, seen {type(values).__name__}")
-    try:
-        return _flatten(values, path, known)
-    except ValueError as error:
-        key = str(error).split("unknown key ")[-1].split(";")[0].split(".")[-1]
-        line = next((n for n, t in enumerate(text.splitlines(), 1) if t.strip().startswith(key + ":")), 0)
-        message = str(error).removeprefix(path + ": ")
-        raise ValueError(f"{path}:{line}: {message}" if line else str(error)) from None
+        return _adapter().validate_python(tree)
+    except ValidationError as error:
+        unexpected = "unexpected_keyword_argument"
+        first = min(error.errors(), key=lambda one: one["type"] != unexpected)
+    loc, seen = first["loc"], first["input"]
+    key = ".".join(map(str, loc[:2])) if loc[0] in SECTIONS else str(loc[0])
+    inside = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[key.count(".") + 1 :]
+    )
+    at = _at(key, where) + inside
+    if first["type"] == unexpected:
+        known = ", ".join(f.name for f in fields(Source))
+        raise ValueError(f"{at} is not known; a source has {known}") from None
+    if first["type"] in ("missing", "missing_argument"):
+        raise ValueError(f"{at} is missing; seen {seen!r}") from None
+    wanted = first["msg"].removeprefix("Input ").removeprefix("Value ")
+    raise ValueError(f"{at} is {seen!r}; it {wanted}") from None
 
 
-def _arguments(args: list[str]) -> list[tuple[str, str | None]]:
-    """--key value, --key=value and bare --key, in order."""
-    pairs: list[tuple[str, str | None]] = []
-    for arg in args:
-        if arg.startswith("--"):
-            key, equals, value = arg[2:].partition("=")
-            pairs.append((key, value if equals else None))
-        elif pairs and pairs[-1][1] is None:
-            pairs[-1] = (pairs[-1][0], arg)
-        elif pairs and pairs[-1][0] in LISTS:
-            pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]},{arg}")
-        else:
-            raise ValueError(f"{arg!r} follows no --key")
-    return pairs
+def _at(key: str, where: Mapping[str, str]) -> str:
+    at = where.get(key, "")
+    return key if at.lstrip("-") in ("", key) else f"{at}: {key}"
 
 
-LISTS = ("train_files", "validation_files", "data.train", "data.eval", "report_to", "log.samples")
+def to_dict(cfg: TrainConfig) -> dict[str, Any]:
+    """Nested plain values, as JSON would hold them."""
+    return json.loads(json.dumps(asdict(cfg)))
 
 
-def _sources(value: Any) -> Any:
-    """A path, or a list of paths and dicts, as a list of dicts."""
-    if isinstance(value, str):
-        value = [part for part in value.split(",") if part]
-    if isinstance(value, dict):
-        value = [value]
-    return [{"path": v} if isinstance(v, str) else v for v in value]
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Inverse of `to_dict`. Raises ValueError: the key, what was seen, what is accepted."""
+    return _validated(values, {})
 
 
-def load_config(
-    objective: str, path: str | None = None, args: list[str] | None = None
-) -> tuple[TrainConfig, dict[str, str]]:
-    """A run from a YAML file and `--section.key value` arguments, HF spellings among them.
-
-    Later beats earlier: defaults, the file, a DeepSpeed file, the arguments. Also returns where
-    each dotted key that is not a default came from. Raises ValueError for an unknown key (naming
-    the nearest), a wrong type, or a contradiction.
-    """
-    import yaml
-
-    from jaxllm import aliases
-
-    known = keys()
-    values: dict[str, Any] = {"objective": objective}
-    source: dict[str, str] = {"objective": "the verb"}
-    if path:
-        file = _read_yaml(path, known)
-        values |= file
-        source |= dict.fromkeys(file, path)
-    own: dict[str, Any] = {}
-    hf: dict[str, Any] = {}
-    for key, text in _arguments(args or []):
-        plain = key.replace("-", "_")
-        if plain in aliases.LATER:
-            raise ValueError(f"--{key} belongs to {aliases.LATER[plain]}, which is not available yet")
-        value = True if text is None else yaml.safe_load(text)
-        if plain in aliases.ALIASES or plain in aliases.SPECIAL:
-            hf[plain] = value
-        elif plain in known:
-            own[plain] = value
-        else:
-            raise ValueError(nearest(f"--{key}", [f"--{k}" for k in (*known, *aliases.ALIASES, *aliases.SPECIAL)]))
-    translated, origin = aliases.translate(hf)
-    values |= translated | own
-    source |= origin | {key: f"--{key}" for key in own}
-    for key in ("data.train", "data.eval"):
-        if key in values:
-            values[key] = _sources(values[key])
-    for key in ("log.report_to", "log.samples"):
-        if isinstance(values.get(key), str):
-            values[key] = [values[key]]
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    return from_dict(nested), source
-
-
-def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
-    """Fixes the global batch, and the rows per device at a time, for `data_devices` devices.
-
-    `per_device_batch_size` x accumulation x devices makes a global batch once; a resumed run on
-    another mesh keeps the batch. Raises ValueError where the batch does not divide.
-    """
-    size = cfg.batch_size
-    micro = cfg.micro_batch_size or cfg.per_device_batch_size
-    if cfg.per_device_batch_size:
-        size = cfg.per_device_batch_size * cfg.accumulation * data_devices
-    if size % data_devices:
-        raise ValueError(f"batch_size {size} does not divide over {data_devices} devices; change one of them")
-    share = size // data_devices
-    micro = micro or share // cfg.accumulation or 1
-    if share % micro:
-        raise ValueError(
-            f"batch_size {size} gives each of {data_devices} devices {share} rows, which do not divide "
-            f"into micro-batches of {micro}"
-        )
-    return replace(cfg, batch_size=size, micro_batch_size=micro, per_device_batch_size=0, accumulation=1)
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML file, for editors: docstrings, ranges, HF spellings included."""
+    schema = _adapter().json_schema()
+    for kind in (TrainConfig, Source, *SECTIONS.values()):
+        part = schema if kind is TrainConfig else schema["$defs"][kind.__name__]
+        part |= {"additionalProperties": False, "description": inspect.getdoc(kind)}
+        for key, doc in _docs(kind).items():
+            part["properties"][key]["description"] = doc
+    data = schema["$defs"]["DataSection"]["properties"]
+    for key in ("train", "eval"):
+        one = [{"type": "string"}, {"$ref": "#/$defs/Source"}]
+        data[key] |= {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
+        del data[key]["items"], data[key]["type"]
+    for name, meaning in aliases.meanings().items():
+        schema["properties"].setdefault(name, {"description": f"transformers' name of {meaning}"})
+    return schema
 
 
 def check(cfg: TrainConfig) -> None:
-    """Raises ValueError where fields contradict each other or are out of range."""
-    if not cfg.model.path and not cfg.model.config:
+    """Raises ValueError for a value of a wrong type or range, and where fields contradict."""
+    valid = _validated(to_dict(cfg), {})
+    for key in leaves():
+        if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
+            raise ValueError(f"{key} is {ours!r}; write {right!r}")
+    for message in _contradictions(cfg):
+        raise ValueError(message)
+
+
+def _contradictions(cfg: TrainConfig) -> Iterator[str]:
+    model, data, optim = cfg.model, cfg.data, cfg.optim
+    if not model.path and not model.config:
+        yield "no model: give model.path (its weights) or model.config (random weights)"
+    if model.path and model.config:
+        yield "model.path and model.config are both given; keep one"
+    if model.overrides and not model.config:
+        yield "model.overrides change the shape of random weights; they go with model.config"
+    if (model.config or "").endswith(".json") and not model.tokenizer:
+        yield "model.config is a file, so model.tokenizer must say where the tokenizer lies"
+
+    if not data.train:
+        yield "no data: give data.train"
+    if data.eval and data.eval_fraction:
+        yield "data.eval and data.eval_fraction are both given; keep one"
+    if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):
+        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
+    for name in UNREAD[cfg.objective]:
+        if getattr(data, name) != leaves()[f"data.{name}"].default:
+            yield f"data.{name} has no meaning for {cfg.objective}; leave it out"
+
+    if not cfg.batch_size and not cfg.micro_batch_size:
+        yield "batch_size is 0, so micro_batch_size must be given"
+    sizes = asdict(cfg.mesh)
+    sizes.pop("zero")
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{axis} is {size}; it is 1 or more, or -1 for what is left"
+        if size != 1 and axis in ("expert", "context"):
+            yield f"mesh.{axis} is {size}; nothing is split along it yet, leave it at 1"
+    if list(sizes.values()).count(-1) > 1:
+        yield "mesh: only one axis may be -1"
+
+    steps = cfg.steps
+    if steps and optim.warmup > max(steps, 1):
+        yield f"optim.warmup is {optim.warmup:g} steps, longer than the run's {steps}; lower it"
+    if steps and optim.schedule == "wsd" and optim.decay >= 1 and optim.decay > steps:
+        yield f"optim.decay is {optim.decay:g} steps, longer than the run's {steps}; lower it"
+
+
+def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
+    """Fixes batch_size and micro_batch_size for the devices that share the rows (data x fsdp).
+
+    With batch_size 0 it is micro_batch_size x accumulation x devices, once: a run that is resumed
+    on other devices keeps the batch_size of its config.json and changes its accumulation. Raises
+    ValueError when the batch does not divide.
+    """
+    batch, micro, count = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
+    if not batch and (recorded := _recorded_batch(cfg)):
+        batch, count = recorded, 0
+    batch = batch or micro * (count or 1) * data_devices
+    if batch % data_devices:
+        down = batch // data_devices * data_devices
+        near = f"{down} or {down + data_devices}" if down else f"{data_devices}"
         raise ValueError(
-            "no model: give model.path (weights to start from) or model.config (random weights)"
+            f"batch_size {batch} does not divide over {data_devices} devices (data x fsdp); "
+            f"use {near}"
         )
-    if cfg.model.path and cfg.model.config:
-        raise ValueError("model.path and model.config are both given; keep one")
-    if cfg.model.overrides and not cfg.model.config:
-        raise ValueError("model.overrides go with model.config (random weights) only")
-    if not cfg.data.train:
-        raise ValueError("no data: give data.train")
-    if not 0 <= cfg.data.eval_fraction < 1:
-        raise ValueError(f"data.eval_fraction is {cfg.data.eval_fraction}; it must lie in [0, 1)")
-    positive = {
-        "batch_size": cfg.batch_size,
-        "data.max_length": cfg.data.max_length - 1,
-        "log.every": cfg.log.every,
-        "save.every": cfg.save.every,
-        "model.loss_chunk": cfg.model.loss_chunk,
-        "model.scan_unroll": cfg.model.scan_unroll,
-        "accumulation": cfg.accumulation,
-        "steps or epochs": cfg.steps or cfg.epochs,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{key} is too small; it must be positive (data.max_length at least 2)")
-    if cfg.mesh.expert != 1 or cfg.mesh.context != 1:
-        raise ValueError("mesh.expert and mesh.context are names for now; leave them at 1")
+    rows = batch // data_devices
+    if count and micro and micro * count != rows:
+        raise ValueError(
+            f"batch_size {batch} is not micro_batch_size {micro} x accumulation {count} x "
+            f"{data_devices} devices = {micro * count * data_devices}; leave one of them out"
+        )
+    if count and rows % count:
+        raise ValueError(
+            f"{rows} rows per device do not divide into accumulation {count}; change one"
+        )
+    micro = min(micro or rows // (count or 1), rows)
+    if rows % micro:
+        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise ValueError(
+            f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
+            f"use one of {fits}"
+        )
+    return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
+
+
+def _recorded_batch(cfg: TrainConfig) -> int:
+    """batch_size of the run in output_dir that would be resumed; 0 when there is none."""
+    run = Path(cfg.output_dir)
+    if cfg.overwrite or not cfg.resume or not any(run.glob("checkpoints/[0-9]*")):
+        return 0
+    file = run / "config.json"
+    return json.loads(file.read_text())["batch_size"] if file.is_file() else 0
+
+
+# ---- reading
+
+
+def _typed(one: Given) -> Given:
+    """A flag's texts as a value: as they stand for a text field, else YAML; True when bare."""
+    name, texts = one.name, one.value
+    if not texts:
+        positive = name.removeprefix("no_")
+        return (
+            Given(name, True, one.where)
+            if leaf_of(name)
+            else Given(positive, positive == name, one.where)
+        )
+    key = aliases.RENAMED.get(name, name)
+    leaf = leaves().get(key)
+    many = leaf is not None and isinstance(leaf.default, tuple)
+    textual = leaf is not None and (many or leaf.type in (str, str | None))
+
+    def value(text: str) -> Any:
+        if textual and not (many and text.startswith(("[", "{"))):
+            return None if not many and text in ("null", "none") else text
+        return aliases.parse(text)
+
+    if len(texts) > 1 and leaf and not many:
+        raise ValueError(f"{one.where} takes one value, seen {' '.join(texts)}")
+    return Given(name, value(texts[0]) if len(texts) == 1 else [value(t) for t in texts], one.where)
+
+
+def _sources(value: Any) -> Any:
+    """A path, a source, or a list of them -> a list of sources."""
+    many = [value] if isinstance(value, str | dict) else value
+    if not isinstance(many, list):
+        return value
+    return [{"path": v} if isinstance(v, str) else v for v in many]
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# What a user may write for a list, beside the list itself.
+SHORT_FORMS = {
+    "data.train": _sources,
+    "data.eval": _sources,
+    "log.samples": _texts,
+    "log.report_to": aliases.trackers,
+}
+
+
+def load_config(
+    objective: str, path: str | None = None, args: Sequence[str] = ()
+) -> tuple[TrainConfig, dict[str, str]]:
+    """A run from a YAML file and command-line arguments, HF spellings included in both.
+
+    Later beats earlier: defaults, the file, the arguments; a DeepSpeed file fills what neither
+    gives and may not contradict them. Also returns where each dotted key came from ("default", the
+    file:line, the flag). What a flag or a DeepSpeed key asks for that has no meaning here is listed
+    on stderr. Raises ValueError for an unknown key (naming the nearest), a wrong value or a
+    contradiction, FileNotFoundError for a missing file.
+    """
+    given: dict[str, Given] = {}
+    ignored: list[str] = []
+    file = aliases.read_yaml(path, tuple(SECTIONS)) if path else []
+    for layer in (file, [_typed(one) for one in aliases.read_args(args)]):
+        for one in layer:
+            if leaf_of(one.name) is None and one.name not in aliases.NAMES:
+                raise _unknown(one.name, one.where)
+        values, without_meaning = aliases.translate(layer)
+        given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
+        ignored += without_meaning
+    if (deepspeed := given.pop("deepspeed", None)) is not None:
+        asked, without_meaning = aliases.read_deepspeed(str(deepspeed.value), given)
+        given |= asked
+        ignored += without_meaning
+    if ignored:
+        print(f"jaxllm: ignored, no meaning here: {', '.join(ignored)}", file=sys.stderr)
+    verb = given.setdefault("objective", Given("objective", objective, "the verb"))
+    if verb.value != objective:
+        raise ValueError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
+    given = aliases.resume_path(given)
+
+    tree: dict[str, Any] = {}
+    for key, one in sorted(given.items()):
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = SHORT_FORMS.get(key, lambda v: v)(one.value)
+    origin = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
+    return _validated(tree, origin), {key: origin.get(key, "default") for key in leaves()}

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of transformers and DeepSpeed: each is translated, refused or listed."""
+
+import json
+import re
+
+import pytest
+
+from jaxllm import aliases
+from jaxllm.config import (
+    OptimSection,
+    Source,
+    check,
+    leaves,
+    load_config,
+    resolve_batch,
+    value_of,
+)
+
+
+def load(*args, path=None):
+    return load_config("pretrain", path, args)[0]
+
+
+def refused(*args, path=None):
+    with pytest.raises(ValueError) as error:
+        load(*args, path=path)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def deepspeed(tmp_path):
+    def write(**block):
+        (tmp_path / "ds.json").write_text(json.dumps(block))
+        return "--deepspeed", str(tmp_path / "ds.json")
+
+    return write
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text):
+        (tmp_path / "run.yaml").write_text(text)
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+# ---- names of transformers
+
+
+ALIASES = [
+    ("model_name_or_path", "m", {"model.path": "m"}),
+    ("config_name", "c", {"model.config": "c"}),
+    ("tokenizer_name", "t", {"model.tokenizer": "t"}),
+    ("train_file", "a", {"data.train": (Source("a"),)}),
+    ("train_files", "a", {"data.train": (Source("a"),)}),
+    ("dataset_name", "o/d", {"data.train": (Source("o/d"),)}),
+    ("validation_file", "a", {"data.eval": (Source("a"),)}),
+    ("validation_files", "a", {"data.eval": (Source("a"),)}),
+    ("validation_split_percentage", "5", {"data.eval_fraction": 0.05}),
+    ("block_size", "64", {"data.max_length": 64}),
+    ("max_length", "64", {"data.max_length": 64}),
+    ("max_seq_length", "64", {"data.max_length": 64}),
+    ("packing", "False", {"data.packing": False}),
+    ("preprocessing_num_workers", "3", {"data.workers": 3}),
+    ("dataset_num_proc", "3", {"data.workers": 3}),
+    ("per_device_train_batch_size", "4", {"micro_batch_size": 4, "batch_size": 0}),
+    ("gradient_accumulation_steps", "4", {"accumulation": 4, "batch_size": 32}),
+    ("learning_rate", "1e-5", {"optim.learning_rate": 1e-5}),
+    ("lr_scheduler_type", "cosine", {"optim.schedule": "cosine"}),
+    ("lr_scheduler_type", "linear", {"optim.schedule": "linear"}),
+    ("lr_scheduler_type", "constant", {"optim.schedule": "constant"}),
+    ("lr_scheduler_type", "constant_with_warmup", {"optim.schedule": "constant"}),
+    ("lr_scheduler_type", "warmup_stable_decay", {"optim.schedule": "wsd"}),
+    ("lr_scheduler_type", "inverse_sqrt", {"optim.schedule": "inverse_sqrt"}),
+    ("optim", "adamw_torch", {"optim.name": "adamw"}),
+    ("warmup_steps", "20", {"optim.warmup": 20.0}),
+    ("warmup_ratio", "0.03", {"optim.warmup": 0.03}),
+    ("weight_decay", "0.1", {"optim.weight_decay": 0.1}),
+    ("adam_beta1", "0.8", {"optim.b1": 0.8}),
+    ("adam_beta2", "0.95", {"optim.b2": 0.95}),
+    ("adam_epsilon", "1e-6", {"optim.eps": 1e-6}),
+    ("max_grad_norm", "0.5", {"optim.clip": 0.5}),
+    ("num_train_epochs", "3", {"epochs": 3.0}),
+    ("max_steps", "10", {"steps": 10}),
+    ("max_steps", "-1", {"steps": 0}),
+    ("seed", "7", {"seed": 7}),
+    ("output_dir", "o", {"output_dir": "o"}),
+    ("overwrite_output_dir", None, {"overwrite": True}),
+    ("resume_from_checkpoint", "False", {"resume": False}),
+    ("logging_steps", "5", {"log.every": 5}),
+    ("eval_steps", "5", {"eval_every": 5}),
+    ("eval_strategy", "no", {"eval_every": 0}),
+    ("eval_strategy", "steps", {"eval_every": 500}),
+    ("evaluation_strategy", "no", {"eval_every": 0}),
+    ("save_steps", "5", {"save.every": 5}),
+    ("save_strategy", "no", {"save.every": 0}),
+    ("save_total_limit", "2", {"save.keep": 2}),
+    ("report_to", "none", {"log.report_to": ()}),
+    ("report_to", "wandb", {"log.report_to": ("wandb",)}),
+    ("report_to", "tensorboard,wandb", {"log.report_to": ("tensorboard", "wandb")}),
+    ("report_to", "all", {"log.report_to": ("wandb", "tensorboard")}),
+    ("disable_tqdm", "True", {"log.progress": False}),
+    ("bf16", None, {"model.compute_dtype": "bfloat16", "model.weight_dtype": "float32"}),
+    ("fp16", "False", {"model.compute_dtype": "float32"}),
+    (
+        "torch_dtype",
+        "bfloat16",
+        {"model.compute_dtype": "bfloat16", "model.weight_dtype": "bfloat16"},
+    ),
+    ("dtype", "torch.float32", {"model.compute_dtype": "float32", "model.weight_dtype": "float32"}),
+    ("torch_dtype", "auto", {"model.weight_dtype": "float32"}),
+    ("gradient_checkpointing", None, {"model.remat": "full"}),
+    ("gradient_checkpointing", "False", {"model.remat": "none"}),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "values"), ALIASES)
+def test_names_of_transformers(name, text, values):
+    args = [f"--{name}"] + ([text] if text is not None else [])
+    cfg, provenance = load_config("sft", None, args)
+    assert {key: value_of(cfg, key) for key in values} == values
+    for key, value in values.items():
+        if value != leaves()[key].default:
+            assert provenance[key] == f"--{name}"
+
+
+def test_every_name_that_is_translated_is_tested():
+    tested = {name for name, _, _ in ALIASES} | {"deepspeed"}
+    assert set(aliases.meanings()) == tested - {"output_dir", "seed"}  # these two are ours too
+
+
+def test_bf16_beside_torch_dtype_sets_the_compute_dtype_alone():
+    model = load("--torch_dtype", "float32", "--bf16").model
+    assert (model.weight_dtype, model.compute_dtype) == ("float32", "bfloat16")
+
+
+def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
+    args = ("--batch_size", "64", "--per_device_train_batch_size", "4")
+    assert load(*args).batch_size == 64
+    path = yaml("batch_size: 64\n")
+    assert load("--per_device_train_batch_size", "4", path=path).batch_size == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--use_peft"], "--use_peft: PEFT is not available yet"),
+        (["--lora_r", "8"], "--lora_r: PEFT is not available yet"),
+        (["--lora_alpha", "8"], "PEFT is not available yet"),
+        (["--lora_dropout", "8"], "PEFT is not available yet"),
+        (["--lora_target_modules", "q_proj"], "PEFT is not available yet"),
+        (["--beta", "0.1"], "--beta: preference training is not available yet"),
+        (["--fp16"], "--fp16: float16 would need loss scaling; use --bf16"),
+        (
+            ["--torch_dtype", "float16"],
+            "--torch_dtype: 'float16' is not known; known: float32, bfloat16",
+        ),
+        (["--bf16", "maybe"], "--bf16: seen 'maybe'; it is true or false"),
+        (["--lr_scheduler_type", "polynomial"], "known: cosine, linear, constant"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "use constant_with_warmup"),
+        (["--eval_strategy", "epoch"], "--eval_strategy: 'epoch' is not known; known: no, steps"),
+        (
+            ["--report_to", "mlflow"],
+            "log.report_to[0] is 'mlflow'; it should be 'wandb' or 'tensorboard'",
+        ),
+        (
+            ["--max_length", "8", "--block_size", "9"],
+            "given twice: 8 by --max_length, 9 by --block_size",
+        ),
+        (["--overwrite_output_dir", "--resume_from_checkpoint", "True"], "keep one"),
+        (
+            ["--resume_from_checkpoint", "other/checkpoint-9"],
+            "other/checkpoint-9 is not in output_dir run",
+        ),
+    ],
+)
+def test_what_is_refused_of_transformers(args, message):
+    assert message in refused(*args)
+
+
+def test_a_checkpoint_inside_output_dir_means_resume():
+    assert load("--output_dir", "o", "--resume_from_checkpoint", "o/checkpoints/9").resume is True
+
+
+def test_names_without_a_meaning_are_listed(capsys):
+    load("--do_train", "--tf32", "True", "--logging_dir", "logs")
+    assert capsys.readouterr().err == (
+        "jaxllm: ignored, no meaning here: --do_train, --tf32, --logging_dir\n"
+    )
+
+
+# ---- DeepSpeed
+
+
+LAUNCH_LINE = """--config_name models/qwen-1.5b --tokenizer_name models/qwen-1.5b
+    --train_files data/corpus.jsonl --per_device_train_batch_size 16
+    --gradient_accumulation_steps 4 --do_train --output_dir output/pretrain
+    --evaluation_strategy no --learning_rate 1e-4 --num_train_epochs 1 --warmup_steps 200
+    --logging_dir output/pretrain/logs --logging_strategy steps --logging_steps 5
+    --save_strategy steps --save_steps 100 --preprocessing_num_workers 10 --save_total_limit 1
+    --seed 12 --block_size 2048 --bf16 --gradient_checkpointing --report_to wandb""".split()
+AUTO = {
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_scatter": True},
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 10,
+}
+
+
+def test_the_chapters_launch_line(deepspeed, capsys):
+    flag, path = deepspeed(**AUTO)
+    cfg = load(*LAUNCH_LINE, flag, path)
+    check(cfg)
+    cfg = resolve_batch(cfg, 8)
+    assert (cfg.batch_size, cfg.micro_batch_size, cfg.epochs, cfg.seed) == (512, 16, 1.0, 12)
+    assert cfg.model.compute_dtype == "bfloat16" and cfg.model.remat == "full"
+    assert cfg.mesh.zero == 2 and cfg.log.report_to == ("wandb",) and cfg.data.max_length == 2048
+    assert capsys.readouterr().err == (
+        "jaxllm: ignored, no meaning here: --do_train, --logging_dir, --logging_strategy, "
+        f"{path}: zero_optimization.overlap_comm, zero_optimization.reduce_scatter, "
+        "steps_per_print\n"
+    )
+
+
+def test_deepspeed_values_are_carried_over(deepspeed):
+    flags = deepspeed(
+        bf16={"enabled": True},
+        zero_optimization={"stage": 1},
+        gradient_clipping=0.3,
+        train_batch_size=64,
+        train_micro_batch_size_per_gpu=2,
+        optimizer={
+            "type": "AdamW",
+            "params": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-7, "weight_decay": 0.1},
+        },
+        scheduler={"type": "WarmupLR", "params": {"warmup_max_lr": 3e-4, "warmup_num_steps": 30}},
+    )
+    cfg, provenance = load_config("pretrain", None, flags)
+    assert cfg.optim == OptimSection(
+        learning_rate=3e-4,
+        b2=0.95,
+        eps=1e-7,
+        weight_decay=0.1,
+        clip=0.3,
+        schedule="warmup_log",
+        warmup=30.0,
+    )
+    assert (cfg.batch_size, cfg.micro_batch_size, cfg.mesh.zero) == (64, 2, 1)
+    assert cfg.model.compute_dtype == "bfloat16"
+    assert provenance["optim.b2"] == f"{flags[1]}: optimizer.params.betas"
+
+
+STEPS = {"warmup_num_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "wanted"),
+    [
+        ("WarmupLR", {}, ("warmup_log", 1000.0, 0.0)),
+        ("WarmupLR", STEPS | {"warmup_type": "linear"}, ("constant", 5.0, 0.0)),
+        ("WarmupDecayLR", STEPS | {"total_num_steps": "auto"}, ("linear", 5.0, 0.0)),
+        ("WarmupCosineLR", STEPS | {"cos_min_ratio": 0.1}, ("cosine", 5.0, 0.1)),
+        ("WarmupCosineLR", {"warmup_num_steps": "auto"}, ("cosine", 0.0, 1e-4)),
+    ],
+)
+def test_deepspeed_schedules(deepspeed, kind, params, wanted, capsys):
+    optim = load(*deepspeed(scheduler={"type": kind, "params": params})).optim
+    assert (optim.schedule, optim.warmup, optim.final) == wanted
+    log = "warmup_type log (the warm-up is linear)" in capsys.readouterr().err
+    assert log == (kind != "WarmupLR")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [
+        ({"type": "Adam"}, "adamw"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, "adam"),
+        ({"type": "SGD"}, "sgd"),
+    ],
+)
+def test_deepspeed_optimizers(deepspeed, optimizer, name):
+    assert load(*deepspeed(optimizer=optimizer)).optim.name == name
+
+
+def test_deepspeed_auto_takes_the_flags(deepspeed):
+    flags = deepspeed(
+        gradient_clipping="auto",
+        optimizer={
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"},
+        },
+        scheduler={
+            "type": "WarmupLR",
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+            },
+        },
+    )
+    args = ("--learning_rate", "1e-3", "--weight_decay", "0.2", "--warmup_steps", "9")
+    optim = load(*args, "--lr_scheduler_type", "constant_with_warmup", *flags).optim
+    assert (optim.learning_rate, optim.weight_decay, optim.warmup) == (1e-3, 0.2, 9.0)
+    assert (optim.clip, optim.b1, optim.schedule) == (1.0, 0.9, "warmup_log")
+
+
+@pytest.mark.parametrize(
+    ("block", "args", "message"),
+    [
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            ["--learning_rate", "1e-4"],
+            "optimizer.params.lr is 0.001 but --learning_rate makes optim.learning_rate 0.0001",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}},
+            ["--mesh.zero", "3"],
+            "stage is 2 but --mesh.zero makes",
+        ),
+        ({"gradient_clipping": 1.0}, ["--max_grad_norm", "0.5"], "gradient_clipping is 1.0"),
+        ({"train_micro_batch_size_per_gpu": 8}, ["--per_device_train_batch_size", "4"], "is 8 but"),
+        ({"train_batch_size": 8}, ["--batch_size", "4"], "train_batch_size is 8"),
+        ({"bf16": {"enabled": False}}, ["--bf16"], "bf16.enabled is 'float32' but --bf16"),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            ["--lr_scheduler_type", "cosine"],
+            "scheduler.type is",
+        ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}},
+            ["--max_steps", "8"],
+            "total_num_steps is 9 but --max_steps makes 8",
+        ),
+        (
+            {
+                "optimizer": {"type": "Adam", "params": {"lr": 1e-3}},
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-4}},
+            },
+            [],
+            "make them agree",
+        ),
+        ({"fp16": {"enabled": True}}, [], "fp16 would need loss scaling; enable bf16 instead"),
+        (
+            {"optimizer": {"type": "OneBitAdam"}},
+            [],
+            "'OneBitAdam' is not known; known: Adam, AdamW",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, [], "it is two numbers"),
+        ({"scheduler": {"type": "OneCycle"}}, [], "'OneCycle' is not known; known: WarmupLR"),
+        (
+            {"zero_optimization": {"stage": 7}},
+            [],
+            "stage: mesh.zero is 7; it should be 0, 1, 2 or 3",
+        ),
+    ],
+)
+def test_contradictions_with_a_deepspeed_file_are_refused(deepspeed, block, args, message):
+    assert message in refused(*args, *deepspeed(**block))
+
+
+def test_a_deepspeed_file_may_not_contradict_the_yaml_file(deepspeed, yaml):
+    flags = deepspeed(zero_optimization={"stage": 2})
+    assert "run.yaml:2 makes mesh.zero 3" in refused(*flags, path=yaml("mesh:\n  zero: 3\n"))
+
+
+def test_deepspeed_offload_is_listed_unless_it_is_none(deepspeed, capsys):
+    offload = {"device": "cpu", "pin_memory": True}
+    load(*deepspeed(zero_optimization={"stage": 2, "offload_optimizer": offload}))
+    assert "zero_optimization.offload_optimizer.device" in capsys.readouterr().err
+    load(*deepspeed(zero_optimization={"stage": 2, "offload_optimizer": {"device": "none"}}))
+    load(*deepspeed(fp16={"enabled": "auto", "loss_scale": 0}, zero_optimization={"stage": 0}))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_deepspeed_micro_batch_alone_makes_the_batch(deepspeed):
+    cfg = load(*deepspeed(train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2))
+    assert resolve_batch(cfg, 8).batch_size == 64
+
+
+def test_a_deepspeed_batch_that_the_flags_do_not_make_is_refused(deepspeed):
+    cfg = load("--per_device_train_batch_size", "4", *deepspeed(train_batch_size=64))
+    with pytest.raises(ValueError, match=r"do not divide|is not micro_batch_size|does not divide"):
+        resolve_batch(
+            load("--gradient_accumulation_steps", "3", *deepspeed(train_batch_size=64)), 8
+        )
+    assert resolve_batch(cfg, 8).batch_size == 64
+
+
+def test_a_deepspeed_file_that_is_no_json_names_the_line(tmp_path):
+    (tmp_path / "ds.json").write_text('{"a": 1,\n}')
+    assert re.search(r"ds\.json:2: not JSON", refused("--deepspeed", str(tmp_path / "ds.json")))
+    (tmp_path / "ds.json").write_text("[1]")
+    assert "a DeepSpeed file is a JSON object" in refused("--deepspeed", str(tmp_path / "ds.json"))

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what importing costs, exit statuses, one-line errors, help."""
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from jaxllm import cli
+from jaxllm.config import Source, leaves
+
+HEAVY = ("jax", "flax", "optax", "grain", "orbax", "numpy", "torch")
+HEAVY += ("transformers", "tokenizers", "datasets", "safetensors", "pydantic", "yaml")
+RUN = ["--model.path", "m", "--data.train", "d.txt"]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def jaxllm(*args):
+    command = [sys.executable, "-m", "jaxllm", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A module of the package whose one function does something else, or records its arguments."""
+
+    def put(module, name, does=None, **others):
+        calls = []
+        fake = ModuleType(f"jaxllm.{module}")
+
+        def record(*args, **keys):
+            calls.append((args, keys))
+            return does(*args, **keys) if does else None
+
+        vars(fake).update({name: record} | others)
+        monkeypatch.setitem(sys.modules, f"jaxllm.{module}", fake)
+        return calls
+
+    return put
+
+
+def result(stopped=False):
+    evals = {"eval": {"loss": 1.0, "perplexity": 2.72}}
+    return SimpleNamespace(step=3, stopped=stopped, evals=evals, final="run/final")
+
+
+# ---- imports
+
+
+@pytest.mark.parametrize("module", ["jaxllm", "jaxllm.config", "jaxllm.cli"])
+def test_importing_brings_in_nothing_heavy(module):
+    loaded = python(
+        f"import sys, {module}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    ).stdout.split()
+    assert "jaxllm" in loaded
+    assert not set(HEAVY) & set(loaded)
+
+
+def test_public_names_are_there_and_others_are_not():
+    import jaxllm
+
+    assert jaxllm.TrainConfig().batch_size == 32
+    assert jaxllm.Source is Source
+    assert set(jaxllm.__all__) <= set(dir(jaxllm))
+    with pytest.raises(AttributeError, match="'jaxllm' has no attribute 'trane'"):
+        jaxllm.trane  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import jaxllm; jaxllm.train; from jaxllm.train import train",
+        "from jaxllm.train import train; import jaxllm.train as m; import jaxllm; m.make_step",
+    ],
+)
+def test_train_is_callable_whoever_imports_it_first(imports):
+    done = python(
+        f"{imports}\n"
+        "from jaxllm import train as public\n"
+        "from jaxllm.train import train\n"
+        "assert public is jaxllm.train is __import__('sys').modules['jaxllm.train']\n"
+        "for run in (jaxllm.train, train):\n"
+        "    try: run(jaxllm.TrainConfig())\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    assert done.stderr == ""
+    assert done.stdout.count("no model: give model.path") == 2
+
+
+# ---- exit status
+
+
+def test_a_users_mistake_is_one_line_and_status_2():
+    done = jaxllm("pretrain", "--learning_rat", "1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "jaxllm: error: unknown flag --learning_rat; did you mean --learning_rate?\n"
+    )
+
+
+def test_contradictions_are_found_before_anything_heavy_is_imported(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jaxllm.train", None)  # importing it would raise ImportError
+    assert cli.main(["pretrain", *RUN, "--model.config", "c"]) == 2
+    assert capsys.readouterr().err.endswith("are both given; keep one\n")
+
+
+def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, capsys):
+    calls = stand_in("train", "train", lambda cfg: result())
+    assert cli.main(["sft", *RUN, "--steps", "3"]) == 0
+    ((cfg,), _) = calls[0]
+    assert (cfg.objective, cfg.steps, cfg.data.train) == ("sft", 3, (Source("d.txt"),))
+    assert "model in run/final" in capsys.readouterr().out
+    stand_in("train", "train", lambda cfg: result(stopped=True))
+    assert cli.main(["pretrain", *RUN]) == 75
+
+
+def test_a_bug_keeps_its_traceback(stand_in):
+    def library_error(cfg):
+        return int("no number")  # a ValueError that no `raise` of ours made
+
+    stand_in("train", "train", library_error)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["pretrain", *RUN])
+    stand_in("train", "train", lambda cfg: cfg.no_such_field)
+    with pytest.raises(AttributeError):
+        cli.main(["pretrain", *RUN])
+
+
+def test_a_full_disk_and_a_missing_file_are_the_users_to_mend(stand_in, capsys):
+    def full(cfg):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoints/5")
+        except OSError as error:
+            raise RuntimeError("writing failed") from error
+
+    def missing(cfg):
+        Path("not/there.jsonl").read_text()
+
+    stand_in("train", "train", full)
+    assert cli.main(["pretrain", *RUN]) == 2
+    assert (
+        "the disk is full (run/checkpoints/5: No space left on device)" in capsys.readouterr().err
+    )
+    stand_in("train", "train", missing)
+    assert cli.main(["pretrain", *RUN]) == 2
+    assert capsys.readouterr().err == "jaxllm: error: not/there.jsonl: No such file or directory\n"
+
+
+def test_an_error_of_ours_from_a_worker_process_is_one_line():
+    from jaxllm import config
+
+    lines = Path(config.__file__).read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.strip().startswith("raise"))
+    error = ValueError("rows.jsonl:3: not JSON")
+    error.__cause__ = RuntimeError(f'Traceback …\n  File "{config.__file__}", line {line}, in f\n')
+    assert cli.mistake(error) == "rows.jsonl:3: not JSON"
+    error.__cause__ = RuntimeError('Traceback …\n  File "/lib/json/decoder.py", line 3, in f\n')
+    assert cli.mistake(error) is None
+
+
+# ---- help, explain, schema
+
+
+def test_help_answers_at_once():
+    began = time.perf_counter()
+    done = jaxllm("--help")
+    seconds = time.perf_counter() - began
+    print(f"jaxllm --help: {seconds:.2f} s")
+    assert done.returncode == 0 and "pretrain" in done.stdout
+    assert seconds < 10  # the figure to keep is 1 s; a busy machine may be slower
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "sft"])
+def test_help_shows_every_key_with_its_default_and_names(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for leaf in leaves().values():
+        if leaf.key != "objective":
+            assert f"--{leaf.key} {cli.kind_of(leaf)} [" in text
+            assert " ".join(leaf.doc.split()) in text
+    assert "--optim.learning_rate FLOAT [0.0001] peak learning rate (also --learning_rate)" in text
+    assert "--model.remat none|full|dots|names [full]" in text
+    assert "--bf16: model.compute_dtype bfloat16" in text
+
+
+@pytest.mark.parametrize("verb", ["tokenizer train", "eval", "generate", "chat", "export"])
+def test_help_of_the_other_verbs(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"usage: jaxllm {verb}" in capsys.readouterr().out
+
+
+def test_explain_shows_value_and_origin_of_every_key_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jaxllm.train", None)
+    assert cli.main(["pretrain", "--learning_rate", "3e-4", "--explain"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == list(leaves())
+    assert ["optim.learning_rate", "0.0003", "--learning_rate"] in rows
+    assert ["seed", "0", "default"] in rows
+
+
+def test_schema_is_json(capsys):
+    assert cli.main(["pretrain", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["properties"]["output_dir"]["default"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["pretain"], "unknown verb pretain; did you mean pretrain?"),
+        (["dpo"], "unknown verb dpo; there are pretrain, sft"),
+        (["tokenizer"], "seen nothing"),
+        (["tokenizer", "trian"], "seen 'trian'"),
+        (["eval", "--model", "m"], "required: --data"),
+        (["eval", "--modle", "m"], "required: --model, --data"),
+        (["generate", "--model", "m", "--top_k", "x"], "--top_k: invalid int value: 'x'"),
+        (["pretrain", "nope.yaml"], "nope.yaml: no such config file"),
+    ],
+)
+def test_mistakes_of_every_verb_are_one_line(args, message, capsys):
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jaxllm: error: ") and error.count("\n") == 1
+    assert message in error
+
+
+# ---- verbs call their function
+
+
+def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
+    found = {"loss": 1.5, "perplexity": 4.48, "tokens": 1200, "examples": 7}
+    calls = stand_in("evaluate", "evaluate_files", lambda *a, **k: found)
+    args = ["eval", "--model", "m", "--data", "a", "b", "--chat", "--max_length", "64"]
+    assert cli.main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    (positional, keys) = calls[0]
+    assert positional == ("m", ["a", "b"])
+    assert keys == {
+        "objective": "sft",
+        "max_length": 64,
+        "batch_size": 8,
+        "dtype": "float32",
+        "template": None,
+    }
+    assert cli.main(args) == 0
+    assert "1,200" in capsys.readouterr().out
+
+
+def test_generate_passes_prompts_and_sampling(stand_in, capsys):
+    sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
+    calls = stand_in("rollout", "generate_text", lambda m, p, **k: ["A", "B"], Sampling=sampling)
+    args = ["generate", "--model", "m", "--prompt", "x", "--prompt", "y", "--chat", "--top_k", "5"]
+    assert cli.main([*args, "--stop", "END"]) == 0
+    assert capsys.readouterr().out == "A\nB\n"
+    (positional, keys) = calls[0]
+    assert positional == ("m", ["x", "y"])
+    assert keys["chat"] is True and keys["stop"] == ["END"] and keys["sampling"].top_k == 5
+    assert cli.main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[1]) == {"prompt": "y", "text": "B"}
+
+
+def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
+    sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
+    chats = stand_in("rollout", "chat_loop", Sampling=sampling)
+    assert cli.main(["chat", "--model", "m", "--system", "Be brief."]) == 0
+    assert chats[0][0] == ("m",) and chats[0][1]["system"] == "Be brief."
+    trained = stand_in("tokenizer", "train_tokenizer")
+    assert cli.main(["tokenizer", "train", "a", "b", "--out", "t", "--vocab_size", "300"]) == 0
+    assert trained == [((["a", "b"], "t"), {"vocab_size": 300})]
+    written = stand_in("hf", "export", lambda run, out, **keys: out)
+    assert cli.main(["export", "run", "out", "--dtype", "bfloat16"]) == 0
+    assert written == [(("run", "out"), {"dtype": "bfloat16", "step": None})]
+    assert capsys.readouterr().out == "t\nout\n"

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's values come from, what is refused, and how it is said."""
+
+import json
+import re
+
+import pytest
+
+from jaxllm.config import (
+    DataSection,
+    LogSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    Source,
+    TrainConfig,
+    check,
+    from_dict,
+    json_schema,
+    leaves,
+    load_config,
+    resolve_batch,
+    to_dict,
+    value_of,
+)
+
+
+def load(*args, verb="pretrain", path=None):
+    return load_config(verb, path, args)[0]
+
+
+def refused(*args, verb="pretrain", path=None):
+    with pytest.raises(ValueError) as error:
+        load(*args, verb=verb, path=path)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def good(**changes):
+    base = {"model": ModelSection(path="m"), "data": DataSection(train=(Source("d.txt"),))}
+    return TrainConfig(**base | changes)
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text):
+        (tmp_path / "run.yaml").write_text(text)
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+# ---- the file and the flags
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    cfg, provenance = load_config("pretrain")
+    assert cfg == TrainConfig()
+    assert set(provenance) == set(leaves())
+    assert provenance.pop("objective") == "the verb"
+    assert set(provenance.values()) == {"default"}
+
+
+def test_flag_beats_file_beats_default_and_provenance_says_so(yaml):
+    path = yaml("steps: 7\noptim:\n  learning_rate: 1e-3\n  clip: 0.5\n")
+    cfg, provenance = load_config("sft", path, ["--optim.learning_rate", "2e-3"])
+    assert (cfg.objective, cfg.steps, cfg.optim.learning_rate, cfg.optim.clip) == (
+        "sft",
+        7,
+        2e-3,
+        0.5,
+    )
+    assert provenance["steps"] == f"{path}:1"
+    assert provenance["optim.clip"] == f"{path}:4"
+    assert provenance["optim.learning_rate"] == "--optim.learning_rate"
+    assert provenance["seed"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("args", "key", "value"),
+    [
+        (["--optim.learning_rate=1e-4"], "optim.learning_rate", 1e-4),
+        (["--optim.learning-rate", "1e-4"], "optim.learning_rate", 1e-4),
+        (["--mesh.fsdp", "-1"], "mesh.fsdp", -1),
+        (["--data.packing", "false"], "data.packing", False),
+        (["--no-data.packing"], "data.packing", False),
+        (["--overwrite"], "overwrite", True),
+        (["--output_dir", "2024"], "output_dir", "2024"),
+        (["--model.tokenizer", "null"], "model.tokenizer", None),
+        (["--data.train", "a.txt", "b*.txt"], "data.train", (Source("a.txt"), Source("b*.txt"))),
+        (["--data.train", "[{path: a, weight: 2}]"], "data.train", (Source("a", 2.0),)),
+        (["--data.eval", "{path: a, split: test}"], "data.eval", (Source("a", split="test"),)),
+        (["--model.overrides", "{hidden_size: 64}"], "model.overrides", {"hidden_size": 64}),
+        (["--model.overrides.rope_theta", "1e4"], "model.overrides", {"rope_theta": 1e4}),
+        (["--log.samples", "Once: upon", "def "], "log.samples", ("Once: upon", "def ")),
+        (["--steps", "3", "--steps", "4"], "steps", 4),
+    ],
+)
+def test_flags_are_read_as_their_field_wants(args, key, value):
+    assert value_of(load(*args), key) == value
+
+
+def test_yaml_reads_sources_in_every_form_and_hf_names_and_json(yaml):
+    path = yaml("data:\n  train: [a.txt, {path: b.jsonl, weight: 2}]\n  eval: c.txt\nbf16: true\n")
+    cfg = load(path=path)
+    assert cfg.data.train == (Source("a.txt"), Source("b.jsonl", 2.0))
+    assert cfg.data.eval == (Source("c.txt"),)
+    assert cfg.model.compute_dtype == "bfloat16"
+    path = yaml(json.dumps(to_dict(cfg)))
+    assert load(path=path) == cfg
+
+
+def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
+    path = yaml("model:\n  overrides: {a: 1, b: 2}\n")
+    assert load("--model.overrides.b", "3", path=path).model.overrides == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "optim:\n  learning_rat: 1\n",
+            r"run\.yaml:2: unknown key optim\.learning_rat; did you mean optim\.learning_rate\?",
+        ),
+        ("optm:\n  clip: 1\n", r"run\.yaml:1: unknown key optm; did you mean optim\?"),
+        ("learning_rates: 1\n", r"run\.yaml:1: .* did you mean learning_rate\?"),
+        ("clip: 1\n", r"unknown key clip; did you mean optim\.clip\?"),
+        ("optim: 3\n", r"run\.yaml:1: optim: 3 is not known; known: adamw_torch"),
+        ("mesh: 8\n", r"run\.yaml:1: mesh has keys of its own, seen 8"),
+        ("- a\n", r"run\.yaml:1: a config has keys of its own"),
+        ("steps: 1\nsteps: 2\n", r"run\.yaml:2: steps is given twice"),
+        ("steps: [1\nseed: 2\n", r"run\.yaml:2: not YAML"),
+        ("steps: many\n", r"run\.yaml:1: steps is 'many'; it should be a valid integer"),
+        ("steps: true\n", r"run\.yaml:1: steps needs a value, seen true"),
+        (
+            "optim:\n  schedule: cosin\n",
+            r"run\.yaml:2: optim\.schedule is 'cosin'; it should be 'cosine', ",
+        ),
+        (
+            "data:\n  train: [{pth: a}]\n",
+            r"run\.yaml:2: data\.train\[0\]\.pth is not known; a source has path",
+        ),
+        ("data:\n  train: [{split: a}]\n", r"run\.yaml:2: data\.train\[0\]\.path is missing"),
+        (
+            "data:\n  train: [{path: a, weight: 0}]\n",
+            r"data\.train\[0\]\.weight is 0; it should be greater than 0",
+        ),
+        ("objective: sft\n", r"run\.yaml:1: objective is 'sft'; run `jaxllm sft`"),
+    ],
+)
+def test_mistakes_in_the_file_name_the_line(yaml, text, message):
+    assert re.search(message, refused(path=yaml(text)))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--optim.learning_rat", "1"],
+            "unknown flag --optim.learning_rat; did you mean --optim.learning_rate?",
+        ),
+        (["--learning-rat", "1"], "unknown flag --learning-rat; did you mean --learning_rate?"),
+        (["--data.train.path", "1"], "unknown flag --data.train.path"),
+        (["--steps"], "steps needs a value"),
+        (["--data.train"], "data.train needs a value"),
+        (["--steps", "1", "2"], "--steps takes one value, seen 1 2"),
+        (["8", "--steps"], "'8' follows no --key"),
+        (["--optim.b1", "1"], "optim.b1 is 1; it should be less than 1"),
+        (
+            ["--max_grad_norm", "-1"],
+            "--max_grad_norm: optim.clip is -1; it should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_mistakes_in_flags_name_the_flag(args, message):
+    assert message in refused(*args)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nope\.yaml: no such config file"):
+        load_config("pretrain", "nope.yaml")
+    with pytest.raises(FileNotFoundError, match=r"nope\.json: no such DeepSpeed file"):
+        load("--deepspeed", "nope.json")
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00binary")
+    assert "not a text file" in refused(path=str(tmp_path / "run.yaml"))
+
+
+# ---- the batch
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "wanted"),
+    [
+        ({"batch_size": 32}, 1, (32, 32)),
+        ({"batch_size": 32}, 8, (32, 4)),
+        ({"batch_size": 32, "micro_batch_size": 2}, 8, (32, 2)),
+        ({"batch_size": 32, "micro_batch_size": 16}, 8, (32, 4)),
+        ({"batch_size": 32, "accumulation": 2}, 8, (32, 2)),
+        ({"batch_size": 0, "micro_batch_size": 16, "accumulation": 4}, 8, (512, 16)),
+        ({"batch_size": 0, "micro_batch_size": 16}, 2, (32, 16)),
+        ({"batch_size": 64, "micro_batch_size": 4, "accumulation": 2}, 8, (64, 4)),
+    ],
+)
+def test_batch_is_resolved_for_the_devices(given, devices, wanted, tmp_path):
+    cfg = resolve_batch(TrainConfig(output_dir=str(tmp_path), **given), devices)
+    assert (cfg.batch_size, cfg.micro_batch_size) == wanted
+    assert resolve_batch(cfg, devices) == cfg
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "message"),
+    [
+        (
+            {"batch_size": 30},
+            8,
+            "batch_size 30 does not divide over 8 devices (data x fsdp); use 24 or 32",
+        ),
+        ({"batch_size": 4}, 8, "use 8"),
+        ({"batch_size": 32, "micro_batch_size": 3}, 8, "use one of 1, 2, 4"),
+        (
+            {"batch_size": 32, "accumulation": 3},
+            8,
+            "4 rows per device do not divide into accumulation 3",
+        ),
+        (
+            {"batch_size": 32, "micro_batch_size": 16, "accumulation": 4},
+            8,
+            "batch_size 32 is not micro_batch_size 16 x accumulation 4 x 8 devices = 512",
+        ),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(given, devices, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve_batch(TrainConfig(**given), devices)
+
+
+def test_resuming_on_other_devices_keeps_the_batch_and_changes_accumulation(tmp_path):
+    flags = {"output_dir": str(tmp_path), "batch_size": 0, "micro_batch_size": 4, "accumulation": 2}
+    first = resolve_batch(TrainConfig(**flags), 8)
+    assert first.batch_size == 64
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(first)))
+    assert resolve_batch(TrainConfig(**flags), 4).batch_size == 32  # nothing saved yet: a new run
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    again = resolve_batch(TrainConfig(**flags), 4)
+    assert (again.batch_size, again.micro_batch_size) == (64, 4)
+    assert resolve_batch(TrainConfig(**flags, overwrite=True), 4).batch_size == 32
+
+
+# ---- checking, dumping
+
+
+def test_check_accepts_a_sound_config():
+    check(good())
+    check(good(optim=OptimSection(warmup=0.1), steps=5))
+    check(
+        good(
+            objective="sft",
+            data=DataSection(train=(Source("d"),), packing=False, eval_fraction=0.1),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelSection()}, "no model: give model.path"),
+        ({"model": ModelSection(path="a", config="b")}, "are both given; keep one"),
+        ({"model": ModelSection(path="a", overrides={"x": 1})}, "model.overrides"),
+        ({"model": ModelSection(config="c/config.json")}, "model.tokenizer must say"),
+        ({"data": DataSection()}, "no data: give data.train"),
+        (
+            {"data": DataSection(train=(Source("a"),), eval=(Source("b"),), eval_fraction=0.1)},
+            "keep one",
+        ),
+        ({"data": DataSection(train=(Source("a"),), eval_fraction=1.0)}, "should be less than 1"),
+        (
+            {"data": DataSection(train=(Source("a"),), template="chatml")},
+            "data.template has no meaning",
+        ),
+        (
+            {"objective": "sft", "data": DataSection(train=(Source("a"),), segment=False)},
+            "data.segment",
+        ),
+        ({"eval_every": 5}, "eval_every without data.eval"),
+        ({"batch_size": 0}, "micro_batch_size must be given"),
+        ({"batch_size": -1}, "batch_size is -1; it should be greater than or equal to 0"),
+        ({"mesh": MeshSection(data=0)}, "mesh.data is 0; it is 1 or more"),
+        ({"mesh": MeshSection(data=-1)}, "mesh: only one axis may be -1"),
+        ({"mesh": MeshSection(expert=2)}, "mesh.expert is 2; nothing is split along it yet"),
+        (
+            {"steps": 5, "optim": OptimSection(warmup=6)},
+            "optim.warmup is 6 steps, longer than the run's 5",
+        ),
+        ({"steps": 5, "optim": OptimSection(schedule="wsd", decay=6)}, "optim.decay is 6 steps"),
+        ({"optim": OptimSection(schedule="cosin")}, "optim.schedule is 'cosin'"),
+        (
+            {"optim": OptimSection(learning_rate="1e-4")},
+            "optim.learning_rate is '1e-4'; write 0.0001",
+        ),
+        (
+            {"log": LogSection(report_to="wandb")},
+            "log.report_to is 'wandb'; it should be a valid tuple",
+        ),
+        ({"data": DataSection(train=("a.txt",))}, "data.train[0] is 'a.txt'"),
+    ],
+)
+def test_check_refuses(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(good(**changes))
+
+
+def test_dump_and_load_are_inverse_through_json():
+    cfg = good(mesh=MeshSection(tensor=2), model=ModelSection(config="c", overrides={"a": [1]}))
+    assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
+
+
+def test_from_dict_refuses_unknown_keys_and_sections_of_another_kind():
+    with pytest.raises(ValueError, match=r"unknown key optim\.lr"):
+        from_dict({"optim": {"lr": 1}})
+    with pytest.raises(ValueError, match="optim has keys of its own, seen 3"):
+        from_dict({"optim": 3})
+
+
+def test_schema_describes_every_key_and_allows_what_yaml_allows():
+    schema = json_schema()
+    for leaf in leaves().values():
+        section, _, name = leaf.key.rpartition(".")
+        part = schema["$defs"][f"{section.title()}Section"] if section else schema
+        assert part["properties"][name]["description"] == leaf.doc
+        assert part["additionalProperties"] is False
+    assert {"type": "string"} in schema["$defs"]["DataSection"]["properties"]["train"]["anyOf"]
+    assert schema["$defs"]["OptimSection"]["properties"]["b1"]["exclusiveMaximum"] == 1
+    assert "learning_rate" in schema["properties"]
