@@ -3,134 +3,367 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
+import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import xxhash
 
 from jaxllm.config import TrainConfig, to_dict
 
-# What a resumed run may change: it keeps the data, the model and the course of the optimizer.
-FREE = ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every")
-FREE_SECTIONS = ("mesh", "log", "save")
-FREE_MODEL = ("remat", "scan_unroll", "loss_chunk")
+FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
+UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of what is being written
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+
+class _NotOrbax(logging.Filter):
+    """Drops what orbax logs: what matters of it is raised."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+_NOT_ORBAX = _NotOrbax()
 
 
 class Checkpoints:
-    """Steps of training state in a folder.
+    """Training state by step: DIRECTORY/STEP/{state/, meta/, files.json}.
+
+    A checkpoint takes its name when it is whole, so a killed run leaves none in pieces; files.json
+    tells when something happened to it later. One process group writes a folder; others may read it
+    meanwhile.
 
     keep: how many of the newest stay (0 = all); keep_best: the one with the lowest eval loss stays
     too, whatever its age.
     """
 
-    def __init__(self, directory: Path | str, keep: int = 0, keep_best: bool = True):
-        policies = ocp.checkpoint_managers
-        keepers: list[Any] = [policies.LatestN(keep) if keep else policies.PreserveAll()]
-        if keep_best:
-            keepers.append(
-                policies.BestN(
-                    get_metric_fn=lambda m: m["eval_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keepers), create=True
-        )
+    def __init__(self, directory: Path | str, keep: int = 3, keep_best: bool = True):
+        logging.getLogger("absl").addFilter(_NOT_ORBAX)
         self.directory = Path(directory).absolute()
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        self.keep, self.keep_best = keep, keep_best
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                lightweight_initialize=True,  # a torn file is found by latest(), not here
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+            ),
+            # zstd makes float32 weights 8 % smaller, and saving and restoring four times slower
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+        )
+        self._problems: dict[int, str] = {}  # step -> what is wrong with it, "" when nothing is
+        self._losses: dict[int, float] = {}
+        for step in self.manager.all_steps():
+            self._read_loss(step)
+        self._saving: int | None = None
+        self._tidied = False
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], eval_loss: float | None = None) -> None:
-        """Copies `state` to the host, then writes it in the background; visible when whole."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        self.manager.save(step, args=args, metrics=metrics, force=True)
+    # ---- writing
 
-    def latest(self) -> int | None:
-        """The newest step whose files are whole; a broken one is named on stderr and passed over."""
-        self.manager.wait_until_finished()
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                self.meta(step)
-                self.manager.item_metadata(step)
-                state = self.directory / str(step) / "state"
-                if not (state / "_METADATA").is_file() or not (state / "manifest.ocdbt").is_file():
-                    raise FileNotFoundError(f"{state} is not whole")
-                return step
-            except Exception as error:  # whatever a torn file makes the reader raise
-                reason = str(error).split("\n")[0]
-                print(f"jaxllm: checkpoint {step} is not whole, passed over: {reason}", file=sys.stderr)
-        return None
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], eval_loss: float | None = None
+    ) -> None:
+        """Starts to save a pytree of jax.Arrays, and `meta` as JSON, as checkpoint `step`.
 
-    def best(self) -> int | None:
-        """The step with the lowest eval loss."""
-        return self.manager.best_step()
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`, laid out as the ShapeDtypeStructs (with shardings) of `like`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return self.manager.restore(step, args=args)["state"]
-
-    def restore_weights(self, step: int, like: Any) -> Any:
-        """The weights alone, without reading the optimizer's state."""
-        with ocp.PyTreeCheckpointer() as reader:
-            item = {"trainable": like}
-            args = ocp.checkpoint_utils.construct_restore_args(item)
-            folder = self.directory / str(step) / "state"
-            return reader.restore(
-                folder, args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
-            )["trainable"]
+        The arrays may be donated or deleted when this returns; the files are written in the
+        background. Waits for the save before this one and raises what went wrong in it: ValueError
+        when the disk is full, which leaves every earlier checkpoint as it was.
+        """
+        self.wait()
+        if not self._tidied:
+            self._tidy()
+        self._check_space(state)
+        if eval_loss is not None and math.isfinite(eval_loss):
+            self._losses[step] = eval_loss
+        record = {"meta": meta, "eval_loss": self._losses.get(step)}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record))
+        self._saving = step
+        self._problems[step] = ""
+        with self._undone_when_full():
+            self.manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        self.manager.wait_until_finished()
+        """Returns when nothing is being written; raises as `save` does."""
+        with self._undone_when_full():
+            self.manager.wait_until_finished()
+            self._saving = None
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
+        """orbax's PreservationPolicy: which of the checkpoints (oldest first) stay.
+
+        Its own BestN forgets eval losses with the process unless `best_fn` is set too, and then
+        cannot open a folder in which one of them is unreadable.
+        """
+        steps = [info.step for info in checkpoints]
+        stay = set(steps[-self.keep :])
+        if self.keep_best:
+            stay.add(self._lowest(steps))
+        return [step in stay for step in steps]
+
+    def _lowest(self, steps: Sequence[int]) -> int | None:
+        known = [step for step in steps if step in self._losses]
+        return min(known, key=lambda step: (self._losses[step], -step), default=None)
+
+    def _tidy(self) -> None:
+        """Before the first save: drops what a killed run left, moves broken checkpoints aside."""
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+            for step in [step for step, problem in self._problems.items() if problem]:
+                aside = self.directory / f"{step}.broken"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+                del self._problems[step]
+        self.manager.reload()
+        self._tidied = True
+
+    def _check_space(self, state: Any) -> None:
+        """Raises ValueError when the disk cannot take another checkpoint."""
+        need = sum(x.nbytes for x in jax.tree.leaves(state))
+        disk = shutil.disk_usage(self.directory)
+        if disk.total and disk.free < need:  # some network file systems report 0 of 0
+            raise ValueError(
+                f"disk full: a checkpoint takes {need / 2**30:.2f} GiB and {self.directory} has "
+                f"{disk.free / 2**30:.2f} GiB left; make room and start again, the checkpoints "
+                "already saved are whole"
+            )
+
+    @contextmanager
+    def _undone_when_full(self) -> Iterator[None]:
+        """Takes back the save that failed, and says in one line that the disk is full."""
+        try:
+            yield
+        except Exception as error:
+            step, self._saving = self._saving, None
+            if step is not None:
+                self._losses.pop(step, None)
+                self._problems.pop(step, None)
+                for path in self.directory.glob(f"{step}{UNFINISHED}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            self.manager.reload()
+            # what the disk says comes as an OSError, or as text from tensorstore
+            said = [os.strerror(code) in str(error) for code in FULL]
+            if any(said) or getattr(error, "errno", None) in FULL:
+                raise ValueError(
+                    f"disk full: checkpoint {step} could not be written to {self.directory}; make "
+                    "room and start again, the checkpoints already saved are whole"
+                ) from error
+            raise
+
+    def _list_files(self) -> None:
+        """Writes files.json into a checkpoint that is written but has not got its name yet."""
+        if jax.process_index() != 0:
+            return
+        folder = self.directory / f"{self._saving}{UNFINISHED}"
+        files = [p for item in ("state", "meta") for p in (folder / item).rglob("*") if p.is_file()]
+        listed = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in files}
+        (folder / FILES).write_text(json.dumps(listed))
+
+    # ---- reading
+
+    def latest(self) -> int | None:
+        """The newest step whose files are what was written; a broken one is named and passed over.
+
+        None when nothing was saved yet. Raises ValueError when all there is is broken.
+        """
+        self.wait()
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        found = next((step for step in steps if self._whole(step)), None)
+        if steps and found is None:
+            raise ValueError(
+                f"{self.directory}: none of the checkpoints {', '.join(map(str, steps))} is whole; "
+                "move them away to start anew"
+            )
+        return found
+
+    def best(self) -> int | None:
+        """The step with the lowest eval loss, None when none was saved with one."""
+        self.wait()
+        return self._lowest([step for step in self.manager.all_steps() if self._whole(step)])
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of `step`: a pytree of jax.Arrays like the ShapeDtypeStructs of `like`.
+
+        Each lies as the sharding of its ShapeDtypeStruct says, whatever mesh it was saved from.
+        Raises ValueError when there is no such step, or when it holds another tree.
+        """
+        return self._restore(step, like)
+
+    def restore_weights(self, step: int, like: Any) -> Any:
+        """The weights alone, without reading the optimizer's state."""
+        return self._restore(step, {"trainable": like}, partial_restore=True)["trainable"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state."""
+        return self._record(step)["meta"]
+
+    def _restore(self, step: int, like: Any, **keys: Any) -> Any:
+        if step not in self.manager.all_steps():
+            steps = ", ".join(map(str, self.manager.all_steps())) or "none"
+            raise ValueError(f"{self.directory} has no checkpoint {step}; it has {steps}")
+        saved = _by_name(self.manager.item_metadata(step)["state"].tree)
+        for name, leaf in _by_name(like).items():
+            shape = saved[name].shape if name in saved else None
+            if shape != leaf.shape:
+                raise ValueError(
+                    f"{self.directory / str(step)} is of another model or optimizer: {name} has "
+                    f"shape {leaf.shape} now and {shape or 'is not there'} in the checkpoint"
+                )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        item = ocp.args.PyTreeRestore(like, restore_args=restore_args, **keys)
+        return self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args)["meta"]
+
+    def _read_loss(self, step: int) -> None:
+        try:
+            loss = self._record(step)["eval_loss"]
+        except Exception as error:  # whatever a torn file makes the reader raise
+            self._found_broken(step, str(error))
+        else:
+            if loss is not None:
+                self._losses[step] = loss
+
+    def _whole(self, step: int) -> bool:
+        """Whether the files of `step` are those it was saved with; says so once when not."""
+        if step not in self._problems:
+            problem = self._problem(self.directory / str(step))
+            if problem:
+                self._found_broken(step, problem)
+            else:
+                self._problems[step] = ""
+        return not self._problems[step]
+
+    def _found_broken(self, step: int, problem: str) -> None:
+        self._problems[step] = problem.strip().split("\n")[0] or "unreadable"
+        if jax.process_index() == 0:
+            print(
+                f"jaxllm: checkpoint {step} is broken and passed over: {self._problems[step]}",
+                file=sys.stderr,
+            )
+
+    @staticmethod
+    def _problem(folder: Path) -> str:
+        try:
+            files = json.loads((folder / FILES).read_text())
+            for name, (size, digest) in files.items():
+                seen = (folder / name).stat().st_size
+                if seen != size:
+                    return f"{name} has {seen} of {size} bytes"
+                if digest is not None and _digest(folder / name) not in (digest, None):
+                    return f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """{a/b/0: leaf}, the same for a tree and for orbax's record of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _digest(path: Path) -> str | None:
+    """xxh3 of a file. None in a multi-process run, whose checkpoints no process reads whole."""
+    if jax.process_count() > 1:
+        return None
+    hasher = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+# ---- the run folder
+
+# What a resumed run may change: it keeps the data, the model and the course of the optimizer.
+FREE = {
+    "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
+    "model": ("remat", "attention", "scan_unroll", "loss_chunk"),
+    "data": ("workers", "cache_dir"),
+}
+FREE_SECTIONS = ("mesh", "log", "save")
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys of a config that another run of the same folder must share."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict) and key not in FREE_SECTIONS:
-            free = FREE_MODEL if key == "model" else ("workers", "cache_dir") if key == "data" else ()
-            flat |= {f"{key}.{k}": v for k, v in value.items() if k not in free}
-        elif key not in FREE + FREE_SECTIONS:
+        if key in FREE_SECTIONS or key in FREE[""]:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items() if k not in FREE.get(key, ())}
+        else:
             flat[key] = value
     return flat
+
+
+def _read_config(run: Path) -> dict[str, Any] | None:
+    """config.json of a run folder, None where nothing is. Raises ValueError for anything else."""
+    if not run.exists():
+        return None
+    if not run.is_dir():
+        raise ValueError(f"output_dir {run} is a file; choose another place")
+    if not any(run.iterdir()):
+        return None
+    try:
+        config = json.loads((run / "config.json").read_text())
+        if {"objective", "optim", "data"} <= config.keys():
+            return config
+    except (OSError, ValueError, AttributeError):
+        pass  # a HF directory has a config.json too
+    raise ValueError(f"output_dir {run} holds something that is no run; choose another place")
 
 
 def guard(cfg: TrainConfig) -> None:
     """Makes the run folder and its config.json, or checks that the folder is this run's.
 
-    Raises ValueError when the folder has checkpoints of another config, naming the keys, or is used
-    by something else. `overwrite` empties it first.
+    Raises ValueError when the folder holds results of another config, naming the keys, or anything
+    that is no run. A folder without a checkpoint or a metric is taken over; `overwrite` empties any
+    run's.
     """
     run = Path(cfg.output_dir)
-    file = run / "config.json"
     config = json.loads(json.dumps(to_dict(cfg)))
-    if run.exists() and any(run.iterdir()) and not file.is_file():
-        raise ValueError(f"output_dir {run} holds something that is no run; choose another place")
-    if cfg.overwrite and jax.process_index() == 0:
-        shutil.rmtree(run, ignore_errors=True)
-    if file.is_file() and any((run / "checkpoints").glob("[0-9]*")):
-        if not cfg.resume:
+    before = _read_config(run)
+    if before is not None and not cfg.overwrite:
+        metrics = run / "metrics.jsonl"
+        saved = any((run / "checkpoints").glob("[0-9]*"))
+        if saved and not cfg.resume:
             raise ValueError(f"{run} has checkpoints; resume them, or say --overwrite true")
-        before, now = _fixed(json.loads(file.read_text())), _fixed(config)
-        differ = [k for k in now if k in before and now[k] != before[k]]
-        if differ:
-            what = "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in differ[:3])
-            raise ValueError(f"{run} belongs to another run ({what}); change output_dir or --overwrite true")
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(config, indent=2) + "\n")
+        if saved or (metrics.is_file() and metrics.stat().st_size):
+            was, now = _fixed(before), _fixed(config)
+            differ = [key for key in now if key in was and now[key] != was[key]]
+            if differ:
+                what = "; ".join(f"{k} was {was[k]!r}, is {now[k]!r}" for k in differ[:3])
+                more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
+                raise ValueError(
+                    f"{run} belongs to another run ({what}{more}); "
+                    "change output_dir or say --overwrite true"
+                )
+    if jax.process_index() == 0:
+        if before is not None and cfg.overwrite:
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        new = run / "config.json.new"
+        new.write_text(json.dumps(config, indent=2) + "\n")
+        new.replace(run / "config.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ def evaluate_files(
     model: str,
     data: list[str],
     *,
-    objective: str = "pretrain",
+    objective: Literal["pretrain", "sft"] = "pretrain",
     max_length: int = 1024,
     batch_size: int = 8,
     dtype: str = "float32",
@@ -100,6 +100,8 @@ def evaluate_files(
         sums["tokens"] += out["tokens"]
         sums["examples"] += held_out.manifest["eval"][name]["examples"]
     loss = nll / max(sums["tokens"], 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))} | sums | {
-        "accuracy": correct / max(sums["tokens"], 1)
-    }
+    return (
+        {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        | sums
+        | {"accuracy": correct / max(sums["tokens"], 1)}
+    )

@@ -80,15 +80,15 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, drop: 
         if used & set(want):
             raise ValueError(f"axes {axes}: mesh axis {used & set(want)} is asked for twice")
         used |= set(want)
-        fits = want and size % math.prod(mesh.shape[a] for a in want) == 0
-        entries.append((want if len(want) > 1 else want[0]) if fits else None)
+        fits = size % math.prod(mesh.shape[a] for a in want) == 0
+        entries.append(want if want and fits else None)
     return P(*entries)
 
 
 def param_sharding(
     mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], *, whole: bool = False
 ) -> NamedSharding:
-    """Where a weight (or, with `whole` false, its gradient and moments) lies; see the table above."""
+    """Where a weight (or its gradient or moments) lies, split along fsdp or `whole` there."""
     return NamedSharding(mesh, spec(axes, shape, mesh, drop="fsdp" if whole else ""))
 
 
@@ -109,7 +109,7 @@ def data_parallel(mesh: Mesh) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None, drop: str = "") -> jax.Array:
-    """Fixes the layout of `x` inside jit by logical axes; does nothing without a mesh of several."""
+    """Fixes the layout of `x` inside jit by logical axes; nothing on a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return x

@@ -83,7 +83,9 @@ def sample(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
-def prefill(graph: Any, params: Any, tokens: jax.Array, segments: jax.Array, slots: int, sampling: Sampling):
+def prefill(
+    graph: Any, params: Any, tokens: jax.Array, segments: jax.Array, slots: int, sampling: Sampling
+):
     """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
     model: Decoder = nnx.merge(graph, params)
     cache = Cache.empty(model.cfg, tokens.shape[0], slots, model.compute_dtype)
@@ -94,9 +96,15 @@ def prefill(graph: Any, params: Any, tokens: jax.Array, segments: jax.Array, slo
 
 @partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
 def decode(
-    graph: Any, params: Any, cache: Cache, token: jax.Array, step: jax.Array, count: int, sampling: Sampling
+    graph: Any,
+    params: Any,
+    cache: Cache,
+    token: jax.Array,
+    step: jax.Array,
+    count: int,
+    sampling: Sampling,
 ):
-    """Feeds `token` [B] and up to `count` - 1 of its successors: (next tokens [B, count], cache)."""
+    """Feeds `token` [B] and `count` - 1 of its successors: (next tokens [B, count], cache)."""
     model: Decoder = nnx.merge(graph, params)
 
     def one(carry, index):
@@ -124,8 +132,8 @@ def stream(
         raise ValueError("a prompt has no tokens; give it some text")
     if longest + sampling.max_new_tokens > model.cfg.max_positions:
         raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens {sampling.max_new_tokens} pass the model's "
-            f"{model.cfg.max_positions} positions; lower max_new_tokens"
+            f"{longest} prompt tokens and max_new_tokens {sampling.max_new_tokens} pass the "
+            f"model's {model.cfg.max_positions} positions; lower max_new_tokens"
         )
     width = -(-longest // BUCKET) * BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -227,6 +235,10 @@ def generate_text(
     return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
 
 
+def write_text(text: str) -> None:
+    print(text, end="", flush=True)
+
+
 def chat_loop(
     model: str,
     *,
@@ -236,7 +248,7 @@ def chat_loop(
     dtype: str = "float32",
     sampling: Sampling = Sampling(),
     read: Callable[[str], str] = input,
-    write: Callable[[str], None] = partial(print, end="", flush=True),
+    write: Callable[[str], None] = write_text,
 ) -> None:
     """A conversation in the terminal, streamed; ends at end of input or an empty line."""
     loaded = TextModel.load(model, dtype)

@@ -4,32 +4,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 
+# Any of these holds a vocabulary; a directory without one can still "load", as an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
-def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer of a HF directory or hub id; its code is transformers', never the data's.
+# Contractions; a word with the character before it; one digit; punctuation with the newlines after
+# it; newlines with their indentation; other spaces. So numbers are read digit by digit, and a
+# token never reaches over a border between letters, digits and signs.
+_PIECES = (
+    r"'(?i:s|t|d|m|re|ve|ll)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-    Raises ValueError when there is none, or none of the fast kind with an end-of-text token.
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The fast tokenizer of a HF directory (or a file in it) or hub id; none of its code is run.
+
+    Returns a transformers PreTrainedTokenizerFast. Raises FileNotFoundError for a path that is not
+    there, ValueError when there is no tokenizer, or none of the fast kind with an end of text.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    place = Path(path)
-    if place.is_file():
-        place = place.parent
+    place = Path(path).expanduser()
+    place = place.parent if place.is_file() else place
+    if place.is_dir():
+        if not any((place / name).is_file() for name in _VOCABULARIES):
+            raise ValueError(
+                f"{place}: holds no tokenizer ({', '.join(_VOCABULARIES[:2])}); "
+                "name the directory of one by model.tokenizer"
+            )
+    elif len(place.parts) > 2 or str(path).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{path}: no such directory")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(place if place.is_dir() else path), trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exceptions for broken files
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} has no tokenizer that can be read: {reason}; set model.tokenizer") from None
+        raise ValueError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{path} has a slow tokenizer; save it with a tokenizer.json first")
+        raise ValueError(
+            f"{path}: {type(tokenizer).__name__} is a slow tokenizer; convert it to one with a "
+            "tokenizer.json, for only that kind says which characters a token was made of"
+        )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{path}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+        raise ValueError(
+            f"{path}: the tokenizer names no token for the end of a text; "
+            "set eos_token in tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -38,72 +66,149 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         raise ValueError(
-            f"the tokenizer's ids go up to {highest}, the model has vocab_size {vocab_size}; "
-            "use the model's own tokenizer, or give the model a larger vocab_size"
+            f"the tokenizer's ids go up to {highest}, but the model's vocab_size is {vocab_size}; "
+            "use the model's own tokenizer, or a model with a larger vocab_size"
         )
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Strings that the tokenizer reads as one special token, longest first."""
+    """Strings that the tokenizer reads as one special token, longest first.
+
+    Added tokens that are not special, like Qwen's <think> and <tool_call>, are words that a user
+    and an assistant may say.
+    """
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return sorted(added | set(tokenizer.all_special_tokens), key=lambda name: (-len(name), name))
 
 
-def stop_ids(tokenizer: Any, model: str | None = None) -> tuple[int, ...]:
-    """Ids that end a text: eos, what the chat template ends a turn with, and `model`'s own list."""
-    ids = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        from jaxllm.data.chat import end_of_turn
+def stop_ids(
+    tokenizer: Any, model: str | Path | None = None, template: str | None = None
+) -> tuple[int, ...]:
+    """Ids that end a generated text, ascending.
 
-        end = end_of_turn(tokenizer)
-        ids |= set() if end is None else {end}
-    file = Path(model or "") / "generation_config.json"
-    if model and file.is_file():
-        eos = json.loads(file.read_text()).get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    They are eos, what the chat template (`template`, or the tokenizer's own) ends a turn with, and
+    those of the generation_config.json in the directory `model`.
+    """
+    from jaxllm.data.chat import end_tokens
+
+    names = {tokenizer.eos_token} - {None}
+    if template or tokenizer.chat_template:
+        names |= set(end_tokens(tokenizer, template))
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(names)))
+    file = Path(model, "generation_config.json") if model else None
+    if file and file.is_file():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
     return tuple(sorted(ids))
 
 
-def _pieces(files: Iterable[str | Path], size: int = 1 << 16) -> Iterator[str]:
-    for file in files:
-        with Path(file).open(encoding="utf-8", errors="replace", newline="") as opened:
-            while text := opened.read(size):
-                yield text
+def train_tokenizer(
+    files: Iterable[str | Path] | Iterator[str],
+    out: str | Path,
+    vocab_size: int = 32_000,
+    *,
+    special_tokens: Sequence[str] = (TURN, TURN_END),
+    template: str = "chatml",
+) -> Any:
+    """Trains a byte-level BPE and writes it to `out` as a HF directory, ready for chats.
 
+    files: text files, or data files whose text or messages are read (JSON, JSONL, Parquet, Arrow);
+    or an iterator (not a list) of texts. The same input gives the same tokenizer. Every text,
+    also one that holds no character seen here, comes back unchanged from its tokens. Ids 0 and 1
+    are the end of text (eos, and bos where one is asked for) and padding, which is a token of its
+    own; `special_tokens` follow, then the 256 bytes. `template` is a built-in chat template or a
+    file. Fewer than `vocab_size` ids come out of a text that is too small for them.
 
-def train_tokenizer(files: Iterable[str | Path], out: str | Path, vocab_size: int = 32_000) -> None:
-    """Trains a byte-level BPE on text files and writes it as a HF directory.
-
-    Any text comes back unchanged. It has ChatML's special tokens and template, and end of text and
-    padding are different tokens. Raises ValueError for a missing file or too small a vocabulary.
+    Returns the tokenizer. Raises FileNotFoundError for a missing file and ValueError for one that
+    is not text, for no text at all, or for a vocab_size with no room for the bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from jaxllm.data.chat import TEMPLATES
+    from jaxllm.data.chat import template_of
 
-    files = [Path(f) for f in files]
-    if missing := [f for f in files if not f.is_file()]:
-        raise ValueError(f"{missing[0]} is not there")
-    specials = [END, PAD, TURN, TURN_END]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(specials):
-        raise ValueError(f"vocab_size {vocab_size} is below the {len(alphabet) + len(specials)} bytes and marks")
+    texts = files if isinstance(files, Iterator) else _texts([Path(f) for f in files])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = list(dict.fromkeys([END, PAD, *special_tokens]))
+    if vocab_size < len(alphabet) + len(names):
+        raise ValueError(
+            f"vocab_size {vocab_size} has no room for {len(alphabet)} bytes and {len(names)} "
+            "special tokens"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=names,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    backend.train_from_iterator(_pieces(files), trainer)
+    backend.train_from_iterator(_counted(texts), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        bos_token=END,
         eos_token=END,
         pad_token=PAD,
-        extra_special_tokens=[TURN, TURN_END],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = TEMPLATES["chatml"]
+    tokenizer.chat_template = template_of(tokenizer, template)
     tokenizer.save_pretrained(str(out))
+    # transformers 4 and what is built on it know the class by this name only.
+    config = Path(out, "tokenizer_config.json")
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def _counted(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, and an error when they were all empty."""
+    seen = False
+    for text in texts:
+        seen = seen or bool(text)
+        yield text
+    if not seen:
+        raise ValueError("there is no text to train a tokenizer on")
+
+
+def _texts(files: Sequence[Path], size: int = 1 << 20) -> Iterator[str]:
+    """Texts of files, in pieces of about `size` characters that end with a line."""
+    from jaxllm.data.sources import FORMATS
+
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+    for file in files:
+        if FORMATS.get(file.suffix, "text") != "text":
+            yield from _records(file)
+            continue
+        with file.open(encoding="utf-8", newline="") as opened:
+            try:
+                while text := opened.read(size) + opened.readline():
+                    yield text
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}: is not UTF-8 text: {error.reason}") from None
+
+
+def _records(file: Path) -> Iterator[str]:
+    """The text of each document, or of each message, in a data file."""
+    from jaxllm.config import Source
+    from jaxllm.data.sources import conversation_of, locate, read, records, text_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = read(locate(Source(str(file))), Path(folder))
+        for batch_start in range(0, len(rows), 1000):
+            batch = rows[batch_start : batch_start + 1000]
+            numbers = list(range(batch_start, batch_start + len(next(iter(batch.values())))))
+            for at, record in records(batch, numbers, str(file)):
+                if "text" in record:
+                    yield text_of(record, {}, at)
+                else:
+                    for message in conversation_of(record, {}, None, at)["messages"]:
+                        yield message["content"]

@@ -7,6 +7,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from jaxllm import hf
 from jaxllm.checkpoint import Checkpoints, guard
 from jaxllm.config import TrainConfig, check, resolve_batch, to_dict
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import load_data, make_loader
+from jaxllm.data.loader import load_data, make_loader, summarize
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import axes_of, data_parallel, make_mesh, param_sharding, put
 from jaxllm.model.decoder import merge
@@ -40,6 +41,7 @@ from jaxllm.rollout import Sampling, generate
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
 OBJECTIVES = {"pretrain": lm_loss, "sft": lm_loss}
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -128,13 +130,17 @@ def make_step(
     return step
 
 
-def state_shardings(graph_state: Any, optimizer: Any, mesh: Mesh, zero: int) -> tuple[Any, Any, Any]:
-    """NamedShardings by ZeRO stage of (weights, gradients, optimizer state), from abstract weights."""
+def state_shardings(
+    graph_state: Any, optimizer: Any, mesh: Mesh, zero: int
+) -> tuple[Any, Any, Any]:
+    """NamedShardings by ZeRO stage of (weights, gradients, optimizer state)."""
 
     def lay(whole: bool):
         return nnx.to_pure_dict(
             jax.tree.map(
-                lambda v: v.replace(param_sharding(mesh, axes_of(v), v.get_value().shape, whole=whole)),
+                lambda v: v.replace(
+                    param_sharding(mesh, axes_of(v), v.get_value().shape, whole=whole)
+                ),
                 graph_state,
                 is_leaf=lambda v: isinstance(v, nnx.Variable),
             )
@@ -158,7 +164,9 @@ def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[st
     Raises ValueError at the first step whose loss or gradient is not finite.
     """
     sums = {name: list(pair) for name, pair in sums.items()}
-    for step, metrics in zip([s for s, _ in steps], jax.device_get([m for _, m in steps]), strict=True):
+    for step, metrics in zip(
+        [s for s, _ in steps], jax.device_get([m for _, m in steps]), strict=True
+    ):
         for name, (value, weight) in metrics.items():
             if name in ("loss", "grad_norm") and not np.isfinite(value):
                 raise ValueError(
@@ -195,7 +203,7 @@ def stop_signal():
 
 
 def train(cfg: TrainConfig) -> Result:
-    """Runs `cfg` to its end, or to a signal; goes on from the newest good checkpoint if there is one.
+    """Runs `cfg` to its end or a signal, from the newest good checkpoint if there is one.
 
     Raises ValueError for a user's mistake before anything compiles, and when a loss or a gradient
     is not finite.
@@ -215,6 +223,9 @@ def train(cfg: TrainConfig) -> Result:
     run = Path(cfg.output_dir)
     guard(cfg)
     data = load_data(cfg, tokenizer)
+    assert data.train is not None  # check() has seen data.train
+    for line in summarize(data.manifest):
+        print(line, file=sys.stderr)
     rows = cfg.batch_size
     count = rows // (cfg.micro_batch_size * data_parallel(mesh))
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
@@ -234,8 +245,10 @@ def train(cfg: TrainConfig) -> Result:
     params = nnx.to_pure_dict(weights)
     optimizer = make_optimizer(cfg.optim, schedule, params)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
-    lay = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)
-    objective = partial(OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk)
+    lay: Any = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)  # type: ignore[arg-type]
+    objective = partial(
+        OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk
+    )
     step_fn = jax.jit(
         make_step(
             graph,
@@ -262,7 +275,9 @@ def train(cfg: TrainConfig) -> Result:
     sums: dict[str, list[float]] = {}
     at = saves.latest() if cfg.resume else None
     if at is not None:
-        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, lay)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, lay
+        )
         state, sums = saves.restore(at, like), saves.meta(at)["sums"]
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
@@ -284,7 +299,9 @@ def train(cfg: TrainConfig) -> Result:
             rate = line["tokens_per_second"]
             mfu = rate * per_token / (peak * mesh.size) if peak else None
             metrics.write("train", step, **line, mfu=mfu, memory_gib=memory_gib())
-            bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory_gib())
+            bar.update(
+                step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory_gib()
+            )
             late = None
 
     def run_evals(step: int) -> float | None:
@@ -296,9 +313,13 @@ def train(cfg: TrainConfig) -> Result:
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
         if cfg.log.samples:
             whole = merge(graph, state.trainable, frozen)
-            prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in cfg.log.samples]
+            prompts = [
+                tokenizer(text, add_special_tokens=False).input_ids for text in cfg.log.samples
+            ]
             sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
-            for prompt, out in zip(cfg.log.samples, generate(whole, prompts, sampling), strict=True):
+            for prompt, out in zip(
+                cfg.log.samples, generate(whole, prompts, sampling), strict=True
+            ):
                 metrics.sample(step, prompt=prompt, text=tokenizer.decode(out))
         losses = [e["loss"] for e in evals.values()]
         return sum(losses) / len(losses) if losses else None

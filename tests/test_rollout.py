@@ -45,7 +45,9 @@ def test_cached_greedy_decoding_equals_the_full_forward_in_a_ragged_batch(model)
 
 
 def test_streaming_yields_what_generate_returns(model):
-    tokens = [int(t) for new in stream(model, PROMPTS[1:2], Sampling(max_new_tokens=9)) for t in new[0]]
+    tokens = [
+        int(t) for new in stream(model, PROMPTS[1:2], Sampling(max_new_tokens=9)) for t in new[0]
+    ]
     assert tokens == generate(model, PROMPTS[1:2], Sampling(max_new_tokens=9))[0]
 
 

@@ -59,9 +59,9 @@ def ragged_rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
-def trajectory(rows, *, count=1, steps=3, mesh=MeshSection(fsdp=1), devices=1, **model):
-    """(losses, gradient norms, weights) of AdamW steps on the same rows, in `count` micro-batches."""
-    mesh = make_mesh(mesh, jax.devices()[:devices])
+def trajectory(rows, *, count=1, steps=3, mesh=None, devices=1, **model):
+    """(losses, gradient norms, weights) of AdamW steps on the same rows."""
+    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
     graph, weights = nnx.split(Decoder(TINY, rngs=nnx.Rngs(1), **model), nnx.Param)
     optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
     schedule = make_schedule(optim, 100)
@@ -74,7 +74,12 @@ def trajectory(rows, *, count=1, steps=3, mesh=MeshSection(fsdp=1), devices=1, *
         opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
         state = TrainState(jnp.int32(0), params, opt_state)
         step = make_step(
-            graph, lm_loss, optimizer, schedule, max_norm=0.5, gradient_shardings=grads if devices > 1 else None
+            graph,
+            lm_loss,
+            optimizer,
+            schedule,
+            max_norm=0.5,
+            gradient_shardings=grads if devices > 1 else None,
         )
         step = jax.jit(step, out_shardings=(shardings, None))
         split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
@@ -199,7 +204,12 @@ def command(project: Path, verb: str, out: str, *more: str) -> list[str]:
     data = "text.txt" if verb == "pretrain" else "chats.jsonl"
     return [
         *(sys.executable, "-m", "jaxllm", verb),
-        *("--model.config", str(project / "model.json"), "--model.tokenizer", str(project / "tokenizer")),
+        *(
+            "--model.config",
+            str(project / "model.json"),
+            "--model.tokenizer",
+            str(project / "tokenizer"),
+        ),
         *("--data.train", str(project / data), "--data.max_length", "64", "--data.workers", "1"),
         *("--data.cache_dir", str(project / "cache"), "--output_dir", str(project / out)),
         *("--batch_size", "8", "--micro_batch_size", "1", "--steps", "12", "--log.every", "1"),
@@ -218,9 +228,15 @@ def test_resume_after_sigkill_is_bit_exact(project, verb):
     subprocess.run(straight, env=ENV, check=True, capture_output=True)
     killed = command(project, verb, f"{verb}-killed")
     run = project / f"{verb}-killed"
-    process = subprocess.Popen(killed, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        killed, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
-    while not (run / "checkpoints" / "4").is_dir() and process.poll() is None and time.time() < deadline:
+    while (
+        not (run / "checkpoints" / "4").is_dir()
+        and process.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -230,7 +246,9 @@ def test_resume_after_sigkill_is_bit_exact(project, verb):
     for step in want:
         for key in ("loss", "grad_norm", "accuracy", "entropy", "tokens"):
             assert got[step][key] == want[step][key], (step, key)
-    a, b = (load_file(project / f"{verb}-{k}/final/model.safetensors") for k in ("straight", "killed"))
+    a, b = (
+        load_file(project / f"{verb}-{k}/final/model.safetensors") for k in ("straight", "killed")
+    )
     assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
 
 
@@ -268,7 +286,12 @@ def refused(args: list[str], *words: str) -> None:
 
 
 def test_another_run_in_the_folder_is_refused(project):
-    subprocess.run(command(project, "pretrain", "mine", "--steps", "4"), env=ENV, check=True, capture_output=True)
+    subprocess.run(
+        command(project, "pretrain", "mine", "--steps", "4"),
+        env=ENV,
+        check=True,
+        capture_output=True,
+    )
     before = (project / "mine" / "final" / "model.safetensors").read_bytes()
     refused(command(project, "pretrain", "mine", "--seed", "7"), "another run", "seed")
     assert (project / "mine" / "final" / "model.safetensors").read_bytes() == before

@@ -58,11 +58,18 @@ def attention(
         last = start + size if causal else S
         first = 0 if window is None or not causal else max(0, start - window + 1)
         mask = visible(
-            q_segments[:, start : start + size], k_segments[:, first:last], offset + start - first, window
+            q_segments[:, start : start + size],
+            k_segments[:, first:last],
+            offset + start - first,
+            window,
         )
         outputs.append(
             _block(
-                q[:, :, :, start : start + size], k[:, :, first:last], v[:, :, first:last], mask, softcap
+                q[:, :, :, start : start + size],
+                k[:, :, first:last],
+                v[:, :, first:last],
+                mask,
+                softcap,
             )
         )
     out = jnp.concatenate(outputs, 3) if len(outputs) > 1 else outputs[0]

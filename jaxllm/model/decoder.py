@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: embed, L blocks under one scan, final norm, head.
 
-Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim, L layers, V vocabulary.
+Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim, L layers, V tokens of
+the vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def __call__(self, x: jax.Array, at: Any, kind: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D]; `at` (see Decoder.hidden) tells where the tokens stand; kv: a layer's cache."""
+        """x [B, T, D]; `at` tells where the tokens stand; kv is the layer's cache."""
         cfg = self.cfg
         q, k, v = self.heads(x)
 

@@ -152,11 +152,11 @@ class MLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) · up x)."""
 
     def __init__(self, cfg: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
-        wide = ("embed", "mlp"), (cfg.hidden_size, cfg.intermediate_size)
+        D, F = cfg.hidden_size, cfg.intermediate_size
         keys: dict[str, Any] = dict(bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = Linear(cfg, *wide, **keys)
-        self.up = Linear(cfg, *wide, **keys)
-        self.down = Linear(cfg, wide[0][::-1], wide[1][::-1], **keys)
+        self.gate = Linear(cfg, ("embed", "mlp"), (D, F), **keys)
+        self.up = Linear(cfg, ("embed", "mlp"), (D, F), **keys)
+        self.down = Linear(cfg, ("mlp", "embed"), (F, D), **keys)
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

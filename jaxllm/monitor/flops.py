@@ -55,7 +55,7 @@ def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:
 
 
 def memory_gib() -> float:
-    """Peak memory in GiB: the fullest local device's, or this process's where devices are the CPU."""
+    """Peak memory in GiB: the fullest local device's, or this process's on CPU."""
     stats = [d.memory_stats() for d in jax.local_devices() if d.platform != "cpu"]
     if stats and stats[0]:
         return max(s["peak_bytes_in_use"] for s in stats if s) / 2**30

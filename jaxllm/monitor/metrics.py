@@ -21,16 +21,18 @@ def _finite(value: Any) -> Any:
 
 
 def _wandb(run: Path, config: dict[str, Any]) -> Callable[[str, int, dict[str, float]], None]:
-    import wandb
+    import wandb  # type: ignore[import-not-found]
 
     logged_in = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
     mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
     session = wandb.init(project="jaxllm", name=run.name, dir=str(run), config=config, mode=mode)
-    return lambda kind, step, values: session.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+    return lambda kind, step, values: session.log(
+        {f"{kind}/{k}": v for k, v in values.items()}, step=step
+    )
 
 
 def _tensorboard(run: Path, config: dict[str, Any]) -> Callable[[str, int, dict[str, float]], None]:
-    from tensorboardX import SummaryWriter
+    from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 
     writer = SummaryWriter(str(run / "tensorboard"))
 
@@ -67,7 +69,12 @@ class Metrics:
         for name in ("metrics.jsonl", "samples.jsonl"):
             self._drop_after(self.run / name, resume_step)
         for name in report_to:
-            self._guarded(name, lambda name=name: self.trackers.update({name: TRACKERS[name](self.run, config or {})}))
+            self._guarded(
+                name,
+                lambda name=name: self.trackers.update(
+                    {name: TRACKERS[name](self.run, config or {})}
+                ),
+            )
 
     def _guarded(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -99,7 +106,7 @@ class Metrics:
         if not self.on:
             return
         self._append("metrics.jsonl", {"kind": kind, "step": step} | values)
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         for name, tracker in list(self.trackers.items()):
             self._guarded(name, lambda tracker=tracker: tracker(kind, step, numbers))
 
@@ -115,7 +122,7 @@ class Metrics:
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere: loss, tokens/s, MFU, memory, time left."""
+    """A bar on a terminal, lines elsewhere: loss, tokens/s, MFU, memory, time left."""
 
     def __init__(self, total: int, start: int = 0, enabled: bool = True):
         from rich.console import Console
@@ -134,7 +141,11 @@ class Progress:
         )
         live = self.on and self.console.is_terminal
         self.bar = Bar(*columns, console=self.console) if live else None
-        self.task = self.bar.add_task("", total=total, completed=start, text="compiling") if self.bar else None
+        self.task = (
+            self.bar.add_task("", total=total, completed=start, text="compiling")
+            if self.bar
+            else None
+        )
         self.said = 0.0
 
     def __enter__(self) -> Progress:

@@ -81,13 +81,13 @@ def _sum_chunks(h, kernel, targets, weights, options, *, gradient: bool):
     dw = jnp.zeros(kernel.shape if gradient else (), jnp.float32)
     carry = (jnp.zeros(4, jnp.float32), dw)
     (sums, dw), dh = lax.scan(body, carry, (split(h), split(targets), split(weights)))
-    if gradient:
+    if dh is not None:
         dh = jnp.moveaxis(dh, 0, 1).reshape(B, count * size, D)[:, :T]
     return sums, dh, dw
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(h, kernel, targets, weights, options: tuple[float, float, int]) -> jax.Array:
+def cross_entropy(h, kernel, targets, weights, options: tuple[float, float, int]) -> Any:
     """Weighted sums over tokens: float32 [4] = loss (nll + z-loss), nll, correct, entropy.
 
     h [B, T, D], kernel [D, V], targets int32 and weights float32 [B, T]; options = (softcap, z_loss
@@ -112,14 +112,19 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def lm_loss(
-    model: Decoder, batch: Batch, rng: Any, reference: Any = None, *, z_loss: float = 0.0, chunk: int = 512
+    model: Decoder,
+    batch: Batch,
+    rng: Any,
+    reference: Any = None,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}) of a batch, float32 scalars."""
+    """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}), float32 scalars."""
     h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     h = constrain(h, "batch", "length", "features")
     options = (model.cfg.logit_softcap, z_loss, chunk)
-    sums = cross_entropy(h, model.head_kernel(), batch.targets, batch.weights, options)
+    sums: Any = cross_entropy(h, model.head_kernel(), batch.targets, batch.weights, options)
     weight = jnp.sum(batch.weights)
-    loss, nll, correct, entropy = sums
-    metrics = {"nll": nll, "accuracy": correct, "entropy": entropy}
-    return loss, weight, {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}
+    metrics = {"nll": sums[1], "accuracy": sums[2], "entropy": sums[3]}
+    return sums[0], weight, {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}
