@@ -213,9 +213,11 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the state."""
+        self.wait()
         return self._record(step)["meta"]
 
     def _restore(self, step: int, like: Any, **keys: Any) -> Any:
+        self.wait()
         if step not in self.manager.all_steps():
             steps = ", ".join(map(str, self.manager.all_steps())) or "none"
             raise ValueError(f"{self.directory} has no checkpoint {step}; it has {steps}")

@@ -248,7 +248,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     )
 
 
-def state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
+def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
     """Shardings of an optimizer's state: a moment lies as its weight does, the rest everywhere.
 
     opt_state: shapes of the state (`jax.eval_shape(optimizer.init, params)`); shardings: those of

@@ -24,7 +24,7 @@ from jaxllm.optim import (
     eval_params,
     make_optimizer,
     make_schedule,
-    state_shardings,
+    opt_state_shardings,
 )
 
 
@@ -295,7 +295,7 @@ def test_moments_lie_as_their_weights_do(name):
         lambda w: whole if w.shape[-1] % 8 else NamedSharding(mesh, last[w.ndim]), params
     )
     shapes = jax.eval_shape(optimizer.init, params)
-    state = jax.jit(optimizer.init, out_shardings=state_shardings(shapes, params, lay))(params)
+    state = jax.jit(optimizer.init, out_shardings=opt_state_shardings(shapes, params, lay))(params)
     by_weight = {key: (w.shape, w.sharding) for key, w in leaves(jax.device_put(params, lay))}
     moments = 0
     for key, leaf in leaves(state):

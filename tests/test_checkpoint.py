@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What survives rotation, donation, another mesh, torn files, a kill, a full disk; whose folder."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm import checkpoint
+from jaxllm.checkpoint import Checkpoints, guard
+from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
+
+Moments = namedtuple("Moments", "count mu")
+
+
+def on(devices, *spec):
+    return NamedSharding(Mesh(np.array(jax.devices()[:devices]), "x"), P(*spec))
+
+
+def make_state(value=1.0, sharding=None):
+    """Shaped like a train state: nested dicts, tuples, named tuples, scalars, bfloat16."""
+    w = jnp.arange(64 * 32, dtype=jnp.float32).reshape(64, 32) * value
+    w = jax.device_put(w, sharding or on(1))
+    return {
+        "step": jnp.int32(7),
+        "trainable": {"up": {"kernel": w}, "norm": {"scale": jnp.ones(3, jnp.bfloat16)}},
+        "opt_state": (Moments(jnp.int32(7), {"up": {"kernel": w + 1}}), ()),
+    }
+
+
+def abstract(state, sharding=None):
+    def describe(x):
+        lay = sharding if sharding is not None and x.ndim == 2 else on(1)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lay)
+
+    return jax.tree.map(describe, state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def steps_in(folder):
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def saved(folder, steps=(1, 2), **keys):
+    saves = Checkpoints(folder, **keys)
+    for step in steps:
+        saves.save(step, make_state(step), {"step": step})
+    saves.close()
+
+
+def test_restores_what_was_saved_bit_for_bit(tmp_path):
+    saves, state = Checkpoints(tmp_path), make_state(1 / 3)
+    saves.save(7, state, {"sums": {"loss": [1.5, 2.0]}})
+    assert saves.latest() == 7
+    assert_same(saves.restore(7, abstract(state)), state)
+    assert saves.meta(7) == {"sums": {"loss": [1.5, 2.0]}}
+    saves.close()
+
+
+def test_weights_are_read_without_the_optimizer(tmp_path):
+    saved(tmp_path, [1])
+    like = abstract(make_state())["trainable"]
+    assert_same(Checkpoints(tmp_path).restore_weights(1, like), make_state(1)["trainable"])
+
+
+@pytest.mark.parametrize("lay", [on(4, "x"), on(8, None, "x"), on(1)])
+def test_restores_onto_another_mesh(tmp_path, lay):
+    saves, state = Checkpoints(tmp_path), make_state(0.1, on(8, "x"))
+    saves.save(1, state, {})
+    restored = saves.restore(1, abstract(state, lay))
+    assert restored["trainable"]["up"]["kernel"].sharding == lay
+    assert_same(restored, state)
+    saves.close()
+
+
+def test_arrays_may_be_donated_while_they_are_written(tmp_path):
+    @partial(jax.jit, donate_argnums=0)
+    def step(tree):
+        return jax.tree.map(lambda x: x + 1, tree)
+
+    saves = Checkpoints(tmp_path)
+    tree = {
+        "kernel": jnp.zeros((4, 1 << 20)),
+        "split": jax.device_put(jnp.zeros(1 << 20), on(8, "x")),
+    }
+    tree = step(tree)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    saves.save(1, tree, {})
+    for _ in range(5):
+        tree = step(tree)
+    jax.block_until_ready(tree)
+    assert all((x == 1).all() for x in jax.tree.leaves(saves.restore(saves.latest(), like)))
+    saves.close()
+
+
+# ---- rotation
+
+
+def test_the_best_is_never_rotated_away(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.5}
+    for step, loss in losses.items():  # each in a process of its own, as far as memory goes
+        saves = Checkpoints(tmp_path, keep=2)
+        saves.save(step, make_state(), {}, eval_loss=loss)
+        saves.close()
+    assert steps_in(tmp_path) == [2, 5, 6]
+    assert Checkpoints(tmp_path).best() == 2
+    saves = Checkpoints(tmp_path, keep=1)
+    saves.save(7, make_state(), {}, eval_loss=0.5)
+    saves.close()
+    assert steps_in(tmp_path) == [7]
+
+
+def test_keep_best_off_and_keep_all(tmp_path):
+    for keep, expected in ((1, [3]), (0, [1, 2, 3])):
+        saves = Checkpoints(tmp_path / str(keep), keep=keep, keep_best=False)
+        for step in (1, 2, 3):
+            saves.save(step, make_state(), {}, eval_loss=float(step))
+        saves.close()
+        assert steps_in(tmp_path / str(keep)) == expected
+
+
+def test_an_empty_folder_has_no_latest_and_no_best(tmp_path):
+    saves = Checkpoints(tmp_path / "new")
+    assert saves.latest() is None
+    assert saves.best() is None
+    with pytest.raises(ValueError, match="has no checkpoint 3; it has none"):
+        saves.restore(3, abstract(make_state()))
+
+
+# ---- damage
+
+
+def files_of(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "torn":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+
+@pytest.mark.parametrize("how", ["gone", "torn", "changed"])
+def test_a_damaged_file_sends_latest_to_the_checkpoint_before(tmp_path, capsys, how):
+    saved(tmp_path / "good")
+    harmless = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax's own, not needed to restore
+    for number, name in enumerate(files_of(tmp_path / "good" / "2")):
+        if str(name) in harmless:
+            continue
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", copy)
+        damage(copy / "2" / name, how)
+        saves = Checkpoints(copy)
+        assert saves.latest() == 1, name
+        assert_same(saves.restore(1, abstract(make_state())), make_state(1))
+        assert capsys.readouterr().err.startswith("jaxllm: checkpoint 2 is broken and passed over")
+        assert saves.latest() == 1
+        assert capsys.readouterr().err == ""  # said once
+
+
+def test_a_broken_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
+    saved(tmp_path, keep=2)
+    shutil.rmtree(tmp_path / "2" / "state")
+    saves = Checkpoints(tmp_path, keep=2)
+    assert saves.latest() == 1
+    saves.save(2, make_state(5), {})
+    assert saves.latest() == 2
+    assert_same(saves.restore(2, abstract(make_state())), make_state(5))
+    saves.close()
+    assert steps_in(tmp_path) == [1, 2]
+    assert (tmp_path / "2.broken").is_dir()
+
+
+def test_when_all_are_broken_a_run_does_not_start_anew_by_itself(tmp_path):
+    saved(tmp_path)
+    for step in (1, 2):
+        (tmp_path / str(step) / "files.json").unlink()
+    with pytest.raises(ValueError, match="none of the checkpoints 2, 1 is whole"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_another_models_checkpoint_is_refused_by_name_and_shape(tmp_path):
+    saved(tmp_path)
+    like = abstract(make_state())
+    like["trainable"]["norm"]["scale"] = jax.ShapeDtypeStruct((4,), jnp.bfloat16, sharding=on(1))
+    with pytest.raises(ValueError, match=r"trainable/norm/scale has shape \(4,\) now and \(3,\)"):
+        Checkpoints(tmp_path).restore(2, like)
+    like["trainable"]["extra"] = like["step"]
+    with pytest.raises(ValueError, match="trainable/extra has shape .* is not there"):
+        Checkpoints(tmp_path).restore(2, like)
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
+    script = """
+import os, signal, sys
+import jax.numpy as jnp
+from jaxllm import checkpoint
+saves = checkpoint.Checkpoints(sys.argv[1])
+saves.save(1, {"w": jnp.ones(1000)}, {})
+saves.wait()
+checkpoint._digest = lambda path: os.kill(os.getpid(), 9)
+saves.save(2, {"w": jnp.ones(1000)}, {})
+saves.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    left = [p for p in tmp_path.iterdir() if p.name.startswith("2.")]
+    assert left
+    saves = Checkpoints(tmp_path)
+    assert saves.latest() == 1
+    assert left[0].exists()  # whoever only reads leaves it alone: a run may be writing it
+    saves.save(2, make_state(), {})
+    saves.close()
+    assert steps_in(tmp_path) == [1, 2]
+    assert not left[0].exists()
+
+
+# ---- a full disk
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    saved(tmp_path, [1])
+    saves = Checkpoints(tmp_path, keep=1)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
+    with pytest.raises(ValueError, match="disk full: a checkpoint takes .* make room"):
+        saves.save(2, make_state(), {})
+    assert saves.latest() == 1
+    assert os.listdir(tmp_path) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError(
+            "RESOURCE_EXHAUSTED: Failed to write 8 bytes to file 4: No space left on device"
+        ),
+    ],
+)
+def test_a_disk_that_fills_while_writing_costs_only_that_checkpoint(tmp_path, monkeypatch, error):
+    saved(tmp_path, [1])
+    saves = Checkpoints(tmp_path, keep=1)
+
+    def full(_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", full)
+        saves.save(2, make_state(), {}, eval_loss=0.1)
+        with pytest.raises(ValueError, match="disk full: checkpoint 2 could not be written"):
+            saves.wait()
+    assert os.listdir(tmp_path) == ["1"]
+    assert (saves.latest(), saves.best()) == (1, None)
+    saves.save(3, make_state(), {})
+    saves.close()
+    assert steps_in(tmp_path) == [3]
+
+
+def test_another_failure_is_raised_as_it_is(tmp_path, monkeypatch):
+    def fail(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(checkpoint, "_digest", fail)
+    saves = Checkpoints(tmp_path)
+    saves.save(1, make_state(), {})
+    with pytest.raises(RuntimeError, match="a bug"):
+        saves.wait()
+
+
+def test_saving_and_restoring_print_nothing(tmp_path, capfd):
+    saved(tmp_path, keep=1)
+    saves = Checkpoints(tmp_path)
+    saves.restore(saves.latest(), abstract(make_state()))
+    saves.close()
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- whose folder
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        data=DataSection(train=(Source("a.txt"),)),
+        optim=OptimSection(learning_rate=1e-3),
+    )
+
+
+def used(cfg):
+    """A run folder that holds results."""
+    guard(cfg)
+    run = cfg.output_dir
+    os.makedirs(f"{run}/checkpoints/10")
+    return run
+
+
+def test_first_use_writes_the_config(cfg):
+    guard(cfg)
+    with open(f"{cfg.output_dir}/config.json") as file:
+        assert json.load(file)["optim"]["learning_rate"] == 1e-3
+    assert os.listdir(cfg.output_dir) == ["config.json"]
+
+
+def test_another_runs_folder_is_refused_naming_the_keys(cfg):
+    used(cfg)
+    other = replace(cfg, seed=1, optim=OptimSection(learning_rate=2e-3))
+    with pytest.raises(ValueError, match="seed was 0, is 1; optim.learning_rate was 0.001"):
+        guard(other)
+    guard(cfg)
+
+
+def test_a_resumed_run_may_change_what_does_not_change_its_course(cfg):
+    used(cfg)
+    guard(replace(cfg, steps=100, micro_batch_size=2, log=LogSection(every=1)))
+    guard(replace(cfg, model=replace(cfg.model, remat="none", loss_chunk=64)))
+
+
+def test_a_folder_without_results_may_be_taken_over(cfg):
+    guard(cfg)
+    guard(replace(cfg, seed=1))
+    with open(f"{cfg.output_dir}/metrics.jsonl", "w") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        guard(replace(cfg, seed=2))
+
+
+def test_overwrite_empties_a_runs_folder(cfg):
+    run = used(cfg)
+    guard(replace(cfg, seed=1, overwrite=True))
+    assert os.listdir(run) == ["config.json"]
+
+
+def test_resume_off_does_not_write_over_checkpoints(cfg):
+    used(cfg)
+    with pytest.raises(ValueError, match="has checkpoints; resume them"):
+        guard(replace(cfg, resume=False))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_folder_that_is_no_run_is_never_emptied(cfg, name):
+    """A HF directory has a config.json too."""
+    os.makedirs(cfg.output_dir)
+    file = f"{cfg.output_dir}/{name}"
+    with open(file, "w") as stream:
+        json.dump({"model_type": "llama"}, stream)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds something that is no run"):
+            guard(replace(cfg, overwrite=overwrite))
+    assert os.path.exists(file)
+
+
+def test_an_output_dir_that_is_a_file_is_refused(cfg):
+    with open(cfg.output_dir, "w"):
+        pass
+    with pytest.raises(ValueError, match="is a file"):
+        guard(cfg)
