@@ -131,7 +131,8 @@ def _lion(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 def _adafactor(rate: optax.Schedule, optim: OptimSection, **options: Any):
     # optax's own keywords would take the decay without the learning rate. Its result is negated.
-    direction = optax.adafactor(**{"multiply_by_parameter_scale": False} | options)
+    keys: dict[str, Any] = {"multiply_by_parameter_scale": False} | options
+    direction = optax.adafactor(**keys)
     decay = optax.add_decayed_weights(-optim.weight_decay, decay_mask)
     return optax.chain(direction, decay, optax.scale_by_schedule(rate))
 
@@ -145,7 +146,7 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
         dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         return jax.tree.map(lambda _: dims, params)
 
-    keys = {"consistent_rms": 0.2} | options
+    keys: dict[str, Any] = {"consistent_rms": 0.2} | options
     muon = contrib.muon(
         rate,
         weight_decay=optim.weight_decay,
@@ -242,10 +243,13 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    return optax.GradientTransformation(
-        lambda params: inner.init(wide(params)),
-        lambda grads, state, params: inner.update(wide(grads), state, wide(params)),
-    )
+    def init(params: Any) -> Any:
+        return inner.init(wide(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(wide(updates), state, wide(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""What a run tells about itself: metrics.jsonl, trackers, the terminal, FLOPs and memory."""

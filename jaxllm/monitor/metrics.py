@@ -6,52 +6,106 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: it becomes null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+SECONDS = 10.0  # between lines where there is no terminal for a bar
 
 
-def _wandb(run: Path, config: dict[str, Any]) -> Callable[[str, int, dict[str, float]], None]:
-    import wandb  # type: ignore[import-not-found]
-
-    logged_in = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-    session = wandb.init(project="jaxllm", name=run.name, dir=str(run), config=config, mode=mode)
-    return lambda kind, step, values: session.log(
-        {f"{kind}/{k}": v for k, v in values.items()}, step=step
-    )
+# ---- files and trackers
 
 
-def _tensorboard(run: Path, config: dict[str, Any]) -> Callable[[str, int, dict[str, float]], None]:
-    from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; what is not finite becomes "NaN", "Infinity" or "-Infinity"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's and jax's scalars and arrays
+        return _plain(value.tolist())
+    return str(value)
 
-    writer = SummaryWriter(str(run / "tensorboard"))
 
-    def write(kind: str, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            writer.add_scalar(f"{kind}/{key}", value, step)
-        writer.flush()
+class Tracker(Protocol):
+    """A place besides metrics.jsonl, made with (run folder, config, step to go on from)."""
 
-    return write
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
-TRACKERS = {"wandb": _wandb, "tensorboard": _tensorboard}
+class _Wandb:
+    """Weights & Biases: a resumed run goes on as the same one. Offline unless logged in."""
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        name = run / "wandb-id.txt"
+        if not name.is_file():
+            name.write_text(secrets.token_hex(4))
+        self.session = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "jaxllm"),
+            name=run.resolve().name,
+            dir=run,
+            config=config,
+            mode=mode,
+            id=name.read_text(),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # Training is logged one interval late, so steps do not come in order.
+        self.session.define_metric("*", step_metric="step")
+
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        self.session.log({"step": step} | {f"{kind}/{k}": v for k, v in numbers.items()})
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: Path, config: dict[str, Any], step: int):
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        for key, value in numbers.items():
+            self.writer.add_scalar(f"{kind}/{key}", value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
+    "wandb": _Wandb,
+    "tensorboard": _TensorBoard,
+}
 
 
 class Metrics:
-    """Writes a run's numbers from process 0 alone.
+    """Writes a run's numbers, from process 0 alone.
 
-    A tracker that cannot start or fails warns once and is left out; training goes on. Lines after
-    `resume_step` (of a run that was killed after its last checkpoint) are dropped first.
+    Lines after `resume_step` (of a run that was killed after its last checkpoint) are dropped
+    first, so that no step is there twice. A tracker that cannot start or fails later is named once
+    and left out; training goes on.
     """
 
     def __init__(
@@ -61,54 +115,33 @@ class Metrics:
         config: dict[str, Any] | None = None,
         resume_step: int = 0,
     ):
+        unknown = [name for name in report_to if name not in TRACKERS]
+        if unknown:
+            raise ValueError(f"log.report_to {unknown[0]!r}: known are {', '.join(TRACKERS)}")
         self.run = Path(run)
         self.on = jax.process_index() == 0
-        self.trackers: dict[str, Callable[[str, int, dict[str, float]], None]] = {}
+        self.trackers: dict[str, Tracker] = {}
         if not self.on:
             return
+        self.run.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            self._drop_after(self.run / name, resume_step)
+            _drop_after(self.run / name, resume_step)
         for name in report_to:
-            self._guarded(
-                name,
-                lambda name=name: self.trackers.update(
-                    {name: TRACKERS[name](self.run, config or {})}
-                ),
-            )
-
-    def _guarded(self, name: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # a tracker never stops a run
-            self.trackers.pop(name, None)
-            reason = str(error).split("\n")[0]
-            print(f"jaxllm: {name} is left out: {type(error).__name__}: {reason}", file=sys.stderr)
-
-    @staticmethod
-    def _drop_after(file: Path, step: int) -> None:
-        if not file.is_file():
-            return
-        kept = []
-        for line in file.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):  # the torn last line of a killed run
-                continue
-        file.write_text("".join(kept))
-
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.run / name).open("a") as file:
-            file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+            self._guarded(name, lambda name=name: self._start(name, config or {}, resume_step))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line of metrics.jsonl: {"kind", "step", …}; None and NaN become null."""
+        """One line of metrics.jsonl, {"kind", "step", …}, and the numbers in it to the trackers.
+
+        A number that is not finite is written as a string, "NaN" say; one not known as null.
+        """
         if not self.on:
             return
+        values = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
         self._append("metrics.jsonl", {"kind": kind, "step": step} | values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+        group = f"{kind}/{values['name']}" if "name" in values else kind
         for name, tracker in list(self.trackers.items()):
-            self._guarded(name, lambda tracker=tracker: tracker(kind, step, numbers))
+            self._guarded(name, lambda tracker=tracker: tracker.write(group, step, numbers))
 
     def sample(self, step: int, **values: Any) -> None:
         """One line of samples.jsonl."""
@@ -118,35 +151,76 @@ class Metrics:
     def manifest(self, data: dict[str, Any]) -> None:
         """data.json: what was read and what became of it."""
         if self.on:
-            (self.run / "data.json").write_text(json.dumps(data, indent=2) + "\n")
+            (self.run / "data.json").write_text(json.dumps(_plain(data), indent=2) + "\n")
+
+    def close(self) -> None:
+        """Finishes the trackers."""
+        for name, tracker in list(self.trackers.items()):
+            self._guarded(name, tracker.close)
+        self.trackers.clear()
+
+    def _start(self, name: str, config: dict[str, Any], step: int) -> None:
+        self.trackers[name] = TRACKERS[name](self.run, _plain(config), step)
+
+    def _guarded(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever it is, it must not stop the run
+            self.trackers.pop(name, None)
+            reason = str(error).split("\n")[0]
+            if isinstance(error, ImportError):
+                reason += f"; pip install 'jaxllm[{name}]'"
+            print(f"jaxllm: {name} is left out: {reason}", file=sys.stderr)
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.run / name).open("a", encoding="utf-8", errors="replace") as file:
+            file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Keeps the lines up to `step` (none when it is 0), without the torn one of a killed run."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_bytes().split(b"\n") if step else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    new = file.with_suffix(".new")
+    new.write_bytes(b"".join(kept))
+    new.replace(file)
+
+
+# ---- the terminal
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere: loss, tokens/s, MFU, memory, time left."""
+    """A bar on a terminal, lines elsewhere: loss, tokens/s, MFU, memory, time left.
+
+    Use as a context manager. Nothing is shown by processes other than 0, or when not `enabled`.
+    """
 
     def __init__(self, total: int, start: int = 0, enabled: bool = True):
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
         self.total = total
         self.on = enabled and jax.process_index() == 0
-        self.console = Console(stderr=True)
+        self.first: tuple[int, float] | None = None  # step and time of the first update
+        self.said = -SECONDS
+        console = Console(stderr=True)
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
         )
-        live = self.on and self.console.is_terminal
-        self.bar = Bar(*columns, console=self.console) if live else None
-        self.task = (
-            self.bar.add_task("", total=total, completed=start, text="compiling")
-            if self.bar
-            else None
-        )
-        self.said = 0.0
+        bar = Bar(*columns, console=console)
+        self.task = bar.add_task("compiling", total=total, completed=start)
+        self.bar = bar if self.on and console.is_terminal else None
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -158,20 +232,65 @@ class Progress:
             self.bar.stop()
 
     def update(
-        self, step: int, *, loss: float, tokens_per_second: float, mfu: float | None, memory: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens_per_second: float,
+        mfu: float | None = None,
+        memory: float | None = None,
     ) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-        text += f"  MFU {mfu:.0%}" if mfu is not None else ""
-        text += f"  {memory:.1f} GiB"
-        if self.bar and self.task is not None:
-            self.bar.update(self.task, completed=step, text=text)
-        elif self.on and (time.monotonic() - self.said > 10 or step == self.total):
+        """What is known after `step` updates; memory in GiB, mfu as a share."""
+        if not self.on:
+            return
+        parts = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"]
+        parts += [f"MFU {mfu:.0%}"] if mfu is not None else []
+        parts += [f"{memory:.1f} GiB"] if memory is not None else []
+        parts += self._time_left(step)
+        text = "  ".join(parts)
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text)
+        elif time.monotonic() - self.said >= SECONDS or step == self.total:
             self.said = time.monotonic()
             print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
+
+    def _time_left(self, step: int) -> list[str]:
+        """From the pace since the first update, which compilation does not slow."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+        done = step - self.first[0]
+        if done <= 0 or step >= self.total:
+            return []
+        seconds = (now - self.first[1]) / done * (self.total - step)
+        return [f"{timedelta(seconds=round(seconds))} left"]
 
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.bar:
-            self.bar.console.print(text, highlight=False)
+            self.bar.console.print(text, highlight=False, markup=False)
         elif self.on:
             print(text, file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+    """Yields `items` and shows how many of `total` are done: a bar, or a line now and then.
+
+    The bar goes away at the end. Work of less than SECONDS leaves no line.
+    """
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    console = Console(stderr=True)
+    if jax.process_index() != 0:
+        yield from items
+    elif console.is_terminal:
+        yield from bar(items, what, total, console=console, transient=True)
+    else:
+        said = time.monotonic()
+        of = "" if total is None else f" of {total:,}"
+        for done, item in enumerate(items):
+            if time.monotonic() - said >= SECONDS:
+                said = time.monotonic()
+                print(f"{what}: {done:,}{of}", file=sys.stderr, flush=True)
+            yield item

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs against the model's own weights and a count of every query's keys; peaks by device name."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from flax import nnx
+
+from jaxllm.model.config import LayerKind, ModelConfig
+from jaxllm.model.decoder import Decoder
+from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
+
+
+def config(**keys):
+    shape = {
+        "family": "llama",
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 12,
+        "max_positions": 64,
+    }
+    return ModelConfig(**shape | keys)
+
+
+def products(cfg):
+    """Weights that a token is multiplied with: every matrix, and the table where it is the head."""
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    names = {"kernel"} | ({"embedding"} if cfg.tie_embeddings else set())
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+    return sum(leaf.size for path, leaf in leaves if path[-1].key in names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_products_with_weights_are_six_flops_a_weight(tied):
+    cfg = config(tie_embeddings=tied)
+    without_attention = flops_per_token(cfg, 1) - 3 * 4 * 3 * 4 * 12  # one key in three layers
+    assert without_attention == 6 * products(cfg)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_attention_counts_the_keys_that_each_query_sees(length):
+    kinds = (LayerKind(), LayerKind(window=5))
+    cfg = config(kinds=kinds, layer_kinds=(0, 1, 1))
+    keys = sum(
+        min(query + 1, kinds[kind].window or length)
+        for kind in cfg.layer_kinds
+        for query in range(length)
+    )
+    attention = keys / length * 4 * cfg.num_heads * cfg.head_dim  # q·k and p·v, 2 FLOPs each
+    assert flops_per_token(cfg, length) == pytest.approx(6 * products(cfg) + 3 * attention)
+
+
+def test_a_well_known_model():
+    """Llama-3.1-8B at 8,192 tokens: 7.5 of its 8.03 billion weights are in products."""
+    cfg = config(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        tie_embeddings=False,
+    )
+    attention = 6 * 32 * 4096 * 8193
+    assert flops_per_token(cfg, 8192) == pytest.approx(6 * 7.504e9 + attention, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_peak_by_device_kind(kind, tera):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == tera * 1e12
+
+
+def test_peak_of_float32_and_of_the_unknown():
+    assert peak_flops(SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3"), "float32") == 494.5e12
+    assert peak_flops(SimpleNamespace(device_kind="TPU v5p"), "float32") == 459e12
+    assert peak_flops(SimpleNamespace(device_kind="NVIDIA L4000")) is None
+    assert peak_flops(jax.devices()[0]) is None
+
+
+def test_memory_is_the_fullest_devices_peak(monkeypatch):
+    devices = [
+        SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 << 30}),
+        SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 5 << 30}),
+    ]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert memory_gib() == 5.0
+
+
+def test_memory_on_cpu_is_the_processs_peak():
+    before = memory_gib()
+    block = bytearray(300 << 20)
+    block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+    assert 0.05 < before <= memory_gib() < 64
+    del block
+    assert memory_gib() >= 0.29  # a peak stays
