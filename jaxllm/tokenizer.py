@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     except Exception as error:  # tokenizers raises bare Exceptions for broken files
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
+        where = "" if place.is_dir() else "no such directory, and the hub's "
+        raise ValueError(f"{path}: {where}tokenizer cannot be loaded: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{path}: {type(tokenizer).__name__} is a slow tokenizer; convert it to one with a "
@@ -103,21 +105,22 @@ def stop_ids(
 
 
 def train_tokenizer(
-    files: Iterable[str | Path] | Iterator[str],
+    files: Iterable[str | Path],
     out: str | Path,
     vocab_size: int = 32_000,
     *,
+    texts: Iterable[str] = (),
     special_tokens: Sequence[str] = (TURN, TURN_END),
     template: str = "chatml",
 ) -> Any:
     """Trains a byte-level BPE and writes it to `out` as a HF directory, ready for chats.
 
     files: text files, or data files whose text or messages are read (JSON, JSONL, Parquet, Arrow);
-    or an iterator (not a list) of texts. The same input gives the same tokenizer. Every text,
-    also one that holds no character seen here, comes back unchanged from its tokens. Ids 0 and 1
-    are the end of text (eos, and bos where one is asked for) and padding, which is a token of its
-    own; `special_tokens` follow, then the 256 bytes. `template` is a built-in chat template or a
-    file. Fewer than `vocab_size` ids come out of a text that is too small for them.
+    `texts` are read after them. The same input gives the same tokenizer, and any text, seen here
+    or not, comes back unchanged from its tokens. Ids 0 and 1 are the end of text (eos, and bos
+    where one is asked for) and padding, which is a token of its own; `special_tokens` follow, then
+    the 256 bytes. `template` is a built-in chat template or a file. Text that is too small for
+    `vocab_size` gives fewer.
 
     Returns the tokenizer. Raises FileNotFoundError for a missing file and ValueError for one that
     is not text, for no text at all, or for a vocab_size with no room for the bytes.
@@ -127,7 +130,6 @@ def train_tokenizer(
 
     from jaxllm.data.chat import template_of
 
-    texts = files if isinstance(files, Iterator) else _texts([Path(f) for f in files])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = list(dict.fromkeys([END, PAD, *special_tokens]))
     if vocab_size < len(alphabet) + len(names):
@@ -149,7 +151,7 @@ def train_tokenizer(
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    backend.train_from_iterator(_counted(texts), trainer)
+    backend.train_from_iterator(_counted(chain(_texts(map(Path, files)), texts)), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END,
@@ -177,13 +179,13 @@ def _counted(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("there is no text to train a tokenizer on")
 
 
-def _texts(files: Sequence[Path], size: int = 1 << 20) -> Iterator[str]:
+def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     """Texts of files, in pieces of about `size` characters that end with a line."""
     from jaxllm.data.sources import FORMATS
 
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
+    files = list(files)
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]}: no such file")
     for file in files:
         if FORMATS.get(file.suffix, "text") != "text":
             yield from _records(file)

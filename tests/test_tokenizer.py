@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers come back as they were trained, hold any text, and say what ends one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from jaxllm.tokenizer import (
+    END,
+    PAD,
+    TURN,
+    TURN_END,
+    check_vocabulary,
+    load_tokenizer,
+    special_tokens,
+    stop_ids,
+    train_tokenizer,
+)
+
+TEXT = (
+    "def f(x):\n    return x + 1024\n\nThe answer is 42, isn't it?\r\nÜber größere Straßen.\n" * 20
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a small tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_bytes(TEXT.encode())
+    train_tokenizer([folder / "text.txt"], folder / "out", 400)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+    return load_tokenizer(trained)
+
+
+# ---- training
+
+
+def test_a_trained_tokenizer_is_complete(trained, tokenizer):
+    named = tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token
+    assert named == (END, END, PAD)
+    assert tokenizer.convert_tokens_to_ids([END, PAD, TURN, TURN_END]) == [0, 1, 2, 3]
+    assert special_tokens(tokenizer) == [END, TURN, TURN_END, PAD]
+    assert "<|im_start|>" in tokenizer.chat_template
+    assert stop_ids(tokenizer) == (0, 3)
+    assert len(tokenizer) <= 400
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_the_end_of_text_is_not_padding(tokenizer):
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=st.text())
+@example(text="  \t\r\n\n  x  \n")
+@example(text="\ufeff\u0300\ue000\U0001f469\u200d\U0001f680 12345678\0")
+@example(text="a <|im_end|> b")
+def test_any_text_comes_back_unchanged(text, tokenizer):
+    for plain in (True, False):
+        tokens = tokenizer(text, split_special_tokens=plain).input_ids
+        assert tokenizer.decode(tokens) == text
+
+
+def test_nothing_is_added_to_a_text(tokenizer):
+    assert not set(tokenizer("The answer").input_ids) & {0, 1, 2, 3}
+
+
+def test_a_number_is_read_digit_by_digit(tokenizer):
+    assert tokenizer.tokenize("1024") == ["1", "0", "2", "4"]
+    assert tokenizer.tokenize("x1024")[1:] == ["1", "0", "2", "4"]
+    assert not [t for t in tokenizer.get_vocab() if sum(c.isdigit() for c in t) and len(t) > 1]
+
+
+def test_words_and_indents_are_learned(tokenizer):
+    assert len(tokenizer.tokenize("    return")) == 2
+    assert tokenizer.tokenize(" answer") == ["Ġanswer"]
+
+
+def test_the_same_text_gives_the_same_tokenizer(trained, tmp_path):
+    """In another process, whose hashes are seeded otherwise."""
+    code = (
+        "import sys; from jaxllm.tokenizer import train_tokenizer; "
+        "train_tokenizer(sys.argv[1:2], sys.argv[2], 400)"
+    )
+    text = str(trained.parent / "text.txt")
+    subprocess.run([sys.executable, "-c", code, text, str(tmp_path)], check=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_texts_are_read_as_files_are(trained, tmp_path):
+    train_tokenizer([], tmp_path, 400, texts=[TEXT])
+    assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": TEXT},
+        {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": ""}]},
+    ],
+)
+def test_of_a_data_file_the_text_is_read(record, trained, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    train_tokenizer([file], tmp_path / "out", 400)
+    written = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert written == (trained / "tokenizer.json").read_bytes()
+
+
+def test_special_tokens_and_template_can_be_chosen(tmp_path):
+    file = tmp_path / "t.jinja"
+    file.write_text("{% for m in messages %}<turn>{{ m.content }}</turn>{% endfor %}")
+    names = ["<turn>", "</turn>"]
+    train_tokenizer([], tmp_path, 300, texts=["a"], special_tokens=names, template=str(file))
+    tokenizer = load_tokenizer(tmp_path)
+    assert set(special_tokens(tokenizer)) == {END, PAD, *names}
+    assert stop_ids(tokenizer) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["a"], {"vocab_size": 259}, "vocab_size 259 has no room for 256 bytes and 4 special"),
+        ([], {}, "no text to train"),
+        (["", ""], {}, "no text to train"),
+        (["a"], {"template": "nosuch"}, "'nosuch' is neither a file nor built in"),
+    ],
+)
+def test_mistakes_in_training_are_told(texts, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer([], tmp_path / "out", texts=texts, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_missing_or_not_text_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nosuch.txt: no such file"):
+        train_tokenizer([tmp_path / "nosuch.txt"], tmp_path / "out")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt: is not UTF-8"):
+        train_tokenizer([tmp_path / "latin.txt"], tmp_path / "out")
+
+
+# ---- loading
+
+
+def test_a_file_beside_the_tokenizer_names_it_too(trained, tokenizer):
+    assert load_tokenizer(trained / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
+
+
+def write(folder, **files):
+    folder.mkdir()
+    for name, value in files.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_a_directory_without_a_tokenizer_is_refused_not_filled_in(tmp_path):
+    """transformers makes an empty tokenizer of these two files."""
+    config = {"tokenizer_class": "LlamaTokenizer"}
+    folder = write(
+        tmp_path / "m", config__json={"model_type": "llama"}, tokenizer_config__json=config
+    )
+    with pytest.raises(ValueError, match="m: holds no tokenizer.*model.tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_missing_path_is_not_looked_for_elsewhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nosuch: no such directory"):
+        load_tokenizer(tmp_path / "nosuch")
+    with pytest.raises(FileNotFoundError, match=r"\./nosuch: no such directory"):
+        load_tokenizer("./nosuch")
+
+
+def test_a_name_that_is_no_directory_and_not_on_the_hub_is_told():
+    with pytest.raises(ValueError, match="nosuch/model: no such directory, and the hub"):
+        load_tokenizer("nosuch/model")  # HF_HUB_OFFLINE is set in tests
+
+
+def test_a_broken_file_is_told(tmp_path):
+    with pytest.raises(ValueError, match="m: tokenizer cannot be loaded"):
+        load_tokenizer(write(tmp_path / "m", tokenizer__json="{"))
+
+
+def test_code_in_the_directory_is_never_run(tmp_path):
+    folder = write(
+        tmp_path / "m",
+        vocab__json={"a": 0},
+        tokenizer_config__json={"auto_map": {"AutoTokenizer": ["own.Own", None]}},
+        own__py="import pathlib; pathlib.Path(__file__).with_name('ran').touch()",
+    )
+    with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
+        load_tokenizer(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path):
+    folder = write(
+        tmp_path / "m",
+        vocab__json={"a": 0, "<unk>": 1},
+        merges__txt="#version: 0.2\n",
+        tokenizer_config__json={"tokenizer_class": "CTRLTokenizer"},
+    )
+    with pytest.raises(ValueError, match="CTRLTokenizer is a slow tokenizer.*tokenizer.json"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(trained, tmp_path):
+    folder = write(tmp_path / "m", tokenizer__json=(trained / "tokenizer.json").read_text())
+    with pytest.raises(ValueError, match="m: .*set eos_token in tokenizer_config.json"):
+        load_tokenizer(folder)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(tokenizer):
+    size = max(tokenizer.get_vocab().values()) + 1
+    check_vocabulary(tokenizer, size)
+    check_vocabulary(tokenizer, size + 100)  # padded models are fine
+    with pytest.raises(ValueError, match=f"ids go up to {size - 1}.*vocab_size is {size - 1}"):
+        check_vocabulary(tokenizer, size - 1)
+
+
+# ---- what ends a text
+
+
+@pytest.mark.parametrize(
+    ("eos", "ids"), [(7, (0, 3, 7)), ([7, 3, 9], (0, 3, 7, 9)), (None, (0, 3))]
+)
+def test_the_models_own_list_ends_a_text_too(eos, ids, tokenizer, tmp_path):
+    write(tmp_path / "m", generation_config__json={"eos_token_id": eos})
+    assert stop_ids(tokenizer, tmp_path / "m") == ids
+    assert stop_ids(tokenizer, tmp_path) == (0, 3)
+
+
+def test_without_a_template_eos_ends_a_text(trained):
+    tokenizer = load_tokenizer(trained)
+    tokenizer.chat_template = None
+    assert stop_ids(tokenizer) == (0,)
+    assert stop_ids(tokenizer, template="seed-qwen") == (0, 3)
