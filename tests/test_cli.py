@@ -155,16 +155,19 @@ def test_a_full_disk_and_a_missing_file_are_the_users_to_mend(stand_in, capsys):
     assert capsys.readouterr().err == "jaxllm: error: not/there.jsonl: No such file or directory\n"
 
 
-def test_an_error_of_ours_from_a_worker_process_is_one_line():
+@pytest.mark.parametrize(
+    ("statement", "file", "ours"),
+    [("raise", None, True), ("return", None, False), ("raise", "/lib/decoder.py", False)],
+)
+def test_only_a_raise_of_this_package_is_a_message_also_from_a_worker(statement, file, ours):
     from jaxllm import config
 
     lines = Path(config.__file__).read_text().splitlines()
-    line = next(n for n, text in enumerate(lines, 1) if text.strip().startswith("raise"))
-    error = ValueError("rows.jsonl:3: not JSON")
-    error.__cause__ = RuntimeError(f'Traceback …\n  File "{config.__file__}", line {line}, in f\n')
-    assert cli.mistake(error) == "rows.jsonl:3: not JSON"
-    error.__cause__ = RuntimeError('Traceback …\n  File "/lib/json/decoder.py", line 3, in f\n')
-    assert cli.mistake(error) is None
+    line = next(n for n, text in enumerate(lines, 1) if text.strip().startswith(statement))
+    frame = f'  File "{file or config.__file__}", line {line}, in f'
+    error = ValueError("rows.jsonl:3:\nnot JSON")
+    error.__cause__ = RuntimeError(f"Traceback …\n{frame}\n")
+    assert cli.mistake(error) == ("rows.jsonl:3: not JSON" if ours else None)
 
 
 # ---- help, explain, schema
