@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus that every machine has: the Python standard library's text, and chats from its docstrings.
+"""A corpus that every machine has: the standard library's text, and chats from its docstrings.
 
     python demo/stdlib.py OUT [--every K]
 
 writes OUT/text/{train,heldout}/MODULE.txt (the source of each module) and
-OUT/chat/{train,heldout}.jsonl (one conversation a line: what does a function do, how is it called?).
-Modules are split by place and functions by a hash of their names: the same Python gives the same
+OUT/chat/{train,heldout}.jsonl (a conversation a line: what does a function do, how is it called?).
+Modules are split by place and functions by a hash of their names, so the same Python gives the same
 files. Sources are parsed, never imported.
 """
 
@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests, bundled wheels, generated tables and other people's packages are not the library's own text.
+# Tests, bundled wheels, generated tables and other people's packages are not its own text.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "ensurepip", "encodings", "lib2to3"}
 EACH = 40  # one module of so many is held out
 SHARE = 0.04  # of functions, held out

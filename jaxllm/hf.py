@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """HuggingFace directories in and out, streamed: safetensors <-> sharded arrays.
 
-Each device's shard is read from the files by its own slices and each tensor is written as soon as
-it is gathered, so host memory holds one shard, or one tensor of one layer, and never the model.
+Each device's shard of a weight is read from the files by its own slices, and each tensor is written
+as soon as it is gathered: host memory holds one shard, or one tensor of one layer, never the model.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
 
 def _place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:
     """An array laid out as `like`, shard by shard: `read(index)` once for each distinct one."""
-    same: dict[Any, tuple[Any, list[jax.Device]]] = {}
+    same: dict[Any, tuple[Any, list[Any]]] = {}
     for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
         assert index is not None
         key = tuple((s.start, s.stop) for s in index)
@@ -178,7 +178,8 @@ def _place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax
         value = read(index)
         parts += [jax.device_put(value, device) for device in devices]
         jax.block_until_ready(parts)
-        del value  # before the next one is read
+        del value
+        jax.device_put(0)  # jax lets go of the host's copy at its next call, and a read is none
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
 
@@ -337,7 +338,7 @@ def _write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
 
 
 def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None:
-    """One file, or numbered ones of at most `limit` bytes (but one tensor at least) and an index."""
+    """One file, or numbered ones of at most `limit` bytes (or one tensor) and their index."""
     width = jnp.dtype(dtype).itemsize
     files: list[list[Tensor]] = [[]]
     used = total = 0

@@ -272,7 +272,11 @@ def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
 
 def _arrow_batch(chunk: list[tuple[str, str]], schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(zip(*chunk), schema)], schema=schema
+        [
+            pa.array(column, field.type)
+            for column, field in zip(zip(*chunk, strict=True), schema, strict=True)
+        ],
+        schema=schema,
     )
 
 
@@ -394,7 +398,9 @@ def conversation_of(
         turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
     elif "instruction" in found and "output" in found:
         past = [
-            (role, text) for pair in found.get("history", ()) for role, text in zip(_PAIR, pair)
+            (role, text)
+            for pair in found.get("history", ())
+            for role, text in zip(_PAIR, pair, strict=True)
         ]
         asked = "\n".join(t for t in (found["instruction"], found.get("input")) if t)
         turns = [turn for role, text in past for turn in _said(role, text)]

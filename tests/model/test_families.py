@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of every family, in the spellings found on the hub, and the names of their weights."""
+
+import copy
+from math import prod
+
+import jax
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
+from jaxllm.model.families import FAMILIES, from_hf, key_table, to_hf
+
+# What the published config.json files say (only keys that shape the model), in their own spelling.
+LLAMA_3_1_8B = dict(
+    model_type="llama",
+    attention_bias=False,
+    hidden_act="silu",
+    hidden_size=4096,
+    initializer_range=0.02,
+    intermediate_size=14336,
+    max_position_embeddings=131072,
+    mlp_bias=False,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    pretraining_tp=1,
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+        rope_type="llama3",
+    ),
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.43.0",
+    vocab_size=128256,
+)
+LLAMA_3_1_70B = LLAMA_3_1_8B | dict(
+    hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80
+)
+MISTRAL_7B = dict(
+    model_type="mistral",
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    max_position_embeddings=32768,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+    vocab_size=32000,
+)
+QWEN2_5_7B = dict(
+    model_type="qwen2",
+    attention_dropout=0.0,
+    hidden_act="silu",
+    hidden_size=3584,
+    intermediate_size=18944,
+    max_position_embeddings=32768,
+    max_window_layers=28,
+    num_attention_heads=28,
+    num_hidden_layers=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    sliding_window=131072,
+    tie_word_embeddings=False,
+    use_sliding_window=False,
+    vocab_size=152064,
+)
+GEMMA_3_1B = dict(
+    model_type="gemma3_text",
+    attention_bias=False,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    hidden_size=1152,
+    intermediate_size=6912,
+    max_position_embeddings=32768,
+    num_attention_heads=4,
+    num_hidden_layers=26,
+    num_key_value_heads=1,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-6,
+    rope_local_base_freq=10000,
+    rope_scaling=None,
+    rope_theta=1000000,
+    sliding_window=512,
+    sliding_window_pattern=6,
+    vocab_size=262144,
+)
+PHI_3_MINI_128K = dict(
+    model_type="phi3",
+    hidden_act="silu",
+    hidden_size=3072,
+    intermediate_size=8192,
+    max_position_embeddings=131072,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=32,
+    original_max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(
+        long_factor=[1.0 + i / 2 for i in range(48)],
+        short_factor=[1.0] * 48,
+        type="longrope",
+    ),
+    rope_theta=10000.0,
+    sliding_window=262144,
+    tie_word_embeddings=False,
+    vocab_size=32064,
+)
+SMOLLM3_3B = dict(
+    model_type="smollm3",
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=11008,
+    max_position_embeddings=65536,
+    no_rope_layer_interval=4,
+    no_rope_layers=[1, 1, 1, 0] * 9,
+    num_attention_heads=16,
+    num_hidden_layers=36,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=5000000.0,
+    sliding_window=None,
+    use_sliding_window=False,
+    vocab_size=128256,
+)
+TINY = dict(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=None,
+)
+
+
+def kinds(cfg: ModelConfig) -> list[LayerKind]:
+    return [cfg.kinds[k] for k in cfg.layer_kinds or (0,) * cfg.num_layers]
+
+
+def test_llama_3_1_is_read_in_the_hubs_spelling():
+    cfg = from_hf(LLAMA_3_1_8B)
+    rope = Rope(500000.0, "llama3", factor=8.0, original_length=8192)
+    assert cfg.ropes == (rope,) and (rope.low_freq_factor, rope.high_freq_factor) == (1.0, 4.0)
+    assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim) == (32, 8, 128)
+    assert kinds(cfg) == [LayerKind(0, None)] * 32 and not cfg.tie_embeddings
+
+
+def test_old_and_new_rope_spellings_mean_the_same():
+    old = {k: v for k, v in LLAMA_3_1_8B.items() if not k.startswith("rope_")}
+    new = old | {"rope_parameters": LLAMA_3_1_8B["rope_scaling"] | {"rope_theta": 500000.0}}
+    kind = {"type": "linear", "factor": 4.0}
+    assert from_hf(new) == from_hf(LLAMA_3_1_8B)
+    assert from_hf(old | {"rope_scaling": kind, "rope_theta": 7.0}) == from_hf(
+        old | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7.0}}
+    )
+
+
+def test_windows_follow_each_familys_rule():
+    assert kinds(from_hf(MISTRAL_7B)) == [LayerKind(0, 4096)] * 32
+    assert kinds(from_hf(QWEN2_5_7B)) == [LayerKind(0, None)] * 28
+    some = from_hf(QWEN2_5_7B | dict(use_sliding_window=True, max_window_layers=20))
+    assert kinds(some) == [LayerKind(0, None)] * 20 + [LayerKind(0, 131072)] * 8
+    gemma2 = from_hf(TINY | dict(model_type="gemma2", sliding_window=9))
+    assert [k.window for k in kinds(gemma2)] == [9, None]
+
+
+def test_gemma3_has_a_rope_for_each_kind_of_layer():
+    cfg = from_hf(GEMMA_3_1B)
+    local, whole = LayerKind(0, 512), LayerKind(1, None)
+    assert kinds(cfg) == ([local] * 5 + [whole]) * 4 + [local] * 2
+    assert cfg.ropes == (Rope(10000.0), Rope(1000000.0))
+    assert cfg.query_scale == 1 / 16 and cfg.embed_scale == 1152**0.5 and cfg.norm_offset == 1
+
+
+def test_phi3_longrope_scales_attention_by_the_ratio_of_lengths():
+    (rope,) = from_hf(PHI_3_MINI_128K).ropes
+    assert rope.kind == "longrope" and rope.original_length == 4096
+    assert rope.mscale == pytest.approx(1.1902380714238083)  # sqrt(1 + ln 32 / ln 4096)
+    assert len(rope.long_factor) == 48 and rope.long_factor[3] == 2.5
+
+
+def test_smollm3_leaves_every_fourth_layer_without_positions():
+    assert [k.rope for k in kinds(from_hf(SMOLLM3_3B))] == [0, 0, 0, None] * 9
+
+
+def test_a_config_is_read_without_being_changed():
+    for config in (LLAMA_3_1_8B, GEMMA_3_1B, PHI_3_MINI_128K):
+        before = copy.deepcopy(config)
+        from_hf(config)
+        assert config == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B],
+    ids=lambda c: c["model_type"],
+)
+def test_to_hf_inverts_from_hf(config):
+    cfg = from_hf(config)
+    assert from_hf(to_hf(cfg)) == cfg
+
+
+def test_to_hf_refuses_what_the_family_cannot_express():
+    cfg = from_hf(TINY | {"model_type": "llama"})
+    values = {f: getattr(cfg, f) for f in cfg.__dataclass_fields__}
+    with pytest.raises(ValueError, match="llama config cannot express this model's qk_norm"):
+        to_hf(ModelConfig(**values | {"qk_norm": "head"}))
+    with pytest.raises(ValueError, match="qkv_bias"):
+        to_hf(ModelConfig(**values | {"qkv_bias": True}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("gpt2", {}, "'gpt2' is not supported; known: llama, mistral, qwen2"),
+        (None, {}, "None is not supported"),
+        ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; known: silu"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "'dynamic' is not supported; known: default, linear",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama model.*high_freq_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ("llama", {"hidden_size": "wide"}, "config of a llama model"),
+        ("llama", {"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
+        ("llama", {"quantization_config": {"bits": 4}}, "dequantise"),
+        ("llama", {"is_causal": False}, "only causal"),
+        ("gemma2", {"use_bidirectional_attention": True}, "only causal attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "transformers ignores it"),
+        ("mistral", {"layer_types": ["full_attention"] * 2}, "set it to null"),
+        (
+            "qwen3",
+            {"layer_types": ["chunked_attention"] * 2},
+            "chunked_attention are not supported",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "num_hidden_layers"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(TINY | {"model_type": kind} | change)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
+    biases = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, sliding_window=8)
+    config = TINY | biases | {"model_type": kind}
+    cfg = from_hf(config)
+    abstract = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    ours = {".".join(p): v.get_value().shape for p, v in nnx.to_flat_state(abstract)}
+    table = key_table(cfg)
+    assert sorted(k.path for k in table) == sorted(ours)
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        )
+    theirs = {k: tuple(v.shape) for k, v in model.named_parameters()}
+    rows = dict.fromkeys(theirs, 0)
+    for key in table:
+        shape = ours[key.path]
+        assert key.stacked == key.path.startswith("layers.")
+        for layer in range(cfg.num_layers if key.stacked else 1):
+            name = key.name.format(i=layer)
+            one = shape[1:] if key.stacked else shape
+            one = one[::-1] if key.transpose else one
+            start, stop = key.rows or (0, one[0])
+            assert (rows[name], stop - start) == (start, one[0]), "parts must follow one another"
+            assert one[1:] == theirs[name][1:]
+            rows[name] = stop
+    assert rows == {name: shape[0] for name, shape in theirs.items()}
+
+
+def test_a_70b_model_costs_nothing_to_describe():
+    cfg = from_hf(LLAMA_3_1_70B)
+    abstract = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
+    assert sum(prod(leaf.shape) for leaf in leaves) == 70_553_706_496

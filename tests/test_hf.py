@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HuggingFace directories in and out: files, shardings, names, dtypes, memory, refusals."""
+
+import errno
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from jaxllm import hf
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
+from jaxllm.hf import export, load_hf, load_model, read_config, resolve, save_hf
+from jaxllm.mesh import axes_of, make_mesh, spec
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.decoder import Decoder
+from jaxllm.rollout import Sampling, generate
+from jaxllm.tokenizer import train_tokenizer
+
+MESHES = {
+    "fsdp 8": MeshSection(fsdp=8),
+    "tensor 4 x fsdp 2": MeshSection(fsdp=2, tensor=4),
+    "data 4 x fsdp 2": MeshSection(data=4, fsdp=2),
+}
+SHAPE: dict[str, Any] = dict(
+    vocab_size=136,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=None,
+)
+
+
+def write_model(folder: Path, kind: str = "llama", dtype=torch.float32, **changes: Any) -> Any:
+    """A random torch model, biases included, saved at `folder`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | changes))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight))
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def one_device() -> Any:
+    return make_mesh(MeshSection(), jax.devices()[:1])
+
+
+def weights_of(model: Decoder) -> dict[str, Any]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(path): variable for path, variable in flat}
+
+
+def assert_same_weights(a: Decoder, b: Decoder) -> None:
+    left, right = weights_of(a), weights_of(b)
+    assert left.keys() == right.keys()
+    for path in left:
+        np.testing.assert_array_equal(
+            np.asarray(left[path][...]), np.asarray(right[path][...]), path
+        )
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Changes the tensors of a saved model in place."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text").write_text("some text to learn from " * 20)
+    train_tokenizer([folder / "text"], folder / "out", 280)
+    return AutoTokenizer.from_pretrained(folder / "out")
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("phi3", {"tie_word_embeddings": True}),
+        ("olmo2", {"vocab_size": 131}),
+    ],
+)
+def test_every_mesh_gets_the_same_weights_in_shards(tmp_path, mesh, kind, changes):
+    write_model(tmp_path, kind, **changes)
+    devices = make_mesh(MESHES[mesh])
+    whole, split = load_hf(str(tmp_path), mesh=one_device()), load_hf(str(tmp_path), mesh=devices)
+    assert_same_weights(whole, split)
+    for path, variable in weights_of(split).items():
+        array = variable[...]
+        want = spec(axes_of(variable), array.shape, devices)
+        assert array.sharding.spec == want, path
+        if "kernel" in path:
+            assert array.addressable_shards[0].data.size < array.size, f"{path} is not split"
+
+
+def test_files_split_by_torch_are_read_as_one(tmp_path):
+    model = write_model(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    assert_same_weights(load_hf(str(tmp_path / "one")), load_hf(str(tmp_path / "many")))
+
+
+def test_no_written_file_passes_the_limit_and_torch_reads_them_as_one(tmp_path):
+    model = write_model(tmp_path / "in")
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"), max_shard_bytes=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        assert sum(t.nbytes for t in load_file(file).values()) <= 20_000
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for path, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[path]), path
+
+
+def test_a_sharded_model_is_written_as_a_whole_one(tmp_path):
+    write_model(tmp_path / "in", "phi3")
+    save_hf(load_hf(str(tmp_path / "in"), mesh=make_mesh(MESHES["fsdp 8"])), str(tmp_path / "out"))
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+# ---- dtypes and memory
+
+
+def test_bfloat16_files_are_read_exactly_and_written_back(tmp_path):
+    model = write_model(tmp_path / "in", dtype=torch.bfloat16)
+    wide = load_hf(str(tmp_path / "in"))
+    assert wide.embed.embedding[...].dtype == jnp.float32
+    kept = load_hf(str(tmp_path / "in"), "bfloat16")
+    assert all(v[...].dtype == jnp.bfloat16 for v in weights_of(kept).values())
+    save_hf(kept, str(tmp_path / "kept"))
+    save_hf(wide, str(tmp_path / "narrowed"), "bfloat16")
+    for name in ("kept", "narrowed"):
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert read_config(str(tmp_path / name))["dtype"] == "bfloat16"
+        for path, weight in model.state_dict().items():
+            assert tensors[path].dtype == torch.bfloat16 and torch.equal(weight, tensors[path])
+
+
+def test_compute_dtype_leaves_the_weights_alone(tmp_path):
+    write_model(tmp_path)
+    model = load_hf(str(tmp_path), compute_dtype="bfloat16")
+    assert model.embed.embedding[...].dtype == jnp.float32
+    assert model.hidden(jnp.ones((1, 4), jnp.int32)).dtype == jnp.bfloat16
+
+
+def traced_peak(function: Any) -> int:
+    """Bytes of host memory (numpy's and safetensors' included, device arrays not) at the peak."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def unaligned(shape: Any, dtype: Any) -> np.ndarray:
+    """np.empty at an address that a CPU device copies from instead of taking it over."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.ndarray(size + 80, np.uint8)
+    start = -room.ctypes.data % 64 + 16
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def test_host_memory_holds_a_shard_when_loading_and_a_tensor_when_saving(tmp_path, monkeypatch):
+    cfg = ModelConfig("llama", 512, 512, 4096, 6, 4, 4, 128, 64, tie_embeddings=True)
+    model = Decoder(cfg, rngs=nnx.Rngs(0))
+    tensor, stack = 512 * 4096 * 4, 6 * 512 * 4096 * 4
+    total = sum(v[...].nbytes for v in weights_of(model).values())
+    python = 8_000_000  # jaxprs and other objects
+    assert total > 20 * tensor
+    folder = str(tmp_path / "m")
+    save_hf(model, folder)
+    load_hf(folder)  # imports and caches are not what is measured
+    save = traced_peak(lambda: save_hf(model, folder, max_shard_bytes=4 * tensor))
+    assert save < 3 * tensor + python
+    monkeypatch.setattr(hf.np, "empty", unaligned)
+    one = traced_peak(lambda: load_hf(folder, mesh=one_device()))
+    assert one < stack + tensor + python < total / 2
+    eight = traced_peak(lambda: load_hf(folder, mesh=make_mesh(MESHES["fsdp 8"])))
+    assert eight < (stack + tensor) / 8 + python < total / 8
+
+
+# ---- names and configs
+
+
+def test_tied_weights_are_written_once_and_a_second_copy_is_passed_over(tmp_path):
+    write_model(tmp_path / "in", tie_word_embeddings=True)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+
+    rewrite(tmp_path / "in", add)
+    model = load_hf(str(tmp_path / "in"))
+    assert model.head is None
+    save_hf(model, str(tmp_path / "out"))
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_the_sources_config_is_kept_and_brought_up_to_date(tmp_path):
+    write_model(tmp_path / "in", "phi3", dtype=torch.bfloat16)
+    file = tmp_path / "in" / "config.json"
+    old = json.loads(file.read_text())
+    old |= {"my_note": [1, 2], "auto_map": {"AutoConfig": "x.Y"}, "torch_dtype": "bfloat16"}
+    del old["dtype"]
+    file.write_text(json.dumps(old | {"bos_token_id": 5, "pad_token_id": 32000}))
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"))
+    new = read_config(str(tmp_path / "out"))
+    assert new["my_note"] == [1, 2] and new["torch_dtype"] == "float32"
+    assert "dtype" not in new and "auto_map" not in new
+    assert new["architectures"] == ["Phi3ForCausalLM"]
+    assert (new["bos_token_id"], new["pad_token_id"]) == (5, None), (
+        "32000 is outside the vocabulary"
+    )
+
+
+def test_generation_settings_survive_and_know_every_end(tmp_path, tokenizer):
+    write_model(tmp_path / "in", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    settings = {"eos_token_id": [tokenizer.eos_token_id, 77], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps(settings))
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"), tokenizer=tokenizer)
+    new = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert new["eos_token_id"] == sorted([tokenizer.eos_token_id, 77, end_of_turn])
+    assert new["temperature"] == 0.6 and new["pad_token_id"] == tokenizer.pad_token_id
+    assert "generation_config" not in read_config(str(tmp_path / "out"))
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "some <|im_start|> text"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.chat_template == tokenizer.chat_template
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == new["eos_token_id"]
+
+
+def test_the_ends_of_a_replaced_tokenizer_are_forgotten(tmp_path, tokenizer):
+    write_model(tmp_path / "in", vocab_size=len(tokenizer), eos_token_id=99)
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"), tokenizer=tokenizer)
+    assert read_config(str(tmp_path / "out"))["eos_token_id"] == tokenizer.eos_token_id
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert 99 not in generation["eos_token_id"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "smollm3"])
+def test_a_model_made_from_a_shape_alone_loads_in_transformers(tmp_path, kind):
+    cfg = hf.from_hf(SHAPE | {"model_type": kind})
+    model = Decoder(cfg, rngs=nnx.Rngs(0))
+    save_hf(model, str(tmp_path / "out"))
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    want = theirs(torch.tensor([[1, 2, 3]])).logits.detach().numpy()
+    got = model(jnp.asarray([[1, 2, 3]]))
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=1e-4)
+
+
+def test_a_loaded_model_generates(tmp_path):
+    write_model(tmp_path)
+    (tokens,) = generate(load_hf(str(tmp_path)), [[1, 2, 3]], Sampling(max_new_tokens=4))
+    assert len(tokens) == 4
+
+
+def test_overrides_change_the_config_that_is_saved(tmp_path):
+    write_model(tmp_path / "in")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    model = load_hf(str(tmp_path / "in"), overrides={"rope_parameters": rope})
+    assert model.cfg.ropes[0].kind == "linear"
+    save_hf(model, str(tmp_path / "out"))
+    assert read_config(str(tmp_path / "out"))["rope_parameters"] == rope
+
+
+def test_a_random_model_does_not_depend_on_the_mesh(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SHAPE | {"model_type": "llama"}))
+    cfg = TrainConfig(model=ModelSection(config=str(file), overrides={"num_hidden_layers": 3}))
+    models = [load_model(cfg, mesh) for mesh in (one_device(), make_mesh(MESHES["fsdp 8"]))]
+    assert models[0].cfg.num_layers == 3
+    assert_same_weights(*models)
+
+
+# ---- refusals
+
+
+def drop(name: str) -> Any:
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name: str, value: torch.Tensor) -> Any:
+    return lambda tensors: tensors.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            drop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks 1 tensors \(model.layers.1.mlp.up_proj",
+        ),
+        (put("model.extra.weight", torch.ones(2)), r"has 1 unexpected ones \(model.extra.weight"),
+        (
+            put("model.embed_tokens.weight", torch.ones(192, 32)),
+            r"model.embed_tokens.weight has shape \(192, 32\); the config asks for \(136, 32\)",
+        ),
+        (
+            put("model.layers.1.mlp.down_proj.weight", torch.ones(32, 60)),
+            r"layers.1.mlp.*\(32, 60\)",
+        ),
+        (
+            put("model.layers.1.mlp.down_proj.weight", torch.ones(32, 64, dtype=torch.int8)),
+            "stored as I8, quantised",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, change, message):
+    write_model(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_hf(str(tmp_path))
+
+
+def test_a_fused_tensor_of_another_height_is_refused(tmp_path):
+    write_model(tmp_path, "phi3")
+    rewrite(tmp_path, put("model.layers.0.self_attn.qkv_proj.weight", torch.ones(72, 32)))
+    with pytest.raises(ValueError, match=r"qkv_proj.weight has shape \(72, 32\).*\(64, 32\)"):
+        load_hf(str(tmp_path))
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
+    model = write_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin is a pickle.*python -c .*save_pretrained"
+    ):
+        load_hf(str(tmp_path))
+
+
+def test_broken_directories_are_named(tmp_path):
+    write_model(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        load_hf(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model.safetensors"):
+        load_hf(str(tmp_path))
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json names .*00001-of-00002.*not there"):
+        load_hf(str(tmp_path))
+    (tmp_path / "config.json").write_text('{\n "a": 1,\n}')
+    with pytest.raises(ValueError, match=r"config.json:3: "):
+        load_hf(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_hf(str(tmp_path))
+
+
+def test_a_hub_id_without_a_hub_is_one_clear_line():
+    with pytest.raises(ValueError, match="nobody/nothing is no directory, nor could the hub") as e:
+        resolve("nobody/nothing")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="is not a directory"):
+        resolve("./nothing/here")
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    write_model(tmp_path)
+    with pytest.raises(ValueError, match="'fp8' is not known; known: float32, bfloat16"):
+        load_hf(str(tmp_path), "fp8")
+
+
+# ---- replacing
+
+
+def test_only_a_saved_model_is_replaced(tmp_path):
+    write_model(tmp_path / "in")
+    model = load_hf(str(tmp_path / "in"))
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="run holds checkpoints, so it is not replaced"):
+        save_hf(model, str(run))
+    assert (run / "checkpoints").is_dir()
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds notes.txt"):
+        save_hf(model, str(notes))
+    with pytest.raises(ValueError, match="is a file"):
+        save_hf(model, str(notes / "notes.txt"))
+    save_hf(model, str(tmp_path / "in"))
+    assert_same_weights(model, load_hf(str(tmp_path / "in")))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "notes", "run"]
+
+
+def test_a_full_disk_loses_nothing_already_saved(tmp_path, monkeypatch):
+    write_model(tmp_path / "in")
+    model = load_hf(str(tmp_path / "in"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hf, "_write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_hf(model, str(tmp_path / "in"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert_same_weights(model, load_hf(str(tmp_path / "in")))
+
+
+# ---- runs
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """A run folder with checkpoints 1 and 2, and the models that were saved there."""
+    source = tmp_path / "source"
+    write_model(source, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(source)
+    folder = tmp_path / "run"
+    cfg = TrainConfig(model=ModelSection(path=str(source)), output_dir=str(folder))
+    saves = Checkpoints(folder / "checkpoints")
+    (folder / "config.json").write_text(json.dumps(to_dict(cfg)))
+    models = {}
+    for step in (1, 2):
+        models[step] = load_hf(str(source))
+        models[step].norm.scale.set_value(models[step].norm.scale[...] + step)
+        weights = nnx.to_pure_dict(nnx.state(models[step], nnx.Param))
+        saves.save(step, {"trainable": weights, "step": jnp.int32(step)}, meta={})
+    saves.close()
+    return folder, models
+
+
+def test_a_run_exports_its_newest_or_a_chosen_checkpoint(run, tmp_path):
+    folder, models = run
+    export(str(folder), str(tmp_path / "new"))
+    export(str(folder), str(tmp_path / "chosen"), step=1)
+    export(str(folder / "checkpoints" / "1"), str(tmp_path / "named"))
+    for name, step in (("new", 2), ("chosen", 1), ("named", 1)):
+        assert_same_weights(load_hf(str(tmp_path / name)), models[step])
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+    export(str(tmp_path / "new"), str(tmp_path / "half"), "bfloat16")
+    assert read_config(str(tmp_path / "half"))["dtype"] == "bfloat16"
+
+
+def test_export_names_what_is_missing(run, tmp_path):
+    folder, _ = run
+    with pytest.raises(ValueError, match="has no checkpoint 7; it has 1, 2"):
+        export(str(folder), str(tmp_path / "out"), step=7)
+    with pytest.raises(ValueError, match="is no run folder"):
+        export(str(tmp_path), str(tmp_path / "out"))
