@@ -31,34 +31,33 @@ from jaxllm import cli
 
 OUT = Path("run/stdlib")
 VOCABULARY = 4096
-CHAT = ("--chat", "--max_length", 256)
 QUESTIONS = ("What does shutil.copyfile do?", "What does random.Random.shuffle do?")
 console = Console(highlight=False)
 
 
-def run(*words: object) -> None:
-    """One command, shown and run, `*` expanded as a shell does; ends the demo when it fails."""
+def run(*words: object, capture: bool = False) -> list[str]:
+    """One command, shown and run, `*` expanded as a shell does; ends the demo when it fails.
+
+    With `capture` the lines that it prints are returned, and shown when it is done.
+    """
     typed = [str(word) for word in words]
     line = " ".join(word if "*" in word else shlex.quote(word) for word in typed)
     console.print(f"\n[bold]$ jaxllm {line}[/bold]", soft_wrap=True)
     expanded = [sorted(glob.glob(word)) if "*" in word else [word] for word in typed]
-    if status := cli.main([word for group in expanded for word in group]):
-        sys.exit(status)
-
-
-def output(*words: object) -> list[str]:
-    """The lines that a command prints, which are shown too."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        run(*words)
-    console.print(printed.getvalue().rstrip(), markup=False)
+    with contextlib.redirect_stdout(printed) if capture else contextlib.nullcontext():
+        status = cli.main([word for group in expanded for word in group])
+    if status:
+        sys.exit(status)
+    console.print(printed.getvalue().rstrip(), markup=False, soft_wrap=True)
     return printed.getvalue().splitlines()
 
 
 def chat_loss(model: Path) -> dict[str, float]:
     """What `jaxllm eval` finds on the held-out chats, over the assistant's words."""
     data = OUT / "chat" / "heldout.jsonl"
-    return json.loads(output("eval", "--model", model, "--data", data, *CHAT, "--json")[-1])
+    words = ("eval", "--model", model, "--data", data, "--chat", "--max_length", 256, "--json")
+    return json.loads(run(*words, capture=True)[-1])
 
 
 def text_losses(run_folder: Path) -> list[float]:
@@ -151,8 +150,9 @@ def main() -> None:
     summary.add("evaluation after", OUT / "chat/heldout.jsonl", numbers(after))
 
     prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
-    answers = output("generate", "--model", model, "--chat", *prompts, "--max_new_tokens", 48)
-    summary.add("answers", "above", f"{len(answers)} lines")
+    words = ("generate", "--model", model, "--chat", *prompts, "--max_new_tokens", 48, "--json")
+    answers = [json.loads(line)["text"] for line in run(*words, capture=True)]
+    summary.add("an answer", QUESTIONS[0], answers[0])
     summary.show()
     if not quick and after["loss"] >= before["loss"]:
         sys.exit("the held-out loss of the chats did not fall")
