@@ -348,7 +348,8 @@ def train(cfg: TrainConfig) -> Result:
             evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
             pause = time.perf_counter()
             eval_loss = run_evals(step) if evaluated and not stopping.is_set() else None
-            if step % cfg.save.every == 0 or last:
+            due = cfg.save.every and step % cfg.save.every == 0
+            if due or last:
                 save(step, eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stopping.is_set():

@@ -116,7 +116,7 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path):
 
 
 def test_the_best_is_never_rotated_away(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.5}
+    losses = {1: float("nan"), 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.5}
     for step, loss in losses.items():  # each in a process of its own, as far as memory goes
         saves = Checkpoints(tmp_path, keep=2)
         saves.save(step, make_state(), {}, eval_loss=loss)
@@ -179,6 +179,14 @@ def test_a_damaged_file_sends_latest_to_the_checkpoint_before(tmp_path, capsys, 
         assert capsys.readouterr().err.startswith("jaxllm: checkpoint 2 is broken and passed over")
         assert saves.latest() == 1
         assert capsys.readouterr().err == ""  # said once
+
+
+def test_sizes_are_checked_where_files_are_too_many_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", lambda _: None)  # as in a run of several processes
+    saved(tmp_path)
+    assert Checkpoints(tmp_path).latest() == 2
+    damage(tmp_path / "2" / "state" / "manifest.ocdbt", "torn")
+    assert Checkpoints(tmp_path).latest() == 1
 
 
 def test_a_broken_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
@@ -261,7 +269,9 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
         ),
     ],
 )
-def test_a_disk_that_fills_while_writing_costs_only_that_checkpoint(tmp_path, monkeypatch, error):
+def test_a_disk_that_fills_while_writing_costs_only_that_checkpoint(
+    tmp_path, monkeypatch, capfd, error
+):
     saved(tmp_path, [1])
     saves = Checkpoints(tmp_path, keep=1)
 
@@ -275,6 +285,7 @@ def test_a_disk_that_fills_while_writing_costs_only_that_checkpoint(tmp_path, mo
             saves.wait()
     assert os.listdir(tmp_path) == ["1"]
     assert (saves.latest(), saves.best()) == (1, None)
+    assert capfd.readouterr() == ("", "")  # the error says it all
     saves.save(3, make_state(), {})
     saves.close()
     assert steps_in(tmp_path) == [3]

@@ -18,7 +18,6 @@ from transformers.optimization import Adafactor
 
 from jaxllm.config import OptimSection
 from jaxllm.optim import (
-    DECAYED,
     OPTIMIZERS,
     clip,
     eval_params,
@@ -26,6 +25,8 @@ from jaxllm.optim import (
     make_schedule,
     opt_state_shardings,
 )
+
+DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
 
 
 def section(name="adamw", **keys):
@@ -230,19 +231,23 @@ def test_muon_leaves_the_token_table_and_the_head_to_adamw():
         assert np.array_equal(value, flat(adamw[-1])[key]) is (key != "layers.up.kernel"), key
 
 
-def test_schedule_free_evaluates_the_average_of_its_iterates():
-    optim = section("schedule_free_adamw", learning_rate=0.1)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedule_free_evaluates_the_average_of_its_iterates(warmup):
+    """Each weighted with the square of its learning rate (arXiv:2405.15682, section 4.3)."""
+    optim = section("schedule_free_adamw", learning_rate=0.1, warmup=warmup)
+    rate = make_schedule(optim, 10)
     target = jnp.arange(1.0, 7.0)
     params = {"kernel": jnp.zeros(6)}
-    optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
-    state, total = optimizer.init(params), jnp.zeros(6)
-    for _ in range(10):
+    optimizer = make_optimizer(optim, rate, params)
+    state, total, weight = optimizer.init(params), jnp.zeros(6), 0.0
+    for step in range(10):
         grads = {"kernel": params["kernel"] - target}
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        total += state.z["kernel"]
+        total += rate(step) ** 2 * state.z["kernel"]
+        weight += rate(step) ** 2
     mean = eval_params(state, params)["kernel"]
-    np.testing.assert_allclose(mean, total / 10, atol=1e-5)
+    np.testing.assert_allclose(mean, total / weight, atol=1e-5)
     assert np.abs(mean - params["kernel"]).max() > 1e-3
 
 
@@ -342,9 +347,9 @@ def test_a_weight_of_unknown_name_is_no_silent_case():
 # ---- clipping
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clip_is_torchs_clip_grad_norm(max_norm):
-    grads = weights()
+@pytest.mark.parametrize(("size", "max_norm"), [(1.0, 0.5), (1.0, 1e6), (1e-8, 1e-7)])
+def test_clip_is_torchs_clip_grad_norm(size, max_norm):
+    grads = jax.tree.map(lambda g: g * size, weights())
     tensors = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in flat(grads).items()}
     for leaf in tensors.values():
         leaf.grad = leaf.detach().clone()
