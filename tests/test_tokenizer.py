@@ -20,6 +20,9 @@ from jaxllm.tokenizer import (
     stop_ids,
     train_tokenizer,
 )
+from jaxllm.tokenizer import (
+    _texts as read_texts,
+)
 
 TEXT = (
     "def f(x):\n    return x + 1024\n\nThe answer is 42, isn't it?\r\nÜber größere Straßen.\n" * 20
@@ -97,6 +100,15 @@ def test_the_same_text_gives_the_same_tokenizer(trained, tmp_path):
     subprocess.run([sys.executable, "-c", code, text, str(tmp_path)], check=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_a_long_file_is_read_in_pieces_that_end_with_a_line(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(TEXT.encode())
+    pieces = list(read_texts([file], 100))
+    assert "".join(pieces) == TEXT
+    assert len(pieces) > 3
+    assert all(piece.endswith("\n") for piece in pieces)
 
 
 def test_texts_are_read_as_files_are(trained, tmp_path):
@@ -199,11 +211,11 @@ def test_code_in_the_directory_is_never_run(tmp_path):
         tmp_path / "m",
         vocab__json={"a": 0},
         tokenizer_config__json={"auto_map": {"AutoTokenizer": ["own.Own", None]}},
-        own__py="import pathlib; pathlib.Path(__file__).with_name('ran').touch()",
+        own__py=f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass",
     )
     with pytest.raises(ValueError, match="tokenizer cannot be loaded"):
         load_tokenizer(folder)
-    assert not (folder / "ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path):

@@ -306,7 +306,10 @@ class _Renderer:
         mark = 2 * conversation.mark
         first = conversation.messages[0]
         first = first | {"content": mark + str(first.get("content", ""))}
-        return self.text(replace(conversation, messages=[first])).partition(mark)[0]
+        before, found, _ = self.text(replace(conversation, messages=[first])).partition(mark)
+        if not found:
+            raise ValueError("the chat template leaves out its content")
+        return before
 
     def _words_end(self, text: str, start: int, stop: int) -> int:
         """Where text[start:stop] ends without the special tokens and spaces that close it."""

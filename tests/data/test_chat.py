@@ -138,6 +138,12 @@ def test_a_message_is_learned_with_its_weight(of_style):
     assert not learn[plain == 0].any()
 
 
+def test_a_template_does_not_see_weights(of_style):
+    tokenizer = of_style(source="{{ messages | tojson }}")
+    tokens = prompt_tokens(tokenizer, [{"role": "user", "content": "a", "weight": 1, "name": None}])
+    assert tokenizer.decode(tokens) == '[{"role": "user", "content": "a"}]'
+
+
 def test_a_weight_counts_only_where_the_turn_is_learned(of_style):
     chat = [*CHAT[:2], CHAT[2] | {"weight": 3}, *CHAT[3:]]
     assert set(render(of_style(), chat, learn="last")[1].tolist()) == {0, 1}
@@ -197,6 +203,12 @@ def test_a_conversation_may_begin_with_the_assistant(of_style):
         chat = [{"role": "assistant", "content": "assistant"}, *turns("Hi", "Ho")]
         end = STYLES[style][2]
         assert learned_text(of_style(style), chat) == f"assistant{end}Ho{end}"
+
+
+def test_a_first_message_whose_words_are_not_rendered_is_refused(of_style):
+    chat = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    with pytest.raises(ValueError, match="message 1.*leaves out its content"):
+        render(of_style("llama-3"), chat)
 
 
 # ---- templates of other shapes
@@ -294,6 +306,26 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_is_le
     assert learned_text(tokenizer, turns("a", "b")) == "<think></think>b<|im_end|>"
 
 
+def test_a_prompt_that_no_rendered_turn_begins_with_is_refused(of_style):
+    source = (  # as DeepSeek-R1 does: the prompt opens thoughts that a rendered answer has not
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    for learn in ("all", "last"):
+        with pytest.raises(ValueError, match="message 2.*does not render"):
+            render(of_style(source=source), turns("a", "What is it?"), learn=learn)
+
+
+def test_the_end_token_is_learned_behind_other_closing_tokens(of_style):
+    source = (  # as DeepSeek-V3 does: calls are closed before the turn is
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}<|eot_id|><|return|>{% endif %}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    text = learned_text(of_style(source=source), TOOL_CHAT)
+    assert text.endswith("<|eot_id|><|return|><|end|>It is.<|end|>")
+
+
 def test_a_template_that_needs_the_whole_conversation_is_refused_with_the_reason(of_style):
     source = (
         "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}"
@@ -365,6 +397,31 @@ def test_a_template_that_cuts_a_hidden_name_leaves_no_trace(of_style):
     assert tokenizer.decode(tokens) == "|im_end|><|im_end|>"
 
 
+def test_added_tokens_that_are_not_special_are_words_that_the_template_sees(of_style):
+    source = (  # Qwen3 looks for thoughts in an answer
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = of_style(source=source)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    text = learned_text(tokenizer, turns("a", "<think>b</think>c<think>"))
+    assert text == "c<think><|im_end|>"
+    tokens, _ = render(tokenizer, turns("<think>", "c"))
+    assert tokenizer.convert_tokens_to_ids("<think>") in tokens
+
+
+def test_a_tokenizer_may_have_no_special_tokens():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=SHAPES["plain"][0])
+    tokens, learn = render(tokenizer, turns("a", "x"))
+    pieces = tokenizer.convert_ids_to_tokens(tokens[learn > 0])
+    assert pieces == ["Ġ", "x"]
+
+
 # ---- as transformers
 
 
@@ -393,6 +450,8 @@ def test_bos_stands_once_when_template_and_tokenizer_both_write_it(of_style):
 def test_truncation_and_padding_of_earlier_calls_do_not_matter(of_style):
     tokenizer = of_style("qwen2.5")
     before = render(tokenizer, CHAT)[0].tolist()
+    tokenizer("a b c", padding="max_length", max_length=2 * len(before))
+    assert render(tokenizer, CHAT)[0].tolist() == before
     tokenizer(
         "a b c", truncation=True, max_length=2, padding="max_length", split_special_tokens=True
     )
