@@ -3,6 +3,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -302,12 +303,14 @@ def test_another_failure_is_raised_as_it_is(tmp_path, monkeypatch):
         saves.wait()
 
 
-def test_saving_and_restoring_print_nothing(tmp_path, capfd):
-    saved(tmp_path, keep=1)
-    saves = Checkpoints(tmp_path)
-    saves.restore(saves.latest(), abstract(make_state()))
-    saves.close()
+def test_saving_and_restoring_print_and_log_nothing(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.INFO):
+        saved(tmp_path, keep=1)
+        saves = Checkpoints(tmp_path)
+        saves.restore(saves.latest(), abstract(make_state()))
+        saves.close()
     assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if "orbax" in record.pathname]
 
 
 # ---- whose folder
