@@ -178,9 +178,10 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
     if rope.kind == "linear":
         inverse = inverse / rope.factor
     elif rope.kind == "llama3":
-        wavelength = 2 * math.pi / inverse
+        # torch divides a number by a tensor as reciprocal times number: two roundings.
+        wavelength = (1 / inverse) * (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        smooth = np.clip((rope.original_length / wavelength - low) / (high - low), 0, 1)
+        smooth = np.clip(((1 / wavelength) * rope.original_length - low) / (high - low), 0, 1)
         inverse = (1 - smooth) * inverse / rope.factor + smooth * inverse
     elif rope.kind == "yarn":
 
@@ -193,8 +194,8 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rotated - 1)
         place = np.arange(rotated // 2, dtype=np.float32)
-        ramp = np.clip((place - low) / (high - low or 1e-3), 0, 1)
-        inverse = 1 / (rope.factor * base) * ramp + inverse * (1 - ramp)
+        kept = 1 - np.clip((place - low) / (high - low or 1e-3), 0, 1)
+        inverse = 1 / (rope.factor * base) * (1 - kept) + inverse * kept
     elif rope.kind == "longrope":
         stretched = length > rope.original_length
         factors = rope.long_factor if stretched else rope.short_factor
