@@ -36,7 +36,13 @@ from jaxllm.model.decoder import merge
 from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
 from jaxllm.monitor.metrics import Metrics, Progress
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.optim import clip, make_optimizer, make_schedule
+from jaxllm.optim import (
+    clip,
+    eval_params,
+    make_optimizer,
+    make_schedule,
+    opt_state_shardings,
+)
 from jaxllm.rollout import Sampling, generate
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 
@@ -117,10 +123,8 @@ def make_step(
         with jax.named_scope("update"):
             weight = metrics["loss"][1]
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
-            grads = jax.tree.map(lambda g: g * scale, grads)
-            norm = optax.tree.norm(grads)
-            if max_norm:
-                grads = clip(grads, norm, max_norm)
+            norm = scale * optax.tree.norm(grads)
+            grads = clip(grads, norm, max_norm, scale)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -148,12 +152,8 @@ def state_shardings(
 
     split = lay(whole=False)
     params = nnx.to_pure_dict(graph_state)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        split if zero >= 1 else lay(whole=True),
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
+    moments = opt_state_shardings(
+        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else lay(whole=True)
     )
     return split if zero >= 3 else lay(whole=True), split if zero >= 2 else lay(whole=True), moments
 
@@ -305,14 +305,15 @@ def train(cfg: TrainConfig) -> Result:
             late = None
 
     def run_evals(step: int) -> float | None:
+        trained = eval_params(state.opt_state, state.trainable)
         for name, held_out in data.evals.items():
             evals[name] = evaluate(
-                eval_fn, state.trainable, frozen, held_out, mesh=mesh, batch_size=rows // count
+                eval_fn, trained, frozen, held_out, mesh=mesh, batch_size=rows // count
             )
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
         if cfg.log.samples:
-            whole = merge(graph, state.trainable, frozen)
+            whole = merge(graph, trained, frozen)
             prompts = [
                 tokenizer(text, add_special_tokens=False).input_ids for text in cfg.log.samples
             ]
@@ -358,10 +359,11 @@ def train(cfg: TrainConfig) -> Result:
             step = steps
         write_late()
     saves.close()
+    metrics.close()
     stopped = step < steps
     final = None
     if cfg.save.final and not stopped:
         final = str(run / "final")
-        whole = merge(graph, state.trainable, frozen)
+        whole = merge(graph, eval_params(state.opt_state, state.trainable), frozen)
         hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
     return Result(step, stopped, evals, final)
