@@ -452,6 +452,8 @@ def save_hf(
         part.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         shutil.rmtree(part, ignore_errors=True)
 
 

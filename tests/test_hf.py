@@ -434,6 +434,23 @@ def test_a_full_disk_loses_nothing_already_saved(tmp_path, monkeypatch):
     assert_same_weights(model, load_hf(str(tmp_path / "in")))
 
 
+def test_a_failure_to_move_the_new_model_in_brings_the_old_one_back(tmp_path, monkeypatch):
+    write_model(tmp_path / "in")
+    model = load_hf(str(tmp_path / "in"))
+    rename = Path.rename
+
+    def fail_for_the_new(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="Input/output"):
+        save_hf(model, str(tmp_path / "in"))
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert_same_weights(model, load_hf(str(tmp_path / "in")))
+
+
 # ---- runs
 
 
