@@ -61,7 +61,7 @@ format: $(VENV)/.test
 	@$(BIN)/ruff format
 
 docs: $(VENV)/.docs
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'site/index.html'
 
 clean:

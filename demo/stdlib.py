@@ -24,7 +24,7 @@ from pathlib import Path
 
 # Tests, bundled wheels, generated tables and other people's packages are not its own text.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "ensurepip", "encodings", "lib2to3"}
-EACH = 40  # one module of so many is held out
+EACH, SIZE = 15, range(4_000, 20_000)  # of the modules of so many characters, one in 15 is held out
 SHARE = 0.04  # of functions, held out
 
 
@@ -90,8 +90,10 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
         open(out / "chat" / "heldout.jsonl", "w", encoding="utf-8") as heldout,
     ):
         taken = itertools.islice(modules(), 0, None, every)
-        for index, (module, source) in enumerate(taken):
-            part = "heldout" if index % EACH == EACH // 4 else "train"
+        middling = itertools.count(EACH // 2)
+        for module, source in taken:
+            held = len(source) in SIZE and next(middling) % EACH == 0
+            part = "heldout" if held else "train"
             (out / "text" / part / f"{module}.txt").write_text(source, encoding="utf-8")
             counts["held-out modules" if part == "heldout" else "modules"] += 1
             counts["characters"] += len(source) if part == "train" else 0
@@ -99,9 +101,9 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
                 if paragraph in seen:  # the same words must not be on both sides of the split
                     continue
                 seen.add(paragraph)
-                held = zlib.crc32(name.encode()) < SHARE * 2**32
-                counts["held-out chats" if held else "chats"] += 1
-                file = heldout if held else train
+                aside = zlib.crc32(name.encode()) < SHARE * 2**32
+                counts["held-out chats" if aside else "chats"] += 1
+                file = heldout if aside else train
                 file.write(json.dumps(chat(name, call, paragraph), ensure_ascii=False) + "\n")
     return counts
 

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command of README.md and docs/ runs, in one folder, on little text and for a few steps.
+
+A ```bash block is run by bash and a ```python block by python, in the order of the page; a ```text
+block is not. What is changed for speed: the corpus is a twelfth, runs end after two steps (SMALL).
+`make` and `pip install` are not run but looked up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```" in p.read_text()]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+STEPS = "--steps 2 --eval_every 0 --batch_size 4"
+# (what a command begins with, what it must not say, what is put behind it)
+SMALL = (
+    ("python demo/stdlib.py", "--every", "--every 12"),
+    ("jaxllm pretrain", "--steps|--schema|--per_device|--explain", STEPS),
+    ("jaxllm pretrain", "--steps 2|--schema|--explain", "--steps 2"),
+    ("jaxllm sft", "--steps", STEPS),
+)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, code) of a page, in order."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(code: str) -> list[str]:
+    """The commands of a bash block, a here-document with its command."""
+    joined = code.replace("\\\n", " ")
+    found: list[str] = []
+    end = None
+    for line in joined.splitlines():
+        if end is not None:
+            found[-1] += f"\n{line}"
+            end = None if line == end else end
+        elif line.strip():
+            found.append(line)
+            mark = re.search(r"<<'?(\w+)'?", line)
+            end = mark[1] if mark else None
+    assert end is None, f"<<{end} is not closed"
+    return found
+
+
+def small(command: str) -> str:
+    for begin, unless, options in SMALL:
+        if begin in command and not re.search(unless, command):
+            return f"{command} {options}"
+    return command
+
+
+def look_up(command: str) -> bool:
+    """True for a command that is not run, once what it names has been found."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:])
+        return True
+    if words[:2] == ["pip", "install"]:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for extras in re.findall(r"\.\[([\w,]+)\]", command):
+            assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+        for file in re.findall(r"-c (\S+)", command):
+            assert (ROOT / file).is_file()
+        return True
+    return False
+
+
+class Workspace:
+    """A folder like a checkout, in which `python` and `jaxllm` are this environment's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("configs", "demo"):
+            (folder / name).symlink_to(ROOT / name)
+        programs = folder / "bin"
+        programs.mkdir()
+        for name, run in (("python", ""), ("jaxllm", " -m jaxllm")):
+            (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{run} "$@"\n')
+            (programs / name).chmod(0o755)
+        self.env = os.environ | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(folder),  # the cache of tokenised text
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, f"{command[-1]}\n{said[-4000:]}"
+        return said
+
+    def run_page(self, page: Path) -> int:
+        """Runs a page's blocks; returns how many commands there were."""
+        count = 0
+        for language, code in blocks(page):
+            if language == "python":
+                self.run("python", "-c", code)
+                count += 1
+            elif language == "bash":
+                for command in commands(code):
+                    if not look_up(command):
+                        self.run("bash", "-euo", "pipefail", "-c", small(command))
+                    count += 1
+        return count
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Workspace:
+    """A folder in which README.md's commands have been run; the other pages go on from there."""
+    made = Workspace(tmp_path_factory.mktemp("checkout"))
+    assert made.run_page(ROOT / "README.md") >= 10
+    return made
+
+
+def test_the_readme_makes_what_it_says(workspace):
+    for model in ("pretrain/final", "sft/final", "model", "copy"):
+        folder = workspace.folder / "run" / "stdlib" / model
+        assert (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_commands_of_a_page_run(workspace, page):
+    workspace.run_page(page)
+
+
+def test_blocks_are_of_a_language_that_is_run_or_shown():
+    for page in (ROOT / "README.md", *PAGES):
+        marks = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
+        assert set(marks) <= {"", "bash", "python", "text", "yaml"}, page
+        assert marks.count("") * 2 == len(marks), f"{page}: a block opens without its language"
+
+
+def test_the_table_of_keys_is_up_to_date():
+    page = ROOT / "docs" / "config.md"
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    assert page.read_text().endswith(made["MARK"] + made["reference"]()), (
+        "run `python docs/reference.py`"
+    )
+
+
+def test_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).is_file(), f"{page}: {target}"
+
+
+def test_files_that_pages_name_are_there():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(
+            r"`((?:configs|tests|jaxllm|demo|docs)/[\w./-]+)`", page.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_the_demo_goes_all_the_way(workspace):
+    said = workspace.run("python", "demo/demo.py", "--quick")
+    table = said.partition("What was made")[2]
+    for what in ("tokenizer", "base model", "chat model", "evaluation after", "an answer"):
+        assert what in table
+    assert (workspace.folder / "run/stdlib/model/model.safetensors").is_file()
