@@ -299,6 +299,30 @@ def test_logits_equal_transformers_over_2048_tokens(pair, name):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@nnx.jit
+def step(model: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    hidden, cache = model.hidden(tokens, cache=cache)
+    return model.logits(hidden), cache
+
+
+def decoded(model: Decoder, tokens: np.ndarray, prompt: int, slots: int) -> np.ndarray:
+    """Logits through the cache: `prompt` tokens at once, the others one by one."""
+    cache = Cache.empty(model.cfg, len(tokens), slots, np.float32)
+    parts = []
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, tokens.shape[1]))]:
+        logits, cache = step(model, tokens[:, start:stop], cache)
+        parts.append(np.asarray(logits))
+    return np.concatenate(parts, 1)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3"])
+def test_decoding_through_the_cache_equals_transformers(pair, name):
+    theirs, ours = pair(name)
+    tokens = some_tokens()
+    got = decoded(ours, tokens, prompt=9, slots=28)
+    np.testing.assert_allclose(got, torch_logits(theirs, tokens), rtol=0, atol=1e-4)
+
+
 def ragged_batch() -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(our rows, torch's labels): uneven shares of the tokens are learned."""
     rng = np.random.default_rng(1)
@@ -457,15 +481,5 @@ def test_smollm2_decoding_through_the_cache_equals_the_full_forward(smollm2):
     _, ours, tokenizer = smollm2
     tokens = real_tokens(tokenizer, 48)
     whole = np.asarray(logits_of(ours, tokens))
-
-    @nnx.jit
-    def step(model: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        hidden, cache = model.hidden(tokens, cache=cache)
-        return model.logits(hidden), cache
-
-    cache = Cache.empty(ours.cfg, 1, 64, np.float32)
-    parts = []
-    for start, stop in [(0, 32), *((i, i + 1) for i in range(32, 48))]:
-        logits, cache = step(ours, tokens[:, start:stop], cache)
-        parts.append(np.asarray(logits))
-    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=0, atol=1e-3)
+    got = decoded(ours, tokens, prompt=32, slots=64)
+    np.testing.assert_allclose(got, whole, rtol=0, atol=1e-3)
