@@ -466,6 +466,11 @@ def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
     return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
 
 
+def tokenizer_path(cfg: TrainConfig) -> str:
+    """Where a run's tokenizer comes from: its own key, else where the model comes from."""
+    return cfg.model.tokenizer or cfg.model.path or str(cfg.model.config)
+
+
 def _recorded_batch(cfg: TrainConfig) -> int:
     """batch_size of the run in output_dir that would be resumed; 0 when there is none."""
     run = Path(cfg.output_dir)

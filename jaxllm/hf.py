@@ -88,8 +88,12 @@ def read_config(path: str) -> dict[str, Any]:
 
 def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
-    config = read_config(cfg.model.path or str(cfg.model.config)) | cfg.model.overrides
-    return from_hf(config), config
+    source = cfg.model.path or str(cfg.model.config)
+    config = read_config(source) | cfg.model.overrides
+    shape = from_hf(config)
+    if cfg.model.path and (file := resolve(source) / "generation_config.json").is_file():
+        config[GENERATION] = _read_json(file)
+    return shape, config
 
 
 # ---- reading
@@ -261,6 +265,13 @@ def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
     model = nnx.merge(graph, state)
     model.hf_config = json.dumps(config)  # text, so that the model's graph stays hashable
     return model
+
+
+def blank_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
+    """A run's model with shapes and shardings (ShapeDtypeStruct) in place of weights."""
+    shape, config = model_config(cfg)
+    graph, state = _blank(shape, mesh, dtype=cfg.model.weight_dtype, **options)
+    return _merged(graph, state, config)
 
 
 def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
@@ -465,7 +476,8 @@ def export(run: str, out: str, dtype: str | None = None, step: int | None = None
     `save.dtype`, else the weights' own.
     """
     from jaxllm.checkpoint import Checkpoints
-    from jaxllm.config import from_dict
+    from jaxllm.config import from_dict, tokenizer_path
+    from jaxllm.data.chat import chat_tokenizer
     from jaxllm.tokenizer import load_tokenizer
 
     folder = Path(run).expanduser()
@@ -492,11 +504,9 @@ def export(run: str, out: str, dtype: str | None = None, step: int | None = None
     step = saves.latest() if step is None else step
     if step is None:
         raise ValueError(f"{run} has no good checkpoint yet")
-    shape, config = model_config(cfg)
-    graph, state = _blank(shape, make_mesh(MeshSection()), dtype=cfg.model.weight_dtype)
+    graph, state = nnx.split(blank_model(cfg, make_mesh(MeshSection())))
     nnx.replace_by_pure_dict(state, saves.restore_weights(step, nnx.to_pure_dict(state)))
     saves.close()
-    model = _merged(graph, state, config)
-    source = cfg.model.tokenizer or cfg.model.path or str(cfg.model.config)
-    save_hf(model, out, dtype or cfg.save.dtype, load_tokenizer(source))
+    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
+    save_hf(nnx.merge(graph, state), out, dtype or cfg.save.dtype, tokenizer)
     return out

@@ -193,19 +193,20 @@ class TextModel:
     stop_ids: tuple[int, ...]
 
     @staticmethod
-    def load(path: str, dtype: str = "float32") -> TextModel:
+    def load(path: str, dtype: str = "float32", template: str | None = None) -> TextModel:
+        from jaxllm.data.chat import chat_tokenizer
         from jaxllm.hf import load_hf
-        from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+        from jaxllm.tokenizer import check_vocabulary, stop_ids
 
-        tokenizer = load_tokenizer(path)
+        tokenizer = chat_tokenizer(path, template)
         model = load_hf(path, dtype=dtype)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, path)))
 
-    def prompt(self, messages: list[dict[str, Any]], template: str | None = None) -> list[int]:
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         from jaxllm.data.chat import prompt_tokens
 
-        return prompt_tokens(self.tokenizer, messages, template=template).tolist()
+        return prompt_tokens(self.tokenizer, messages).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
@@ -223,10 +224,10 @@ def generate_text(
     sampling: Sampling = Sampling(),
 ) -> list[str]:
     """Continues texts, or answers them as user messages through the chat template."""
-    loaded = TextModel.load(model, dtype)
+    loaded = TextModel.load(model, dtype, template)
     before = [{"role": "system", "content": system}] if system else []
     if chat:
-        rows = [loaded.prompt([*before, {"role": "user", "content": p}], template) for p in prompts]
+        rows = [loaded.prompt([*before, {"role": "user", "content": p}]) for p in prompts]
     else:
         rows = [loaded.tokenizer(p).input_ids for p in prompts]
     sampling = replace(sampling, stop_ids=loaded.stop_ids)
@@ -251,7 +252,7 @@ def chat_loop(
     write: Callable[[str], None] = write_text,
 ) -> None:
     """A conversation in the terminal, streamed; ends at end of input or an empty line."""
-    loaded = TextModel.load(model, dtype)
+    loaded = TextModel.load(model, dtype, template)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -263,7 +264,7 @@ def chat_loop(
         messages.append({"role": "user", "content": line})
         tokens: list[int] = []
         shown = ""
-        for new in stream(loaded.model, [loaded.prompt(messages, template)], sampling, 1):
+        for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1):
             tokens.append(int(new[0, 0]))
             text, ended = cut(loaded.text(tokens), stop)
             if not text.endswith("\ufffd"):  # half of a character: wait for the rest

@@ -27,8 +27,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
 from jaxllm.checkpoint import Checkpoints, guard
-from jaxllm.config import TrainConfig, check, resolve_batch, to_dict
+from jaxllm.config import TrainConfig, check, resolve_batch, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
+from jaxllm.data.chat import chat_tokenizer, prompt_tokens
 from jaxllm.data.loader import load_data, make_loader, summarize
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import axes_of, data_parallel, make_mesh, param_sharding, put
@@ -44,7 +45,7 @@ from jaxllm.optim import (
     opt_state_shardings,
 )
 from jaxllm.rollout import Sampling, generate
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from jaxllm.tokenizer import check_vocabulary, stop_ids
 
 OBJECTIVES = {"pretrain": lm_loss, "sft": lm_loss}
 
@@ -179,13 +180,30 @@ def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[st
     return sums
 
 
-def averages(sums: dict[str, list[float]], steps: int, seconds: float) -> dict[str, float]:
-    """One line of metrics.jsonl from the sums over `steps` updates; loss is token-weighted."""
+def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
+    """One line of metrics.jsonl from sums over updates; loss is token-weighted."""
+    steps = sums["grad_norm"][1]
     values = {k: a / w if w else a for k, (a, w) in sums.items()}
     return values | {
         "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
-        "step_seconds": seconds / max(steps, 1),
+        "step_seconds": seconds / steps,
     }
+
+
+def samples(cfg: TrainConfig, model: Any, tokenizer: Any) -> list[tuple[str, str]]:
+    """(prompt, what the model makes of it) for `log.samples`: continued, or answered in SFT."""
+    texts = cfg.log.samples
+    if not texts:
+        return []
+    if cfg.objective == "sft":
+        asked = [[{"role": "user", "content": text}] for text in texts]
+        variables = cfg.data.template_kwargs
+        prompts = [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
+    else:
+        prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
+    outs = generate(model, prompts, sampling)
+    return [(text, tokenizer.decode(out)) for text, out in zip(texts, outs, strict=True)]
 
 
 @contextmanager
@@ -213,7 +231,7 @@ def train(cfg: TrainConfig) -> Result:
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_batch(cfg, data_parallel(mesh))
     model_cfg, _ = hf.model_config(cfg)
-    tokenizer = load_tokenizer(cfg.model.tokenizer or cfg.model.path or str(cfg.model.config))
+    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     if cfg.data.max_length > model_cfg.max_positions:
         raise ValueError(
@@ -231,8 +249,10 @@ def train(cfg: TrainConfig) -> Result:
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
     schedule = make_schedule(cfg.optim, steps)
 
-    # ---- the model: abstract, then sharded arrays
-    model = hf.load_model(
+    # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
+    saves = Checkpoints(run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best)
+    at = saves.latest() if cfg.resume else None
+    model = (hf.load_model if at is None else hf.blank_model)(
         cfg,
         mesh,
         compute_dtype=cfg.model.compute_dtype,
@@ -264,21 +284,25 @@ def train(cfg: TrainConfig) -> Result:
     )
     eval_fn = make_eval(graph, objective)
     frozen: dict[str, Any] = {}
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, param_lay)
-        opt_state = jax.jit(optimizer.init, out_shardings=opt_lay)(params)
-        state = TrainState(jax.device_put(jnp.int32(0), lay.step), params, opt_state)
-        del model, weights, params, opt_state  # the state owns the buffers: they are donated
 
-    # ---- resume
-    saves = Checkpoints(run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best)
+    def begin(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
     sums: dict[str, list[float]] = {}
-    at = saves.latest() if cfg.resume else None
-    if at is not None:
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, lay
-        )
-        state, sums = saves.restore(at, like), saves.meta(at)["sums"]
+    best = float("inf")
+    with jax.set_mesh(mesh):
+        if at is None:
+            params = jax.device_put(params, param_lay)
+            state = jax.jit(begin, out_shardings=lay, donate_argnums=0)(params)
+        else:
+            like = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                jax.eval_shape(begin, params),
+                lay,
+            )
+            meta = saves.meta(at)
+            state, sums, best = saves.restore(at, like), meta["sums"], meta["best"]
+    del model, weights, params  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
     metrics.manifest(data.manifest)
@@ -295,7 +319,7 @@ def train(cfg: TrainConfig) -> Result:
         nonlocal late
         if late is not None:
             step, steps_of, before, seconds = late
-            line = averages(total(steps_of, before), len(steps_of), seconds)
+            line = averages(total(steps_of, before), seconds)
             rate = line["tokens_per_second"]
             mfu = rate * per_token / (peak * mesh.size) if peak else None
             metrics.write("train", step, **line, mfu=mfu, memory_gib=memory_gib())
@@ -312,24 +336,17 @@ def train(cfg: TrainConfig) -> Result:
             )
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
-        if cfg.log.samples:
-            whole = merge(graph, trained, frozen)
-            prompts = [
-                tokenizer(text, add_special_tokens=False).input_ids for text in cfg.log.samples
-            ]
-            sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
-            for prompt, out in zip(
-                cfg.log.samples, generate(whole, prompts, sampling), strict=True
-            ):
-                metrics.sample(step, prompt=prompt, text=tokenizer.decode(out))
+        for prompt, text in samples(cfg, merge(graph, trained, frozen), tokenizer):
+            metrics.sample(step, prompt=prompt, text=text)
         losses = [e["loss"] for e in evals.values()]
         return sum(losses) / len(losses) if losses else None
 
     def save(step: int, eval_loss: float | None) -> None:
-        nonlocal sums, window
+        nonlocal sums, window, best
         write_late()
         sums, window = total(window, sums), []  # a state that is not finite is never saved
-        saves.save(step, state, meta={"sums": sums}, eval_loss=eval_loss)
+        best = best if eval_loss is None else min(best, eval_loss)
+        saves.save(step, state, meta={"sums": sums, "best": best}, eval_loss=eval_loss)
 
     # ---- the loop
     bar = Progress(steps, start, enabled=cfg.log.progress)
@@ -350,7 +367,8 @@ def train(cfg: TrainConfig) -> Result:
             pause = time.perf_counter()
             eval_loss = run_evals(step) if evaluated and not stopping.is_set() else None
             due = cfg.save.every and step % cfg.save.every == 0
-            if due or last:
+            better = cfg.save.keep_best and eval_loss is not None and eval_loss < best
+            if due or last or better:
                 save(step, eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stopping.is_set():

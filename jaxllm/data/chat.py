@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.tokenizer import special_tokens
+from jaxllm.tokenizer import load_tokenizer, special_tokens
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -106,6 +106,14 @@ def end_tokens(tokenizer: Any, template: str | None = None) -> list[str]:
     Raises ValueError when there is no template.
     """
     return _renderer(tokenizer, template, None, None).ends
+
+
+def chat_tokenizer(path: str, template: str | None = None) -> Any:
+    """The tokenizer of `path` with `template` as its own, so that what is saved carries it too."""
+    tokenizer = load_tokenizer(path)
+    if template is not None:
+        tokenizer.chat_template = template_of(tokenizer, template)
+    return tokenizer
 
 
 def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
