@@ -192,7 +192,7 @@ def _locate_tfds(source: Source) -> Located:
     try:
         builder = tfds.builder(name)
         builder.download_and_prepare(file_format="array_record")
-        opened = builder.as_data_source(split=source.split)
+        opened = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{source.path}: could not be loaded: {reason}") from error
