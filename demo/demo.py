@@ -49,7 +49,8 @@ def run(*words: object, capture: bool = False) -> list[str]:
         status = cli.main([word for group in expanded for word in group])
     if status:
         sys.exit(status)
-    console.print(printed.getvalue().rstrip(), markup=False, soft_wrap=True)
+    if capture:
+        console.print(printed.getvalue().rstrip(), markup=False, soft_wrap=True)
     return printed.getvalue().splitlines()
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     summary = Summary()
 
     counts = stdlib.build(OUT, every=12 if quick else 1)
-    console.print(f"{OUT}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
+    console.print(", ".join(f"{n:,} {name}" for name, n in counts.items()), soft_wrap=True)
     summary.add(
         "corpus", OUT / "text", f"{counts['modules']} modules, {counts['characters']:,} characters"
     )

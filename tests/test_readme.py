@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.config import load_config
+
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```" in p.read_text()]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -152,6 +154,14 @@ def test_blocks_are_of_a_language_that_is_run_or_shown():
         marks = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
         assert set(marks) <= {"", "bash", "python", "text", "yaml"}, page
         assert marks.count("") * 2 == len(marks), f"{page}: a block opens without its language"
+
+
+def test_yaml_that_is_shown_loads(tmp_path):
+    shown = [code for page in PAGES for language, code in blocks(page) if language == "yaml"]
+    assert shown
+    for code in shown:
+        (tmp_path / "run.yaml").write_text(code)
+        load_config("pretrain", str(tmp_path / "run.yaml"))
 
 
 def test_the_table_of_keys_is_up_to_date():
