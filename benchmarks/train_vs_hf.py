@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full fine-tuning of SmolLM2-135M's shape: jaxllm against transformers on torch, same rows.
+
+Each side lives in a process of its own and does one step when told to, in turn, so that both meet
+the same machine and peak memory is each process's. Prints medians and ratios.
+
+    python benchmarks/train_vs_hf.py [--rounds 5] [--batch 4] [--length 512] [--remat full]
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPE = dict(
+    model_type="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=100_000.0,
+    tie_word_embeddings=True,
+)
+
+
+def torch_step(a):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**SHAPE | {"num_hidden_layers": a.layers})
+    model = AutoModelForCausalLM.from_config(config).train()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens = torch.randint(0, SHAPE["vocab_size"], (a.batch, a.length))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=a.dtype == "bfloat16"):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def jaxllm_step(a):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from jaxllm.config import OptimSection
+    from jaxllm.data.batch import Batch
+    from jaxllm.model.decoder import Decoder
+    from jaxllm.model.families import from_hf
+    from jaxllm.objectives.lm import lm_loss
+    from jaxllm.optim import make_optimizer, make_schedule
+    from jaxllm.train import TrainState, make_step
+
+    cfg = from_hf(SHAPE | {"num_hidden_layers": a.layers})
+    options = dict(compute_dtype=a.dtype, remat=a.remat)
+    graph, weights = nnx.split(Decoder(cfg, rngs=nnx.Rngs(0), **options), nnx.Param)
+    params = nnx.to_pure_dict(weights)
+    del weights
+    optim = OptimSection(learning_rate=1e-4, weight_decay=0.1, schedule="constant")
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule, params)
+    update = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, a.batch, a.length + 1))
+    ones = np.ones((1, a.batch, a.length), np.int32)
+    places = np.arange(a.length) * ones
+    fields = (tokens[..., :-1], tokens[..., 1:], ones.astype(np.float32), ones, places)
+    batch = Batch(*(jnp.asarray(f) for f in fields))
+    compiled = update.lower(state, {}, batch).compile()
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, {}, batch)
+        loss, weight = metrics["loss"]
+        jax.block_until_ready(state)
+        return float(loss / weight)
+
+    return step
+
+
+def worker(a) -> None:
+    """Answers each line of standard input with the seconds of one step, as JSON."""
+    began = time.perf_counter()
+    step = {"torch": torch_step, "jaxllm": jaxllm_step}[a.side](a)
+    print(json.dumps({"ready": time.perf_counter() - began}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"s": time.perf_counter() - start, "gib": peak, "loss": loss}), flush=True)
+
+
+class Side:
+    def __init__(self, side: str, dtype: str, a, layers: int | None = None):
+        words = dict(batch=a.batch, length=a.length, remat=a.remat, layers=layers or a.layers)
+        flags = [x for k, v in words.items() for x in (f"--{k}", str(v))]
+        command = [sys.executable, __file__, "--side", side, "--dtype", dtype, *flags]
+        # Large pages: without them page faults alone cost either side some percent.
+        env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+        self.ready = json.loads(self.process.stdout.readline())["ready"]
+
+    def step(self) -> dict:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(dtype: str, a) -> None:
+    sides = {name: Side(name, dtype, a) for name in ("jaxllm", "torch")}
+    runs = {name: [] for name in sides}
+    for round_ in range(a.rounds + 1):
+        for name, side in sides.items():
+            out = side.step()
+            if round_:  # the first warms up
+                runs[name].append(out)
+    for side in sides.values():
+        side.close()
+    rate, gib = {}, {}
+    for name, outs in runs.items():
+        rate[name] = statistics.median(a.batch * a.length / o["s"] for o in outs)
+        gib[name] = max(o["gib"] for o in outs)
+    pairs = [t["s"] / j["s"] for j, t in zip(runs["jaxllm"], runs["torch"], strict=True)]
+    print(
+        f"{dtype:<9} {rate['jaxllm']:>9.0f} {rate['torch']:>9.0f} {statistics.median(pairs):>7.2f}"
+        f" {gib['jaxllm']:>11.2f} {gib['torch']:>10.2f} {gib['jaxllm'] / gib['torch']:>7.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--layers", type=int, default=30)
+    p.add_argument("--remat", default="full")
+    p.add_argument("--dtypes", default="float32,bfloat16")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    p.add_argument("--dtype", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.side:
+        return worker(a)
+    print(f"batch {a.batch} x {a.length}, AdamW, {a.rounds} interleaved rounds, medians")
+    print("dtype      jaxllm/s   torch/s   ratio  jaxllm GiB  torch GiB   ratio", flush=True)
+    for dtype in a.dtypes.split(","):
+        compare(dtype, a)
+    took = {}
+    for layers in (6, a.layers):
+        side = Side("jaxllm", "bfloat16", a, layers)
+        took[layers] = side.ready
+        side.close()
+    few, many = took.values()
+    print(f"start and compile: 6 layers {few:.1f} s, {a.layers} layers {many:.1f} s")
+    return None
+
+
+if __name__ == "__main__":
+    main()
