@@ -44,8 +44,8 @@ def tree(path: Path) -> ast.Module:
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Files under version control, or about to be."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    """Files under version control, and not what a run left beside them."""
+    command = ["git", "ls-files", *patterns]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
 
