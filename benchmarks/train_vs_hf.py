@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full fine-tuning of SmolLM2-135M's shape: jaxllm against transformers on torch, same rows.
 
-Each side lives in a process of its own and does one step when told to, in turn, so that both meet
-the same machine and peak memory is each process's. Prints medians and ratios.
+Prints medians of tokens/s and peak memory, their ratios, and how compile time grows with depth.
 
     python benchmarks/train_vs_hf.py [--rounds 5] [--batch 4] [--length 512] [--remat full]
 """
 
 import argparse
-import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+
+from turns import Side, compare, serve
 
 SHAPE = dict(
     model_type="llama",
@@ -49,7 +43,7 @@ def torch_step(a):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
-        return loss.item()
+        return a.batch * a.length
 
     return step
 
@@ -87,66 +81,25 @@ def jaxllm_step(a):
 
     def step():
         nonlocal state
-        state, metrics = compiled(state, {}, batch)
-        loss, weight = metrics["loss"]
+        state, _ = compiled(state, {}, batch)
         jax.block_until_ready(state)
-        return float(loss / weight)
+        return a.batch * a.length
 
     return step
 
 
-def worker(a) -> None:
-    """Answers each line of standard input with the seconds of one step, as JSON."""
-    began = time.perf_counter()
-    step = {"torch": torch_step, "jaxllm": jaxllm_step}[a.side](a)
-    print(json.dumps({"ready": time.perf_counter() - began}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"s": time.perf_counter() - start, "gib": peak, "loss": loss}), flush=True)
+def side(name: str, dtype: str, a, layers: int | None = None) -> Side:
+    options = dict(batch=a.batch, length=a.length, remat=a.remat, layers=layers or a.layers)
+    return Side(__file__, side=name, dtype=dtype, **options)
 
 
-class Side:
-    def __init__(self, side: str, dtype: str, a, layers: int | None = None):
-        words = dict(batch=a.batch, length=a.length, remat=a.remat, layers=layers or a.layers)
-        flags = [x for k, v in words.items() for x in (f"--{k}", str(v))]
-        command = [sys.executable, __file__, "--side", side, "--dtype", dtype, *flags]
-        # Large pages: without them page faults alone cost either side some percent.
-        env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
-        self.ready = json.loads(self.process.stdout.readline())["ready"]
-
-    def step(self) -> dict:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def compare(dtype: str, a) -> None:
-    sides = {name: Side(name, dtype, a) for name in ("jaxllm", "torch")}
-    runs = {name: [] for name in sides}
-    for round_ in range(a.rounds + 1):
-        for name, side in sides.items():
-            out = side.step()
-            if round_:  # the first warms up
-                runs[name].append(out)
-    for side in sides.values():
-        side.close()
-    rate, gib = {}, {}
-    for name, outs in runs.items():
-        rate[name] = statistics.median(a.batch * a.length / o["s"] for o in outs)
-        gib[name] = max(o["gib"] for o in outs)
-    pairs = [t["s"] / j["s"] for j, t in zip(runs["jaxllm"], runs["torch"], strict=True)]
+def row(dtype: str, a) -> None:
+    out = compare({name: side(name, dtype, a) for name in ("jaxllm", "torch")}, a.rounds)
+    ours, theirs = out["jaxllm"], out["torch"]
+    ratio = ours["rate"] / theirs["rate"]
     print(
-        f"{dtype:<9} {rate['jaxllm']:>9.0f} {rate['torch']:>9.0f} {statistics.median(pairs):>7.2f}"
-        f" {gib['jaxllm']:>11.2f} {gib['torch']:>10.2f} {gib['jaxllm'] / gib['torch']:>7.2f}",
+        f"{dtype:<9} {ours['rate']:>9.0f} {theirs['rate']:>9.0f} {ratio:>7.2f}"
+        f" {ours['gib']:>11.2f} {theirs['gib']:>10.2f} {ours['gib'] / theirs['gib']:>7.2f}",
         flush=True,
     )
 
@@ -163,16 +116,17 @@ def main() -> None:
     p.add_argument("--dtype", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.side:
-        return worker(a)
+        make = {"torch": torch_step, "jaxllm": jaxllm_step}[a.side]
+        return serve(lambda: make(a))
     print(f"batch {a.batch} x {a.length}, AdamW, {a.rounds} interleaved rounds, medians")
     print("dtype      jaxllm/s   torch/s   ratio  jaxllm GiB  torch GiB   ratio", flush=True)
     for dtype in a.dtypes.split(","):
-        compare(dtype, a)
+        row(dtype, a)
     took = {}
     for layers in (6, a.layers):
-        side = Side("jaxllm", "bfloat16", a, layers)
-        took[layers] = side.ready
-        side.close()
+        one = side("jaxllm", "bfloat16", a, layers)
+        took[layers] = one.ready
+        one.close()
     few, many = took.values()
     print(f"start and compile: 6 layers {few:.1f} s, {a.layers} layers {many:.1f} s")
     return None

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning on chats: learned tokens/s of packed jaxllm against TRL's SFTTrainer.
+
+Learned tokens are those whose loss counts (the assistant's words and end tokens, the same on both
+sides). TRL runs padded with examples of like length grouped, which is its way that keeps the
+examples apart on a CPU; and packed (bfd), where without flash attention its examples see each
+other, so that it is no longer the same training.
+
+    python benchmarks/sft_vs_trl.py --model SMOLLM2_DIR --data CHATS.jsonl [--rounds 6]
+
+CHATS.jsonl: {"messages": [...]} lines, or alpaca records.
+"""
+
+import argparse
+import json
+import tempfile
+
+from turns import Side, Turn, compare, serve
+
+
+def chats(path: str) -> list[list[dict]]:
+    from pathlib import Path
+
+    from jaxllm.config import Source
+    from jaxllm.data.sources import conversation_of, locate, read, records
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = read(locate(Source(path)), Path(folder))
+        pairs = records(table[:], list(range(len(table))), path)
+        return [conversation_of(r, {}, None, at)["messages"] for at, r in pairs]
+
+
+def trl_side(a) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    turn = Turn()
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    rows = []
+    for messages in chats(a.data):
+        rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=a.rows if a.side == "trl-packed" else a.examples,
+        max_length=a.length,
+        packing=a.side == "trl-packed",
+        train_sampling_strategy="group_by_length" if a.side == "trl" else "random",
+        bf16=a.dtype == "bfloat16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+        max_steps=10_000,
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    learned = 0
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if not turn.begin():
+                raise SystemExit
+
+        def on_step_end(self, args, state, control, **_):
+            turn.end(learned)
+
+    trainer = SFTTrainer(
+        model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    collate = trainer.data_collator
+
+    def counted(examples):
+        nonlocal learned
+        batch = collate(examples)
+        learned = int((batch["labels"] != -100).sum())
+        return batch
+
+    trainer.data_collator = counted
+    trainer.add_callback(Told())
+    turn.ready()
+    trainer.train()
+
+
+def jaxllm_step(a):
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxllm.config import DataSection, ModelSection, OptimSection, Source, TrainConfig
+    from jaxllm.data.batch import Batch
+    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.hf import load_hf
+    from jaxllm.objectives.lm import lm_loss
+    from jaxllm.optim import make_optimizer, make_schedule
+    from jaxllm.tokenizer import load_tokenizer
+    from jaxllm.train import TrainState, make_step
+
+    cache = tempfile.mkdtemp()
+    section = DataSection(train=(Source(a.data),), max_length=a.length, cache_dir=cache, workers=1)
+    cfg = TrainConfig(objective="sft", model=ModelSection(path=a.model), data=section)
+    data = load_data(cfg, load_tokenizer(a.model))
+    loader = make_loader(data.train, batch_size=a.rows)
+    model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat)
+    graph, weights = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(weights)
+    del model, weights
+    optim = OptimSection(learning_rate=5e-5, schedule="constant")
+    schedule = make_schedule(optim, 10_000)
+    optimizer = make_optimizer(optim, schedule, params)
+    step_fn = make_step(graph, partial(lm_loss), optimizer, schedule, max_norm=1.0)
+    update = jax.jit(step_fn, donate_argnums=0)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def step():
+        nonlocal state
+        host = next(loader)
+        state, _ = update(state, {}, Batch(**jax.device_put(host)))
+        jax.block_until_ready(state)
+        return float(host["weights"].sum())
+
+    return step
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", required=True)
+    p.add_argument("--data", required=True)
+    p.add_argument("--rounds", type=int, default=6)
+    p.add_argument("--rows", type=int, default=4, help="packed rows a step [%(default)s]")
+    p.add_argument("--examples", type=int, default=12, help="padded examples a step [%(default)s]")
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--remat", default="full")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.side == "jaxllm":
+        return serve(lambda: jaxllm_step(a))
+    if a.side:
+        return trl_side(a)
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
+    names = ("jaxllm", "trl", "trl-packed")
+    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
+    print(json.dumps(out))
+    for name in names[1:]:
+        print(f"learned tokens/s, jaxllm / {name}: {out['jaxllm']['rate'] / out[name]['rate']:.2f}")
+    return None
+
+
+if __name__ == "__main__":
+    main()
