@@ -358,20 +358,21 @@ def train(cfg: TrainConfig) -> Result:
             batch = Batch(**put(mesh, next(batches)))
             state, step_metrics = step_fn(state, frozen, batch)
             window.append((step, step_metrics))
-            last = step == steps or stopping.is_set()
+            stop = stopping.is_set()  # read once: a signal during the step waits for the next
+            last = step == steps or stop
             if step % cfg.log.every == 0 or last:
                 write_late()
                 late = (step, window, sums, time.perf_counter() - clock)
                 window, sums, clock = [], {}, time.perf_counter()
             evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
             pause = time.perf_counter()
-            eval_loss = run_evals(step) if evaluated and not stopping.is_set() else None
+            eval_loss = run_evals(step) if evaluated and not stop else None
             due = cfg.save.every and step % cfg.save.every == 0
             better = cfg.save.keep_best and eval_loss is not None and eval_loss < best
             if due or last or better:
                 save(step, eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
-            if stopping.is_set():
+            if stop:
                 break
         else:
             step = steps

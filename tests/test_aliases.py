@@ -393,7 +393,7 @@ def test_a_deepspeed_batch_that_the_flags_do_not_make_is_refused(deepspeed):
 
 
 def test_a_deepspeed_file_that_is_no_json_names_the_line(tmp_path):
-    (tmp_path / "ds.json").write_text('{"a": 1,\n}')
+    (tmp_path / "ds.json").write_text('{"a": 1,\n]')
     assert re.search(r"ds\.json:2: not JSON", refused("--deepspeed", str(tmp_path / "ds.json")))
     (tmp_path / "ds.json").write_text("[1]")
     assert "a DeepSpeed file is a JSON object" in refused("--deepspeed", str(tmp_path / "ds.json"))

@@ -7,12 +7,16 @@ A query sees the keys at or before its own place that lie in its segment (and wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxllm.model.layers import product_batched
-
-BLOCKS = 4  # query blocks of the training form: keys after a block are never touched
+BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
 
 
 def visible(
@@ -41,48 +45,97 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q·k) v -> [B, T, H, K] in q's dtype; scores and softmax in float32.
 
-    With keys and queries of the same row (offset 0, T == S) the queries go block by block over the
-    keys up to their own block only, which leaves out most of what the causal mask would hide.
+    Segments are int32 [B, T] and [B, S]. The backward pass recomputes the scores from the
+    log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
     """
     B, T, H, K = q_BTHK.shape
-    S, N = k_BSNK.shape[1:3]
-    # One batched product a block: the queries of a group lie one after another.
-    q = q_BTHK.reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4) * jnp.asarray(
-        scale, q_BTHK.dtype
-    )
-    k, v = k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
-    causal = isinstance(offset, int) and offset == 0 and T == S and T % BLOCKS == 0 and T >= 128
-    size = T // BLOCKS if causal else T
-    outputs = []
-    for start in range(0, T, size):
-        last = start + size if causal else S
-        first = 0 if window is None or not causal else max(0, start - window + 1)
-        mask = visible(
-            q_segments[:, start : start + size],
-            k_segments[:, first:last],
-            offset + start - first,
-            window,
-        )
-        outputs.append(
-            _block(
-                q[:, :, :, start : start + size],
-                k[:, :, first:last],
-                v[:, :, first:last],
-                mask,
-                softcap,
-            )
-        )
-    out = jnp.concatenate(outputs, 3) if len(outputs) > 1 else outputs[0]
+    N = k_BSNK.shape[2]
+    q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
+    out: Any = _attend(q, k, v, q_segments, k_segments, jnp.asarray(offset), window, softcap)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _block(q_BNGTK, k_BNSK, v_BNSK, mask_BTS, softcap: float) -> jax.Array:
+def _blocks(q: jax.Array, k: jax.Array, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, keys) that are looked at together. A whole row goes block by block, over the keys
+    up to its own block and inside the window alone: the mask would hide the rest."""
+    T, S = q.shape[3], k.shape[2]
+    size = T // BLOCKS if T == S and T % BLOCKS == 0 and T >= 128 else T
+    for start in range(0, T, size):
+        if size == T:
+            yield slice(0, T), slice(0, S)
+        else:
+            first = 0 if window is None else max(0, start - window + 1)
+            yield slice(start, start + size), slice(first, start + size)
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Batched over [B, N], float32 out of operands of any dtype."""
+    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _scores(q_BNGTK, k_BNSK, at: Any, queries: slice, keys: slice, window, softcap) -> jax.Array:
+    """float32 [B, N, G, T, S] of one block, soft-capped; -1e30 where a query must not look."""
+    q_segments, k_segments, offset = at
     B, N, G, T, K = q_BNGTK.shape
-    S = k_BNSK.shape[2]
-    scores = product_batched(q_BNGTK.reshape(B, N, G * T, K), k_BNSK, 3).reshape(B, N, G, T, S)
+    scores = _product(q_BNGTK.reshape(B, N, G * T, K), k_BNSK, (3, 3)).reshape(B, N, G, T, -1)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype)
-    out = product_batched(probs.reshape(B, N, G * T, S), v_BNSK, 2).astype(v_BNSK.dtype)
-    return out.reshape(B, N, G, T, K)
+    shift = offset + queries.start - keys.start
+    mask = visible(q_segments[:, queries], k_segments[:, keys], shift, window)
+    return jnp.where(mask[:, None, None], scores, -1e30)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, k, v, q_segments, k_segments, offset, window, softcap) -> Any:
+    """q [B, N, G, T, K] (scaled), k and v [B, N, S, K] -> [B, N, G, T, K]."""
+    return _forward(q, k, v, q_segments, k_segments, offset, window, softcap)[0]
+
+
+def _forward(q, k, v, q_segments, k_segments, offset, window: int | None, softcap: float):
+    B, N, G, T, K = q.shape
+    at = (q_segments, k_segments, offset)
+    outs, sums = [], []
+    for queries, keys in _blocks(q, k, window):
+        scores = _scores(q[:, :, :, queries], k[:, :, keys], at, queries, keys, window, softcap)
+        top = jnp.max(scores, -1, keepdims=True)
+        probs = jnp.exp(scores - top)
+        total = jnp.sum(probs, -1, keepdims=True)
+        rows = probs.astype(v.dtype).reshape(B, N, -1, probs.shape[-1])
+        mixed = _product(rows, v[:, :, keys], (3, 2)).reshape(*probs.shape[:-1], K)
+        outs.append((mixed / total).astype(v.dtype))
+        sums.append((jnp.log(total) + top)[..., 0])
+    out = checkpoint_name(jnp.concatenate(outs, 3), "attention")
+    lse = checkpoint_name(jnp.concatenate(sums, 3), "attention")
+    return out, (q, k, v, q_segments, k_segments, offset, out, lse)
+
+
+def _backward(window: int | None, softcap: float, saved, g):
+    q, k, v, q_segments, k_segments, offset, out, lse = saved
+    B, N, G, T, K = q.shape
+    at = (q_segments, k_segments, offset)
+    g = g.astype(v.dtype)
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+    dqs = []
+    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return x.reshape(B, N, -1, x.shape[-1])
+
+    for queries, keys in _blocks(q, k, window):
+        qb, gb = q[:, :, :, queries], g[:, :, :, queries]
+        scores = _scores(qb, k[:, :, keys], at, queries, keys, window, softcap)
+        probs = jnp.exp(scores - lse[:, :, :, queries, None])
+        slope = _product(rows(gb), v[:, :, keys], (3, 3)).reshape(probs.shape)
+        slope = probs * (slope - inner[:, :, :, queries])
+        if softcap:
+            slope = slope * (1.0 - jnp.square(jnp.where(scores > -1e29, scores, 0.0) / softcap))
+        slope = rows(slope.astype(q.dtype))
+        dqs.append(_product(slope, k[:, :, keys], (3, 2)).reshape(qb.shape).astype(q.dtype))
+        dk = dk.at[:, :, keys].add(_product(slope, rows(qb), (2, 2)))
+        dv = dv.at[:, :, keys].add(_product(rows(probs.astype(v.dtype)), rows(gb), (2, 2)))
+    return jnp.concatenate(dqs, 3), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_attend.defvjp(_forward, _backward)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.mesh import constrain
 from jaxllm.model.attention import attention
@@ -26,7 +25,7 @@ from jaxllm.model.layers import MLP, Embed, Linear, RMSNorm, dot, gathered, rope
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
-    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+    "names": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
 
@@ -69,7 +68,6 @@ class Attention(nnx.Module):
                 start = (0, at["offset"], 0, 0)
                 k = lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
                 v = lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
-            q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
             out = attention(
                 q,
                 k,
@@ -81,7 +79,7 @@ class Attention(nnx.Module):
                 softcap=cfg.attention_softcap,
                 scale=cfg.query_scale or cfg.head_dim**-0.5,
             )
-            return checkpoint_name(out, "attention"), None if kv is None else (k, v)
+            return out, None if kv is None else (k, v)
 
         forms = [partial(mix, layer) for layer in cfg.kinds]
         if len(forms) == 1:

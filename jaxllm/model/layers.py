@@ -74,30 +74,6 @@ def _dot_backward(saved, g):
 dot.defvjp(_dot_forward, _dot_backward)
 
 
-def product_batched(a: jax.Array, b: jax.Array, contract: int) -> jax.Array:
-    """a [B, N, M, C] times b over C, which is b's dim `contract`: float32 [B, N, M, other].
-
-    The cotangent is rounded to the operands' dtype before the two backward products.
-    """
-
-    def forward(a, b):
-        dims = (((3,), (contract,)), ((0, 1), (0, 1)))
-        return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-    def backward(saved, g):
-        a, b = saved
-        g = g.astype(a.dtype)
-        da = product_batched(g, b, 5 - contract).astype(a.dtype)
-        left, right = (a, g) if contract == 2 else (g, a)
-        dims = (((2,), (2,)), ((0, 1), (0, 1)))
-        db = lax.dot_general(left, right, dims, preferred_element_type=jnp.float32)
-        return da, db.astype(b.dtype)
-
-    call = jax.custom_vjp(forward)
-    call.defvjp(lambda a, b: (forward(a, b), (a, b)), backward)
-    return call(a, b)
-
-
 class Linear(nnx.Module):
     """y = x W + b. `kernel` is [I, O]: the transpose of a torch Linear's weight."""
 
@@ -213,10 +189,19 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array, length: int):
 
 def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
     """Rotates the two halves of x [B, T, H, K] (its first R features) by the table's angles."""
-    if table is None:
-        return x
-    cos, sin = table
+    return x if table is None else _rotate(x, *table)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+# The gradient turns back: the transpose of a rotation, in the forward pass's own fast form.
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda table, g: (_rotate(g, table[0], -table[1]), None, None),
+)

@@ -43,15 +43,21 @@ def _chunk_terms(h, kernel, targets, weights, softcap: float, z_loss: float):
         logits = softcap * jnp.tanh(raw / softcap)
     top = jnp.max(logits, -1, keepdims=True)
     exps = jnp.exp(logits - top)
-    total = jnp.sum(exps, -1, keepdims=True)
-    lse = (jnp.log(total) + top)[..., 0]
-    probs = exps / total
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    nll = lse - jnp.sum(jnp.where(hit, logits, 0.0), -1)
-    entropy = lse - jnp.sum(probs * logits, -1)
-    correct = jnp.argmax(logits, -1) == targets
+    # One pass for both sums: a product that is summed alone would be written out first.
+    total, dotted = lax.reduce(
+        (exps, exps * logits),
+        (jnp.float32(0), jnp.float32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        (logits.ndim - 1,),
+    )
+    lse = jnp.log(total) + top[..., 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)
+    nll = lse - picked[..., 0]
+    entropy = lse - dotted / total
+    correct = (picked == top)[..., 0]
     loss = nll + z_loss * lse * lse
-    slope = probs * (1.0 + 2.0 * z_loss * lse[..., None]) - hit
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    slope = exps * ((1.0 + 2.0 * z_loss * lse) / total)[..., None] - hit
     if softcap:
         slope = slope * (1.0 - (logits / softcap) ** 2)
     sums = [jnp.sum(x * weights) for x in (loss, nll, correct, entropy)]
@@ -75,7 +81,10 @@ def _sum_chunks(h, kernel, targets, weights, options, *, gradient: bool):
         slope = slope.astype(h.dtype)
         dh = product(slope, w, (2, 1), h.dtype)
         flat_h, flat_s = hc.reshape(-1, D), slope.reshape(-1, slope.shape[-1])
-        dw = dw + product(transposed(flat_h), flat_s, (1, 0), jnp.float32)
+        part = product(transposed(flat_h), flat_s, (1, 0), jnp.float32)
+        # Else a single chunk's product takes in the transpose of a tied table, a form that the CPU
+        # has no bfloat16 kernel for.
+        dw = dw + lax.optimization_barrier(part)
         return (sums + terms, dw), dh
 
     dw = jnp.zeros(kernel.shape if gradient else (), jnp.float32)

@@ -50,6 +50,20 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(case, softcap, z_loss, 
         np.testing.assert_allclose(got, ref, atol=1e-5 * float(jnp.abs(ref).max()))
 
 
+@pytest.mark.parametrize("chunk", [20, 10_000])
+def test_a_tied_table_in_bfloat16_learns_whatever_the_number_of_chunks(case, chunk):
+    """With one chunk XLA once built a product that its CPU backend has no bfloat16 kernel for."""
+    h, w, targets, weights = case
+
+    def ours(table, dtype):
+        x = h.astype(dtype)
+        return cross_entropy(x, table.T, targets, weights, (0.0, 0.0, chunk))[0]
+
+    gradient = jax.jit(jax.grad(ours), static_argnums=1)
+    got, want = gradient(w.T, jnp.bfloat16), gradient(w.T, jnp.float32)
+    np.testing.assert_allclose(got, want, atol=0.02 * float(jnp.abs(want).max()))
+
+
 def test_no_buffer_holds_the_logits_of_all_tokens(case):
     h, w, targets, weights = case
     big = jnp.zeros((8, 256, D))
