@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,6 +18,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.loader import eval_batches, load_data
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import merge
+from jaxllm.monitor.metrics import track
 from jaxllm.objectives.lm import lm_loss
 
 
@@ -38,17 +40,22 @@ def evaluate(
     *,
     mesh: Mesh,
     batch_size: int,
+    progress: str = "",
 ) -> dict[str, float]:
     """{loss, perplexity, tokens, …}: sums over all of `rows`, divided once.
 
     loss is nats per learned token (without z-loss), perplexity its exponential, tokens how many
-    were counted. `batch_size` is rounded up to the devices and only bounds memory.
+    were counted. `batch_size` is rounded up to the devices and only bounds memory. `progress`
+    names a bar on stderr (none: no bar).
     """
     parts = data_parallel(mesh)
     size = -(-batch_size // parts) * parts
     sums: dict[str, np.ndarray] = {}
     with jax.set_mesh(mesh):
-        for host in eval_batches(rows, size):
+        batches = eval_batches(rows, size)
+        if progress:
+            batches = track(batches, progress, -(-len(rows) // size))
+        for host in batches:
             out = jax.device_get(eval_fn(trainable, frozen, Batch(**put(mesh, host))))
             for name, pair in out.items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
@@ -91,10 +98,11 @@ def evaluate_files(
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded, nnx.Param)
     eval_fn, params = make_eval(graph, lm_loss), nnx.to_pure_dict(weights)
+    run = partial(evaluate, eval_fn, params, {}, mesh=mesh, batch_size=batch_size)
     sums: dict[str, float] = {"tokens": 0, "examples": 0}
     nll = correct = 0.0
     for name, rows in held_out.evals.items():
-        out = evaluate(eval_fn, params, {}, rows, mesh=mesh, batch_size=batch_size)
+        out = run(rows, progress=f"evaluating {name}")
         nll += out["loss"] * out["tokens"]
         correct += out["accuracy"] * out["tokens"]
         sums["tokens"] += out["tokens"]

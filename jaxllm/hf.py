@@ -28,6 +28,7 @@ from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import Key, from_hf, key_table, normalised, to_hf
+from jaxllm.tokenizer import load_tokenizer, save_tokenizer, stop_ids
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -399,8 +400,6 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
     ids = {k: filled.get(k) for k in names} if model.hf_config else dict.fromkeys(names)
     ends = _ids(ids["eos_token_id"]) | _ids(generation.get("eos_token_id"))
     if tokenizer is not None:
-        from jaxllm.tokenizer import stop_ids
-
         if tokenizer.eos_token_id not in ends:
             ends = set()
         if tokenizer.eos_token_id not in _ids(ids["eos_token_id"]):
@@ -454,7 +453,7 @@ def save_hf(
     try:
         _write_weights(model, part, kept, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            save_tokenizer(tokenizer, part)
         _write_json(part / "config.json", config)
         _write_json(part / "generation_config.json", generation)
         if out.exists():
@@ -478,7 +477,6 @@ def export(run: str, out: str, dtype: str | None = None, step: int | None = None
     from jaxllm.checkpoint import Checkpoints
     from jaxllm.config import from_dict, tokenizer_path
     from jaxllm.data.chat import chat_tokenizer
-    from jaxllm.tokenizer import load_tokenizer
 
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():

@@ -160,13 +160,19 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = template_of(tokenizer, template)
-    tokenizer.save_pretrained(str(out))
-    # transformers 4 and what is built on it know the class by this name only.
-    config = Path(out, "tokenizer_config.json")
-    values = json.loads(config.read_text(encoding="utf-8"))
-    values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, out)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes a tokenizer's files, so that transformers 4 and what is built on it read them too."""
+    tokenizer.save_pretrained(str(folder))
+    config = Path(folder, "tokenizer_config.json")
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        config.write_text(text + "\n", encoding="utf-8")
 
 
 def _counted(texts: Iterable[str]) -> Iterator[str]:

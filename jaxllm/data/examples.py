@@ -151,7 +151,7 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     data = cfg.data
     return {
         "objective": cfg.objective,
-        "template": template_of(tokenizer, data.template),
+        "templates": [template_of(tokenizer, data.template, tools) for tools in (None, [{}])],
         "template_kwargs": data.template_kwargs,
         "user_template": data.user_template,
         "max_length": data.max_length,
