@@ -311,22 +311,25 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- what happens every so many steps
     evals: dict[str, dict[str, float]] = {}
-    late: tuple[int, list[tuple[int, Any]], dict[str, list[float]], float] | None = None
-    window: list[tuple[int, Any]] = []
+    window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
     clock = time.perf_counter()
 
-    def write_late() -> None:
-        nonlocal late
-        if late is not None:
-            step, steps_of, before, seconds = late
-            line = averages(total(steps_of, before), seconds)
-            rate = line["tokens_per_second"]
-            mfu = rate * per_token / (peak * mesh.size) if peak else None
-            metrics.write("train", step, **line, mfu=mfu, memory_gib=memory_gib())
-            bar.update(
-                step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory_gib()
-            )
-            late = None
+    def read() -> None:
+        """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
+        nonlocal sums, window
+        sums, window = total(window, sums), []
+
+    def log(step: int) -> None:
+        nonlocal sums, clock
+        read()
+        now = time.perf_counter()
+        line = averages(sums, now - clock)
+        sums, clock = {}, now
+        rate = line["tokens_per_second"]
+        mfu = rate * per_token / (peak * mesh.size) if peak else None
+        memory = memory_gib()
+        metrics.write("train", step, **line, mfu=mfu, memory_gib=memory)
+        bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory)
 
     def run_evals(step: int) -> float | None:
         trained = eval_params(state.opt_state, state.trainable)
@@ -341,42 +344,37 @@ def train(cfg: TrainConfig) -> Result:
         losses = [e["loss"] for e in evals.values()]
         return sum(losses) / len(losses) if losses else None
 
-    def save(step: int, eval_loss: float | None) -> None:
-        nonlocal sums, window, best
-        write_late()
-        sums, window = total(window, sums), []  # a state that is not finite is never saved
-        best = best if eval_loss is None else min(best, eval_loss)
-        saves.save(step, state, meta={"sums": sums, "best": best}, eval_loss=eval_loss)
-
     # ---- the loop
     bar = Progress(steps, start, enabled=cfg.log.progress)
     batches = make_loader(
         data.train, batch_size=rows, micro_batches=count, seed=cfg.seed, start_step=start
     )
+    step, logged = start, False
     with jax.set_mesh(mesh), stop_signal() as stopping, bar:
         for step in range(start + 1, steps + 1):
             batch = Batch(**put(mesh, next(batches)))
             state, step_metrics = step_fn(state, frozen, batch)
+            if logged:
+                log(step - 1)  # with this step under way, so that the device need not wait
             window.append((step, step_metrics))
             stop = stopping.is_set()  # read once: a signal during the step waits for the next
             last = step == steps or stop
-            if step % cfg.log.every == 0 or last:
-                write_late()
-                late = (step, window, sums, time.perf_counter() - clock)
-                window, sums, clock = [], {}, time.perf_counter()
+            logged = step % cfg.log.every == 0 or last
             evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
-            pause = time.perf_counter()
+            saved = (cfg.save.every and step % cfg.save.every == 0) or last
+            if not (evaluated or saved):
+                continue
+            log(step) if logged else read()
+            logged, pause = False, time.perf_counter()
             eval_loss = run_evals(step) if evaluated and not stop else None
-            due = cfg.save.every and step % cfg.save.every == 0
-            better = cfg.save.keep_best and eval_loss is not None and eval_loss < best
-            if due or last or better:
-                save(step, eval_loss)
+            better = eval_loss is not None and eval_loss < best
+            best = best if eval_loss is None else min(best, eval_loss)
+            if saved or (cfg.save.keep_best and better):
+                meta = {"sums": sums, "best": best}
+                saves.save(step, state, meta=meta, eval_loss=eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
                 break
-        else:
-            step = steps
-        write_late()
     saves.close()
     metrics.close()
     stopped = step < steps

@@ -67,7 +67,7 @@ class _Wandb:
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Training is logged one interval late, so steps do not come in order.
+        # A run that was killed writes its last steps again: they do not only rise.
         self.session.define_metric("*", step_metric="step")
 
     def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
