@@ -45,8 +45,14 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`), axes in the order of AXES.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ValueError when the sizes do not multiply to the number of devices, and under several
+    processes: stopping and saving together is yet to be built.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this is one of {jax.process_count()} processes, and a run is one for now; "
+            "start it without jax.distributed, it uses all devices of its host"
+        )
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(section, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -103,7 +109,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, spec(("micro", "batch", "length")[-len(shape) :], shape, mesh))
 
 
-def data_parallel(mesh: Mesh) -> int:
+def data_parallel(mesh: Any) -> int:
     """Devices among which the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -122,8 +128,10 @@ def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def put(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Host rows of this process -> global arrays over the mesh."""
+    """Rows on the host, the same global batch in every process -> arrays over the mesh."""
     return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, value.shape), value)
+        name: jax.make_array_from_callback(
+            value.shape, batch_sharding(mesh, value.shape), value.__getitem__
+        )
         for name, value in rows.items()
     }

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxllm.model.layers import softcapped
+
 BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
 
 
@@ -80,8 +82,7 @@ def _scores(q_BNGTK, k_BNSK, at: Any, queries: slice, keys: slice, window, softc
     q_segments, k_segments, offset = at
     B, N, G, T, K = q_BNGTK.shape
     scores = _product(q_BNGTK.reshape(B, N, G * T, K), k_BNSK, (3, 3)).reshape(B, N, G, T, -1)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = softcapped(scores, softcap)
     shift = offset + queries.start - keys.start
     mask = visible(q_segments[:, queries], k_segments[:, keys], shift, window)
     return jnp.where(mask[:, None, None], scores, -1e30)

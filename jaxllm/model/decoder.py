@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import constrain
+from jaxllm.mesh import constrain, gathered
 from jaxllm.model.attention import attention
 from jaxllm.model.cache import Cache
 from jaxllm.model.config import LayerKind, ModelConfig
-from jaxllm.model.layers import MLP, Embed, Linear, RMSNorm, dot, gathered, rope_table, rotate
+from jaxllm.model.layers import MLP, Embed, Linear, RMSNorm, product, rope_table, rotate, softcapped
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -27,6 +27,8 @@ REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names("dot"),
     "names": jax.checkpoint_policies.save_only_these_names("attention"),
 }
+
+HEAD_AXES = ("embed", "vocab")
 
 
 class Attention(nnx.Module):
@@ -148,7 +150,7 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if cfg.tie_embeddings
-            else Linear(cfg, ("embed", "vocab"), head_shape, dtype=dtype, rngs=rngs)
+            else Linear(cfg, HEAD_AXES, head_shape, dtype=dtype, rngs=rngs)
         )
 
     def hidden(
@@ -199,13 +201,13 @@ class Decoder(nnx.Module):
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
-        if self.head is None:
-            return gathered(self.embed.embedding[...], ("vocab", "embed")).T
-        return gathered(self.head.kernel[...], ("embed", "vocab"))
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V], soft-capped where the family does."""
-        return softcapped(dot(hidden, self.head_kernel()).astype(jnp.float32), self.cfg)
+        """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
+        w = gathered(self.head_kernel().astype(hidden.dtype), HEAD_AXES)
+        raw = product(hidden, w, (hidden.ndim - 1, 0), jnp.float32)
+        return softcapped(raw, self.cfg.logit_softcap)
 
     def __call__(
         self,
@@ -215,11 +217,6 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Logits of the next token, float32 [B, T, V]."""
         return self.logits(self.hidden(tokens, segment_ids, positions))
-
-
-def softcapped(logits: jax.Array, cfg: ModelConfig) -> jax.Array:
-    cap = cfg.logit_softcap
-    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def merge(graph: Any, trainable: Any, frozen: Any) -> Any:

@@ -8,6 +8,7 @@ Weights are float32 or bfloat16; activations keep the dtype they come in.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,9 +33,11 @@ def transposed(x: jax.Array) -> jax.Array:
     """[I, O] -> [O, I], written out row by row where the CPU's fast product needs it so.
 
     XLA folds a transpose into the product that reads it; on CPU the folded form is a slower kernel
-    (bf16: 180 against 370 GFLOP/s), so the layout is pinned there.
+    (bf16: 180 against 370 GFLOP/s), so the layout is pinned there; on one device, since a pinned
+    layout is not divided among several.
     """
-    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
+    alone = jax.sharding.get_abstract_mesh().size <= 1
+    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 and alone:
         return with_layout_constraint(x.T, Layout((0, 1)))
     return x.T
 
@@ -54,24 +57,32 @@ def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
     return product(transposed(x), g, (1, 0), dtype)
 
 
-@jax.custom_vjp
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., I] · w [I, O] in x's dtype; the gradient of w comes out in w's dtype, unrounded."""
-    return product(x, w.astype(x.dtype), (x.ndim - 1, 0), x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """x [..., I] · w [I, O] in x's dtype; the gradient of w comes out in w's dtype, unrounded.
+
+    `axes` are w's logical axes: what ZeRO-3 has split is gathered here, after the cast.
+    """
+    return product(x, gathered(w.astype(x.dtype), axes), (x.ndim - 1, 0), x.dtype)
 
 
-def _dot_forward(x: jax.Array, w: jax.Array):
-    return dot(x, w), (x, w)
+def _dot_forward(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]):
+    return dot(x, w, axes), (x, w)
 
 
-def _dot_backward(saved, g):
+def _dot_backward(axes: tuple[str | None, ...], saved, g):
     x, w = saved
     g = g.astype(x.dtype)
-    dx = product(g, w.astype(x.dtype), (g.ndim - 1, 1), x.dtype)
+    dx = product(g, gathered(w.astype(x.dtype), axes), (g.ndim - 1, 1), x.dtype)
     return dx, weight_gradient(x, g, w.dtype)
 
 
 dot.defvjp(_dot_forward, _dot_backward)
+
+
+def softcapped(logits: jax.Array, cap: float) -> jax.Array:
+    """cap · tanh(logits / cap), within (-cap, cap); 0 leaves them as they are."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 class Linear(nnx.Module):
@@ -93,7 +104,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
-        y = checkpoint_name(dot(x, gathered(self.kernel[...], axes)), "dot")
+        y = checkpoint_name(dot(x, self.kernel[...], axes), "dot")
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm.data.batch import Batch
-from jaxllm.mesh import constrain
-from jaxllm.model.decoder import Decoder
-from jaxllm.model.layers import product, transposed
+from jaxllm.mesh import constrain, data_parallel, gathered
+from jaxllm.model.decoder import HEAD_AXES, Decoder
+from jaxllm.model.layers import product, softcapped, weight_gradient
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def _rows_per_device(rows: int) -> int:
+def _parts(rows: int) -> int:
+    """Among how many devices the rows are divided."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    return max(rows // parts, 1)
+    parts = 1 if mesh.empty else data_parallel(mesh)
+    return parts if rows % parts == 0 else 1
 
 
 def _chunks(x: jax.Array, count: int, size: int) -> jax.Array:
@@ -38,9 +39,7 @@ def _chunks(x: jax.Array, count: int, size: int) -> jax.Array:
 
 def _chunk_terms(h, kernel, targets, weights, softcap: float, z_loss: float):
     """One chunk: sums (loss, nll, correct, entropy) and the gradient of the loss to the logits."""
-    logits = raw = product(h, kernel, (h.ndim - 1, 0), jnp.float32)
-    if softcap:
-        logits = softcap * jnp.tanh(raw / softcap)
+    logits = softcapped(product(h, kernel, (h.ndim - 1, 0), jnp.float32), softcap)
     top = jnp.max(logits, -1, keepdims=True)
     exps = jnp.exp(logits - top)
     # One pass for both sums: a product that is summed alone would be written out first.
@@ -67,10 +66,12 @@ def _chunk_terms(h, kernel, targets, weights, softcap: float, z_loss: float):
 def _sum_chunks(h, kernel, targets, weights, options, *, gradient: bool):
     softcap, z_loss, chunk = options
     B, T, D = h.shape
-    size = min(T, max(chunk // _rows_per_device(B), 1))
+    parts = _parts(B)
+    size = min(T, max(chunk * parts // B, 1))
     count = math.ceil(T / size)
-    w = kernel.astype(h.dtype)
+    w = gathered(kernel.astype(h.dtype), HEAD_AXES)
     split = partial(_chunks, count=count, size=size)
+    own_gradient = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
 
     def body(carry, xs):
         sums, dw = carry
@@ -80,17 +81,18 @@ def _sum_chunks(h, kernel, targets, weights, options, *, gradient: bool):
             return (sums + terms, dw), None
         slope = slope.astype(h.dtype)
         dh = product(slope, w, (2, 1), h.dtype)
-        flat_h, flat_s = hc.reshape(-1, D), slope.reshape(-1, slope.shape[-1])
-        part = product(transposed(flat_h), flat_s, (1, 0), jnp.float32)
+        # Each device sums its own rows, so that the devices add up once, not once a chunk.
+        part = own_gradient(hc.reshape(parts, -1, D), slope.reshape(parts, -1, w.shape[-1]))
         # Else a single chunk's product takes in the transpose of a tied table, a form that the CPU
         # has no bfloat16 kernel for.
         dw = dw + lax.optimization_barrier(part)
-        return (sums + terms, dw), dh
+        return (sums + terms, constrain(dw, "batch", None, "vocab")), dh
 
-    dw = jnp.zeros(kernel.shape if gradient else (), jnp.float32)
+    dw = jnp.zeros((parts, *kernel.shape) if gradient else (), jnp.float32)
     carry = (jnp.zeros(4, jnp.float32), dw)
     (sums, dw), dh = lax.scan(body, carry, (split(h), split(targets), split(weights)))
     if dh is not None:
+        dw = jnp.sum(dw, 0)
         dh = jnp.moveaxis(dh, 0, 1).reshape(B, count * size, D)[:, :T]
     return sums, dh, dw
 
@@ -100,9 +102,9 @@ def cross_entropy(h, kernel, targets, weights, options: tuple[float, float, int]
     """Weighted sums over tokens: float32 [4] = loss (nll + z-loss), nll, correct, entropy.
 
     h [B, T, D], kernel [D, V], targets int32 and weights float32 [B, T]; options = (softcap, z_loss
-    coefficient, tokens whose logits exist at a time). Only the first sum has a gradient. It is
-    computed in the forward pass, chunk by chunk, so no logits outlive their chunk and none are
-    computed twice.
+    coefficient, tokens whose logits exist at a time on a device). Only the first sum has a
+    gradient. It is computed in the forward pass, chunk by chunk, so no logits outlive their chunk
+    and none are computed twice.
     """
     return _sum_chunks(h, kernel, targets, weights, options, gradient=False)[0]
 
