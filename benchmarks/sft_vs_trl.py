@@ -112,7 +112,7 @@ def jaxllm_step(a):
     del model, weights
     optim = OptimSection(learning_rate=5e-5, schedule="constant")
     schedule = make_schedule(optim, 10_000)
-    optimizer = make_optimizer(optim, schedule, params)
+    optimizer = make_optimizer(optim, schedule)
     step_fn = make_step(graph, partial(lm_loss), optimizer, schedule, max_norm=1.0)
     update = jax.jit(step_fn, donate_argnums=0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))

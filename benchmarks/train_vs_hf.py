@@ -69,7 +69,7 @@ def jaxllm_step(a):
     del weights
     optim = OptimSection(learning_rate=1e-4, weight_decay=0.1, schedule="constant")
     schedule = make_schedule(optim, 100)
-    optimizer = make_optimizer(optim, schedule, params)
+    optimizer = make_optimizer(optim, schedule)
     update = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, a.batch, a.length + 1))

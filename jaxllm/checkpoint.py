@@ -207,9 +207,9 @@ class Checkpoints:
         """
         return self._restore(step, like)
 
-    def restore_weights(self, step: int, like: Any) -> Any:
-        """The weights alone, without reading the optimizer's state."""
-        return self._restore(step, {"trainable": like}, partial_restore=True)["trainable"]
+    def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Some fields of the state ({"trainable": …}), without reading the others."""
+        return self._restore(step, like, partial_restore=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was saved beside the state."""
@@ -298,10 +298,11 @@ def _digest(path: Path) -> str | None:
 
 # ---- the run folder
 
-# What a resumed run may change: it keeps the data, the model and the course of the optimizer.
+# What a resumed run may change: it keeps the data, the model and the optimizer. Another length
+# (epochs, steps) reshapes what is left of the schedule.
 FREE = {
     "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
-    "model": ("remat", "attention", "scan_unroll", "loss_chunk"),
+    "model": ("remat", "scan_unroll", "loss_chunk"),
     "data": ("workers", "cache_dir"),
 }
 FREE_SECTIONS = ("mesh", "log", "save")
@@ -338,15 +339,22 @@ def _read_config(run: Path) -> dict[str, Any] | None:
 
 
 def guard(cfg: TrainConfig) -> None:
-    """Makes the run folder and its config.json, or checks that the folder is this run's.
+    """Checks that `claim` may have the run folder; writes nothing.
 
     Raises ValueError when the folder holds results of another config, naming the keys, or anything
-    that is no run. A folder without a checkpoint or a metric is taken over; `overwrite` empties any
-    run's.
+    that is no run, and when `overwrite` would delete what the run reads.
     """
     run = Path(cfg.output_dir)
-    config = json.loads(json.dumps(to_dict(cfg)))
+    config = to_dict(cfg)
     before = _read_config(run)
+    if before is not None and cfg.overwrite:
+        reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer]
+        reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
+        for path in filter(None, reads):
+            if Path(path).expanduser().resolve().is_relative_to(run.resolve()):
+                raise ValueError(
+                    f"overwrite would delete {path}, which this run reads; change output_dir"
+                )
     if before is not None and not cfg.overwrite:
         metrics = run / "metrics.jsonl"
         saved = any((run / "checkpoints").glob("[0-9]*"))
@@ -362,10 +370,39 @@ def guard(cfg: TrainConfig) -> None:
                     f"{run} belongs to another run ({what}{more}); "
                     "change output_dir or say --overwrite true"
                 )
+
+
+def claim(cfg: TrainConfig) -> Path:
+    """Makes the run folder and its config.json. `overwrite` deletes a run that was there before.
+
+    To be called after `guard`, when nothing can be wrong with the new run any more.
+    """
+    run = Path(cfg.output_dir)
     if jax.process_index() == 0:
-        if before is not None and cfg.overwrite:
+        if cfg.overwrite and run.exists():
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
         new = run / "config.json.new"
-        new.write_text(json.dumps(config, indent=2) + "\n")
+        new.write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
         new.replace(run / "config.json")
+    return run
+
+
+def same_data(run: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError when a run's data.json tells of other training data than `manifest`."""
+    file = run / "data.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    changed = [
+        now["path"]
+        for was, now in zip(before["train"]["sources"], manifest["train"]["sources"], strict=True)
+        if any(was[key] != now[key] for key in ("content", "examples", "tokens"))
+    ]
+    if before["tokenizer"] != manifest["tokenizer"]:
+        changed.append("the tokenizer")
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} changed since {run} began, so it cannot go on exactly; put the "
+            "data back, or change output_dir"
+        )

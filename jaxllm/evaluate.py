@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import eval_batches, load_data
+from jaxllm.data.loader import Rows, eval_batches, load_data
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import merge
 from jaxllm.monitor.metrics import track
@@ -27,7 +28,8 @@ def make_eval(graph: Any, objective: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(trainable, frozen, batch):
         loss, weight, metrics = objective(merge(graph, trainable, frozen), batch, None, None)
-        return {"loss": (loss, weight)} | metrics
+        learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
+        return {"loss": (loss, weight), "tokens": (learned, jnp.zeros(()))} | metrics
 
     return jax.jit(run)
 
@@ -36,38 +38,38 @@ def evaluate(
     eval_fn: Callable[..., Any],
     trainable: Any,
     frozen: Any,
-    rows: Any,
+    sets: Sequence[Rows],
     *,
     mesh: Mesh,
     batch_size: int,
     progress: str = "",
 ) -> dict[str, float]:
-    """{loss, perplexity, tokens, …}: sums over all of `rows`, divided once.
+    """{loss, perplexity, tokens, …}: sums over all rows of the sets, divided once.
 
-    loss is nats per learned token (without z-loss), perplexity its exponential, tokens how many
-    were counted. `batch_size` is rounded up to the devices and only bounds memory. `progress`
-    names a bar on stderr (none: no bar).
+    loss is nats per learned token (without z-loss, a token counting by its weight), perplexity its
+    exponential, tokens how many have a weight. `batch_size` is rounded up to the devices and only
+    bounds memory. `progress` names a bar on stderr (none: no bar).
     """
     parts = data_parallel(mesh)
     size = -(-batch_size // parts) * parts
     sums: dict[str, np.ndarray] = {}
     with jax.set_mesh(mesh):
-        batches = eval_batches(rows, size)
+        batches = chain.from_iterable(eval_batches(rows, size) for rows in sets)
         if progress:
-            batches = track(batches, progress, -(-len(rows) // size))
+            batches = track(batches, progress, sum(-(-len(rows) // size) for rows in sets))
         for host in batches:
             out = jax.device_get(eval_fn(trainable, frozen, Batch(**put(mesh, host))))
             for name, pair in out.items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
     means = {k: float(a / w) if w else 0.0 for k, (a, w) in sums.items()}
     loss = means.pop("nll")
-    tokens = int(sums["loss"][1])
+    tokens = int(sums["tokens"][0])
     return means | {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
 
 
 def evaluate_files(
     model: str,
-    data: list[str],
+    data: Sequence[str | Source],
     *,
     objective: Literal["pretrain", "sft"] = "pretrain",
     max_length: int = 1024,
@@ -77,8 +79,14 @@ def evaluate_files(
 ) -> dict[str, float]:
     """Evaluates a HF directory on files: {loss, perplexity, tokens, examples, …}.
 
-    `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text.
+    `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text. All
+    files are one set. Raises ValueError or FileNotFoundError for what is not there or unfit.
     """
+    if not data:
+        raise ValueError("there is nothing to evaluate on; name a file")
+    for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
     from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
@@ -90,7 +98,7 @@ def evaluate_files(
         objective=objective,
         model=ModelSection(path=model),
         data=DataSection(
-            eval=tuple(Source(path) for path in data),
+            eval=tuple(Source(each) if isinstance(each, str) else each for each in data),
             max_length=min(max_length, loaded.cfg.max_positions),
             template=template,
         ),
@@ -98,18 +106,14 @@ def evaluate_files(
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded, nnx.Param)
     eval_fn, params = make_eval(graph, lm_loss), nnx.to_pure_dict(weights)
-    run = partial(evaluate, eval_fn, params, {}, mesh=mesh, batch_size=batch_size)
-    sums: dict[str, float] = {"tokens": 0, "examples": 0}
-    nll = correct = 0.0
-    for name, rows in held_out.evals.items():
-        out = run(rows, progress=f"evaluating {name}")
-        nll += out["loss"] * out["tokens"]
-        correct += out["accuracy"] * out["tokens"]
-        sums["tokens"] += out["tokens"]
-        sums["examples"] += held_out.manifest["eval"][name]["examples"]
-    loss = nll / max(sums["tokens"], 1)
-    return (
-        {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        | sums
-        | {"accuracy": correct / max(sums["tokens"], 1)}
+    out = evaluate(
+        eval_fn,
+        params,
+        {},
+        list(held_out.evals.values()),
+        mesh=mesh,
+        batch_size=batch_size,
+        progress="evaluating",
     )
+    shown = {key: out[key] for key in ("loss", "perplexity", "tokens", "accuracy")}
+    return shown | {"examples": sum(e["examples"] for e in held_out.manifest["eval"].values())}

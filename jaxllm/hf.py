@@ -23,11 +23,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.config import MeshSection, TrainConfig
+from jaxllm.config import MeshSection, OptimSection, TrainConfig
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import Key, from_hf, key_table, normalised, to_hf
+from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
 from jaxllm.tokenizer import load_tokenizer, save_tokenizer, stop_ids
 
 SINGLE = "model.safetensors"
@@ -467,6 +468,19 @@ def save_hf(
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _trained(saves: Any, step: int, like: Any, optim: OptimSection) -> Any:
+    """The weights of a checkpoint that are evaluated and exported (see `eval_params`)."""
+    if optim.name != "schedule_free_adamw":
+        return saves.restore_part(step, {"trainable": like})["trainable"]
+    opt_state = jax.eval_shape(make_optimizer(optim, lambda _: 0.0).init, like)
+    lay = opt_state_shardings(opt_state, like, jax.tree.map(lambda x: x.sharding, like))
+    opt_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, lay
+    )
+    state = saves.restore_part(step, {"trainable": like, "opt_state": opt_state})
+    return eval_params(state["opt_state"], state["trainable"])
+
+
 def export(run: str, out: str, dtype: str | None = None, step: int | None = None) -> str:
     """A run as a HF directory, its path returned.
 
@@ -503,7 +517,7 @@ def export(run: str, out: str, dtype: str | None = None, step: int | None = None
     if step is None:
         raise ValueError(f"{run} has no good checkpoint yet")
     graph, state = nnx.split(blank_model(cfg, make_mesh(MeshSection())))
-    nnx.replace_by_pure_dict(state, saves.restore_weights(step, nnx.to_pure_dict(state)))
+    nnx.replace_by_pure_dict(state, _trained(saves, step, nnx.to_pure_dict(state), cfg.optim))
     saves.close()
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     save_hf(nnx.merge(graph, state), out, dtype or cfg.save.dtype, tokenizer)

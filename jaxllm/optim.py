@@ -165,6 +165,8 @@ def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: A
             f"optim.schedule {optim.schedule} with schedule_free_adamw, which replaces the decay "
             "of the learning rate; set optim.schedule to constant"
         )
+    if optim.b1 == 0:
+        raise ValueError("optim.b1 is 0; schedule_free_adamw's average needs it above 0, 0.9 say")
     base = optax.chain(
         optax.scale_by_rms(optim.b2, optim.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
@@ -174,12 +176,12 @@ def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: A
     return contrib.schedule_free(base, lambda step: rate(step - 1), optim.b1, **options)
 
 
-# name -> (constructor, keywords of the optax function that optim.options may give)
-OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "adamw": (_adamw, ("eps_root", "mu_dtype", "nesterov")),
-    "adam": (_adam, ("eps_root", "mu_dtype", "nesterov")),
-    "sgd": (_sgd, ("momentum", "nesterov")),
-    "lion": (_lion, ("mu_dtype",)),
+# name -> (constructor, keywords of the optax function that optim.options may give, keys not read)
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
+    "adamw": (_adamw, ("eps_root", "mu_dtype", "nesterov"), ()),
+    "adam": (_adam, ("eps_root", "mu_dtype", "nesterov"), ()),
+    "sgd": (_sgd, ("momentum", "nesterov"), ("b1", "b2", "eps")),
+    "lion": (_lion, ("mu_dtype",), ("eps",)),
     "adafactor": (
         _adafactor,
         (
@@ -191,19 +193,19 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
             "momentum",
             "factored",
         ),
+        ("b1", "b2", "eps"),
     ),
     "muon": (
         _muon,
         ("beta", "ns_coeffs", "ns_steps", "nesterov", "preconditioning", "consistent_rms"),
+        (),
     ),
-    "schedule_free_adamw": (_schedule_free_adamw, ("weight_lr_power",)),
+    "schedule_free_adamw": (_schedule_free_adamw, ("weight_lr_power",), ()),
 }
 
 
-def make_optimizer(
-    optim: OptimSection, schedule: optax.Schedule, params: Any
-) -> optax.GradientTransformation:
-    """The optimizer `optim.name` for weights like `params`; moments and arithmetic are float32.
+def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer `optim.name`; moments and arithmetic are float32.
 
     Gradients come in clipped (see `clip`). Weight decay leaves norms and biases alone and is
     decoupled and multiplied by the learning rate, as in torch; adam and sgd add it to the gradient,
@@ -225,8 +227,10 @@ def make_optimizer(
     """
     if optim.name not in OPTIMIZERS:
         raise ValueError(f"optim.name {optim.name!r} is not known; known: {', '.join(OPTIMIZERS)}")
-    decay_mask(params)  # every leaf has a known name
-    make, accepted = OPTIMIZERS[optim.name]
+    make, accepted, unread = OPTIMIZERS[optim.name]
+    for key in unread:
+        if getattr(optim, key) != getattr(OptimSection(), key):
+            raise ValueError(f"optim.{key} is not read by {optim.name}; leave it out")
     for key in optim.options:
         if key in vars(optim):
             raise ValueError(f"optim.options.{key}: give it as optim.{key}")

@@ -6,6 +6,7 @@ Dims: B rows, P prompt slots, S cache slots, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.model.cache import Cache
+from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -44,7 +46,7 @@ class Sampling:
         """Raises ValueError for a value outside its range."""
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
@@ -73,25 +75,31 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
-def sample(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
-    """Next tokens int32 [B]; randomness is a function of (seed, row, step) alone."""
+def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array) -> jax.Array:
+    """Next tokens int32 [B]; randomness is a function of (key, row, step) alone."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
+    key = jax.random.fold_in(key, step)
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
 def prefill(
-    graph: Any, params: Any, tokens: jax.Array, segments: jax.Array, slots: int, sampling: Sampling
+    graph: Any,
+    params: Any,
+    tokens: jax.Array,
+    segments: jax.Array,
+    key: jax.Array,
+    slots: int,
+    sampling: Sampling,
 ):
     """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
     model: Decoder = nnx.merge(graph, params)
     cache = Cache.empty(model.cfg, tokens.shape[0], slots, model.compute_dtype)
     positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
     hidden, cache = model.hidden(tokens, segments, positions, cache)
-    return sample(model.logits(hidden[:, -1]), sampling, jnp.int32(0)), cache
+    return sample(model.logits(hidden[:, -1]), sampling, key, jnp.int32(0)), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
@@ -100,6 +108,7 @@ def decode(
     params: Any,
     cache: Cache,
     token: jax.Array,
+    key: jax.Array,
     step: jax.Array,
     count: int,
     sampling: Sampling,
@@ -112,11 +121,27 @@ def decode(
         positions = jnp.sum(cache.segments, 1, keepdims=True)
         ones = jnp.ones((token.shape[0], 1), jnp.int32)
         hidden, cache = model.hidden(token[:, None], ones, positions, cache)
-        token = sample(model.logits(hidden[:, 0]), sampling, step + index)
+        token = sample(model.logits(hidden[:, 0]), sampling, key, step + index)
         return (cache, token), token
 
     (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
     return tokens.T, cache
+
+
+def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+    """The longest prompt's length. Raises ValueError for what cannot be continued: an empty prompt,
+    one that passes the model's positions with its new tokens, a value of `sampling` out of range.
+    """
+    sampling.check()
+    lengths = [len(p) for p in prompts]
+    if min(lengths, default=0) == 0:
+        raise ValueError("a prompt has no tokens; give it some text")
+    if max(lengths) + sampling.max_new_tokens > cfg.max_positions:
+        raise ValueError(
+            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones pass the model's "
+            f"{cfg.max_positions} positions; shorten the prompt or make fewer"
+        )
+    return max(lengths)
 
 
 def stream(
@@ -124,17 +149,9 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
 
-    Raises ValueError when a prompt is empty, or prompt and new tokens pass the model's positions.
+    Raises ValueError as `check_prompts` does.
     """
-    sampling.check()
-    longest = max(len(p) for p in prompts)
-    if min(len(p) for p in prompts) == 0:
-        raise ValueError("a prompt has no tokens; give it some text")
-    if longest + sampling.max_new_tokens > model.cfg.max_positions:
-        raise ValueError(
-            f"{longest} prompt tokens and max_new_tokens {sampling.max_new_tokens} pass the "
-            f"model's {model.cfg.max_positions} positions; lower max_new_tokens"
-        )
+    longest = check_prompts(model.cfg, prompts, sampling)
     width = -(-longest // BUCKET) * BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)
     segments = np.zeros_like(tokens)
@@ -143,13 +160,14 @@ def stream(
         segments[row, width - len(prompt) :] = 1
     graph, params = nnx.split(model)
     slots = width + -(-sampling.max_new_tokens // BUCKET) * BUCKET
-    fixed = replace(sampling, max_new_tokens=1, stop_ids=())  # these two do not change the program
-    token, cache = prefill(graph, params, tokens, segments, slots, fixed)
+    key = jax.random.key(sampling.seed)
+    fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
+    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed)
     yield np.asarray(token)[:, None]
     made = 1
     while made < sampling.max_new_tokens:
         count = min(chunk, slots - width - made + 1)
-        new, cache = decode(graph, params, cache, token, jnp.int32(made), count, fixed)
+        new, cache = decode(graph, params, cache, token, key, jnp.int32(made), count, fixed)
         token, made = new[:, -1], made + count
         yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
 
@@ -194,21 +212,27 @@ class TextModel:
 
     @staticmethod
     def load(path: str, dtype: str = "float32", template: str | None = None) -> TextModel:
+        """From a HF directory or hub id; `template` as data.template.
+
+        Raises ValueError or FileNotFoundError for what is not there or unfit.
+        """
         from jaxllm.data.chat import chat_tokenizer
-        from jaxllm.hf import load_hf
+        from jaxllm.hf import load_hf, resolve
         from jaxllm.tokenizer import check_vocabulary, stop_ids
 
         tokenizer = chat_tokenizer(path, template)
         model = load_hf(path, dtype=dtype)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
-        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, path)))
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(path))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokens up to where the assistant begins to answer."""
         from jaxllm.data.chat import prompt_tokens
 
         return prompt_tokens(self.tokenizer, messages).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
+        """Decoded, without the tokens that end it."""
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
 
 
@@ -223,14 +247,18 @@ def generate_text(
     dtype: str = "float32",
     sampling: Sampling = Sampling(),
 ) -> list[str]:
-    """Continues texts, or answers them as user messages through the chat template."""
+    """Continues texts, or answers them as user messages through the chat template.
+
+    Rows end at the model's own stop tokens, those of `sampling`, and before the strings `stop`.
+    Raises ValueError as `check_prompts` does.
+    """
     loaded = TextModel.load(model, dtype, template)
     before = [{"role": "system", "content": system}] if system else []
     if chat:
         rows = [loaded.prompt([*before, {"role": "user", "content": p}]) for p in prompts]
     else:
         rows = [loaded.tokenizer(p).input_ids for p in prompts]
-    sampling = replace(sampling, stop_ids=loaded.stop_ids)
+    sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *loaded.stop_ids))
     ended = None if not stop else (lambda tokens: cut(loaded.text(tokens), stop)[1])
     outs = generate(loaded.model, rows, sampling, ended)
     return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
@@ -270,7 +298,7 @@ def chat_loop(
             if not text.endswith("\ufffd"):  # half of a character: wait for the rest
                 write(text[len(shown) :])
                 shown = text
-            if ended or tokens[-1] in loaded.stop_ids:
+            if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
                 break
         write("\n")
         messages.append({"role": "assistant", "content": shown})

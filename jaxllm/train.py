@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
-from jaxllm.checkpoint import Checkpoints, guard
+from jaxllm.checkpoint import Checkpoints, claim, guard, same_data
 from jaxllm.config import TrainConfig, check, resolve_batch, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens
@@ -44,7 +44,7 @@ from jaxllm.optim import (
     make_schedule,
     opt_state_shardings,
 )
-from jaxllm.rollout import Sampling, generate
+from jaxllm.rollout import Sampling, check_prompts, generate
 from jaxllm.tokenizer import check_vocabulary, stop_ids
 
 OBJECTIVES = {"pretrain": lm_loss, "sft": lm_loss}
@@ -85,6 +85,9 @@ def make_step(
     Gradients of the loss sums add up in float32 over the A micro-batches and are divided once by
     the weight of all of them, so A does not change the result. A batch with nothing to learn gives
     zero gradients. Each metric is its (sum, weight) over the update.
+
+    max_norm: the gradient's largest global norm, 0 = any. seed: an objective's key is folded from
+    it, the step and the micro-batch. gradient_shardings: where gradients lie while they add up.
     """
 
     def loss_of(trainable, frozen, batch, rng):
@@ -109,7 +112,7 @@ def make_step(
             first = jax.tree.map(lambda x: x[0], batch)
             run = partial(micro_batch, state.trainable, frozen)
             if count == 1:
-                grads, metrics = run(first, rng)
+                grads, metrics = run(first, jax.random.fold_in(rng, 0))
             else:
 
                 def add(carry, xs):
@@ -190,20 +193,13 @@ def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
     }
 
 
-def samples(cfg: TrainConfig, model: Any, tokenizer: Any) -> list[tuple[str, str]]:
-    """(prompt, what the model makes of it) for `log.samples`: continued, or answered in SFT."""
-    texts = cfg.log.samples
-    if not texts:
-        return []
-    if cfg.objective == "sft":
-        asked = [[{"role": "user", "content": text}] for text in texts]
-        variables = cfg.data.template_kwargs
-        prompts = [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
-    else:
-        prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
-    outs = generate(model, prompts, sampling)
-    return [(text, tokenizer.decode(out)) for text, out in zip(texts, outs, strict=True)]
+def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
+    """Tokens of `log.samples`: texts to continue, or in SFT questions to answer."""
+    if cfg.objective != "sft":
+        return [tokenizer(text).input_ids for text in cfg.log.samples]
+    asked = [[{"role": "user", "content": text}] for text in cfg.log.samples]
+    variables = cfg.data.template_kwargs
+    return [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
 
 
 @contextmanager
@@ -238,7 +234,10 @@ def train(cfg: TrainConfig) -> Result:
             f"data.max_length {cfg.data.max_length} is over the model's limit of "
             f"{model_cfg.max_positions} positions; lower it"
         )
-    run = Path(cfg.output_dir)
+    sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
+    prompts = sample_prompts(cfg, tokenizer)
+    if prompts:
+        check_prompts(model_cfg, prompts, sampling)
     guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
@@ -248,10 +247,18 @@ def train(cfg: TrainConfig) -> Result:
     count = rows // (cfg.micro_batch_size * data_parallel(mesh))
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
     schedule = make_schedule(cfg.optim, steps)
+    optimizer = make_optimizer(cfg.optim, schedule)
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
-    saves = Checkpoints(run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best)
-    at = saves.latest() if cfg.resume else None
+    def open_run() -> Checkpoints:
+        folder = claim(cfg) / "checkpoints"
+        return Checkpoints(folder, keep=cfg.save.keep, keep_best=cfg.save.keep_best)
+
+    run = Path(cfg.output_dir)
+    saves = None if cfg.overwrite else open_run()
+    at = saves.latest() if saves is not None and cfg.resume else None
+    if at is not None:
+        same_data(run, data.manifest)
     model = (hf.load_model if at is None else hf.blank_model)(
         cfg,
         mesh,
@@ -260,10 +267,11 @@ def train(cfg: TrainConfig) -> Result:
         scan_unroll=cfg.model.scan_unroll,
     )
 
+    saves = saves or open_run()  # a run to overwrite is deleted now that nothing can be wrong
+
     # ---- optimizer, state, the step
     graph, weights = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(weights)
-    optimizer = make_optimizer(cfg.optim, schedule, params)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
     lay: Any = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)  # type: ignore[arg-type]
     objective = partial(
@@ -289,7 +297,7 @@ def train(cfg: TrainConfig) -> Result:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     sums: dict[str, list[float]] = {}
-    best = float("inf")
+    best, seconds = float("inf"), 0.0
     with jax.set_mesh(mesh):
         if at is None:
             params = jax.device_put(params, param_lay)
@@ -301,7 +309,8 @@ def train(cfg: TrainConfig) -> Result:
                 lay,
             )
             meta = saves.meta(at)
-            state, sums, best = saves.restore(at, like), meta["sums"], meta["best"]
+            state, sums = saves.restore(at, like), meta["sums"]
+            best, seconds = meta["best"], meta["seconds"]
     del model, weights, params  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
@@ -312,7 +321,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what happens every so many steps
     evals: dict[str, dict[str, float]] = {}
     window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
-    clock = time.perf_counter()
+    clock = time.perf_counter() - seconds
 
     def read() -> None:
         """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
@@ -335,12 +344,14 @@ def train(cfg: TrainConfig) -> Result:
         trained = eval_params(state.opt_state, state.trainable)
         for name, held_out in data.evals.items():
             evals[name] = evaluate(
-                eval_fn, trained, frozen, held_out, mesh=mesh, batch_size=rows // count
+                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=rows // count
             )
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
-        for prompt, text in samples(cfg, merge(graph, trained, frozen), tokenizer):
-            metrics.sample(step, prompt=prompt, text=text)
+        if prompts:
+            made = generate(merge(graph, trained, frozen), prompts, sampling)
+            for prompt, tokens in zip(cfg.log.samples, made, strict=True):
+                metrics.sample(step, prompt=prompt, text=tokenizer.decode(tokens))
         losses = [e["loss"] for e in evals.values()]
         return sum(losses) / len(losses) if losses else None
 
@@ -350,7 +361,8 @@ def train(cfg: TrainConfig) -> Result:
         data.train, batch_size=rows, micro_batches=count, seed=cfg.seed, start_step=start
     )
     step, logged = start, False
-    with jax.set_mesh(mesh), stop_signal() as stopping, bar:
+    # Whatever ends the loop, the checkpoint on its way is written out.
+    with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as stopping, bar:
         for step in range(start + 1, steps + 1):
             batch = Batch(**put(mesh, next(batches)))
             state, step_metrics = step_fn(state, frozen, batch)
@@ -366,17 +378,15 @@ def train(cfg: TrainConfig) -> Result:
                 continue
             log(step) if logged else read()
             logged, pause = False, time.perf_counter()
-            eval_loss = run_evals(step) if evaluated and not stop else None
+            eval_loss = run_evals(step) if evaluated and (not stop or step == steps) else None
             better = eval_loss is not None and eval_loss < best
             best = best if eval_loss is None else min(best, eval_loss)
             if saved or (cfg.save.keep_best and better):
-                meta = {"sums": sums, "best": best}
+                meta = {"sums": sums, "seconds": pause - clock, "best": best}
                 saves.save(step, state, meta=meta, eval_loss=eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
                 break
-    saves.close()
-    metrics.close()
     stopped = step < steps
     final = None
     if cfg.save.final and not stopped:

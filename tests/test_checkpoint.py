@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import checkpoint
-from jaxllm.checkpoint import Checkpoints, guard
+from jaxllm.checkpoint import Checkpoints, claim, guard, same_data
 from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
 
 Moments = namedtuple("Moments", "count mu")
@@ -80,7 +80,10 @@ def test_restores_what_was_saved_bit_for_bit(tmp_path):
 def test_weights_are_read_without_the_optimizer(tmp_path):
     saved(tmp_path, [1])
     like = abstract(make_state())["trainable"]
-    assert_same(Checkpoints(tmp_path).restore_weights(1, like), make_state(1)["trainable"])
+    assert_same(
+        Checkpoints(tmp_path).restore_part(1, {"trainable": like})["trainable"],
+        make_state(1)["trainable"],
+    )
 
 
 @pytest.mark.parametrize("lay", [on(4, "x"), on(8, None, "x"), on(1)])
@@ -328,13 +331,15 @@ def cfg(tmp_path):
 def used(cfg):
     """A run folder that holds results."""
     guard(cfg)
-    run = cfg.output_dir
+    run = claim(cfg)
     os.makedirs(f"{run}/checkpoints/10")
     return run
 
 
 def test_first_use_writes_the_config(cfg):
     guard(cfg)
+    assert not os.path.exists(cfg.output_dir)
+    claim(cfg)
     with open(f"{cfg.output_dir}/config.json") as file:
         assert json.load(file)["optim"]["learning_rate"] == 1e-3
     assert os.listdir(cfg.output_dir) == ["config.json"]
@@ -355,8 +360,9 @@ def test_a_resumed_run_may_change_what_does_not_change_its_course(cfg):
 
 
 def test_a_folder_without_results_may_be_taken_over(cfg):
-    guard(cfg)
+    claim(cfg)
     guard(replace(cfg, seed=1))
+    claim(replace(cfg, seed=1))
     with open(f"{cfg.output_dir}/metrics.jsonl", "w") as file:
         file.write("{}\n")
     with pytest.raises(ValueError, match="belongs to another run"):
@@ -365,8 +371,31 @@ def test_a_folder_without_results_may_be_taken_over(cfg):
 
 def test_overwrite_empties_a_runs_folder(cfg):
     run = used(cfg)
-    guard(replace(cfg, seed=1, overwrite=True))
+    other = replace(cfg, seed=1, overwrite=True)
+    guard(other)
+    assert sorted(os.listdir(run)) == ["checkpoints", "config.json"]  # only looked at
+    claim(other)
     assert os.listdir(run) == ["config.json"]
+
+
+def test_overwrite_does_not_delete_what_the_run_reads(cfg):
+    run = used(cfg)
+    inside = replace(cfg, model=replace(cfg.model, path=f"{run}/final"), overwrite=True)
+    with pytest.raises(ValueError, match="overwrite would delete .*final"):
+        guard(inside)
+
+
+def test_a_run_does_not_go_on_over_other_data(tmp_path):
+    source = {"path": "a.txt", "content": "1", "examples": 3, "tokens": 9, "rows": 2}
+    manifest = {"tokenizer": "t", "train": {"sources": [source]}}
+    same_data(tmp_path, manifest)
+    (tmp_path / "data.json").write_text(json.dumps(manifest))
+    same_data(tmp_path, manifest)
+    other = {"tokenizer": "t", "train": {"sources": [source | {"content": "2"}]}}
+    with pytest.raises(ValueError, match=r"a\.txt changed since"):
+        same_data(tmp_path, other)
+    with pytest.raises(ValueError, match="the tokenizer changed since"):
+        same_data(tmp_path, manifest | {"tokenizer": "u"})
 
 
 def test_resume_off_does_not_write_over_checkpoints(cfg):

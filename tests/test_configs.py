@@ -109,7 +109,7 @@ def test_a_config_lowers_over_eight_devices(path):
     )
     params = nnx.to_pure_dict(weights)
     schedule = make_schedule(cfg.optim, cfg.steps or 10_000)
-    optimizer = make_optimizer(cfg.optim, schedule, params)
+    optimizer = make_optimizer(cfg.optim, schedule)
     _, gradient_layout, moment_layout = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
     moments = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -55,7 +55,7 @@ def weights(shape=(6, 5), layers=3, seed=0):
 def descend(optim, params, steps, total=10, dtype=jnp.float32):
     """Weights after each of `steps` updates; gradients differ from step to step."""
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-    optimizer = make_optimizer(optim, make_schedule(optim, total), params)
+    optimizer = make_optimizer(optim, make_schedule(optim, total))
     state = optimizer.init(params)
     trajectory = []
     for step in range(steps):
@@ -195,7 +195,7 @@ def test_adafactor_is_that_of_transformers():
     )
     optim = section("adafactor", weight_decay=0.1, schedule="constant")
     params = {"kernel": jnp.asarray(start, jnp.float32)}
-    optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
+    optimizer = make_optimizer(optim, make_schedule(optim, 10))
     state = optimizer.init(params)
     for grad in grads:
         leaf.grad = torch.tensor(grad, dtype=torch.float32)
@@ -213,7 +213,7 @@ def test_muon_treats_each_layer_of_a_stack_as_its_own_matrix():
 
     def update(kernel, grad):
         params = {"layers": {"up": {"kernel": jnp.asarray(kernel)}}}
-        optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
+        optimizer = make_optimizer(optim, make_schedule(optim, 10))
         grads = {"layers": {"up": {"kernel": jnp.asarray(grad)}}}
         return optimizer.update(grads, optimizer.init(params), params)[0]["layers"]["up"]["kernel"]
 
@@ -238,7 +238,7 @@ def test_schedule_free_evaluates_the_average_of_its_iterates(warmup):
     rate = make_schedule(optim, 10)
     target = jnp.arange(1.0, 7.0)
     params = {"kernel": jnp.zeros(6)}
-    optimizer = make_optimizer(optim, rate, params)
+    optimizer = make_optimizer(optim, rate)
     state, total, weight = optimizer.init(params), jnp.zeros(6), 0.0
     for step in range(10):
         grads = {"kernel": params["kernel"] - target}
@@ -292,7 +292,7 @@ def test_state_is_float32_under_bfloat16_weights(name):
 def test_moments_lie_as_their_weights_do(name):
     params = jax.tree.map(jnp.asarray, weights(shape=(136, 144), layers=2))
     optim = section(name, options={"momentum": 0.9} if name in ("sgd", "adafactor") else {})
-    optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
+    optimizer = make_optimizer(optim, make_schedule(optim, 10))
     mesh = Mesh(np.array(jax.devices()), "x")
     whole = NamedSharding(mesh, P())
     last = {1: P("x"), 2: P(None, "x"), 3: P(None, None, "x")}
@@ -318,7 +318,7 @@ def test_every_option_of_the_table_is_taken(name):
     for key in OPTIMIZERS[name][1]:
         default = signature[key].default
         optim = section(name, options={key: default})
-        make_optimizer(optim, make_schedule(optim, 10), weights())
+        make_optimizer(optim, make_schedule(optim, 10))
 
 
 @pytest.mark.parametrize(
@@ -336,12 +336,26 @@ def test_every_option_of_the_table_is_taken(name):
 def test_optimizer_refuses(keys, message):
     optim = OptimSection(**keys)
     with pytest.raises(ValueError, match=message):
-        make_optimizer(optim, make_schedule(optim, 10), weights())
+        make_optimizer(optim, make_schedule(optim, 10))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor", "lion"])
+def test_a_key_that_an_optimizer_does_not_read_is_refused(name):
+    with pytest.raises(ValueError, match=f"optim.eps is not read by {name}"):
+        make_optimizer(section(name, eps=1e-3), optax.constant_schedule(1.0))
+
+
+def test_schedule_free_needs_an_average():
+    with pytest.raises(ValueError, match=r"optim\.b1 is 0"):
+        optim = section("schedule_free_adamw", b1=0.0, schedule="constant")
+        make_optimizer(optim, make_schedule(optim, 10))
 
 
 def test_a_weight_of_unknown_name_is_no_silent_case():
     with pytest.raises(KeyError, match="gain"):
-        make_optimizer(section(), make_schedule(section(), 10), {"norm": {"gain": jnp.ones(3)}})
+        make_optimizer(section(), make_schedule(section(), 10)).init(
+            {"norm": {"gain": jnp.ones(3)}}
+        )
 
 
 # ---- clipping
@@ -375,7 +389,7 @@ def test_update_writes_no_copy_of_the_gradients():
     """Norm, clipping and AdamW compile to passes over the gradients that keep none of them."""
     params = jax.tree.map(jnp.asarray, weights(shape=(256, 512), layers=8))
     optim = section(weight_decay=0.1)
-    optimizer = make_optimizer(optim, make_schedule(optim, 10), params)
+    optimizer = make_optimizer(optim, make_schedule(optim, 10))
 
     def update(params, state, grads, weight):
         scale = 1 / weight

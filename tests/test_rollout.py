@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.rollout import Sampling, cut, filtered, generate, stream
+from jaxllm.rollout import Sampling, cut, decode, filtered, generate, prefill, stream
 
 CFG = ModelConfig(
     "llama",
@@ -101,9 +101,28 @@ def test_values_out_of_range_are_refused(model, sampling, message):
         generate(model, PROMPTS, sampling)
 
 
+def test_no_prompt_at_all_is_refused(model):
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        generate(model, [], Sampling())
+
+
 def test_text_is_cut_before_the_first_stop_string():
     assert cut("one two three", ["three", "two"]) == ("one ", True)
     assert cut("one", ["two"]) == ("one", False)
+
+
+def test_another_seed_is_no_other_program(model):
+    generate(model, [[1, 2]], Sampling(max_new_tokens=4, temperature=1.0, seed=1))
+    before = prefill._cache_size(), decode._cache_size()
+    generate(model, [[1, 2]], Sampling(max_new_tokens=4, temperature=1.0, seed=2))
+    assert (prefill._cache_size(), decode._cache_size()) == before
+
+
+def test_logits_are_not_rounded_to_bfloat16(model):
+    small = Decoder(model.cfg, rngs=nnx.Rngs(0), compute_dtype="bfloat16")
+    logits = small(jnp.array([[1, 2, 3]]))
+    assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).mean() > 0.5
 
 
 def test_decoding_compiles_once_for_prompts_of_one_bucket(model):

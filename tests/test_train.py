@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, OptimSection
 from jaxllm.data.batch import Batch, make_row
@@ -67,7 +68,7 @@ def trajectory(rows, *, count=1, steps=3, mesh=None, devices=1, **model):
     optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
     schedule = make_schedule(optim, 100)
     params = nnx.to_pure_dict(weights)
-    optimizer = make_optimizer(optim, schedule, params)
+    optimizer = make_optimizer(optim, schedule)
     lay, grads, moments = state_shardings(weights, optimizer, mesh, 3)
     shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
     with jax.set_mesh(mesh):
@@ -342,7 +343,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project, cap
         (["--optim.name", "adamx"], ["adamx", "adamw"]),
         (["--model.overrides", "{vocab_size: 300}"], ["tokenizer", "300"]),
         (["--model.overrides", "{model_type: mamba}"], ["mamba", "llama"]),
+        (["--log.samples", ""], ["prompt"]),
+        (["--log.samples", "def", "--log.sample_tokens", "500"], ["500", "64 positions"]),
+        (["--optim.name", "sgd", "--optim.b1", "0.8"], ["optim.b1", "sgd"]),
     ],
 )
 def test_a_users_mistake_is_one_line(project, capsys, more, words):
     refused(capsys, arguments(project, "pretrain", "wrong", *more), *words)
+    assert not (project / "wrong" / "checkpoints").exists()  # found before any training
+
+
+@pytest.mark.parametrize(
+    "more", [["--data.train", "nowhere.txt"], ["--optim.name", "adamx"], ["--model.path", "gone/"]]
+)
+def test_a_mistake_in_a_run_that_is_to_overwrite_another_deletes_nothing(project, capsys, more):
+    run = project / "kept"
+    (run / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
+    config = {"objective": "pretrain", "optim": {}, "data": {}}
+    (run / "config.json").write_text(json.dumps(config))
+    refused(capsys, arguments(project, "pretrain", "kept", "--overwrite", *more))
+    assert (run / "checkpoints" / "4").is_dir()
+    assert json.loads((run / "config.json").read_text()) == config
+
+
+def test_a_run_whose_text_changed_does_not_go_on(project, capsys):
+    text = project / "changing.txt"
+    text.write_text((project / "text.txt").read_text())
+    args = arguments(project, "pretrain", "changing", "--data.train", str(text))
+    assert main([*args, "--steps", "4"]) == 0
+    text.write_text(text.read_text() * 2)
+    refused(capsys, args, "changing.txt changed since")
+
+
+def test_an_error_in_the_loop_leaves_the_checkpoint_before_it_whole(project, monkeypatch):
+    """Saving goes on in the background when the loop ends, however that comes."""
+    from jaxllm import train as module
+
+    def fail(*_, **__):
+        raise RuntimeError("no evaluation today")
+
+    monkeypatch.setattr(module, "evaluate", fail)
+    more = ("--data.eval", str(project / "text.txt"), "--eval_every", "5")
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        main(arguments(project, "pretrain", "cut", *more))
+    saves = Checkpoints(project / "cut" / "checkpoints")
+    assert saves.latest() == 4
+    saves.close()
+
+
+def test_what_is_exported_is_what_was_evaluated(project):
+    """schedule-free evaluates an average that is not the weights it trains."""
+    from jaxllm.hf import export
+
+    more = ("--optim.name", "schedule_free_adamw", "--steps", "6")
+    assert main(arguments(project, "pretrain", "free", *more)) == 0
+    export(str(project / "free"), str(project / "free-exported"))
+    file = "model.safetensors"
+    exported = load_file(project / "free-exported" / file)
+    for name, value in load_file(project / "free" / "final" / file).items():
+        np.testing.assert_array_equal(exported[name], value, err_msg=name)
