@@ -7,12 +7,13 @@ as soon as it is gathered: host memory holds one shard, or one tensor of one lay
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config"
 # safetensors' names of the dtypes that weights may be stored in.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# In a run folder: what the run is of, beside its weights (see save_start).
+START = "model"
 # Buffers that old files carry and nobody reads.
 HARMLESS = ("rotary_emb.inv_freq",)
 # What save_hf may write; a directory with anything else in it is not replaced.
@@ -73,6 +76,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error.reason}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds {type(value).__name__}; a JSON object is expected")
     return value
@@ -85,13 +90,30 @@ def read_config(path: str) -> dict[str, Any]:
         file = resolve(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
-    return _read_json(file)
+    config = _read_json(file)
+    if {"objective", "optim", "data"} <= config.keys():
+        raise ValueError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
+    return config
+
+
+def _changed(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `overrides`. Raises ValueError for a key that such a model does not have."""
+    merged = config | overrides
+    kind = normalised(merged)["model_type"]
+    spelled = ("rope_theta", "rope_scaling", "torch_dtype")  # as files before transformers 5 do
+    known = {*config, *normalised({"model_type": kind}), *spelled}
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"model.overrides.{key} is no key of a {kind} config{hint}")
+    return merged
 
 
 def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
     source = cfg.model.path or str(cfg.model.config)
-    config = read_config(source) | cfg.model.overrides
+    config = _changed(read_config(source), cfg.model.overrides)
     shape = from_hf(config)
     if cfg.model.path and (file := resolve(source) / "generation_config.json").is_file():
         config[GENERATION] = _read_json(file)
@@ -107,7 +129,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         with _opened(folder / SINGLE) as opened:
             return dict.fromkeys(opened.keys(), folder / SINGLE)
     if (folder / INDEX).is_file():
-        mapping = _read_json(folder / INDEX)["weight_map"]
+        mapping = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map; it is no index of tensors")
         files = {name: folder / file for name, file in mapping.items()}
         if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
             raise ValueError(f"{folder / INDEX} names {missing[0]}, which is not there")
@@ -226,7 +250,7 @@ def load_hf(
     for name in (dtype, compute_dtype or dtype):
         _check_dtype(name)
     folder = resolve(path)
-    config = read_config(str(folder)) | (overrides or {})
+    config = _changed(read_config(str(folder)), overrides or {})
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     options = dict(compute_dtype=compute_dtype, remat=remat, scan_unroll=scan_unroll)
@@ -481,6 +505,18 @@ def _trained(saves: Any, step: int, like: Any, optim: OptimSection) -> Any:
     return eval_params(state["opt_state"], state["trainable"])
 
 
+def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
+    """Writes what a run is of beside its weights: a HF directory of configs and tokenizer.
+
+    So its checkpoints can be exported when what it started from is gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config, generation = _configs(model, str(model.embed.embedding[...].dtype), tokenizer)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation)
+    save_tokenizer(tokenizer, folder)
+
+
 def export(run: str, out: str, dtype: str | None = None, step: int | None = None) -> str:
     """A run as a HF directory, its path returned.
 
@@ -506,6 +542,11 @@ def export(run: str, out: str, dtype: str | None = None, step: int | None = None
         save_hf(model, out, dtype, load_tokenizer(str(folder)))
         return out
     cfg = from_dict(config)
+    if (folder / START).is_dir():
+        start = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
+        cfg = replace(
+            cfg, model=replace(start, overrides={}), data=replace(cfg.data, template=None)
+        )
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{run} has no checkpoints/")
     saves = Checkpoints(folder / "checkpoints")

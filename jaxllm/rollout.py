@@ -292,13 +292,16 @@ def chat_loop(
         messages.append({"role": "user", "content": line})
         tokens: list[int] = []
         shown = ""
-        for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1):
-            tokens.append(int(new[0, 0]))
-            text, ended = cut(loaded.text(tokens), stop)
-            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                write(text[len(shown) :])
-                shown = text
-            if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
-                break
+        try:
+            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1):
+                tokens.append(int(new[0, 0]))
+                text, ended = cut(loaded.text(tokens), stop)
+                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                    write(text[len(shown) :])
+                    shown = text
+                if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
+                    break
+        except KeyboardInterrupt:
+            pass  # ends the answer, not the conversation
         write("\n")
         messages.append({"role": "assistant", "content": shown})

@@ -268,6 +268,8 @@ def train(cfg: TrainConfig) -> Result:
     )
 
     saves = saves or open_run()  # a run to overwrite is deleted now that nothing can be wrong
+    if at is None:
+        hf.save_start(model, run / hf.START, tokenizer)
 
     # ---- optimizer, state, the step
     graph, weights = nnx.split(model, nnx.Param)

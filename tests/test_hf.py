@@ -3,6 +3,7 @@
 
 import errno
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from jaxllm import hf
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
-from jaxllm.hf import export, load_hf, load_model, read_config, resolve, save_hf
+from jaxllm.hf import START, export, load_hf, load_model, read_config, resolve, save_hf, save_start
 from jaxllm.mesh import axes_of, make_mesh, spec
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.rollout import Sampling, generate
-from jaxllm.tokenizer import train_tokenizer
+from jaxllm.tokenizer import load_tokenizer, train_tokenizer
 
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),
@@ -484,6 +485,29 @@ def test_a_run_exports_its_newest_or_a_chosen_checkpoint(run, tmp_path):
         assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template
     export(str(tmp_path / "new"), str(tmp_path / "half"), "bfloat16")
     assert read_config(str(tmp_path / "half"))["dtype"] == "bfloat16"
+
+
+def test_a_run_exports_when_what_it_started_from_is_gone(run, tmp_path):
+    folder, models = run
+    source = tmp_path / "source"
+    save_start(models[1], folder / START, load_tokenizer(source))
+    shutil.rmtree(source)
+    export(str(folder), str(tmp_path / "out"))
+    assert_same_weights(load_hf(str(tmp_path / "out")), models[2])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_an_override_that_is_no_key_of_the_family_is_refused(tmp_path):
+    write_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="num_hiden_layers.*did you mean num_hidden_layers"):
+        load_hf(str(tmp_path / "model"), overrides={"num_hiden_layers": 7})
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
+        load_hf(str(tmp_path / "model"), overrides={"num_hidden_layers": 0})
+
+
+def test_a_run_folder_given_as_a_model_names_the_model(run):
+    with pytest.raises(ValueError, match="run is a run folder; its model is .*final"):
+        load_hf(str(run[0]))
 
 
 def test_export_names_what_is_missing(run, tmp_path):

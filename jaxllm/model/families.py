@@ -312,6 +312,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     family, c = _family(config), normalised(config)
     values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
     cfg = ModelConfig(family=c["model_type"], **values, **family.fixed, **_read_layers(c))
+    if cfg.num_layers < 1:
+        raise ValueError(f"num_hidden_layers is {cfg.num_layers}; it must be at least 1")
     if cfg.num_heads % cfg.num_kv_heads:
         raise ValueError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "
