@@ -7,6 +7,7 @@ Nothing is swallowed: a name is translated, refused, or listed as having no mean
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,15 @@ def _yaml_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's safe YAML 1.1, in which 1e-4 is a number."""
+        """PyYAML's safe YAML 1.1, in which 1e-4 is a number and a date is text, as in JSON."""
 
+    other = ("timestamp", "binary", "set", "omap", "pairs")  # what JSON has no word for
+    tags = tuple(f"tag:yaml.org,2002:{kind}" for kind in other)
+    Loader.yaml_constructors = {t: f for t, f in Loader.yaml_constructors.items() if t not in tags}
+    Loader.yaml_implicit_resolvers = {
+        first: [one for one in resolvers if one[0] not in tags]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
     number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     return Loader
@@ -45,7 +53,7 @@ def parse(text: str) -> Any:
 
     try:
         return yaml.load(text, _yaml_loader())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a ValueError for digits that make no number, as 0x_
         return text
 
 
@@ -60,24 +68,31 @@ def read_yaml(path: str, sections: Sequence[str]) -> list[Given]:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
 
+    def value_of(node: Any) -> Any:
+        try:
+            return loader.construct_object(node, deep=True)
+        except ValueError:
+            at = f"{path}:{node.start_mark.line + 1}"
+            raise ValueError(f"{at}: seen {node.value!r}, which is no YAML value") from None
+
     def walk(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a config"
+            seen = value_of(node)
             raise ValueError(
-                f"{path}:{node.start_mark.line + 1}: {name} has keys of its own, seen "
-                f"{loader.construct_object(node, deep=True)!r}"
+                f"{path}:{node.start_mark.line + 1}: {name} has keys of its own, seen {seen!r}"
             )
-        seen: set[str] = set()
+        names: set[str] = set()
         for key, value in node.value:
             name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
-            if name in seen:
+            if name in names:
                 raise ValueError(f"{at}: {name} is given twice; keep one")
-            seen.add(name)
+            names.add(name)
             scalar = isinstance(value, yaml.ScalarNode)
             if name in sections and not (scalar and name in TRANSLATED):
                 yield from walk(value, f"{name}.")
             else:
-                yield Given(name, loader.construct_object(value, deep=True), at)
+                yield Given(name, value_of(value), at)
 
     try:
         loader = _yaml_loader()(file.read_text(encoding="utf-8"))
@@ -159,23 +174,46 @@ OPTIMIZERS = {
 }
 # fmt: off
 IGNORED = frozenset({
-    "attn_implementation", "bf16_full_eval", "data_seed", "dataloader_drop_last",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_backend",
-    "ddp_find_unused_parameters", "ddp_timeout", "do_eval", "do_predict", "do_train",
-    "eval_accumulation_steps", "full_determinism", "gradient_checkpointing_kwargs",
-    "greater_is_better", "group_by_length", "hub_model_id", "include_tokens_per_second",
-    "keep_linebreaks", "load_best_model_at_end", "local_rank", "log_level", "logging_dir",
-    "logging_first_step", "logging_strategy", "low_cpu_mem_usage", "metric_for_best_model",
-    "overwrite_cache", "per_device_eval_batch_size", "prediction_loss_only", "push_to_hub",
-    "remove_unused_columns", "run_name", "save_only_model", "save_safetensors", "tf32",
-    "torch_compile", "trust_remote_code", "use_fast_tokenizer", "use_liger_kernel",
+    "accelerator_config", "activation_checkpointing_kwargs", "attn_implementation",
+    "auto_find_batch_size", "average_tokens_across_devices", "batch_eval_metrics",
+    "bf16_full_eval", "data_seed", "dataloader_drop_last", "dataloader_in_order",
+    "dataloader_multiprocessing_context", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+    "ddp_static_graph", "ddp_timeout", "debug", "do_eval", "do_predict", "do_train",
+    "enable_jit_checkpoint", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
+    "eval_on_start", "eval_use_gather_object", "fp16_full_eval", "fsdp", "fsdp_config",
+    "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length",
+    "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
+    "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
+    "include_tokens_per_second", "keep_linebreaks", "label_names", "length_column_name",
+    "liger_kernel_config", "load_best_model_at_end", "local_rank", "log_level",
+    "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
+    "logging_nan_inf_filter", "logging_strategy", "low_cpu_mem_usage", "metric_for_best_model",
+    "overwrite_cache", "parallelism_config", "per_device_eval_batch_size", "prediction_loss_only",
+    "project", "push_to_hub", "remove_unused_columns", "restore_callback_states_from_checkpoint",
+    "run_name", "save_on_each_node", "save_only_model", "save_safetensors", "skip_memory_metrics",
+    "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
+    "trackio_static_space_id", "trust_remote_code", "use_cache", "use_cpu", "use_fast_tokenizer",
+    "use_liger_kernel",
 })
 PEFT = (
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
     "lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
 )
 # fmt: on
-LATER = dict.fromkeys(PEFT, "PEFT") | {"beta": "preference training"}
+# What would change the result and is not done: refused, unless it is switched off.
+REFUSED = dict.fromkeys(PEFT, "PEFT is not available yet") | {
+    "beta": "preference training is not available yet",
+    "ignore_data_skip": "a resumed run goes on where it was in its data; leave it out",
+    "label_smoothing_factor": "labels are not smoothed here; leave it out",
+    "lr_scheduler_kwargs": "use optim.decay and optim.final",
+    "neftune_noise_alpha": "embeddings get no noise here; leave it out",
+    "optim_args": "use optim.options",
+    "optim_target_modules": "every weight is trained; leave it out",
+}
+OFF = (None, False, 0, "", [], {})
 
 Flags = dict[str, Given]  # the other names of the same file or command line
 
@@ -187,7 +225,7 @@ def _is_true(value: Any) -> bool:
 
 
 def _choose(value: Any, table: dict[str, Any]) -> Any:
-    if value not in table:
+    if not isinstance(value, str) or value not in table:
         raise ValueError(f"{value!r} is not known; known: {', '.join(table)}")
     return table[value]
 
@@ -217,6 +255,22 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
     return {"optim.schedule": _choose(value, SCHEDULES)}
 
 
+def _percent(value: Any, flags: Flags) -> dict[str, Any]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"seen {value!r}; it is a number below 100")
+    return {"data.eval_fraction": value / 100}
+
+
+def _deepspeed(value: Any, flags: Flags) -> dict[str, Any]:
+    if not isinstance(value, str):
+        raise ValueError("give the path of a DeepSpeed JSON file")
+    return {"deepspeed": home(value)}
+
+
+def _remat(value: Any, flags: Flags) -> dict[str, Any]:
+    return {"model.remat": "full" if _is_true(value) else "none"}
+
+
 def _per_device(value: Any, flags: Flags) -> dict[str, Any]:
     return {"micro_batch_size": value} | ({} if "batch_size" in flags else {"batch_size": 0})
 
@@ -241,10 +295,8 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "torch_dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "fp16": (_fp16, "refused: use bf16"),
-    "gradient_checkpointing": (
-        lambda v, _: {"model.remat": "full" if _is_true(v) else "none"},
-        "model.remat full",
-    ),
+    "gradient_checkpointing": (_remat, "model.remat full"),
+    "activation_checkpointing": (_remat, "model.remat full"),
     "per_device_train_batch_size": (_per_device, "micro_batch_size"),
     "max_steps": (lambda v, _: {"steps": 0 if v == -1 else v}, "steps"),
     "lr_scheduler_type": (_schedule, "optim.schedule"),
@@ -255,19 +307,28 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "eval_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
     "evaluation_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
     "save_strategy": (_strategy("save.every", "save_steps"), "save.every"),
-    "validation_split_percentage": (
-        lambda v, _: {"data.eval_fraction": v / 100},
-        "data.eval_fraction x 100",
-    ),
+    "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
+    "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random, as always"),
     "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
-    "deepspeed": (lambda v, _: {"deepspeed": v}, "a DeepSpeed JSON file"),
+    "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
 }
-NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(LATER)
+NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(REFUSED)
 
 
 def meanings() -> dict[str, str]:
     """{name in transformers: what it sets here}."""
     return RENAMED | {name: meaning for name, (_, meaning) in TRANSLATED.items()}
+
+
+def spellings() -> dict[str, list[str]]:
+    """{what is set here: its names in transformers}: `meanings` the other way round."""
+    found: dict[str, list[str]] = {}
+    for name, meaning in meanings().items():
+        found.setdefault(meaning, []).append(name)
+    return found
+
+
+# ---- what may be written for a value
 
 
 def trackers(value: Any) -> Any:
@@ -276,19 +337,51 @@ def trackers(value: Any) -> Any:
         return []
     if isinstance(value, str):
         return {"none": [], "all": ["wandb", "tensorboard"]}.get(value, value.split(","))
-    return [name for one in value for name in trackers(one)] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return [n for one in value for n in (trackers(one) if isinstance(one, str) else [one])]
+
+
+def sources(value: Any) -> Any:
+    """A path, a source, or a list of them -> a list of sources."""
+    many = [value] if isinstance(value, str | dict) else value
+    if not isinstance(many, list):
+        return value
+    return [{"path": v} if isinstance(v, str) else v for v in many]
+
+
+def texts(value: Any) -> Any:
+    """A text or a list of them -> a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def home(value: Any) -> Any:
+    """~ as the home folder: a shell sees to it in `--key ~/x`, not in `--key=~/x` nor in YAML."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _at(one: Given) -> str:
+    return one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
+
+
+def _twice(one: Given) -> str:
+    flag = one.where.startswith("--")
+    way = f"give all its values after one {one.where}" if flag else "keep one"
+    return f"{_at(one)} is given twice; {way}"
 
 
 def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
     """Our keys from the names of one file or command line, and the names that mean nothing here.
 
-    The same name twice: the last counts. Two names for one key that differ, and names of parts
-    that do not exist yet, raise ValueError.
+    A name given twice, two names for one key that differ, and names of what is not done here raise
+    ValueError.
     """
-    flags = {one.name: one for one in layer}
-    if one := flags.keys() & LATER.keys():
-        name = min(one)
-        raise ValueError(f"{flags[name].where}: {LATER[name]} is not available yet")
+    flags: Flags = {}
+    for one in layer:
+        if flags.setdefault(one.name, one) is not one:
+            raise ValueError(_twice(one))
+        if one.name in REFUSED and one.value not in OFF:
+            raise ValueError(f"{_at(one)}: {REFUSED[one.name]}")
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
     if overwrite and resume and overwrite.value and resume.value:
         raise ValueError(
@@ -296,7 +389,7 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
         )
     out: dict[str, Given] = {}
     for one in flags.values():
-        if one.name in IGNORED:
+        if one.name in IGNORED or one.name in REFUSED:
             continue
         function, _ = TRANSLATED.get(one.name, (None, ""))
         try:
@@ -305,9 +398,8 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
                 if function
                 else {RENAMED.get(one.name, one.name): one.value}
             )
-        except (ValueError, TypeError) as error:
-            at = one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
-            raise ValueError(f"{at}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{_at(one)}: {error}") from None
         for key, value in pairs.items():
             before = out.get(key)
             if before and before.value != value:
@@ -324,8 +416,9 @@ def resume_path(given: dict[str, Given]) -> dict[str, Given]:
     one = given.get("resume")
     if one is None or not isinstance(one.value, str):
         return given
-    run = Path(given["output_dir"].value if "output_dir" in given else "run").resolve()
-    if run not in (Path(one.value).resolve(), *Path(one.value).resolve().parents):
+    run = Path(str(given["output_dir"].value) if "output_dir" in given else "run").resolve()
+    checkpoint = Path(home(one.value)).resolve()
+    if run not in (checkpoint, *checkpoint.parents):
         raise ValueError(
             f"{one.where}: {one.value} is not in output_dir {run.name}; a run goes on from the "
             "newest checkpoint of its own output_dir"
@@ -375,6 +468,8 @@ def _read_json(path: str) -> dict[str, Any]:
         block = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
     if not isinstance(block, dict):
         raise ValueError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
     return block

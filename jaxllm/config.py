@@ -24,8 +24,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from jaxllm import aliases
 from jaxllm.aliases import Given
 
-Count = Annotated[int, Ge(0)]
-Size = Annotated[int, Ge(1)]
+# Counts fit the int32 that steps and rows are counted in; a seed fits an int64.
+Count = Annotated[int, Ge(0), Le(2**31 - 1)]
+Size = Annotated[int, Ge(1), Le(2**31 - 1)]
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -61,7 +63,7 @@ class ModelSection:
 class Source:
     """One source of examples."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
     path: str
     """file, glob, directory, hub id, `tfds:NAME`; suffix tells the format"""
@@ -193,15 +195,17 @@ class SaveSection:
 class TrainConfig:
     """A whole run."""
 
+    __pydantic_config__ = {"allow_inf_nan": False}  # in the sections too
+
     objective: Literal["pretrain", "sft"] = "pretrain"
     """set by the verb"""
     output_dir: str = "run"
     """the run folder"""
     overwrite: bool = False
-    """delete what is in output_dir first"""
+    """delete the run in output_dir, once all about the new one was checked"""
     resume: bool = True
     """go on from the newest good checkpoint in output_dir when there is one"""
-    seed: Count = 0
+    seed: Seed = 0
     """of weights, data order and everything else"""
     epochs: Annotated[float, Gt(0)] = 1.0
     """passes over the data, unless steps is given"""
@@ -231,6 +235,7 @@ SECTIONS: dict[str, type] = {
     "log": LogSection,
     "save": SaveSection,
 }
+USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
 CHATS = ("packing", "too_long", "learn", "train_on_prompt")
 CHATS += ("template", "template_kwargs", "user_template")
 UNREAD = {"pretrain": CHATS, "sft": ("segment",)}  # of data: what the objective does not read
@@ -296,7 +301,12 @@ def _unknown(key: str, where: str = "") -> ValueError:
     names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
     near = [n for k in (key, last) for n in difflib.get_close_matches(k, names, 1)]
     flag = where.startswith("--")
+    if flag:
+        names |= USUAL
     hint = f"did you mean {'--' * flag}{names[near[0]]}?" if near else "--help lists all keys"
+    if flag and key in SECTIONS:
+        hint = hint if key in USUAL else "--help lists them"
+        return ValueError(f"{where}: {key} has keys of its own; {hint}")
     shown = f"unknown flag {where}" if flag else f"{where}: unknown key {key}".removeprefix(": ")
     return ValueError(f"{shown}; {hint}")
 
@@ -368,13 +378,20 @@ def json_schema() -> dict[str, Any]:
         part |= {"additionalProperties": False, "description": inspect.getdoc(kind)}
         for key, doc in _docs(kind).items():
             part["properties"][key]["description"] = doc
-    data = schema["$defs"]["DataSection"]["properties"]
-    for key in ("train", "eval"):
-        one = [{"type": "string"}, {"$ref": "#/$defs/Source"}]
-        data[key] |= {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]}
-        del data[key]["items"], data[key]["type"]
-    for name, meaning in aliases.meanings().items():
-        schema["properties"].setdefault(name, {"description": f"transformers' name of {meaning}"})
+    for key in SHORT_FORMS:
+        section, _, name = key.partition(".")
+        whole = schema["$defs"][SECTIONS[section].__name__]["properties"][name]
+        one = [{"type": "string"}, whole.pop("items")]
+        whole["anyOf"] = [*one, {"type": whole.pop("type"), "items": {"anyOf": one}}]
+    top = schema["properties"]
+    top["resume"]["type"] = ["boolean", "string"]  # aliases.resume_path
+    top["optim"] = {"anyOf": [{"type": "string"}, top["optim"]]}  # transformers' optim
+    others = {
+        n: {"description": f"transformers' name of {m}"} for n, m in aliases.meanings().items()
+    }
+    others |= {n: {"description": "no meaning here"} for n in sorted(aliases.IGNORED)}
+    others |= {n: {"enum": aliases.OFF, "description": why} for n, why in aliases.REFUSED.items()}
+    schema["properties"] = others | top
     return schema
 
 
@@ -399,6 +416,8 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if (model.config or "").endswith(".json") and not model.tokenizer:
         yield "model.config is a file, so model.tokenizer must say where the tokenizer lies"
 
+    if cfg.output_dir.startswith("~"):  # from Python; load_config knows what ~ means
+        yield f"output_dir is {cfg.output_dir}; write the home folder out"
     if not data.train:
         yield "no data: give data.train"
     if data.eval and data.eval_fraction:
@@ -508,25 +527,22 @@ def _typed(one: Given) -> Given:
     return Given(name, value(texts[0]) if len(texts) == 1 else [value(t) for t in texts], one.where)
 
 
-def _sources(value: Any) -> Any:
-    """A path, a source, or a list of them -> a list of sources."""
-    many = [value] if isinstance(value, str | dict) else value
-    if not isinstance(many, list):
-        return value
-    return [{"path": v} if isinstance(v, str) else v for v in many]
-
-
-def _texts(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 # What a user may write for a list, beside the list itself.
 SHORT_FORMS = {
-    "data.train": _sources,
-    "data.eval": _sources,
-    "log.samples": _texts,
+    "data.train": aliases.sources,
+    "data.eval": aliases.sources,
+    "log.samples": aliases.texts,
     "log.report_to": aliases.trackers,
 }
+PATHS = ("output_dir", "model.path", "model.config", "model.tokenizer")
+PATHS += ("data.template", "data.cache_dir")
+READ = SHORT_FORMS | dict.fromkeys(PATHS, aliases.home)
+
+
+def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
+    """Sources as the values of a flag; raises ValueError for what is none."""
+    value = aliases.sources(_typed(Given("data.eval", list(texts), flag)).value)
+    return _validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
 
 
 def load_config(
@@ -559,6 +575,9 @@ def load_config(
     verb = given.setdefault("objective", Given("objective", objective, "the verb"))
     if verb.value != objective:
         raise ValueError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
+    given = {
+        k: replace(one, value=READ[k](one.value)) if k in READ else one for k, one in given.items()
+    }
     given = aliases.resume_path(given)
 
     tree: dict[str, Any] = {}
@@ -567,6 +586,8 @@ def load_config(
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = SHORT_FORMS.get(key, lambda v: v)(one.value)
+            if not isinstance(node, dict):
+                raise ValueError(f"{one.where}: {parent} is {node!r}, which has no entries")
+        node[name] = one.value
     origin = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
     return _validated(tree, origin), {key: origin.get(key, "default") for key in leaves()}

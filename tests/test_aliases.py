@@ -3,6 +3,9 @@
 
 import json
 import re
+from dataclasses import fields
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +118,8 @@ ALIASES = [
     ("torch_dtype", "auto", {"model.weight_dtype": "float32"}),
     ("gradient_checkpointing", None, {"model.remat": "full"}),
     ("gradient_checkpointing", "False", {"model.remat": "none"}),
+    ("activation_checkpointing", "False", {"model.remat": "none"}),
+    ("train_sampling_strategy", "random", {}),
 ]
 
 
@@ -171,6 +176,19 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
             ["--max_length", "8", "--block_size", "9"],
             "given twice: 8 by --max_length, 9 by --block_size",
         ),
+        (["--lr_scheduler_type", "[a]"], "--lr_scheduler_type: ['a'] is not known; known: cosine"),
+        (["--optim", "[a]"], "--optim: ['a'] is not known; known: adamw_torch"),
+        (["--eval_strategy", "{a: 1}"], "--eval_strategy: {'a': 1} is not known; known: no, steps"),
+        (
+            ["--validation_split_percentage", "abc"],
+            "--validation_split_percentage: seen 'abc'; it is a number below 100",
+        ),
+        (["--validation_split_percentage"], "seen True; it is a number below 100"),
+        (["--deepspeed"], "--deepspeed: give the path of a DeepSpeed JSON file"),
+        (["--train_sampling_strategy", "sequential"], "'sequential' is not known; known: random"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor: labels are not smoothed"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: embeddings get no noise here"),
+        (["--lr_scheduler_kwargs", "{a: 1}"], "--lr_scheduler_kwargs: use optim.decay"),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "True"], "keep one"),
         (
             ["--resume_from_checkpoint", "other/checkpoint-9"],
@@ -184,6 +202,24 @@ def test_what_is_refused_of_transformers(args, message):
 
 def test_a_checkpoint_inside_output_dir_means_resume():
     assert load("--output_dir", "o", "--resume_from_checkpoint", "o/checkpoints/9").resume is True
+
+
+def test_what_is_refused_may_be_switched_off(capsys):
+    off = ("--use_peft", "False", "--label_smoothing_factor", "0.0", "--neftune_noise_alpha")
+    assert load(*off, "null") == load()
+    assert capsys.readouterr().err == ""
+
+
+def test_every_field_of_training_arguments_is_read_listed_or_refused():
+    transformers = pytest.importorskip("transformers")
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    if f"\ntransformers=={transformers.__version__} " not in pins:
+        pytest.skip(f"the fields of transformers {transformers.__version__} may be others")
+    theirs = {f.name for f in fields(transformers.TrainingArguments)}
+    read = set(aliases.meanings()) | set(leaves())
+    assert not theirs - read - aliases.IGNORED - aliases.REFUSED.keys()
+    for one, other in combinations((read, aliases.IGNORED, aliases.REFUSED.keys()), 2):
+        assert not one & other
 
 
 def test_names_without_a_meaning_are_listed(capsys):
@@ -395,5 +431,7 @@ def test_a_deepspeed_batch_that_the_flags_do_not_make_is_refused(deepspeed):
 def test_a_deepspeed_file_that_is_no_json_names_the_line(tmp_path):
     (tmp_path / "ds.json").write_text('{"a": 1,\n]')
     assert re.search(r"ds\.json:2: not JSON", refused("--deepspeed", str(tmp_path / "ds.json")))
+    (tmp_path / "ds.json").write_bytes(b'{"a": "caf\xe9"}')
+    assert "ds.json: not UTF-8 text" in refused("--deepspeed", str(tmp_path / "ds.json"))
     (tmp_path / "ds.json").write_text("[1]")
     assert "a DeepSpeed file is a JSON object" in refused("--deepspeed", str(tmp_path / "ds.json"))

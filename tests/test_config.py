@@ -6,7 +6,9 @@ import re
 
 import pytest
 
+from jaxllm import aliases
 from jaxllm.config import (
+    SHORT_FORMS,
     DataSection,
     LogSection,
     MeshSection,
@@ -19,6 +21,7 @@ from jaxllm.config import (
     json_schema,
     leaves,
     load_config,
+    read_sources,
     resolve_batch,
     to_dict,
     value_of,
@@ -94,7 +97,6 @@ def test_flag_beats_file_beats_default_and_provenance_says_so(yaml):
         (["--model.overrides", "{hidden_size: 64}"], "model.overrides", {"hidden_size": 64}),
         (["--model.overrides.rope_theta", "1e4"], "model.overrides", {"rope_theta": 1e4}),
         (["--log.samples", "Once: upon", "def "], "log.samples", ("Once: upon", "def ")),
-        (["--steps", "3", "--steps", "4"], "steps", 4),
     ],
 )
 def test_flags_are_read_as_their_field_wants(args, key, value):
@@ -109,6 +111,34 @@ def test_yaml_reads_sources_in_every_form_and_hf_names_and_json(yaml):
     assert cfg.model.compute_dtype == "bfloat16"
     path = yaml(json.dumps(to_dict(cfg)))
     assert load(path=path) == cfg
+
+
+def test_a_home_folder_is_written_out_wherever_a_path_is_given(yaml, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = yaml("output_dir: ~/run\nmodel:\n  path: ~/m\ndata:\n  cache_dir: ~/c\n")
+    cfg = load("--data.template=~/t.jinja", "--resume_from_checkpoint=~/run/9", path=path)
+    assert cfg.output_dir == f"{tmp_path}/run" and cfg.resume is True
+    assert cfg.model.path == f"{tmp_path}/m" and cfg.data.cache_dir == f"{tmp_path}/c"
+    assert cfg.data.template == f"{tmp_path}/t.jinja"
+    with pytest.raises(ValueError, match=r"output_dir is ~/x; write the home folder out"):
+        check(good(output_dir="~/x"))
+
+
+def test_what_json_has_no_word_for_is_text_or_no_yaml(yaml):
+    dates = load(path=yaml("model:\n  overrides: {day: 2020-01-01}\n")).model.overrides
+    assert dates == {"day": "2020-01-01"}
+    assert load("--model.overrides", "{day: 2020-01-01}").model.overrides == dates
+    for tag in ("!!binary aGk=", "!!timestamp 2020-01-01", "!!set {a}"):
+        assert "run.yaml:2: not YAML" in refused(path=yaml(f"model:\n  overrides: {{a: {tag}}}\n"))
+
+
+def test_sources_are_read_as_those_of_training():
+    found = read_sources(["a.txt", "{path: b, split: test}"], "--data")
+    assert found == (Source("a.txt"), Source("b", split="test"))
+    with pytest.raises(
+        ValueError, match=r"--data: data\.eval\[0\]\.pth is not known; a source has"
+    ):
+        read_sources(["{pth: b}"], "--data")
 
 
 def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
@@ -146,6 +176,24 @@ def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
             "data:\n  train: [{path: a, weight: 0}]\n",
             r"data\.train\[0\]\.weight is 0; it should be greater than 0",
         ),
+        ("seed: 2020-99-99\n", r"run\.yaml:1: seed is '2020-99-99'; it should be a valid integer"),
+        ("seed: 0x_\n", r"run\.yaml:1: seen '0x_', which is no YAML value"),
+        (
+            "optim:\n  clip: .nan\n",
+            r"run\.yaml:2: optim\.clip is nan; it should be a finite number",
+        ),
+        (
+            "data:\n  train: [{path: a, weight: .inf}]\n",
+            r"data\.train\[0\]\.weight is inf; it should be a finite number",
+        ),
+        (
+            "log:\n  report_to: [5]\n",
+            r"run\.yaml:2: log\.report_to\[0\] is 5; it should be 'wandb'",
+        ),
+        (
+            "optim.clip: 1\noptim:\n  clip: 2\n",
+            r"run\.yaml:3: optim\.clip is given twice; keep one",
+        ),
         ("objective: sft\n", r"run\.yaml:1: objective is 'sft'; run `jaxllm sft`"),
     ],
 )
@@ -166,6 +214,27 @@ def test_mistakes_in_the_file_name_the_line(yaml, text, message):
         (["--data.train"], "data.train needs a value"),
         (["--steps", "1", "2"], "--steps takes one value, seen 1 2"),
         (["8", "--steps"], "'8' follows no --key"),
+        (
+            ["--data.train", "a", "--data.train", "b"],
+            "--data.train is given twice; give all its values after one --data.train",
+        ),
+        (["--steps", "3", "--steps", "4"], "--steps is given twice"),
+        (["--overwrite", "--no-overwrite"], "--no-overwrite is given twice"),
+        (["--do_train", "--do_train"], "--do_train is given twice"),
+        (["--model", "m"], "--model: model has keys of its own; did you mean --model.path?"),
+        (["--data", "d"], "--data: data has keys of its own; did you mean --data.train?"),
+        (["--mesh", "8"], "--mesh: mesh has keys of its own; --help lists them"),
+        (["--modle", "m"], "unknown flag --modle; did you mean --model.path?"),
+        (
+            ["--model.overrides", "3", "--model.overrides.a", "1"],
+            "--model.overrides.a: overrides is 3, which has no entries",
+        ),
+        (["--optim.learning_rate", "inf"], "optim.learning_rate is 'inf'; it should be a finite"),
+        (["--optim.learning_rate", "nan"], "optim.learning_rate is 'nan'; it should be a finite"),
+        (["--learning_rate", ".nan"], "optim.learning_rate is nan; it should be a finite number"),
+        (["--seed", "9" * 20], f"it should be less than or equal to {2**63 - 1}"),
+        (["--seed", "-1"], "seed is -1; it should be greater than or equal to 0"),
+        (["--steps", "9" * 20], f"it should be less than or equal to {2**31 - 1}"),
         (["--optim.b1", "1"], "optim.b1 is 1; it should be less than 1"),
         (
             ["--max_grad_norm", "-1"],
@@ -329,6 +398,12 @@ def test_schema_describes_every_key_and_allows_what_yaml_allows():
         part = schema["$defs"][f"{section.title()}Section"] if section else schema
         assert part["properties"][name]["description"] == leaf.doc
         assert part["additionalProperties"] is False
-    assert {"type": "string"} in schema["$defs"]["DataSection"]["properties"]["train"]["anyOf"]
+    for key in SHORT_FORMS:
+        section, _, name = key.partition(".")
+        part = schema["$defs"][f"{section.title()}Section"]["properties"][name]
+        assert {"type": "string"} in part["anyOf"] and "type" not in part
+    assert {"type": "string"} in schema["properties"]["optim"]["anyOf"]
+    assert schema["properties"].keys() >= aliases.NAMES
+    assert schema["properties"]["use_peft"]["enum"][:2] == (None, False)
     assert schema["$defs"]["OptimSection"]["properties"]["b1"]["exclusiveMaximum"] == 1
     assert "learning_rate" in schema["properties"]

@@ -29,7 +29,7 @@ STEPS = "--steps 2 --eval_every 0 --batch_size 4"
 SMALL = (
     ("python demo/stdlib.py", "--every", "--every 12"),
     ("jaxllm pretrain", "--steps|--schema|--per_device|--explain", STEPS),
-    ("jaxllm pretrain", "--steps 2|--schema|--explain", "--steps 2"),
+    ("jaxllm pretrain", "--steps|--schema|--explain", "--steps 2"),
     ("jaxllm sft", "--steps", STEPS),
 )
 
