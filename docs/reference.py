@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxllm import aliases
-from jaxllm.cli import kind_of
+from jaxllm.cli import kind_of, plain
 from jaxllm.config import SECTIONS, leaves
 
 PAGE = Path(__file__).with_name("config.md")
@@ -18,9 +18,7 @@ MARK = "<!-- made by docs/reference.py: do not edit below -->\n"
 
 def reference() -> str:
     """Markdown: a table a section of each key: type, default, meaning, transformers' name."""
-    others: dict[str, list[str]] = {}
-    for name, key in aliases.meanings().items():
-        others.setdefault(key, []).append(f"`{name}`")
+    others = aliases.spellings()
     lines: list[str] = []
     section = None
     for leaf in leaves().values():
@@ -32,17 +30,11 @@ def reference() -> str:
             lines += ["", f"### {title}", "", *([about, ""] if about else [])]
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         default = "" if leaf.default in (None, (), {}) else f"`{plain(leaf.default)}`"
-        also = f" (also {', '.join(others[leaf.key])})" if leaf.key in others else ""
+        names = ", ".join(f"`{name}`" for name in others.get(leaf.key, ()))
+        also = f" (also {names})" if names else ""
         cells = (f"`{leaf.key}`", kind_of(leaf), default, leaf.doc + also)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def plain(value: object) -> str:
-    """A default as YAML has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from jaxllm import __version__, aliases, config
 from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
 
-DONE, MISTAKE, STOPPED = 0, 2, 75
+DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
+REPEATABLE = ("--prompt", "--stop")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -59,9 +60,7 @@ def training(verb: str, args: list[str]) -> int:
 
 def training_help(verb: str) -> str:
     """Every key of a run: its type, default, docstring and transformers' name."""
-    others: dict[str, list[str]] = {}
-    for name, meaning in aliases.meanings().items():
-        others.setdefault(meaning, []).append(f"--{name}")
+    others = {m: [f"--{name}" for name in names] for m, names in aliases.spellings().items()}
     lines = [
         f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
         "",
@@ -84,7 +83,7 @@ def training_help(verb: str) -> str:
             lines += ["", about or ""]
             section = prefix
         also = f" (also {', '.join(others.pop(leaf.key))})" if leaf.key in others else ""
-        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{_plain(leaf.default)}]")
+        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]")
         lines += textwrap.wrap(
             f"{leaf.doc}{also}", 92, initial_indent=" " * 6, subsequent_indent=" " * 6
         )
@@ -108,7 +107,7 @@ def kind_of(leaf: Leaf) -> str:
     return "{KEY: VALUE}" if isinstance(leaf.default, dict) else names.get(kind, "TEXT")
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value as YAML would have it."""
     if isinstance(value, float):
         return f"{value:g}"
@@ -119,7 +118,7 @@ def _plain(value: Any) -> str:
 
 def explanation(cfg: TrainConfig, provenance: dict[str, str]) -> str:
     """Key, value and origin of every field, in columns."""
-    rows = [(key, _plain(value_of(cfg, key)), provenance[key]) for key in leaves()]
+    rows = [(key, plain(value_of(cfg, key)), provenance[key]) for key in leaves()]
     left = max(len(key) for key, _, _ in rows)
     middle = min(max(len(value) for _, value, _ in rows), 40)
     return "\n".join(f"{key:<{left}}  {value:<{middle}}  {at}" for key, value, at in rows)
@@ -142,23 +141,56 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (`{self.prog} --help` shows the flags)")
 
+    def read(self, args: list[str]) -> argparse.Namespace:
+        """The arguments; a flag given twice raises ValueError instead of losing the first."""
+        flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+        for flag in flags:
+            if flags.count(flag) > 1 and flag not in REPEATABLE:
+                raise ValueError(f"{flag} is given twice; give all its values after one {flag}")
+        return self.parse_args(args)
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of a flag: a whole number from low to high."""
+
+    def number(text: str) -> int:
+        value = aliases.parse(text)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"seen {text}; it is a whole number from {low} to {high}"
+            )
+        return value
+
+    return number
+
 
 def _model_options(parser: _Parser, dtype: str = "float32") -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="HF directory or hub id")
+    parser.add_argument(
+        "--model", required=True, type=aliases.home, metavar="DIR", help="HF directory or hub id"
+    )
     parser.add_argument(
         "--dtype", default=dtype, choices=("float32", "bfloat16"), help="of the arithmetic"
     )
     parser.add_argument(
-        "--template", help="chat template: a file or a built-in name; default: the model's"
+        "--template",
+        type=aliases.home,
+        help="chat template: a file or a built-in name; default: the model's",
     )
+
+
+def _need_chat(options: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a flag that nothing reads without --chat."""
+    for name in names:
+        if getattr(options, name) is not None and not options.chat:
+            raise ValueError(f"--{name} goes with --chat")
 
 
 def _sampling_options(parser: _Parser) -> None:
     add = parser.add_argument
     add("--system", help="system message of the chat")
-    add("--max_new_tokens", type=int, default=256, help="tokens of an answer at most")
+    add("--max_new_tokens", type=_whole(1), default=256, help="tokens of an answer at most")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top_k", type=int, default=0, help="draw from this many likeliest tokens; 0 = all")
+    add("--top_k", type=_whole(0), default=0, help="draw from this many likeliest tokens; 0 = all")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
     add(
         "--min_p",
@@ -167,7 +199,7 @@ def _sampling_options(parser: _Parser) -> None:
         help="leave out tokens below this share of the likeliest",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the draws")
 
 
 def _sampling(options: argparse.Namespace) -> Any:
@@ -187,10 +219,11 @@ def tokenizer(verb: str, args: list[str]) -> int:
         seen = repr(args[0]) if args else "nothing"
         raise ValueError(f"jaxllm tokenizer: seen {seen}; there is `tokenizer train`")
     parser = _Parser("tokenizer train")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="text files")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--vocab_size", type=int, default=32_000, help="tokens in all")
-    options = parser.parse_args(args[1:])
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="text files")
+    add("--out", required=True, type=aliases.home, metavar="DIR", help="directory to write")
+    add("--vocab_size", type=_whole(1), default=32_000, help="tokens in all")
+    options = parser.read(args[1:])
     from jaxllm.tokenizer import train_tokenizer
 
     train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
@@ -202,20 +235,28 @@ def evaluate(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     _model_options(parser)
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE", help="files or data sets"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="files or data sets, or {path, split, columns} as in data.eval",
     )
     parser.add_argument(
         "--chat", action="store_true", help="chats: count the assistant's tokens only"
     )
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (a memory knob)")
+    parser.add_argument("--max_length", type=_whole(2), default=1024, help="tokens in a row")
+    parser.add_argument(
+        "--batch_size", type=_whole(1), default=8, help="rows at a time (a memory knob)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(args)
+    options = parser.read(args)
+    _need_chat(options, "template")
+    data = config.read_sources(options.data, "--data")
     from jaxllm.evaluate import evaluate_files
 
     found = evaluate_files(
         options.model,
-        options.data,
+        data,
         objective="sft" if options.chat else "pretrain",
         max_length=options.max_length,
         batch_size=options.batch_size,
@@ -246,7 +287,8 @@ def generate(verb: str, args: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message")
     _sampling_options(parser)
     parser.add_argument("--json", action="store_true", help='print {"prompt", "text"} a line')
-    options = parser.parse_args(args)
+    options = parser.read(args)
+    _need_chat(options, "system", "template")
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or lines on standard input")
@@ -272,7 +314,7 @@ def chat(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     _model_options(parser)
     _sampling_options(parser)
-    options = parser.parse_args(args)
+    options = parser.read(args)
     from jaxllm.rollout import chat_loop
 
     chat_loop(
@@ -288,11 +330,11 @@ def chat(verb: str, args: list[str]) -> int:
 
 def export(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("out", metavar="OUT", help="directory to write")
-    parser.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
+    parser.add_argument("run", type=aliases.home, metavar="RUN", help="run folder")
+    parser.add_argument("out", type=aliases.home, metavar="OUT", help="directory to write")
+    parser.add_argument("--step", type=_whole(0), help="checkpoint; default: the newest good one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
-    options = parser.parse_args(args)
+    options = parser.read(args)
     from jaxllm.hf import export as write
 
     print(write(options.run, options.out, dtype=options.dtype, step=options.step))
@@ -314,7 +356,8 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line), 75 stopped with a checkpoint saved.
+    """Exit status: 0 done, 2 a user's mistake (one line), 75 stopped with a checkpoint saved,
+    130 ended by Ctrl-C.
 
     Anything else is a bug and leaves as an exception.
     """
@@ -335,6 +378,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jaxllm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except KeyboardInterrupt:  # a training run takes Ctrl-C itself, once it has begun
+        return INTERRUPTED
     except Exception as error:
         line = mistake(error)
         if line is None:
@@ -370,8 +415,8 @@ def mistake(error: BaseException) -> str | None:
         if full or "No space left" in str(cause):
             return f"the disk is full ({_one_line(cause)}); what was saved before is kept"
         cause = cause.__cause__ or cause.__context__
-    files = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    if isinstance(error, files):
+    files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, (*files, PermissionError)):
         return _one_line(error)
     return _one_line(error) if isinstance(error, ValueError) and _raised_here(error) else None
 

@@ -16,6 +16,7 @@ from jaxllm.config import Source, leaves
 
 HEAVY = ("jax", "flax", "optax", "grain", "orbax", "numpy", "torch")
 HEAVY += ("transformers", "tokenizers", "datasets", "safetensors", "pydantic", "yaml")
+MODEL = ["--model", "m"]
 RUN = ["--model.path", "m", "--data.train", "d.txt"]
 
 
@@ -155,6 +156,22 @@ def test_a_full_disk_and_a_missing_file_are_the_users_to_mend(stand_in, capsys):
     assert capsys.readouterr().err == "jaxllm: error: not/there.jsonl: No such file or directory\n"
 
 
+def test_a_file_in_the_way_is_the_users_to_mend(stand_in, capsys, tmp_path):
+    (tmp_path / "run").write_text("")
+    stand_in("train", "train", lambda cfg: (tmp_path / "run").mkdir())
+    assert cli.main(["pretrain", *RUN]) == 2
+    assert capsys.readouterr().err == f"jaxllm: error: {tmp_path}/run: File exists\n"
+
+
+def test_ctrl_c_is_status_130_without_a_traceback(stand_in, capsys):
+    def interrupted(cfg):
+        raise KeyboardInterrupt
+
+    stand_in("train", "train", interrupted)
+    assert cli.main(["pretrain", *RUN]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("statement", "file", "ours"),
     [("raise", None, True), ("return", None, False), ("raise", "/lib/decoder.py", False)],
@@ -226,7 +243,24 @@ def test_schema_is_json(capsys):
         (["tokenizer", "trian"], "seen 'trian'"),
         (["eval", "--model", "m"], "required: --data"),
         (["eval", "--modle", "m"], "required: --model, --data"),
-        (["generate", "--model", "m", "--top_k", "x"], "--top_k: invalid int value: 'x'"),
+        (["eval", *MODEL, "--data", "a", "--data", "b"], "--data is given twice; give all its"),
+        (["eval", *MODEL, "--data", "{pth: a}"], "--data: data.eval[0].pth is not known"),
+        (["eval", *MODEL, "--data", "a", "--template", "t"], "--template goes with --chat"),
+        (
+            ["eval", *MODEL, "--data", "a", "--batch_size", "0"],
+            "--batch_size: seen 0; it is a whole",
+        ),
+        (["eval", *MODEL, "--data", "a", "--batch_size=-1"], "whole number from 1 to 2147483647"),
+        (["eval", *MODEL, "--data", "a", "--max_length", "-5"], "--max_length: seen -5; it is a"),
+        (["generate", *MODEL, "--top_k", "x"], "--top_k: seen x; it is a whole number from 0 to"),
+        (["generate", *MODEL, "--prompt", "x", "--system", "s"], "--system goes with --chat"),
+        (["generate", *MODEL, "--prompt", "x", "--template", "t"], "--template goes with --chat"),
+        (["generate", *MODEL, "--seed", "9" * 20], f"whole number from 0 to {2**63 - 1}"),
+        (["chat", *MODEL, "--seed", "-1"], "--seed: seen -1; it is a whole number"),
+        (
+            ["tokenizer", "train", "a", "--out", "t", "--vocab_size", "1.5"],
+            "--vocab_size: seen 1.5",
+        ),
         (["pretrain", "nope.yaml"], "nope.yaml: no such config file"),
     ],
 )
@@ -243,11 +277,11 @@ def test_mistakes_of_every_verb_are_one_line(args, message, capsys):
 def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
     found = {"loss": 1.5, "perplexity": 4.48, "tokens": 1200, "examples": 7}
     calls = stand_in("evaluate", "evaluate_files", lambda *a, **k: found)
-    args = ["eval", "--model", "m", "--data", "a", "b", "--chat", "--max_length", "64"]
-    assert cli.main([*args, "--json"]) == 0
+    args = ["eval", "--model", "m", "--data", "a", "{path: b, split: test}", "--chat"]
+    assert cli.main([*args, "--max_length", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == found
     (positional, keys) = calls[0]
-    assert positional == ("m", ["a", "b"])
+    assert positional == ("m", (Source("a"), Source("b", split="test")))
     assert keys == {
         "objective": "sft",
         "max_length": 64,
