@@ -123,6 +123,7 @@ def read_args(args: Sequence[str]) -> list[Given]:
 
 # ---- transformers and TRL
 
+LISTS = ("data.train", "data.eval", "log.samples", "log.report_to")
 RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
@@ -364,22 +365,25 @@ def _at(one: Given) -> str:
     return one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
 
 
-def _twice(one: Given) -> str:
+def _check_twice(one: Given) -> None:
+    """A flag's later value counts, as everywhere; but of a list it would lose the earlier ones."""
     flag = one.where.startswith("--")
-    way = f"give all its values after one {one.where}" if flag else "keep one"
-    return f"{_at(one)} is given twice; {way}"
+    if not flag or RENAMED.get(one.name, one.name) in LISTS:
+        way = f"give all its values after one {one.where}" if flag else "keep one"
+        raise ValueError(f"{_at(one)} is given twice; {way}")
 
 
 def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
     """Our keys from the names of one file or command line, and the names that mean nothing here.
 
-    A name given twice, two names for one key that differ, and names of what is not done here raise
-    ValueError.
+    A list's flag or a file's key given twice, two names for one key that differ, and names of what
+    is not done here raise ValueError.
     """
     flags: Flags = {}
     for one in layer:
-        if flags.setdefault(one.name, one) is not one:
-            raise ValueError(_twice(one))
+        if one.name in flags:
+            _check_twice(one)
+        flags[one.name] = one
         if one.name in REFUSED and one.value not in OFF:
             raise ValueError(f"{_at(one)}: {REFUSED[one.name]}")
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")

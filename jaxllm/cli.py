@@ -21,7 +21,6 @@ from jaxllm import __version__, aliases, config
 from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
-REPEATABLE = ("--prompt", "--stop")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -142,10 +141,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (`{self.prog} --help` shows the flags)")
 
     def read(self, args: list[str]) -> argparse.Namespace:
-        """The arguments; a flag given twice raises ValueError instead of losing the first."""
+        """The arguments. A list's flag given twice raises ValueError: it would lose the first."""
         flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-        for flag in flags:
-            if flags.count(flag) > 1 and flag not in REPEATABLE:
+        for flag in (name for action in self._actions for name in action.option_strings):
+            if flags.count(flag) > 1 and self._option_string_actions[flag].nargs == "+":
                 raise ValueError(f"{flag} is given twice; give all its values after one {flag}")
         return self.parse_args(args)
 

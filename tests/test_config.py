@@ -218,9 +218,10 @@ def test_mistakes_in_the_file_name_the_line(yaml, text, message):
             ["--data.train", "a", "--data.train", "b"],
             "--data.train is given twice; give all its values after one --data.train",
         ),
-        (["--steps", "3", "--steps", "4"], "--steps is given twice"),
-        (["--overwrite", "--no-overwrite"], "--no-overwrite is given twice"),
-        (["--do_train", "--do_train"], "--do_train is given twice"),
+        (
+            ["--train_file", "a", "--train_file", "b"],
+            "--train_file is given twice; give all its values after one --train_file",
+        ),
         (["--model", "m"], "--model: model has keys of its own; did you mean --model.path?"),
         (["--data", "d"], "--data: data has keys of its own; did you mean --data.train?"),
         (["--mesh", "8"], "--mesh: mesh has keys of its own; --help lists them"),

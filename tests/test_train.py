@@ -206,11 +206,12 @@ def project(tmp_path_factory):
 
 def arguments(project: Path, verb: str, out: str, *more: str) -> list[str]:
     data = "text.txt" if verb == "pretrain" else "chats.jsonl"
+    train = [] if "--data.train" in more else ["--data.train", str(project / data)]
     return [
         verb,
         *("--model.config", str(project / "model.json")),
         *("--model.tokenizer", str(project / "tokenizer")),
-        *("--data.train", str(project / data), "--data.max_length", "64", "--data.workers", "1"),
+        *(*train, "--data.max_length", "64", "--data.workers", "1"),
         *("--data.cache_dir", str(project / "cache"), "--output_dir", str(project / out)),
         *("--batch_size", "16", "--micro_batch_size", "1", "--steps", "12", "--log.every", "1"),
         *("--save.every", "4", "--optim.learning_rate", "0.01", "--optim.schedule", "constant"),
