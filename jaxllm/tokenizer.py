@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -15,6 +16,9 @@ END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end
 # Any of these holds a vocabulary; a directory without one can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
+# What save_tokenizer writes; a directory with anything else in it is not written to.
+_OWN_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
 # Contractions; a word with the character before it; one digit; punctuation with the newlines after
 # it; newlines with their indentation; other spaces. So numbers are read digit by digit, and a
 # token never reaches over a border between letters, digits and signs.
@@ -22,6 +26,12 @@ _PIECES = (
     r"'(?i:s|t|d|m|re|ve|ll)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+def hub_id(path: str) -> bool:
+    """Whether a path that is not there can name something on the hub: OWNER/NAME, and no typo in
+    the name of something in a directory that is there."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -35,13 +45,9 @@ def load_tokenizer(path: str | Path) -> Any:
     place = Path(path).expanduser()
     place = place.parent if place.is_file() else place
     if place.is_dir():
-        if not any((place / name).is_file() for name in _VOCABULARIES):
-            raise ValueError(
-                f"{place}: holds no tokenizer ({', '.join(_VOCABULARIES[:2])}); "
-                "name the directory of one by model.tokenizer"
-            )
-    elif len(place.parts) > 2 or str(path).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{path}: no such directory")
+        _check_holds_one(place, path)
+    elif not hub_id(str(path)):
+        raise FileNotFoundError(f"{path}: no such directory (nor a hub id like OWNER/NAME)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(place if place.is_dir() else path), trust_remote_code=False
@@ -61,6 +67,24 @@ def load_tokenizer(path: str | Path) -> Any:
             "set eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def _check_holds_one(folder: Path, path: str | Path) -> None:
+    """Raises ValueError for a directory without a tokenizer, which was found by `path`."""
+    if any((folder / name).is_file() for name in _VOCABULARIES):
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    own = isinstance(config, dict) and {"objective", "optim", "data"} <= config.keys()
+    if own or (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder} is a run folder; its model is {folder / 'final'}")
+    is_file = Path(path).expanduser().is_file()
+    lacks = "is a file, and beside it is no tokenizer" if is_file else "holds no tokenizer"
+    raise ValueError(
+        f"{path}: {lacks} ({', '.join(_VOCABULARIES[:2])}); name a directory that has one"
+    )
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -89,7 +113,8 @@ def stop_ids(
     """Ids that end a generated text, ascending.
 
     They are eos, what the chat template (`template`, or the tokenizer's own) ends a turn with, and
-    those of the generation_config.json in the directory `model`.
+    those of the generation_config.json in the directory `model`. Raises ValueError for such a file
+    that is malformed.
     """
     from jaxllm.data.chat import end_tokens
 
@@ -99,9 +124,21 @@ def stop_ids(
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names)))
     file = Path(model, "generation_config.json") if model else None
     if file and file.is_file():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+        ids |= _model_ends(file)
     return tuple(sorted(ids))
+
+
+def _model_ends(file: Path) -> set[int]:
+    """The eos_token_id of a generation_config.json."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    eos = config.get("eos_token_id") if isinstance(config, dict) else config
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(one) is int for one in ids):
+        raise ValueError(f"{file}: eos_token_id is {eos!r}; it is a number or a list of numbers")
+    return set(ids)
 
 
 def train_tokenizer(
@@ -120,16 +157,18 @@ def train_tokenizer(
     or not, comes back unchanged from its tokens. Ids 0 and 1 are the end of text (eos, and bos
     where one is asked for) and padding, which is a token of its own; `special_tokens` follow, then
     the 256 bytes. `template` is a built-in chat template or a file. Text that is too small for
-    `vocab_size` gives fewer.
+    `vocab_size` gives fewer. A tokenizer that `out` holds is replaced.
 
     Returns the tokenizer. Raises FileNotFoundError for a missing file and ValueError for one that
-    is not text, for no text at all, or for a vocab_size with no room for the bytes.
+    is not text, for no text at all, for a vocab_size with no room for the bytes, or when `out`
+    holds anything but a tokenizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     from jaxllm.data.chat import template_of
 
+    _check_target(Path(out))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = list(dict.fromkeys([END, PAD, *special_tokens]))
     if vocab_size < len(alphabet) + len(names):
@@ -175,6 +214,16 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
         config.write_text(text + "\n", encoding="utf-8")
 
 
+def _check_target(out: Path) -> None:
+    """Raises ValueError unless `out` is new, empty, or holds nothing but a tokenizer of ours."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another place")
+    if out.is_dir() and (strange := sorted({e.name for e in out.iterdir()} - _OWN_FILES)):
+        raise ValueError(
+            f"{out} holds {strange[0]}, so no tokenizer is written into it; choose another place"
+        )
+
+
 def _counted(texts: Iterable[str]) -> Iterator[str]:
     """The texts, and an error when they were all empty."""
     seen = False
@@ -190,6 +239,8 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     from jaxllm.data.sources import FORMATS
 
     files = list(files)
+    if folders := [file for file in files if file.is_dir()]:
+        raise ValueError(f"{folders[0]} is a directory; name its files, as {folders[0]}/*.txt does")
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: no such file")
     for file in files:

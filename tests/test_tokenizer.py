@@ -15,6 +15,7 @@ from jaxllm.tokenizer import (
     TURN,
     TURN_END,
     check_vocabulary,
+    hub_id,
     load_tokenizer,
     special_tokens,
     stop_ids,
@@ -135,8 +136,9 @@ def test_special_tokens_and_template_can_be_chosen(tmp_path):
     file = tmp_path / "t.jinja"
     file.write_text("{% for m in messages %}<turn>{{ m.content }}</turn>{% endfor %}")
     names = ["<turn>", "</turn>"]
-    train_tokenizer([], tmp_path, 300, texts=["a"], special_tokens=names, template=str(file))
-    tokenizer = load_tokenizer(tmp_path)
+    out = tmp_path / "out"
+    train_tokenizer([], out, 300, texts=["a"], special_tokens=names, template=str(file))
+    tokenizer = load_tokenizer(out)
     assert set(special_tokens(tokenizer)) == {END, PAD, *names}
     assert stop_ids(tokenizer) == (0, 3)
 
@@ -164,7 +166,60 @@ def test_a_file_that_is_missing_or_not_text_is_named(tmp_path):
         train_tokenizer([tmp_path / "latin.txt"], tmp_path / "out")
 
 
+def test_a_directory_to_train_on_is_told_from_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"is a directory; name its files, as .*/\*\.txt does"):
+        train_tokenizer([tmp_path], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (r'"a \ud83d"', "is half of a character"),
+        ("1" * 5_000, "an integer has more than 4300 digits"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('"a"}', "Extra data"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_names_its_line(value, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "b"}}\n{{"text": {value}}}')
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: malformed JSON: .*{message}"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "out")
+
+
+def test_an_older_tokenizer_is_replaced_and_nothing_else(trained, tmp_path):
+    train_tokenizer([], tmp_path, 300, texts=["a"])
+    train_tokenizer([], tmp_path, 400, texts=[TEXT])
+    assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds config.json, so no tokenizer is written into it"):
+        train_tokenizer([], tmp_path, 300, texts=["a"])
+    with pytest.raises(ValueError, match="config.json is a file; choose another place"):
+        train_tokenizer([], tmp_path / "config.json", 300, texts=["a"])
+
+
 # ---- loading
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("owner/name", True),
+        ("Owner-1/na.me_2", True),
+        ("bare", False),
+        ("a/b/c", False),
+        ("./a", False),
+        ("~/a", False),
+        ("/a", False),
+        ("..", False),
+        ("a/", False),
+        ("here/typo", False),
+        ("", False),
+    ],
+)
+def test_a_hub_id_is_an_owner_and_a_name_and_no_place_here(path, known, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert hub_id(path) is known
 
 
 def test_a_file_beside_the_tokenizer_names_it_too(trained, tokenizer):
@@ -185,15 +240,33 @@ def test_a_directory_without_a_tokenizer_is_refused_not_filled_in(tmp_path):
     folder = write(
         tmp_path / "m", config__json={"model_type": "llama"}, tokenizer_config__json=config
     )
-    with pytest.raises(ValueError, match="m: holds no tokenizer.*model.tokenizer"):
+    with pytest.raises(ValueError, match="m: holds no tokenizer .*name a directory that has"):
+        load_tokenizer(folder)
+
+
+def test_a_file_without_a_tokenizer_beside_it_is_named_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(ValueError, match="^afile: is a file, and beside it is no tokenizer"):
+        load_tokenizer("afile")
+
+
+@pytest.mark.parametrize("sign", ["config", "checkpoints"])
+def test_a_run_folder_says_where_its_model_is(sign, tmp_path):
+    config = {"objective": "sft", "optim": {}, "data": {}} if sign == "config" else []
+    folder = write(tmp_path / "run", config__json=config)
+    if sign == "checkpoints":
+        (folder / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="run is a run folder; its model is .*run/final$"):
         load_tokenizer(folder)
 
 
 def test_a_missing_path_is_not_looked_for_elsewhere(tmp_path):
     with pytest.raises(FileNotFoundError, match="nosuch: no such directory"):
         load_tokenizer(tmp_path / "nosuch")
-    with pytest.raises(FileNotFoundError, match=r"\./nosuch: no such directory"):
-        load_tokenizer("./nosuch")
+    for path in ("./nosuch", "gpt2"):
+        with pytest.raises(FileNotFoundError, match=f"{path}: no such directory"):
+            load_tokenizer(path)
 
 
 def test_a_name_that_is_no_directory_and_not_on_the_hub_is_told():
@@ -253,6 +326,22 @@ def test_the_models_own_list_ends_a_text_too(eos, ids, tokenizer, tmp_path):
     write(tmp_path / "m", generation_config__json={"eos_token_id": eos})
     assert stop_ids(tokenizer, tmp_path / "m") == ids
     assert stop_ids(tokenizer, tmp_path) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'; it is a number or a list of numbers"),
+        ({"eos_token_id": [3, None]}, r"eos_token_id is \[3, None\]; it is a number"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        (["x"], r"eos_token_id is \['x'\]"),
+        ("{", "not JSON: Expecting"),
+    ],
+)
+def test_a_malformed_list_of_the_model_is_told(content, message, tokenizer, tmp_path):
+    write(tmp_path / "m", generation_config__json=content)
+    with pytest.raises(ValueError, match=rf"m/generation_config\.json: {message}"):
+        stop_ids(tokenizer, tmp_path / "m")
 
 
 def test_without_a_template_eos_ends_a_text(trained):
