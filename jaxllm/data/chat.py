@@ -120,7 +120,7 @@ def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) 
     """The Jinja source: a built-in template, a file, or the tokenizer's own.
 
     Of a tokenizer's several templates it is the one for tools when there are `tools`. Raises
-    ValueError when there is none.
+    ValueError when there is none, or the file is not text.
     """
     if template is not None:
         file = TEMPLATES.get(template, Path(template))
@@ -129,7 +129,10 @@ def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) 
                 f"the chat template {template!r} is neither a file nor built in "
                 f"({', '.join(TEMPLATES)})"
             )
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: the chat template is not UTF-8 text: {error}") from None
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template; set data.template to a file or to one of "
@@ -142,7 +145,7 @@ def _weight(message: dict[str, Any]) -> float:
     weight = message.get("weight")
     if weight is None:
         return 1.0
-    if isinstance(weight, (int, float)) and 0 <= weight < float("inf"):
+    if isinstance(weight, (int, float)) and 0 <= weight <= float(np.finfo(np.float32).max):
         return float(weight)
     raise ValueError(f"a message's weight is {weight!r}; it is a number from 0 on")
 
@@ -249,8 +252,9 @@ class _Renderer:
             )
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from None
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program of the user's: 1/0, endless recursion
+            why = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"the chat template refuses the conversation: {why}") from None
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 

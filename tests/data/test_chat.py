@@ -534,6 +534,9 @@ def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_pa
         ValueError, match="'nosuch' is neither a file nor built in .*chatml.*seed-qwen"
     ):
         template_of(tokenizer, "nosuch")
+    file.write_bytes("{# größer #}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"own\.jinja: the chat template is not UTF-8 text"):
+        template_of(tokenizer, str(file))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template; set data.template"):
         render(tokenizer, CHAT)
@@ -560,7 +563,21 @@ def test_a_template_sees_tokens_added_after_its_first_use(of_style):
         ([*turns("a"), {"role": "assistant", "content": "b", "weight": "x"}], {}, "weight is 'x'"),
         ([{"role": "assistant", "content": "a"}], {"style": "gemma"}, "user and model take turns"),
         (turns("a", "b"), {"source": "{% for m in messages %}"}, "chat template, line 1"),
-        (turns("a", "b"), {"source": "{{ messages[0].content + 1 }}"}, "refuses the conversation"),
+        (
+            [*turns("a"), {"role": "assistant", "content": "b", "weight": 10**400}],
+            {},
+            "weight is 1",
+        ),
+        *(
+            (turns("a", "b"), {"source": source}, f"refuses the conversation: {error}")
+            for source, error in (
+                ("{{ messages[0].content + 1 }}", "TypeError"),
+                ("{{ 1/0 }}", "ZeroDivisionError"),
+                ("{{ messages[0].content.encode('no') }}", "LookupError"),
+                ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+                ("{{ messages.nosuch.x }}", "'list object' has no attribute 'nosuch'"),
+            )
+        ),
     ],
 )
 def test_mistakes_are_told(messages, options, message, of_style):
