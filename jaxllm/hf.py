@@ -30,7 +30,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import Key, from_hf, key_table, normalised, to_hf
 from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
-from jaxllm.tokenizer import load_tokenizer, save_tokenizer, stop_ids
+from jaxllm.tokenizer import hub_id, load_tokenizer, save_tokenizer, stop_ids
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def resolve(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not hub_id(path):
         raise ValueError(f"{path} is not a directory (nor a hub id like owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
