@@ -69,8 +69,8 @@ class Source:
     """file, glob, directory, hub id, `tfds:NAME`; suffix tells the format"""
     weight: Annotated[float, Gt(0)] | None = None
     """share of the mixture, relative to the others; left out everywhere, sources are joined"""
-    split: str = "train"
-    """split of a dataset that has several"""
+    split: str | None = None
+    """split of a dataset that has several; default: train, but a source of data.eval names it"""
     columns: dict[str, str] = field(default_factory=dict)
     """{name expected here: column in the file}, e.g. {text: content, prompt: question}"""
 

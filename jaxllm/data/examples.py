@@ -47,11 +47,14 @@ class Examples:
     """Tokenised examples of one source, random access without a copy.
 
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], targets with a loss weight.
-    fate: int8 [N]. `name`, `content` (hash of the bytes read) and `fingerprint` (of the cache).
+    fate: int8 [N]. `name`, `split` (None where there are none), `content` (hash of the bytes read)
+    and `fingerprint` (of the cache).
     """
 
-    def __init__(self, table: Any, *, name: str, content: str, fingerprint: str) -> None:
-        self.name, self.content, self.fingerprint = name, content, fingerprint
+    def __init__(
+        self, table: Any, *, name: str, split: str | None, content: str, fingerprint: str
+    ) -> None:
+        self.name, self.split, self.content, self.fingerprint = name, split, content, fingerprint
         self._tokens = _Lists(table.data.column("tokens"))
         self._learn = _Lists(table.data.column("learn"))
         self.lengths = self._tokens.lengths
@@ -92,33 +95,38 @@ class _Lists:
         return values[offsets[at] : offsets[at + 1]]
 
 
-def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str) -> Examples:
+def tokenize(
+    source: Source,
+    cfg: TrainConfig,
+    tokenizer: Any,
+    tokenizer_hash: str,
+    *,
+    held_out: bool = False,
+) -> Examples:
     """The examples of `source`: documents for pretraining, conversations for SFT.
 
     Reads them from the cache when the same bytes were tokenised before with the same tokenizer
-    (`tokenizer_hash` is its `fingerprint`) and settings. Raises ValueError for an empty source
-    and for records that do not fit.
+    (`tokenizer_hash` is its `fingerprint`) and settings. What is `held_out` must name one of
+    several splits. Raises ValueError for an empty source and for records that do not fit.
     """
-    if cfg.objective == "pretrain" and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no eos token, and each document is ended by one; "
-            "set eos_token in its tokenizer_config.json"
-        )
     with _progress_bars(False):
-        located = locate(source)
+        located = locate(source, held_out=held_out)
     content = content_hash(located.files)
     settings = _settings(cfg, tokenizer) | {
         "code": content_hash(_CODE),
         "content": content,
         "format": located.format,
-        "split": source.split,
+        "split": located.split,
         "columns": source.columns,
         "tokenizer": tokenizer_hash,
     }
     key = xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
     root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
     if not (root / key).is_dir():
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"data.cache_dir: {root} is a file, or lies in one") from None
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
             with _progress_bars(False):
                 raw = read(located, Path(folder))
@@ -132,7 +140,7 @@ def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: s
                     raise
     with _progress_bars(False):
         table = datasets.load_from_disk(str(root / key))
-    return Examples(table, name=source.path, content=content, fingerprint=key)
+    return Examples(table, name=source.path, split=located.split, content=content, fingerprint=key)
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -162,11 +170,14 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 
 
 def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:
-    """The dataset of _FEATURES made from `raw` by as many processes as are worth starting."""
+    """The dataset of _FEATURES made from `raw` by `data.workers` processes.
+
+    0 is one a core, and at most as many as have 2,000 examples each, or starting them takes longer.
+    """
     if not len(raw):
         raise ValueError(f"{source.path}: holds no examples")
     each = _documents if cfg.objective == "pretrain" else _conversations
-    workers = min(cfg.data.workers or len(os.sched_getaffinity(0)), len(raw) // 2000)
+    workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
     with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
         # JAX warns of forks, but the children tokenise and never enter JAX.
         warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
@@ -184,6 +195,13 @@ def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path)
             new_fingerprint="unused",  # the key is ours; hashing a closure with a tokenizer is slow
             desc=f"tokenize {Path(source.path).name}",
         )
+
+
+def _cores() -> int:
+    """Cores that this process may use; all of them where the system does not say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -241,8 +259,9 @@ def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> I
                 learn=data.learn,
                 train_on_prompt=data.train_on_prompt,
             )
-        except ValueError as error:
-            raise ValueError(f"{at}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            why = error if isinstance(error, ValueError) else "the record is nested too deeply"
+            raise ValueError(f"{at}: {why}") from error
         fate = KEPT
         if len(tokens) > data.max_length:
             tokens, learn = tokens[: data.max_length], learn[: data.max_length]

@@ -210,7 +210,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     """Reads, tokenises (or finds in the cache) and lays out all of `cfg.data`.
 
     Raises ValueError when a source is empty, when all of its examples are dropped, when it gives
-    no row or when a held-out set is empty.
+    no row, when a held-out set is empty or when one has several splits and names none.
     """
     data = cfg.data
     if not data.train and not data.eval:
@@ -219,18 +219,13 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     tokenizer_hash = fingerprint(tokenizer)
     train, held_out = [], []
     for index, source in enumerate(data.train):
-        if source.weight is not None and not source.weight > 0:
-            raise ValueError(
-                f"{source.path}: a weight of {source.weight} gives it no share of the mixture; "
-                "leave the source out instead"
-            )
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
         kept, held = _split(examples, fraction, np.random.default_rng((cfg.seed, index)))
         train.append(_Part(source, examples, kept))
         held_out.append(_Part(source, examples, held))
     evals: dict[str, list[_Part]] = {"eval": held_out} if fraction else {}
     for source in data.eval:
-        examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
+        examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
         part = _Part(source, examples, np.flatnonzero(examples.lengths))
         evals[_free_name(Path(source.path).stem, evals)] = [part]
 
@@ -343,7 +338,7 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
         sources.append(
             {
                 "path": part.source.path,
-                "split": part.source.split,
+                "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
                 "read": len(examples),

@@ -12,8 +12,9 @@ import glob
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
+from jaxllm.tokenizer import hub_id
 
 FORMATS = {
     ".txt": "text",
@@ -60,6 +62,8 @@ _SPLITS = {
 }
 # Columns of a spooled table: a record as JSON, and the FILE:LINE it came from.
 _RECORD, _AT = "__record__", "__at__"
+# JSON's way to write half of a character; two such halves make one, a lone one is no text.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,25 @@ class Located:
     """every file whose bytes are read, in order"""
     opened: Any = None
     """datasets.Dataset, or the tfds data source"""
+    split: str | None = None
+    """the one taken; None where there are no splits"""
 
 
 # ---- finding
 
 
-def locate(source: Source) -> Located:
+def locate(source: Source, *, held_out: bool = False) -> Located:
     """Finds what `source.path` names: files, a folder, a saved or hub dataset, or `tfds:NAME`.
 
-    Raises FileNotFoundError for a missing path, ValueError for one that cannot be read as data.
+    Of several splits it takes `source.split`, or train when that is None; what is `held_out` must
+    name one, for an evaluation on what was trained on looks like a good one. Raises
+    FileNotFoundError for a missing path, ValueError for one that cannot be read as data.
     """
     if source.path.startswith("tfds:"):
-        return _locate_tfds(source)
+        return _locate_tfds(source, held_out)
     path = os.path.expanduser(source.path)
     if os.path.isdir(path):
-        return _locate_folder(Path(path), source.split)
+        return _locate_folder(Path(path), source, held_out)
     if os.path.isfile(path):
         return _of_files([Path(path)], source.path)
     if glob.has_magic(path):
@@ -94,12 +102,11 @@ def locate(source: Source) -> Located:
         if not found:
             raise FileNotFoundError(f"{source.path}: no file matches")
         return _of_files(found, source.path)
-    # A name that can only be meant as a path is not looked up on the hub, which may take long.
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", path)
-    near = "/" in path and Path(path).parent.is_dir()
-    if not is_hub_id or near or Path(path).suffix in FORMATS:
-        raise FileNotFoundError(f"{source.path}: no such file or directory")
-    return _locate_hub(source)
+    if not hub_id(path.partition(":")[0]) or Path(path).suffix in FORMATS:
+        raise FileNotFoundError(
+            f"{source.path}: no such file or directory (nor a hub id like OWNER/NAME)"
+        )
+    return _locate_hub(source, held_out)
 
 
 def content_hash(files: Iterable[Path]) -> str:
@@ -127,15 +134,31 @@ def _of_files(files: list[Path], path: str) -> Located:
     return Located(formats[0], tuple(files))
 
 
-def _locate_folder(folder: Path, split: str) -> Located:
+def _chosen(splits: Iterable[str], source: Source, held_out: bool) -> str:
+    """The split that `locate` takes of these, all that there are."""
+    names, wanted = list(splits), source.split
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted is None and held_out:
+        raise ValueError(
+            f"{source.path}: has the splits {', '.join(names)}; name the held-out one: "
+            f"{{path: {source.path}, split: NAME}}"
+        )
+    if (wanted := wanted or "train") not in names:
+        raise ValueError(
+            f"{source.path}: no split {wanted!r}; it has {', '.join(names)}: name one by split"
+        )
+    return wanted
+
+
+def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     """A dataset written by `save_to_disk`, or a folder of data files (of splits by their names)."""
-    if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise ValueError(f"{folder}: no split {split!r}; it has {', '.join(splits)}")
+    split = None
+    if (saved := folder / "dataset_dict.json").exists():
+        split = _chosen(_loads(saved.read_text(), str(saved))["splits"], source, held_out)
         folder = folder / split
     if (folder / "state.json").exists():
-        return _of_dataset(datasets.load_from_disk(str(folder)))
+        return _of_dataset(datasets.load_from_disk(str(folder)), split)
     seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.suffix in FORMATS)
     files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
@@ -151,9 +174,8 @@ def _locate_folder(folder: Path, split: str) -> Located:
             f"{folder}: file names give the splits {', '.join(splits)}, but "
             f"{unnamed[0]} is in none; name the files by a glob"
         )
-    if split not in splits:
-        raise ValueError(f"{folder}: no split {split!r}; its file names give {', '.join(splits)}")
-    return _of_files(splits[split], str(folder))
+    split = _chosen(splits, source, held_out)
+    return replace(_of_files(splits[split], str(folder)), split=split)
 
 
 def _split_of(file: Path) -> str:
@@ -163,25 +185,33 @@ def _split_of(file: Path) -> str:
     return next(given, "")
 
 
-def _locate_hub(source: Source) -> Located:
+def _locate_hub(source: Source, held_out: bool) -> Located:
     """A dataset of the hub or its local cache; `ID:SUBSET` picks a configuration."""
     name, _, subset = source.path.partition(":")
     try:
-        return _of_dataset(datasets.load_dataset(name, subset or None, split=source.split))
+        loaded = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
-            f"could not be loaded: {reason}"
+            f"could not be loaded: {_reason(error)}"
         ) from error
+    return _of_dataset(*_taken(loaded, source, held_out))
 
 
-def _of_dataset(dataset: Any) -> Located:
+def _taken(loaded: Any, source: Source, held_out: bool) -> tuple[Any, str]:
+    """The split of `source` (a slice of one, perhaps), or one of all, and its name."""
+    if source.split:
+        return loaded, source.split
+    split = _chosen(loaded, source, held_out)
+    return loaded[split], split
+
+
+def _of_dataset(dataset: Any, split: str | None) -> Located:
     files = tuple(Path(f["filename"]) for f in dataset.cache_files)
-    return Located("dataset", files, dataset)
+    return Located("dataset", files, dataset, split)
 
 
-def _locate_tfds(source: Source) -> Located:
+def _locate_tfds(source: Source, held_out: bool) -> Located:
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -192,13 +222,12 @@ def _locate_tfds(source: Source) -> Located:
     try:
         builder = tfds.builder(name)
         builder.download_and_prepare(file_format="array_record")
-        opened = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
+        loaded = builder.as_data_source(split=source.split)
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source.path}: could not be loaded: {reason}") from error
-    return Located(
-        "tfds", tuple(sorted(f for f in Path(builder.data_dir).iterdir() if f.is_file())), opened
-    )
+        raise ValueError(f"{source.path}: could not be loaded: {_reason(error)}") from error
+    opened, split = _taken(loaded, source, held_out)
+    files = sorted(f for f in Path(builder.data_dir).iterdir() if f.is_file())
+    return Located("tfds", tuple(files), opened, split)
 
 
 # ---- reading
@@ -219,16 +248,15 @@ def read(located: Located, folder: Path) -> Any:
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
             except (DatasetGenerationError, pa.ArrowInvalid) as error:
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
-                raise ValueError(
-                    f"{_first_last(files)}: not readable as {located.format}: {reason}"
-                ) from error
+                where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
+                reason = _reason(error.__cause__ or error)
+                raise ValueError(f"{where}: not readable as {located.format}: {reason}") from error
         case "text":
             pairs = (pair for file in located.files for pair in _text_records(file))
         case "json":
             pairs = (pair for file in located.files for pair in _json_records(file))
         case "array_record":
-            pairs = _array_records([str(f) for f in located.files])
+            pairs = (pair for file in located.files for pair in _array_records(file))
         case _:
             pairs = _tfds_records(located.opened)
     return _spool(pairs, folder / "records.arrow")
@@ -242,15 +270,33 @@ def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterato
             yield f"{path}, row {index}", _without_nulls(dict(zip(batch, values, strict=True)))
         return
     for text, at in zip(batch[_RECORD], batch[_AT], strict=True):
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{at}: malformed JSON: {error.msg} at column {error.colno}; saw {_short(text)}"
-            ) from None
+        record = _loads(text, at)
         if not isinstance(record, dict):
             raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {_short(text)}")
         yield at, record
+
+
+def _loads(text: str, at: str, what: str = "malformed JSON") -> Any:
+    """A value of JSON. Raises ValueError for what is none, or none that can be used."""
+    try:
+        value = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at column {error.colno}"
+    except UnicodeEncodeError as error:
+        why = f"{error.object[error.start]!a} is half of a character (a lone surrogate)"
+    except (ValueError, RecursionError) as error:
+        why = _unreadable(error)
+    raise ValueError(f"{at}: {what}: {why}; saw {_short(text)}")
+
+
+def _unreadable(error: ValueError | RecursionError) -> str:
+    """What json could not read, though it is well formed."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
 
 
 def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
@@ -314,10 +360,11 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
         assert match is not None
         return match.end()
 
+    line = 1
     try:
         text = content.decode("utf-8-sig")
         at = skip(skip(0) + 1)
-        line = 1 + text.count("\n", 0, at)
+        line += text.count("\n", 0, at)
         while text[at : at + 1] != "]":
             _, stop = decoder.raw_decode(text, at)
             yield text[at:stop], f"{file}:{line}"
@@ -338,20 +385,23 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
             f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
             f"saw {_short(seen)}"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}:{line}: malformed JSON: {_unreadable(error)}") from None
 
 
-def _array_records(files: list[str]) -> Iterator[tuple[str, str]]:
+def _array_records(file: Path) -> Iterator[tuple[str, str]]:
     from grain.sources import ArrayRecordDataSource
 
-    source: Any = ArrayRecordDataSource(files)
-    for index in range(len(source)):
-        at = f"{_first_last(files)}, record {index}"
-        try:
+    at = str(file)
+    try:
+        source: Any = ArrayRecordDataSource([at])
+        for index in range(len(source)):
+            at = f"{file}, record {index}"
             yield source[index].decode(), at
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{at}: not UTF-8; a record of an .array_record file is a JSON object"
-            ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{at}: not UTF-8; a record here is a JSON object") from None
+    except RuntimeError as error:
+        raise ValueError(f"{at}: not readable as array_record: {_reason(error)}") from None
 
 
 def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
@@ -373,10 +423,7 @@ def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
             f"{at}: found the columns {', '.join(record) or 'none'}; pretraining reads a column "
             "text (name another with columns: {text: NAME})"
         )
-    text = record["text"]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{at}: text is {type(text).__name__}, not a string: {_short(str(text))}")
-    return text or ""
+    return "" if record["text"] is None else _string(record, "text", at)
 
 
 def conversation_of(
@@ -397,14 +444,9 @@ def conversation_of(
     elif "prompt" in found and "completion" in found:
         turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
     elif "instruction" in found and "output" in found:
-        past = [
-            (role, text)
-            for pair in found.get("history", ())
-            for role, text in zip(_PAIR, pair, strict=True)
-        ]
-        asked = "\n".join(t for t in (found["instruction"], found.get("input")) if t)
-        turns = [turn for role, text in past for turn in _said(role, text)]
-        turns += _said("user", asked) + _said("assistant", found["output"])
+        asked = [t for name in ("instruction", "input") if (t := _string(found, name, at))]
+        turns = _history(found.get("history") or [], at) + _said("user", "\n".join(asked))
+        turns += _said("assistant", found["output"])
     elif "question" in found and "answer" in found:
         turns = _said("user", found["question"]) + _said("assistant", found["answer"])
     else:
@@ -415,15 +457,14 @@ def conversation_of(
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{at}: a conversation is a list of messages; saw {_short(str(turns))}")
     messages = [_message(turn, at) for turn in turns]
-    if found.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": found["system"]})
+    if (system := _string(found, "system", at)) and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     if user_template:
         _rewrite_last_user(messages, USER_TEMPLATES.get(user_template, user_template), found, at)
-    tools = _parsed(found["tools"], "tools", at) if found.get("tools") else None
-    return {"messages": messages, "tools": [_function(t) for t in tools] if tools else None}
-
-
-_PAIR = ("user", "assistant")
+    tools = _parsed(found.get("tools") or [], "tools", at) or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{at}: tools is a list of JSON schemas; saw {_short(str(tools))}")
+    return {"messages": messages, "tools": [_function(t) for t in tools] or None}
 
 
 def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
@@ -441,14 +482,25 @@ def _said(role: str, value: Any) -> list:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
+def _history(value: Any, at: str) -> list[dict]:
+    """The turns before an instruction."""
+    pairs = _parsed(value, "history", at)
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        raise ValueError(f"{at}: history is pairs [question, answer]; saw {_short(str(pairs))}")
+    return [turn for q, a in pairs for turn in (*_said("user", q), *_said("assistant", a))]
+
+
+def _string(record: dict, name: str, at: str) -> str:
+    """A column that may be missing ("")."""
+    if isinstance(value := record.get(name, ""), str):
+        return value
+    kind = type(value).__name__
+    raise ValueError(f"{at}: {name} is {kind}, not a string: {_short(str(value))}")
+
+
 def _parsed(value: Any, what: str, at: str) -> Any:
     """A nested column, which some datasets store as a string of JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{at}: {what} is not JSON: {error.msg}; saw {_short(value)}") from None
+    return _loads(value, at, f"{what} is not JSON") if isinstance(value, str) else value
 
 
 def _message(turn: Any, at: str) -> dict[str, Any]:
@@ -457,7 +509,7 @@ def _message(turn: Any, at: str) -> dict[str, Any]:
             f"{at}: a message is an object with role and content; saw {_short(str(turn))}"
         )
     said = turn.get("role", turn.get("from"))
-    if said not in ROLES:
+    if not isinstance(said, str) or said not in ROLES:
         raise ValueError(f"{at}: a message has the role {said!r}; accepted are {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     message = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
@@ -465,8 +517,9 @@ def _message(turn: Any, at: str) -> dict[str, Any]:
         calls = _parsed(content, "a function_call", at)
         message["tool_calls"], content = calls if isinstance(calls, list) else [calls], ""
     if message.get("tool_calls"):
-        calls = [_function(call) for call in message["tool_calls"]]
-        if not all(isinstance(c, dict) and "name" in c.get("function", {}) for c in calls):
+        calls = message["tool_calls"]
+        calls = [_function(call) for call in calls] if isinstance(calls, list) else [calls]
+        if not all(map(_is_call, calls)):
             raise ValueError(f"{at}: a tool call has name and arguments; saw {_short(str(calls))}")
         message["tool_calls"] = [_with_arguments(call) for call in calls]
     else:
@@ -493,13 +546,18 @@ def _function(item: Any) -> Any:
     return item
 
 
+def _is_call(item: Any) -> bool:
+    function = item.get("function") if isinstance(item, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
+
+
 def _with_arguments(call: dict) -> dict:
     """Arguments given as a string of JSON become an object: a template would encode them twice."""
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+            arguments = _loads(arguments, "")
+        except ValueError:
             return call
         return call | {"function": call["function"] | {"arguments": arguments}}
     return call
@@ -515,7 +573,7 @@ def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str
     }
     try:
         user["content"] = template.format_map(values)
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{at}: user_template {_short(template)} does not fit: {error!r}; "
             f"the columns are {', '.join(found)}"
@@ -536,5 +594,6 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "…")
 
 
-def _first_last(files: list[str]) -> str:
-    return files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
+def _reason(error: BaseException) -> str:
+    """What a library said, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

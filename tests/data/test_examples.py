@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ BOS, EOS = 0, 1
 
 
 def config(tmp_path: Path, objective: str = "pretrain", **data) -> TrainConfig:
-    section = DataSection(cache_dir=str(tmp_path / "cache"), **({"workers": 1} | data))
+    section = DataSection(**({"cache_dir": str(tmp_path / "cache"), "workers": 1} | data))
     return TrainConfig(objective=objective, data=section, log=LogSection(progress=False))
 
 
@@ -69,6 +70,34 @@ def test_documents_keep_order_and_borders_across_batches_and_workers(workers, tm
     assert got == [[*tokenizer(t).input_ids, EOS] for t in texts]
 
 
+@pytest.mark.parametrize(
+    ("workers", "cores", "rows", "processes"),
+    [(0, 8, 4100, 2), (0, 1, 4100, None), (0, 8, 3000, None), (3, 1, 10, 3), (9, 1, 2, 2)],
+)
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_workers_are_as_many_as_asked_for(
+    workers, cores, rows, processes, system, tmp_path, tokenizer, monkeypatch
+):
+    """Left to us, there is one a core, and no more than have 2,000 examples each."""
+
+    class Raw:
+        column_names = ("text",)
+
+        def __len__(self) -> int:
+            return rows
+
+        def map(self, _, *, num_proc, **options):
+            return num_proc
+
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    if system == "Linux":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    cfg = config(tmp_path, workers=workers)
+    assert examples_module._map(Source("a"), cfg, tokenizer, Raw(), tmp_path) == processes
+
+
 def test_a_bad_record_met_by_a_worker_still_names_its_line(tmp_path, tokenizer):
     rows = [{"text": "a"} if i != 3000 else {"body": "a"} for i in range(4100)]
     file = write_lines(tmp_path / "a.jsonl", rows)
@@ -86,18 +115,19 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_to
         assert found.learned[2] == found.lengths[2] - 1
 
 
-def test_no_eos_token_is_refused(tmp_path, tokenizer):
-    class NoEos:
-        eos_token_id = None
-
-    with pytest.raises(ValueError, match="has no eos token"):
-        tokenize(Source("unread"), config(tmp_path), NoEos(), "")
-
-
 def test_an_empty_source_is_named(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"a\.jsonl: holds no examples"):
         read(tmp_path / "a.jsonl", config(tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("place", ["file", "file/in/it"])
+def test_a_cache_that_cannot_be_a_directory_is_named(place, tmp_path, tokenizer):
+    file = write_lines(tmp_path / "file", [])
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match=f"data.cache_dir: {tmp_path / place} is a file, or lies"):
+        read(source, config(tmp_path, cache_dir=str(tmp_path / place)), tokenizer)
+    assert file.read_text() == ""
 
 
 # ---- conversations
@@ -134,6 +164,24 @@ def test_conversations_with_nothing_to_learn_are_dropped(tmp_path, tokenizer):
     rows = [{"messages": [{"role": "user", "content": "q"}, mute]}, SHORT | {"messages": None}]
     file = write_lines(tmp_path / "a.jsonl", rows)
     assert read(file, config(tmp_path, "sft"), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+
+
+@pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])
+def test_a_template_that_fails_names_the_record(template, tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(template)
+    file = write_lines(tmp_path / "a.jsonl", [SHORT])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template refuses"):
+        read(file, config(tmp_path, "sft", template=str(tmp_path / "t.jinja")), tokenizer)
+
+
+def test_a_record_nested_too_deeply_to_render_is_named(tmp_path, tokenizer, monkeypatch):
+    def render(*_, **__):
+        raise RecursionError
+
+    monkeypatch.setattr(examples_module, "render", render)
+    file = write_lines(tmp_path / "a.jsonl", [SHORT])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is nested too deeply"):
+        read(file, config(tmp_path, "sft"), tokenizer)
 
 
 # ---- the cache

@@ -214,8 +214,6 @@ def test_no_source_of_a_mixture_is_dropped(tmp_path, tokenizer):
         ValueError, match=r"short\.jsonl: 2 tokens fill no row of max_length \+ 1 = 9"
     ):
         load_data(config(tmp_path, long, short, max_length=8), tokenizer)
-    with pytest.raises(ValueError, match=r"short\.jsonl: a weight of 0 gives it no share"):
-        load_data(config(tmp_path, long, Source(short, weight=0), max_length=8), tokenizer)
 
 
 # ---- evaluation
@@ -264,6 +262,20 @@ def test_eval_sources_are_named_by_file_and_kept_whole(tmp_path, tokenizer):
     assert batch["weights"].sum() == 3 + 1
     alone = load_data(config(tmp_path, eval=held_out, max_length=16), tokenizer)
     assert alone.train is None and list(alone.evals) == ["dev", "dev-2"]
+
+
+def test_an_evaluation_does_not_guess_the_split(tmp_path, tokenizer):
+    (tmp_path / "d").mkdir()
+    train = texts(tmp_path, "d/train.jsonl", ["abcdef"])
+    texts(tmp_path, "d/test.jsonl", ["xy"])
+    folder = str(tmp_path / "d")
+    with pytest.raises(ValueError, match="d: has the splits test, train; name the held-out one"):
+        load_data(config(tmp_path, train, eval=(Source(folder),), max_length=4), tokenizer)
+    held_out = (Source(folder, split="test"),)
+    data = load_data(config(tmp_path, folder, eval=held_out, max_length=4), tokenizer)
+    sources = [part["sources"][0] for part in (data.manifest["train"], data.manifest["eval"]["d"])]
+    assert [source["split"] for source in sources] == ["train", "test"]
+    assert [source["tokens"] for source in sources] == [7, 3]
 
 
 def test_manifest_counts_what_was_read_cut_dropped_and_laid_out(tmp_path, tokenizer):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -20,8 +22,8 @@ from jaxllm.data.sources import (
 ROWS = [{"text": "one\n"}, {"text": "zwei\u2028ü"}, {"text": "<eos> three"}]
 
 
-def read_all(path: object, folder: Path, **source: str) -> list[dict]:
-    table = read(locate(Source(str(path), **source)), folder)
+def read_all(path: object, folder: Path, *, held_out: bool = False, **source: str) -> list[dict]:
+    table = read(locate(Source(str(path), **source), held_out=held_out), folder)
     batch = table[:] if len(table) else {}
     return [record for _, record in records(batch, list(range(len(table))), str(path))]
 
@@ -102,11 +104,63 @@ def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path):
     write(tmp_path / "d" / "test" / "00-of-01.jsonl", '{"text": "held out"}')
     assert read_all(tmp_path / "d", tmp_path) == [{"text": "seen"}]
     assert read_all(tmp_path / "d", tmp_path, split="test") == [{"text": "held out"}]
-    with pytest.raises(ValueError, match="no split 'dev'; its file names give test, train"):
+    with pytest.raises(ValueError, match="no split 'dev'; it has test, train"):
         locate(Source(str(tmp_path / "d"), split="dev"))
     write(tmp_path / "d" / "more.jsonl", '{"text": "whose?"}')
     with pytest.raises(ValueError, match=r"more.jsonl is in none; name the files by a glob"):
         locate(Source(str(tmp_path / "d")))
+
+
+def splits_in(place: str, names: list[str], tmp_path: Path, monkeypatch) -> str:
+    """The path of a dataset whose splits hold their own names as text."""
+    splits = {name: datasets.Dataset.from_list([{"text": name}]) for name in names}
+    if place == "hub":
+        made = datasets.DatasetDict(splits)
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *_, split: made[split] if split else made
+        )
+        return "someone/something"
+    if place == "tfds":
+        builder = SimpleNamespace(
+            data_dir=tmp_path,
+            download_and_prepare=lambda **_: None,
+            as_data_source=lambda split: splits[split] if split else splits,
+        )
+        core = SimpleNamespace(DatasetNotFoundError=LookupError)
+        fake = SimpleNamespace(core=core, builder=lambda name: builder)
+        monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+        return "tfds:something"
+    folder = tmp_path / "d"
+    if place == "saved":
+        datasets.DatasetDict(splits).save_to_disk(str(folder))
+    for name in names if place == "folder" else ():
+        write(folder / f"{name}.jsonl", json.dumps({"text": name}))
+    return str(folder)
+
+
+PLACES = ["folder", "saved", "hub", "tfds"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_split_is_train_in_training_and_named_in_evaluation(place, tmp_path, monkeypatch):
+    path = splits_in(place, ["train", "test"], tmp_path, monkeypatch)
+    assert read_all(path, tmp_path) == [{"text": "train"}]
+    assert read_all(path, tmp_path, split="test", held_out=True) == [{"text": "test"}]
+    named = f"has the splits .*test.*; name the held-out one: {{path: {path}, split: NAME}}"
+    with pytest.raises(ValueError, match=named) as raised:
+        locate(Source(path), held_out=True)
+    assert str(raised.value).startswith(f"{path}: has")
+    assert locate(Source(path)).split == "train"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_only_split_is_taken_and_none_is_guessed(place, tmp_path, monkeypatch):
+    path = splits_in(place, ["test"], tmp_path, monkeypatch)
+    for held_out in (False, True):
+        assert read_all(path, tmp_path, held_out=held_out) == [{"text": "test"}]
+    path = splits_in(place, ["test", "validation"], tmp_path / "two", monkeypatch)
+    with pytest.raises(ValueError, match="no split 'train'; it has test, validation: name one"):
+        locate(Source(path))
 
 
 def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
@@ -123,6 +177,9 @@ def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
         ("missing.jsonl", FileNotFoundError, "no such file or directory"),
         ("dir/with/missing", FileNotFoundError, "no such file or directory"),
         ("mixed/typo", FileNotFoundError, "no such file or directory"),
+        ("imdb", FileNotFoundError, "no such file or directory .nor a hub id like OWNER/NAME"),
+        ("imdb:plain", FileNotFoundError, "no such file or directory"),
+        ("someone/some.parquet", FileNotFoundError, "no such file or directory"),
         ("*.jsonl", FileNotFoundError, "no file matches"),
         ("model.bin", ValueError, r"format of \.bin is not known; accepted are \.txt, \.json"),
         ("mixed", ValueError, "holds json and text files; name one kind by a glob"),
@@ -141,7 +198,7 @@ def test_a_path_that_cannot_be_read_is_named(path, error, message, tmp_path, mon
 
 
 def test_tfds_asks_for_its_extra_only_when_used(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorflow_datasets", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ValueError, match=r"tfds:lm1b: .* pip install 'jaxllm\[tfds\]'"):
         locate(Source("tfds:lm1b"))
 
@@ -175,11 +232,28 @@ def test_hash_is_of_content_and_not_of_names(tmp_path):
         ("a.txt", b"\xff", r"a\.txt: not UTF-8"),
         ("a.parquet", "PAR0", r"a\.parquet: not readable as parquet"),
         ("a.arrow", "no arrow", r"a\.arrow: not readable as arrow"),
+        ("a.array_record", "none", r"a\.array_record: not readable as array_record: .*64KB"),
+        ("a.array_record", "none" * 50_000, r"a\.array_record: not readable as array_record"),
+        *(
+            (name, f"{before}{{{key}: {value}}}{after}", rf"{name}:3: malformed JSON: {message}")
+            for name, before, after in (("a.jsonl", "\n\n", ""), ("a.json", "[\n\n", "]"))
+            for key, value, message in (
+                ('"text"', '"a \\ud83d"', r"'\\ud83d' is half of a character"),
+                ('"\\uDE00"', "0", r"'\\ude00' is half of a character"),
+                ('"text"', "1" * 5_000, "an integer has more than 4300 digits"),
+                ('"text"', "[" * 100_000, "it is nested too deeply"),
+            )
+        ),
     ],
 )
 def test_malformed_data_names_file_and_line(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_all(write(tmp_path / name, content), tmp_path)
+
+
+def test_a_character_of_two_halves_is_one(tmp_path):
+    text = r'{"text": "\ud83d\ude00 \\ud83d"}'
+    assert read_all(write(tmp_path / "a.jsonl", text), tmp_path) == [{"text": "\U0001f600 \\ud83d"}]
 
 
 def test_records_of_an_array_keep_their_lines(tmp_path):
@@ -293,6 +367,23 @@ def test_nulls_that_arrow_adds_to_messages_are_dropped(tmp_path):
         ({"messages": [{"from": "function_call", "value": "get()"}]}, "function_call is not JSON"),
         ({"messages": [{"from": "function_call", "value": "[1]"}]}, "has name and arguments"),
         ({"messages": Q_A, "tools": "get"}, "tools is not JSON"),
+        ({"messages": Q_A, "tools": 5}, "tools is a list of JSON schemas; saw '5'"),
+        ({"messages": Q_A, "tools": [5]}, "tools is a list of JSON schemas"),
+        ({"messages": Q_A, "system": 5}, "system is int, not a string: '5'"),
+        ({"messages": [{"role": ["user"], "content": "q"}]}, r"the role \['user'\]"),
+        ({"messages": '["\\ud83d"]'}, "messages is not JSON: .* half of a character"),
+        *(
+            ({"instruction": "q", "output": "a", "history": history}, "history is pairs")
+            for history in (5, [None], [["a"]], [["a", "b", "c"]], ["ab"])
+        ),
+        ({"instruction": ["q"], "output": "a"}, "instruction is list, not a string"),
+        ({"instruction": 3, "input": "i", "output": "a"}, "instruction is int, not a string: '3'"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "input is int, not a string"),
+        ({"instruction": "q", "output": 3}, "content is int, not a string"),
+        *(
+            ({"messages": [Q_A[0], Q_A[1] | {"tool_calls": calls}]}, "a tool call has name and arg")
+            for calls in (5, "get", [5], [{"function": None}], [{"function": {"name": 1}}])
+        ),
     ],
 )
 def test_a_record_that_is_no_conversation_says_what_was_found(record, message):
@@ -309,3 +400,9 @@ def test_user_template_rewrites_the_last_user_turn_from_columns():
     assert rag[0]["content"] == USER_TEMPLATES["rag"].format(question="q", context="c")
     with pytest.raises(ValueError, match=r"f:1: user_template .*KeyError\('context'\)"):
         conversation_of({"messages": Q_A}, {}, "rag", "f:1")
+
+
+@pytest.mark.parametrize("template", ["{question.x}", "{question[a]}", "{question", "{0}", "{q:d}"])
+def test_a_user_template_that_does_not_fit_names_the_record(template):
+    with pytest.raises(ValueError, match="f:1: user_template .* does not fit: .*columns are mess"):
+        conversation_of({"messages": Q_A, "q": "text"}, {}, template, "f:1")
