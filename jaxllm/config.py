@@ -104,7 +104,7 @@ class DataSection:
     user_template: str | None = None
     """SFT: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
     workers: Count = 0
-    """processes that tokenize; 0 = one per core"""
+    """processes that tokenize; 0 = one per core, and 2,000 records or more each"""
     cache_dir: str | None = None
     """where tokenized data is kept; default: ~/.cache/jaxllm"""
 
