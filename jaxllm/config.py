@@ -50,9 +50,9 @@ class ModelSection:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of activations and matrix products (accumulation stays float32)"""
     remat: Literal["none", "full", "dots", "names"] = "full"
-    """what the backward pass recomputes: nothing, each layer, all but dots, all but named ones"""
+    """the backward pass recomputes nothing, all, all but matrix products, or all but attention"""
     scan_unroll: Size = 1
-    """layers per iteration of the scan over layers (more = longer compile)"""
+    """layers per iteration of the scan over layers (more = longer compile and more memory)"""
     loss_chunk: Size = 512
     """tokens whose logits exist at one time in the loss"""
     z_loss: Amount = 0.0
