@@ -123,7 +123,9 @@ def read_args(args: Sequence[str]) -> list[Given]:
 
 # ---- transformers and TRL
 
-LISTS = ("data.train", "data.eval", "log.samples", "log.report_to")
+# Keys of several values.
+MANY = ("data.train", "data.eval", "log.samples", "log.report_to")
+MANY += ("model.overrides", "optim.options", "data.template_kwargs")
 RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
@@ -366,9 +368,9 @@ def _at(one: Given) -> str:
 
 
 def _check_twice(one: Given) -> None:
-    """A flag's later value counts, as everywhere; but of a list it would lose the earlier ones."""
+    """A flag's later value counts, as everywhere; but of several values it would lose the rest."""
     flag = one.where.startswith("--")
-    if not flag or RENAMED.get(one.name, one.name) in LISTS:
+    if not flag or RENAMED.get(one.name, one.name) in MANY:
         way = f"give all its values after one {one.where}" if flag else "keep one"
         raise ValueError(f"{_at(one)} is given twice; {way}")
 

@@ -338,20 +338,23 @@ def _read_config(run: Path) -> dict[str, Any] | None:
     raise ValueError(f"output_dir {run} holds something that is no run; choose another place")
 
 
-def guard(cfg: TrainConfig) -> None:
-    """Checks that `claim` may have the run folder; writes nothing.
+def guard(cfg: TrainConfig) -> bool:
+    """Makes a new run folder, or checks that the one there is this run's or may be overwritten.
 
-    Raises ValueError when the folder holds results of another config, naming the keys, or anything
-    that is no run, and when `overwrite` would delete what the run reads.
+    Returns whether there is a run for `claim` to delete. Raises ValueError when the folder holds
+    results of another config, naming the keys, or anything that is no run, and when `overwrite`
+    would delete what the run reads.
     """
     run = Path(cfg.output_dir)
     config = to_dict(cfg)
     before = _read_config(run)
     if before is not None and cfg.overwrite:
         reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer]
+        reads += [cfg.data.template, cfg.data.cache_dir]
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):
-            if Path(path).expanduser().resolve().is_relative_to(run.resolve()):
+            place = Path(path).expanduser()
+            if place.exists() and place.resolve().is_relative_to(run.resolve()):
                 raise ValueError(
                     f"overwrite would delete {path}, which this run reads; change output_dir"
                 )
@@ -370,22 +373,27 @@ def guard(cfg: TrainConfig) -> None:
                     f"{run} belongs to another run ({what}{more}); "
                     "change output_dir or say --overwrite true"
                 )
+    if before is None:
+        claim(cfg)
+    return before is not None and cfg.overwrite
 
 
-def claim(cfg: TrainConfig) -> Path:
-    """Makes the run folder and its config.json. `overwrite` deletes a run that was there before.
+def claim(cfg: TrainConfig, empty: bool = False) -> None:
+    """Writes the run's config.json; `empty`: deletes what is in its folder first.
 
-    To be called after `guard`, when nothing can be wrong with the new run any more.
+    To be called when nothing can be wrong with the new run any more.
     """
     run = Path(cfg.output_dir)
     if jax.process_index() == 0:
-        if cfg.overwrite and run.exists():
-            shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
+        for path in run.iterdir() if empty else ():  # the folder itself may be a link or a mount
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         new = run / "config.json.new"
         new.write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
         new.replace(run / "config.json")
-    return run
 
 
 def same_data(run: Path, manifest: dict[str, Any]) -> None:

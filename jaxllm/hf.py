@@ -59,7 +59,8 @@ def resolve(path: str) -> Path:
     if folder.is_dir():
         return folder
     if not hub_id(path):
-        raise ValueError(f"{path} is not a directory (nor a hub id like owner/name)")
+        why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
+        raise ValueError(f"{path} is not a directory (nor a hub id like owner/name){why}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -100,7 +101,9 @@ def _changed(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     """`config` with `overrides`. Raises ValueError for a key that such a model does not have."""
     merged = config | overrides
     kind = normalised(merged)["model_type"]
-    spelled = ("rope_theta", "rope_scaling", "torch_dtype")  # as files before transformers 5 do
+    # As files before transformers 5 do; it takes them in, and writes others.
+    spelled = ("rope_theta", "rope_scaling", "torch_dtype", "rope_local_base_freq")
+    spelled += ("sliding_window_pattern", "partial_rotary_factor")
     known = {*config, *normalised({"model_type": kind}), *spelled}
     for key in overrides:
         if key not in known:
@@ -510,7 +513,8 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
 
     So its checkpoints can be exported when what it started from is gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     config, generation = _configs(model, str(model.embed.embedding[...].dtype), tokenizer)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation)

@@ -238,7 +238,7 @@ def train(cfg: TrainConfig) -> Result:
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
         check_prompts(model_cfg, prompts, sampling)
-    guard(cfg)
+    replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
     for line in summarize(data.manifest):
@@ -250,12 +250,11 @@ def train(cfg: TrainConfig) -> Result:
     optimizer = make_optimizer(cfg.optim, schedule)
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
-    def open_run() -> Checkpoints:
-        folder = claim(cfg) / "checkpoints"
-        return Checkpoints(folder, keep=cfg.save.keep, keep_best=cfg.save.keep_best)
-
     run = Path(cfg.output_dir)
-    saves = None if cfg.overwrite else open_run()
+    open_run = partial(
+        Checkpoints, run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best
+    )
+    saves = None if replaces else open_run()
     at = saves.latest() if saves is not None and cfg.resume else None
     if at is not None:
         same_data(run, data.manifest)
@@ -267,7 +266,8 @@ def train(cfg: TrainConfig) -> Result:
         scan_unroll=cfg.model.scan_unroll,
     )
 
-    saves = saves or open_run()  # a run to overwrite is deleted now that nothing can be wrong
+    claim(cfg, empty=replaces)  # an old run goes now that nothing can be wrong with the new one
+    saves = saves or open_run()
     if at is None:
         hf.save_start(model, run / hf.START, tokenizer)
 

@@ -331,15 +331,12 @@ def cfg(tmp_path):
 def used(cfg):
     """A run folder that holds results."""
     guard(cfg)
-    run = claim(cfg)
-    os.makedirs(f"{run}/checkpoints/10")
-    return run
+    os.makedirs(f"{cfg.output_dir}/checkpoints/10")
+    return cfg.output_dir
 
 
 def test_first_use_writes_the_config(cfg):
-    guard(cfg)
-    assert not os.path.exists(cfg.output_dir)
-    claim(cfg)
+    assert not guard(cfg)
     with open(f"{cfg.output_dir}/config.json") as file:
         assert json.load(file)["optim"]["learning_rate"] == 1e-3
     assert os.listdir(cfg.output_dir) == ["config.json"]
@@ -372,14 +369,34 @@ def test_a_folder_without_results_may_be_taken_over(cfg):
 def test_overwrite_empties_a_runs_folder(cfg):
     run = used(cfg)
     other = replace(cfg, seed=1, overwrite=True)
-    guard(other)
+    assert guard(other)
     assert sorted(os.listdir(run)) == ["checkpoints", "config.json"]  # only looked at
-    claim(other)
+    claim(other, empty=True)
     assert os.listdir(run) == ["config.json"]
+
+
+def test_a_folder_that_is_a_link_is_emptied_not_removed(cfg, tmp_path):
+    (tmp_path / "disk").mkdir()
+    os.symlink(tmp_path / "disk", cfg.output_dir)
+    used(cfg)
+    assert guard(replace(cfg, overwrite=True))
+    claim(cfg, empty=True)
+    assert os.listdir(tmp_path / "disk") == ["config.json"]
+
+
+def test_a_cache_in_the_run_folder_does_not_make_it_strange(cfg):
+    """As when the data turn out to be wrong after they were read."""
+    cfg = replace(cfg, data=replace(cfg.data, cache_dir=f"{cfg.output_dir}/cache"))
+    guard(cfg)
+    os.makedirs(cfg.data.cache_dir)
+    assert not guard(cfg)
+    with pytest.raises(ValueError, match="overwrite would delete .*cache"):
+        guard(replace(cfg, overwrite=True))
 
 
 def test_overwrite_does_not_delete_what_the_run_reads(cfg):
     run = used(cfg)
+    os.makedirs(f"{run}/final")
     inside = replace(cfg, model=replace(cfg.model, path=f"{run}/final"), overwrite=True)
     with pytest.raises(ValueError, match="overwrite would delete .*final"):
         guard(inside)

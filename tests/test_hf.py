@@ -501,6 +501,8 @@ def test_an_override_that_is_no_key_of_the_family_is_refused(tmp_path):
     write_model(tmp_path / "model")
     with pytest.raises(ValueError, match="num_hiden_layers.*did you mean num_hidden_layers"):
         load_hf(str(tmp_path / "model"), overrides={"num_hiden_layers": 7})
+    write_model(tmp_path / "gemma", "gemma3_text")
+    load_hf(str(tmp_path / "gemma"), overrides={"sliding_window_pattern": 2})
     with pytest.raises(ValueError, match="num_hidden_layers is 0"):
         load_hf(str(tmp_path / "model"), overrides={"num_hidden_layers": 0})
 

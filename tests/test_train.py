@@ -355,9 +355,17 @@ def test_a_users_mistake_is_one_line(project, capsys, more, words):
 
 
 @pytest.mark.parametrize(
-    "more", [["--data.train", "nowhere.txt"], ["--optim.name", "adamx"], ["--model.path", "gone/"]]
+    "more", [["--data.train", "nowhere.txt"], ["--optim.name", "adamx"], ["--steps", "3"]]
 )
-def test_a_mistake_in_a_run_that_is_to_overwrite_another_deletes_nothing(project, capsys, more):
+def test_a_mistake_in_a_run_that_is_to_overwrite_another_deletes_nothing(
+    project, capsys, more, monkeypatch
+):
+    from jaxllm import hf
+
+    def broken(*_, **__):  # the last that can go wrong
+        raise ValueError("model.safetensors is torn")
+
+    monkeypatch.setattr(hf, "load_model", broken)
     run = project / "kept"
     (run / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
     config = {"objective": "pretrain", "optim": {}, "data": {}}

@@ -222,7 +222,7 @@ def _locate_tfds(source: Source, held_out: bool) -> Located:
     try:
         builder = tfds.builder(name)
         builder.download_and_prepare(file_format="array_record")
-        loaded = builder.as_data_source(split=source.split)
+        loaded = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
         raise ValueError(f"{source.path}: could not be loaded: {_reason(error)}") from error
     opened, split = _taken(loaded, source, held_out)
