@@ -363,7 +363,7 @@ def test_a_mistake_in_a_run_that_is_to_overwrite_another_deletes_nothing(
     from jaxllm import hf
 
     def broken(*_, **__):  # the last that can go wrong
-        raise ValueError("model.safetensors is torn")
+        raise FileNotFoundError("model.safetensors is gone")
 
     monkeypatch.setattr(hf, "load_model", broken)
     run = project / "kept"
