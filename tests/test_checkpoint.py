@@ -352,8 +352,8 @@ def test_another_runs_folder_is_refused_naming_the_keys(cfg):
 
 def test_a_resumed_run_may_change_what_does_not_change_its_course(cfg):
     used(cfg)
-    guard(replace(cfg, steps=100, micro_batch_size=2, log=LogSection(every=1)))
-    guard(replace(cfg, model=replace(cfg.model, remat="none", loss_chunk=64)))
+    assert not guard(replace(cfg, steps=100, micro_batch_size=2, log=LogSection(every=1)))
+    assert not guard(replace(cfg, model=replace(cfg.model, remat="none", loss_chunk=64)))
 
 
 def test_a_folder_without_results_may_be_taken_over(cfg):

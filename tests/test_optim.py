@@ -318,7 +318,7 @@ def test_every_option_of_the_table_is_taken(name):
     for key in OPTIMIZERS[name][1]:
         default = signature[key].default
         optim = section(name, options={key: default})
-        make_optimizer(optim, make_schedule(optim, 10))
+        assert make_optimizer(optim, make_schedule(optim, 10)).init(weights())
 
 
 @pytest.mark.parametrize(
