@@ -19,13 +19,17 @@ if TYPE_CHECKING:
         MeshSection,
         ModelSection,
         OptimSection,
+        PeftSection,
         SaveSection,
         Source,
         TrainConfig,
         load_config,
     )
     from jaxllm.evaluate import evaluate_files
-    from jaxllm.hf import export, load_hf, save_hf
+    from jaxllm.exports import export
+    from jaxllm.hf import load_hf, save_adapter, save_hf
+    from jaxllm.peft.interop import choose
+    from jaxllm.peft.lora import merged
     from jaxllm.rollout import Sampling, generate, generate_text
     from jaxllm.tokenizer import load_tokenizer, train_tokenizer
     from jaxllm.train import train
@@ -37,10 +41,12 @@ __all__ = [
     "MeshSection",
     "ModelSection",
     "OptimSection",
+    "PeftSection",
     "Sampling",
     "SaveSection",
     "Source",
     "TrainConfig",
+    "choose",
     "evaluate_files",
     "export",
     "generate",
@@ -48,6 +54,8 @@ __all__ = [
     "load_config",
     "load_hf",
     "load_tokenizer",
+    "merged",
+    "save_adapter",
     "save_hf",
     "train",
     "train_tokenizer",
@@ -55,7 +63,10 @@ __all__ = [
 
 _HOMES = {
     "evaluate": ("evaluate_files",),
-    "hf": ("export", "load_hf", "save_hf"),
+    "exports": ("export",),
+    "hf": ("load_hf", "save_adapter", "save_hf"),
+    "peft.interop": ("choose",),
+    "peft.lora": ("merged",),
     "rollout": ("Sampling", "generate", "generate_text"),
     "tokenizer": ("load_tokenizer", "train_tokenizer"),
 }

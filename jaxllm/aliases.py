@@ -126,6 +126,8 @@ def read_args(args: Sequence[str]) -> list[Given]:
 # Keys of several values.
 MANY = ("data.train", "data.eval", "log.samples", "log.report_to")
 MANY += ("model.overrides", "optim.options", "data.template_kwargs")
+MANY += ("peft.target_modules", "peft.exclude_modules", "peft.layers_to_transform")
+MANY += ("peft.modules_to_save", "peft.rank_pattern", "peft.alpha_pattern")
 RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
@@ -158,6 +160,15 @@ RENAMED = {
     "save_steps": "save.every",
     "save_total_limit": "save.keep",
     "report_to": "log.report_to",
+    "lora_r": "peft.r",
+    "lora_alpha": "peft.lora_alpha",
+    "peft.alpha": "peft.lora_alpha",
+    "lora_dropout": "peft.lora_dropout",
+    "peft.dropout": "peft.lora_dropout",
+    "lora_target_modules": "peft.target_modules",
+    "lora_modules_to_save": "peft.modules_to_save",
+    "use_rslora": "peft.use_rslora",
+    "use_dora": "peft.use_dora",
 }
 SCHEDULES = {
     "cosine": "cosine",
@@ -201,13 +212,9 @@ IGNORED = frozenset({
     "trackio_static_space_id", "trust_remote_code", "use_cache", "use_cpu", "use_fast_tokenizer",
     "use_liger_kernel",
 })
-PEFT = (
-    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
-    "lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "load_in_8bit",
-)
 # fmt: on
 # What would change the result and is not done: refused, unless it is switched off.
-REFUSED = dict.fromkeys(PEFT, "PEFT is not available yet") | {
+REFUSED = {
     "beta": "preference training is not available yet",
     "ignore_data_skip": "a resumed run goes on where it was in its data; leave it out",
     "label_smoothing_factor": "labels are not smoothed here; leave it out",
@@ -278,6 +285,10 @@ def _per_device(value: Any, flags: Flags) -> dict[str, Any]:
     return {"micro_batch_size": value} | ({} if "batch_size" in flags else {"batch_size": 0})
 
 
+def _quantized(kind: str) -> Callable[[Any, Flags], dict[str, Any]]:
+    return lambda value, _: {"peft.quantize_base": kind} if _is_true(value) else {}
+
+
 def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]:
     def translate(value: Any, flags: Flags) -> dict[str, Any]:
         if _choose("no" if value is False else value, {"no": 1, "steps": 0}):
@@ -314,6 +325,9 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random, as always"),
     "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
+    "use_peft": (lambda v, _: {"peft.method": "lora"} if _is_true(v) else {}, "peft.method lora"),
+    "load_in_4bit": (_quantized("nf4"), "peft.quantize_base nf4"),
+    "load_in_8bit": (_quantized("int8"), "peft.quantize_base int8"),
 }
 NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(REFUSED)
 
@@ -353,9 +367,9 @@ def sources(value: Any) -> Any:
     return [{"path": v} if isinstance(v, str) else v for v in many]
 
 
-def texts(value: Any) -> Any:
-    """A text or a list of them -> a list."""
-    return [value] if isinstance(value, str) else value
+def listed(value: Any) -> Any:
+    """A text or number, or a list of them -> a list."""
+    return [value] if isinstance(value, str | int) else value
 
 
 def home(value: Any) -> Any:

@@ -396,6 +396,16 @@ def claim(cfg: TrainConfig, empty: bool = False) -> None:
         new.replace(run / "config.json")
 
 
+def same_base(saves: Checkpoints, step: int, base: dict[str, Any] | None) -> None:
+    """Raises ValueError when `step` was trained over another frozen model than `base`."""
+    before = saves.meta(step).get("base")
+    if before != base:
+        raise ValueError(
+            f"{saves.directory / str(step)} was trained over another model: {before}, now {base}; "
+            "put it back, or change output_dir"
+        )
+
+
 def same_data(run: Path, manifest: dict[str, Any]) -> None:
     """Raises ValueError when a run's data.json tells of other training data than `manifest`."""
     file = run / "data.json"

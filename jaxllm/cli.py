@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from jaxllm import __version__, aliases, config
+from jaxllm import __version__, aliases, checks, config
 from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
@@ -42,7 +42,7 @@ def training(verb: str, args: list[str]) -> int:
     if explain:
         print(explanation(cfg, provenance))
         return DONE
-    config.check(cfg)  # before the seconds that the imports of train take
+    checks.check(cfg)  # before the seconds that the imports of train take
     from jaxllm.train import train
 
     result = train(cfg)
@@ -165,7 +165,18 @@ def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 def _model_options(parser: _Parser, dtype: str = "float32") -> None:
     parser.add_argument(
-        "--model", required=True, type=aliases.home, metavar="DIR", help="HF directory or hub id"
+        "--model",
+        required=True,
+        type=aliases.home,
+        metavar="DIR",
+        help="HF directory or hub id, or an adapter's",
+    )
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="adapters in peft's format beside the model; the first is used",
     )
     parser.add_argument(
         "--dtype", default=dtype, choices=("float32", "bfloat16"), help="of the arithmetic"
@@ -175,6 +186,31 @@ def _model_options(parser: _Parser, dtype: str = "float32") -> None:
         type=aliases.home,
         help="chat template: a file or a built-in name; default: the model's",
     )
+
+
+def _use_option(parser: _Parser, **keys: Any) -> None:
+    parser.add_argument(
+        "--use", metavar="NAME", help="adapter to use: a name, none, or NAME:0.7,NAME:0.3", **keys
+    )
+
+
+def _adapters(options: argparse.Namespace) -> dict[str, str]:
+    """{name: directory}; one without a name is called after its directory, `default` if alone."""
+    named: dict[str, str] = {}
+    for text in options.adapter:
+        name, equals, path = text.rpartition("=")
+        alone = len(options.adapter) == 1 and not equals
+        name = name if equals else "default" if alone else Path(path).name
+        if name in named:
+            raise ValueError(f"--adapter: two are called {name}; say NAME=DIR")
+        named[name] = aliases.home(path)
+    return named
+
+
+def _uses(texts: Sequence[str]) -> list[Any]:
+    from jaxllm.peft.interop import parse_choice
+
+    return [parse_choice(text) for text in texts]
 
 
 def _need_chat(options: argparse.Namespace, *names: str) -> None:
@@ -247,6 +283,7 @@ def evaluate(verb: str, args: list[str]) -> int:
     parser.add_argument(
         "--batch_size", type=_whole(1), default=8, help="rows at a time (a memory knob)"
     )
+    _use_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.read(args)
     _need_chat(options, "template")
@@ -261,6 +298,8 @@ def evaluate(verb: str, args: list[str]) -> int:
         batch_size=options.batch_size,
         dtype=options.dtype,
         template=options.template,
+        adapter=_adapters(options),
+        use=_uses([options.use])[0] if options.use else ...,
     )
     if options.json:
         print(json.dumps(found))
@@ -285,6 +324,7 @@ def generate(verb: str, args: list[str]) -> int:
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message")
     _sampling_options(parser)
+    _use_option(parser, action="append", default=[])
     parser.add_argument("--json", action="store_true", help='print {"prompt", "text"} a line')
     options = parser.read(args)
     _need_chat(options, "system", "template")
@@ -302,6 +342,8 @@ def generate(verb: str, args: list[str]) -> int:
         stop=options.stop,
         dtype=options.dtype,
         sampling=_sampling(options),
+        adapter=_adapters(options),
+        use=_uses(options.use),
     )
     for prompt, text in zip(prompts, texts, strict=True):
         one = {"prompt": prompt, "text": text}
@@ -313,6 +355,7 @@ def chat(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     _model_options(parser)
     _sampling_options(parser)
+    _use_option(parser)
     options = parser.read(args)
     from jaxllm.rollout import chat_loop
 
@@ -323,6 +366,8 @@ def chat(verb: str, args: list[str]) -> int:
         stop=options.stop,
         dtype=options.dtype,
         sampling=_sampling(options),
+        adapter=_adapters(options),
+        use=_uses([options.use] if options.use else []),
     )
     return DONE
 
@@ -333,21 +378,34 @@ def export(verb: str, args: list[str]) -> int:
     parser.add_argument("out", type=aliases.home, metavar="OUT", help="directory to write")
     parser.add_argument("--step", type=_whole(0), help="checkpoint; default: the newest good one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
+    parser.add_argument(
+        "--merge", action="store_true", help="fold a LoRA adapter into the model and write that"
+    )
     options = parser.read(args)
-    from jaxllm.hf import export as write
+    from jaxllm.exports import export as write
 
-    print(write(options.run, options.out, dtype=options.dtype, step=options.step))
+    print(write(options.run, options.out, options.dtype, options.step, options.merge))
     return DONE
+
+
+def comparison(verb: str, args: list[str]) -> int:
+    from jaxllm.compare import HELP, compare
+
+    if {"-h", "--help"} & set(args):
+        print(HELP)
+        return DONE
+    return compare(args)
 
 
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "pretrain": (training, "train on text, from random weights or from a model"),
     "sft": (training, "fine-tune on conversations"),
+    "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
     "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
     "eval": (evaluate, "loss and perplexity of a model on files"),
     "generate": (generate, "continue texts, or answer messages"),
     "chat": (chat, "talk to a model in the terminal"),
-    "export": (export, "a run's checkpoint as a HuggingFace directory"),
+    "export": (export, "a run's checkpoint, or an adapter, as a HuggingFace directory"),
 }
 
 

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -115,8 +114,8 @@ class OptimSection:
 
     name: str = "adamw"
     """adamw, or another optimizer of the table in optim.py"""
-    learning_rate: Annotated[float, Gt(0)] = 1e-4
-    """peak learning rate"""
+    learning_rate: Annotated[float, Gt(0)] | None = None
+    """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2"""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
         "cosine"
     )
@@ -192,6 +191,50 @@ class SaveSection:
 
 
 @dataclass(frozen=True)
+class PeftSection:
+    """What is trained instead of the model's own weights; keys of LoRA are those of `peft`."""
+
+    method: Literal["none", "lora", "adapter", "prefix", "prompt"] = "none"
+    """none trains every weight; adapter: bottlenecks; prefix, prompt: tokens before each text"""
+    path: str | None = None
+    """adapter to start from: a directory or hub id in peft's format; says all but dropout"""
+    r: Annotated[int, Gt(0)] = 8
+    """LoRA: rank"""
+    lora_alpha: Annotated[float, Gt(0)] = 16.0
+    """LoRA: the branch is scaled by lora_alpha / r"""
+    lora_dropout: Fraction = 0.0
+    """LoRA: share of the branch's inputs set to 0 while training"""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """LoRA: HF's names of modules (ends of names, or patterns of whole ones), or all-linear"""
+    exclude_modules: tuple[str, ...] = ()
+    """LoRA: modules left out of these"""
+    layers_to_transform: tuple[Count, ...] = ()
+    """LoRA: only in these layers, from 0; default: in all"""
+    rank_pattern: dict[str, Annotated[int, Gt(0)]] = field(default_factory=dict)
+    """LoRA: other ranks, {end of a module's name: r}"""
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+    """LoRA: other alphas, {end of a module's name: lora_alpha}"""
+    modules_to_save: tuple[str, ...] = ()
+    """LoRA: modules trained whole beside it"""
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """LoRA: how A starts (B at 0); pissa: both from the weight's largest singular values"""
+    use_rslora: bool = False
+    """LoRA: scale by lora_alpha / sqrt(r)"""
+    use_dora: bool = False
+    """LoRA: train each column's length beside it"""
+    loraplus_lr_ratio: Annotated[float, Gt(0)] = 1.0
+    """LoRA+: B's learning rate as a multiple of A's"""
+    bottleneck: Size = 64
+    """adapter: width"""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """adapter: after attention and MLP, or after the MLP alone"""
+    num_virtual_tokens: Size = 20
+    """prefix, prompt: length"""
+    quantize_base: Literal["none", "int8", "nf4"] = "none"
+    """how the frozen weights of the layers are held"""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run."""
 
@@ -221,6 +264,7 @@ class TrainConfig:
     """steps between evaluations; 0 = only at the end"""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    peft: PeftSection = field(default_factory=PeftSection)
     optim: OptimSection = field(default_factory=OptimSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     log: LogSection = field(default_factory=LogSection)
@@ -230,6 +274,7 @@ class TrainConfig:
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
     "data": DataSection,
+    "peft": PeftSection,
     "optim": OptimSection,
     "mesh": MeshSection,
     "log": LogSection,
@@ -321,7 +366,7 @@ def _adapter() -> Any:
     return TypeAdapter(TrainConfig)
 
 
-def _validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
+def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
     """The nested dict as a TrainConfig; raises ValueError for the first wrong value."""
     from pydantic import ValidationError
 
@@ -367,7 +412,7 @@ def to_dict(cfg: TrainConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """Inverse of `to_dict`. Raises ValueError: the key, what was seen, what is accepted."""
-    return _validated(values, {})
+    return validated(values, {})
 
 
 def json_schema() -> dict[str, Any]:
@@ -387,7 +432,9 @@ def json_schema() -> dict[str, Any]:
     top["resume"]["type"] = ["boolean", "string"]  # aliases.resume_path
     top["optim"] = {"anyOf": [{"type": "string"}, top["optim"]]}  # transformers' optim
     others = {
-        n: {"description": f"transformers' name of {m}"} for n, m in aliases.meanings().items()
+        n: {"description": f"transformers' name of {m}"}
+        for n, m in aliases.meanings().items()
+        if "." not in n
     }
     others |= {n: {"description": "no meaning here"} for n in sorted(aliases.IGNORED)}
     others |= {n: {"enum": aliases.OFF, "description": why} for n, why in aliases.REFUSED.items()}
@@ -395,108 +442,9 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def check(cfg: TrainConfig) -> None:
-    """Raises ValueError for a value of a wrong type or range, and where fields contradict."""
-    valid = _validated(to_dict(cfg), {})
-    for key in leaves():
-        if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
-            raise ValueError(f"{key} is {ours!r}; write {right!r}")
-    for message in _contradictions(cfg):
-        raise ValueError(message)
-
-
-def _contradictions(cfg: TrainConfig) -> Iterator[str]:
-    model, data, optim = cfg.model, cfg.data, cfg.optim
-    if not model.path and not model.config:
-        yield "no model: give model.path (its weights) or model.config (random weights)"
-    if model.path and model.config:
-        yield "model.path and model.config are both given; keep one"
-    if model.overrides and not model.config:
-        yield "model.overrides change the shape of random weights; they go with model.config"
-    if (model.config or "").endswith(".json") and not model.tokenizer:
-        yield "model.config is a file, so model.tokenizer must say where the tokenizer lies"
-
-    if cfg.output_dir.startswith("~"):  # from Python; load_config knows what ~ means
-        yield f"output_dir is {cfg.output_dir}; write the home folder out"
-    if not data.train:
-        yield "no data: give data.train"
-    if data.eval and data.eval_fraction:
-        yield "data.eval and data.eval_fraction are both given; keep one"
-    if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):
-        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
-    for name in UNREAD[cfg.objective]:
-        if getattr(data, name) != leaves()[f"data.{name}"].default:
-            yield f"data.{name} has no meaning for {cfg.objective}; leave it out"
-
-    if not cfg.batch_size and not cfg.micro_batch_size:
-        yield "batch_size is 0, so micro_batch_size must be given"
-    sizes = asdict(cfg.mesh)
-    sizes.pop("zero")
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            yield f"mesh.{axis} is {size}; it is 1 or more, or -1 for what is left"
-        if size != 1 and axis in ("expert", "context"):
-            yield f"mesh.{axis} is {size}; nothing is split along it yet, leave it at 1"
-    if list(sizes.values()).count(-1) > 1:
-        yield "mesh: only one axis may be -1"
-
-    steps = cfg.steps
-    if steps and optim.warmup > max(steps, 1):
-        yield f"optim.warmup is {optim.warmup:g} steps, longer than the run's {steps}; lower it"
-    if steps and optim.schedule == "wsd" and optim.decay >= 1 and optim.decay > steps:
-        yield f"optim.decay is {optim.decay:g} steps, longer than the run's {steps}; lower it"
-
-
-def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
-    """Fixes batch_size and micro_batch_size for the devices that share the rows (data x fsdp).
-
-    With batch_size 0 it is micro_batch_size x accumulation x devices, once: a run that is resumed
-    on other devices keeps the batch_size of its config.json and changes its accumulation. Raises
-    ValueError when the batch does not divide.
-    """
-    batch, micro, count = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
-    if not batch and (recorded := _recorded_batch(cfg)):
-        batch, count = recorded, 0
-    batch = batch or micro * (count or 1) * data_devices
-    if batch % data_devices:
-        down = batch // data_devices * data_devices
-        near = f"{down} or {down + data_devices}" if down else f"{data_devices}"
-        raise ValueError(
-            f"batch_size {batch} does not divide over {data_devices} devices (data x fsdp); "
-            f"use {near}"
-        )
-    rows = batch // data_devices
-    if count and micro and micro * count != rows:
-        raise ValueError(
-            f"batch_size {batch} is not micro_batch_size {micro} x accumulation {count} x "
-            f"{data_devices} devices = {micro * count * data_devices}; leave one of them out"
-        )
-    if count and rows % count:
-        raise ValueError(
-            f"{rows} rows per device do not divide into accumulation {count}; change one"
-        )
-    micro = min(micro or rows // (count or 1), rows)
-    if rows % micro:
-        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        raise ValueError(
-            f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
-            f"use one of {fits}"
-        )
-    return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
-
-
 def tokenizer_path(cfg: TrainConfig) -> str:
     """Where a run's tokenizer comes from: its own key, else where the model comes from."""
     return cfg.model.tokenizer or cfg.model.path or str(cfg.model.config)
-
-
-def _recorded_batch(cfg: TrainConfig) -> int:
-    """batch_size of the run in output_dir that would be resumed; 0 when there is none."""
-    run = Path(cfg.output_dir)
-    if cfg.overwrite or not cfg.resume or not any(run.glob("checkpoints/[0-9]*")):
-        return 0
-    file = run / "config.json"
-    return json.loads(file.read_text())["batch_size"] if file.is_file() else 0
 
 
 # ---- reading
@@ -531,18 +479,23 @@ def _typed(one: Given) -> Given:
 SHORT_FORMS = {
     "data.train": aliases.sources,
     "data.eval": aliases.sources,
-    "log.samples": aliases.texts,
+    "log.samples": aliases.listed,
     "log.report_to": aliases.trackers,
+    "peft.target_modules": aliases.listed,
+    "peft.exclude_modules": aliases.listed,
+    "peft.modules_to_save": aliases.listed,
 }
 PATHS = ("output_dir", "model.path", "model.config", "model.tokenizer")
-PATHS += ("data.template", "data.cache_dir")
+PATHS += ("data.template", "data.cache_dir", "peft.path")
 READ = SHORT_FORMS | dict.fromkeys(PATHS, aliases.home)
+READ["peft.layers_to_transform"] = aliases.listed
+READ["peft.init_lora_weights"] = lambda value: "kaiming" if value is True else value  # peft's word
 
 
 def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
     """Sources as the values of a flag; raises ValueError for what is none."""
     value = aliases.sources(_typed(Given("data.eval", list(texts), flag)).value)
-    return _validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
+    return validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
 
 
 def load_config(
@@ -590,4 +543,4 @@ def load_config(
                 raise ValueError(f"{one.where}: {parent} is {node!r}, which has no entries")
         node[name] = one.value
     origin = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
-    return _validated(tree, origin), {key: origin.get(key, "default") for key in leaves()}
+    return validated(tree, origin), {key: origin.get(key, "default") for key in leaves()}

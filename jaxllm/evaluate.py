@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -76,11 +76,14 @@ def evaluate_files(
     batch_size: int = 8,
     dtype: str = "float32",
     template: str | None = None,
+    adapter: Mapping[str, str] | None = None,
+    use: Any = ...,
 ) -> dict[str, float]:
     """Evaluates a HF directory on files: {loss, perplexity, tokens, examples, …}.
 
     `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text. All
-    files are one set. Raises ValueError or FileNotFoundError for what is not there or unfit.
+    files are one set. adapter: {name: directory} beside the model; use: which of them (default the
+    first; interop.choose). Raises ValueError or FileNotFoundError for what is not there or unfit.
     """
     if not data:
         raise ValueError("there is nothing to evaluate on; name a file")
@@ -88,23 +91,26 @@ def evaluate_files(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
+    from jaxllm.peft.interop import choose, tokenizer_of
     from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
     mesh = make_mesh(MeshSection())
-    tokenizer = load_tokenizer(model)
-    loaded = load_hf(model, mesh=mesh, compute_dtype=dtype)
+    tokenizer = load_tokenizer(tokenizer_of(model))
+    loaded = load_hf(model, mesh=mesh, compute_dtype=dtype, adapter=adapter or None)
+    if use is not ...:
+        choose(loaded, use)
     check_vocabulary(tokenizer, loaded.cfg.vocab_size)
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),
         data=DataSection(
             eval=tuple(Source(each) if isinstance(each, str) else each for each in data),
-            max_length=min(max_length, loaded.cfg.max_positions),
+            max_length=min(max_length, loaded.cfg.max_positions - loaded.peft.length),
             template=template,
         ),
     )
     held_out = load_data(cfg, tokenizer)
-    graph, weights = nnx.split(loaded, nnx.Param)
+    graph, weights = nnx.split(loaded)
     eval_fn, params = make_eval(graph, lm_loss), nnx.to_pure_dict(weights)
     out = evaluate(
         eval_fn,

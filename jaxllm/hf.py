@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,67 +21,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.config import MeshSection, OptimSection, TrainConfig
+from jaxllm.config import MeshSection, TrainConfig
+from jaxllm.files import (
+    ADAPTER,
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Tensor,
+    check_dtype,
+    new_folder,
+    opened,
+    place,
+    read_json,
+    resolve,
+    tensor_files,
+    write_file,
+    write_json,
+)
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import Key, from_hf, key_table, normalised, to_hf
-from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
-from jaxllm.tokenizer import hub_id, load_tokenizer, save_tokenizer, stop_ids
+from jaxllm.model.layers import PLAIN, Peft
+from jaxllm.model.quantized import quantize
+from jaxllm.peft import interop
+from jaxllm.tokenizer import save_tokenizer, stop_ids
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # Inside a model's hf_config: what generation_config.json said.
 GENERATION = "generation_config"
-# safetensors' names of the dtypes that weights may be stored in.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # In a run folder: what the run is of, beside its weights (see save_start).
 START = "model"
 # Buffers that old files carry and nobody reads.
 HARMLESS = ("rotary_emb.inv_freq",)
-# What save_hf may write; a directory with anything else in it is not replaced.
-OWN_FILES = (
-    "config.json generation_config.json model*.safetensors model.safetensors.index.json "
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja chat_template.json"
-).split()
 
 
 # ---- a directory and its config
-
-
-def resolve(path: str) -> Path:
-    """A directory as it is; anything else is a hub id, fetched or found in the hub's cache."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not hub_id(path):
-        why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
-        raise ValueError(f"{path} is not a directory (nor a hub id like owner/name){why}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    files = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "*.txt"]
-    try:
-        return Path(snapshot_download(path, allow_patterns=files))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is no directory, nor could the hub be asked: {reason}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error.reason}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}; a JSON object is expected")
-    return value
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -91,7 +69,7 @@ def read_config(path: str) -> dict[str, Any]:
         file = resolve(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
-    config = _read_json(file)
+    config = read_json(file)
     if {"objective", "optim", "data"} <= config.keys():
         raise ValueError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
     return config
@@ -119,43 +97,27 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     config = _changed(read_config(source), cfg.model.overrides)
     shape = from_hf(config)
     if cfg.model.path and (file := resolve(source) / "generation_config.json").is_file():
-        config[GENERATION] = _read_json(file)
+        config[GENERATION] = read_json(file)
     return shape, config
 
 
+def identity(cfg: TrainConfig) -> dict[str, Any]:
+    """What tells a run's frozen model from another: where it lies, and a hash of its tensors' names
+    and places and of a sample of their bytes."""
+    if not cfg.model.path:
+        return {"config": cfg.model.config, "seed": cfg.seed}
+    hasher = xxhash.xxh3_64()
+    for file in sorted(set(tensor_files(resolve(cfg.model.path)).values())):
+        size = file.stat().st_size
+        with file.open("rb") as opened_file:
+            for at in range(0, size, max(size // 64, 1 << 16)):
+                opened_file.seek(at)
+                hasher.update(opened_file.read(1 << 14))
+        hasher.update(f"{file.name}:{size}".encode())
+    return {"path": cfg.model.path, "hash": hasher.hexdigest()}
+
+
 # ---- reading
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: its file}, found as transformers does. Raises ValueError if there is none."""
-    if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as opened:
-            return dict.fromkeys(opened.keys(), folder / SINGLE)
-    if (folder / INDEX).is_file():
-        mapping = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(mapping, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map; it is no index of tensors")
-        files = {name: folder / file for name, file in mapping.items()}
-        if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
-            raise ValueError(f"{folder / INDEX} names {missing[0]}, which is not there")
-        return files
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    if pickles:
-        raise ValueError(
-            f"{folder / pickles[0]} is a pickle, which can run code and is not read. Convert it "
-            'where you trust it: python -c "from transformers import AutoModelForCausalLM as A; '
-            f"A.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-        )
-    raise ValueError(f"{folder} has no {SINGLE} (nor {INDEX})")
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def _names(key: Key, cfg: ModelConfig) -> list[str]:
@@ -199,23 +161,6 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     return value.T if key.transpose else value
 
 
-def _place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array laid out as `like`, shard by shard: `read(index)` once for each distinct one."""
-    same: dict[Any, tuple[Any, list[Any]]] = {}
-    for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
-        assert index is not None
-        key = tuple((s.start, s.stop) for s in index)
-        same.setdefault(key, (index, []))[1].append(device)
-    parts: list[jax.Array] = []
-    for index, devices in same.values():
-        value = read(index)
-        parts += [jax.device_put(value, device) for device in devices]
-        jax.block_until_ready(parts)
-        del value
-        jax.device_put(0)  # jax lets go of the host's copy at its next call, and a read is none
-    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
-
-
 def _blank(cfg: ModelConfig, mesh: Mesh, **options: Any) -> tuple[Any, Any]:
     """(graph, state) of a decoder whose weights are ShapeDtypeStructs with their shardings."""
 
@@ -228,48 +173,112 @@ def _blank(cfg: ModelConfig, mesh: Mesh, **options: Any) -> tuple[Any, Any]:
     return graph, jax.tree.map(lay, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-
-
 def load_hf(
     path: str,
     dtype: str = "float32",
     mesh: Mesh | None = None,
     *,
+    adapter: str | Mapping[str, str] | None = None,
     compute_dtype: str | None = None,
     remat: str = "none",
     scan_unroll: int = 1,
     overrides: dict[str, Any] | None = None,
+    peft: Peft = PLAIN,
+    quantize_base: str = "none",
+    seed: int = 0,
 ) -> Decoder:
     """A HF directory (or hub id) as a Decoder, its weights cast to `dtype` and laid over `mesh`.
 
-    mesh None = all devices along fsdp when there are several. compute_dtype (default `dtype`) is
+    mesh None = all devices along fsdp when there are several. adapter: a directory in peft's
+    format, or {name: directory} of several, of which the first is in use (interop.choose). A `path`
+    that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
     that of activations. overrides: keys of its config to change (another RoPE scaling, say).
+    peft: what is added and trained, its random numbers drawn by `seed`. quantize_base: int8 | nf4
+    holds the layers' kernels so.
     Raises ValueError for an unknown family, missing or unexpected tensors, shapes that disagree
     with the config, and pickled or quantised weights.
     """
     for name in (dtype, compute_dtype or dtype):
-        _check_dtype(name)
-    folder = resolve(path)
+        check_dtype(name)
+    path, named = interop.with_base(path, adapter)
+    folder, saved = resolve(path), {name: interop.find(one) for name, one in named.items()}
     config = _changed(read_config(str(folder)), overrides or {})
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
-    options = dict(compute_dtype=compute_dtype, remat=remat, scan_unroll=scan_unroll)
+    plan = interop.read_plan(cfg, saved) if saved else peft
+    options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
+    options["scan_unroll"] = scan_unroll
     graph, state = _blank(cfg, mesh, dtype=dtype, **options)
-    weights = dict(nnx.to_flat_state(state))
-    keys, found = key_table(cfg), _tensor_files(folder)
+    flat = dict(nnx.to_flat_state(state))
+    weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
+    keys, found = key_table(cfg), tensor_files(folder)
     assert {tuple(k.path.split(".")) for k in keys} == set(weights)
     _check_names(folder, cfg, found)
-    fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
+    moved = interop.trained_tensors(cfg, plan, saved)
+    _read_weights(cfg, weights, found, moved, partial(_held, plan, quantize_base))
+    if (folder / "generation_config.json").is_file():
+        config[GENERATION] = read_json(folder / "generation_config.json")
+    added = {name: v for name, v in flat.items() if name not in weights}
+    _draw(added, partial(Decoder, cfg, dtype=dtype, **options), seed)
+    model = _merged(graph, nnx.from_flat_state(weights | added), config)
+    model.base = path
+    plan.begin(model)
+    for which, one in enumerate(saved.values()):
+        interop.unpack(model, one, which)
+    return model
 
+
+def _draw(variables: dict[Any, Any], make: Callable[..., Decoder], seed: int) -> None:
+    """Gives variables (ShapeDtypeStructs) the random values that `make` begins with.
+
+    The model's own weights and those that are added are drawn each as without the other.
+    """
+    if not variables:
+        return
+
+    def values() -> list[jax.Array]:
+        made = dict(nnx.to_flat_state(nnx.state(make(rngs=nnx.Rngs(params=seed, peft=seed + 1)))))
+        return [made[name].get_value() for name in variables]
+
+    lay = [v.get_value().sharding for v in variables.values()]
+    for variable, value in zip(
+        variables.values(), jax.jit(values, out_shardings=lay)(), strict=True
+    ):
+        variable.set_value(value)
+
+
+def _held(plan: Peft, kind: str, path: str, variable: Any, value: jax.Array) -> Any:
+    """A weight as a model holds it: a layer's frozen kernel quantised, when that is asked for."""
+    kernel = path.startswith("layers.") and path.endswith(".kernel")
+    learned = plan.frozen and plan.trains(tuple(path.split(".")), variable)
+    if kind == "none" or not kernel or learned:
+        return value
+    axes, lay = axes_of(variable), value.sharding
+    assert isinstance(lay, NamedSharding) and isinstance(lay.mesh, Mesh)
+    mesh = lay.mesh
+    return quantize(value, kind, lambda x: jax.device_put(x, param_sharding(mesh, axes, x.shape)))
+
+
+def _read_weights(
+    cfg: ModelConfig,
+    weights: dict[Any, Any],
+    found: dict[str, Path],
+    moved: dict[str, tuple[Path, str]],
+    held: Callable[..., Any],
+) -> None:
+    """Fills `weights` (ShapeDtypeStructs) from the files; `moved`: tensors that lie elsewhere."""
+    keys = key_table(cfg)
+    fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
+    where = {name: (file, name) for name, file in found.items()} | moved
     with ExitStack() as stack:
-        opened = {f: stack.enter_context(_opened(f)) for f in sorted(set(found.values()))}
+        files = {f: stack.enter_context(opened(f)) for f in sorted({f for f, _ in where.values()})}
         for key in keys:
             variable = weights[tuple(key.path.split("."))]
             like = variable.get_value()
-            parts = {name: opened[found[name]].get_slice(name) for name in _names(key, cfg)}
+            parts = {}
+            for name in _names(key, cfg):
+                file, stored = where[name]
+                parts[name] = files[file].get_slice(stored)
             for name, part in parts.items():
                 one = like.shape[1:] if key.stacked else like.shape
                 _check_tensor(part, name, key, one, fused.get(key.name, 0))
@@ -284,10 +293,7 @@ def load_hf(
                     out[place] = _read(part, key, index[1:])
                 return out
 
-            variable.set_value(_place(like, read))
-    if (folder / "generation_config.json").is_file():
-        config[GENERATION] = _read_json(folder / "generation_config.json")
-    return _merged(graph, nnx.from_flat_state(weights), config)
+            variable.set_value(held(key.path, variable, place(like, read)))
 
 
 def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
@@ -300,44 +306,46 @@ def blank_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
     """A run's model with shapes and shardings (ShapeDtypeStruct) in place of weights."""
     shape, config = model_config(cfg)
     graph, state = _blank(shape, mesh, dtype=cfg.model.weight_dtype, **options)
-    return _merged(graph, state, config)
+    model = _merged(graph, state, config)
+    model.base = cfg.model.path or ""
+    return model
 
 
 def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
-    """The model a run starts from: that of `model.path`, or a random one of `model.config`."""
-    options |= {"dtype": cfg.model.weight_dtype}
+    """The model a run starts from: that of `model.path`, or a random one of `model.config`, and
+    what its peft section adds, as `peft.path` has it or random."""
+    options = {"dtype": cfg.model.weight_dtype, "peft": PLAIN} | options
     if cfg.model.path:
-        return load_hf(cfg.model.path, mesh=mesh, overrides=cfg.model.overrides, **options)
-    shape, config = model_config(cfg)
-    graph, state = _blank(shape, mesh, **options)
-
-    def make() -> Any:
-        return nnx.to_pure_dict(nnx.state(Decoder(shape, rngs=nnx.Rngs(cfg.seed), **options)))
-
-    lay = jax.tree.map(lambda like: like.sharding, nnx.to_pure_dict(state))
-    nnx.replace_by_pure_dict(state, jax.jit(make, out_shardings=lay)())
-    return _merged(graph, state, config)
+        more: dict[str, Any] = {"overrides": cfg.model.overrides, "seed": cfg.seed}
+        more["quantize_base"] = cfg.peft.quantize_base
+        model = load_hf(cfg.model.path, mesh=mesh, **more, **options)
+    else:
+        shape, config = model_config(cfg)
+        graph, state = _blank(shape, mesh, **options)
+        flat = dict(nnx.to_flat_state(state))
+        _draw(flat, partial(Decoder, shape, **options), cfg.seed)
+        for path, variable in flat.items():
+            held = partial(_held, options["peft"], cfg.peft.quantize_base, ".".join(map(str, path)))
+            variable.set_value(held(variable, variable.get_value()))
+        model = _merged(graph, nnx.from_flat_state(flat), config)
+        options["peft"].begin(model)
+    if cfg.peft.path:
+        interop.unpack(model, interop.find(cfg.peft.path))
+    return model
 
 
 # ---- writing
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One HF tensor of a model; `read` gathers it to the host, in the weights' own dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def hf_tensors(model: Decoder) -> Iterator[Tensor]:
-    """Every HF tensor of the model, layer by layer; nothing is gathered before `read()`."""
+def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[Tensor]:
+    """Every HF tensor of the model (of the weights `only`), layer by layer; nothing is gathered
+    before `read()`."""
     cfg = model.cfg
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     groups: dict[str, list[Key]] = {}  # of keys whose weights share a tensor
     for key in key_table(cfg):
-        groups.setdefault(key.name, []).append(key)
+        if only is None or key.path in only:
+            groups.setdefault(key.name, []).append(key)
 
     def tensor(parts: list[Key], layer: int) -> Tensor:
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
@@ -359,24 +367,6 @@ def hf_tensors(model: Decoder) -> Iterator[Tensor]:
                 yield tensor(parts, layer or 0)
 
 
-def _write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
-    """A safetensors file (length, JSON header, data), written tensor by tensor."""
-    width, place = jnp.dtype(dtype).itemsize, 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for t in tensors:
-        end = place + prod(t.shape) * width
-        header[t.name] = {"dtype": DTYPES[dtype], "shape": t.shape, "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors:
-            out.write(t.read().astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None:
     """One file, or numbered ones of at most `limit` bytes (or one tensor) and their index."""
     width = jnp.dtype(dtype).itemsize
@@ -390,17 +380,13 @@ def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None
         files[-1].append(t)
         used, total = used + size, total + size
     if len(files) == 1:
-        _write_file(folder / SINGLE, files[0], dtype)
+        write_file(folder / SINGLE, files[0], dtype)
         return
     names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     for name, tensors in zip(names, files, strict=True):
-        _write_file(folder / name, tensors, dtype)
+        write_file(folder / name, tensors, dtype)
     weight_map = {t.name: name for name, ts in zip(names, files, strict=True) for t in ts}
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _ids(value: int | list[int] | None) -> set[int]:
@@ -442,19 +428,6 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
     return config | ids, generation
 
 
-def _check_target(out: Path) -> None:
-    """Raises ValueError unless `out` is new, empty, or holds nothing but a saved model."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file; choose another place")
-    entries = sorted(out.iterdir())
-    strange = [e.name for e in entries if e.is_dir() or not any(map(e.match, OWN_FILES))]
-    if strange or (entries and not (out / "config.json").is_file()):
-        what = f"holds {strange[0]}" if strange else "is not empty"
-        raise ValueError(f"{out} {what}, so it is not replaced; choose another place or empty it")
-
-
 def save_hf(
     model: Decoder,
     path: str,
@@ -470,42 +443,37 @@ def save_hf(
     appears whole or not at all; one that holds nothing but a saved model is replaced, any other
     content is refused (ValueError).
     """
-    out = Path(path).expanduser().resolve()
     kept = str(model.embed.embedding[...].dtype) if dtype is None else dtype
-    _check_dtype(kept)
-    _check_target(out)
+    check_dtype(kept)
     config, generation = _configs(model, kept, tokenizer)
-    part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "replaced"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(path) as part:
         _write_weights(model, part, kept, max_shard_bytes)
         if tokenizer is not None:
             save_tokenizer(tokenizer, part)
-        _write_json(part / "config.json", config)
-        _write_json(part / "generation_config.json", generation)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(part, ignore_errors=True)
+        write_json(part / "config.json", config)
+        write_json(part / "generation_config.json", generation)
 
 
-def _trained(saves: Any, step: int, like: Any, optim: OptimSection) -> Any:
-    """The weights of a checkpoint that are evaluated and exported (see `eval_params`)."""
-    if optim.name != "schedule_free_adamw":
-        return saves.restore_part(step, {"trainable": like})["trainable"]
-    opt_state = jax.eval_shape(make_optimizer(optim, lambda _: 0.0).init, like)
-    lay = opt_state_shardings(opt_state, like, jax.tree.map(lambda x: x.sharding, like))
-    opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, lay
-    )
-    state = saves.restore_part(step, {"trainable": like, "opt_state": opt_state})
-    return eval_params(state["opt_state"], state["trainable"])
+def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
+    """Writes a model's adapter, float32, as a directory that `peft` loads (bottlenecks: that
+    jaxllm loads), and modules_to_save with it; the base is named by where it was loaded from.
+
+    tokenizer None: none is written. The directory appears whole or not at all, as in `save_hf`.
+    Raises ValueError for a model without an adapter or with several.
+    """
+    if not model.peft.frozen:
+        raise ValueError("the model has no adapter; save_hf writes it whole")
+    found = [Tensor(name, v.shape, lambda v=v: v) for name, v in interop.pack(model).items()]
+    own = interop.saved_of(model.peft)
+    for t in hf_tensors(model, own):
+        found.append(replace(t, name=interop.ROOT + t.name))
+        if t.name == "model.embed_tokens.weight" and model.cfg.tie_embeddings:
+            found.append(replace(t, name=f"{interop.ROOT}lm_head.weight"))  # as peft has the tie
+    with new_folder(path) as part:
+        write_file(part / ADAPTER, found, "float32")
+        interop.write_config(model, part)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, part)
 
 
 def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
@@ -516,54 +484,6 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config, generation = _configs(model, str(model.embed.embedding[...].dtype), tokenizer)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
-
-
-def export(run: str, out: str, dtype: str | None = None, step: int | None = None) -> str:
-    """A run as a HF directory, its path returned.
-
-    run: a run folder (its checkpoint `step`, or the newest good one), one checkpoint of it
-    (RUN/checkpoints/STEP), or a HF directory (to change the dtype). dtype default: the run's
-    `save.dtype`, else the weights' own.
-    """
-    from jaxllm.checkpoint import Checkpoints
-    from jaxllm.config import from_dict, tokenizer_path
-    from jaxllm.data.chat import chat_tokenizer
-
-    folder = Path(run).expanduser()
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        folder, step = folder.parent.parent, int(folder.name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{run} is no run folder (nor a HF directory): it has no config.json")
-    config = _read_json(folder / "config.json")
-    if "model_type" in config:
-        if step is not None:
-            raise ValueError(f"{run} is a HF directory; it has no checkpoint {step}")
-        stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        model = load_hf(str(folder), stored if stored in DTYPES else "float32")
-        save_hf(model, out, dtype, load_tokenizer(str(folder)))
-        return out
-    cfg = from_dict(config)
-    if (folder / START).is_dir():
-        start = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
-        cfg = replace(
-            cfg, model=replace(start, overrides={}), data=replace(cfg.data, template=None)
-        )
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"{run} has no checkpoints/")
-    saves = Checkpoints(folder / "checkpoints")
-    known = saves.manager.all_steps()
-    if step is not None and step not in known:
-        there = ", ".join(map(str, known)) or "none"
-        raise ValueError(f"{run} has no checkpoint {step}; it has {there}")
-    step = saves.latest() if step is None else step
-    if step is None:
-        raise ValueError(f"{run} has no good checkpoint yet")
-    graph, state = nnx.split(blank_model(cfg, make_mesh(MeshSection())))
-    nnx.replace_by_pure_dict(state, _trained(saves, step, nnx.to_pure_dict(state), cfg.optim))
-    saves.close()
-    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
-    save_hf(nnx.merge(graph, state), out, dtype or cfg.save.dtype, tokenizer)
-    return out

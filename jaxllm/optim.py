@@ -8,7 +8,7 @@ leaves are stacked (a leading dim L), so what a leaf is shows in its name, never
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,10 @@ from jaxllm.config import OptimSection
 
 # Whether weight decay pulls a leaf of that name to zero. A weight of another name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
+# Those that a PEFT method adds.
+DECAYED |= {"a": True, "b": True, "magnitude": False}
+DECAYED |= {"down": True, "up": True, "down_bias": False, "up_bias": False}
+DECAYED |= {"keys": False, "values": False, "embeddings": False}
 
 
 # ---- schedules
@@ -76,15 +80,16 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
         raise ValueError(
             f"optim.final {floor} goes with cosine, linear and wsd; {optim.schedule} has no end"
         )
-    shape = shapes[optim.schedule]
+    shape, peak = shapes[optim.schedule], optim.learning_rate
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
+        assert peak is not None  # checks.resolve_rate
         at = jnp.asarray(step, jnp.float32)
         rise = at / max(warmup, 1)
         if optim.schedule == "warmup_log":
             rise = jnp.log1p(at) / math.log(max(warmup, 2))
         fall = shape(jnp.maximum(at - warmup, 0))
-        return optim.learning_rate * jnp.where(at < warmup, rise, fall)
+        return peak * jnp.where(at < warmup, rise, fall)
 
     return rate
 
@@ -204,8 +209,12 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]
 }
 
 
-def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimSection, schedule: optax.Schedule, ratios: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """The optimizer `optim.name`; moments and arithmetic are float32.
+
+    ratios: {name of leaves: their learning rate as a multiple of the others'}.
 
     Gradients come in clipped (see `clip`). Weight decay leaves norms and biases alone and is
     decoupled and multiplied by the learning rate, as in torch; adam and sgd add it to the gradient,
@@ -238,7 +247,18 @@ def make_optimizer(optim: OptimSection, schedule: optax.Schedule) -> optax.Gradi
             raise ValueError(
                 f"optim.options.{key} is no option of {optim.name}; it has {', '.join(accepted)}"
             )
-    return _in_float32(make(schedule, optim, **optim.options))
+    inner = _in_float32(make(schedule, optim, **optim.options))
+    ratios = {name: ratio for name, ratio in (ratios or {}).items() if ratio != 1}
+    return optax.chain(inner, _at_ratios(ratios)) if ratios else inner
+
+
+def _at_ratios(ratios: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of the named leaves."""
+
+    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return update * ratios.get(_names(path)[-1], 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

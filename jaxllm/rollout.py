@@ -7,7 +7,7 @@ Dims: B rows, P prompt slots, S cache slots, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.model.cache import Cache
-from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
+from jaxllm.peft.interop import Choice, shares
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 CHUNK = 16  # tokens decoded between two looks of the host
@@ -93,13 +93,14 @@ def prefill(
     key: jax.Array,
     slots: int,
     sampling: Sampling,
+    mix: jax.Array | None = None,
 ):
     """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
     model: Decoder = nnx.merge(graph, params)
-    cache = Cache.empty(model.cfg, tokens.shape[0], slots, model.compute_dtype)
-    positions = jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    hidden, cache = model.hidden(tokens, segments, positions, cache)
-    return sample(model.logits(hidden[:, -1]), sampling, key, jnp.int32(0)), cache
+    cache = model.empty_cache(tokens.shape[0], slots)
+    positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
+    hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
+    return sample(model.logits(hidden[:, -1], mix), sampling, key, jnp.int32(0)), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
@@ -112,23 +113,24 @@ def decode(
     step: jax.Array,
     count: int,
     sampling: Sampling,
+    mix: jax.Array | None = None,
 ):
     """Feeds `token` [B] and `count` - 1 of its successors: (next tokens [B, count], cache)."""
     model: Decoder = nnx.merge(graph, params)
 
     def one(carry, index):
         cache, token = carry
-        positions = jnp.sum(cache.segments, 1, keepdims=True)
+        positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
         ones = jnp.ones((token.shape[0], 1), jnp.int32)
-        hidden, cache = model.hidden(token[:, None], ones, positions, cache)
-        token = sample(model.logits(hidden[:, 0]), sampling, key, step + index)
+        hidden, cache = model.hidden(token[:, None], ones, positions, cache, mix=mix)
+        token = sample(model.logits(hidden[:, 0], mix), sampling, key, step + index)
         return (cache, token), token
 
     (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
     return tokens.T, cache
 
 
-def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
+def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
     """The longest prompt's length. Raises ValueError for what cannot be continued: an empty prompt,
     one that passes the model's positions with its new tokens, a value of `sampling` out of range.
     """
@@ -136,22 +138,27 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]], sampling: 
     lengths = [len(p) for p in prompts]
     if min(lengths, default=0) == 0:
         raise ValueError("a prompt has no tokens; give it some text")
-    if max(lengths) + sampling.max_new_tokens > cfg.max_positions:
+    if max(lengths) + sampling.max_new_tokens > positions:
         raise ValueError(
             f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones pass the model's "
-            f"{cfg.max_positions} positions; shorten the prompt or make fewer"
+            f"{positions} positions; shorten the prompt or make fewer"
         )
     return max(lengths)
 
 
 def stream(
-    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, chunk: int = 1
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    chunk: int = 1,
+    adapters: Sequence[Choice] = (),
 ) -> Iterator[np.ndarray]:
     """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
 
+    adapters: of each row, which of the model's to use (interop.shares); empty: as the model does.
     Raises ValueError as `check_prompts` does.
     """
-    longest = check_prompts(model.cfg, prompts, sampling)
+    longest = check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
     width = -(-longest // BUCKET) * BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)
     segments = np.zeros_like(tokens)
@@ -162,12 +169,15 @@ def stream(
     slots = width + -(-sampling.max_new_tokens // BUCKET) * BUCKET
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
-    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed)
+    rows = [shares(model.peft, chosen) for chosen in adapters]
+    assert not rows or len(rows) == len(prompts)
+    mix = jnp.asarray(rows, jnp.float32) if rows else None
+    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, mix)
     yield np.asarray(token)[:, None]
     made = 1
     while made < sampling.max_new_tokens:
         count = min(chunk, slots - width - made + 1)
-        new, cache = decode(graph, params, cache, token, key, jnp.int32(made), count, fixed)
+        new, cache = decode(graph, params, cache, token, key, jnp.int32(made), count, fixed, mix)
         token, made = new[:, -1], made + count
         yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
 
@@ -177,14 +187,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stopped: Callable[[list[int]], bool] | None = None,
+    adapters: Sequence[Choice] = (),
 ) -> list[list[int]]:
     """New tokens of each prompt, up to and including its first stop id.
 
-    `stopped(new tokens of a row)` ends a row early too; it is asked once a chunk.
+    `stopped(new tokens of a row)` ends a row early too; it is asked once a chunk. adapters: which
+    of the model's each row uses, as in `stream`.
     """
     out: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    for new in stream(model, prompts, sampling, CHUNK):
+    for new in stream(model, prompts, sampling, CHUNK, adapters):
         for row, tokens in enumerate(new.tolist()):
             for token in tokens:
                 if not done[row]:
@@ -211,19 +223,26 @@ class TextModel:
     stop_ids: tuple[int, ...]
 
     @staticmethod
-    def load(path: str, dtype: str = "float32", template: str | None = None) -> TextModel:
-        """From a HF directory or hub id; `template` as data.template.
+    def load(
+        path: str,
+        dtype: str = "float32",
+        template: str | None = None,
+        adapter: Mapping[str, str] | None = None,
+    ) -> TextModel:
+        """From a HF directory or hub id; `template` as data.template, `adapter` as in load_hf.
 
         Raises ValueError or FileNotFoundError for what is not there or unfit.
         """
         from jaxllm.data.chat import chat_tokenizer
-        from jaxllm.hf import load_hf, resolve
+        from jaxllm.files import resolve
+        from jaxllm.hf import load_hf
+        from jaxllm.peft.interop import tokenizer_of
         from jaxllm.tokenizer import check_vocabulary, stop_ids
 
-        tokenizer = chat_tokenizer(path, template)
-        model = load_hf(path, dtype=dtype)
+        tokenizer = chat_tokenizer(tokenizer_of(path), template)
+        model = load_hf(path, dtype=dtype, adapter=adapter or None)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
-        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(path))))
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens up to where the assistant begins to answer."""
@@ -246,13 +265,23 @@ def generate_text(
     stop: Sequence[str] = (),
     dtype: str = "float32",
     sampling: Sampling = Sampling(),
+    adapter: Mapping[str, str] | None = None,
+    use: Sequence[Choice] = (),
 ) -> list[str]:
     """Continues texts, or answers them as user messages through the chat template.
+
+    adapter: {name: directory} beside the model; use: which of them each prompt gets, or one for
+    all.
 
     Rows end at the model's own stop tokens, those of `sampling`, and before the strings `stop`.
     Raises ValueError as `check_prompts` does.
     """
-    loaded = TextModel.load(model, dtype, template)
+    loaded = TextModel.load(model, dtype, template, adapter)
+    if len(use) not in (0, 1, len(prompts)):
+        raise ValueError(
+            f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each"
+        )
+    use = list(use) * len(prompts) if len(use) == 1 else use
     before = [{"role": "system", "content": system}] if system else []
     if chat:
         rows = [loaded.prompt([*before, {"role": "user", "content": p}]) for p in prompts]
@@ -260,7 +289,7 @@ def generate_text(
         rows = [loaded.tokenizer(p).input_ids for p in prompts]
     sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *loaded.stop_ids))
     ended = None if not stop else (lambda tokens: cut(loaded.text(tokens), stop)[1])
-    outs = generate(loaded.model, rows, sampling, ended)
+    outs = generate(loaded.model, rows, sampling, ended, use)
     return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
 
 
@@ -276,11 +305,13 @@ def chat_loop(
     stop: Sequence[str] = (),
     dtype: str = "float32",
     sampling: Sampling = Sampling(),
+    adapter: Mapping[str, str] | None = None,
+    use: Sequence[Choice] = (),
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = write_text,
 ) -> None:
     """A conversation in the terminal, streamed; ends at end of input or an empty line."""
-    loaded = TextModel.load(model, dtype, template)
+    loaded = TextModel.load(model, dtype, template, adapter)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -293,7 +324,7 @@ def chat_loop(
         tokens: list[int] = []
         shown = ""
         try:
-            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1):
+            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1, use):
                 tokens.append(int(new[0, 0]))
                 text, ended = cut(loaded.text(tokens), stop)
                 if not text.endswith("\ufffd"):  # half of a character: wait for the rest

@@ -26,8 +26,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
-from jaxllm.checkpoint import Checkpoints, claim, guard, same_data
-from jaxllm.config import TrainConfig, check, resolve_batch, to_dict, tokenizer_path
+from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
+from jaxllm.checks import check, resolve_batch, resolve_rate, warnings
+from jaxllm.config import TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens
 from jaxllm.data.loader import load_data, make_loader, summarize
@@ -44,6 +45,7 @@ from jaxllm.optim import (
     make_schedule,
     opt_state_shardings,
 )
+from jaxllm.peft.interop import plan_of
 from jaxllm.rollout import Sampling, check_prompts, generate
 from jaxllm.tokenizer import check_vocabulary, stop_ids
 
@@ -138,28 +140,31 @@ def make_step(
     return step
 
 
+def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
+    """NamedShardings of weights (a quantised one has two), split along fsdp or `whole` there."""
+
+    def lay(variable: Any) -> Any:
+        axes = axes_of(variable)
+        return jax.tree.map(
+            lambda x: param_sharding(mesh, axes, x.shape, whole=whole), variable.get_value()
+        )
+
+    variables = jax.tree.map(
+        lambda v: v.replace(lay(v)), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    return nnx.to_pure_dict(variables)
+
+
 def state_shardings(
     graph_state: Any, optimizer: Any, mesh: Mesh, zero: int
 ) -> tuple[Any, Any, Any]:
     """NamedShardings by ZeRO stage of (weights, gradients, optimizer state)."""
-
-    def lay(whole: bool):
-        return nnx.to_pure_dict(
-            jax.tree.map(
-                lambda v: v.replace(
-                    param_sharding(mesh, axes_of(v), v.get_value().shape, whole=whole)
-                ),
-                graph_state,
-                is_leaf=lambda v: isinstance(v, nnx.Variable),
-            )
-        )
-
-    split = lay(whole=False)
+    split, whole = (weight_shardings(graph_state, mesh, whole=w) for w in (False, True))
     params = nnx.to_pure_dict(graph_state)
     moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else lay(whole=True)
+        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else whole
     )
-    return split if zero >= 3 else lay(whole=True), split if zero >= 2 else lay(whole=True), moments
+    return split if zero >= 3 else whole, split if zero >= 2 else whole, moments
 
 
 def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -225,29 +230,32 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what a mistake can be in: the run folder, devices, tokenizer, data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve_batch(cfg, data_parallel(mesh))
+    cfg = resolve_rate(resolve_batch(cfg, data_parallel(mesh)))
     model_cfg, _ = hf.model_config(cfg)
+    peft = plan_of(model_cfg, cfg.peft)
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     check_vocabulary(tokenizer, model_cfg.vocab_size)
-    if cfg.data.max_length > model_cfg.max_positions:
+    room = model_cfg.max_positions - peft.length
+    if cfg.data.max_length > room:
         raise ValueError(
-            f"data.max_length {cfg.data.max_length} is over the model's limit of "
-            f"{model_cfg.max_positions} positions; lower it"
+            f"data.max_length {cfg.data.max_length} is over the model's limit of {room} positions"
+            + (f" beside {peft.length} virtual tokens" if peft.length else "")
+            + "; lower it"
         )
     sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
-        check_prompts(model_cfg, prompts, sampling)
+        check_prompts(room, prompts, sampling)
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    for line in summarize(data.manifest):
+    for line in (*summarize(data.manifest), *(f"warning: {w}" for w in warnings(cfg))):
         print(line, file=sys.stderr)
     rows = cfg.batch_size
     count = rows // (cfg.micro_batch_size * data_parallel(mesh))
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
     schedule = make_schedule(cfg.optim, steps)
-    optimizer = make_optimizer(cfg.optim, schedule)
+    optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
     run = Path(cfg.output_dir)
@@ -256,11 +264,14 @@ def train(cfg: TrainConfig) -> Result:
     )
     saves = None if replaces else open_run()
     at = saves.latest() if saves is not None and cfg.resume else None
-    if at is not None:
+    base = hf.identity(cfg) if peft.frozen else None
+    if saves is not None and at is not None:
         same_data(run, data.manifest)
-    model = (hf.load_model if at is None else hf.blank_model)(
+        same_base(saves, at, base)
+    model = (hf.load_model if at is None or peft.frozen else hf.blank_model)(
         cfg,
         mesh,
+        peft=peft,
         compute_dtype=cfg.model.compute_dtype,
         remat=cfg.model.remat,
         scan_unroll=cfg.model.scan_unroll,
@@ -272,8 +283,11 @@ def train(cfg: TrainConfig) -> Result:
         hf.save_start(model, run / hf.START, tokenizer)
 
     # ---- optimizer, state, the step
-    graph, weights = nnx.split(model, nnx.Param)
-    params = nnx.to_pure_dict(weights)
+    for line in peft.summary(model):
+        print(line, file=sys.stderr)
+    graph, weights, rest = nnx.split(model, peft.trains, ...)
+    frozen_lay = weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3)
+    params, frozen = nnx.to_pure_dict(weights), jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
     lay: Any = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)  # type: ignore[arg-type]
     objective = partial(
@@ -293,7 +307,6 @@ def train(cfg: TrainConfig) -> Result:
         out_shardings=(lay, None),
     )
     eval_fn = make_eval(graph, objective)
-    frozen: dict[str, Any] = {}
 
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -313,12 +326,12 @@ def train(cfg: TrainConfig) -> Result:
             meta = saves.meta(at)
             state, sums = saves.restore(at, like), meta["sums"]
             best, seconds = meta["best"], meta["seconds"]
-    del model, weights, params  # the state owns the buffers: they are donated
+    del model, weights, params, rest  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
     metrics.manifest(data.manifest)
     peak = peak_flops(jax.devices()[0], cfg.model.compute_dtype)
-    per_token = flops_per_token(model_cfg, cfg.data.max_length)
+    per_token = flops_per_token(model_cfg, cfg.data.max_length, frozen=peft.frozen)
 
     # ---- what happens every so many steps
     evals: dict[str, dict[str, float]] = {}
@@ -384,7 +397,7 @@ def train(cfg: TrainConfig) -> Result:
             better = eval_loss is not None and eval_loss < best
             best = best if eval_loss is None else min(best, eval_loss)
             if saved or (cfg.save.keep_best and better):
-                meta = {"sums": sums, "seconds": pause - clock, "best": best}
+                meta = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
                 saves.save(step, state, meta=meta, eval_loss=eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
@@ -394,5 +407,8 @@ def train(cfg: TrainConfig) -> Result:
     if cfg.save.final and not stopped:
         final = str(run / "final")
         whole = merge(graph, eval_params(state.opt_state, state.trainable), frozen)
-        hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
+        if peft.frozen:
+            hf.save_adapter(whole, final, tokenizer)
+        else:
+            hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
     return Result(step, stopped, evals, final)

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from jaxllm import aliases
+from jaxllm.checks import check, resolve_batch
 from jaxllm.config import (
     OptimSection,
     Source,
-    check,
     leaves,
     load_config,
-    resolve_batch,
     value_of,
 )
 
@@ -120,6 +119,19 @@ ALIASES = [
     ("gradient_checkpointing", "False", {"model.remat": "none"}),
     ("activation_checkpointing", "False", {"model.remat": "none"}),
     ("train_sampling_strategy", "random", {}),
+    ("use_peft", None, {"peft.method": "lora"}),
+    ("use_peft", "False", {"peft.method": "none"}),
+    ("lora_r", "16", {"peft.r": 16}),
+    ("lora_alpha", "32", {"peft.lora_alpha": 32.0}),
+    ("peft.alpha", "32", {"peft.lora_alpha": 32.0}),
+    ("lora_dropout", "0.05", {"peft.lora_dropout": 0.05}),
+    ("peft.dropout", "0.05", {"peft.lora_dropout": 0.05}),
+    ("lora_target_modules", "q_proj", {"peft.target_modules": ("q_proj",)}),
+    ("lora_modules_to_save", "lm_head", {"peft.modules_to_save": ("lm_head",)}),
+    ("use_rslora", None, {"peft.use_rslora": True}),
+    ("use_dora", None, {"peft.use_dora": True}),
+    ("load_in_4bit", None, {"peft.quantize_base": "nf4"}),
+    ("load_in_8bit", None, {"peft.quantize_base": "int8"}),
 ]
 
 
@@ -153,11 +165,7 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--use_peft"], "--use_peft: PEFT is not available yet"),
-        (["--lora_r", "8"], "--lora_r: PEFT is not available yet"),
-        (["--lora_alpha", "8"], "PEFT is not available yet"),
-        (["--lora_dropout", "8"], "PEFT is not available yet"),
-        (["--lora_target_modules", "q_proj"], "PEFT is not available yet"),
+        (["--lora_r", "0"], "--lora_r: peft.r is 0; it should be greater than 0"),
         (["--beta", "0.1"], "--beta: preference training is not available yet"),
         (["--fp16"], "--fp16: float16 would need loss scaling; use --bf16"),
         (

@@ -207,7 +207,10 @@ def test_help_shows_every_key_with_its_default_and_names(verb, capsys):
         if leaf.key != "objective":
             assert f"--{leaf.key} {cli.kind_of(leaf)} [" in text
             assert " ".join(leaf.doc.split()) in text
-    assert "--optim.learning_rate FLOAT [0.0001] peak learning rate (also --learning_rate)" in text
+    assert (
+        "--optim.eps FLOAT [1e-08] added to the root of the second moment (also --adam_epsilon)"
+        in text
+    )
     assert "--model.remat none|full|dots|names [full]" in text
     assert "--bf16: model.compute_dtype bfloat16" in text
 
@@ -288,7 +291,13 @@ def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
         "batch_size": 8,
         "dtype": "float32",
         "template": None,
+        "adapter": {},
+        "use": ...,
     }
+    assert cli.main([*args, "--adapter", "a=x", "y/b", "--use", "a:0.5,b:2"]) == 0
+    assert calls[1][1]["adapter"] == {"a": "x", "b": "y/b"}
+    assert calls[1][1]["use"] == {"a": 0.5, "b": 2.0}
+    capsys.readouterr()
     assert cli.main(args) == 0
     assert "1,200" in capsys.readouterr().out
 
@@ -314,7 +323,7 @@ def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
     trained = stand_in("tokenizer", "train_tokenizer")
     assert cli.main(["tokenizer", "train", "a", "b", "--out", "t", "--vocab_size", "300"]) == 0
     assert trained == [((["a", "b"], "t"), {"vocab_size": 300})]
-    written = stand_in("hf", "export", lambda run, out, **keys: out)
-    assert cli.main(["export", "run", "out", "--dtype", "bfloat16"]) == 0
-    assert written == [(("run", "out"), {"dtype": "bfloat16", "step": None})]
+    written = stand_in("exports", "export", lambda run, out, *_: out)
+    assert cli.main(["export", "run", "out", "--dtype", "bfloat16", "--merge"]) == 0
+    assert written == [(("run", "out", "bfloat16", None, True), {})]
     assert capsys.readouterr().out == "t\nout\n"

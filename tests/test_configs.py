@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.config import check, load_config, resolve_batch
+from jaxllm.checks import check, resolve_batch
+from jaxllm.config import load_config
 from jaxllm.data.batch import Batch
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
 from jaxllm.model.decoder import Decoder

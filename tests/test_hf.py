@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from jaxllm import hf
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
-from jaxllm.hf import START, export, load_hf, load_model, read_config, resolve, save_hf, save_start
+from jaxllm.exports import export
+from jaxllm.files import resolve
+from jaxllm.hf import START, load_hf, load_model, read_config, save_hf, save_start
 from jaxllm.mesh import axes_of, make_mesh, spec
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
@@ -428,7 +430,7 @@ def test_a_full_disk_loses_nothing_already_saved(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hf, "_write_file", full)
+    monkeypatch.setattr(hf, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_hf(model, str(tmp_path / "in"))
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -402,7 +402,7 @@ def test_an_error_in_the_loop_leaves_the_checkpoint_before_it_whole(project, mon
 
 def test_what_is_exported_is_what_was_evaluated(project):
     """schedule-free evaluates an average that is not the weights it trains."""
-    from jaxllm.hf import export
+    from jaxllm.exports import export
 
     more = ("--optim.name", "schedule_free_adamw", "--steps", "6")
     assert main(arguments(project, "pretrain", "free", *more)) == 0

@@ -18,19 +18,30 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model.layers import softcapped
 
+EVERYWHERE = -1  # the segment of keys that every query sees: a prefix before each text
 BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
 
 
 def visible(
-    q_segments: jax.Array, k_segments: jax.Array, offset: jax.Array | int, window: int | None
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    q_positions: jax.Array,
+    offset: jax.Array | int,
+    window: int | None,
 ) -> jax.Array:
-    """bool [B, T, S]. Query t stands at place offset + t of the keys; segments must be equal."""
+    """bool [B, T, S]. Query t stands at place offset + t of the keys; segments must be equal.
+
+    Keys of the segment EVERYWHERE stand at the first places of the keys and of each text alike, so
+    their distance is counted from the query's position in its text.
+    """
     q_place = offset + jnp.arange(q_segments.shape[1])[:, None]
     k_place = jnp.arange(k_segments.shape[1])[None, :]
-    near = k_place <= q_place
+    everywhere = (k_segments == EVERYWHERE)[:, None, :]
+    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_place <= q_place)
     if window is not None:
-        near &= q_place - k_place < window
-    return near & (q_segments[:, :, None] == k_segments[:, None, :])
+        same &= q_place - k_place < window
+        everywhere &= q_positions[:, :, None] - k_place < window
+    return same | everywhere
 
 
 def attention(
@@ -39,6 +50,7 @@ def attention(
     v_BSNK: jax.Array,
     q_segments: jax.Array,
     k_segments: jax.Array,
+    q_positions: jax.Array,
     *,
     offset: jax.Array | int = 0,
     window: int | None = None,
@@ -47,14 +59,15 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q·k) v -> [B, T, H, K] in q's dtype; scores and softmax in float32.
 
-    Segments are int32 [B, T] and [B, S]. The backward pass recomputes the scores from the
-    log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
+    Segments are int32 [B, T] and [B, S], positions int32 [B, T]. The backward pass recomputes the
+    scores from the log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
     """
     B, T, H, K = q_BTHK.shape
     N = k_BSNK.shape[2]
     q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)
     q, k, v = q.transpose(0, 2, 3, 1, 4), k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
-    out: Any = _attend(q, k, v, q_segments, k_segments, jnp.asarray(offset), window, softcap)
+    at = (q_segments, k_segments, q_positions, jnp.asarray(offset))
+    out: Any = _attend(q, k, v, at, window, softcap)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
@@ -79,24 +92,24 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 def _scores(q_BNGTK, k_BNSK, at: Any, queries: slice, keys: slice, window, softcap) -> jax.Array:
     """float32 [B, N, G, T, S] of one block, soft-capped; -1e30 where a query must not look."""
-    q_segments, k_segments, offset = at
+    q_segments, k_segments, q_positions, offset = at
     B, N, G, T, K = q_BNGTK.shape
     scores = _product(q_BNGTK.reshape(B, N, G * T, K), k_BNSK, (3, 3)).reshape(B, N, G, T, -1)
     scores = softcapped(scores, softcap)
     shift = offset + queries.start - keys.start
-    mask = visible(q_segments[:, queries], k_segments[:, keys], shift, window)
+    segments = q_segments[:, queries], k_segments[:, keys]
+    mask = visible(*segments, q_positions[:, queries], shift, window)
     return jnp.where(mask[:, None, None], scores, -1e30)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q, k, v, q_segments, k_segments, offset, window, softcap) -> Any:
-    """q [B, N, G, T, K] (scaled), k and v [B, N, S, K] -> [B, N, G, T, K]."""
-    return _forward(q, k, v, q_segments, k_segments, offset, window, softcap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, at, window, softcap) -> Any:
+    """q [B, N, G, T, K] (scaled), k and v [B, N, S, K] -> [B, N, G, T, K]; `at` as in _scores."""
+    return _forward(q, k, v, at, window, softcap)[0]
 
 
-def _forward(q, k, v, q_segments, k_segments, offset, window: int | None, softcap: float):
+def _forward(q, k, v, at, window: int | None, softcap: float):
     B, N, G, T, K = q.shape
-    at = (q_segments, k_segments, offset)
     outs, sums = [], []
     for queries, keys in _blocks(q, k, window):
         scores = _scores(q[:, :, :, queries], k[:, :, keys], at, queries, keys, window, softcap)
@@ -109,13 +122,12 @@ def _forward(q, k, v, q_segments, k_segments, offset, window: int | None, softca
         sums.append((jnp.log(total) + top)[..., 0])
     out = checkpoint_name(jnp.concatenate(outs, 3), "attention")
     lse = checkpoint_name(jnp.concatenate(sums, 3), "attention")
-    return out, (q, k, v, q_segments, k_segments, offset, out, lse)
+    return out, (q, k, v, at, out, lse)
 
 
 def _backward(window: int | None, softcap: float, saved, g):
-    q, k, v, q_segments, k_segments, offset, out, lse = saved
+    q, k, v, at, out, lse = saved
     B, N, G, T, K = q.shape
-    at = (q_segments, k_segments, offset)
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     dqs = []
@@ -136,7 +148,7 @@ def _backward(window: int | None, softcap: float, saved, g):
         dqs.append(_product(slope, k[:, :, keys], (3, 2)).reshape(qb.shape).astype(q.dtype))
         dk = dk.at[:, :, keys].add(_product(slope, rows(qb), (2, 2)))
         dv = dv.at[:, :, keys].add(_product(rows(probs.astype(v.dtype)), rows(gb), (2, 2)))
-    return jnp.concatenate(dqs, 3), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return jnp.concatenate(dqs, 3), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)

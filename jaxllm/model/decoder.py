@@ -16,10 +16,22 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.mesh import constrain, gathered
-from jaxllm.model.attention import attention
+from jaxllm.model.attention import EVERYWHERE, attention
 from jaxllm.model.cache import Cache
 from jaxllm.model.config import LayerKind, ModelConfig
-from jaxllm.model.layers import MLP, Embed, Linear, RMSNorm, product, rope_table, rotate, softcapped
+from jaxllm.model.layers import (
+    MLP,
+    PLAIN,
+    Embed,
+    Linear,
+    Peft,
+    RMSNorm,
+    fused,
+    product,
+    rope_table,
+    rotate,
+    softcapped,
+)
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -34,23 +46,25 @@ HEAD_AXES = ("embed", "vocab")
 class Attention(nnx.Module):
     """Projections, optional q/k norms, rotary positions, softmax attention."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        keys: dict[str, Any] = dict(bias=cfg.qkv_bias, dtype=dtype, rngs=rngs)
-        self.q = Linear(cfg, ("embed", "heads"), (D, Q), **keys)
-        self.k = Linear(cfg, ("embed", "kv_heads"), (D, KV), **keys)
-        self.v = Linear(cfg, ("embed", "kv_heads"), (D, KV), **keys)
-        self.o = Linear(cfg, ("heads", "embed"), (Q, D), bias=cfg.o_bias, dtype=dtype, rngs=rngs)
+        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        inner = partial(Linear, cfg, bias=cfg.qkv_bias, **keys)
+        self.q = inner("layers.attn.q", ("embed", "heads"), (D, Q))
+        self.k = inner("layers.attn.k", ("embed", "kv_heads"), (D, KV))
+        self.v = inner("layers.attn.v", ("embed", "kv_heads"), (D, KV))
+        self.o = Linear(cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **keys)
+        self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
             self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)
             self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
         self.cfg = cfg
 
-    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def heads(self, x: jax.Array, at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, T, H, K], k and v [B, T, N, K], normalised where the family does."""
         cfg = self.cfg
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = fused(self.qkv, x, (self.q, self.k, self.v), at)
         if cfg.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (q, k, v))
@@ -59,14 +73,20 @@ class Attention(nnx.Module):
         return q, k, v
 
     def __call__(self, x: jax.Array, at: Any, kind: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D]; `at` tells where the tokens stand; kv is the layer's cache."""
+        """x [B, T, D]; `at` tells where the tokens stand; kv is the layer's cache, or with `prefix`
+        in `at` what stands before each text, [1, P, N, K]."""
         cfg = self.cfg
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(x, at)
 
         def mix(layer: LayerKind, q, k, v, kv):
             table = None if layer.rope is None else at["ropes"][layer.rope]
             q, k = rotate(q, table), rotate(k, table)
-            if kv is not None:
+            if kv is not None and at["prefix"]:
+                k, v = (
+                    jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[1:])), y], 1)
+                    for p, y in zip(kv, (k, v), strict=True)
+                )
+            elif kv is not None:
                 start = (0, at["offset"], 0, 0)
                 k = lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
                 v = lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
@@ -76,40 +96,45 @@ class Attention(nnx.Module):
                 v,
                 at["segments"],
                 at["key_segments"],
+                at["positions"],
                 offset=at["offset"],
                 window=layer.window,
                 softcap=cfg.attention_softcap,
                 scale=cfg.query_scale or cfg.head_dim**-0.5,
             )
-            return out, None if kv is None else (k, v)
+            return out, None if kv is None or at["prefix"] else (k, v)
 
         forms = [partial(mix, layer) for layer in cfg.kinds]
         if len(forms) == 1:
             out, kv = forms[0](q, k, v, kv)
         else:
             out, kv = lax.switch(kind, forms, q, k, v, kv)
-        return self.o(out.reshape(*out.shape[:2], -1)), kv
+        return self.o(out.reshape(*out.shape[:2], -1), at), kv
 
 
 class Block(nnx.Module):
     """x + attention, x + MLP, with norms before, after, or on both sides of each."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
         norm = partial(RMSNorm, cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
         after = cfg.norm_placement in ("post", "sandwich")
-        self.attn = Attention(cfg, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(cfg, dtype=dtype, rngs=rngs)
+        self.attn = Attention(cfg, peft=peft, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(cfg, peft=peft, dtype=dtype, rngs=rngs)
         self.attn_norm = norm() if before else None
         self.attn_post_norm = norm() if after else None
         self.mlp_norm = norm() if before else None
         self.mlp_post_norm = norm() if after else None
+        self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
+        self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
 
     def __call__(self, x: jax.Array, at: Any, kind: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
         h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), at, kind, kv)
-        x = x + (h if self.attn_post_norm is None else self.attn_post_norm(h))
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
-        x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
+        h = h if self.attn_post_norm is None else self.attn_post_norm(h)
+        x = x + (h if self.attn_adapter is None else self.attn_adapter(h))
+        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), at)
+        h = h if self.mlp_post_norm is None else self.mlp_post_norm(h)
+        x = x + (h if self.mlp_adapter is None else self.mlp_adapter(h))
         return constrain(x, "batch", "length", "features"), kv
 
 
@@ -118,10 +143,11 @@ class Decoder(nnx.Module):
 
     Args:
       cfg: its shape.
-      rngs: `params` stream for the random weights.
+      rngs: `params` stream for the random weights, `peft` for those that a PEFT method adds.
       dtype: of the weights. compute_dtype: of activations and products (default: the weights').
       remat: none | full | dots | names, what a layer's backward pass recomputes.
       scan_unroll: layers in one iteration of the scan.
+      peft: what is added to the weights, and which of them are trained.
     """
 
     def __init__(
@@ -133,25 +159,29 @@ class Decoder(nnx.Module):
         compute_dtype: Any = None,
         remat: str = "none",
         scan_unroll: int = 1,
+        peft: Peft = PLAIN,
     ):
         @nnx.split_rngs(splits=cfg.num_layers)
         @partial(nnx.vmap, in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> Block:
-            return Block(cfg, dtype=dtype, rngs=rngs)
+            return Block(cfg, peft=peft, dtype=dtype, rngs=rngs)
 
         self.cfg = cfg
+        self.peft = peft
         self.hf_config = ""  # the config.json it was made from, as text
+        self.base = ""  # where its weights were loaded from
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll = remat, scan_unroll
-        self.embed = Embed(cfg, dtype=dtype, rngs=rngs)
+        self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
         self.layers = stack(rngs)
         self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.head = (
             None
             if cfg.tie_embeddings
-            else Linear(cfg, HEAD_AXES, head_shape, dtype=dtype, rngs=rngs)
+            else Linear(cfg, "head", HEAD_AXES, head_shape, peft=peft, dtype=dtype, rngs=rngs)
         )
+        self.prefix = peft.prefix(cfg, rngs)
 
     def hidden(
         self,
@@ -159,55 +189,103 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
+        *,
+        rng: jax.Array | None = None,
+        mix: jax.Array | None = None,
     ) -> Any:
         """Last hidden states after the final norm, [B, T, D] in compute_dtype.
 
         tokens, segment_ids (default: one segment, no padding) and positions (default: 0, 1, …) are
         int32 [B, T]. With a cache the tokens are written into its next slots and attend to what it
-        holds; returns (hidden, cache) then.
+        holds; returns (hidden, cache) then. rng: key of the dropout, None = none of it. mix:
+        float32 [B, adapters], how much of each adapter a row gets (default: peft's own).
         """
-        cfg = self.cfg
-        B, T = tokens.shape
-        segments = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
-        offset: Any = 0
-        keys, slots = segments, T
-        if cache is not None:
-            offset, slots = cache.length, cache.k.shape[2]
-            keys = lax.dynamic_update_slice(cache.segments, segments, (0, offset))
-        if positions is None:
-            positions = jnp.broadcast_to(offset + jnp.arange(T), (B, T))
-        ropes = [rope_table(r, cfg.head_dim, positions, slots) for r in cfg.ropes]
-        at = {"segments": segments, "key_segments": keys, "ropes": ropes}
+        segments = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        outer = self.outer(rng, mix)
+        x = self.embed(tokens, self.compute_dtype, outer)
+        if self.cfg.embed_scale != 1.0:
+            x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
+        return self.run(x, segments, positions, cache, outer)
 
+    def outer(self, rng: jax.Array | None, mix: jax.Array | None) -> dict[str, Any]:
+        """What an adapter outside the layers is told."""
+        if mix is None and self.peft.mix:
+            mix = jnp.asarray([self.peft.mix])
+        return {"layer": 0, "rng": rng, "mix": mix}
+
+    def run(
+        self, x: jax.Array, segments: jax.Array, positions: Any, cache: Cache | None, outer: Any
+    ) -> Any:
+        """`hidden` from the embeddings on."""
+        cfg = self.cfg
+        B, T = segments.shape
+        keys, slots, offset = segments, T, 0
+        if positions is None:
+            positions = jnp.arange(T) + (0 if cache is None else cache.length)
+            positions = jnp.broadcast_to(positions, (B, T))
+        kv: Any = None
+        if cache is not None:
+            kv, offset, slots = (cache.k, cache.v), cache.length, cache.k.shape[2]
+            keys = lax.dynamic_update_slice(cache.segments, segments, (0, offset))
+        elif self.prefix is not None:
+            kv, offset = self.prefix.kv(self), self.prefix.length
+            positions, slots = positions + offset, T + offset
+            keys = jnp.pad(segments, ((0, 0), (offset, 0)), constant_values=EVERYWHERE)
+        ropes = [rope_table(r, cfg.head_dim, positions, slots) for r in cfg.ropes]
+        at = {"segments": segments, "key_segments": keys, "positions": positions, "ropes": ropes}
+        at |= {"offset": offset, "prefix": cache is None and kv is not None, **outer}
         graph, stacked = nnx.split(self.layers)
 
         def body(x, scanned):
-            params, kind, kv = scanned
+            params, kind, layer, kv = scanned
             block = nnx.merge(graph, params)
-            return block(x, at | {"offset": offset}, kind, kv)
+            rng = None if at["rng"] is None else jax.random.fold_in(at["rng"], layer)
+            return block(x, at | {"layer": layer, "rng": rng}, kind, kv)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
-        x = self.embed(tokens, self.compute_dtype)
-        if cfg.embed_scale != 1.0:
-            x = x * jnp.asarray(cfg.embed_scale, x.dtype)
+        layers = jnp.arange(cfg.num_layers)
         kinds = jnp.asarray(cfg.layer_kinds or (0,) * cfg.num_layers, jnp.int32)
-        kv = None if cache is None else (cache.k, cache.v)
-        x, kv = lax.scan(body, x, (stacked, kinds, kv), unroll=self.scan_unroll)
+        x, kv = lax.scan(body, x, (stacked, kinds, layers, kv), unroll=self.scan_unroll)
         x = self.norm(x)
-        if cache is None:
-            return x
-        return x, Cache(kv[0], kv[1], keys, offset + T)
+        return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T))
+
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """A cache of `slots` for texts, which holds what the model puts before each of them."""
+        if self.prefix is None:
+            return Cache.empty(self.cfg, rows, slots, self.compute_dtype)
+        P = self.prefix.length
+        cache = Cache.empty(self.cfg, rows, P + slots, self.compute_dtype)
+        k, v = (
+            lax.dynamic_update_slice(
+                into,
+                jnp.broadcast_to(y, (*into.shape[:2], *y.shape[2:])).astype(into.dtype),
+                (0,) * 5,
+            )
+            for into, y in zip((cache.k, cache.v), self.prefix.kv(self), strict=True)
+        )
+        return Cache(k, v, cache.segments.at[:, :P].set(EVERYWHERE), jnp.int32(P))
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def head_terms(
+        self, hidden: jax.Array, rng: jax.Array | None = None, mix: jax.Array | None = None
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """[(x [..., K], w [K, V])], whose products add up to the logits: the head's, and LoRA's."""
+        terms = [(hidden, self.head_kernel())]
+        if self.head is not None and self.head.lora is not None:
+            terms += self.head.lora.terms(hidden, self.outer(rng, mix))
+        return terms
+
+    def logits(self, hidden: jax.Array, mix: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
-        w = gathered(self.head_kernel().astype(hidden.dtype), HEAD_AXES)
-        raw = product(hidden, w, (hidden.ndim - 1, 0), jnp.float32)
-        return softcapped(raw, self.cfg.logit_softcap)
+        raw = [
+            product(x, gathered(w.astype(x.dtype), HEAD_AXES), (x.ndim - 1, 0), jnp.float32)
+            for x, w in self.head_terms(hidden, mix=mix)
+        ]
+        return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)
 
     def __call__(
         self,

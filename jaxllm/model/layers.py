@@ -8,6 +8,7 @@ Weights are float32 or bfloat16; activations keep the dtype they come in.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxllm.mesh import constrain, gathered
+from jaxllm.mesh import constrain
 from jaxllm.model.config import ModelConfig, Rope
+from jaxllm.model.quantized import Quantized, dense
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -52,37 +55,111 @@ def product(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
-    """xᵀ g over all leading dims: [..., I], [..., O] -> [I, O]; the smaller side is transposed."""
+    """xᵀ g over all leading dims: [..., I], [..., O] -> [I, O]."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    if g.shape[1] * 8 <= x.shape[1]:  # LoRA's A: the thin side is the one to turn round
+        return lax.optimization_barrier(product(transposed(g), x, (1, 0), dtype)).T
     return product(transposed(x), g, (1, 0), dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def dot(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
     """x [..., I] · w [I, O] in x's dtype; the gradient of w comes out in w's dtype, unrounded.
 
-    `axes` are w's logical axes: what ZeRO-3 has split is gathered here, after the cast.
+    `axes` are w's logical axes: what ZeRO-3 has split is gathered here, after the cast. A Quantized
+    w is widened here, again in the backward pass, and has no gradient.
     """
-    return product(x, gathered(w.astype(x.dtype), axes), (x.ndim - 1, 0), x.dtype)
+    return product(x, dense(w, axes, x.dtype), (x.ndim - 1, 0), x.dtype)
 
 
-def _dot_forward(x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]):
-    return dot(x, w, axes), (x, w)
+def _dot_forward(x: Any, w: Any, axes: tuple[str | None, ...]):
+    # Only what a gradient is asked of costs memory or arithmetic: of a frozen weight there is none.
+    learned = any(leaf.perturbed for leaf in jax.tree.leaves(w))
+    w = jax.tree.map(lambda leaf: leaf.value, w)
+    kept = x.value if learned else jnp.zeros((), x.value.dtype)
+    return dot(x.value, w, axes), (kept, w)
 
 
 def _dot_backward(axes: tuple[str | None, ...], saved, g):
     x, w = saved
-    g = g.astype(x.dtype)
-    dx = product(g, gathered(w.astype(x.dtype), axes), (g.ndim - 1, 1), x.dtype)
-    return dx, weight_gradient(x, g, w.dtype)
+    g = jnp.zeros(g.shape, x.dtype) if isinstance(g, SymbolicZero) else g.astype(x.dtype)
+    dx = product(g, dense(w, axes, x.dtype), (g.ndim - 1, 1), x.dtype)
+    return dx, weight_gradient(x, g, w.dtype) if x.ndim else None
 
 
-dot.defvjp(_dot_forward, _dot_backward)
+dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
 def softcapped(logits: jax.Array, cap: float) -> jax.Array:
     """cap · tanh(logits / cap), within (-cap, cap); 0 leaves them as they are."""
     return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+class PeftParam(nnx.Variable):
+    """A weight that a PEFT method adds, float32. No nnx.Param: who asks for the model's own weights
+    does not get it, in whatever order they ask."""
+
+
+@dataclass(frozen=True)
+class Peft:
+    """What is trained, and what a PEFT method adds where the model asks: here all, and nothing.
+
+    `path` names a place in the model's tree, the layers as one ("layers.attn.q"). Must be hashable:
+    it is part of the model's graph. `mix` is how much of each of several adapters a row gets.
+    """
+
+    mix = ()
+    length = 0  # virtual tokens before each text
+    frozen = False  # whether the model's own weights stay as they are
+    needs_base = False  # whether what was trained means nothing without them
+
+    def begin(self, model: Any) -> None:
+        """Sets those of the added weights that depend on the model's own, once it has these."""
+
+    def count(self, model: Any) -> int:
+        """How many numbers are trained."""
+        return sum(
+            v.get_value().size
+            for path, v in nnx.to_flat_state(nnx.state(model))
+            if self.trains(path, v)
+        )
+
+    def summary(self, model: Any) -> list[str]:
+        """What a user is told of it when a run begins."""
+        if not self.frozen:
+            return []
+        held = [v.get_value() for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+        total, trained = sum(math.prod(x.shape) for x in held), self.count(model)
+        lines = [f"trainable: {trained:,} parameters beside {total:,} ({trained / total:.2%})"]
+        if packed := [x for x in held if isinstance(x, Quantized)]:
+            half = sum(math.prod(x.shape) for x in packed) * 2 / 2**20
+            lines.append(
+                f"base: the layers' kernels as {packed[0].kind} take "
+                f"{sum(x.nbytes for x in packed) / 2**20:,.1f} MiB; float32 would {2 * half:,.1f}, "
+                f"bfloat16 {half:,.1f}"
+            )
+        return lines
+
+    def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
+        """Whether a weight of the model is trained; the rest is frozen."""
+        return isinstance(variable, nnx.Param)
+
+    def linear(
+        self, path: str, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
+    ) -> Any:
+        """None, or `f(x, y, kernel, at)`: y, the result of a Linear (before its bias) or of Embed,
+        changed; x came in (Embed: tokens), `at` tells layer, dropout key and mix of adapters,
+        `kernel()` is the weight."""
+
+    def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Any:
+        """None, or `f(h)`: what attention or MLP adds to the residual, changed."""
+
+    def prefix(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Any:
+        """None, or an object whose `length` is a number of virtual tokens before each text and
+        whose `kv(decoder)` gives their keys and values, [L, 1, length, N, K] each."""
+
+
+PLAIN = Peft()
 
 
 class Linear(nnx.Module):
@@ -91,9 +168,11 @@ class Linear(nnx.Module):
     def __init__(
         self,
         cfg: ModelConfig,
+        path: str,
         axes: tuple[str, str],
         shape: tuple[int, int],
         *,
+        peft: Peft,
         bias: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -101,23 +180,34 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
+        self.lora = peft.linear(path, axes, shape, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
-        y = checkpoint_name(dot(x, self.kernel[...], axes), "dot")
+        y = checkpoint_name(dot(x, self.kernel.get_value(), axes), "dot")
+        if self.lora is not None:
+            y = self.lora(x, y, self.dense, at)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def dense(self) -> jax.Array:
+        """The kernel in float32, whole along fsdp."""
+        axes = self.kernel.get_metadata("axes")[-2:]
+        return dense(self.kernel.get_value(), axes, jnp.float32)
 
 
 class Embed(nnx.Module):
     """Token table [V, D]."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        shape = (cfg.vocab_size, cfg.hidden_size)
+    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
-        self.embedding = nnx.Param(table.astype(dtype), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(table.astype(dtype), axes=axes)
+        self.lora = peft.linear("embed", axes, shape, rngs)
 
-    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: Any, at: Any) -> jax.Array:
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
+        if self.lora is not None:
+            x = self.lora(tokens, x, lambda: self.embedding[...], at)
         return constrain(x, "batch", "length", "features")
 
 
@@ -138,16 +228,31 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) · up x)."""
 
-    def __init__(self, cfg: ModelConfig, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
         D, F = cfg.hidden_size, cfg.intermediate_size
-        keys: dict[str, Any] = dict(bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = Linear(cfg, ("embed", "mlp"), (D, F), **keys)
-        self.up = Linear(cfg, ("embed", "mlp"), (D, F), **keys)
-        self.down = Linear(cfg, ("mlp", "embed"), (F, D), **keys)
+        keys: dict[str, Any] = dict(peft=peft, bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = Linear(cfg, "layers.mlp.gate", ("embed", "mlp"), (D, F), **keys)
+        self.up = Linear(cfg, "layers.mlp.up", ("embed", "mlp"), (D, F), **keys)
+        self.down = Linear(cfg, "layers.mlp.down", ("mlp", "embed"), (F, D), **keys)
+        self.gate_up = peft.linear("layers.mlp.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
+        gate, up = fused(self.gate_up, x, (self.gate, self.up), at)
+        return self.down(ACTIVATIONS[self.activation](gate) * up, at)
+
+
+def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[jax.Array]:
+    """Each part's result; `lora` changes all of them as one, where HF keeps them in one tensor."""
+    ys = [part(x, at) for part in parts]
+    if lora is None:
+        return ys
+    ends = np.cumsum([y.shape[-1] for y in ys])[:-1]
+
+    def kernel() -> jax.Array:
+        return jnp.concatenate([part.dense() for part in parts], -1)
+
+    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, at), ends, -1)
 
 
 def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:

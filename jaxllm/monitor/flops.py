@@ -44,9 +44,11 @@ PEAK = {
 }
 
 
-def flops_per_token(cfg: ModelConfig, length: int) -> float:
+def flops_per_token(cfg: ModelConfig, length: int, frozen: bool = False) -> float:
     """FLOPs of forward and backward (3 times the forward pass) for a token of a row of `length`.
 
+    Twice the forward pass where the weights are `frozen` and have no gradient (attention's products
+    are none of weights: 3 times); what an adapter adds is not counted.
     Counted are the products with weights, the head included and the look-up not, and causal
     attention over the whole row, within a layer's window where it has one. Recomputation and
     elementwise work do not count; attention does not stop at a document's start, so packed rows
@@ -59,7 +61,7 @@ def flops_per_token(cfg: ModelConfig, length: int) -> float:
     for kind in cfg.layer_kinds or (0,) * cfg.num_layers:
         window = min(cfg.kinds[kind].window or length, length)
         keys += window - window * (window - 1) / (2 * length)
-    return 3 * (2 * weights + 4 * Q * keys)
+    return (2 if frozen else 3) * 2 * weights + 3 * 4 * Q * keys
 
 
 def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:

@@ -20,171 +20,33 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from tiny import (
+    CASES,
+    LLAMA3,
+    LONGROPE,
+    SHAPE,
+    YARN,
+    B,
+    T,
+    V,
+    hf_config,
+    logits_of,
+    magnified,
+    one_device,
+    some_tokens,
+    torch_logits,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from jaxllm.config import MeshSection
 from jaxllm.data.batch import Batch, make_row
 from jaxllm.hf import hf_tensors, load_hf, save_hf
-from jaxllm.mesh import make_mesh
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import FAMILIES, from_hf, to_hf
 from jaxllm.model.layers import rope_frequencies
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.rollout import Sampling, generate
-
-B, T, V = 2, 24, 131
-FULL, SLIDING = "full_attention", "sliding_attention"
-SHAPE: dict[str, Any] = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=44,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=10_000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=256)
-LONGROPE = dict(
-    rope_type="longrope",
-    rope_theta=10_000.0,
-    short_factor=[1.0, 1.1, 1.2, 1.3],
-    long_factor=[1.5, 2.0, 4.0, 9.0],
-)
-GEMMA = dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5)
-
-# One entry for each family carries the family's name; the others turn its flags.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", dict(head_dim=12)),
-    "llama mqa, all biases, tied": (
-        "llama",
-        dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-    ),
-    "llama mha, gelu": ("llama", dict(num_key_value_heads=4, hidden_act="gelu")),
-    "llama linear": (
-        "llama",
-        dict(rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0)),
-    ),
-    "llama linear, old spelling": (
-        "llama",
-        dict(rope_scaling=dict(type="linear", factor=3.0), rope_theta=300.0),
-    ),
-    "llama llama3": ("llama", dict(rope_parameters=LLAMA3)),
-    "llama yarn": ("llama", dict(head_dim=24, rope_parameters=YARN)),
-    "llama yarn, all its options": (
-        "llama",
-        dict(
-            head_dim=24,
-            rope_parameters=YARN
-            | dict(beta_fast=16.0, beta_slow=2.0, truncate=False, mscale=0.7, mscale_all_dim=0.3),
-        ),
-    ),
-    "llama yarn, attention factor": (
-        "llama",
-        dict(head_dim=24, rope_parameters=YARN | {"attention_factor": 1.4}),
-    ),
-    "mistral": ("mistral", dict(head_dim=12, sliding_window=5)),
-    "mistral unlimited, tied": ("mistral", dict(sliding_window=None, tie_word_embeddings=True)),
-    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen2 sliding": (
-        "qwen2",
-        dict(use_sliding_window=True, sliding_window=5, max_window_layers=2, num_key_value_heads=1),
-    ),
-    "qwen3": ("qwen3", dict(head_dim=12)),
-    "qwen3 biases, sliding, tied": (
-        "qwen3",
-        dict(
-            head_dim=8,
-            attention_bias=True,
-            use_sliding_window=True,
-            sliding_window=7,
-            layer_types=[SLIDING, FULL, FULL, SLIDING],
-            tie_word_embeddings=True,
-        ),
-    ),
-    "gemma2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=8.0)),
-    "gemma2 no caps, biases, untied": (
-        "gemma2",
-        GEMMA
-        | dict(
-            attn_logit_softcapping=None,
-            final_logit_softcapping=None,
-            attention_bias=True,
-            tie_word_embeddings=False,
-        ),
-    ),
-    "gemma3_text": (
-        "gemma3_text",
-        GEMMA
-        | dict(
-            layer_types=[SLIDING, FULL, SLIDING, FULL],
-            rope_parameters={
-                FULL: dict(rope_type="linear", rope_theta=100_000.0, factor=8.0),
-                SLIDING: dict(rope_type="default", rope_theta=100.0),
-            },
-        ),
-    ),
-    "gemma3_text old spelling, capped": (
-        "gemma3_text",
-        GEMMA
-        | dict(
-            sliding_window_pattern=3,
-            rope_theta=50_000.0,
-            rope_local_base_freq=200.0,
-            rope_scaling=dict(rope_type="linear", factor=2.0),
-            final_logit_softcapping=6.0,
-            attention_bias=True,
-        ),
-    ),
-    "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
-    "olmo2 mqa, biases, tied": (
-        "olmo2",
-        dict(num_key_value_heads=1, attention_bias=True, tie_word_embeddings=True, head_dim=12),
-    ),
-    "phi3": ("phi3", dict(original_max_position_embeddings=32, rope_parameters=LONGROPE)),
-    "phi3 longrope, long": (
-        "phi3",
-        dict(original_max_position_embeddings=16, rope_parameters=LONGROPE, sliding_window=9),
-    ),
-    "phi3 longrope, old spelling": (
-        "phi3",
-        dict(
-            original_max_position_embeddings=16,
-            rope_theta=700.0,
-            rope_scaling=dict(
-                type="longrope", short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0]
-            ),
-        ),
-    ),
-    "phi3 plain, partial, tied": (
-        "phi3",
-        dict(partial_rotary_factor=0.5, tie_word_embeddings=True, num_key_value_heads=1),
-    ),
-    "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], head_dim=12)),
-    "smollm3 sliding, biases, untied": (
-        "smollm3",
-        dict(
-            no_rope_layer_interval=2,
-            use_sliding_window=True,
-            sliding_window=6,
-            attention_bias=True,
-            mlp_bias=True,
-            tie_word_embeddings=False,
-        ),
-    ),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,31 +56,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def hf_config(name: str) -> dict[str, Any]:
-    family, changes = CASES[name]
-    return SHAPE | changes | {"model_type": family}
-
-
-def magnified(config: dict[str, Any]) -> Any:
-    """A torch model of random weights, none of them near its usual start."""
-    kind = config["model_type"]
-    values = copy.deepcopy({k: v for k, v in config.items() if k != "model_type"})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **values), attn_implementation="eager"
-    ).float()
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            noise = torch.randn_like(weight)
-            if "norm" in path:
-                weight.copy_((0.0 if "gemma" in kind else 1.0) + 0.4 * noise)
-            elif path.endswith("bias"):
-                weight.copy_(0.5 * noise)
-            else:
-                weight.copy_(noise * (1.0 if "embed" in path else 1.2 / weight.shape[1] ** 0.5))
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -233,24 +70,6 @@ def pair(tmp_path_factory):
         return model, load_hf(str(folder), mesh=one_device())
 
     return make
-
-
-def one_device() -> Any:
-    return make_mesh(MeshSection(), jax.devices()[:1])
-
-
-@nnx.jit
-def logits_of(model: Decoder, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
-
-
-def some_tokens(rows: int = B, length: int = T) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, V, (rows, length)).astype(np.int32)
-
-
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])

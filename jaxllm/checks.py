@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several fields of a run must agree on, and those that follow from others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from jaxllm.config import (
+    UNREAD,
+    TrainConfig,
+    leaves,
+    to_dict,
+    validated,
+    value_of,
+)
+
+# What each method reads of the peft section, beside method, path and quantize_base.
+LORA = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
+LORA += ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
+LORA += ("use_rslora", "use_dora")
+TUNES = {
+    "none": (),
+    "lora": (*LORA, "lora_dropout", "loraplus_lr_ratio"),
+    "adapter": ("bottleneck", "placement"),
+    "prefix": ("num_virtual_tokens",),
+    "prompt": ("num_virtual_tokens",),
+}
+# Peak learning rates of runs that do not say theirs: little is trained, and starts from nothing.
+RATES = {"none": 1e-4, "lora": 5e-4, "adapter": 5e-4, "prefix": 1e-2, "prompt": 1e-2}
+RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raises ValueError for a value of a wrong type or range, and where fields contradict."""
+    valid = validated(to_dict(cfg), {})
+    for key in leaves():
+        if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
+            raise ValueError(f"{key} is {ours!r}; write {right!r}")
+    for message in _contradictions(cfg):
+        raise ValueError(message)
+
+
+def warnings(cfg: TrainConfig) -> Iterator[str]:
+    """What is allowed and yet unusual, one line each."""
+    ranks = {cfg.peft.r, *cfg.peft.rank_pattern.values()}
+    for r in sorted(ranks) if cfg.peft.method == "lora" and not cfg.peft.path else ():
+        if r not in RANKS:
+            yield f"peft: rank {r} is outside the usual {RANKS[0]} to {RANKS[-1]}"
+
+
+def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
+    peft = cfg.peft
+    given = [
+        key.removeprefix("peft.")
+        for key, leaf in leaves().items()
+        if key.startswith("peft.") and value_of(cfg, key) != leaf.default
+    ]
+    for name in given:
+        if name == "method":
+            continue
+        if peft.method == "none":
+            yield f"peft.{name} has no meaning without peft.method; say lora, or another"
+        elif name not in (*TUNES[peft.method], "path", "quantize_base"):
+            yield f"peft.{name} has no meaning for {peft.method}; leave it out"
+        elif peft.path and name in (*LORA, *TUNES["adapter"], *TUNES["prefix"]):
+            yield f"peft.{name} is what the adapter of peft.path was made with; leave it out"
+    if peft.loraplus_lr_ratio != 1 and cfg.optim.name == "schedule_free_adamw":
+        yield "peft.loraplus_lr_ratio does not go with schedule_free_adamw"
+
+
+def _contradictions(cfg: TrainConfig) -> Iterator[str]:
+    yield from _peft_contradictions(cfg)
+    model, data, optim = cfg.model, cfg.data, cfg.optim
+    if not model.path and not model.config:
+        yield "no model: give model.path (its weights) or model.config (random weights)"
+    if model.path and model.config:
+        yield "model.path and model.config are both given; keep one"
+    if model.overrides and not model.config:
+        yield "model.overrides change the shape of random weights; they go with model.config"
+    if (model.config or "").endswith(".json") and not model.tokenizer:
+        yield "model.config is a file, so model.tokenizer must say where the tokenizer lies"
+
+    if cfg.output_dir.startswith("~"):  # from Python; load_config knows what ~ means
+        yield f"output_dir is {cfg.output_dir}; write the home folder out"
+    if not data.train:
+        yield "no data: give data.train"
+    if data.eval and data.eval_fraction:
+        yield "data.eval and data.eval_fraction are both given; keep one"
+    if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):
+        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
+    for name in UNREAD[cfg.objective]:
+        if getattr(data, name) != leaves()[f"data.{name}"].default:
+            yield f"data.{name} has no meaning for {cfg.objective}; leave it out"
+
+    if not cfg.batch_size and not cfg.micro_batch_size:
+        yield "batch_size is 0, so micro_batch_size must be given"
+    sizes = asdict(cfg.mesh)
+    sizes.pop("zero")
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{axis} is {size}; it is 1 or more, or -1 for what is left"
+        if size != 1 and axis in ("expert", "context"):
+            yield f"mesh.{axis} is {size}; nothing is split along it yet, leave it at 1"
+    if list(sizes.values()).count(-1) > 1:
+        yield "mesh: only one axis may be -1"
+
+    steps = cfg.steps
+    if steps and optim.warmup > max(steps, 1):
+        yield f"optim.warmup is {optim.warmup:g} steps, longer than the run's {steps}; lower it"
+    if steps and optim.schedule == "wsd" and optim.decay >= 1 and optim.decay > steps:
+        yield f"optim.decay is {optim.decay:g} steps, longer than the run's {steps}; lower it"
+
+
+def resolve_rate(cfg: TrainConfig) -> TrainConfig:
+    """Fixes optim.learning_rate where it was left out: RATES, by what is trained."""
+    rate = cfg.optim.learning_rate or RATES[cfg.peft.method]
+    return replace(cfg, optim=replace(cfg.optim, learning_rate=rate))
+
+
+def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
+    """Fixes batch_size and micro_batch_size for the devices that share the rows (data x fsdp).
+
+    With batch_size 0 it is micro_batch_size x accumulation x devices, once: a run that is resumed
+    on other devices keeps the batch_size of its config.json and changes its accumulation. Raises
+    ValueError when the batch does not divide.
+    """
+    batch, micro, count = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
+    if not batch and (recorded := _recorded_batch(cfg)):
+        batch, count = recorded, 0
+    batch = batch or micro * (count or 1) * data_devices
+    if batch % data_devices:
+        down = batch // data_devices * data_devices
+        near = f"{down} or {down + data_devices}" if down else f"{data_devices}"
+        raise ValueError(
+            f"batch_size {batch} does not divide over {data_devices} devices (data x fsdp); "
+            f"use {near}"
+        )
+    rows = batch // data_devices
+    if count and micro and micro * count != rows:
+        raise ValueError(
+            f"batch_size {batch} is not micro_batch_size {micro} x accumulation {count} x "
+            f"{data_devices} devices = {micro * count * data_devices}; leave one of them out"
+        )
+    if count and rows % count:
+        raise ValueError(
+            f"{rows} rows per device do not divide into accumulation {count}; change one"
+        )
+    micro = min(micro or rows // (count or 1), rows)
+    if rows % micro:
+        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise ValueError(
+            f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
+            f"use one of {fits}"
+        )
+    return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
+
+
+def _recorded_batch(cfg: TrainConfig) -> int:
+    """batch_size of the run in output_dir that would be resumed; 0 when there is none."""
+    run = Path(cfg.output_dir)
+    if cfg.overwrite or not cfg.resume or not any(run.glob("checkpoints/[0-9]*")):
+        return 0
+    file = run / "config.json"
+    return json.loads(file.read_text())["batch_size"] if file.is_file() else 0

@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters against peft on torch: either side's random one on the other, and ten steps of AdamW."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file
+from tiny import CASES, V, hf_config, logits_of, magnified, one_device, some_tokens
+from transformers import AutoModelForCausalLM
+
+from jaxllm.config import ModelSection, OptimSection, PeftSection, TrainConfig
+from jaxllm.data.batch import Batch
+from jaxllm.hf import load_hf, load_model, model_config, save_adapter
+from jaxllm.model.decoder import merge
+from jaxllm.model.families import FAMILIES
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.peft.interop import choose, find, method_of, plan_of
+from jaxllm.peft.lora import fold, merged
+from jaxllm.train import TrainState, make_step
+
+LLAMA = CASES["llama"]
+QV = ["q_proj", "v_proj"]
+LORA = {
+    "q and v": dict(target_modules=QV),
+    "all-linear": dict(target_modules="all-linear"),
+    "a pattern": dict(target_modules=r".*layers\.[13]\.(self_attn\.o_proj|mlp\.up_proj)"),
+    "rsLoRA": dict(target_modules=QV, use_rslora=True, r=3),
+    "DoRA": dict(target_modules="all-linear", use_dora=True),
+    "patterns of ranks": dict(
+        target_modules=["q_proj", "up_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "up_proj": 7},
+        alpha_pattern={"down_proj": 3, "layers.2.mlp.up_proj": 11},
+    ),
+    "some layers, excluding": dict(
+        target_modules=["q_proj", "down_proj", "o_proj"],
+        layers_to_transform=[0, 2, 3],
+        exclude_modules=["layers.2.self_attn.o_proj"],
+    ),
+    "modules to save": dict(target_modules=QV, modules_to_save=["lm_head", "norm"]),
+    "embeddings and head": dict(target_modules=[*QV, "embed_tokens", "lm_head"]),
+    "embeddings, DoRA": dict(target_modules=["embed_tokens", "k_proj"], use_dora=True),
+}
+TIED = {
+    "the token table of a tied model": dict(target_modules=["embed_tokens", "q_proj"]),
+    "a tied table to save": dict(
+        target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
+}
+
+
+def randomise(model, seed=1):
+    """Gives what peft trains values at which a mistake shows."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                noise = torch.randn_like(weight)
+                near = "magnitude" in name or weight.ndim == 1
+                weight.copy_(weight * (1 + 0.3 * noise) if near else 0.15 * noise)
+    return model
+
+
+def base_in(folder, name="llama", **changes):
+    magnified(hf_config(name) | changes).save_pretrained(folder / "base")
+    return str(folder / "base")
+
+
+def torch_base(path):
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").float()
+
+
+def torch_logits(model, tokens):
+    with torch.no_grad():
+        found = model.eval()(torch.from_numpy(tokens).long()).logits.numpy()
+    return found[:, -tokens.shape[1] :]  # peft's prompt tuning returns the prompt's too
+
+
+def loaded_strictly(base, folder):
+    """The adapter in peft, where a missing or unexpected key is an error, not a warning."""
+    model = peft.PeftModel.from_pretrained(torch_base(base), folder)
+    if model.active_peft_config.is_prompt_learning:  # its one tensor goes in by another way
+        return model
+    found = peft.utils.save_and_load.set_peft_model_state_dict(
+        model, load_file(f"{folder}/adapter_model.safetensors")
+    )
+    missing = [k for k in found.missing_keys if "lora_" in k or "to_save" in k]
+    assert not missing and not found.unexpected_keys
+    return model
+
+
+def both_ways(tmp_path, base, config):
+    """peft's random adapter here, and what we write of it there: the logits are the same."""
+    theirs = randomise(peft.get_peft_model(torch_base(base), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = some_tokens()
+    want = torch_logits(theirs, tokens)
+    assert np.abs(want - torch_logits(torch_base(base), tokens)).max() > 0.1
+    ours = load_hf(base, adapter=str(tmp_path / "theirs"), mesh=one_device())
+    np.testing.assert_allclose(logits_of(ours, tokens), want, atol=1e-4)
+    save_adapter(ours, str(tmp_path / "ours"))
+    back = loaded_strictly(base, str(tmp_path / "ours"))
+    np.testing.assert_allclose(torch_logits(back, tokens), want, atol=1e-4)
+    return ours
+
+
+@pytest.mark.parametrize("options", LORA.values(), ids=LORA.keys())
+def test_lora_and_its_options_go_both_ways(tmp_path, options):
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options, task_type="CAUSAL_LM")
+    ours = both_ways(tmp_path, base_in(tmp_path), config)
+    tokens = some_tokens()
+    np.testing.assert_allclose(logits_of(merged(ours), tokens), logits_of(ours, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
+def test_what_is_tied_goes_both_ways_and_is_merged(tmp_path, options):
+    base = base_in(tmp_path, tie_word_embeddings=True)
+    config = peft.LoraConfig(**options, r=4, task_type="CAUSAL_LM")
+    ours = both_ways(tmp_path, base, config)
+    tokens = some_tokens()
+    np.testing.assert_allclose(logits_of(merged(ours), tokens), logits_of(ours, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi3"])
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_virtual_tokens_go_both_ways(tmp_path, family, kind):
+    """mistral and gemma2 have windows that end inside the row, gemma2 scales its embeddings."""
+    base = base_in(tmp_path, family)
+    both_ways(tmp_path, base, kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+def test_a_projected_prefix_of_peft_is_read(tmp_path):
+    config = peft.PrefixTuningConfig(
+        num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM"
+    )
+    both_ways(tmp_path, base_in(tmp_path), config)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_of_peft_is_read_and_written_at_twice_the_rank(tmp_path, rslora):
+    base = base_in(tmp_path)
+    model = torch_base(base)
+    for layer in model.model.layers:  # singular values apart, so that the largest are sure
+        for module in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            module.weight.data *= 2 * 0.7 ** torch.arange(module.in_features)
+    model.save_pretrained(base)
+    config = peft.LoraConfig(
+        r=3, target_modules=QV, init_lora_weights="pissa", use_rslora=rslora, task_type="CAUSAL_LM"
+    )
+    ours = both_ways_from_pissa(tmp_path, base, config)
+    written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (written["r"], written["init_lora_weights"]) == (6, True)
+    np.testing.assert_allclose(
+        logits_of(merged(ours), some_tokens()), logits_of(ours, some_tokens()), atol=1e-4
+    )
+
+
+def both_ways_from_pissa(tmp_path, base, config):
+    theirs = peft.get_peft_model(torch_base(base), config)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_" in name:
+                weight.mul_(1.2)  # as if trained
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = some_tokens()
+    want = torch_logits(theirs, tokens)
+    assert np.abs(want - torch_logits(torch_base(base), tokens)).max() > 0.1
+    ours = load_hf(base, adapter=str(tmp_path / "theirs"), mesh=one_device())
+    np.testing.assert_allclose(logits_of(ours, tokens), want, atol=1e-4)
+    save_adapter(ours, str(tmp_path / "ours"))
+    back = loaded_strictly(base, str(tmp_path / "ours"))
+    np.testing.assert_allclose(torch_logits(back, tokens), want, atol=1e-4)
+    return ours
+
+
+# ---- ten steps
+
+
+RATE = 1e-3  # AdamW turns the rounding of a tiny gradient into a whole step: keep steps small
+
+
+def rows(count=4, length=20):
+    """Tokens and uneven loss weights."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, V, (count, length + 1))
+    weights = rng.random((count, length)) < np.linspace(0.2, 0.9, count)[:, None]
+    return tokens, weights.astype(np.float32)
+
+
+def torch_steps(model, steps=10, ratio=1.0):
+    """(loss, gradient norm) of each step of AdamW on what is trained."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def group(name, weight):
+        small = weight.ndim == 1 or "prompt" in name
+        rate = RATE * (ratio if "lora_B" in name or "embedding_B" in name else 1)
+        return {"params": [weight], "lr": rate, "weight_decay": 0.0 if small else 0.1}
+
+    adam = torch.optim.AdamW([group(*pair) for pair in named])
+    x, y, w = (torch.tensor(a) for a in (rows()[0][:, :-1], rows()[0][:, 1:], rows()[1]))
+    out = []
+    for _ in range(steps):
+        logits = model(x).logits[:, -x.shape[1] :]
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+        loss = (nll * w).sum() / w.sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        adam.step()
+        adam.zero_grad()
+        out.append((loss.item(), norm.item()))
+    return out
+
+
+def our_steps(model, steps=10, ratio=1.0):
+    graph, trained, rest = nnx.split(model, model.peft.trains, ...)
+    optim = OptimSection(learning_rate=RATE, weight_decay=0.1, schedule="constant")
+    schedule = make_schedule(optim, steps)
+    optimizer = make_optimizer(optim, schedule, {"b": ratio})
+    step = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0))
+    tokens, weights = rows()
+    ones = np.ones(weights.shape, np.int32)
+    fields = (tokens[:, :-1], tokens[:, 1:], weights, ones, np.arange(ones.shape[1]) * ones)
+    batch = Batch(*(jnp.asarray(f)[None] for f in fields))
+    params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    out = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        loss, weight = metrics["loss"]
+        out.append((float(loss / weight), float(metrics["grad_norm"][0])))
+    return out, merge(graph, state.trainable, frozen)
+
+
+def same_steps(tmp_path, base, config, ratio=1.0):
+    """Ours from the adapter that peft begins with; what came of it computes the same in peft."""
+    theirs = peft.get_peft_model(torch_base(base), config)
+    theirs.save_pretrained(tmp_path / "start")
+    start = str(tmp_path / "start")
+    section = PeftSection(method=method_of(find(start).config), path=start)
+    cfg = TrainConfig(model=ModelSection(path=base), peft=section)
+    plan = plan_of(model_config(cfg)[0], section)
+    ours = load_model(cfg, one_device(), peft=plan)
+    (got, trained), want = our_steps(ours, ratio=ratio), torch_steps(theirs.train(), ratio=ratio)
+    assert want[-1][0] < want[0][0] - 1e-3
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+    save_adapter(trained, str(tmp_path / "ours"))
+    back = loaded_strictly(base, str(tmp_path / "ours"))
+    want = logits_of(trained, some_tokens())
+    np.testing.assert_allclose(torch_logits(back, some_tokens()), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    same_steps(tmp_path, base_in(tmp_path, family), config)
+
+
+@pytest.mark.parametrize("name", [n for n in LORA if n not in ("q and v", "all-linear")])
+def test_ten_steps_of_each_option_equal_peft_and_adamw(tmp_path, name):
+    config = peft.LoraConfig(r=4, **{k: v for k, v in LORA[name].items() if k != "r"})
+    if "embed_tokens" in config.target_modules:
+        config.init_lora_weights = True
+    same_steps(tmp_path, base_in(tmp_path), config)
+
+
+def test_ten_steps_of_lora_plus(tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=QV, task_type="CAUSAL_LM")
+    same_steps(tmp_path, base_in(tmp_path), config, ratio=4.0)
+
+
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_ten_steps_of_virtual_tokens(tmp_path, kind):
+    same_steps(tmp_path, base_in(tmp_path), kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+# ---- several adapters, and what is refused
+
+
+def two_adapters(tmp_path):
+    base = base_in(tmp_path)
+    places = {}
+    for seed, (name, options) in enumerate(
+        {
+            "law": dict(r=3, target_modules=QV),
+            "code": dict(r=5, target_modules="all-linear"),
+        }.items()
+    ):
+        config = peft.LoraConfig(**options, task_type="CAUSAL_LM")
+        model = randomise(peft.get_peft_model(torch_base(base), config), seed)
+        model.save_pretrained(tmp_path / name)
+        places[name] = str(tmp_path / name)
+    return base, places
+
+
+def test_one_of_several_none_or_a_weighted_sum(tmp_path):
+    base, places = two_adapters(tmp_path)
+    tokens = some_tokens()
+    model = load_hf(base, adapter=places, mesh=one_device())
+    alone = {
+        n: logits_of(load_hf(base, adapter=p, mesh=one_device()), tokens) for n, p in places.items()
+    }
+    plain = logits_of(load_hf(base, mesh=one_device()), tokens)
+    for chosen, want in {"law": alone["law"], "code": alone["code"], None: plain}.items():
+        choose(model, chosen)
+        np.testing.assert_allclose(logits_of(model, tokens), want, atol=2e-5)
+    choose(model, {"law": 0.7, "code": -0.5})
+    summed = torch_base(base)
+    summed = peft.PeftModel.from_pretrained(summed, places["law"], adapter_name="law")
+    summed.load_adapter(places["code"], adapter_name="code")
+    summed.add_weighted_adapter(["law", "code"], [0.7, -0.5], "sum", combination_type="cat")
+    summed.set_adapter("sum")
+    np.testing.assert_allclose(logits_of(model, tokens), torch_logits(summed, tokens), atol=1e-4)
+
+
+def test_rows_of_a_batch_use_adapters_of_their_own(tmp_path):
+    from jaxllm.rollout import Sampling, generate
+
+    base, places = two_adapters(tmp_path)
+    model = load_hf(base, adapter=places, mesh=one_device())
+    prompts = [[5, 9, 11], [5, 9, 11], [5, 9, 11], [7, 3]]
+    uses = ["law", "code", None, {"law": 0.5, "code": 0.5}]
+    got = generate(model, prompts, Sampling(max_new_tokens=12), adapters=uses)
+    for row, use in enumerate(uses):
+        choose(model, use)
+        assert got[row] == generate(model, [prompts[row]], Sampling(max_new_tokens=12))[0]
+    assert len({tuple(tokens) for tokens in got[:3]}) == 3
+
+
+def test_merge_then_unmerge_restores(tmp_path):
+    base, places = two_adapters(tmp_path)
+    model = load_hf(base, adapter=places["code"], mesh=one_device())
+    before = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    fold(model)
+    during = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    assert (
+        np.abs(
+            during["layers"]["mlp"]["up"]["kernel"] - before["layers"]["mlp"]["up"]["kernel"]
+        ).max()
+        > 0.1
+    )
+    fold(model, -1)
+    after = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "IA3"}, "IA3.*LORA"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"target_modules": ["q_proj"]}, "v_proj.*does not name"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj"),
+        ({"r": 9}, "does not fit"),
+    ],
+)
+def test_an_adapter_that_is_not_understood_is_refused(tmp_path, changes, words):
+    base, places = two_adapters(tmp_path)
+    file = tmp_path / "law" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        load_hf(base, adapter=places["law"], mesh=one_device())
+
+
+def test_an_adapter_brings_its_model_and_says_when_it_cannot(tmp_path):
+    base, places = two_adapters(tmp_path)
+    tokens = some_tokens()
+    want = logits_of(load_hf(base, adapter=places["law"], mesh=one_device()), tokens)
+    np.testing.assert_array_equal(
+        logits_of(load_hf(places["law"], mesh=one_device()), tokens), want
+    )
+    file = tmp_path / "law" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say which model"):
+        load_hf(places["law"])
+    (tmp_path / "law" / "adapter_model.safetensors").rename(tmp_path / "law" / "adapter_model.bin")
+    with pytest.raises(ValueError, match="pickled adapter is not read"):
+        load_hf(base, adapter=places["law"])
+    with pytest.raises(ValueError, match="no adapter nothing; there are law, code"):
+        choose(load_hf(base, adapter=places | {"law": places["code"]}), "nothing")

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA and its kin in a step: where they begin, what they train, and that how an update is computed
+does not change them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.config import MeshSection, OptimSection, PeftSection
+from jaxllm.data.batch import Batch, make_row
+from jaxllm.mesh import axes_of, make_mesh, put, spec
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.families import from_hf
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.peft.interop import METHODS, plan_of
+from jaxllm.peft.lora import LoraParam
+from jaxllm.train import TrainState, make_step, state_shardings, weight_shardings
+
+V, T = 97, 32
+TINY = ModelConfig(
+    "llama",
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=64,
+    ropes=(Rope(), Rope(theta=500.0)),
+    kinds=(LayerKind(0), LayerKind(1, 9)),
+    layer_kinds=(0, 1, 0, 1),
+    tie_embeddings=False,
+    initializer_range=0.2,
+)
+SECTIONS = {
+    "lora": PeftSection(method="lora", r=4),
+    "dora": PeftSection(method="lora", r=4, use_dora=True),
+    "pissa": PeftSection(method="lora", r=4, init_lora_weights="pissa"),
+    "head and table": PeftSection(
+        method="lora", r=4, target_modules=("q_proj", "lm_head"), modules_to_save=("embed_tokens",)
+    ),
+    "adapter": PeftSection(method="adapter", bottleneck=8),
+    "pfeiffer": PeftSection(method="adapter", bottleneck=8, placement="pfeiffer"),
+    "prefix": PeftSection(method="prefix", num_virtual_tokens=3),
+    "prompt": PeftSection(method="prompt", num_virtual_tokens=3),
+}
+
+
+def decoder(section, **options):
+    model = Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(TINY, section), **options)
+    model.peft.begin(model)
+    return model
+
+
+def ragged_rows(count=16, seed=0):
+    """Rows of two or three segments with uneven masks and padding."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        segments = []
+        for n in rng.integers(4, 11, 2 + i % 2):
+            learn = (rng.random(n) < 0.2 + 0.1 * (i % 7)).astype(np.float32)
+            segments.append((rng.integers(0, V, n), learn))
+        rows.append(make_row(segments, T))
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def trajectory(section, rows, *, count=1, steps=3, mesh=None, devices=1, **model):
+    """(losses, gradient norms, what was trained, what was not) of AdamW steps on the same rows."""
+    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
+    made = decoder(section, **model)
+    graph, trained, rest = nnx.split(made, made.peft.trains, ...)
+    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant")
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule)
+    lay, grads, moments = state_shardings(trained, optimizer, mesh, 3)
+    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
+    frozen_lay = weight_shardings(rest, mesh, whole=False)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(nnx.to_pure_dict(trained), lay)
+        frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
+        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
+        state = TrainState(jnp.int32(0), params, opt_state)
+        step = make_step(
+            graph,
+            lm_loss,
+            optimizer,
+            schedule,
+            max_norm=0.5,
+            gradient_shardings=grads if devices > 1 else None,
+        )
+        step = jax.jit(step, out_shardings=(shardings, None))
+        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
+        losses, norms = [], []
+        for _ in range(steps):
+            state, metrics = step(state, frozen, Batch(**put(mesh, split)))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+            norms.append(float(metrics["grad_norm"][0]))
+        assert step._cache_size() <= 2
+    return np.array(losses), np.array(norms), state, (graph, frozen)
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "pfeiffer", "pissa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_begins_as_its_base_bit_for_bit(name, dtype):
+    plain = Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2), compute_dtype=dtype)
+    begun = decoder(SECTIONS[name], compute_dtype=dtype)
+    base = nnx.to_flat_state(nnx.state(begun, nnx.Param))
+    for (path, a), (_, b) in zip(base, nnx.to_flat_state(nnx.state(plain)), strict=True):
+        np.testing.assert_array_equal(a.get_value(), b.get_value(), err_msg=str(path))
+    rows = ragged_rows(4)
+    run = nnx.jit(lambda m: m(rows["tokens"], rows["segment_ids"], rows["positions"]))
+    np.testing.assert_array_equal(run(begun), run(plain))
+
+
+def test_dora_begins_as_its_base_but_for_rounding():
+    rows = ragged_rows(2)["tokens"]
+    want = nnx.jit(lambda m: m(rows))(Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2)))
+    np.testing.assert_allclose(
+        nnx.jit(lambda m: m(rows))(decoder(SECTIONS["dora"])), want, atol=5e-5
+    )
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_only_what_is_asked_is_trained_and_kept(name):
+    """The base's bytes stay; the state, which a checkpoint holds, has the adapter's leaves only."""
+    made = decoder(SECTIONS[name])
+    before = jax.device_get(nnx.to_pure_dict(nnx.state(made, nnx.Not(made.peft.trains))))
+    _, _, state, (graph, frozen) = trajectory(SECTIONS[name], ragged_rows(8))
+    after = jax.device_get(frozen)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
+        assert a.tobytes() == b.tobytes()
+    start = nnx.to_pure_dict(nnx.state(made, made.peft.trains))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start, jax.device_get(state.trainable))
+    assert all(jax.tree.leaves(moved)), moved
+    own = sum(x.size for x in jax.tree.leaves(start))
+    assert made.peft.count(made) == own
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) <= 2 * own + 4  # moments, counts
+    merge(graph, state.trainable, frozen)  # together they are the whole model
+
+
+@pytest.fixture(scope="module")
+def references():
+    rows = ragged_rows()
+    return {n: trajectory(SECTIONS[n], rows)[:2] for n in ("lora", "prompt", "adapter", "dora")}
+
+
+FORMS = {
+    "accumulated": dict(count=4),
+    "remat full": dict(remat="full"),
+    "remat dots": dict(remat="dots"),
+    "unrolled": dict(scan_unroll=4),
+    "fsdp 8": dict(devices=8, mesh=MeshSection(fsdp=8)),
+    "tensor 4 x fsdp 2": dict(devices=8, mesh=MeshSection(fsdp=2, tensor=4), count=2, remat="full"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_trajectory_does_not_depend_on_how_an_update_is_computed(references, name, form):
+    losses, norms, _, _ = trajectory(SECTIONS[name], ragged_rows(), **FORMS[form])
+    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
+    np.testing.assert_allclose(norms, references[name][1], rtol=1e-4 if name == "dora" else 2e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt", "adapter"])
+def test_the_other_methods_on_a_mesh_accumulated_with_remat(references, name):
+    losses, norms, _, _ = trajectory(SECTIONS[name], ragged_rows(), **FORMS["tensor 4 x fsdp 2"])
+    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
+    np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_packed_rows_equal_unpacked_ones(references, name):
+    """Each text of a packed row has the virtual tokens before it, within windows too."""
+    rows = ragged_rows()
+    single = []
+    for r in range(16):
+        for s in range(1, rows["segment_ids"][r].max() + 1):
+            at = rows["segment_ids"][r] == s
+            row = {k: np.zeros(T, v.dtype) for k, v in rows.items()}
+            for k in rows:
+                row[k][: at.sum()] = rows[k][r][at]
+            row["segment_ids"][: at.sum()] = 1
+            single.append(row)
+    losses, norms, _, _ = trajectory(
+        SECTIONS[name], {k: np.stack([r[k] for r in single]) for k in rows}
+    )
+    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
+    np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
+
+
+def test_dropout_differs_by_step_layer_and_module_and_is_off_without_a_key():
+    section = PeftSection(method="lora", r=4, lora_dropout=0.5)
+    model = decoder(section)
+    model.layers.attn.q.lora.b.set_value(jnp.ones_like(model.layers.attn.q.lora.b[...]))
+    tokens = jnp.asarray(ragged_rows(2)["tokens"])
+    run = nnx.jit(lambda m, key: m.hidden(tokens, rng=key))
+    a, b = run(model, jax.random.key(0)), run(model, jax.random.key(1))
+    assert not np.allclose(a, b)
+    np.testing.assert_array_equal(a, run(model, jax.random.key(0)))
+    still = nnx.jit(lambda m: m.hidden(tokens))(model)
+    without = decoder(PeftSection(method="lora", r=4))
+    without.layers.attn.q.lora.b.set_value(jnp.ones_like(without.layers.attn.q.lora.b[...]))
+    np.testing.assert_array_equal(still, nnx.jit(lambda m: m.hidden(tokens))(without))
+    lora, x = model.layers.attn.q.lora, jnp.ones((1, 2000, 32))
+    graph, state = nnx.split(lora)
+    one = nnx.merge(graph, jax.tree.map(lambda v: jnp.ones_like(v[0]), state))
+    h = one.inner(x, {"rng": jax.random.key(0), "layer": 0, "mix": None})
+    assert abs(float(h.mean()) - 32 * 4) < 1  # the mean stays: 32 inputs, s = 16 / 4
+
+
+def test_gaussian_and_kaiming_starts():
+    a = decoder(PeftSection(method="lora", r=4)).layers.mlp.up.lora.a[...]
+    assert float(jnp.abs(a).max()) <= 32**-0.5 and float(a.std()) == pytest.approx(
+        (3 * 32) ** -0.5, rel=0.1
+    )
+    a = decoder(PeftSection(method="lora", r=4, init_lora_weights="gaussian")).layers.mlp.up.lora.a
+    assert float(a[...].std()) == pytest.approx(1 / 4, rel=0.1)
+
+
+QWEN_1_5B = dict(
+    model_type="qwen2",
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+def shapes(config, section):
+    cfg = from_hf(config)
+    plan = plan_of(cfg, section)
+    return nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan))
+
+
+def test_parameters_of_qwen2_5_1_5b():
+    section = PeftSection(method="lora", r=8, target_modules=("q_proj", "v_proj"))
+    model = shapes(QWEN_1_5B, section)
+    assert model.peft.count(model) == 1_089_536
+    assert (
+        sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(model, LoraParam)))
+        == 1_089_536
+    )
+    assert model.peft.summary(model) == [
+        "trainable: 1,089,536 parameters beside 1,543,714,304 (0.07%)"
+    ]
+    section = PeftSection(method="lora", r=8, target_modules=("q_proj", "o_proj"))
+    model = shapes(QWEN_1_5B, section)
+    assert model.peft.summary(model)[0].endswith("= 2·L·d·r = 2 · 56 · 1,536 · 8")
+    assert model.peft.count(model) == 2 * 56 * 1536 * 8
+
+
+def test_what_a_layer_has_less_of_is_not_counted():
+    section = PeftSection(
+        method="lora",
+        r=8,
+        target_modules=("q_proj",),
+        layers_to_transform=(0, 3),
+        rank_pattern={"layers.3.self_attn.q_proj": 2},
+    )
+    model = shapes(QWEN_1_5B, section)
+    assert model.peft.count(model) == (8 + 2) * 2 * 1536
+
+
+def test_a_and_b_lie_as_their_base_does():
+    mesh = make_mesh(MeshSection(fsdp=2, tensor=4), jax.devices())
+    model = shapes(QWEN_1_5B, PeftSection(method="lora", r=8))
+
+    def lies(variable):
+        return spec(axes_of(variable), variable.get_value().shape, mesh)
+
+    q, down = model.layers.attn.q.lora, model.layers.mlp.down.lora
+    assert lies(q.a) == P(None, ("fsdp",), None) and lies(q.b) == P(None, None, ("tensor",))
+    assert lies(down.a) == P(None, ("tensor",), None) and lies(down.b) == P(None, None, ("fsdp",))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (dict(target_modules=("q_prj",)), "q_prj.*matches nothing.*q_proj, k_proj.*all-linear"),
+        (dict(target_modules=("q_proj[",)), "neither a module nor a pattern"),
+        (dict(exclude_modules=("z",)), "exclude_modules: 'z'"),
+        (dict(exclude_modules=(r".*proj",)), "nothing is left"),
+        (dict(layers_to_transform=(28,)), "no layer 28.*0 to 27"),
+        (dict(rank_pattern={"z_proj": 4}), "rank_pattern"),
+        (dict(modules_to_save=("score",)), "modules_to_save: 'score'.*embed_tokens"),
+        (dict(modules_to_save=("layers.3.input_layernorm",)), "some layers of a stack"),
+        (dict(target_modules=("lm_head",)), "the head is the token table"),
+        (dict(target_modules=("embed_tokens",), init_lora_weights="pissa"), "pissa"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        plan_of(from_hf(QWEN_1_5B), PeftSection(method="lora", **keys))
+
+
+def test_a_prefix_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="num_virtual_tokens 64 leaves nothing"):
+        plan_of(TINY, PeftSection(method="prefix", num_virtual_tokens=64))
+    model = decoder(SECTIONS["prefix"])
+    assert "3 virtual tokens leave each text 61 of 64 positions" in model.peft.summary(model)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "adapter", "lora"])
+def test_generation_with_a_cache_equals_the_whole_pass(name):
+    from jaxllm.rollout import Sampling, generate
+
+    model = decoder(SECTIONS[name])
+    noise = iter(jax.random.split(jax.random.key(3), 100))
+    for _, v in nnx.to_flat_state(nnx.state(model, model.peft.trains)):
+        v.set_value(v.get_value() + 0.3 * jax.random.normal(next(noise), v.get_value().shape))
+    graph, state = nnx.split(model)
+    prompts = [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12]]  # the shorter is padded; a window of 9 ends
+    made = generate(model, prompts, Sampling(max_new_tokens=8))
+    whole = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
+    for prompt, new in zip(prompts, made, strict=True):
+        tokens = np.asarray(prompt + new)[None]
+        want = np.asarray(whole(state, tokens)).argmax(-1)[0, len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(new, want)
+
+
+def test_every_method_has_a_row():
+    from typing import get_args, get_type_hints
+
+    names = set(get_args(get_type_hints(PeftSection)["method"]))
+    assert names == {"none", *METHODS}

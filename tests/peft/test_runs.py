@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs that train an adapter: killed and resumed, exported, merged, quantised, refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from test_train import arguments, killed, lines_of, project, refused  # noqa: F401
+
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.cli import main
+from jaxllm.config import MeshSection
+from jaxllm.hf import load_hf
+from jaxllm.mesh import make_mesh
+from jaxllm.model.quantized import Quantized, dense, quantize
+
+LORA = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "q_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def base(project):  # noqa: F811
+    """The project with a model in base/final."""
+    assert main(arguments(project, "pretrain", "base", "--save.every", "0")) == 0
+    return project
+
+
+def tuning(project, out, *more):  # noqa: F811
+    args = arguments(project, "sft", out, *more)
+    at = args.index("--model.config")
+    args[at : at + 4] = ["--model.path", str(project / "base" / "final")]
+    return args
+
+
+@pytest.fixture(scope="module")
+def straight(base):
+    held_out = ("--data.eval", str(base / "few.jsonl"), "--data.packing", "true")
+    assert main(tuning(base, "straight", *LORA, *held_out)) == 0
+    return base
+
+
+def adapter(run):
+    return load_file(run / "final" / "adapter_model.safetensors")
+
+
+def evaluated(capsys, model, data, *more):
+    capsys.readouterr()
+    assert (
+        main(["eval", "--model", str(model), "--data", str(data), "--chat", "--json", *more]) == 0
+    )
+    return json.loads(capsys.readouterr().out)["loss"]
+
+
+def test_resume_after_sigkill_is_bit_exact(straight):
+    import sys
+
+    held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.packing", "true")
+    args = tuning(straight, "killed", *LORA, *held_out)
+    killed([sys.executable, "-m", "jaxllm", *args], straight / "killed")
+    assert max(lines_of(straight / "killed"), default=0) < 12
+    assert main(args) == 0
+    want, got = lines_of(straight / "straight"), lines_of(straight / "killed")
+    assert sorted(got) == sorted(want) == list(range(1, 13))
+    for step in want:
+        for key in ("loss", "grad_norm"):
+            assert got[step][key] == want[step][key], (step, key)
+    a, b = adapter(straight / "straight"), adapter(straight / "killed")
+    assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+
+
+def test_a_checkpoint_holds_what_is_trained_and_says_over_what(straight):
+    saves = Checkpoints(straight / "straight" / "checkpoints")
+    tree = saves.manager.item_metadata(12)["state"].tree
+    names = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    weights = {n for n in names if "opt_state" not in n and "step" not in n}
+    assert len(weights) == 4 and all("['lora']" in name for name in weights), weights
+    assert not any("kernel" in name or "embedding" in name for name in names)
+    base = saves.meta(12)["base"]
+    assert base["path"] == str(straight / "base" / "final") and len(base["hash"]) == 16
+    saves.close()
+
+
+def test_another_base_is_refused(straight, capsys):
+    run, model = straight / "moved", straight / "base" / "final" / "model.safetensors"
+    shutil.copytree(straight / "straight", run)
+    kept = model.read_bytes()
+    weights = load_file(model)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    save_file(weights, model)
+    held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.packing", "true")
+    try:
+        refused(
+            capsys, tuning(straight, "moved", *LORA, *held_out, "--steps", "14"), "another model"
+        )
+        refused(capsys, ["export", str(run), str(straight / "m"), "--merge"], "another model")
+    finally:
+        model.write_bytes(kept)
+
+
+def test_an_export_is_an_adapter_or_merged(straight, capsys):
+    run, few = straight / "straight", straight / "few.jsonl"
+    last = list(lines_of(run, "eval").values())[-1]["loss"]
+    plain = evaluated(capsys, straight / "base" / "final", few, "--max_length", "64")
+    assert last < plain - 1e-3
+    for model in (run / "final", straight / "exported"):
+        if not model.exists():
+            assert main(["export", str(run), str(model)]) == 0
+        assert not (model / "config.json").exists()
+        assert evaluated(capsys, model, few, "--max_length", "64") == pytest.approx(last, abs=1e-5)
+    beside = ("--adapter", f"mine={run / 'final'}", "--max_length", "64")
+    base = straight / "base" / "final"
+    assert evaluated(capsys, base, few, *beside) == pytest.approx(last, abs=1e-5)
+    assert evaluated(capsys, base, few, *beside, "--use", "none") == pytest.approx(plain, abs=1e-6)
+    assert (
+        main(["export", str(run), str(straight / "whole"), "--merge", "--dtype", "bfloat16"]) == 0
+    )
+    said = capsys.readouterr().err
+    assert "merged: the logits differ by at most" in said and "once rounded to bfloat16" in said
+    assert evaluated(capsys, straight / "whole", few, "--max_length", "64") == pytest.approx(
+        last, abs=2e-2
+    )
+    assert main(["export", str(run / "final"), str(straight / "whole32"), "--merge"]) == 0
+    assert evaluated(capsys, straight / "whole32", few, "--max_length", "64") == pytest.approx(
+        last, abs=1e-5
+    )
+    refused(capsys, ["export", str(run), str(straight / "x"), "--dtype", "bfloat16"], "--merge")
+
+
+def test_training_goes_on_from_an_adapter(straight, capsys):
+    start = str(straight / "straight" / "final")
+    more = ("--peft.method", "lora", "--peft.path", start)
+    assert main(tuning(straight, "further", *more, "--steps", "2")) == 0
+    first = lines_of(straight / "further")[1]["loss"]
+    assert first < lines_of(straight / "straight")[1]["loss"] - 0.01
+    before, after = adapter(straight / "straight"), adapter(straight / "further")
+    assert before.keys() == after.keys()
+    assert any(np.any(before[k] != after[k]) for k in before)
+    args = tuning(straight, "wrong", "--peft.method", "prefix", "--peft.path", start)
+    refused(capsys, args, "of method lora", "prefix")
+    refused(capsys, tuning(straight, "wrong", *more, "--peft.r", "3"), "peft.r", "leave it out")
+
+
+@pytest.mark.parametrize("method", ["adapter", "prefix", "prompt"])
+def test_the_other_methods_run_and_come_back(straight, capsys, method):
+    size = ("--peft.bottleneck", "4") if method == "adapter" else ("--peft.num_virtual_tokens", "4")
+    held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.max_length", "60")
+    args = tuning(straight, method, "--peft.method", method, *size, *held_out)
+    assert main(args) == 0
+    last = lines_of(straight / method, "eval")[12]["loss"]
+    got = evaluated(
+        capsys, straight / method / "final", straight / "few.jsonl", "--max_length", "60"
+    )
+    assert got == pytest.approx(last, abs=1e-5)
+    refused(capsys, ["export", str(straight / method), str(straight / "x"), "--merge"], "only one")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_is_smaller_and_is_resumed_exactly(straight, capsys, kind):
+    more = (*LORA, "--peft.quantize_base", kind)
+    capsys.readouterr()
+    assert main(tuning(straight, f"{kind}-once", *more, "--steps", "6", "--save.every", "3")) == 0
+    assert f"the layers' kernels as {kind} take" in capsys.readouterr().err
+    run = straight / f"{kind}-twice"
+    assert main(tuning(straight, run.name, *more, "--steps", "3", "--save.every", "3")) == 0
+    assert main(tuning(straight, run.name, *more, "--steps", "6", "--save.every", "3")) == 0
+    a, b = adapter(straight / f"{kind}-once"), adapter(run)
+    assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+    plain = lines_of(straight / "straight")[1]["loss"]
+    first = lines_of(run)[1]["loss"]
+    assert first != plain and first == pytest.approx(plain, rel=0.03)
+
+
+def widened(held):
+    """All layers of a quantised kernel in float32."""
+    layers = [jax.tree.map(lambda x, i=i: x[i], held) for i in range(held.shape[0])]
+    return np.stack([dense(layer, (None, None), "float32") for layer in layers])
+
+
+@pytest.mark.parametrize(("kind", "error", "size"), [("int8", 0.009, 1.02), ("nf4", 0.095, 0.54)])
+def test_quantised_kernels(kind, error, size):
+    w = np.random.default_rng(0).normal(0, 0.02, (2, 576, 384)).astype(np.float32)
+    found = quantize(jax.numpy.asarray(w), kind, lambda x: x)
+    assert found.shape == w.shape and found.nbytes <= size * w.size
+    back = np.stack(
+        [dense(jax.tree.map(lambda x, i=i: x[i], found), (None, None), "float32") for i in range(2)]
+    )
+    assert np.linalg.norm(back - w) / np.linalg.norm(w) < error
+    with pytest.raises(ValueError, match="inputs that divide"):
+        quantize(jax.numpy.zeros((1, 13, 8)), "nf4", lambda x: x)
+
+
+def test_a_quantised_model_computes_what_its_codes_say(straight):
+    path = str(straight / "base" / "final")
+    mesh = make_mesh(MeshSection(fsdp=2, tensor=4))
+    tokens = np.arange(16).reshape(2, 8)
+    for kind in ("int8", "nf4"):
+        model, whole = load_hf(path, quantize_base=kind, mesh=mesh), load_hf(path)
+        into = dict(nnx.to_flat_state(nnx.state(whole)))
+        for name, variable in nnx.to_flat_state(nnx.state(model)):
+            if isinstance(held := variable.get_value(), Quantized):
+                into[name].set_value(widened(held))
+        whole = nnx.merge(nnx.graphdef(whole), nnx.from_flat_state(into))
+        run = nnx.jit(lambda m: m(tokens))
+        np.testing.assert_allclose(run(model), run(whole), atol=1e-4)
+        assert float(np.abs(run(load_hf(path)) - run(whole)).max()) > 1e-3
+
+
+def test_what_is_told_and_what_is_refused(straight, capsys):
+    run = straight / "told"
+    args = [a for a in tuning(straight, "told", *LORA, "--steps", "1")]
+    at = args.index("--optim.learning_rate")
+    del args[at : at + 2]
+    args[args.index("--peft.r") + 1] = "128"
+    capsys.readouterr()
+    assert main(args) == 0
+    said = capsys.readouterr().err
+    assert "warning: peft: rank 128 is outside the usual 4 to 64" in said
+    assert "trainable: " in said
+    assert json.loads((run / "config.json").read_text())["optim"]["learning_rate"] == 5e-4
+    wrong = tuning(straight, "wrong", "--peft.method", "lora")
+    refused(capsys, [*wrong, "--peft.r", "0"], "peft.r", "greater than 0")
+    refused(capsys, [*wrong, "--peft.target_modules", "q"], "matches nothing", "q_proj")
+    refused(capsys, [*wrong, "--peft.bottleneck", "4"], "peft.bottleneck", "lora")
+    refused(capsys, tuning(straight, "wrong", "--peft.r", "4"), "peft.r", "peft.method")
+    refused(
+        capsys,
+        tuning(straight, "wrong", "--peft.method", "prompt", "--peft.num_virtual_tokens", "4"),
+        "60 positions beside 4 virtual tokens",
+    )
