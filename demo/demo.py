@@ -72,9 +72,9 @@ def numbers(found: dict[str, float]) -> str:
     return ", ".join(f"{name} {found[name]:{form}}" for name, form in kinds)
 
 
-def parameters(model: Path) -> int:
+def parameters(model: Path, file: str = "model.safetensors") -> int:
     """Weights in a HuggingFace directory of one file."""
-    with safe_open(model / "model.safetensors", framework="np") as tensors:
+    with safe_open(model / file, framework="np") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
 
 
@@ -150,12 +150,22 @@ def main() -> None:
     after = chat_loss(model)
     summary.add("evaluation after", OUT / "chat/heldout.jsonl", numbers(after))
 
+    run("sft", "configs/sft/stdlib-lora.yaml", "--overwrite", *few)
+    adapter = OUT / "lora" / "final"
+    tuned = chat_loss(adapter)
+    share = parameters(adapter, "adapter_model.safetensors") / parameters(base)
+    summary.add("LoRA adapter", adapter, f"{share:.1%} of the weights trained, {numbers(tuned)}")
+
+    run("export", OUT / "lora", OUT / "lora-merged", "--merge", "--dtype", "bfloat16")
+    merged = chat_loss(OUT / "lora-merged")
+    summary.add("LoRA, merged", OUT / "lora-merged", f"bfloat16, {numbers(merged)}")
+
     prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
     words = ("generate", "--model", model, "--chat", *prompts, "--max_new_tokens", 48, "--json")
     answers = [json.loads(line)["text"] for line in run(*words, capture=True)]
     summary.add("an answer", QUESTIONS[0], answers[0])
     summary.show()
-    if not quick and after["loss"] >= before["loss"]:
+    if not quick and max(after["loss"], tuned["loss"]) >= before["loss"]:
         sys.exit("the held-out loss of the chats did not fall")
 
 

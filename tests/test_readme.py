@@ -31,6 +31,7 @@ SMALL = (
     ("jaxllm pretrain", "--steps|--schema|--per_device|--explain", STEPS),
     ("jaxllm pretrain", "--steps|--schema|--explain", "--steps 2"),
     ("jaxllm sft", "--steps", STEPS),
+    ("jaxllm compare", "--batch_size", "--batch_size 4"),
 )
 
 
@@ -190,6 +191,8 @@ def test_files_that_pages_name_are_there():
 def test_the_demo_goes_all_the_way(workspace):
     said = workspace.run("python", "demo/demo.py", "--quick")
     table = said.partition("What was made")[2]
-    for what in ("tokenizer", "base model", "chat model", "evaluation after", "an answer"):
+    made = ("tokenizer", "base model", "chat model", "evaluation after", "LoRA adapter", "an answer")
+    for what in made:
         assert what in table
     assert (workspace.folder / "run/stdlib/model/model.safetensors").is_file()
+    assert (workspace.folder / "run/stdlib/lora-merged/model.safetensors").is_file()

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA (r 8, alpha 16) of SmolLM2-135M: jaxllm against peft on torch, same rows.
+
+    python benchmarks/lora_vs_peft.py --model SMOLLM2_DIR [--rounds 5] [--remat full]
+    python benchmarks/lora_vs_peft.py --quick     a rehearsal on a tiny random model
+
+speed: medians of tokens/s and peak memory (of the process, its program and compiler included) of
+both sides in turn, adapters on q_proj and v_proj or on every linear module of the layers. peft runs
+as transformers' Trainer(bf16=True) has it: bfloat16 autocast over weights of --weight_dtype, fused
+AdamW, no cache, no checkpointing. Rows are full and one document each.
+
+flops: of our whole compiled update as XLA counts it, recomputation included, LoRA on q_proj and
+v_proj against training every weight, for each way to recompute.
+
+memory: what XLA reserves for our update (arguments and temporaries) with LoRA above what it
+reserves without, against what jax.eval_shape says of A and B, their moments and their gradients.
+"Without" is an update that trains the layers' norm scales alone, less those scales' own such bytes:
+gradients run through the same layers there, so activations are on both sides; a target's input that
+A's gradient alone needs is LoRA's, and counts (--remat none keeps many).
+"""
+
+import argparse
+import tempfile
+from functools import partial
+
+from turns import Side, compare, serve
+
+TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
+PARTS = ("speed", "flops", "memory")
+TINY = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+def torch_step(a):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=a.weight_dtype)
+    model.config.use_cache = False
+    modules = TARGETS[a.targets]
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora).train()
+    if a.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0, fused=True)
+    tokens = torch.randint(0, model.config.vocab_size, (a.batch, a.length))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad()
+        return a.batch * a.length
+
+    return step
+
+
+def lora(a, targets: str):
+    from jaxllm.config import PeftSection
+    from jaxllm.hf import read_config
+    from jaxllm.model.families import from_hf
+    from jaxllm.peft.interop import plan_of
+
+    modules = TARGETS[targets]
+    names = (modules,) if isinstance(modules, str) else tuple(modules)
+    section = PeftSection(method="lora", r=8, lora_alpha=16.0, target_modules=names)
+    return plan_of(from_hf(read_config(a.model)), section)
+
+
+def program(a, model, chunk: int):
+    """(jitted update, weights -> state, weights, frozen, batch) of a model, abstract or not."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from jaxllm.config import OptimSection
+    from jaxllm.data.batch import Batch
+    from jaxllm.objectives.lm import lm_loss
+    from jaxllm.optim import make_optimizer, make_schedule
+    from jaxllm.train import TrainState, make_step
+
+    graph, weights, rest = nnx.split(model, model.peft.trains, ...)
+    optim = OptimSection(learning_rate=5e-4, schedule="constant")
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule)
+    objective = partial(lm_loss, chunk=chunk)
+    step = make_step(graph, objective, optimizer, schedule, max_norm=1.0)
+    tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, a.batch, a.length + 1))
+    ones = np.ones((1, a.batch, a.length), np.int32)
+    places = np.arange(a.length) * ones
+    fields = (tokens[..., :-1], tokens[..., 1:], ones.astype(np.float32), ones, places)
+    batch = Batch(*(jnp.asarray(f) for f in fields))
+
+    def begin(params):
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    parts = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
+    return jax.jit(step, donate_argnums=0), begin, *parts, batch
+
+
+def jaxllm_step(a):
+    import jax
+
+    from jaxllm.hf import load_hf
+
+    options = dict(compute_dtype="bfloat16", remat=a.remat, scan_unroll=a.scan_unroll)
+    model = load_hf(a.model, a.weight_dtype, peft=lora(a, a.targets), **options)
+    update, begin, params, frozen, batch = program(a, model, chunk=512)
+    del model
+    state = begin(params)
+    compiled = update.lower(state, frozen, batch).compile()
+
+    def step():
+        nonlocal state
+        state, _ = compiled(state, frozen, batch)
+        jax.block_until_ready(state)
+        return a.batch * a.length
+
+    return step
+
+
+def compiled(a, plan, remat: str, unroll: int = 1, chunk: int = 512):
+    """(compiled update, shapes of its state) of a model that is not loaded."""
+    import jax
+    from flax import nnx
+
+    from jaxllm.hf import read_config
+    from jaxllm.model.decoder import Decoder
+    from jaxllm.model.families import from_hf
+
+    cfg = from_hf(read_config(a.model))
+    options = dict(dtype=a.weight_dtype, compute_dtype="bfloat16", remat=remat, scan_unroll=unroll)
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan, **options))
+    update, begin, params, frozen, batch = program(a, model, chunk)
+    state = jax.eval_shape(begin, params)
+    return update.lower(state, frozen, batch).compile(), state
+
+
+def gflop(a, plan, remat: str, layers: int) -> float:
+    """Of one update. XLA counts a loop's body once, so the difference between bodies of one layer
+    and of `few` is what the layers have that it left out. (All layers in one body, which compiles
+    three times longer, gives SmolLM2 0.5 % less: the first layer's input needs no gradient there.)
+    The loss is one chunk, its loop one round."""
+    few = next(n for n in range(2, layers + 1) if layers % n == 0)
+    one, more = (
+        compiled(a, plan, remat, n, a.batch * a.length)[0].cost_analysis()["flops"] / 1e9
+        for n in (1, few)
+    )
+    return one + (layers - 1) * (more - one) / (few - 1)
+
+
+def reserved(a, plan) -> tuple[float, float]:
+    """MiB of an update: (what XLA reserves, trained weights with moments and gradients)."""
+    import jax
+
+    step, state = compiled(a, plan, a.remat, a.scan_unroll)
+    m = step.memory_analysis()
+    whole = m.argument_size_in_bytes + m.temp_size_in_bytes
+    whole += m.output_size_in_bytes - m.alias_size_in_bytes
+    kept = jax.tree.leaves((state.trainable, state.opt_state))
+    own = sum(x.size * x.dtype.itemsize for x in kept)
+    own += sum(4 * x.size for x in jax.tree.leaves(state.trainable))  # float32 gradients
+    return whole / 2**20, own / 2**20
+
+
+def speed(a) -> None:
+    print("targets     jaxllm/s  peft/s  ratio (>= 1.20)  jaxllm GiB  peft GiB  ratio (<= 0.60)")
+    keys = ("model", "batch", "length", "remat", "scan_unroll", "weight_dtype", "checkpointing")
+    options = {key: getattr(a, key) for key in keys}
+    for targets in TARGETS:
+        sides = {n: Side(__file__, side=n, targets=targets, **options) for n in ("jaxllm", "torch")}
+        out = compare(sides, a.rounds)
+        ours, theirs = out["jaxllm"], out["torch"]
+        print(
+            f"{targets:<11} {ours['rate']:>8.0f} {theirs['rate']:>7.0f}"
+            f" {ours['rate'] / theirs['rate']:>16.2f} {ours['gib']:>11.2f} {theirs['gib']:>9.2f}"
+            f" {ours['gib'] / theirs['gib']:>16.2f}",
+            flush=True,
+        )
+
+
+def flops(a) -> None:
+    from jaxllm.model.layers import PLAIN
+
+    plan = lora(a, "q,v")
+    layers = len(plan.targets[0].ranks[0])
+    print("GFLOP of an update, remat  LoRA q,v  all weights  ratio (<= 0.72)")
+    for remat in (a.remat,) if a.quick else ("none", "dots", "full"):
+        ours, whole = (gflop(a, p, remat, layers) for p in (plan, PLAIN))
+        print(f"{remat:<26} {ours:>8.1f} {whole:>12.1f} {ours / whole:>16.3f}", flush=True)
+
+
+def memory(a) -> None:
+    from jaxllm.model.layers import Peft
+
+    class Scales(Peft):
+        frozen = True
+
+        def trains(self, path, variable):
+            return path[0] == "layers" and path[-1] == "scale"
+
+    whole, own = reserved(a, Scales())
+    base = whole - own
+    print(f"MiB above the base's {base:,.0f}  reserved  eval_shape  ratio (<= 1.10)")
+    for targets in TARGETS:
+        whole, own = reserved(a, lora(a, targets))
+        above = whole - base
+        print(f"{targets:<24} {above:>9.2f} {own:>11.2f} {above / own:>16.3f}", flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", help="a HuggingFace directory")
+    p.add_argument("--quick", action="store_true", help="a tiny random model, one round")
+    p.add_argument("--parts", default=",".join(PARTS), help="what is measured [%(default)s]")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--length", type=int, default=512)
+    p.add_argument("--remat", default="full", help="ours: none, names, dots, full [%(default)s]")
+    p.add_argument("--scan_unroll", type=int, default=1, help="ours [%(default)s]")
+    p.add_argument("--weight_dtype", default="float32", help="the base's, both sides [%(default)s]")
+    p.add_argument("--checkpointing", type=int, default=0, help="torch's: 0 or 1 [%(default)s]")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    p.add_argument("--targets", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.side:
+        make = {"torch": torch_step, "jaxllm": jaxllm_step}[a.side]
+        return serve(lambda: make(a))
+    if not (a.model or a.quick):
+        p.error("give --model, or --quick")
+    with tempfile.TemporaryDirectory() as folder:
+        if a.quick:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            config = AutoConfig.for_model("llama", **TINY)
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            a.model, a.rounds, a.batch, a.length = folder, 1, 2, 32
+        print(
+            f"batch {a.batch} x {a.length}, AdamW, base {a.weight_dtype}, bfloat16 compute, "
+            f"remat {a.remat}, {a.rounds} interleaved rounds, medians",
+            flush=True,
+        )
+        for part in a.parts.split(","):
+            {"speed": speed, "flops": flops, "memory": memory}[part](a)
+    return None
+
+
+if __name__ == "__main__":
+    main()
