@@ -42,8 +42,9 @@ $(VENV)/.real: $(VENV)/.test
 demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
 
+# A file's tests share what they trained, so they stay in one process.
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 real: $(VENV)/.real
 	@$(BIN)/python -m pytest -m real

@@ -349,7 +349,7 @@ def guard(cfg: TrainConfig) -> bool:
     config = to_dict(cfg)
     before = _read_config(run)
     if before is not None and cfg.overwrite:
-        reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer]
+        reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer, cfg.peft.path]
         reads += [cfg.data.template, cfg.data.cache_dir]
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):

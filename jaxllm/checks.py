@@ -45,6 +45,8 @@ def check(cfg: TrainConfig) -> None:
 
 def warnings(cfg: TrainConfig) -> Iterator[str]:
     """What is allowed and yet unusual, one line each."""
+    if cfg.peft.method != "none" and cfg.model.config:
+        yield "the adapter is trained over random weights; `export --merge` keeps both together"
     ranks = {cfg.peft.r, *cfg.peft.rank_pattern.values()}
     for r in sorted(ranks) if cfg.peft.method == "lora" and not cfg.peft.path else ():
         if r not in RANKS:
@@ -67,6 +69,8 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
             yield f"peft.{name} has no meaning for {peft.method}; leave it out"
         elif peft.path and name in (*LORA, *TUNES["adapter"], *TUNES["prefix"]):
             yield f"peft.{name} is what the adapter of peft.path was made with; leave it out"
+    if peft.path and cfg.model.config:
+        yield "peft.path is an adapter of some model; give that by model.path"
     if peft.loraplus_lr_ratio != 1 and cfg.optim.name == "schedule_free_adamw":
         yield "peft.loraplus_lr_ratio does not go with schedule_free_adamw"
 

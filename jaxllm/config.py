@@ -185,9 +185,9 @@ class SaveSection:
     keep_best: bool = True
     """also keep the one with the lowest eval loss"""
     final: bool = True
-    """write final/ as a HF directory when done"""
+    """write final/ when done: a HF directory, or an adapter where that is what was trained"""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of the weights in final/; default: the master weights'"""
+    """dtype of a model in final/ or merged; default: the master weights'"""
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,13 @@ from jaxllm.hf import (
     model_config,
     save_adapter,
     save_hf,
+    started_from,
 )
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
 from jaxllm.peft.interop import is_adapter, plan_of, tokenizer_of
-from jaxllm.peft.lora import merged
+from jaxllm.peft.lora import LoraStart, merged
 from jaxllm.tokenizer import load_tokenizer
 
 
@@ -60,7 +61,8 @@ def export(
             tokenizer = load_tokenizer(str(folder))
     else:
         model, tokenizer, kept = _load_run(run, folder, step, merge)
-        dtype = dtype or kept
+        if merge or not model.peft.frozen:
+            dtype = dtype or kept
     if merge:
         save_hf(_merge_and_compare(model, dtype), out, dtype, tokenizer)
     elif not model.peft.frozen:
@@ -103,12 +105,18 @@ def _load_run(
     step = saves.latest() if step is None else step
     if step is None:
         raise ValueError(f"{run} has no good checkpoint yet")
-    mesh, plan = make_mesh(MeshSection()), plan_of(model_config(start)[0], cfg.peft)
+    own = replace(cfg, output_dir=str(folder), overwrite=False)
+    mesh, plan = make_mesh(MeshSection()), plan_of(model_config(start)[0], started_from(own))
     if plan.frozen and (whole or plan.needs_base):
         same_base(saves, step, identity(cfg))
-        plain = replace(cfg.peft, path=None, quantize_base="none")
-        wide = replace(cfg.model, weight_dtype="float32")
-        model = load_model(replace(cfg, peft=plain, model=wide), mesh, peft=plan)
+        cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # its values are the checkpoint's
+        model = load_model(cfg, mesh, peft=plan)
+        if whole:
+            wide = replace(cfg.model, weight_dtype="float32")
+            section = replace(cfg.peft, quantize_base="none")
+            began = nnx.state(model, LoraStart)  # of the weights as they were held in training
+            model = load_model(replace(cfg, peft=section, model=wide), mesh, peft=plan)
+            nnx.update(model, began)
     else:
         model = blank_model(start, mesh, peft=plan)
     model.base = base

@@ -25,9 +25,10 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm.config import MeshSection, TrainConfig
+from jaxllm.config import MeshSection, PeftSection, TrainConfig
 from jaxllm.files import (
     ADAPTER,
+    ADAPTER_CONFIG,
     DTYPES,
     INDEX,
     SINGLE,
@@ -101,19 +102,29 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     return shape, config
 
 
+def started_from(cfg: TrainConfig) -> PeftSection:
+    """A run's peft section, whose path is the copy of the adapter's config that the run keeps."""
+    kept = Path(cfg.output_dir) / START
+    if cfg.peft.path and not cfg.overwrite and (kept / ADAPTER_CONFIG).is_file():
+        return replace(cfg.peft, path=str(kept))
+    return cfg.peft
+
+
 def identity(cfg: TrainConfig) -> dict[str, Any]:
     """What tells a run's frozen model from another: where it lies, and a hash of its tensors' names
-    and places and of a sample of their bytes."""
+    and places and of the first and the middle bytes of each."""
     if not cfg.model.path:
         return {"config": cfg.model.config, "seed": cfg.seed}
     hasher = xxhash.xxh3_64()
     for file in sorted(set(tensor_files(resolve(cfg.model.path)).values())):
-        size = file.stat().st_size
-        with file.open("rb") as opened_file:
-            for at in range(0, size, max(size // 64, 1 << 16)):
-                opened_file.seek(at)
-                hasher.update(opened_file.read(1 << 14))
-        hasher.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as data:
+            start = 8 + (length := int.from_bytes(data.read(8), "little"))
+            header = data.read(length)
+            hasher.update(header)
+            for name, tensor in json.loads(header).items():
+                for at in tensor["data_offsets"] if name != "__metadata__" else ():
+                    data.seek(start + at)
+                    hasher.update(data.read(4096))
     return {"path": cfg.model.path, "hash": hasher.hexdigest()}
 
 
@@ -193,7 +204,8 @@ def load_hf(
     format, or {name: directory} of several, of which the first is in use (interop.choose). A `path`
     that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
     that of activations. overrides: keys of its config to change (another RoPE scaling, say).
-    peft: what is added and trained, its random numbers drawn by `seed`. quantize_base: int8 | nf4
+    peft: what is added and trained, its random numbers drawn by `seed`; with an adapter too, that
+    gives its values. quantize_base: int8 | nf4
     holds the layers' kernels so.
     Raises ValueError for an unknown family, missing or unexpected tensors, shapes that disagree
     with the config, and pickled or quantised weights.
@@ -205,7 +217,7 @@ def load_hf(
     config = _changed(read_config(str(folder)), overrides or {})
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
-    plan = interop.read_plan(cfg, saved) if saved else peft
+    plan = interop.read_plan(cfg, saved) if saved and not peft.frozen else peft
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
     options["scan_unroll"] = scan_unroll
     graph, state = _blank(cfg, mesh, dtype=dtype, **options)
@@ -317,20 +329,17 @@ def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
     options = {"dtype": cfg.model.weight_dtype, "peft": PLAIN} | options
     if cfg.model.path:
         more: dict[str, Any] = {"overrides": cfg.model.overrides, "seed": cfg.seed}
-        more["quantize_base"] = cfg.peft.quantize_base
-        model = load_hf(cfg.model.path, mesh=mesh, **more, **options)
-    else:
-        shape, config = model_config(cfg)
-        graph, state = _blank(shape, mesh, **options)
-        flat = dict(nnx.to_flat_state(state))
-        _draw(flat, partial(Decoder, shape, **options), cfg.seed)
-        for path, variable in flat.items():
-            held = partial(_held, options["peft"], cfg.peft.quantize_base, ".".join(map(str, path)))
-            variable.set_value(held(variable, variable.get_value()))
-        model = _merged(graph, nnx.from_flat_state(flat), config)
-        options["peft"].begin(model)
-    if cfg.peft.path:
-        interop.unpack(model, interop.find(cfg.peft.path))
+        more |= {"quantize_base": cfg.peft.quantize_base, "adapter": cfg.peft.path}
+        return load_hf(cfg.model.path, mesh=mesh, **more, **options)
+    shape, config = model_config(cfg)
+    graph, state = _blank(shape, mesh, **options)
+    flat = dict(nnx.to_flat_state(state))
+    _draw(flat, partial(Decoder, shape, **options), cfg.seed)
+    for path, variable in flat.items():
+        held = partial(_held, options["peft"], cfg.peft.quantize_base, ".".join(map(str, path)))
+        variable.set_value(held(variable, variable.get_value()))
+    model = _merged(graph, nnx.from_flat_state(flat), config)
+    options["peft"].begin(model)
     return model
 
 
@@ -445,6 +454,10 @@ def save_hf(
     """
     kept = str(model.embed.embedding[...].dtype) if dtype is None else dtype
     check_dtype(kept)
+    if model.peft.frozen:
+        raise ValueError("save_hf writes plain models; use save_adapter, or save merged(model)")
+    if model.quantized:
+        raise ValueError("the weights are quantised; load the model without quantize_base to save")
     config, generation = _configs(model, kept, tokenizer)
     with new_folder(path) as part:
         _write_weights(model, part, kept, max_shard_bytes)
@@ -476,8 +489,9 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
             save_tokenizer(tokenizer, part)
 
 
-def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
-    """Writes what a run is of beside its weights: a HF directory of configs and tokenizer.
+def save_start(model: Decoder, folder: Path, tokenizer: Any, adapter: str | None = None) -> None:
+    """Writes what a run is of beside its weights: a HF directory of configs and tokenizer, and the
+    config of the adapter it started from.
 
     So its checkpoints can be exported when what it started from is gone.
     """
@@ -487,3 +501,5 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
+    if adapter:
+        shutil.copy(resolve(adapter) / ADAPTER_CONFIG, folder)

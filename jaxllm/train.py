@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,7 @@ def train(cfg: TrainConfig) -> Result:
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_rate(resolve_batch(cfg, data_parallel(mesh)))
     model_cfg, _ = hf.model_config(cfg)
-    peft = plan_of(model_cfg, cfg.peft)
+    peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     room = model_cfg.max_positions - peft.length
@@ -269,7 +269,7 @@ def train(cfg: TrainConfig) -> Result:
         same_data(run, data.manifest)
         same_base(saves, at, base)
     model = (hf.load_model if at is None or peft.frozen else hf.blank_model)(
-        cfg,
+        cfg if at is None else replace(cfg, peft=replace(cfg.peft, path=None)),
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
@@ -280,7 +280,7 @@ def train(cfg: TrainConfig) -> Result:
     claim(cfg, empty=replaces)  # an old run goes now that nothing can be wrong with the new one
     saves = saves or open_run()
     if at is None:
-        hf.save_start(model, run / hf.START, tokenizer)
+        hf.save_start(model, run / hf.START, tokenizer, cfg.peft.path)
 
     # ---- optimizer, state, the step
     for line in peft.summary(model):

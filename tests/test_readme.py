@@ -191,7 +191,14 @@ def test_files_that_pages_name_are_there():
 def test_the_demo_goes_all_the_way(workspace):
     said = workspace.run("python", "demo/demo.py", "--quick")
     table = said.partition("What was made")[2]
-    made = ("tokenizer", "base model", "chat model", "evaluation after", "LoRA adapter", "an answer")
+    made = (
+        "tokenizer",
+        "base model",
+        "chat model",
+        "evaluation after",
+        "LoRA adapter",
+        "an answer",
+    )
     for what in made:
         assert what in table
     assert (workspace.folder / "run/stdlib/model/model.safetensors").is_file()

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main path in a minute, without torch: train, save, load, generate."""
+"""The main path in a minute, without torch: train, save, load, generate, tune by LoRA."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
 
-def test_pretrain_then_load_then_generate(tmp_path):
+def test_pretrain_then_load_then_generate_then_lora(tmp_path):
     import jaxllm
-    from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
+    from jaxllm.config import (
+        DataSection,
+        LogSection,
+        ModelSection,
+        PeftSection,
+        Source,
+        TrainConfig,
+    )
     from jaxllm.tokenizer import train_tokenizer
 
     text = tmp_path / "text.txt"
@@ -39,3 +47,10 @@ def test_pretrain_then_load_then_generate(tmp_path):
         result.final, ["one two"], sampling=jaxllm.Sampling(max_new_tokens=4)
     )
     assert isinstance(answer, str)
+    peft = PeftSection(method="lora", r=4, quantize_base="nf4")
+    over = replace(cfg, output_dir=str(tmp_path / "lora"), model=ModelSection(path=result.final))
+    tuned = jaxllm.train(replace(over, peft=peft, steps=4))
+    jaxllm.export(str(tmp_path / "lora"), str(tmp_path / "merged"), merge=True)
+    want = jaxllm.load_hf(str(tuned.final))(np.ones((1, 5), np.int32))
+    got = jaxllm.load_hf(str(tmp_path / "merged"))(np.ones((1, 5), np.int32))
+    np.testing.assert_allclose(got, want, atol=1e-4)

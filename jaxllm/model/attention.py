@@ -67,21 +67,25 @@ def attention(
     q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)
     q, k, v = q.transpose(0, 2, 3, 1, 4), k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
     at = (q_segments, k_segments, q_positions, jnp.asarray(offset))
-    out: Any = _attend(q, k, v, at, window, softcap)
+    lead = offset if isinstance(offset, int) else None
+    out: Any = _attend(q, k, v, at, window, softcap, lead)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _blocks(q: jax.Array, k: jax.Array, window: int | None) -> Iterator[tuple[slice, slice]]:
+def _blocks(
+    q: jax.Array, k: jax.Array, window: int | None, lead: int | None
+) -> Iterator[tuple[slice, slice]]:
     """(queries, keys) that are looked at together. A whole row goes block by block, over the keys
-    up to its own block and inside the window alone: the mask would hide the rest."""
+    up to its own block and inside the window alone: the mask would hide the rest. `lead`: how many
+    keys stand before the row's own, None where that is not known (a cache)."""
     T, S = q.shape[3], k.shape[2]
-    size = T // BLOCKS if T == S and T % BLOCKS == 0 and T >= 128 else T
+    size = T // BLOCKS if lead is not None and T + lead == S and T % BLOCKS == 0 and T >= 128 else T
     for start in range(0, T, size):
         if size == T:
             yield slice(0, T), slice(0, S)
         else:
-            first = 0 if window is None else max(0, start - window + 1)
-            yield slice(start, start + size), slice(first, start + size)
+            first = 0 if window is None or lead else max(0, start - window + 1)
+            yield slice(start, start + size), slice(first, (lead or 0) + start + size)
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -102,16 +106,16 @@ def _scores(q_BNGTK, k_BNSK, at: Any, queries: slice, keys: slice, window, softc
     return jnp.where(mask[:, None, None], scores, -1e30)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, at, window, softcap) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, at, window, softcap, lead) -> Any:
     """q [B, N, G, T, K] (scaled), k and v [B, N, S, K] -> [B, N, G, T, K]; `at` as in _scores."""
-    return _forward(q, k, v, at, window, softcap)[0]
+    return _forward(q, k, v, at, window, softcap, lead)[0]
 
 
-def _forward(q, k, v, at, window: int | None, softcap: float):
+def _forward(q, k, v, at, window: int | None, softcap: float, lead: int | None):
     B, N, G, T, K = q.shape
     outs, sums = [], []
-    for queries, keys in _blocks(q, k, window):
+    for queries, keys in _blocks(q, k, window, lead):
         scores = _scores(q[:, :, :, queries], k[:, :, keys], at, queries, keys, window, softcap)
         top = jnp.max(scores, -1, keepdims=True)
         probs = jnp.exp(scores - top)
@@ -125,7 +129,7 @@ def _forward(q, k, v, at, window: int | None, softcap: float):
     return out, (q, k, v, at, out, lse)
 
 
-def _backward(window: int | None, softcap: float, saved, g):
+def _backward(window: int | None, softcap: float, lead: int | None, saved, g):
     q, k, v, at, out, lse = saved
     B, N, G, T, K = q.shape
     g = g.astype(v.dtype)
@@ -136,7 +140,7 @@ def _backward(window: int | None, softcap: float, saved, g):
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(B, N, -1, x.shape[-1])
 
-    for queries, keys in _blocks(q, k, window):
+    for queries, keys in _blocks(q, k, window, lead):
         qb, gb = q[:, :, :, queries], g[:, :, :, queries]
         scores = _scores(qb, k[:, :, keys], at, queries, keys, window, softcap)
         probs = jnp.exp(scores - lse[:, :, :, queries, None])

@@ -32,6 +32,7 @@ from jaxllm.model.layers import (
     rotate,
     softcapped,
 )
+from jaxllm.model.quantized import Quantized
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -182,6 +183,11 @@ class Decoder(nnx.Module):
             else Linear(cfg, "head", HEAD_AXES, head_shape, peft=peft, dtype=dtype, rngs=rngs)
         )
         self.prefix = peft.prefix(cfg, rngs)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights of the layers are held in fewer bits."""
+        return isinstance(self.layers.attn.o.kernel.get_value(), Quantized)
 
     def hidden(
         self,

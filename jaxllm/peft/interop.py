@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxllm.config import PeftSection
+from jaxllm.checks import TUNES
+from jaxllm.config import PeftSection, validated
 from jaxllm.files import ADAPTER, ADAPTER_CONFIG, opened, read_json, resolve
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
@@ -75,12 +76,12 @@ def is_model(path: str) -> bool:
     return Path(path).expanduser().is_dir() or hub_id(path)
 
 
-def find(path: str) -> Saved:
+def find(path: str, weights: bool = True) -> Saved:
     """The adapter in a directory or hub id. Raises ValueError where there is none."""
     folder = resolve(path)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
-    if not (folder / ADAPTER).is_file():
+    if weights and not (folder / ADAPTER).is_file():
         raise ValueError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
     return Saved(folder, read_json(folder / ADAPTER_CONFIG))
 
@@ -93,6 +94,8 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     named = {} if adapter is None else {"default": adapter} if isinstance(adapter, str) else adapter
     if not is_adapter(path):
         return path, dict(named)
+    if "default" in named:
+        raise ValueError(f"{path} is an adapter too; name the other: NAME={named['default']}")
     base = find(path).config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} does not say which model it is an adapter of; give that one too")
@@ -112,8 +115,8 @@ def plan_of(cfg: ModelConfig, section: PeftSection) -> Peft:
     if section.method == "none":
         return Peft()
     if section.path:
-        plan = read_plan(cfg, {"default": find(section.path)})
-        other = method_of(find(section.path).config)
+        saved = find(section.path, weights=False)
+        plan, other = read_plan(cfg, {"default": saved}), method_of(saved.config)
         if other != section.method:
             raise ValueError(f"{section.path} is of method {other}, peft.method {section.method}")
         if isinstance(plan, LoraPeft):
@@ -135,43 +138,38 @@ def method_of(config: dict[str, Any]) -> str:
 def section_of(config: dict[str, Any]) -> PeftSection:
     """An adapter_config.json as a peft section. Raises ValueError for what is not done here."""
     method = method_of(config)
-    if method == "adapter":
-        return PeftSection(
-            method="adapter", bottleneck=config["bottleneck"], placement=config["placement"]
-        )
-    if method in ("prefix", "prompt"):
-        return PeftSection(method=method, num_virtual_tokens=config["num_virtual_tokens"])
+    config = {key: value for key, value in config.items() if value is not None}
+    if method != "lora":
+        return _section({k: config[k] for k in TUNES[method] if k in config} | {"method": method})
     for key in REFUSED:
         if config.get(key):
             raise ValueError(f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not done here")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{ADAPTER_CONFIG}: bias is {config['bias']!r}; only none is done here")
     init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(("olora", "corda", "loftq", "lora_ga")):
+    if init.startswith(("olora", "corda", "loftq", "lora_ga", "pissa_niter")):
         raise ValueError(
             f"{ADAPTER_CONFIG}: init_lora_weights {init} changed the base; convert the adapter "
             "with peft's path_initial_model_for_weight_conversion"
         )
 
-    def listed(key: str) -> tuple[Any, ...]:
-        value = config.get(key)
-        return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    def listed(key: str) -> list[Any]:
+        value = config.get(key, [])
+        return value if isinstance(value, list) else [value]
 
-    return PeftSection(
-        method="lora",
-        r=config["r"],
-        lora_alpha=float(config["lora_alpha"]),
-        lora_dropout=config.get("lora_dropout", 0.0),
-        target_modules=listed("target_modules"),
-        exclude_modules=listed("exclude_modules"),
-        layers_to_transform=listed("layers_to_transform"),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        modules_to_save=listed("modules_to_save"),
-        init_lora_weights="pissa" if init.startswith("pissa") else "kaiming",
-        use_rslora=bool(config.get("use_rslora")),
-        use_dora=bool(config.get("use_dora")),
-    )
+    lists = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+    kept = ("lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    section = {key: listed(key) for key in lists} | {k: config[k] for k in kept if k in config}
+    section |= {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}  # peft's own
+    section["init_lora_weights"] = "pissa" if init == "pissa" else "kaiming"
+    return _section({"method": "lora"} | section)
+
+
+def _section(values: dict[str, Any]) -> PeftSection:
+    try:
+        return validated({"peft": values}, {}).peft
+    except ValueError as error:
+        raise ValueError(f"{ADAPTER_CONFIG}: {error}") from None
 
 
 def read_plan(cfg: ModelConfig, adapters: Mapping[str, Saved]) -> Peft:
@@ -234,8 +232,9 @@ def shares(plan: Peft, chosen: Choice) -> tuple[float, ...]:
     for name in weights:
         if name not in plan.names:
             raise ValueError(f"there is no adapter {name}; there are {', '.join(plan.names)}")
-    if plan.dora and set(weights.values()) != {1.0}:
-        raise ValueError("a DoRA adapter is on or not loaded; it has no weight")
+    if (plan.dora or plan.saved) and set(weights.values()) != {1.0}:
+        what = "DoRA" if plan.dora else "modules_to_save"
+        raise ValueError(f"an adapter with {what} is on or not loaded; it has no weight")
     return tuple(float(weights.get(name, 0.0)) for name in plan.names)
 
 
@@ -359,7 +358,9 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
                 fill(variable, layer, name, not leaf.endswith("bias"))
     elif isinstance(model.prefix, Prompt):
         fill(model.prefix.embeddings, ..., PROMPT, False)
-    elif PROMPT in found:
+    else:
+        if PROMPT not in found:
+            raise ValueError(f"{saved.folder / ADAPTER} has no {PROMPT}")
         keys, both = model.prefix.keys, model.prefix.values
         L, P, N, K = keys.get_value().shape
         if found[PROMPT].shape != (P, 2 * L * N * K):
@@ -367,13 +368,9 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
         split = found.pop(PROMPT).reshape(P, L, 2, N, K).transpose(1, 2, 0, 3, 4)
         values = {0: (keys, split[:, 0]), 1: (both, split[:, 1])}
     whole = trained_tensors(model.cfg, plan, {"": saved})
-    strange = [
-        n
-        for n in found
-        if n.removeprefix(ROOT) not in whole and not n.endswith(".base_layer.weight")
-    ]
-    strange = [n for n in strange if not (n == f"{ROOT}lm_head.weight" and model.head is None)]
-    if strange:
+    tied = {"lm_head.weight"} if model.head is None else set()  # a second copy of the table
+    names = [n for n in found if not n.endswith(".base_layer.weight")]
+    if strange := [n for n in names if n.removeprefix(ROOT) not in whole.keys() | tied]:
         raise ValueError(
             f"{saved.folder / ADAPTER} has {strange[0]}, which its config does not name"
         )
@@ -392,6 +389,12 @@ def trained_tensors(
         if key.path in saved_of(plan)
         for i in (layers if key.stacked else (0,))
     ]
+    for one in saved.values() if names else ():
+        with opened(one.folder / ADAPTER) as file:
+            if missing := {ROOT + name for name in names} - set(file.keys()):
+                raise ValueError(
+                    f"{one.folder / ADAPTER} has no {min(missing)}, which its config asks for"
+                )
     return {n: (one.folder / ADAPTER, ROOT + n) for n in names for one in saved.values()}
 
 

@@ -20,7 +20,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ class Lora(nnx.Module):
         y = y + added
         if self.magnitude is None:
             return y
-        scale = self.scale(at, 1)
+        scale = self.scale(at | {"mix": None}, 1)
         norm = column_norms(kernel(), self.a[...], scale[:, None] * self.b[...])
         factor = self.magnitude[...] / jax.lax.stop_gradient(norm)
         return (y * jnp.where(jnp.any(scale > 0), factor, 1.0)).astype(y.dtype)
@@ -232,6 +232,11 @@ class Lora(nnx.Module):
     def begin_pissa(self, kernel: jax.Array) -> None:
         """A, B = U √S / √s, √S V / √s of the R largest singular values of W."""
         R = self.a[...].shape[-1]
+        if R > min(kernel.shape[-2:]):
+            raise ValueError(
+                f"peft: pissa of rank {R}, but {self.target.module} has {min(kernel.shape[-2:])} "
+                "singular values; give it less by rank_pattern"
+            )
         scales = jnp.asarray(self.target.scales(self.rslora))
         scales = scales if kernel.ndim == 3 else scales[0]
 
@@ -241,13 +246,10 @@ class Lora(nnx.Module):
             return u[:, :R] * root, root[:, None] * v[:R]
 
         a, b = self.each_layer(halves, kernel, scales)
-        for variable, value in ((self.a, a), (self.b, b)):
+        # Buffers of their own: a and b are donated to the first step.
+        starts = ((self.a0, jnp.copy(a)), (self.b0, jnp.copy(b)))
+        for variable, value in ((self.a, a), (self.b, b), *starts):
             _set(variable, value)
-        for variable, value in (
-            (self.a0, a),
-            (self.b0, b),
-        ):  # buffers of their own: a, b are donated
-            _set(variable, jnp.copy(value))
 
     def delta(self) -> jax.Array:
         """s·AB, less what PiSSA began with: float32 [I, O] or [L, I, O]."""
@@ -278,12 +280,17 @@ _exact = partial(jnp.matmul, precision="highest")
 # ---- where the targets lie in a model
 
 
+def _owner(model: Any, path: str) -> tuple[Any, str]:
+    """The module that holds what lies at a path, and its name there."""
+    *parents, last = path.split(".")
+    for name in parents:
+        model = getattr(model, name)
+    return model, last
+
+
 def lora_of(model: Any, path: str) -> Lora:
     """The branch of a target."""
-    *parents, last = path.split(".")
-    owner = model
-    for name in parents:
-        owner = getattr(owner, name)
+    owner, last = _owner(model, path)
     found = getattr(owner, last)
     return found if isinstance(found, Lora) else found.lora
 
@@ -292,10 +299,7 @@ def kernels_of(model: Any, path: str) -> list[Any]:
     """The weights that a target adapts, in HF's order."""
     if path == EMBED:
         return [model.embed.embedding]
-    *parents, last = path.split(".")
-    owner = model
-    for name in parents:
-        owner = getattr(owner, name)
+    owner, last = _owner(model, path)
     parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
     return [getattr(owner, part).kernel for part in parts]
 
@@ -342,6 +346,8 @@ def merged(model: Decoder) -> Decoder:
     that is not of the weights.
     """
     plan = model.peft
+    if model.quantized:
+        raise ValueError("the base is quantised; load it without quantize_base to merge")
     if not isinstance(plan, LoraPeft) or len(plan.names) > 1:
         raise ValueError("only one LoRA adapter can be merged into the weights; export the adapter")
     graph, state = nnx.split(model)
@@ -391,11 +397,11 @@ def _names(cfg: ModelConfig, module: str) -> list[str]:
     return [module.format(i=i) for i in range(cfg.num_layers if "{i}" in module else 1)]
 
 
-def _check_named(cfg: ModelConfig, key: str, entries: Sequence[str]) -> None:
-    """Raises ValueError for an entry that names no module."""
+def _check_named(cfg: ModelConfig, key: str, entries: Iterable[str], form: str = "{}") -> None:
+    """Raises ValueError for an entry that, in the pattern `form`, names no module."""
     there = [name for module in modules(cfg).values() for name in _names(cfg, module)]
     for entry in entries:
-        if not any(_matches(entry, name) for name in there):
+        if not any(_matches(form.format(entry), name) for name in there):
             known = dict.fromkeys(name.rpartition(".")[2] for name in there)
             tied = " (the head is the token table: embed_tokens)" if cfg.tie_embeddings else ""
             raise ValueError(
@@ -406,7 +412,7 @@ def _check_named(cfg: ModelConfig, key: str, entries: Sequence[str]) -> None:
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module's name, as peft reads them."""
-    fits = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    fits = (value for key, value in patterns.items() if _matches(rf"(.*\.)?({key})", name))
     return next(fits, default)
 
 
@@ -418,8 +424,8 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Lora
         named = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_named(cfg, "target_modules", named)
         _check_named(cfg, "exclude_modules", section.exclude_modules)
-        _check_named(cfg, "rank_pattern", [rf"(.*\.)?({k})" for k in section.rank_pattern])
-        _check_named(cfg, "alpha_pattern", [rf"(.*\.)?({k})" for k in section.alpha_pattern])
+        _check_named(cfg, "rank_pattern", section.rank_pattern, r"(.*\.)?({})")
+        _check_named(cfg, "alpha_pattern", section.alpha_pattern, r"(.*\.)?({})")
     for layer in section.layers_to_transform:
         if layer >= cfg.num_layers:
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxllm.config import ModelSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.hf import load_hf, load_model, model_config, save_adapter
+from jaxllm.hf import load_hf, load_model, model_config, save_adapter, save_hf
 from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
@@ -95,9 +95,9 @@ def loaded_strictly(base, folder):
     return model
 
 
-def both_ways(tmp_path, base, config):
+def both_ways(tmp_path, base, config, change=randomise):
     """peft's random adapter here, and what we write of it there: the logits are the same."""
-    theirs = randomise(peft.get_peft_model(torch_base(base), config))
+    theirs = change(peft.get_peft_model(torch_base(base), config))
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = some_tokens()
     want = torch_logits(theirs, tokens)
@@ -127,7 +127,7 @@ def test_what_is_tied_goes_both_ways_and_is_merged(tmp_path, options):
     np.testing.assert_allclose(logits_of(merged(ours), tokens), logits_of(ours, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
 def test_virtual_tokens_go_both_ways(tmp_path, family, kind):
     """mistral and gemma2 have windows that end inside the row, gemma2 scales its embeddings."""
@@ -153,7 +153,7 @@ def test_pissa_of_peft_is_read_and_written_at_twice_the_rank(tmp_path, rslora):
     config = peft.LoraConfig(
         r=3, target_modules=QV, init_lora_weights="pissa", use_rslora=rslora, task_type="CAUSAL_LM"
     )
-    ours = both_ways_from_pissa(tmp_path, base, config)
+    ours = both_ways(tmp_path, base, config, further)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"]) == (6, True)
     np.testing.assert_allclose(
@@ -161,22 +161,13 @@ def test_pissa_of_peft_is_read_and_written_at_twice_the_rank(tmp_path, rslora):
     )
 
 
-def both_ways_from_pissa(tmp_path, base, config):
-    theirs = peft.get_peft_model(torch_base(base), config)
+def further(model):
+    """As if trained from where PiSSA began."""
     with torch.no_grad():
-        for name, weight in theirs.named_parameters():
+        for name, weight in model.named_parameters():
             if "lora_" in name:
-                weight.mul_(1.2)  # as if trained
-    theirs.save_pretrained(tmp_path / "theirs")
-    tokens = some_tokens()
-    want = torch_logits(theirs, tokens)
-    assert np.abs(want - torch_logits(torch_base(base), tokens)).max() > 0.1
-    ours = load_hf(base, adapter=str(tmp_path / "theirs"), mesh=one_device())
-    np.testing.assert_allclose(logits_of(ours, tokens), want, atol=1e-4)
-    save_adapter(ours, str(tmp_path / "ours"))
-    back = loaded_strictly(base, str(tmp_path / "ours"))
-    np.testing.assert_allclose(torch_logits(back, tokens), want, atol=1e-4)
-    return ours
+                weight.mul_(1.2)
+    return model
 
 
 # ---- ten steps
@@ -240,6 +231,11 @@ def our_steps(model, steps=10, ratio=1.0):
 def same_steps(tmp_path, base, config, ratio=1.0):
     """Ours from the adapter that peft begins with; what came of it computes the same in peft."""
     theirs = peft.get_peft_model(torch_base(base), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            if weight.requires_grad:
+                weight.add_(0.02 * torch.randn_like(weight))
     theirs.save_pretrained(tmp_path / "start")
     start = str(tmp_path / "start")
     section = PeftSection(method=method_of(find(start).config), path=start)
@@ -261,11 +257,11 @@ def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
     same_steps(tmp_path, base_in(tmp_path, family), config)
 
 
-@pytest.mark.parametrize("name", [n for n in LORA if n not in ("q and v", "all-linear")])
+@pytest.mark.parametrize(
+    "name", ["DoRA", "patterns of ranks", "modules to save", "embeddings and head"]
+)
 def test_ten_steps_of_each_option_equal_peft_and_adamw(tmp_path, name):
     config = peft.LoraConfig(r=4, **{k: v for k, v in LORA[name].items() if k != "r"})
-    if "embed_tokens" in config.target_modules:
-        config.init_lora_weights = True
     same_steps(tmp_path, base_in(tmp_path), config)
 
 
@@ -360,6 +356,10 @@ def test_merge_then_unmerge_restores(tmp_path):
         ({"target_modules": ["q_proj"]}, "v_proj.*does not name"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj"),
         ({"r": 9}, "does not fit"),
+        ({"r": None}, "does not fit"),  # 8, as in peft
+        ({"rank_pattern": {"[": 3}}, "neither a module nor a pattern"),
+        ({"layers_to_transform": ["x"]}, "layers_to_transform.* is 'x'"),
+        ({"modules_to_save": ["lm_head"]}, "has no base_model.model.lm_head.weight"),
     ],
 )
 def test_an_adapter_that_is_not_understood_is_refused(tmp_path, changes, words):
@@ -386,3 +386,24 @@ def test_an_adapter_brings_its_model_and_says_when_it_cannot(tmp_path):
         load_hf(base, adapter=places["law"])
     with pytest.raises(ValueError, match="no adapter nothing; there are law, code"):
         choose(load_hf(base, adapter=places | {"law": places["code"]}), "nothing")
+
+
+def test_what_is_always_on_is_not_weighed_nor_written_plain(tmp_path):
+    base = base_in(tmp_path)
+    for name, options in {
+        "dora": dict(use_dora=True),
+        "saved": dict(modules_to_save=["lm_head"]),
+    }.items():
+        config = peft.LoraConfig(r=3, target_modules=QV, **options, task_type="CAUSAL_LM")
+        randomise(peft.get_peft_model(torch_base(base), config)).save_pretrained(tmp_path / name)
+        model = load_hf(base, adapter=str(tmp_path / name), mesh=one_device())
+        want = logits_of(model, some_tokens())
+        choose(model, "default")
+        np.testing.assert_allclose(logits_of(model, some_tokens()), want, atol=1e-5)
+        with pytest.raises(ValueError, match="is on or not loaded"):
+            choose(model, None)
+        with pytest.raises(ValueError, match="use save_adapter"):
+            save_hf(model, str(tmp_path / "plain"))
+    quantised = load_hf(base, adapter=str(tmp_path / "dora"), quantize_base="int8")
+    with pytest.raises(ValueError, match="quantised"):
+        merged(quantised)
