@@ -168,7 +168,8 @@ def test_bf16_compute_stays_near_float32(reference):
 # ---- whole runs
 
 CORPUS = Path(json.__file__)
-DEVICES = "--xla_force_host_platform_device_count="
+# The same flags as in conftest.py, so that a run here and one in a process of its own are equal.
+DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
 ENV = os.environ | {"XLA_FLAGS": DEVICES + "8", "JAX_PLATFORMS": "cpu"}
 
 
