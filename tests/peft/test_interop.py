@@ -377,6 +377,10 @@ def test_an_adapter_brings_its_model_and_says_when_it_cannot(tmp_path):
     np.testing.assert_array_equal(
         logits_of(load_hf(places["law"], mesh=one_device()), tokens), want
     )
+    with pytest.raises(ValueError, match="is an adapter too; name the other"):
+        load_hf(places["law"], adapter=places["code"], mesh=one_device())
+    both = load_hf(places["law"], adapter={"code": places["code"]}, mesh=one_device())
+    np.testing.assert_allclose(logits_of(both, tokens), want, atol=1e-5)
     file = tmp_path / "law" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not say which model"):

@@ -304,6 +304,12 @@ def test_what_the_model_does_not_have_is_refused(keys, words):
         plan_of(from_hf(QWEN_1_5B), PeftSection(method="lora", **keys))
 
 
+def test_pissa_of_more_than_a_matrix_has_is_refused():
+    section = PeftSection(method="lora", r=24, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="rank 24, but .*k_proj has 16 singular values"):
+        decoder(section)
+
+
 def test_a_prefix_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="num_virtual_tokens 64 leaves nothing"):
         plan_of(TINY, PeftSection(method="prefix", num_virtual_tokens=64))
