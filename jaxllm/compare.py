@@ -165,19 +165,11 @@ def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
 def _plan(cfg: TrainConfig) -> Any:
     """What a run adds to its model. Raises ValueError for what the model has no place for."""
     from jaxllm import hf
-    from jaxllm.peft.interop import plan_of
+    from jaxllm.peft.interop import plan_of, room
 
     shape, _ = hf.model_config(cfg)
     plan = plan_of(shape, cfg.peft)
-    room = shape.max_positions - plan.length
-    if cfg.data.max_length > room:
-        raise ValueError(
-            f"data.max_length {cfg.data.max_length} is over the {room} positions that "
-            f"{cfg.peft.method} tuning leaves of the model's {shape.max_positions}; lower it"
-            if plan.length
-            else f"data.max_length {cfg.data.max_length} is over the model's limit of {room} "
-            "positions; lower it"
-        )
+    room(shape, plan, cfg.data.max_length)
     return plan
 
 

@@ -110,13 +110,12 @@ def _load_run(
     if plan.frozen and (whole or plan.needs_base):
         same_base(saves, step, identity(cfg))
         cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # its values are the checkpoint's
-        model = load_model(cfg, mesh, peft=plan)
-        if whole:
-            wide = replace(cfg.model, weight_dtype="float32")
-            section = replace(cfg.peft, quantize_base="none")
-            began = nnx.state(model, LoraStart)  # of the weights as they were held in training
-            model = load_model(replace(cfg, peft=section, model=wide), mesh, peft=plan)
-            nnx.update(model, began)
+        # PiSSA began with the weights as they were held in training.
+        began = nnx.state(load_model(cfg, mesh, peft=plan), LoraStart) if plan.needs_base else {}
+        wide = replace(cfg.model, weight_dtype="float32")
+        section = replace(cfg.peft, quantize_base="none")
+        model = load_model(replace(cfg, peft=section, model=wide), mesh, peft=plan)
+        nnx.update(model, began)
     else:
         model = blank_model(start, mesh, peft=plan)
     model.base = base

@@ -121,10 +121,11 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
             start = 8 + (length := int.from_bytes(data.read(8), "little"))
             header = data.read(length)
             hasher.update(header)
-            for name, tensor in json.loads(header).items():
-                for at in tensor["data_offsets"] if name != "__metadata__" else ():
+            places = {name: t for name, t in json.loads(header).items() if name != "__metadata__"}
+            for first, end in (tensor["data_offsets"] for tensor in places.values()):
+                for at in (first, (first + end) // 2):
                     data.seek(start + at)
-                    hasher.update(data.read(4096))
+                    hasher.update(data.read(min(4096, end - at)))
     return {"path": cfg.model.path, "hash": hasher.hexdigest()}
 
 
@@ -477,14 +478,13 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     if not model.peft.frozen:
         raise ValueError("the model has no adapter; save_hf writes it whole")
     found = [Tensor(name, v.shape, lambda v=v: v) for name, v in interop.pack(model).items()]
-    own = interop.saved_of(model.peft)
-    for t in hf_tensors(model, own):
+    for t in hf_tensors(model, model.peft.saved):
         found.append(replace(t, name=interop.ROOT + t.name))
         if t.name == "model.embed_tokens.weight" and model.cfg.tie_embeddings:
             found.append(replace(t, name=f"{interop.ROOT}lm_head.weight"))  # as peft has the tie
     with new_folder(path) as part:
         write_file(part / ADAPTER, found, "float32")
-        interop.write_config(model, part)
+        write_json(part / ADAPTER_CONFIG, interop.config_of(model))
         if tokenizer is not None:
             save_tokenizer(tokenizer, part)
 

@@ -45,7 +45,7 @@ from jaxllm.optim import (
     make_schedule,
     opt_state_shardings,
 )
-from jaxllm.peft.interop import plan_of
+from jaxllm.peft.interop import plan_of, room
 from jaxllm.rollout import Sampling, check_prompts, generate
 from jaxllm.tokenizer import check_vocabulary, stop_ids
 
@@ -235,17 +235,11 @@ def train(cfg: TrainConfig) -> Result:
     peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     check_vocabulary(tokenizer, model_cfg.vocab_size)
-    room = model_cfg.max_positions - peft.length
-    if cfg.data.max_length > room:
-        raise ValueError(
-            f"data.max_length {cfg.data.max_length} is over the model's limit of {room} positions"
-            + (f" beside {peft.length} virtual tokens" if peft.length else "")
-            + "; lower it"
-        )
+    positions = room(model_cfg, peft, cfg.data.max_length)
     sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
-        check_prompts(room, prompts, sampling)
+        check_prompts(positions, prompts, sampling)
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train

@@ -108,10 +108,16 @@ class Peft:
     it is part of the model's graph. `mix` is how much of each of several adapters a row gets.
     """
 
+    method = "none"  # its row in interop.METHODS
     mix = ()
+    saved = ()  # paths of the model's own weights that are trained beside what is added
     length = 0  # virtual tokens before each text
-    frozen = False  # whether the model's own weights stay as they are
     needs_base = False  # whether what was trained means nothing without them
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model's own weights stay as they are, but those `saved`."""
+        return self.method != "none"
 
     def begin(self, model: Any) -> None:
         """Sets those of the added weights that depend on the model's own, once it has these."""

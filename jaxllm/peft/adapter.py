@@ -28,7 +28,7 @@ class AdapterParam(PeftParam):
 class AdapterPeft(Peft):
     """Bottlenecks of one width in every layer."""
 
-    frozen = True
+    method = "adapter"
     width: int
     placement: str
 

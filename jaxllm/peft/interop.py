@@ -7,7 +7,6 @@ does not load. Nothing is read but JSON and safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from jaxllm.config import PeftSection, validated
 from jaxllm.files import ADAPTER, ADAPTER_CONFIG, opened, read_json, resolve
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
-from jaxllm.model.layers import Peft
+from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.peft import adapter, lora, prefix
 from jaxllm.peft.adapter import AdapterParam, AdapterPeft
 from jaxllm.peft.lora import EMBED, LoraPeft, Target
@@ -71,11 +70,6 @@ def tokenizer_of(path: str) -> str:
     return with_base(path, None)[0]
 
 
-def is_model(path: str) -> bool:
-    """Whether a path is a directory, or may be a hub id."""
-    return Path(path).expanduser().is_dir() or hub_id(path)
-
-
 def find(path: str, weights: bool = True) -> Saved:
     """The adapter in a directory or hub id. Raises ValueError where there is none."""
     folder = resolve(path)
@@ -99,7 +93,7 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     base = find(path).config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path} does not say which model it is an adapter of; give that one too")
-    if not is_model(base):
+    if not Path(base).expanduser().is_dir() and not hub_id(base):
         raise ValueError(f"{path} is an adapter of {base}, which is not there; give its place too")
     return base, {"default": path, **named}
 
@@ -113,7 +107,7 @@ def plan_of(cfg: ModelConfig, section: PeftSection) -> Peft:
     Raises ValueError for a module, layer or combination that the model does not have.
     """
     if section.method == "none":
-        return Peft()
+        return PLAIN
     if section.path:
         saved = find(section.path, weights=False)
         plan, other = read_plan(cfg, {"default": saved}), method_of(saved.config)
@@ -256,6 +250,18 @@ def choose(model: Any, chosen: Choice) -> None:
     model.peft = replace(model.peft, mix=shares(model.peft, chosen))
 
 
+def room(cfg: ModelConfig, plan: Peft, length: int) -> int:
+    """Positions that a model leaves to a text. Raises ValueError for rows of more tokens."""
+    left = cfg.max_positions - plan.length
+    if length > left:
+        beside = f" beside {plan.length} virtual tokens" if plan.length else ""
+        raise ValueError(
+            f"data.max_length {length} is over the model's limit of {left} positions{beside}; "
+            "lower it"
+        )
+    return left
+
+
 # ---- the tensors
 
 
@@ -386,7 +392,7 @@ def trained_tensors(
     names = [
         key.name.format(i=i)
         for key in key_table(cfg)
-        if key.path in saved_of(plan)
+        if key.path in plan.saved
         for i in (layers if key.stacked else (0,))
     ]
     for one in saved.values() if names else ():
@@ -396,11 +402,6 @@ def trained_tensors(
                     f"{one.folder / ADAPTER} has no {min(missing)}, which its config asks for"
                 )
     return {n: (one.folder / ADAPTER, ROOT + n) for n in names for one in saved.values()}
-
-
-def saved_of(plan: Peft) -> tuple[str, ...]:
-    """Paths of the model's own weights that are trained beside the adapter."""
-    return plan.saved if isinstance(plan, LoraPeft) else ()
 
 
 def _bottlenecks(model: Any) -> list[tuple[str, Any]]:
@@ -426,9 +427,8 @@ def _turned(value: np.ndarray, leaf: str) -> np.ndarray:
 def config_of(model: Any) -> dict[str, Any]:
     """The adapter_config.json of a model."""
     plan, cfg = model.peft, model.cfg
-    method = _method(plan)
     config: dict[str, Any] = {
-        "peft_type": METHODS[method][1],
+        "peft_type": METHODS[plan.method][1],
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.base or None,
         "inference_mode": True,
@@ -436,7 +436,7 @@ def config_of(model: Any) -> dict[str, Any]:
     if isinstance(plan, AdapterPeft):
         return config | {"bottleneck": plan.width, "placement": plan.placement}
     if isinstance(plan, PrefixPeft):
-        prefix = plan.kind == "prefix"
+        prefix = plan.method == "prefix"
         width = cfg.num_kv_heads * cfg.head_dim if prefix else cfg.hidden_size
         return config | {
             "num_virtual_tokens": plan.length,
@@ -452,8 +452,8 @@ def config_of(model: Any) -> dict[str, Any]:
         alpha = target.alphas[0][layer] * (math.sqrt(twice) if plan.rslora[0] else twice)
         ranks.setdefault(target.module, {})[layer] = r * twice
         alphas.setdefault(target.module, {})[layer] = alpha
-    r, rank_pattern = _common(ranks, cfg)
-    alpha, alpha_pattern = _common(alphas, cfg)
+    r, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common(alphas)
     config |= {
         "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -476,13 +476,7 @@ def config_of(model: Any) -> dict[str, Any]:
     return config
 
 
-def _method(plan: Peft) -> str:
-    if isinstance(plan, PrefixPeft):
-        return plan.kind
-    return "adapter" if isinstance(plan, AdapterPeft) else "lora"
-
-
-def _common(values: dict[str, dict[int, Any]], cfg: ModelConfig) -> tuple[Any, dict[str, Any]]:
+def _common(values: dict[str, dict[int, Any]]) -> tuple[Any, dict[str, Any]]:
     """The value most modules have, and a pattern for each of the others."""
     common = Counter(v for layers in values.values() for v in layers.values()).most_common(1)[0][0]
     pattern: dict[str, Any] = {}
@@ -502,8 +496,3 @@ def _named(ranks: dict[str, dict[int, int]], cfg: ModelConfig) -> list[str]:
     if all(len(layers) == count[module] for module, layers in ranks.items()):
         return [module.rpartition(".")[2] for module in ranks]
     return [module.format(i=i) for module, layers in ranks.items() for i in layers]
-
-
-def write_config(model: Any, folder: Path) -> None:
-    text = json.dumps(config_of(model), indent=2, ensure_ascii=False)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -82,12 +82,12 @@ class LoraPeft(Peft):
     """LoRA on some weights. `names`: the adapters'; `saved`: weights trained as they are (their
     paths); `mix`: how much of each adapter a row gets if it does not say, empty = all of it."""
 
+    method = "lora"
     targets: tuple[Target, ...]
     names: tuple[str, ...] = ("default",)
     rslora: tuple[bool, ...] = (False,)
     saved: tuple[str, ...] = ()
     dropout: float = 0.0
-    frozen = True
     init: str = "kaiming"
     dora: bool = False
     mix: tuple[float, ...] = ()
@@ -418,7 +418,7 @@ def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> LoraPeft:
     """The LoRA that a configuration describes. Raises ValueError for a module that is not there
-    (with `strict`), a rank below 1, and what cannot be combined."""
+    (with `strict`) and for what cannot be combined."""
     saved = saved_paths(cfg, section.modules_to_save)
     if strict:
         named = [e for e in section.target_modules if e != ALL_LINEAR]
@@ -452,8 +452,6 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Lora
         names = _names(cfg, module)
         ranks = tuple(rank(path, name) for name in names)
         alphas = tuple(float(_pattern(section.alpha_pattern, n, section.lora_alpha)) for n in names)
-        if min(ranks) < 0:
-            raise ValueError(f"peft.rank_pattern: the rank of {module} is {min(ranks)}; 1 or more")
         if max(ranks):
             targets.append(Target(path, module, (ranks,), (alphas,)))
     if not targets:

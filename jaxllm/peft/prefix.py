@@ -29,10 +29,9 @@ class PrefixParam(PeftParam):
 
 @dataclass(frozen=True)
 class PrefixPeft(Peft):
-    """`length` virtual tokens; kind: prefix | prompt."""
+    """`length` virtual tokens; method: prefix | prompt."""
 
-    frozen = True
-    kind: str
+    method: str
     length: int
 
     def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
@@ -44,7 +43,7 @@ class PrefixPeft(Peft):
         return [*super().summary(model), f"{left} positions"]
 
     def prefix(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Prefix | Prompt:
-        return (Prefix if self.kind == "prefix" else Prompt)(cfg, self.length, rngs)
+        return (Prefix if self.method == "prefix" else Prompt)(cfg, self.length, rngs)
 
     def begin(self, model: Any) -> None:
         model.prefix.begin(model)
