@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import FAST, MODEL
 
 from jaxllm import cli, compare
 from jaxllm.config import from_dict
 
 CORPUS = Path(json.__file__)
-# One device, and compilation as quick as it gets: the runs are checked, not their speed.
-ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {"XLA_FLAGS": FAST, "JAX_PLATFORMS": "cpu"}  # one device
 STEPS = 3
 
 
@@ -33,19 +33,7 @@ def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     (folder / "text.txt").write_text(CORPUS.read_text())
     train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=300)
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-    (folder / "model.json").write_text(json.dumps(config))
+    (folder / "model.json").write_text(json.dumps(MODEL | {"vocab_size": 300}))
     (folder / "run.yaml").write_text(
         f"""
         output_dir: {folder}/out

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from runs import FAST
 
 from jaxllm.config import load_config
 
@@ -97,7 +98,7 @@ class Workspace:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "HOME": str(folder),  # the cache of tokenised text
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": FAST,
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

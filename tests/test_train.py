@@ -2,96 +2,19 @@
 """The step: the same numbers however an update is divided, laid out or recomputed."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from runs import DEVICES, ENV, arguments, command, killed, lines_of, refused
 from safetensors.numpy import load_file
+from steps import ragged_rows, trajectory, unpacked
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
-from jaxllm.config import MeshSection, OptimSection
-from jaxllm.data.batch import Batch, make_row
-from jaxllm.mesh import make_mesh, put
-from jaxllm.model.config import LayerKind, ModelConfig, Rope
-from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.lm import lm_loss
-from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.train import TrainState, make_step, state_shardings
-
-V, T = 97, 32
-TINY = ModelConfig(
-    "llama",
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    ropes=(Rope(), Rope(theta=500.0)),
-    kinds=(LayerKind(0), LayerKind(1, 9)),
-    layer_kinds=(0, 1, 0, 1),
-    tie_embeddings=False,
-    initializer_range=0.2,
-)
-
-
-def ragged_rows(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of two or three segments with uneven masks and padding."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        segments = []
-        for n in rng.integers(4, 11, 2 + i % 2):
-            learn = (rng.random(n) < 0.2 + 0.1 * (i % 7)).astype(np.float32)
-            segments.append((rng.integers(0, V, n), learn))
-        rows.append(make_row(segments, T))
-    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-
-
-def trajectory(rows, *, count=1, steps=3, mesh=None, devices=1, **model):
-    """(losses, gradient norms, weights) of AdamW steps on the same rows."""
-    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
-    graph, weights = nnx.split(Decoder(TINY, rngs=nnx.Rngs(1), **model), nnx.Param)
-    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
-    schedule = make_schedule(optim, 100)
-    params = nnx.to_pure_dict(weights)
-    optimizer = make_optimizer(optim, schedule)
-    lay, grads, moments = state_shardings(weights, optimizer, mesh, 3)
-    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, lay)
-        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
-        state = TrainState(jnp.int32(0), params, opt_state)
-        step = make_step(
-            graph,
-            lm_loss,
-            optimizer,
-            schedule,
-            max_norm=0.5,
-            gradient_shardings=grads if devices > 1 else None,
-        )
-        step = jax.jit(step, out_shardings=(shardings, None))
-        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
-        losses, norms = [], []
-        for _ in range(steps):
-            state, metrics = step(state, {}, Batch(**put(mesh, split)))
-            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-            norms.append(float(metrics["grad_norm"][0]))
-        assert step._cache_size() <= 2  # nothing is compiled again once shardings have settled
-    return np.array(losses), np.array(norms), jax.device_get(state.trainable)
+from jaxllm.config import MeshSection
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +39,7 @@ def reference():
     ids=lambda form: "-".join(f"{k}_{v}" for k, v in form.items() if k != "mesh"),
 )
 def test_trajectory_does_not_depend_on_how_an_update_is_computed(reference, form):
-    losses, norms, _ = trajectory(ragged_rows(16), **form)
+    losses, norms, _, _ = trajectory(ragged_rows(16), **form)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     np.testing.assert_allclose(norms, reference[1], rtol=1e-5)
 
@@ -130,18 +53,7 @@ def test_mean_of_micro_batch_means_would_differ(reference):
 
 
 def test_packed_rows_equal_unpacked_ones(reference):
-    rows = ragged_rows(16)
-    single = []
-    for r in range(16):
-        for s in range(1, rows["segment_ids"][r].max() + 1):
-            at = rows["segment_ids"][r] == s
-            row = {k: np.zeros(T, v.dtype) for k, v in rows.items()}
-            for k in rows:
-                row[k][: at.sum()] = rows[k][r][at]
-            row["segment_ids"][: at.sum()] = 1
-            single.append(row)
-    unpacked = {k: np.stack([row[k] for row in single]) for k in rows}
-    losses, norms, _ = trajectory(unpacked)
+    losses, norms, _, _ = trajectory(unpacked(ragged_rows(16)))
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     np.testing.assert_allclose(norms, reference[1], rtol=1e-5)
 
@@ -156,89 +68,16 @@ def test_loss_is_unchanged_by_what_padding_holds(reference):
 def test_nothing_learned_gives_zero_loss_and_gradients():
     rows = ragged_rows(4)
     rows["weights"] = np.zeros_like(rows["weights"])
-    losses, norms, _ = trajectory(rows, steps=1)
+    losses, norms, _, _ = trajectory(rows, steps=1)
     assert norms[0] == 0.0 and np.isnan(losses[0])  # 0 / 0 only when divided by hand
 
 
 def test_bf16_compute_stays_near_float32(reference):
-    losses, _, _ = trajectory(ragged_rows(16), compute_dtype="bfloat16")
+    losses, _, _, _ = trajectory(ragged_rows(16), compute_dtype="bfloat16")
     np.testing.assert_allclose(losses, reference[0], rtol=2e-2)
 
 
 # ---- whole runs
-
-CORPUS = Path(json.__file__)
-# The same flags as in conftest.py, so that a run here and one in a process of its own are equal.
-DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
-ENV = os.environ | {"XLA_FLAGS": DEVICES + "8", "JAX_PLATFORMS": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A tokenizer, a model config, text and chats."""
-    from jaxllm.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("project")
-    text = "\n".join(p.read_text() for p in sorted(CORPUS.parent.glob("*.py")))
-    (folder / "text.txt").write_text(text)
-    train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=500)
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": 500,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-    (folder / "model.json").write_text(json.dumps(config))
-    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 20]
-    chats = [
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-        for q, a in zip(lines[::2], lines[1::2], strict=False)
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
-    (folder / "few.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats[:40]))
-    return folder
-
-
-def arguments(project: Path, verb: str, out: str, *more: str) -> list[str]:
-    data = "text.txt" if verb == "pretrain" else "chats.jsonl"
-    train = [] if "--data.train" in more else ["--data.train", str(project / data)]
-    return [
-        verb,
-        *("--model.config", str(project / "model.json")),
-        *("--model.tokenizer", str(project / "tokenizer")),
-        *(*train, "--data.max_length", "64", "--data.workers", "1"),
-        *("--data.cache_dir", str(project / "cache"), "--output_dir", str(project / out)),
-        *("--batch_size", "16", "--micro_batch_size", "1", "--steps", "12", "--log.every", "1"),
-        *("--save.every", "4", "--optim.learning_rate", "0.01", "--optim.schedule", "constant"),
-        *more,
-    ]
-
-
-def command(*args, **keys) -> list[str]:
-    return [sys.executable, "-m", "jaxllm", *arguments(*args, **keys)]
-
-
-def lines_of(run: Path, kind: str = "train") -> dict[int, dict]:
-    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    return {x["step"]: x for x in lines if x["kind"] == kind}
-
-
-def killed(args: list[str], run: Path) -> None:
-    """Starts a run and kills it once its first checkpoint is there."""
-    process = subprocess.Popen(args, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if (run / "checkpoints" / "4").is_dir():
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -306,15 +145,6 @@ def test_the_best_checkpoint_is_kept_between_saves(project):
     assert kept == {str(best), "12"}
 
 
-def refused(capsys, args: list[str], *words: str) -> None:
-    capsys.readouterr()
-    assert main(args) == 2
-    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("jaxllm: error: ")]
-    assert len(lines) == 1
-    for word in words:
-        assert word in lines[0], lines[0]
-
-
 def test_another_run_in_the_folder_is_refused(straight, capsys):
     model = straight / "pretrain-straight" / "final" / "model.safetensors"
     before = model.read_bytes()
@@ -324,13 +154,9 @@ def test_another_run_in_the_folder_is_refused(straight, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project, capsys):
-    args = ("--optim.learning_rate", "1e30", "--optim.clip", "0")
-    refused(
-        capsys,
-        arguments(project, "pretrain", "nan", *args),
-        "step ",
-        "the last good checkpoint is kept",
-    )
+    rise = ("--optim.learning_rate", "1e30", "--optim.clip", "0")
+    line = refused(capsys, arguments(project, "pretrain", "nan", *rise))
+    assert "step " in line and "the last good checkpoint is kept" in line
 
 
 @pytest.mark.parametrize(

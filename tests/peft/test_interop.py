@@ -96,50 +96,52 @@ def loaded_strictly(base, folder):
 
 
 def both_ways(tmp_path, base, config, change=randomise):
-    """peft's random adapter here, and what we write of it there: the logits are the same."""
+    """(ours, logits of peft's random adapter in peft, here, and of what we write of it in peft)."""
     theirs = change(peft.get_peft_model(torch_base(base), config))
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = some_tokens()
     want = torch_logits(theirs, tokens)
     assert np.abs(want - torch_logits(torch_base(base), tokens)).max() > 0.1
     ours = load_hf(base, adapter=str(tmp_path / "theirs"), mesh=one_device())
-    np.testing.assert_allclose(logits_of(ours, tokens), want, atol=1e-4)
     save_adapter(ours, str(tmp_path / "ours"))
-    back = loaded_strictly(base, str(tmp_path / "ours"))
-    np.testing.assert_allclose(torch_logits(back, tokens), want, atol=1e-4)
-    return ours
+    back = torch_logits(loaded_strictly(base, str(tmp_path / "ours")), tokens)
+    return ours, want, logits_of(ours, tokens), back
 
 
 @pytest.mark.parametrize("options", LORA.values(), ids=LORA.keys())
 def test_lora_and_its_options_go_both_ways(tmp_path, options):
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options, task_type="CAUSAL_LM")
-    ours = both_ways(tmp_path, base_in(tmp_path), config)
-    tokens = some_tokens()
-    np.testing.assert_allclose(logits_of(merged(ours), tokens), logits_of(ours, tokens), atol=1e-4)
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path), config)
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
 def test_what_is_tied_goes_both_ways_and_is_merged(tmp_path, options):
     base = base_in(tmp_path, tie_word_embeddings=True)
     config = peft.LoraConfig(**options, r=4, task_type="CAUSAL_LM")
-    ours = both_ways(tmp_path, base, config)
-    tokens = some_tokens()
-    np.testing.assert_allclose(logits_of(merged(ours), tokens), logits_of(ours, tokens), atol=1e-4)
+    ours, want, here, back = both_ways(tmp_path, base, config)
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
 def test_virtual_tokens_go_both_ways(tmp_path, family, kind):
     """mistral and gemma2 have windows that end inside the row, gemma2 scales its embeddings."""
-    base = base_in(tmp_path, family)
-    both_ways(tmp_path, base, kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    _, want, *found = both_ways(tmp_path, base_in(tmp_path, family), config)
+    for got in found:
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_a_projected_prefix_of_peft_is_read(tmp_path):
     config = peft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM"
     )
-    both_ways(tmp_path, base_in(tmp_path), config)
+    _, want, *found = both_ways(tmp_path, base_in(tmp_path), config)
+    for got in found:
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -153,12 +155,11 @@ def test_pissa_of_peft_is_read_and_written_at_twice_the_rank(tmp_path, rslora):
     config = peft.LoraConfig(
         r=3, target_modules=QV, init_lora_weights="pissa", use_rslora=rslora, task_type="CAUSAL_LM"
     )
-    ours = both_ways(tmp_path, base, config, further)
+    ours, want, here, back = both_ways(tmp_path, base, config, further)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"]) == (6, True)
-    np.testing.assert_allclose(
-        logits_of(merged(ours), some_tokens()), logits_of(ours, some_tokens()), atol=1e-4
-    )
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def further(model):
@@ -228,8 +229,9 @@ def our_steps(model, steps=10, ratio=1.0):
     return out, merge(graph, state.trainable, frozen)
 
 
-def same_steps(tmp_path, base, config, ratio=1.0):
-    """Ours from the adapter that peft begins with; what came of it computes the same in peft."""
+def steps_of_both(tmp_path, base, config, ratio=1.0):
+    """Ten steps of ours and of peft's from one adapter, (loss, gradient norm) of each; what came of
+    ours computes the same in peft."""
     theirs = peft.get_peft_model(torch_base(base), config)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -244,17 +246,18 @@ def same_steps(tmp_path, base, config, ratio=1.0):
     ours = load_model(cfg, one_device(), peft=plan)
     (got, trained), want = our_steps(ours, ratio=ratio), torch_steps(theirs.train(), ratio=ratio)
     assert want[-1][0] < want[0][0] - 1e-3
-    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
     save_adapter(trained, str(tmp_path / "ours"))
     back = loaded_strictly(base, str(tmp_path / "ours"))
-    want = logits_of(trained, some_tokens())
-    np.testing.assert_allclose(torch_logits(back, some_tokens()), want, atol=1e-4)
+    there = torch_logits(back, some_tokens())
+    np.testing.assert_allclose(there, logits_of(trained, some_tokens()), atol=1e-4)
+    return got, want
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    same_steps(tmp_path, base_in(tmp_path, family), config)
+    got, want = steps_of_both(tmp_path, base_in(tmp_path, family), config)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -262,17 +265,21 @@ def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
 )
 def test_ten_steps_of_each_option_equal_peft_and_adamw(tmp_path, name):
     config = peft.LoraConfig(r=4, **{k: v for k, v in LORA[name].items() if k != "r"})
-    same_steps(tmp_path, base_in(tmp_path), config)
+    got, want = steps_of_both(tmp_path, base_in(tmp_path), config)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_ten_steps_of_lora_plus(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=QV, task_type="CAUSAL_LM")
-    same_steps(tmp_path, base_in(tmp_path), config, ratio=4.0)
+    got, want = steps_of_both(tmp_path, base_in(tmp_path), config, ratio=4.0)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
 def test_ten_steps_of_virtual_tokens(tmp_path, kind):
-    same_steps(tmp_path, base_in(tmp_path), kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    got, want = steps_of_both(tmp_path, base_in(tmp_path), config)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
 # ---- several adapters, and what is refused

@@ -7,38 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from steps import TINY, decoder, ragged_rows, trajectory, unpacked
 
-from jaxllm.config import MeshSection, OptimSection, PeftSection
-from jaxllm.data.batch import Batch, make_row
-from jaxllm.mesh import axes_of, make_mesh, put, spec
-from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.config import MeshSection, PeftSection
+from jaxllm.mesh import axes_of, make_mesh, spec
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
-from jaxllm.objectives.lm import lm_loss
-from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.interop import METHODS, plan_of
 from jaxllm.peft.lora import LoraParam
-from jaxllm.train import TrainState, make_step, state_shardings, weight_shardings
 
-V, T = 97, 32
-TINY = ModelConfig(
-    "llama",
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    ropes=(Rope(), Rope(theta=500.0)),
-    kinds=(LayerKind(0), LayerKind(1, 9)),
-    layer_kinds=(0, 1, 0, 1),
-    tie_embeddings=False,
-    initializer_range=0.2,
-)
 SECTIONS = {
     "lora": PeftSection(method="lora", r=4),
     "dora": PeftSection(method="lora", r=4, use_dora=True),
@@ -51,60 +29,6 @@ SECTIONS = {
     "prefix": PeftSection(method="prefix", num_virtual_tokens=3),
     "prompt": PeftSection(method="prompt", num_virtual_tokens=3),
 }
-
-
-def decoder(section, **options):
-    model = Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(TINY, section), **options)
-    model.peft.begin(model)
-    return model
-
-
-def ragged_rows(count=16, seed=0):
-    """Rows of two or three segments with uneven masks and padding."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        segments = []
-        for n in rng.integers(4, 11, 2 + i % 2):
-            learn = (rng.random(n) < 0.2 + 0.1 * (i % 7)).astype(np.float32)
-            segments.append((rng.integers(0, V, n), learn))
-        rows.append(make_row(segments, T))
-    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-
-
-def trajectory(section, rows, *, count=1, steps=3, mesh=None, devices=1, **model):
-    """(losses, gradient norms, what was trained, what was not) of AdamW steps on the same rows."""
-    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
-    made = decoder(section, **model)
-    graph, trained, rest = nnx.split(made, made.peft.trains, ...)
-    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant")
-    schedule = make_schedule(optim, 100)
-    optimizer = make_optimizer(optim, schedule)
-    lay, grads, moments = state_shardings(trained, optimizer, mesh, 3)
-    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
-    frozen_lay = weight_shardings(rest, mesh, whole=False)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(nnx.to_pure_dict(trained), lay)
-        frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
-        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
-        state = TrainState(jnp.int32(0), params, opt_state)
-        step = make_step(
-            graph,
-            lm_loss,
-            optimizer,
-            schedule,
-            max_norm=0.5,
-            gradient_shardings=grads if devices > 1 else None,
-        )
-        step = jax.jit(step, out_shardings=(shardings, None))
-        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
-        losses, norms = [], []
-        for _ in range(steps):
-            state, metrics = step(state, frozen, Batch(**put(mesh, split)))
-            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-            norms.append(float(metrics["grad_norm"][0]))
-        assert step._cache_size() <= 2
-    return np.array(losses), np.array(norms), state, (graph, frozen)
 
 
 @pytest.mark.parametrize("name", ["lora", "adapter", "pfeiffer", "pissa"])
@@ -132,7 +56,7 @@ def test_dora_begins_as_its_base_but_for_rounding():
 def test_only_what_is_asked_is_trained_and_kept(name):
     """The state, which is what a checkpoint holds, has the adapter's leaves only; each moves."""
     made = decoder(SECTIONS[name])
-    _, _, state, (graph, frozen) = trajectory(SECTIONS[name], ragged_rows(8))
+    _, _, state, (graph, frozen) = trajectory(ragged_rows(8), SECTIONS[name])
     start = nnx.to_pure_dict(nnx.state(made, made.peft.trains))
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start, jax.device_get(state.trainable))
     assert all(jax.tree.leaves(moved)), moved
@@ -146,7 +70,7 @@ def test_only_what_is_asked_is_trained_and_kept(name):
 def references():
     rows = ragged_rows()
     names = ("lora", "dora", "prompt", "prefix", "adapter", "pissa", "head and table")
-    return {n: trajectory(SECTIONS[n], rows)[:2] for n in names}
+    return {n: trajectory(rows, SECTIONS[n])[:2] for n in names}
 
 
 FORMS = {
@@ -164,14 +88,14 @@ FORMS = {
     [*(("lora", form) for form in FORMS), ("dora", "remat full"), ("dora", "tensor 4 x fsdp 2")],
 )
 def test_a_trajectory_does_not_depend_on_how_an_update_is_computed(references, name, form):
-    losses, norms, _, _ = trajectory(SECTIONS[name], ragged_rows(), **FORMS[form])
+    losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS[form])
     np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
     np.testing.assert_allclose(norms, references[name][1], rtol=1e-4 if name == "dora" else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix", "adapter", "pissa", "head and table"])
 def test_the_other_methods_on_a_mesh_accumulated_with_remat(references, name):
-    losses, norms, _, _ = trajectory(SECTIONS[name], ragged_rows(), **FORMS["tensor 4 x fsdp 2"])
+    losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS["tensor 4 x fsdp 2"])
     np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
     np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
 
@@ -179,19 +103,7 @@ def test_the_other_methods_on_a_mesh_accumulated_with_remat(references, name):
 @pytest.mark.parametrize("name", ["lora", "prompt", "prefix"])
 def test_packed_rows_equal_unpacked_ones(references, name):
     """Each text of a packed row has the virtual tokens before it, within windows too."""
-    rows = ragged_rows()
-    single = []
-    for r in range(16):
-        for s in range(1, rows["segment_ids"][r].max() + 1):
-            at = rows["segment_ids"][r] == s
-            row = {k: np.zeros(T, v.dtype) for k, v in rows.items()}
-            for k in rows:
-                row[k][: at.sum()] = rows[k][r][at]
-            row["segment_ids"][: at.sum()] = 1
-            single.append(row)
-    losses, norms, _, _ = trajectory(
-        SECTIONS[name], {k: np.stack([r[k] for r in single]) for k in rows}
-    )
+    losses, norms, _, _ = trajectory(unpacked(ragged_rows()), SECTIONS[name])
     np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
     np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
 
@@ -333,6 +245,15 @@ def test_generation_with_a_cache_equals_the_whole_pass(name):
         tokens = np.asarray(prompt + new)[None]
         want = np.asarray(whole(state, tokens)).argmax(-1)[0, len(prompt) - 1 : -1]
         np.testing.assert_array_equal(new, want)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_a_long_row_behind_virtual_tokens_goes_block_by_block(name):
+    """128 tokens are four blocks of queries, 130 one: what comes later does not show."""
+    model = decoder(SECTIONS[name])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (1, 130)))
+    run = nnx.jit(lambda m, x: m(x))
+    np.testing.assert_allclose(run(model, tokens[:, :128]), run(model, tokens)[:, :128], atol=1e-5)
 
 
 def test_every_method_has_a_row():

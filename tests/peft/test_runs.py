@@ -3,13 +3,14 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from runs import arguments, killed, lines_of, refused
 from safetensors.numpy import load_file, save_file
-from test_train import arguments, killed, lines_of, project, refused  # noqa: F401
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
@@ -23,13 +24,13 @@ LORA += ("--peft.lora_dropout", "0.1")
 
 
 @pytest.fixture(scope="module")
-def base(project):  # noqa: F811
+def base(project):
     """The project with a model in base/final."""
     assert main(arguments(project, "pretrain", "base", "--save.every", "0")) == 0
     return project
 
 
-def tuning(project, out, *more):  # noqa: F811
+def tuning(project, out, *more):
     args = arguments(project, "sft", out, *more)
     at = args.index("--model.config")
     args[at : at + 4] = ["--model.path", str(project / "base" / "final")]
@@ -59,7 +60,6 @@ def evaluated(capsys, model, data, *more):
 
 
 def test_resume_after_sigkill_is_bit_exact(straight):
-    import sys
 
     held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.packing", "true")
     args = tuning(straight, "killed", *LORA, *held_out)
@@ -96,10 +96,9 @@ def test_another_base_is_refused(straight, capsys):
     save_file(weights, model)
     held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.packing", "true")
     try:
-        refused(
-            capsys, tuning(straight, "moved", *LORA, *held_out, "--steps", "14"), "another model"
-        )
-        refused(capsys, ["export", str(run), str(straight / "m"), "--merge"], "another model")
+        again = tuning(straight, "moved", *LORA, *held_out, "--steps", "14")
+        for args in (again, ["export", str(run), str(straight / "m"), "--merge"]):
+            assert "was trained over another model" in refused(capsys, args)
     finally:
         model.write_bytes(kept)
 
@@ -218,10 +217,7 @@ def test_quantised_kernels(kind, error, size):
     w = np.random.default_rng(0).normal(0, 0.02, (2, 576, 384)).astype(np.float32)
     found = quantize(jax.numpy.asarray(w), kind, lambda x: x)
     assert found.shape == w.shape and found.nbytes <= size * w.size
-    back = np.stack(
-        [dense(jax.tree.map(lambda x, i=i: x[i], found), (None, None), "float32") for i in range(2)]
-    )
-    assert np.linalg.norm(back - w) / np.linalg.norm(w) < error
+    assert np.linalg.norm(widened(found) - w) / np.linalg.norm(w) < error
     with pytest.raises(ValueError, match="inputs that divide"):
         quantize(jax.numpy.zeros((1, 13, 8)), "nf4", lambda x: x)
 
@@ -244,7 +240,7 @@ def test_a_quantised_model_computes_what_its_codes_say(straight):
 
 def test_what_is_told_and_what_is_refused(straight, capsys):
     run = straight / "told"
-    args = [a for a in tuning(straight, "told", *LORA, "--steps", "1")]
+    args = tuning(straight, "told", *LORA, "--steps", "1")
     at = args.index("--optim.learning_rate")
     del args[at : at + 2]
     args[args.index("--peft.r") + 1] = "128"

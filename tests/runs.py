@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on a project of its own: what the tests of training, of adapters and of the comparison
+share. Nothing here imports jax."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxllm.cli import main
+
+# LLVM is told not to optimise what it compiles: the tests run hundreds of programs once each, and
+# compiling took most of their time. What jax and XLA do to a program before stays as it is.
+FAST = "--xla_backend_optimization_level=0"
+DEVICES = f"{FAST} --xla_force_host_platform_device_count="
+MODEL = {
+    "model_type": "qwen3",
+    "vocab_size": 500,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+CORPUS = Path(json.__file__)
+ENV = os.environ | {"XLA_FLAGS": DEVICES + "8", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A tokenizer, a model config, text and chats."""
+    from jaxllm.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("project")
+    text = "\n".join(p.read_text() for p in sorted(CORPUS.parent.glob("*.py")))
+    (folder / "text.txt").write_text(text)
+    train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=500)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 20]
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in zip(lines[::2], lines[1::2], strict=False)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    (folder / "few.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats[:40]))
+    return folder
+
+
+def arguments(project: Path, verb: str, out: str, *more: str) -> list[str]:
+    data = "text.txt" if verb == "pretrain" else "chats.jsonl"
+    train = [] if "--data.train" in more else ["--data.train", str(project / data)]
+    return [
+        verb,
+        *("--model.config", str(project / "model.json")),
+        *("--model.tokenizer", str(project / "tokenizer")),
+        *(*train, "--data.max_length", "64", "--data.workers", "1"),
+        *("--data.cache_dir", str(project / "cache"), "--output_dir", str(project / out)),
+        *("--batch_size", "16", "--micro_batch_size", "1", "--steps", "12", "--log.every", "1"),
+        *("--save.every", "4", "--optim.learning_rate", "0.01", "--optim.schedule", "constant"),
+        *more,
+    ]
+
+
+def command(*args, **keys) -> list[str]:
+    return [sys.executable, "-m", "jaxllm", *arguments(*args, **keys)]
+
+
+def lines_of(run: Path, kind: str = "train") -> dict[int, dict]:
+    lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    return {x["step"]: x for x in lines if x["kind"] == kind}
+
+
+def killed(args: list[str], run: Path) -> None:
+    """Starts a run and kills it once its first checkpoint is there."""
+    process = subprocess.Popen(args, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if (run / "checkpoints" / "4").is_dir():
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def refused(capsys, args: list[str], *words: str) -> str:
+    """The one line by which a command is refused, which has the `words` in it."""
+    capsys.readouterr()
+    assert main(args) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("jaxllm: error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny model, ragged rows, and a few steps of AdamW on them, computed in many ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.config import MeshSection, OptimSection, PeftSection
+from jaxllm.data.batch import Batch, make_row
+from jaxllm.mesh import make_mesh, put
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.peft.interop import plan_of
+from jaxllm.train import TrainState, make_step, state_shardings, weight_shardings
+
+V, T = 97, 32
+TINY = ModelConfig(
+    "llama",
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=64,
+    ropes=(Rope(), Rope(theta=500.0)),
+    kinds=(LayerKind(0), LayerKind(1, 9)),
+    layer_kinds=(0, 1, 0, 1),
+    tie_embeddings=False,
+    initializer_range=0.2,
+)
+
+WHOLE = PeftSection()  # every weight is trained
+
+
+def decoder(section=WHOLE, **options):
+    """A random model of TINY's shape with what a peft section adds."""
+    model = Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(TINY, section), **options)
+    model.peft.begin(model)
+    return model
+
+
+def ragged_rows(count=16, seed=0):
+    """Rows of two or three segments with uneven masks and padding."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        segments = []
+        for n in rng.integers(4, 11, 2 + i % 2):
+            learn = (rng.random(n) < 0.2 + 0.1 * (i % 7)).astype(np.float32)
+            segments.append((rng.integers(0, V, n), learn))
+        rows.append(make_row(segments, T))
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def unpacked(rows):
+    """Each segment of the rows in a row of its own."""
+    single = []
+    for r in range(len(rows["tokens"])):
+        for s in range(1, rows["segment_ids"][r].max() + 1):
+            at = rows["segment_ids"][r] == s
+            row = {k: np.zeros(T, v.dtype) for k, v in rows.items()}
+            for k in rows:
+                row[k][: at.sum()] = rows[k][r][at]
+            row["segment_ids"][: at.sum()] = 1
+            single.append(row)
+    return {k: np.stack([row[k] for row in single]) for k in rows}
+
+
+def trajectory(rows, section=WHOLE, *, count=1, steps=3, mesh=None, devices=1, **model):
+    """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows."""
+    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
+    made = decoder(section, **model)
+    graph, trained, rest = nnx.split(made, made.peft.trains, ...)
+    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant")
+    schedule = make_schedule(optim, 100)
+    optimizer = make_optimizer(optim, schedule)
+    lay, grads, moments = state_shardings(trained, optimizer, mesh, 3)
+    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
+    frozen_lay = weight_shardings(rest, mesh, whole=False)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(nnx.to_pure_dict(trained), lay)
+        frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
+        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
+        state = TrainState(jnp.int32(0), params, opt_state)
+        step = make_step(
+            graph,
+            lm_loss,
+            optimizer,
+            schedule,
+            max_norm=0.5,
+            gradient_shardings=grads if devices > 1 else None,
+        )
+        step = jax.jit(step, out_shardings=(shardings, None))
+        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
+        losses, norms = [], []
+        for _ in range(steps):
+            state, metrics = step(state, frozen, Batch(**put(mesh, split)))
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+            norms.append(float(metrics["grad_norm"][0]))
+        assert step._cache_size() <= 2  # nothing is compiled again once shardings have settled
+    return np.array(losses), np.array(norms), state, (graph, frozen)
