@@ -91,14 +91,14 @@ def program(a, model, chunk: int):
     from jaxllm.data.batch import Batch
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.train import TrainState, make_step
+    from jaxllm.step import TrainState, alone, make_step
 
     graph, weights, rest = nnx.split(model, model.peft.trains, ...)
     optim = OptimSection(learning_rate=5e-4, schedule="constant")
     schedule = make_schedule(optim, 100)
     optimizer = make_optimizer(optim, schedule)
     objective = partial(lm_loss, chunk=chunk)
-    step = make_step(graph, objective, optimizer, schedule, max_norm=1.0)
+    step = make_step(alone(graph), objective, optimizer, schedule, max_norm=1.0)
     tokens = np.random.default_rng(0).integers(0, model.cfg.vocab_size, (1, a.batch, a.length + 1))
     ones = np.ones((1, a.batch, a.length), np.int32)
     places = np.arange(a.length) * ones

@@ -98,8 +98,8 @@ def jaxllm_step(a):
     from jaxllm.hf import load_hf
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
+    from jaxllm.step import TrainState, alone, make_step
     from jaxllm.tokenizer import load_tokenizer
-    from jaxllm.train import TrainState, make_step
 
     cache = tempfile.mkdtemp()
     section = DataSection(train=(Source(a.data),), max_length=a.length, cache_dir=cache, workers=1)
@@ -113,7 +113,7 @@ def jaxllm_step(a):
     optim = OptimSection(learning_rate=5e-5, schedule="constant")
     schedule = make_schedule(optim, 10_000)
     optimizer = make_optimizer(optim, schedule)
-    step_fn = make_step(graph, partial(lm_loss), optimizer, schedule, max_norm=1.0)
+    step_fn = make_step(alone(graph), partial(lm_loss), optimizer, schedule, max_norm=1.0)
     update = jax.jit(step_fn, donate_argnums=0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
 

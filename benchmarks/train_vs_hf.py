@@ -60,7 +60,7 @@ def jaxllm_step(a):
     from jaxllm.model.families import from_hf
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.train import TrainState, make_step
+    from jaxllm.step import TrainState, alone, make_step
 
     cfg = from_hf(SHAPE | {"num_hidden_layers": a.layers})
     options = dict(compute_dtype=a.dtype, remat=a.remat)
@@ -70,7 +70,9 @@ def jaxllm_step(a):
     optim = OptimSection(learning_rate=1e-4, weight_decay=0.1, schedule="constant")
     schedule = make_schedule(optim, 100)
     optimizer = make_optimizer(optim, schedule)
-    update = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
+    update = jax.jit(
+        make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0), donate_argnums=0
+    )
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, a.batch, a.length + 1))
     ones = np.ones((1, a.batch, a.length), np.int32)

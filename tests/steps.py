@@ -16,7 +16,7 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of
-from jaxllm.train import TrainState, make_step, state_shardings, weight_shardings
+from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 
 V, T = 97, 32
 TINY = ModelConfig(
@@ -90,7 +90,7 @@ def trajectory(rows, section=WHOLE, *, count=1, steps=3, mesh=None, devices=1, *
         opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
         state = TrainState(jnp.int32(0), params, opt_state)
         step = make_step(
-            graph,
+            alone(graph),
             lm_loss,
             optimizer,
             schedule,

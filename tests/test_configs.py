@@ -23,7 +23,8 @@ from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import from_hf
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.train import OBJECTIVES, TrainState, make_step, state_shardings
+from jaxllm.step import TrainState, alone, make_step, state_shardings
+from jaxllm.train import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -129,7 +130,7 @@ def test_a_config_lowers_over_eight_devices(path):
         }
     )
     step = make_step(
-        graph,
+        alone(graph),
         partial(OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk),
         optimizer,
         schedule,

@@ -116,7 +116,7 @@ def test_adamw_trajectory_equals_a_plain_torch_loop(tmp_path, count):
     from jaxllm.mesh import MeshSection, make_mesh
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.train import TrainState, make_step
+    from jaxllm.step import TrainState, alone, make_step
 
     torch.manual_seed(0)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -150,7 +150,7 @@ def test_adamw_trajectory_equals_a_plain_torch_loop(tmp_path, count):
     optim = OptimSection(learning_rate=1e-2, weight_decay=0.1, schedule="constant")
     schedule, params = make_schedule(optim, steps), nnx.to_pure_dict(state)
     optimizer = make_optimizer(optim, schedule)
-    step = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0))
+    step = jax.jit(make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0))
     ones = np.ones((rows, length), np.int32)
     fields = (tokens[:, :-1], tokens[:, 1:], weights, ones, np.arange(length) * ones)
     batch = Batch(*(jnp.asarray(f.reshape(count, -1, length)) for f in fields))

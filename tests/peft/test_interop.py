@@ -23,7 +23,7 @@ from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.interop import choose, find, method_of, plan_of
 from jaxllm.peft.lora import fold, merged
-from jaxllm.train import TrainState, make_step
+from jaxllm.step import TrainState, alone, make_step
 
 LLAMA = CASES["llama"]
 QV = ["q_proj", "v_proj"]
@@ -214,7 +214,7 @@ def our_steps(model, steps=10, ratio=1.0):
     optim = OptimSection(learning_rate=RATE, weight_decay=0.1, schedule="constant")
     schedule = make_schedule(optim, steps)
     optimizer = make_optimizer(optim, schedule, {"b": ratio})
-    step = jax.jit(make_step(graph, lm_loss, optimizer, schedule, max_norm=1.0))
+    step = jax.jit(make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0))
     tokens, weights = rows()
     ones = np.ones(weights.shape, np.int32)
     fields = (tokens[:, :-1], tokens[:, 1:], weights, ones, np.arange(ones.shape[1]) * ones)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update as a function to be jitted, and where its arrays lie.
+
+Dims: A micro-batches of an update, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxllm.data.batch import Batch
+from jaxllm.mesh import axes_of, param_sharding
+from jaxllm.model.decoder import merge
+from jaxllm.optim import clip, opt_state_shardings
+
+# (trainable, frozen) -> (the model, the reference or None)
+Models = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What a step replaces. `trainable` is a nested dict of arrays, the model's tree of weights."""
+
+    step: jax.Array  # int32 scalar: updates done
+    trainable: Any
+    opt_state: Any
+
+
+def alone(graph: Any) -> Models:
+    """The model whose weights a step trains, and no reference."""
+    return lambda trainable, frozen: (merge(graph, trainable, frozen), None)
+
+
+def make_step(
+    models: Models,
+    objective: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    max_norm: float = 0.0,
+    seed: int = 0,
+    gradient_shardings: Any = None,
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """One update: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`, to be jitted.
+
+    `models` makes of (trainable, frozen) the model to train and the reference that the objective
+    compares it with, or None. Gradients of the loss sums add up in float32 over the A micro-batches
+    and are divided once by the weight of all of them, so A does not change the result. A batch with
+    nothing to learn gives zero gradients. Each metric is its (sum, weight) over the update.
+
+    max_norm: the gradient's largest global norm, 0 = any. seed: an objective's key is folded from
+    it, the step and the micro-batch. gradient_shardings: where gradients lie while they add up.
+    """
+
+    def loss_of(trainable, frozen, batch, rng):
+        model, reference = models(trainable, frozen)
+        loss, weight, metrics = objective(model, batch, rng, reference)
+        metrics = {"loss": (loss, weight)} | metrics
+        real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
+        return loss, metrics | {"tokens": (real, jnp.zeros(()))}
+
+    gradient = jax.grad(loss_of, has_aux=True)
+
+    def micro_batch(trainable, frozen, batch, rng):
+        grads, metrics = gradient(trainable, frozen, batch, rng)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if gradient_shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
+        return grads, metrics
+
+    def step(state: TrainState, frozen: Any, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        count = batch.tokens.shape[0]
+        with jax.named_scope("gradients"):
+            first = jax.tree.map(lambda x: x[0], batch)
+            run = partial(micro_batch, state.trainable, frozen)
+            if count == 1:
+                grads, metrics = run(first, jax.random.fold_in(rng, 0))
+            else:
+
+                def add(carry, xs):
+                    index, rows = xs
+                    return jax.tree.map(
+                        jnp.add, carry, run(rows, jax.random.fold_in(rng, index))
+                    ), None
+
+                shapes = jax.eval_shape(run, first, rng)
+                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+        with jax.named_scope("update"):
+            weight = metrics["loss"][1]
+            scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
+            norm = scale * optax.tree.norm(grads)
+            grads = clip(grads, norm, max_norm, scale)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
+    """NamedShardings of weights (a quantised one has two), split along fsdp or `whole` there."""
+
+    def lay(variable: Any) -> Any:
+        axes = axes_of(variable)
+        return jax.tree.map(
+            lambda x: param_sharding(mesh, axes, x.shape, whole=whole), variable.get_value()
+        )
+
+    variables = jax.tree.map(
+        lambda v: v.replace(lay(v)), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
+    return nnx.to_pure_dict(variables)
+
+
+def state_shardings(
+    graph_state: Any, optimizer: Any, mesh: Mesh, zero: int
+) -> tuple[Any, Any, Any]:
+    """NamedShardings by ZeRO stage of (weights, gradients, optimizer state)."""
+    split, whole = (weight_shardings(graph_state, mesh, whole=w) for w in (False, True))
+    params = nnx.to_pure_dict(graph_state)
+    moments = opt_state_shardings(
+        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else whole
+    )
+    return split if zero >= 3 else whole, split if zero >= 2 else whole, moments
