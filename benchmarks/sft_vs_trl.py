@@ -22,7 +22,8 @@ def chats(path: str) -> list[list[dict]]:
     from pathlib import Path
 
     from jaxllm.config import Source
-    from jaxllm.data.sources import conversation_of, locate, read, records
+    from jaxllm.data.conversations import conversation_of
+    from jaxllm.data.sources import locate, read, records
 
     with tempfile.TemporaryDirectory() as folder:
         table = read(locate(Source(path)), Path(folder))

@@ -46,7 +46,7 @@ from jaxllm.files import (
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import Key, from_hf, key_table, normalised, to_hf
+from jaxllm.model.families import Key, as_reward, from_hf, key_table, normalised, to_hf
 from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.model.quantized import quantize
 from jaxllm.peft import interop
@@ -58,6 +58,7 @@ GENERATION = "generation_config"
 START = "model"
 # Buffers that old files carry and nobody reads.
 HARMLESS = ("rotary_emb.inv_freq",)
+SCORE = "score.weight"
 
 
 # ---- a directory and its config
@@ -96,7 +97,10 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
     source = cfg.model.path or str(cfg.model.config)
     config = _changed(read_config(source), cfg.model.overrides)
+    config = as_reward(config) if cfg.objective == "reward" else config
     shape = from_hf(config)
+    if shape.scores and cfg.objective != "reward":
+        raise ValueError(f"{source} is a reward model; {cfg.objective} trains one that writes")
     if cfg.model.path and (file := resolve(source) / "generation_config.json").is_file():
         config[GENERATION] = read_json(file)
     return shape, config
@@ -141,8 +145,10 @@ def _check_names(folder: Path, cfg: ModelConfig, found: dict[str, Path]) -> None
     wanted = {name for key in key_table(cfg) for name in _names(key, cfg)}
     missing = sorted(wanted - set(found))
     spare = sorted(n for n in set(found) - wanted if not n.endswith(HARMLESS))
-    if cfg.tie_embeddings and "lm_head.weight" in spare:
-        spare.remove("lm_head.weight")  # a second copy of the embedding
+    if (cfg.tie_embeddings or cfg.scores) and "lm_head.weight" in spare:
+        spare.remove("lm_head.weight")  # a second copy of the embedding; of no use to a score
+    if cfg.scores and SCORE in missing:
+        missing.remove(SCORE)  # of a model that has not been one: it is drawn
     if missing or spare:
 
         def listed(names: list[str]) -> str:
@@ -197,6 +203,7 @@ def load_hf(
     overrides: dict[str, Any] | None = None,
     peft: Peft = PLAIN,
     quantize_base: str = "none",
+    scores: bool = False,
     seed: int = 0,
 ) -> Decoder:
     """A HF directory (or hub id) as a Decoder, its weights cast to `dtype` and laid over `mesh`.
@@ -207,7 +214,8 @@ def load_hf(
     that of activations. overrides: keys of its config to change (another RoPE scaling, say).
     peft: what is added and trained, its random numbers drawn by `seed`; with an adapter too, that
     gives its values. quantize_base: int8 | nf4
-    holds the layers' kernels so.
+    holds the layers' kernels so. scores: as a reward model, whose score head is drawn by `seed`
+    where the files have none.
     Raises ValueError for an unknown family, missing or unexpected tensors, shapes that disagree
     with the config, and pickled or quantised weights.
     """
@@ -216,6 +224,7 @@ def load_hf(
     path, named = interop.with_base(path, adapter)
     folder, saved = resolve(path), {name: interop.find(one) for name, one in named.items()}
     config = _changed(read_config(str(folder)), overrides or {})
+    config = as_reward(config) if scores or interop.is_reward(saved) else config
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     plan = interop.read_plan(cfg, saved) if saved and not peft.frozen else peft
@@ -228,6 +237,8 @@ def load_hf(
     assert {tuple(k.path.split(".")) for k in keys} == set(weights)
     _check_names(folder, cfg, found)
     moved = interop.trained_tensors(cfg, plan, saved)
+    if cfg.scores and SCORE not in found.keys() | moved.keys():
+        del weights["score", "kernel"]
     _read_weights(cfg, weights, found, moved, partial(_held, plan, quantize_base))
     if (folder / "generation_config.json").is_file():
         config[GENERATION] = read_json(folder / "generation_config.json")
@@ -286,7 +297,9 @@ def _read_weights(
     with ExitStack() as stack:
         files = {f: stack.enter_context(opened(f)) for f in sorted({f for f, _ in where.values()})}
         for key in keys:
-            variable = weights[tuple(key.path.split("."))]
+            variable = weights.get(tuple(key.path.split(".")))
+            if variable is None:
+                continue  # no file has it
             like = variable.get_value()
             parts = {}
             for name in _names(key, cfg):
@@ -331,6 +344,7 @@ def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
     if cfg.model.path:
         more: dict[str, Any] = {"overrides": cfg.model.overrides, "seed": cfg.seed}
         more |= {"quantize_base": cfg.peft.quantize_base, "adapter": cfg.peft.path}
+        more["scores"] = cfg.objective == "reward"
         return load_hf(cfg.model.path, mesh=mesh, **more, **options)
     shape, config = model_config(cfg)
     graph, state = _blank(shape, mesh, **options)
@@ -417,6 +431,7 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
     for key in ("auto_map", "_name_or_path"):  # code that is not copied; a place on this machine
         config.pop(key, None)
     config["architectures"] = [CLASSES[model.cfg.family]]
+    config = as_reward(config) if model.cfg.scores else config
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
 
     # Explicit, since a class default may lie outside a small vocabulary.

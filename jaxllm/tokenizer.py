@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -126,6 +127,21 @@ def stop_ids(
     if file and file.is_file():
         ids |= _model_ends(file)
     return tuple(sorted(ids))
+
+
+def padded(tokenizer: Any) -> Any:
+    """The tokenizer with a pad token that ends no text, where it has any special token to spare.
+
+    transformers reads a reward model's score at the last token that is not the pad token, so a
+    text that ends with one would be scored before its end.
+    """
+    ends = {*stop_ids(tokenizer), tokenizer.bos_token_id}
+    if tokenizer.pad_token_id in (None, *ends):
+        spare = [t for t in (tokenizer.unk_token, *sorted(special_tokens(tokenizer))) if t]
+        free = [t for t in spare if tokenizer.convert_tokens_to_ids(t) not in ends]
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = (free or [tokenizer.eos_token])[0]
+    return tokenizer
 
 
 def _model_ends(file: Path) -> set[int]:
@@ -258,7 +274,8 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
 def _records(file: Path) -> Iterator[str]:
     """The text of each document, or of each message, in a data file."""
     from jaxllm.config import Source
-    from jaxllm.data.sources import conversation_of, locate, read, records, text_of
+    from jaxllm.data.conversations import conversation_of, text_of
+    from jaxllm.data.sources import locate, read, records
 
     with tempfile.TemporaryDirectory() as folder:
         rows = read(locate(Source(str(file))), Path(folder))

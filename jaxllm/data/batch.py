@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one shape of training data: rows of tokens with segments, positions and loss weights.
 
-Dims: B rows, T tokens.
+Dims: B rows, T tokens, P pairs of answers in a row at most.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,19 +27,26 @@ class Batch:
     weights: Any  # float32 [B, T]; 0 = not learned
     segment_ids: Any  # int32 [B, T]; 0 = padding, 1.. = the row's documents or conversations
     positions: Any  # int32 [B, T]; restart at 0 in each segment
-
-    @staticmethod
-    def fields() -> tuple[str, ...]:
-        return tuple(f.name for f in fields(Batch))
+    # Preferences: which segments are a pair's two answers. A judged answer is half of a pair.
+    chosen_segment: Any = None  # int32 [B, P]; 0 = none
+    rejected_segment: Any = None  # int32 [B, P]; 0 = none
+    margin: Any = None  # float32 [B, P]: by how much the chosen one is better
+    unpaired_segment: Any = None  # int32 [B, P]: the prompt with another one's answer; 0 = none
+    chosen_logps: Any = None  # float32 [B, P]: log-probability under the reference, if known
+    rejected_logps: Any = None  # float32 [B, P]
+    baseline: Any = None  # float32 [B, 1]: a mean over the update's rows, the same in each
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tokens.shape
 
 
+TEXT = ("tokens", "targets", "weights", "segment_ids", "positions")  # the fields of every row
+
+
 def empty_row(length: int) -> dict[str, np.ndarray]:
-    """A row of padding: the fields of `Batch` without the batch dim, all zero."""
-    dtypes = {f: np.float32 if f == "weights" else np.int32 for f in Batch.fields()}
+    """A row of padding: the fields TEXT of `Batch` without the batch dim, all zero."""
+    dtypes = {f: np.float32 if f == "weights" else np.int32 for f in TEXT}
     return {name: np.zeros(length, dtype) for name, dtype in dtypes.items()}
 
 

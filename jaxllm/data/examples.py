@@ -13,25 +13,34 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.chat import render, template_of
-from jaxllm.data.sources import content_hash, conversation_of, locate, read, records, text_of
+from jaxllm.data.chat import prompt_tokens, render, template_of
+from jaxllm.data.conversations import (
+    Pair,
+    conversation_of,
+    feedback_of,
+    pair_of,
+    prompt_of,
+    text_of,
+)
+from jaxllm.data.sources import content_hash, locate, read, records
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE = [Path(__file__).with_name(name) for name in ("sources.py", "chat.py", "examples.py")]
+_CODE_FILES = ("sources.py", "conversations.py", "chat.py", "examples.py")
+_CODE = [Path(__file__).with_name(name) for name in _CODE_FILES]
 
 # What became of an example.
-KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN = range(4)
+KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
 
 _FEATURES = datasets.Features(
     {
@@ -39,6 +48,9 @@ _FEATURES = datasets.Features(
         "learn": datasets.LargeList(datasets.Value("float32")),  # empty for documents
         "learned": datasets.Value("int32"),  # targets with a weight
         "fate": datasets.Value("int8"),
+        "first": datasets.Value("int32"),  # tokens of a pair's chosen side, or of a judged prompt
+        "value": datasets.Value("float32"),  # a pair's margin; 1 a good answer, -1 a bad one
+        "record": datasets.Value("large_string"),  # JSON of what a reward function is told
     }
 )
 
@@ -47,8 +59,8 @@ class Examples:
     """Tokenised examples of one source, random access without a copy.
 
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], targets with a loss weight.
-    fate: int8 [N]. `name`, `split` (None where there are none), `content` (hash of the bytes read)
-    and `fingerprint` (of the cache).
+    fate: int8 [N]. first: int32 [N] and value: float32 [N] as in _FEATURES. `name`, `split` (None
+    where there are none), `content` (hash of the bytes read) and `fingerprint` (of the cache).
     """
 
     def __init__(
@@ -59,7 +71,10 @@ class Examples:
         self._learn = _Lists(table.data.column("learn"))
         self.lengths = self._tokens.lengths
         self.learned = table.data.column("learned").to_numpy().astype(np.int64)
-        self.fate = table.data.column("fate").to_numpy()
+        self.fate, self.first, self.value = (
+            table.data.column(name).to_numpy() for name in ("fate", "first", "value")
+        )
+        self._record = table.data.column("record")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,6 +86,10 @@ class Examples:
     def learn(self, index: int) -> np.ndarray:
         """float32 [n]: the weight of predicting each token of a conversation."""
         return self._learn[index]
+
+    def record(self, index: int) -> str:
+        """A prompt's JSON of what reward functions are told."""
+        return self._record[index].as_py()
 
 
 class _Lists:
@@ -103,7 +122,8 @@ def tokenize(
     *,
     held_out: bool = False,
 ) -> Examples:
-    """The examples of `source`: documents for pretraining, conversations for SFT.
+    """The examples of `source`: documents, conversations, pairs, judged answers or prompts, as the
+    objective reads them.
 
     Reads them from the cache when the same bytes were tokenised before with the same tokenizer
     (`tokenizer_hash` is its `fingerprint`) and settings. What is `held_out` must name one of
@@ -158,7 +178,7 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         return {"objective": "pretrain"}
     data = cfg.data
     return {
-        "objective": cfg.objective,
+        "reader": READERS[cfg.objective].__name__,
         "templates": [template_of(tokenizer, data.template, tools) for tools in (None, [{}])],
         "template_kwargs": data.template_kwargs,
         "user_template": data.user_template,
@@ -176,7 +196,7 @@ def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path)
     """
     if not len(raw):
         raise ValueError(f"{source.path}: holds no examples")
-    each = _documents if cfg.objective == "pretrain" else _conversations
+    each = READERS[cfg.objective]
     workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
     with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
         # JAX warns of forks, but the children tokenise and never enter JAX.
@@ -221,7 +241,18 @@ def _tokenize_batch(each, source, cfg, tokenizer, batch, indices) -> dict[str, l
 
 _NONE = np.zeros(0, np.int32)
 _NO_WEIGHTS = np.zeros(0, np.float32)
-_Row = tuple[np.ndarray, np.ndarray, int, int]
+
+
+class _Row(NamedTuple):
+    """A row of _FEATURES."""
+
+    tokens: np.ndarray = _NONE
+    learn: np.ndarray = _NO_WEIGHTS
+    learned: int = 0
+    fate: int = KEPT
+    first: int = 0
+    value: float = 0.0
+    record: str = ""
 
 
 def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
@@ -239,36 +270,129 @@ def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Itera
         if not ids or ids[-1] != eos:
             ids.append(eos)
         if not text or len(ids) < 2:
-            yield _NONE, _NO_WEIGHTS, 0, NOTHING_TO_LEARN
+            yield _Row(fate=NOTHING_TO_LEARN)
         else:
-            yield np.array(ids, np.int32), _NO_WEIGHTS, len(ids) - 1, KEPT
+            yield _Row(np.array(ids, np.int32), learned=len(ids) - 1)
+
+
+def _rendered(chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, at: str, **how: Any) -> Any:
+    """(tokens, learn, fate) of a conversation, cut to max_length from the right."""
+    data = cfg.data
+    options: dict[str, Any] = {"learn": data.learn, "train_on_prompt": data.train_on_prompt} | how
+    try:
+        tokens, learn = render(
+            tokenizer,
+            chat["messages"],
+            tools=chat["tools"],
+            template=data.template,
+            template_kwargs=data.template_kwargs,
+            **options,
+        )
+    except (ValueError, RecursionError) as error:
+        raise _at(at, error) from error
+    return _cut(tokens, learn, cfg)
+
+
+def _at(at: str, error: ValueError | RecursionError) -> ValueError:
+    why = error if isinstance(error, ValueError) else "the record is nested too deeply"
+    return ValueError(f"{at}: {why}")
+
+
+def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> Any:
+    fate = KEPT
+    if len(tokens) > cfg.data.max_length:
+        tokens, learn = tokens[: cfg.data.max_length], learn[: cfg.data.max_length]
+        fate = TRUNCATED if cfg.data.too_long == "truncate" else TOO_LONG
+    if not np.count_nonzero(learn[1:]):
+        fate = NOTHING_TO_LEARN if fate == KEPT else TOO_LONG
+    return tokens, learn, fate
 
 
 def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
-    """Each conversation's tokens and learning weights, cut to max_length from the right."""
+    """Each conversation's tokens and learning weights."""
+    for at, record in pairs:
+        chat = conversation_of(record, source.columns, cfg.data.user_template, at)
+        tokens, learn, fate = _rendered(chat, cfg, tokenizer, at)
+        if fate in (TOO_LONG, NOTHING_TO_LEARN):
+            yield _Row(fate=fate)
+        else:
+            yield _Row(tokens, learn, int(np.count_nonzero(learn[1:])), fate)
+
+
+def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
+    """Each pair's chosen side, then its rejected one, each with the prompt before it."""
+    for at, record in pairs:
+        pair = pair_of(record, source.columns, cfg.data.user_template, at)
+        if not pair.tells:
+            yield _Row(fate=NO_PREFERENCE)
+            continue
+        if pair.prompt is None:
+            sides = _texts(pair, cfg, tokenizer)
+        else:
+            prompt = [message | {"weight": 0.0} for message in pair.prompt]
+            chats = [prompt + pair.chosen, prompt + pair.rejected]
+            sides = [
+                _rendered({"messages": c, "tools": pair.tools}, cfg, tokenizer, at, learn="all")
+                for c in chats
+            ]
+        (chosen, learn, fate), (rejected, weigh, other) = sides
+        lost = {fate, other} & {TOO_LONG, NOTHING_TO_LEARN}
+        if not lost and np.array_equal(chosen, rejected):
+            lost = {TOO_LONG}  # they differ beyond the cut
+        if lost:
+            yield _Row(fate=min(lost))
+            continue
+        both = np.concatenate([learn, weigh])
+        learned = int(np.count_nonzero(learn[1:])) + int(np.count_nonzero(weigh[1:]))
+        tokens = np.concatenate([chosen, rejected])
+        yield _Row(tokens, both, learned, max(fate, other), len(chosen), pair.margin)
+
+
+def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
+    """The sides of a pair of whole texts; what they have in common at their beginning is asked."""
+    sides = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
+    sides = [np.array([*ids, tokenizer.eos_token_id], np.int32) for ids in sides]
+    same = sides[0][: len(sides[1])] == sides[1][: len(sides[0])]
+    start = len(same) if same.all() else int((~same).argmax())
+    return [_cut(ids, (np.arange(len(ids)) >= start).astype(np.float32), cfg) for ids in sides]
+
+
+def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
+    """Each conversation, whose last answer is judged."""
+    for at, record in pairs:
+        chat, good = feedback_of(record, source.columns, cfg.data.user_template, at)
+        tokens, learn, fate = _rendered(chat, cfg, tokenizer, at, learn="last")
+        if fate in (TOO_LONG, NOTHING_TO_LEARN):
+            yield _Row(fate=fate)
+            continue
+        learned, first = int(np.count_nonzero(learn[1:])), int(np.argmax(learn[1:] > 0)) + 1
+        yield _Row(tokens, learn, learned, fate, first, 1.0 if good else -1.0)
+
+
+def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
+    """Each prompt up to where the answer begins, and what its reward is told; a long one is left
+    out, for what it asks stands at its end."""
     data = cfg.data
     for at, record in pairs:
-        chat = conversation_of(record, source.columns, data.user_template, at)
+        prompt = prompt_of(record, source.columns, data.user_template, at)
         try:
-            tokens, learn = render(
+            tokens = prompt_tokens(
                 tokenizer,
-                chat["messages"],
-                tools=chat["tools"],
+                prompt.messages,
+                tools=prompt.tools,
                 template=data.template,
                 template_kwargs=data.template_kwargs,
-                learn=data.learn,
-                train_on_prompt=data.train_on_prompt,
             )
         except (ValueError, RecursionError) as error:
-            why = error if isinstance(error, ValueError) else "the record is nested too deeply"
-            raise ValueError(f"{at}: {why}") from error
-        fate = KEPT
+            raise _at(at, error) from error
         if len(tokens) > data.max_length:
-            tokens, learn = tokens[: data.max_length], learn[: data.max_length]
-            fate = TRUNCATED if data.too_long == "truncate" else TOO_LONG
-        learned = int(np.count_nonzero(learn[1:]))
-        if not learned:
-            fate = NOTHING_TO_LEARN if fate == KEPT else TOO_LONG
-        if fate in (TOO_LONG, NOTHING_TO_LEARN):
-            tokens, learn, learned = _NONE, _NO_WEIGHTS, 0
-        yield tokens, learn, learned, fate
+            yield _Row(fate=TOO_LONG)
+            continue
+        told = {"at": at, "said": prompt.said, "columns": prompt.columns}
+        told |= {"messages": prompt.messages}
+        yield _Row(tokens, record=json.dumps(told, default=str))
+
+
+READERS: dict[str, Callable[..., Iterator[_Row]]] = {"pretrain": _documents, "sft": _conversations}
+READERS |= dict.fromkeys(("reward", "dpo", "orpo", "simpo"), _pairs)
+READERS |= {"kto": _judged, "ppo": _prompts, "grpo": _prompts}

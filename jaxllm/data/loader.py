@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import grain
 import numpy as np
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.batch import Batch, empty_row, make_row
+from jaxllm.data.batch import empty_row, make_row
 from jaxllm.data.examples import (
+    NO_PREFERENCE,
     NOTHING_TO_LEARN,
     TOO_LONG,
     TRUNCATED,
@@ -25,8 +27,9 @@ from jaxllm.data.examples import (
     tokenize,
 )
 from jaxllm.data.packing import one_per_row, pack
+from jaxllm.data.preference import Judged, Pairs, Prompts, share_slots
 
-Row = dict[str, np.ndarray]  # the fields of Batch, each [T]
+Row = dict[str, np.ndarray]  # fields of Batch, without the batch dim
 
 
 # ---- rows
@@ -45,7 +48,7 @@ class Windows:
         self, examples: Examples, chosen: np.ndarray, length: int, *, segment: bool, tail: bool
     ) -> None:
         self._examples, self._chosen = examples, chosen
-        self._length, self._segment = length, segment
+        self.length, self._segment = length, segment
         self._starts = np.concatenate([[0], np.cumsum(examples.lengths[chosen])])
         targets = max(int(self._starts[-1]) - 1, 0)
         self._count = -(-targets // length) if tail else targets // length
@@ -55,8 +58,8 @@ class Windows:
 
     def __getitem__(self, row: int) -> Row:
         starts = self._starts
-        begin = row * self._length
-        end = min(begin + self._length + 1, int(starts[-1]))
+        begin = row * self.length
+        end = min(begin + self.length + 1, int(starts[-1]))
         first = int(np.searchsorted(starts, begin, "right")) - 1
         last = int(np.searchsorted(starts, end, "left"))
         tokens, document, positions = np.empty((3, end - begin), np.int32)
@@ -70,7 +73,7 @@ class Windows:
         if not self._segment:
             document[:] = 1
             positions[:] = np.arange(end - begin)
-        out = empty_row(self._length)
+        out = empty_row(self.length)
         n = end - begin - 1
         out["tokens"][:n] = tokens[:-1]
         out["targets"][:n] = tokens[1:]
@@ -86,7 +89,7 @@ class Conversations:
     def __init__(
         self, examples: Examples, chosen: np.ndarray, length: int, *, packing: bool
     ) -> None:
-        self._examples, self._chosen, self._length = examples, chosen, length
+        self._examples, self._chosen, self.length = examples, chosen, length
         self._plan = pack(examples.lengths[chosen], length) if packing else one_per_row(len(chosen))
 
     def __len__(self) -> int:
@@ -95,7 +98,7 @@ class Conversations:
     def __getitem__(self, row: int) -> Row:
         indices = self._chosen[self._plan[row]]
         segments = [(self._examples.tokens(i), self._examples.learn(i)) for i in indices]
-        return make_row(segments, self._length)
+        return make_row(segments, self.length)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Rows:
     often, and an epoch is one pass over the largest.
     """
 
-    parts: tuple[Windows | Conversations, ...]
+    parts: tuple[Any, ...]
     weights: tuple[float, ...] | None
     length: int
     """tokens in a row"""
@@ -130,8 +133,8 @@ class Rows:
 # ---- batches
 
 
-def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grain.MapDataset:
-    """The endless run of batches, random access by step; each epoch of a source is reshuffled."""
+def ordered(rows: Rows, seed: int) -> grain.MapDataset:
+    """The endless run of rows, random access; each epoch of a source is reshuffled."""
 
     def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
         own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
@@ -140,15 +143,20 @@ def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grai
     sources: list[Any] = list(rows.parts)  # grain's type for them is narrower than its use
     parts = [grain.MapDataset.source(part) for part in sources]
     if rows.weights is None:
-        mixed = endless(grain.MapDataset.concatenate(parts), 0)
-    else:
-        mixed = grain.MapDataset.mix([endless(p, i) for i, p in enumerate(parts)], rows.weights)
+        return endless(grain.MapDataset.concatenate(parts), 0)
+    return grain.MapDataset.mix([endless(p, i) for i, p in enumerate(parts)], rows.weights)
 
-    def stack(batch: Sequence[Row]) -> Row:
-        dims = (micro_batches, batch_size // micro_batches, rows.length)
-        return {f: np.stack([row[f] for row in batch]).reshape(dims) for f in Batch.fields()}
 
-    return mixed.batch(batch_size, batch_fn=stack)
+def _stacked(batch: Sequence[Row], micro_batches: int) -> Row:
+    """The fields of some rows, each [A, rows / A, …]."""
+    fields = {f: np.stack([row[f] for row in batch]) for f in batch[0]}
+    return {f: v.reshape(micro_batches, -1, *v.shape[1:]) for f, v in fields.items()}
+
+
+def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grain.MapDataset:
+    """The endless run of batches, random access by step."""
+    stack = partial(_stacked, micro_batches=micro_batches)
+    return ordered(rows, seed).batch(batch_size, batch_fn=stack)
 
 
 def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:
@@ -185,11 +193,12 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
         for index in range(len(part)):
             batch.append(part[index])
             if len(batch) == batch_size:
-                yield {f: np.stack([row[f] for row in batch]) for f in Batch.fields()}
+                yield {f: v[0] for f, v in _stacked(batch, 1).items()}
                 batch = []
     if batch:
-        batch += [empty_row(rows.length)] * (batch_size - len(batch))
-        yield {f: np.stack([row[f] for row in batch]) for f in Batch.fields()}
+        padding = {f: np.zeros_like(v) for f, v in batch[0].items()}
+        batch += [padding] * (batch_size - len(batch))
+        yield {f: v[0] for f, v in _stacked(batch, 1).items()}
 
 
 # ---- from a config
@@ -250,6 +259,7 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
             counts = {
                 "dropped as too long": source["dropped_too_long"],
                 "dropped with nothing to learn": source["dropped_nothing_to_learn"],
+                "dropped as empty or equal pairs": source["dropped_no_preference"],
                 "truncated": source["truncated"],
             }
             lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
@@ -292,16 +302,22 @@ def _free_name(stem: str, taken: dict[str, Any]) -> str:
     return next(name for name in names if name not in taken)
 
 
+def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool) -> Any:
+    data, args = cfg.data, (part.examples, part.chosen, cfg.data.max_length)
+    if cfg.objective == "pretrain":
+        return Windows(*args, segment=data.segment, tail=held_out)
+    if cfg.objective in ("ppo", "grpo"):
+        return Prompts(*args)
+    kinds = {"sft": Conversations, "kto": Judged}
+    return kinds.get(cfg.objective, Pairs)(*args, packing=data.packing)
+
+
 def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
     data, laid_out = cfg.data, []
     for part in parts:
         if not len(part.chosen):
             raise ValueError(_why_empty(part.examples, cfg))
-        args = (part.examples, part.chosen, data.max_length)
-        if cfg.objective == "pretrain":
-            rows = Windows(*args, segment=data.segment, tail=held_out)
-        else:
-            rows = Conversations(*args, packing=data.packing)
+        rows = _rows_of(part, cfg, held_out)
         if not len(rows):
             raise ValueError(
                 f"{part.source.path}: {part.examples.lengths[part.chosen].sum()} tokens fill no "
@@ -309,22 +325,25 @@ def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
                 "data.max_length"
             )
         laid_out.append(rows)
+    if isinstance(laid_out[0], Pairs | Judged):
+        laid_out = share_slots(laid_out)
     weights = tuple(p.source.weight for p in parts if p.source.weight is not None)
     if held_out or not weights:
-        return Rows(tuple(laid_out), None, data.max_length)
+        return Rows(tuple(laid_out), None, laid_out[0].length)
     if len(weights) < len(parts):
         raise ValueError("data.train: some sources have a weight and some do not; give all or none")
-    return Rows(tuple(laid_out), weights, data.max_length)
+    return Rows(tuple(laid_out), weights, laid_out[0].length)
 
 
 def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
     if cfg.objective == "pretrain":
         return f"{examples.name}: all {len(examples)} documents are empty"
-    long, nothing = (int((examples.fate == f).sum()) for f in (TOO_LONG, NOTHING_TO_LEARN))
+    fates = (TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE)
+    long, nothing, untold = (int((examples.fate == f).sum()) for f in fates)
     return (
         f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
         f"data.max_length {cfg.data.max_length}, {nothing} with nothing to learn (no assistant "
-        "turn, or weights of 0)"
+        f"turn, or weights of 0), {untold} pairs with an empty side or two equal ones"
     )
 
 
@@ -344,6 +363,7 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "read": len(examples),
                 "dropped_too_long": int((fate == TOO_LONG).sum()),
                 "dropped_nothing_to_learn": int((fate == NOTHING_TO_LEARN).sum()),
+                "dropped_no_preference": int((fate == NO_PREFERENCE).sum()),
                 "truncated": int((fate == TRUNCATED).sum()),
                 "examples": len(part.chosen),
                 "tokens": int(examples.lengths[part.chosen].sum()),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and datasets of every accepted format -> records -> texts or conversations.
+"""Files and datasets of every accepted format -> records.
 
-`locate` finds what a source names, `read` gives it as a `datasets.Dataset`, `records` turns a
-batch of that into dicts, and `text_of` / `conversation_of` bring one dict into canonical form.
-Nothing is executed from data: no pickles, no dataset scripts.
+`locate` finds what a source names, `read` gives it as a `datasets.Dataset`, and `records` turns a
+batch of that into dicts, each with where it came from. Nothing is executed from data: no pickles,
+no dataset scripts.
 """
 
 from __future__ import annotations
@@ -33,27 +33,6 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".array_record": "array_record",
-}
-CONVERSATIONS = (
-    "messages (role, content), conversations (from, value), prompt + completion, "
-    "instruction + output (and input, system, history), or question + answer"
-)
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
-USER_TEMPLATES = {
-    "rag": (
-        "Answer the question from the context below. "
-        "If the context does not hold the answer, say that you do not know.\n\n"
-        "Question: {question}\n\nContext:\n{context}\n\nAnswer:"
-    ),
 }
 _SPLITS = {
     "train": ("train", "training"),
@@ -155,7 +134,7 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     """A dataset written by `save_to_disk`, or a folder of data files (of splits by their names)."""
     split = None
     if (saved := folder / "dataset_dict.json").exists():
-        split = _chosen(_loads(saved.read_text(), str(saved))["splits"], source, held_out)
+        split = _chosen(loads(saved.read_text(), str(saved))["splits"], source, held_out)
         folder = folder / split
     if (folder / "state.json").exists():
         return _of_dataset(datasets.load_from_disk(str(folder)), split)
@@ -270,13 +249,13 @@ def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterato
             yield f"{path}, row {index}", _without_nulls(dict(zip(batch, values, strict=True)))
         return
     for text, at in zip(batch[_RECORD], batch[_AT], strict=True):
-        record = _loads(text, at)
+        record = loads(text, at)
         if not isinstance(record, dict):
-            raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {_short(text)}")
+            raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {short(text)}")
         yield at, record
 
 
-def _loads(text: str, at: str, what: str = "malformed JSON") -> Any:
+def loads(text: str, at: str, what: str = "malformed JSON") -> Any:
     """A value of JSON. Raises ValueError for what is none, or none that can be used."""
     try:
         value = json.loads(text)
@@ -289,7 +268,7 @@ def _loads(text: str, at: str, what: str = "malformed JSON") -> Any:
         why = f"{error.object[error.start]!a} is half of a character (a lone surrogate)"
     except (ValueError, RecursionError) as error:
         why = _unreadable(error)
-    raise ValueError(f"{at}: {what}: {why}; saw {_short(text)}")
+    raise ValueError(f"{at}: {what}: {why}; saw {short(text)}")
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:
@@ -383,7 +362,7 @@ def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
         seen = error.doc[error.pos : error.pos + 60] or "the end of the file"
         raise ValueError(
             f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
-            f"saw {_short(seen)}"
+            f"saw {short(seen)}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}:{line}: malformed JSON: {_unreadable(error)}") from None
@@ -412,185 +391,13 @@ def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
         yield json.dumps(source[index], default=plain), f"tfds, record {index}"
 
 
-# ---- canonical form
-
-
-def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
-    """The document of a record, exactly as it stands; "" when it is null."""
-    record = _renamed(record, columns, at)
-    if "text" not in record:
-        raise ValueError(
-            f"{at}: found the columns {', '.join(record) or 'none'}; pretraining reads a column "
-            "text (name another with columns: {text: NAME})"
-        )
-    return "" if record["text"] is None else _string(record, "text", at)
-
-
-def conversation_of(
-    record: dict, columns: Mapping[str, str], user_template: str | None, at: str
-) -> dict[str, Any]:
-    """{"messages": [{"role", "content", …}], "tools": list | None} of a record.
-
-    Roles become system, user, assistant and tool; a function call becomes an assistant message
-    with `tool_calls`; a message's `weight` and any further keys stay. `user_template` (a format
-    string or a name of USER_TEMPLATES) rewrites the last user message from the record's columns.
-    Raises ValueError with what was found when no accepted form fits.
-    """
-    found = {k: v for k, v in _renamed(record, columns, at).items() if v is not None}
-    if "messages" in found:
-        turns = _parsed(found["messages"], "messages", at)
-    elif "conversations" in found:
-        turns = _parsed(found["conversations"], "conversations", at)
-    elif "prompt" in found and "completion" in found:
-        turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
-    elif "instruction" in found and "output" in found:
-        asked = [t for name in ("instruction", "input") if (t := _string(found, name, at))]
-        turns = _history(found.get("history") or [], at) + _said("user", "\n".join(asked))
-        turns += _said("assistant", found["output"])
-    elif "question" in found and "answer" in found:
-        turns = _said("user", found["question"]) + _said("assistant", found["answer"])
-    else:
-        raise ValueError(
-            f"{at}: found the columns {', '.join(found) or 'none'}; a conversation needs "
-            f"{CONVERSATIONS} (name others with columns: {{prompt: NAME, …}})"
-        )
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{at}: a conversation is a list of messages; saw {_short(str(turns))}")
-    messages = [_message(turn, at) for turn in turns]
-    if (system := _string(found, "system", at)) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    if user_template:
-        _rewrite_last_user(messages, USER_TEMPLATES.get(user_template, user_template), found, at)
-    tools = _parsed(found.get("tools") or [], "tools", at) or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{at}: tools is a list of JSON schemas; saw {_short(str(tools))}")
-    return {"messages": messages, "tools": [_function(t) for t in tools] or None}
-
-
-def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
-    for name, column in columns.items():
-        if column not in record:
-            raise ValueError(
-                f"{at}: columns maps {name} to {column}, which is not among "
-                f"{', '.join(record) or 'no columns'}"
-            )
-    return record | {name: record[column] for name, column in columns.items()}
-
-
-def _said(role: str, value: Any) -> list:
-    """A prompt or completion: a string, or messages already."""
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _history(value: Any, at: str) -> list[dict]:
-    """The turns before an instruction."""
-    pairs = _parsed(value, "history", at)
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise ValueError(f"{at}: history is pairs [question, answer]; saw {_short(str(pairs))}")
-    return [turn for q, a in pairs for turn in (*_said("user", q), *_said("assistant", a))]
-
-
-def _string(record: dict, name: str, at: str) -> str:
-    """A column that may be missing ("")."""
-    if isinstance(value := record.get(name, ""), str):
-        return value
-    kind = type(value).__name__
-    raise ValueError(f"{at}: {name} is {kind}, not a string: {_short(str(value))}")
-
-
-def _parsed(value: Any, what: str, at: str) -> Any:
-    """A nested column, which some datasets store as a string of JSON."""
-    return _loads(value, at, f"{what} is not JSON") if isinstance(value, str) else value
-
-
-def _message(turn: Any, at: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise ValueError(
-            f"{at}: a message is an object with role and content; saw {_short(str(turn))}"
-        )
-    said = turn.get("role", turn.get("from"))
-    if not isinstance(said, str) or said not in ROLES:
-        raise ValueError(f"{at}: a message has the role {said!r}; accepted are {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
-    message = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
-    if said == "function_call":
-        calls = _parsed(content, "a function_call", at)
-        message["tool_calls"], content = calls if isinstance(calls, list) else [calls], ""
-    if message.get("tool_calls"):
-        calls = message["tool_calls"]
-        calls = [_function(call) for call in calls] if isinstance(calls, list) else [calls]
-        if not all(map(_is_call, calls)):
-            raise ValueError(f"{at}: a tool call has name and arguments; saw {_short(str(calls))}")
-        message["tool_calls"] = [_with_arguments(call) for call in calls]
-    else:
-        message.pop("tool_calls", None)
-    if isinstance(content, list):
-        content = "".join(_part(part, at) for part in content)
-    if content is None and "tool_calls" in message:
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(f"{at}: a message's content is {type(content).__name__}, not a string")
-    return {"role": ROLES[said], "content": content} | message
-
-
-def _part(part: Any, at: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise ValueError(f"{at}: a content part is not text: {_short(str(part))}")
-
-
-def _function(item: Any) -> Any:
-    """A tool or call in the form that chat templates read: {"type": "function", "function": …}."""
-    if isinstance(item, dict) and "function" not in item and "name" in item:
-        return {"type": "function", "function": item}
-    return item
-
-
-def _is_call(item: Any) -> bool:
-    function = item.get("function") if isinstance(item, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
-
-
-def _with_arguments(call: dict) -> dict:
-    """Arguments given as a string of JSON become an object: a template would encode them twice."""
-    arguments = call["function"].get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = _loads(arguments, "")
-        except ValueError:
-            return call
-        return call | {"function": call["function"] | {"arguments": arguments}}
-    return call
-
-
-def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str) -> None:
-    user = next((m for m in reversed(messages) if m["role"] == "user"), None)
-    if user is None:
-        raise ValueError(f"{at}: user_template rewrites the last user message, but there is none")
-    values = {"question": user["content"]} | {
-        name: "\n\n".join(value) if isinstance(value, list) and _all_text(value) else value
-        for name, value in found.items()
-    }
-    try:
-        user["content"] = template.format_map(values)
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{at}: user_template {_short(template)} does not fit: {error!r}; "
-            f"the columns are {', '.join(found)}"
-        ) from None
-
-
-def _all_text(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "…")
 
 

@@ -68,3 +68,4 @@ class ModelConfig:
     embed_scale: float = 1.0
     tie_embeddings: bool = True
     initializer_range: float = 0.02
+    scores: bool = False  # a reward model: a score of each text in place of the next token's logits

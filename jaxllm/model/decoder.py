@@ -2,7 +2,7 @@
 """The decoder: embed, L blocks under one scan, final norm, head.
 
 Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim, L layers, V tokens of
-the vocabulary.
+the vocabulary, S texts in a row.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ REMAT: dict[str, Any] = {
 }
 
 HEAD_AXES = ("embed", "vocab")
+SCORE_AXES = ("embed", None)
 
 
 class Attention(nnx.Module):
@@ -140,7 +141,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model: `model(tokens) -> logits`.
+    """A causal language model: `model(tokens) -> logits`; a reward model: scores.
 
     Args:
       cfg: its shape.
@@ -177,9 +178,16 @@ class Decoder(nnx.Module):
         self.layers = stack(rngs)
         self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
+        self.score = (
+            Linear(
+                cfg, "score", SCORE_AXES, (cfg.hidden_size, 1), peft=peft, dtype=dtype, rngs=rngs
+            )
+            if cfg.scores
+            else None
+        )
         self.head = (
             None
-            if cfg.tie_embeddings
+            if cfg.tie_embeddings or cfg.scores
             else Linear(cfg, "head", HEAD_AXES, head_shape, peft=peft, dtype=dtype, rngs=rngs)
         )
         self.prefix = peft.prefix(cfg, rngs)
@@ -293,14 +301,44 @@ class Decoder(nnx.Module):
         ]
         return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)
 
+    def scores(self, hidden: jax.Array, segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
+        """A reward model's score of each of `segments` [B, S] (0 = none, whose score is 0).
+
+        It is read at the segment's last token, whatever that is; float32 [B, S].
+        """
+        last = last_tokens(segment_ids, segments)
+        found = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], 1)
+        assert self.score is not None
+        w = gathered(self.score.kernel[...], SCORE_AXES)
+        score = jnp.einsum("bsd,do->bs", found.astype(jnp.float32), w.astype(jnp.float32))
+        return jnp.where(last >= 0, score, 0.0)
+
     def __call__(
         self,
         tokens: jax.Array,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        segments: int | None = None,
     ) -> jax.Array:
-        """Logits of the next token, float32 [B, T, V]."""
-        return self.logits(self.hidden(tokens, segment_ids, positions))
+        """Logits of the next token, float32 [B, T, V]; a reward model's scores, float32 [B, S].
+
+        segments: S, texts in a row; default: as many as there are (inside jit: 1).
+        """
+        hidden = self.hidden(tokens, segment_ids, positions)
+        if not self.cfg.scores:
+            return self.logits(hidden)
+        ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
+        traced = isinstance(ids, jax.core.Tracer)
+        count = segments or (1 if traced else max(int(ids.max()), 1))
+        each = jnp.broadcast_to(jnp.arange(1, count + 1), (len(ids), count))
+        return self.scores(hidden, ids, each)
+
+
+def last_tokens(segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
+    """Where each of `segments` [B, S] ends in its row: int32 [B, S], -1 = it has no token there."""
+    here = segment_ids[:, None, :] == segments[..., None]
+    here &= segments[..., None] > 0
+    return jnp.max(jnp.where(here, jnp.arange(segment_ids.shape[1]), -1), -1)
 
 
 def merge(graph: Any, trainable: Any, frozen: Any) -> Any:

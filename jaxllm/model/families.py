@@ -23,6 +23,9 @@ ACTIVATIONS = {
 }
 
 
+CLASSIFIER = "ForSequenceClassification"  # how transformers' name of a reward model ends
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -304,6 +307,20 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
+def is_reward(config: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model that scores texts."""
+    return any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ())
+
+
+def as_reward(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a reward model of that shape."""
+    from transformers.models.auto import modeling_auto as auto
+
+    name = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
+    one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | {"architectures": [name]} | one
+
+
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """The decoder that a HF config.json describes; keys that do not shape it are passed over.
 
@@ -311,7 +328,10 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     family, c = _family(config), normalised(config)
     values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
-    cfg = ModelConfig(family=c["model_type"], **values, **family.fixed, **_read_layers(c))
+    kind = {"family": c["model_type"], "scores": is_reward(config)}
+    if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
+        raise ValueError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
+    cfg = ModelConfig(**kind, **values, **family.fixed, **_read_layers(c))
     if cfg.num_layers < 1:
         raise ValueError(f"num_hidden_layers is {cfg.num_layers}; it must be at least 1")
     if cfg.num_heads % cfg.num_kv_heads:
@@ -330,6 +350,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     family = _family({"model_type": cfg.family})
     config = {o.key: o.write(getattr(cfg, o.field)) for o in SHARED + family.options}
     config |= {"model_type": cfg.family} | _write_layers(cfg)
+    config = as_reward(config) if cfg.scores else config
     back = from_hf(config)
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
         raise ValueError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
@@ -399,6 +420,8 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     for ours, name in NORMS[cfg.norm_placement].items():
         keys.append(Key(f"layers.{ours}.scale", f"{layer}{name}.weight"))
     keys.append(Key("norm.scale", "model.norm.weight"))
-    if not cfg.tie_embeddings:
+    if cfg.scores:
+        keys.append(Key("score.kernel", "score.weight", True))
+    elif not cfg.tie_embeddings:
         keys.append(Key("head.kernel", "lm_head.weight", True))
     return keys

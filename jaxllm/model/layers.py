@@ -168,6 +168,11 @@ class Peft:
 PLAIN = Peft()
 
 
+def score_of(cfg: ModelConfig) -> tuple[str, ...]:
+    """Paths of a reward model's head, which every method trains: no base has it."""
+    return ("score.kernel",) if cfg.scores else ()
+
+
 class Linear(nnx.Module):
     """y = x W + b. `kernel` is [I, O]: the transpose of a torch Linear's weight."""
 

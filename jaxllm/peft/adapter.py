@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxllm.config import PeftSection
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.layers import Peft, PeftParam, dot
+from jaxllm.model.layers import Peft, PeftParam, dot, score_of
 
 
 class AdapterParam(PeftParam):
@@ -31,9 +31,10 @@ class AdapterPeft(Peft):
     method = "adapter"
     width: int
     placement: str
+    saved: tuple[str, ...] = ()
 
     def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
-        return isinstance(variable, AdapterParam)
+        return isinstance(variable, AdapterParam) or ".".join(map(str, path)) in self.saved
 
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Bottleneck | None:
         wanted = self.placement == "houlsby" or path == "layers.mlp_adapter"
@@ -59,4 +60,4 @@ class Bottleneck(nnx.Module):
 
 def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> AdapterPeft:
     """The bottlenecks that a configuration describes."""
-    return AdapterPeft(section.bottleneck, section.placement)
+    return AdapterPeft(section.bottleneck, section.placement, score_of(cfg))

@@ -41,6 +41,8 @@ METHODS: dict[str, tuple[Callable[..., Peft], str]] = {
 }
 ROOT = "base_model.model."
 PROMPT = "prompt_embeddings"
+SCORES = "SEQ_CLS"  # peft's task of a reward model
+SCORE_MODULES = ("classifier", "score")  # what peft saves with it, whatever the model has
 # Options of LoraConfig that change what is computed and are not done here, unless they are empty.
 REFUSED = (
     "fan_in_fan_out lora_bias use_qalora layer_replication target_parameters "
@@ -68,6 +70,11 @@ def tokenizer_of(path: str) -> str:
     if not is_adapter(path) or (resolve(path) / "tokenizer.json").is_file():
         return path
     return with_base(path, None)[0]
+
+
+def is_reward(saved: Mapping[str, Saved]) -> bool:
+    """Whether adapters are of a reward model."""
+    return any(one.config.get("task_type") == SCORES for one in saved.values())
 
 
 def find(path: str, weights: bool = True) -> Saved:
@@ -153,7 +160,11 @@ def section_of(config: dict[str, Any]) -> PeftSection:
 
     lists = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
     kept = ("lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-    section = {key: listed(key) for key in lists} | {k: config[k] for k in kept if k in config}
+    section = {key: listed(key) for key in lists}
+    if config.get("task_type") == SCORES:
+        saved = section["modules_to_save"]
+        section["modules_to_save"] = [name for name in saved if name not in SCORE_MODULES]
+    section |= {k: config[k] for k in kept if k in config}
     section |= {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}  # peft's own
     section["init_lora_weights"] = "pissa" if init == "pissa" else "kaiming"
     return _section({"method": "lora"} | section)
@@ -429,10 +440,14 @@ def config_of(model: Any) -> dict[str, Any]:
     plan, cfg = model.peft, model.cfg
     config: dict[str, Any] = {
         "peft_type": METHODS[plan.method][1],
-        "task_type": "CAUSAL_LM",
+        "task_type": SCORES if cfg.scores else "CAUSAL_LM",
         "base_model_name_or_path": model.base or None,
         "inference_mode": True,
     }
+    if plan.saved:
+        names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in plan.saved]
+        stacked = {n.rpartition(".")[2] if "{i}" in n else n for n in names}
+        config["modules_to_save"] = sorted(stacked)
     if isinstance(plan, AdapterPeft):
         return config | {"bottleneck": plan.width, "placement": plan.placement}
     if isinstance(plan, PrefixPeft):
@@ -467,12 +482,8 @@ def config_of(model: Any) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    if plan.saved:
-        names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in plan.saved]
-        stacked = {n.rpartition(".")[2] if "{i}" in n else n for n in names}
-        config["modules_to_save"] = sorted(stacked)
-        if cfg.tie_embeddings and "embed.embedding" in plan.saved:
-            config["ensure_weight_tying"] = True
+    if cfg.tie_embeddings and "embed.embedding" in plan.saved:
+        config["ensure_weight_tying"] = True
     return config
 
 

@@ -34,7 +34,7 @@ from jaxllm.config import PeftSection
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import HEAD_AXES, Decoder
 from jaxllm.model.families import key_table
-from jaxllm.model.layers import Peft, PeftParam, dot
+from jaxllm.model.layers import Peft, PeftParam, dot, score_of
 from jaxllm.model.quantized import Quantized, dense
 
 ALL_LINEAR = "all-linear"
@@ -419,7 +419,8 @@ def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> LoraPeft:
     """The LoRA that a configuration describes. Raises ValueError for a module that is not there
     (with `strict`) and for what cannot be combined."""
-    saved = saved_paths(cfg, section.modules_to_save)
+    saved = (*saved_paths(cfg, section.modules_to_save), *score_of(cfg))
+    saved = tuple(dict.fromkeys(saved))
     if strict:
         named = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_named(cfg, "target_modules", named)

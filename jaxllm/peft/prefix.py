@@ -20,7 +20,7 @@ from flax import nnx
 from jaxllm.config import PeftSection
 from jaxllm.model.cache import Cache
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.layers import Peft, PeftParam
+from jaxllm.model.layers import Peft, PeftParam, score_of
 
 
 class PrefixParam(PeftParam):
@@ -33,9 +33,10 @@ class PrefixPeft(Peft):
 
     method: str
     length: int
+    saved: tuple[str, ...] = ()
 
     def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
-        return isinstance(variable, PrefixParam)
+        return isinstance(variable, PrefixParam) or ".".join(map(str, path)) in self.saved
 
     def summary(self, model: Any) -> list[str]:
         whole = model.cfg.max_positions
@@ -105,4 +106,4 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Pref
             f"peft.num_virtual_tokens {length} leaves nothing of the model's "
             f"{cfg.max_positions} positions; lower it"
         )
-    return PrefixPeft(section.method, length)
+    return PrefixPeft(section.method, length, score_of(cfg))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data.batch import Batch
+from jaxllm.data.batch import TEXT
 from jaxllm.data.loader import (
     Conversations,
     Rows,
@@ -63,7 +63,7 @@ def chats(tmp_path: Path, name: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def same(one: dict, two: dict) -> bool:
-    return all(np.array_equal(one[name], two[name]) for name in Batch.fields())
+    return all(np.array_equal(one[name], two[name]) for name in TEXT)
 
 
 # ---- windows of documents
@@ -113,7 +113,7 @@ def test_held_out_windows_keep_the_tail_as_a_padded_row(lengths, length, segment
     learned = sum(row["weights"].sum() for row in rows)
     assert learned == len(stream) - (len(lengths) if segment else 1)
     for row, r in zip(rows, real, strict=True):
-        assert all((row[name][~r] == 0).all() for name in Batch.fields())
+        assert all((row[name][~r] == 0).all() for name in TEXT)
 
 
 def test_row_fields_have_the_types_of_batch():
@@ -223,11 +223,11 @@ def test_no_source_of_a_mixture_is_dropped(tmp_path, tokenizer):
 def test_eval_batches_have_each_row_once_and_fill_the_last_with_padding(rows, batch_size):
     batches = list(eval_batches(rows, batch_size))
     assert {batch["tokens"].shape for batch in batches} == {(batch_size, 4)}
-    joined = {name: np.concatenate([b[name] for b in batches]) for name in Batch.fields()}
+    joined = {name: np.concatenate([b[name] for b in batches]) for name in TEXT}
     stored = [part[i] for part in rows.parts for i in range(len(part))]
     for index, row in enumerate(stored):
         assert same({name: value[index] for name, value in joined.items()}, row)
-    for name in Batch.fields():
+    for name in TEXT:
         assert not joined[name][len(stored) :].any()
 
 

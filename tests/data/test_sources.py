@@ -9,15 +9,8 @@ import pyarrow as pa
 import pytest
 
 from jaxllm.config import Source
-from jaxllm.data.sources import (
-    USER_TEMPLATES,
-    content_hash,
-    conversation_of,
-    locate,
-    read,
-    records,
-    text_of,
-)
+from jaxllm.data.conversations import USER_TEMPLATES, conversation_of, text_of
+from jaxllm.data.sources import content_hash, locate, read, records
 
 ROWS = [{"text": "one\n"}, {"text": "zwei\u2028ü"}, {"text": "<eos> three"}]
 
