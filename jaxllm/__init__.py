@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxllm.config import (
+        AlignSection,
         DataSection,
         LogSection,
         MeshSection,
         ModelSection,
         OptimSection,
         PeftSection,
+        RlSection,
         SaveSection,
         Source,
         TrainConfig,
@@ -36,12 +38,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AlignSection",
     "DataSection",
     "LogSection",
     "MeshSection",
     "ModelSection",
     "OptimSection",
     "PeftSection",
+    "RlSection",
     "Sampling",
     "SaveSection",
     "Source",

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes (YAML, flags, the names of transformers and DeepSpeed) in terms of our keys.
+"""What a user writes (YAML, flags, the names of transformers and TRL) in terms of our keys.
 
 Nothing is swallowed: a name is translated, refused, or listed as having no meaning here.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +127,7 @@ MANY = ("data.train", "data.eval", "log.samples", "log.report_to")
 MANY += ("model.overrides", "optim.options", "data.template_kwargs")
 MANY += ("peft.target_modules", "peft.exclude_modules", "peft.layers_to_transform")
 MANY += ("peft.modules_to_save", "peft.rank_pattern", "peft.alpha_pattern")
+MANY += ("align.loss", "align.loss_weights", "rl.rewards", "rl.reward_weights")
 RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
@@ -169,6 +169,35 @@ RENAMED = {
     "lora_modules_to_save": "peft.modules_to_save",
     "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora",
+    "beta": "align.beta",
+    "kl_coef": "align.beta",
+    "loss_type": "align.loss",
+    "loss_weights": "align.loss_weights",
+    "label_smoothing": "align.label_smoothing",
+    "simpo_gamma": "align.gamma",
+    "desirable_weight": "align.desirable_weight",
+    "undesirable_weight": "align.undesirable_weight",
+    "center_rewards_coefficient": "align.centering",
+    "reward_funcs": "rl.rewards",
+    "reward_model_path": "rl.rewards",
+    "reward_weights": "rl.reward_weights",
+    "num_generations": "rl.group_size",
+    "max_completion_length": "rl.max_new_tokens",
+    "response_length": "rl.max_new_tokens",
+    "temperature": "rl.temperature",
+    "num_mini_batches": "rl.minibatches",
+    "num_iterations": "rl.iterations",
+    "num_ppo_epochs": "rl.iterations",
+    "epsilon": "rl.clip",
+    "epsilon_high": "rl.clip_high",
+    "cliprange": "rl.clip",
+    "cliprange_value": "rl.clip_value",
+    "vf_coef": "rl.value_weight",
+    "kl_estimator": "rl.kl",
+    "gamma": "rl.discount",
+    "lam": "rl.gae_lambda",
+    "mask_truncated_completions": "rl.mask_truncated",
+    "missing_eos_penalty": "rl.missing_eos_penalty",
 }
 SCHEDULES = {
     "cosine": "cosine",
@@ -215,7 +244,6 @@ IGNORED = frozenset({
 # fmt: on
 # What would change the result and is not done: refused, unless it is switched off.
 REFUSED = {
-    "beta": "preference training is not available yet",
     "ignore_data_skip": "a resumed run goes on where it was in its data; leave it out",
     "label_smoothing_factor": "labels are not smoothed here; leave it out",
     "lr_scheduler_kwargs": "use optim.decay and optim.final",
@@ -326,6 +354,10 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
     "use_peft": (lambda v, _: {"peft.method": "lora"} if _is_true(v) else {}, "peft.method lora"),
+    "precompute_ref_log_probs": (
+        lambda v, _: {"align.reference": "precomputed" if _is_true(v) else "model"},
+        "align.reference precomputed",
+    ),
     "load_in_4bit": (_quantized("nf4"), "peft.quantize_base nf4"),
     "load_in_8bit": (_quantized("int8"), "peft.quantize_base int8"),
 }
@@ -369,7 +401,7 @@ def sources(value: Any) -> Any:
 
 def listed(value: Any) -> Any:
     """A text or number, or a list of them -> a list."""
-    return [value] if isinstance(value, str | int) else value
+    return [value] if isinstance(value, str | int | float) else value
 
 
 def home(value: Any) -> Any:
@@ -444,157 +476,3 @@ def resume_path(given: dict[str, Given]) -> dict[str, Given]:
             "newest checkpoint of its own output_dir"
         )
     return given | {"resume": Given("resume", True, one.where)}
-
-
-# ---- DeepSpeed
-
-CARRIED = {
-    "zero_optimization.stage": "mesh.zero",
-    "gradient_clipping": "optim.clip",
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "optimizer.params.lr": "optim.learning_rate",
-    "optimizer.params.eps": "optim.eps",
-    "optimizer.params.weight_decay": "optim.weight_decay",
-    "scheduler.params.warmup_max_lr": "optim.learning_rate",
-    "scheduler.params.warmup_num_steps": "optim.warmup",
-    "scheduler.params.cos_min_ratio": "optim.final",
-}
-DEEPSPEED_OPTIMIZERS = {"Adam": "adamw", "AdamW": "adamw", "Lion": "lion", "SGD": "sgd"}
-DEEPSPEED_SCHEDULES = {
-    "WarmupLR": "constant",
-    "WarmupDecayLR": "linear",
-    "WarmupCosineLR": "cosine",
-}
-# transformers' --lr_scheduler_type for a WarmupLR; the file decides how the warm-up goes.
-AGREE = {("optim.schedule", "constant", "warmup_log")}
-UNSET = (None, False, "auto", "none")
-
-
-def _flat(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in block.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such DeepSpeed file")
-    try:
-        block = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
-    if not isinstance(block, dict):
-        raise ValueError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
-    return block
-
-
-def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given], list[str]]:
-    """Our keys from a DeepSpeed JSON file, and what in it means nothing here.
-
-    "auto" leaves a key to `given`, what else was written, which the file may not contradict.
-    Raises ValueError for that, for fp16, and for an optimizer or a schedule that is not known.
-    """
-    block = _read_json(path)
-    rest = dict(_flat(block))
-    asked: dict[str, tuple[str, Any]] = {}  # our key -> (theirs, value)
-
-    def ask(key: str, theirs: str, value: Any) -> None:
-        if value in (None, "auto"):
-            return
-        other, before = asked.setdefault(key, (theirs, value))
-        if before != value:
-            raise ValueError(
-                f"{path}: {other} is {before!r} but {theirs} is {value!r}; make them agree"
-            )
-
-    if rest.pop("fp16.enabled", False) is True:
-        raise ValueError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
-    rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
-    if "zero_optimization" in block:
-        rest.setdefault("zero_optimization.stage", 0)
-    if (bf16 := rest.pop("bf16.enabled", "auto")) != "auto":
-        ask("model.compute_dtype", "bf16.enabled", "bfloat16" if bf16 else "float32")
-    _optimizer(path, rest, ask)
-    _scheduler(path, rest, ask, given)
-    for theirs, ours in CARRIED.items():
-        ask(ours, theirs, rest.pop(theirs, None))
-    if "micro_batch_size" in asked and "batch_size" not in given:
-        asked.setdefault("batch_size", (asked["micro_batch_size"][0], 0))
-
-    for key, (theirs, value) in asked.items():
-        one = given.get(key)
-        if one is None or one.value == value or (key, one.value, value) in AGREE:
-            continue
-        if key == "batch_size" and 0 in (one.value, value):  # made of the micro-batches
-            continue
-        raise ValueError(
-            f"{path}: {theirs} is {value!r} but {one.where} makes {key} {one.value!r}; "
-            'make them agree, or write "auto" in the file'
-        )
-    for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        if rest.get(f"{part}.device") in UNSET:
-            rest = {k: v for k, v in rest.items() if not k.startswith(f"{part}.")}
-    spare = [key for key, value in rest.items() if not any(value is u or value == u for u in UNSET)]
-    found = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
-    return found, [f"{path}: {', '.join(spare)}"] if spare else []
-
-
-def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None]) -> None:
-    kind = rest.pop("optimizer.type", None)
-    if kind is None:
-        return
-    name = _known(path, "optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
-    if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
-        name = "adam"  # decay in the gradient
-    ask("optim.name", "optimizer.type", name)
-    betas = rest.pop("optimizer.params.betas", "auto")
-    if betas != "auto":
-        if not isinstance(betas, list) or len(betas) != 2:
-            raise ValueError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
-        ask("optim.b1", "optimizer.params.betas", betas[0])
-        ask("optim.b2", "optimizer.params.betas", betas[1])
-
-
-def _scheduler(
-    path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None], given: dict[str, Given]
-) -> None:
-    kind = rest.pop("scheduler.type", None)
-    if kind is None:
-        return
-    params = "scheduler.params."
-    schedule = _known(path, "scheduler.type", kind, DEEPSPEED_SCHEDULES)
-    warmup = rest.pop(f"{params}warmup_type", "log")
-    if warmup == "log" and schedule == "constant":
-        schedule = "warmup_log"
-    elif warmup == "log":
-        rest[f"{params}warmup_type log (the warm-up is linear)"] = True
-    ask("optim.schedule", "scheduler.type", schedule)
-    if "optim.warmup" not in given:
-        rest.setdefault(f"{params}warmup_num_steps", 1000)  # DeepSpeed's own default
-    if schedule == "cosine":
-        rest.setdefault(f"{params}cos_min_ratio", 1e-4)
-    for start in ("warmup_min_lr", "warmup_min_ratio"):
-        if rest.get(params + start) == 0:
-            del rest[params + start]
-    total, steps = rest.get(f"{params}total_num_steps"), given.get("steps")
-    if steps and total == steps.value:
-        del rest[f"{params}total_num_steps"]
-    elif steps and steps.value and isinstance(total, int):
-        raise ValueError(
-            f"{path}: {params}total_num_steps is {total} but {steps.where} makes {steps.value}; "
-            'make them agree, or write "auto" in the file'
-        )
-
-
-def _known(path: str, key: str, value: Any, table: dict[str, str]) -> str:
-    names = {name.lower(): ours for name, ours in table.items()}
-    if str(value).lower() not in names:
-        raise ValueError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
-    return names[str(value).lower()]

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from jaxllm.config import (
-    UNREAD,
+    ONLINE,
     TrainConfig,
     leaves,
     to_dict,
+    unread,
     validated,
     value_of,
 )
@@ -30,6 +31,13 @@ TUNES = {
 }
 # Peak learning rates of runs that do not say theirs: little is trained, and starts from nothing.
 RATES = {"none": 1e-4, "lora": 5e-4, "adapter": 5e-4, "prefix": 1e-2, "prompt": 1e-2}
+# What is aligned was taught before and is moved a little; a reward model begins a new thing.
+SLOWER = {"reward": 0.1, "orpo": 0.1} | dict.fromkeys(("dpo", "kto", "simpo", "ppo", "grpo"), 0.01)
+BETAS = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.0}
+ONLINE_DEFAULTS = {
+    "ppo": {"group_size": 1, "iterations": 4, "kl": "k1"},
+    "grpo": {"group_size": 8, "iterations": 1, "kl": "k3"},
+}
 RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
 
 
@@ -75,6 +83,44 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "peft.loraplus_lr_ratio does not go with schedule_free_adamw"
 
 
+def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
+    align, rl = cfg.align, cfg.rl
+    if align.loss_weights and len(align.loss_weights) != len(align.loss):
+        count = len(align.loss_weights)
+        yield f"align.loss_weights has {count} weights for {len(align.loss)} losses; give one each"
+    if not align.loss:
+        yield "align.loss names no loss; give sigmoid, or another"
+    if cfg.objective == "reward" and cfg.log.samples:
+        yield "log.samples has no meaning for reward, which writes nothing; leave it out"
+    if cfg.objective not in ONLINE:
+        return
+    size = resolve_align(cfg).rl.group_size
+    if not rl.rewards:
+        yield "no reward: give rl.rewards (a reward model's directory, or module:function)"
+    if rl.reward_weights and len(rl.reward_weights) != len(rl.rewards):
+        count = len(rl.reward_weights)
+        yield f"rl.reward_weights has {count} weights for {len(rl.rewards)} rewards; give one each"
+    if cfg.objective == "grpo" and size == 1:
+        yield "rl.group_size is 1; grpo compares completions of one prompt, so give 2 or more"
+    if cfg.batch_size and size and cfg.batch_size * rl.minibatches % size:
+        yield (
+            f"batch_size {cfg.batch_size} x rl.minibatches {rl.minibatches} completions are no "
+            f"whole groups of rl.group_size {size}; change one"
+        )
+    if cfg.data.eval or cfg.data.eval_fraction:
+        yield f"data.eval is not read by {cfg.objective}; its rewards are logged as it trains"
+
+
+def resolve_align(cfg: TrainConfig) -> TrainConfig:
+    """Fixes what align and rl left to the objective."""
+    align = cfg.align
+    if align.beta is None and cfg.objective in BETAS:
+        align = replace(align, beta=BETAS[cfg.objective])
+    given = {k: v for k, v in asdict(cfg.rl).items() if v is not None}
+    rl = replace(cfg.rl, **(ONLINE_DEFAULTS.get(cfg.objective, {}) | given))
+    return replace(cfg, align=align, rl=rl)
+
+
 def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     yield from _peft_contradictions(cfg)
     model, data, optim = cfg.model, cfg.data, cfg.optim
@@ -95,9 +141,10 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "data.eval and data.eval_fraction are both given; keep one"
     if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):
         yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
-    for name in UNREAD[cfg.objective]:
-        if getattr(data, name) != leaves()[f"data.{name}"].default:
-            yield f"data.{name} has no meaning for {cfg.objective}; leave it out"
+    for key in unread(cfg.objective):
+        if value_of(cfg, key) != leaves()[key].default:
+            yield f"{key} has no meaning for {cfg.objective}; leave it out"
+    yield from _align_contradictions(cfg)
 
     if not cfg.batch_size and not cfg.micro_batch_size:
         yield "batch_size is 0, so micro_batch_size must be given"
@@ -119,8 +166,9 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
 
 
 def resolve_rate(cfg: TrainConfig) -> TrainConfig:
-    """Fixes optim.learning_rate where it was left out: RATES, by what is trained."""
-    rate = cfg.optim.learning_rate or RATES[cfg.peft.method]
+    """Fixes optim.learning_rate where it was left out: by what is trained, and for what."""
+    usual = RATES[cfg.peft.method] * SLOWER.get(cfg.objective, 1.0)
+    rate = cfg.optim.learning_rate or usual
     return replace(cfg, optim=replace(cfg.optim, learning_rate=rate))
 
 

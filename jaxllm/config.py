@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run as one frozen value: typed fields, each with its default, unit and meaning.
+"""A run as one frozen value, its sections those of sections.py.
 
-Types and ranges are the fields' own annotations, checked by pydantic; what several fields must
-agree on stands in `check`. `load_config` reads a value from a YAML file, a DeepSpeed file and
+Types and ranges are checked by pydantic; what several fields must agree on stands in `check`.
+`load_config` reads a value from a YAML file, a DeepSpeed file and
 `--section.key value`, and says where each of its fields came from.
 """
 
@@ -18,220 +18,25 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Gt
 
 from jaxllm import aliases
 from jaxllm.aliases import Given
-
-# Counts fit the int32 that steps and rows are counted in; a seed fits an int64.
-Count = Annotated[int, Ge(0), Le(2**31 - 1)]
-Size = Annotated[int, Ge(1), Le(2**31 - 1)]
-Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
-Amount = Annotated[float, Ge(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
-
-
-@dataclass(frozen=True)
-class ModelSection:
-    """Where the model comes from and how it computes."""
-
-    path: str | None = None
-    """HF directory or hub id whose weights training starts from"""
-    config: str | None = None
-    """HF directory or config.json to start from random weights of that shape instead of `path`"""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """keys of the HF config to change when starting from `config`"""
-    tokenizer: str | None = None
-    """HF directory or hub id of the tokenizer; default: where the model comes from"""
-    weight_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the master weights"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of activations and matrix products (accumulation stays float32)"""
-    remat: Literal["none", "full", "dots", "names"] = "full"
-    """the backward pass recomputes nothing, all, all but matrix products, or all but attention"""
-    scan_unroll: Size = 1
-    """layers per iteration of the scan over layers (more = longer compile and more memory)"""
-    loss_chunk: Size = 512
-    """tokens whose logits exist at one time in the loss"""
-    z_loss: Amount = 0.0
-    """coefficient of the squared log-partition"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of examples."""
-
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
-
-    path: str
-    """file, glob, directory, hub id, `tfds:NAME`; suffix tells the format"""
-    weight: Annotated[float, Gt(0)] | None = None
-    """share of the mixture, relative to the others; left out everywhere, sources are joined"""
-    split: str | None = None
-    """split of a dataset that has several; default: train, but a source of data.eval names it"""
-    columns: dict[str, str] = field(default_factory=dict)
-    """{name expected here: column in the file}, e.g. {text: content, prompt: question}"""
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """What is read and how it becomes rows."""
-
-    train: tuple[Source, ...] = ()
-    """sources to train on: a path, a list of paths, or a list of {path, weight, split, columns}"""
-    eval: tuple[Source, ...] = ()
-    """held-out sources; each is evaluated whole"""
-    eval_fraction: Fraction = 0.0
-    """share of the training examples held out, drawn by the seed; not together with `eval`"""
-    max_length: Annotated[int, Ge(2)] = 1024
-    """tokens in a row (the chapter's block size)"""
-    packing: bool = True
-    """SFT: several examples share a row as separate segments"""
-    segment: bool = True
-    """pretraining: attention and positions restart at each document"""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """SFT: what happens to examples over max_length"""
-    learn: Literal["all", "last"] = "all"
-    """SFT: which assistant turns are learned"""
-    train_on_prompt: bool = False
-    """SFT: learn the other turns too"""
-    template: str | None = None
-    """SFT: chat template: a file or built-in name (seed-qwen, chatml); default: the tokenizer's"""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """SFT: extra variables for the chat template"""
-    user_template: str | None = None
-    """SFT: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
-    workers: Count = 0
-    """processes that tokenize; 0 = one per core, and 2,000 records or more each"""
-    cache_dir: str | None = None
-    """where tokenized data is kept; default: ~/.cache/jaxllm"""
-
-
-@dataclass(frozen=True)
-class OptimSection:
-    """Optimizer and learning-rate schedule."""
-
-    name: str = "adamw"
-    """adamw, or another optimizer of the table in optim.py"""
-    learning_rate: Annotated[float, Gt(0)] | None = None
-    """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2"""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
-        "cosine"
-    )
-    """shape after the warm-up; warmup_log is DeepSpeed's WarmupLR with warmup_type log"""
-    warmup: Amount = 0.0
-    """warm-up from 0: steps, or a share of all steps when below 1"""
-    decay: Amount = 0.2
-    """wsd: the final decay, steps or share of all steps"""
-    final: Share = 0.0
-    """learning rate at the end, as a share of the peak"""
-    weight_decay: Amount = 0.0
-    """decoupled decay of matrices (never norms and biases)"""
-    b1: Fraction = 0.9
-    """decay of the first moment"""
-    b2: Fraction = 0.999
-    """decay of the second moment"""
-    eps: Amount = 1e-8
-    """added to the root of the second moment"""
-    clip: Amount = 1.0
-    """global gradient norm above which gradients are scaled down; 0 = off"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """further keyword arguments of the optax optimizer"""
-
-
-@dataclass(frozen=True)
-class MeshSection:
-    """How devices are arranged; -1 takes what is left (one axis only)."""
-
-    data: int = 1
-    """replicas"""
-    fsdp: int = -1
-    """shards of weights, gradients, optimizer state and batch"""
-    expert: int = 1
-    """shards of experts"""
-    context: int = 1
-    """shards of the sequence"""
-    tensor: int = 1
-    """shards inside each layer"""
-    zero: Literal[0, 1, 2, 3] = 3
-    """what is sharded along fsdp: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too"""
-
-
-@dataclass(frozen=True)
-class LogSection:
-    """What is recorded while training."""
-
-    every: Size = 10
-    """steps between lines of metrics.jsonl"""
-    report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
-    """trackers besides metrics.jsonl"""
-    samples: tuple[str, ...] = ()
-    """prompts continued at each evaluation and written to samples.jsonl"""
-    sample_tokens: Size = 64
-    """new tokens per sample"""
-    progress: bool = True
-    """progress bar on the terminal"""
-
-
-@dataclass(frozen=True)
-class SaveSection:
-    """Checkpoints."""
-
-    every: Count = 500
-    """steps between checkpoints (one is always written at the end); 0 = only at the end"""
-    keep: Count = 3
-    """last checkpoints kept; 0 = all"""
-    keep_best: bool = True
-    """also keep the one with the lowest eval loss"""
-    final: bool = True
-    """write final/ when done: a HF directory, or an adapter where that is what was trained"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """dtype of a model in final/ or merged; default: the master weights'"""
-
-
-@dataclass(frozen=True)
-class PeftSection:
-    """What is trained instead of the model's own weights; keys of LoRA are those of `peft`."""
-
-    method: Literal["none", "lora", "adapter", "prefix", "prompt"] = "none"
-    """none trains every weight; adapter: bottlenecks; prefix, prompt: tokens before each text"""
-    path: str | None = None
-    """adapter to start from: a directory or hub id in peft's format; says all but dropout"""
-    r: Annotated[int, Gt(0)] = 8
-    """LoRA: rank"""
-    lora_alpha: Annotated[float, Gt(0)] = 16.0
-    """LoRA: the branch is scaled by lora_alpha / r"""
-    lora_dropout: Fraction = 0.0
-    """LoRA: share of the branch's inputs set to 0 while training"""
-    target_modules: tuple[str, ...] = ("all-linear",)
-    """LoRA: HF's names of modules (ends of names, or patterns of whole ones), or all-linear"""
-    exclude_modules: tuple[str, ...] = ()
-    """LoRA: modules left out of these"""
-    layers_to_transform: tuple[Count, ...] = ()
-    """LoRA: only in these layers, from 0; default: in all"""
-    rank_pattern: dict[str, Annotated[int, Gt(0)]] = field(default_factory=dict)
-    """LoRA: other ranks, {end of a module's name: r}"""
-    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
-    """LoRA: other alphas, {end of a module's name: lora_alpha}"""
-    modules_to_save: tuple[str, ...] = ()
-    """LoRA: modules trained whole beside it"""
-    init_lora_weights: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
-    """LoRA: how A starts (B at 0); pissa: both from the weight's largest singular values"""
-    use_rslora: bool = False
-    """LoRA: scale by lora_alpha / sqrt(r)"""
-    use_dora: bool = False
-    """LoRA: train each column's length beside it"""
-    loraplus_lr_ratio: Annotated[float, Gt(0)] = 1.0
-    """LoRA+: B's learning rate as a multiple of A's"""
-    bottleneck: Size = 64
-    """adapter: width"""
-    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """adapter: after attention and MLP, or after the MLP alone"""
-    num_virtual_tokens: Size = 20
-    """prefix, prompt: length"""
-    quantize_base: Literal["none", "int8", "nf4"] = "none"
-    """how the frozen weights of the layers are held"""
+from jaxllm.deepspeed import read_deepspeed
+from jaxllm.sections import (
+    AlignSection,
+    Count,
+    DataSection,
+    LogSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    PeftSection,
+    RlSection,
+    SaveSection,
+    Seed,
+    Source,
+)
 
 
 @dataclass(frozen=True)
@@ -240,7 +45,9 @@ class TrainConfig:
 
     __pydantic_config__ = {"allow_inf_nan": False}  # in the sections too
 
-    objective: Literal["pretrain", "sft"] = "pretrain"
+    objective: Literal[
+        "pretrain", "sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo", "grpo"
+    ] = "pretrain"
     """set by the verb"""
     output_dir: str = "run"
     """the run folder"""
@@ -269,6 +76,8 @@ class TrainConfig:
     mesh: MeshSection = field(default_factory=MeshSection)
     log: LogSection = field(default_factory=LogSection)
     save: SaveSection = field(default_factory=SaveSection)
+    align: AlignSection = field(default_factory=AlignSection)
+    rl: RlSection = field(default_factory=RlSection)
 
 
 SECTIONS: dict[str, type] = {
@@ -279,11 +88,37 @@ SECTIONS: dict[str, type] = {
     "mesh": MeshSection,
     "log": LogSection,
     "save": SaveSection,
+    "align": AlignSection,
+    "rl": RlSection,
 }
 USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
-CHATS = ("packing", "too_long", "learn", "train_on_prompt")
-CHATS += ("template", "template_kwargs", "user_template")
-UNREAD = {"pretrain": CHATS, "sft": ("segment",)}  # of data: what the objective does not read
+_CHAT = ("data.template", "data.template_kwargs", "data.user_template")
+_ANSWERS = (*_CHAT, "data.packing", "data.too_long")
+_COMPARED = ("align.beta", "align.reference")
+_ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")
+_ONLINE += ("rl.temperature", "rl.top_k", "rl.top_p", "rl.min_p", "rl.minibatches")
+_ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos_penalty")
+# Of data, align and rl: what each objective reads, beside sources, lengths, workers and cache.
+READS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("data.segment",),
+    "sft": (*_ANSWERS, "data.learn", "data.train_on_prompt"),
+    "reward": (*_ANSWERS, "align.centering"),
+    "dpo": (*_ANSWERS, *_COMPARED, "align.loss", "align.loss_weights", "align.label_smoothing")
+    + ("align.length_normalized", "align.gamma"),
+    "kto": (*_ANSWERS, *_COMPARED, "align.desirable_weight", "align.undesirable_weight"),
+    "orpo": (*_ANSWERS, "align.beta"),
+    "simpo": (*_ANSWERS, "align.beta", "align.gamma", "align.label_smoothing"),
+    "ppo": (*_CHAT, *_ONLINE, "rl.kl_target", "rl.discount", "rl.gae_lambda", "rl.clip_value")
+    + ("rl.value_weight", "rl.critic"),
+    "grpo": (*_CHAT, *_ONLINE, "rl.scale_rewards", "rl.normalizer", "rl.mask_truncated"),
+}
+ONLINE = ("ppo", "grpo")  # what is learned from is made by the model itself
+_CHOSEN = frozenset(key for keys in READS.values() for key in keys)
+
+
+def unread(objective: str) -> list[str]:
+    """Keys that the objective does not read and others do."""
+    return sorted(_CHOSEN - set(READS[objective]))
 
 
 # ---- the fields as a table
@@ -484,10 +319,13 @@ SHORT_FORMS = {
     "peft.target_modules": aliases.listed,
     "peft.exclude_modules": aliases.listed,
     "peft.modules_to_save": aliases.listed,
+    "align.loss": aliases.listed,
+    "rl.rewards": aliases.listed,
 }
 PATHS = ("output_dir", "model.path", "model.config", "model.tokenizer")
 PATHS += ("data.template", "data.cache_dir", "peft.path")
 READ = SHORT_FORMS | dict.fromkeys(PATHS, aliases.home)
+READ |= dict.fromkeys(("align.loss_weights", "rl.reward_weights"), aliases.listed)
 READ["peft.layers_to_transform"] = aliases.listed
 READ["peft.init_lora_weights"] = lambda value: "kaiming" if value is True else value  # peft's word
 
@@ -520,7 +358,7 @@ def load_config(
         given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
         ignored += without_meaning
     if (deepspeed := given.pop("deepspeed", None)) is not None:
-        asked, without_meaning = aliases.read_deepspeed(str(deepspeed.value), given)
+        asked, without_meaning = read_deepspeed(str(deepspeed.value), given)
         given |= asked
         ignored += without_meaning
     if ignored:

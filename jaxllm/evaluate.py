@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
@@ -18,24 +19,39 @@ from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainC
 from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Rows, eval_batches, load_data
 from jaxllm.mesh import data_parallel, make_mesh, put
-from jaxllm.model.decoder import merge
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.step import Models, alone, with_baseline
 
 
-def make_eval(graph: Any, objective: Callable[..., Any]) -> Callable[..., Any]:
-    """Jitted `(trainable, frozen, batch [B, T]) -> {metric: (sum, weight)}` of an objective."""
+@dataclass(frozen=True)
+class Eval:
+    """An objective's jitted `(trainable, frozen, batch [B, T]) -> {metric: (Σ, weight)}`, and for
+    one with a baseline, what that is the mean of."""
 
-    def run(trainable, frozen, batch):
-        loss, weight, metrics = objective(merge(graph, trainable, frozen), batch, None, None)
+    metrics: Callable[..., Any]
+    baseline: Callable[..., Any] | None = None
+
+
+def make_eval(
+    models: Models, objective: Callable[..., Any], baseline: Callable[..., Any] | None = None
+) -> Eval:
+    """The evaluation of an objective; arguments are those of `make_step`."""
+
+    def metrics(trainable, frozen, batch):
+        model, reference = models(trainable, frozen)
+        loss, weight, metrics = objective(model, batch, None, reference)
         learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
         return {"loss": (loss, weight), "tokens": (learned, jnp.zeros(()))} | metrics
 
-    return jax.jit(run)
+    def mean(trainable, frozen, batch):
+        return baseline(*models(trainable, frozen), batch) if baseline else None
+
+    return Eval(jax.jit(metrics), jax.jit(mean) if baseline else None)
 
 
 def evaluate(
-    eval_fn: Callable[..., Any],
+    eval_fn: Eval,
     trainable: Any,
     frozen: Any,
     sets: Sequence[Rows],
@@ -44,27 +60,39 @@ def evaluate(
     batch_size: int,
     progress: str = "",
 ) -> dict[str, float]:
-    """{loss, perplexity, tokens, …}: sums over all rows of the sets, divided once.
+    """{loss, tokens, …} over all rows of the sets: sums, divided once.
 
-    loss is nats per learned token (without z-loss, a token counting by its weight), perplexity its
-    exponential, tokens how many have a weight. `batch_size` is rounded up to the devices and only
-    bounds memory. `progress` names a bar on stderr (none: no bar).
+    tokens is how many have a weight. Of a language model loss is nats per learned token (without
+    z-loss, a token counting by its weight) and perplexity its exponential. `batch_size` is rounded
+    up to the devices and only bounds memory. `progress` names a bar on stderr (none: no bar).
     """
     parts = data_parallel(mesh)
     size = -(-batch_size // parts) * parts
+
+    def batches() -> Iterator[Batch]:
+        found = chain.from_iterable(eval_batches(rows, size) for rows in sets)
+        if progress:
+            found = track(found, progress, sum(-(-len(rows) // size) for rows in sets))
+        return (Batch(**put(mesh, host)) for host in found)
+
     sums: dict[str, np.ndarray] = {}
     with jax.set_mesh(mesh):
-        batches = chain.from_iterable(eval_batches(rows, size) for rows in sets)
-        if progress:
-            batches = track(batches, progress, sum(-(-len(rows) // size) for rows in sets))
-        for host in batches:
-            out = jax.device_get(eval_fn(trainable, frozen, Batch(**put(mesh, host))))
+        mean = None
+        if eval_fn.baseline is not None:
+            pairs = [jax.device_get(eval_fn.baseline(trainable, frozen, b)) for b in batches()]
+            found, weight = np.sum(np.asarray(pairs, np.float64), 0)
+            mean = found / max(weight, 1.0)
+        for batch in batches():
+            batch = batch if mean is None else with_baseline(batch, mean)
+            out = jax.device_get(eval_fn.metrics(trainable, frozen, batch))
             for name, pair in out.items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
     means = {k: float(a / w) if w else 0.0 for k, (a, w) in sums.items()}
-    loss = means.pop("nll")
-    tokens = int(sums["tokens"][0])
-    return means | {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+    means["tokens"] = int(sums["tokens"][0])
+    if "nll" in means:
+        means["loss"] = means.pop("nll")
+        means["perplexity"] = math.exp(min(means["loss"], 700.0))
+    return means
 
 
 def evaluate_files(
@@ -111,7 +139,7 @@ def evaluate_files(
     )
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded)
-    eval_fn, params = make_eval(graph, lm_loss), nnx.to_pure_dict(weights)
+    eval_fn, params = make_eval(alone(graph), lm_loss), nnx.to_pure_dict(weights)
     out = evaluate(
         eval_fn,
         params,

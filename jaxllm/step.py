@@ -7,7 +7,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,11 @@ class TrainState:
     opt_state: Any
 
 
+def with_baseline(batch: Batch, mean: Any) -> Batch:
+    """The batch in which every row has the mean as its baseline."""
+    return replace(batch, baseline=jnp.full((*batch.tokens.shape[:-1], 1), mean, jnp.float32))
+
+
 def alone(graph: Any) -> Models:
     """The model whose weights a step trains, and no reference."""
     return lambda trainable, frozen: (merge(graph, trainable, frozen), None)
@@ -47,6 +52,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    baseline: Callable[..., Any] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
     gradient_shardings: Any = None,
@@ -58,8 +64,10 @@ def make_step(
     and are divided once by the weight of all of them, so A does not change the result. A batch with
     nothing to learn gives zero gradients. Each metric is its (sum, weight) over the update.
 
-    max_norm: the gradient's largest global norm, 0 = any. seed: an objective's key is folded from
-    it, the step and the micro-batch. gradient_shardings: where gradients lie while they add up.
+    baseline: (model, reference, batch [B, T]) -> (Σ, weight), whose mean over all of the update's
+    rows the objective reads as `batch.baseline`, before there is any gradient. max_norm: the
+    gradient's largest global norm, 0 = any. seed: an objective's key is folded from it, the step
+    and the micro-batch. gradient_shardings: where gradients lie while they add up.
     """
 
     def loss_of(trainable, frozen, batch, rng):
@@ -81,6 +89,11 @@ def make_step(
     def step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         count = batch.tokens.shape[0]
+        if baseline is not None:
+            with jax.named_scope("baseline"):
+                each = partial(baseline, *models(state.trainable, frozen))
+                found, weight = jax.tree.map(jnp.sum, jax.lax.map(each, batch))
+                batch = with_baseline(batch, found / jnp.maximum(weight, 1.0))
         with jax.named_scope("gradients"):
             first = jax.tree.map(lambda x: x[0], batch)
             run = partial(micro_batch, state.trainable, frozen)

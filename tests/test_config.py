@@ -404,6 +404,6 @@ def test_schema_describes_every_key_and_allows_what_yaml_allows():
         assert {"type": "string"} in part["anyOf"] and "type" not in part
     assert {"type": "string"} in schema["properties"]["optim"]["anyOf"]
     assert schema["properties"].keys() >= {name for name in aliases.NAMES if "." not in name}
-    assert schema["properties"]["beta"]["enum"][:2] == (None, False)
+    assert schema["properties"]["label_smoothing_factor"]["enum"][:2] == (None, False)
     assert schema["$defs"]["OptimSection"]["properties"]["b1"]["exclusiveMaximum"] == 1
     assert "learning_rate" in schema["properties"]

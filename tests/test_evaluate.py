@@ -14,6 +14,7 @@ from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.step import alone
 
 CFG = ModelConfig("llama", 61, 32, 48, 2, 4, 2, 8, 64, ropes=(Rope(),))
 
@@ -31,7 +32,7 @@ def rows(*weights: float) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def run():
     graph, weights = nnx.split(Decoder(CFG, rngs=nnx.Rngs(0)), nnx.Param)
-    eval_fn, params = make_eval(graph, lm_loss), nnx.to_pure_dict(weights)
+    eval_fn, params = make_eval(alone(graph), lm_loss), nnx.to_pure_dict(weights)
     mesh = make_mesh(MeshSection(), devices=jax.devices()[:1])
 
     def run(*sets, batch_size=2):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxllm.data.batch import Batch
 from jaxllm.mesh import constrain, data_parallel, gathered
@@ -37,10 +38,25 @@ def _chunks(x: jax.Array, count: int, size: int) -> jax.Array:
     return jnp.moveaxis(x, 1, 0)
 
 
-def _chunk_terms(hs, kernels, targets, weights, softcap: float, z_loss: float):
-    """One chunk: sums (loss, nll, correct, entropy) and the gradient of the loss to the logits."""
+class Head(NamedTuple):
+    """How logits become a loss. All fields are static: they are part of the program."""
+
+    softcap: float = 0.0
+    """logits are within (-softcap, softcap); 0 = as they are"""
+    z_loss: float = 0.0
+    """coefficient of the squared log-partition"""
+    chunk: int = 512
+    """tokens of a device whose logits exist at a time"""
+    temperature: float = 1.0
+    """logits are divided by it"""
+
+
+def _chunk_terms(hs, kernels, targets, head: Head):
+    """One chunk: (loss, nll, correct, entropy) of each token, [4, B, C], and the gradient of its
+    loss to the logits."""
     raw = [product(h, w, (h.ndim - 1, 0), jnp.float32) for h, w in zip(hs, kernels, strict=True)]
-    logits = softcapped(sum(raw[1:], raw[0]), softcap)
+    capped = softcapped(sum(raw[1:], raw[0]), head.softcap)
+    logits = capped if head.temperature == 1 else capped / head.temperature
     top = jnp.max(logits, -1, keepdims=True)
     exps = jnp.exp(logits - top)
     # One pass for both sums: a product that is summed alone would be written out first.
@@ -55,34 +71,36 @@ def _chunk_terms(hs, kernels, targets, weights, softcap: float, z_loss: float):
     nll = lse - picked[..., 0]
     entropy = lse - dotted / total
     correct = (picked == top)[..., 0]
-    loss = nll + z_loss * lse * lse
+    loss = nll + head.z_loss * lse * lse
     hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    slope = exps * ((1.0 + 2.0 * z_loss * lse) / total)[..., None] - hit
-    if softcap:
-        slope = slope * (1.0 - (logits / softcap) ** 2)
-    sums = [jnp.sum(x * weights) for x in (loss, nll, correct, entropy)]
-    return jnp.stack(sums), slope * weights[..., None]
+    slope = exps * ((1.0 + 2.0 * head.z_loss * lse) / total)[..., None] - hit
+    if head.softcap:
+        slope = slope * (1.0 - (capped / head.softcap) ** 2)
+    if head.temperature != 1:
+        slope = slope / head.temperature
+    return jnp.stack([loss, nll, correct.astype(jnp.float32), entropy]), slope
 
 
-def _sum_chunks(terms, targets, weights, options, wanted: list[bool] | None = None) -> Any:
-    """(sums, gradients of the hs, of the kernels); `wanted`: which kernels', None: no gradients."""
-    softcap, z_loss, chunk = options
+def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None = None) -> Any:
+    """([4, B, T] as `_chunk_terms` has it; gradients of Σ weight · loss to the hs and the kernels).
+
+    wanted: to which kernels, None: no gradients at all.
+    """
     hs = [h for h, _ in terms]
     B, T, _ = hs[0].shape
     parts = _parts(B)
-    size = min(T, max(chunk * parts // B, 1))
+    size = min(T, max(head.chunk * parts // B, 1))
     count = math.ceil(T / size)
     ws = [gathered(w.astype(h.dtype), HEAD_AXES) for h, w in terms]
     split = partial(_chunks, count=count, size=size)
     own_gradient = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
 
-    def body(carry, xs):
-        sums, dws = carry
+    def body(dws, xs):
         hc, tc, wc = xs
-        found, slope = _chunk_terms(hc, ws, tc, wc, softcap, z_loss)
+        found, slope = _chunk_terms(hc, ws, tc, head)
         if wanted is None:
-            return (sums + found, dws), None
-        slope = slope.astype(hs[0].dtype)
+            return dws, (found, None)
+        slope = (slope * wc[..., None]).astype(hs[0].dtype)
         dhs = [product(slope, w, (2, 1), h.dtype) for h, w in zip(hc, ws, strict=True)]
 
         def add(dw, h):
@@ -95,45 +113,51 @@ def _sum_chunks(terms, targets, weights, options, wanted: list[bool] | None = No
             return constrain(dw + lax.optimization_barrier(part), "batch", None, "vocab")
 
         dws = [None if dw is None else add(dw, h) for dw, h in zip(dws, hc, strict=True)]
-        return (sums + found, dws), dhs
+        return dws, (found, dhs)
+
+    def whole(x):
+        """Chunks in one row again: [count, B, size, ...] -> [B, T, ...]."""
+        return jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:])[:, :T]
 
     dws = [
         jnp.zeros((parts, *w.shape), jnp.float32) if asked else None
         for w, asked in zip(ws, wanted or [False] * len(ws), strict=True)
     ]
-    carry = (jnp.zeros(4, jnp.float32), dws)
-    (sums, dws), dhs = lax.scan(
-        body, carry, ([split(h) for h in hs], split(targets), split(weights))
-    )
+    chunks = ([split(h) for h in hs], split(targets), split(weights))
+    dws, (found, dhs) = lax.scan(body, dws, chunks)
+    found = jnp.stack([whole(x) for x in jnp.moveaxis(found, 1, 0)])
     if dhs is None:
-        return sums, None, None
+        return found, None, None
     dws = [None if dw is None else jnp.sum(dw, 0) for dw in dws]
-    dhs = [jnp.moveaxis(dh, 0, 1).reshape(B, count * size, -1)[:, :T] for dh in dhs]
-    return sums, dhs, dws
+    return found, [whole(dh) for dh in dhs], dws
+
+
+def _rounded(dws: Any, kernels: Any) -> Any:
+    """Gradients of kernels in the kernels' dtypes."""
+    return [None if d is None else d.astype(w.dtype) for d, w in zip(dws, kernels, strict=True)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(terms, targets, weights, options: tuple[float, float, int]) -> Any:
+def cross_entropy(terms, targets, weights, head: Head) -> Any:
     """Weighted sums over tokens: float32 [4] = loss (nll + z-loss), nll, correct, entropy.
 
     terms: pairs (h [B, T, D], kernel [D, V]) whose products add up to the logits; targets int32 and
-    weights float32 [B, T]; options = (softcap, z_loss coefficient, tokens whose logits exist at a
-    time on a device). Only the first sum has a gradient. It is computed in the forward pass, chunk
-    by chunk, so no logits outlive their chunk and none are computed twice; a frozen kernel's is not
-    computed at all.
+    weights float32 [B, T]. Only the first sum has a gradient. It is computed in the forward pass,
+    chunk by chunk, so no logits outlive their chunk and none are computed twice; a frozen kernel's
+    is not computed at all.
     """
-    return _sum_chunks(terms, targets, weights, options)[0]
+    return jnp.sum(_over_chunks(terms, targets, weights, head)[0] * weights, (1, 2))
 
 
-def _forward(terms: Any, targets: Any, weights: Any, options):
+def _forward(terms: Any, targets: Any, weights: Any, head: Head):
     wanted = [w.perturbed for _, w in terms]
     values = [(h.value, w.value) for h, w in terms]
-    sums, dhs, dws = _sum_chunks(values, targets.value, weights.value, options, wanted)
-    dws = [None if d is None else d.astype(w.dtype) for d, (_, w) in zip(dws, values, strict=True)]
-    return sums, (dhs, dws)
+    found, dhs, dws = _over_chunks(values, targets.value, weights.value, head, wanted)
+    sums = jnp.sum(found * weights.value, (1, 2))
+    return sums, (dhs, _rounded(dws, [w for _, w in values]))
 
 
-def _backward(options, saved, g):
+def _backward(head: Head, saved, g):
     dhs, dws = saved
 
     def scaled(d):
@@ -144,6 +168,43 @@ def _backward(options, saved, g):
 
 
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def token_logps(terms, targets, head: Head) -> Any:
+    """(log p(target), entropy) of each token, float32 [B, T]; the latter has no gradient.
+
+    As `cross_entropy`, for a loss that is not linear in the tokens: how much each of them counts is
+    known only after all are. Where the kernels are frozen the gradient to `h` is computed in the
+    forward pass, of each token with weight 1; where one is trained, the logits are computed again.
+    """
+    found, _, _ = _over_chunks(terms, targets, jnp.ones(targets.shape, jnp.float32), head)
+    return -found[1], found[3]
+
+
+def _logps_forward(terms: Any, targets: Any, head: Head):
+    wanted = [w.perturbed for _, w in terms]
+    values = [(h.value, w.value) for h, w in terms]
+    ones = jnp.ones(targets.value.shape, jnp.float32)
+    found, dhs, _ = _over_chunks(values, targets.value, ones, head, None if any(wanted) else wanted)
+    again = (values, targets.value) if any(wanted) else None
+    # A static list in what is saved is a part of its structure: Nones and empty tuples.
+    return (-found[1], found[3]), (dhs, again, [() if w else None for w in wanted])
+
+
+def _logps_backward(head: Head, saved, g):
+    dhs, again, wanted = saved
+    weights = jnp.zeros(()) if isinstance(g[0], SymbolicZero) else -g[0]
+    if dhs is not None:
+        return [(dh * weights[..., None].astype(dh.dtype), None) for dh in dhs], None
+    values, targets = again
+    weights = jnp.broadcast_to(weights, targets.shape)
+    asked = [w is not None for w in wanted]
+    _, dhs, dws = _over_chunks(values, targets, weights, head, asked)
+    return list(zip(dhs, _rounded(dws, [w for _, w in values]), strict=True)), None
+
+
+token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)
 
 
 def lm_loss(
@@ -158,9 +219,25 @@ def lm_loss(
     """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}), float32 scalars."""
     h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
     h = constrain(h, "batch", "length", "features")
-    options = (model.cfg.logit_softcap, z_loss, chunk)
-    terms = model.head_terms(h, rng)
-    sums: Any = cross_entropy(terms, batch.targets, batch.weights, options)
+    head = Head(model.cfg.logit_softcap, z_loss, chunk)
+    sums: Any = cross_entropy(model.head_terms(h, rng), batch.targets, batch.weights, head)
     weight = jnp.sum(batch.weights)
     metrics = {"nll": sums[1], "accuracy": sums[2], "entropy": sums[3]}
     return sums[0], weight, {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}
+
+
+def logps(
+    model: Decoder, batch: Batch, rng: Any = None, *, chunk: int = 512, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), entropy) of each token of a batch under the model, float32 [B, T]."""
+    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    h = constrain(h, "batch", "length", "features")
+    head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
+    found: Any = token_logps(model.head_terms(h, rng), batch.targets, head)
+    return found
+
+
+def segment_sums(x: jax.Array, segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
+    """Σ of x [B, T] over the tokens of each of `segments` [B, S] (0 = none: 0); float32 [B, S]."""
+    here = (segment_ids[:, None, :] == segments[..., None]) & (segments[..., None] > 0)
+    return jnp.sum(jnp.where(here, x[:, None, :], 0.0), -1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.objectives.lm import cross_entropy
+from jaxllm.objectives.lm import Head, cross_entropy
 
 B, T, D, V = 2, 37, 16, 103
 
@@ -40,7 +40,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(case, softcap, z_loss, 
     h, w, targets, weights = case
 
     def ours(h, w):
-        return cross_entropy([(h, w)], targets, weights, (softcap, z_loss, chunk))
+        return cross_entropy([(h, w)], targets, weights, Head(softcap, z_loss, chunk))
 
     want = plain(h, w, targets, weights, softcap, z_loss)
     np.testing.assert_allclose(ours(h, w), want, rtol=1e-5)
@@ -57,7 +57,7 @@ def test_a_tied_table_in_bfloat16_learns_whatever_the_number_of_chunks(case, chu
 
     def ours(table, dtype):
         x = h.astype(dtype)
-        return cross_entropy([(x, table.T)], targets, weights, (0.0, 0.0, chunk))[0]
+        return cross_entropy([(x, table.T)], targets, weights, Head(chunk=chunk))[0]
 
     gradient = jax.jit(jax.grad(ours), static_argnums=1)
     got, want = gradient(w.T, jnp.bfloat16), gradient(w.T, jnp.float32)
@@ -76,7 +76,7 @@ def test_devices_add_up_the_heads_gradient_once_not_once_a_chunk(case, shape, dt
     def gradient(h, w):
         def loss(h, w):
             x = h.astype(dtype)
-            return cross_entropy([(x, w)], targets, weights, (0.0, 0.0, 8))[0]
+            return cross_entropy([(x, w)], targets, weights, Head(chunk=8))[0]
 
         return jax.grad(loss, (0, 1))(h, w)
 
@@ -98,7 +98,7 @@ def test_no_buffer_holds_the_logits_of_all_tokens(case):
     big = jnp.zeros((8, 256, D))
     args = big, jnp.zeros((D, 5000)), jnp.zeros((8, 256), jnp.int32), jnp.ones((8, 256))
     f = jax.jit(
-        jax.grad(lambda h, w, t, x: cross_entropy([(h, w)], t, x, (0.0, 0.0, 128))[0], (0, 1))
+        jax.grad(lambda h, w, t, x: cross_entropy([(h, w)], t, x, Head(chunk=128))[0], (0, 1))
     )
     memory = f.lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert memory < 0.5 * 8 * 256 * 5000 * 4

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DeepSpeed JSON file in our keys: translated, refused, or listed as having no meaning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxllm.aliases import Given
+
+CARRIED = {
+    "zero_optimization.stage": "mesh.zero",
+    "gradient_clipping": "optim.clip",
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "optimizer.params.lr": "optim.learning_rate",
+    "optimizer.params.eps": "optim.eps",
+    "optimizer.params.weight_decay": "optim.weight_decay",
+    "scheduler.params.warmup_max_lr": "optim.learning_rate",
+    "scheduler.params.warmup_num_steps": "optim.warmup",
+    "scheduler.params.cos_min_ratio": "optim.final",
+}
+DEEPSPEED_OPTIMIZERS = {"Adam": "adamw", "AdamW": "adamw", "Lion": "lion", "SGD": "sgd"}
+DEEPSPEED_SCHEDULES = {
+    "WarmupLR": "constant",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
+}
+# transformers' --lr_scheduler_type for a WarmupLR; the file decides how the warm-up goes.
+AGREE = {("optim.schedule", "constant", "warmup_log")}
+UNSET = (None, False, "auto", "none")
+
+
+def _flat(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no such DeepSpeed file")
+    try:
+        block = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
+    if not isinstance(block, dict):
+        raise ValueError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
+    return block
+
+
+def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given], list[str]]:
+    """Our keys from a DeepSpeed JSON file, and what in it means nothing here.
+
+    "auto" leaves a key to `given`, what else was written, which the file may not contradict.
+    Raises ValueError for that, for fp16, and for an optimizer or a schedule that is not known.
+    """
+    block = _read_json(path)
+    rest = dict(_flat(block))
+    asked: dict[str, tuple[str, Any]] = {}  # our key -> (theirs, value)
+
+    def ask(key: str, theirs: str, value: Any) -> None:
+        if value in (None, "auto"):
+            return
+        other, before = asked.setdefault(key, (theirs, value))
+        if before != value:
+            raise ValueError(
+                f"{path}: {other} is {before!r} but {theirs} is {value!r}; make them agree"
+            )
+
+    if rest.pop("fp16.enabled", False) is True:
+        raise ValueError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
+    rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
+    if "zero_optimization" in block:
+        rest.setdefault("zero_optimization.stage", 0)
+    if (bf16 := rest.pop("bf16.enabled", "auto")) != "auto":
+        ask("model.compute_dtype", "bf16.enabled", "bfloat16" if bf16 else "float32")
+    _optimizer(path, rest, ask)
+    _scheduler(path, rest, ask, given)
+    for theirs, ours in CARRIED.items():
+        ask(ours, theirs, rest.pop(theirs, None))
+    if "micro_batch_size" in asked and "batch_size" not in given:
+        asked.setdefault("batch_size", (asked["micro_batch_size"][0], 0))
+
+    for key, (theirs, value) in asked.items():
+        one = given.get(key)
+        if one is None or one.value == value or (key, one.value, value) in AGREE:
+            continue
+        if key == "batch_size" and 0 in (one.value, value):  # made of the micro-batches
+            continue
+        raise ValueError(
+            f"{path}: {theirs} is {value!r} but {one.where} makes {key} {one.value!r}; "
+            'make them agree, or write "auto" in the file'
+        )
+    for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if rest.get(f"{part}.device") in UNSET:
+            rest = {k: v for k, v in rest.items() if not k.startswith(f"{part}.")}
+    spare = [key for key, value in rest.items() if not any(value is u or value == u for u in UNSET)]
+    found = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
+    return found, [f"{path}: {', '.join(spare)}"] if spare else []
+
+
+def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None]) -> None:
+    kind = rest.pop("optimizer.type", None)
+    if kind is None:
+        return
+    name = _known(path, "optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
+    if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
+        name = "adam"  # decay in the gradient
+    ask("optim.name", "optimizer.type", name)
+    betas = rest.pop("optimizer.params.betas", "auto")
+    if betas != "auto":
+        if not isinstance(betas, list) or len(betas) != 2:
+            raise ValueError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
+        ask("optim.b1", "optimizer.params.betas", betas[0])
+        ask("optim.b2", "optimizer.params.betas", betas[1])
+
+
+def _scheduler(
+    path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None], given: dict[str, Given]
+) -> None:
+    kind = rest.pop("scheduler.type", None)
+    if kind is None:
+        return
+    params = "scheduler.params."
+    schedule = _known(path, "scheduler.type", kind, DEEPSPEED_SCHEDULES)
+    warmup = rest.pop(f"{params}warmup_type", "log")
+    if warmup == "log" and schedule == "constant":
+        schedule = "warmup_log"
+    elif warmup == "log":
+        rest[f"{params}warmup_type log (the warm-up is linear)"] = True
+    ask("optim.schedule", "scheduler.type", schedule)
+    if "optim.warmup" not in given:
+        rest.setdefault(f"{params}warmup_num_steps", 1000)  # DeepSpeed's own default
+    if schedule == "cosine":
+        rest.setdefault(f"{params}cos_min_ratio", 1e-4)
+    for start in ("warmup_min_lr", "warmup_min_ratio"):
+        if rest.get(params + start) == 0:
+            del rest[params + start]
+    total, steps = rest.get(f"{params}total_num_steps"), given.get("steps")
+    if steps and total == steps.value:
+        del rest[f"{params}total_num_steps"]
+    elif steps and steps.value and isinstance(total, int):
+        raise ValueError(
+            f"{path}: {params}total_num_steps is {total} but {steps.where} makes {steps.value}; "
+            'make them agree, or write "auto" in the file'
+        )
+
+
+def _known(path: str, key: str, value: Any, table: dict[str, str]) -> str:
+    names = {name.lower(): ours for name, ours in table.items()}
+    if str(value).lower() not in names:
+        raise ValueError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
+    return names[str(value).lower()]

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct alignment from pairs: DPO and its relatives as rows of one table.
+
+Of a pair, let c and r be log π(answer | prompt) of the chosen and the rejected answer (sums over
+the answer's tokens), c' and r' the same under the reference, Δc = c - c', Δr = r - r' and
+h = Δc - Δr. A bar (as in c̄) is the mean over the answer's tokens. ε is the label smoothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.data.batch import Batch
+from jaxllm.model.decoder import Decoder
+from jaxllm.objectives.lm import Metrics, logps, segment_sums
+
+log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
+
+
+@dataclass(frozen=True)
+class Options:
+    """The constants of the losses."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Log-probabilities of pairs of answers, float32 [...] each, and what a loss may need beside.
+
+    Each is the sum over an answer's tokens; `chosen_tokens`, `rejected_tokens`: how many there are
+    (1 where DPO is told to normalise by length: the sums are means then). baseline: the mean of
+    β Δ over all answers of the update (BCO).
+    """
+
+    chosen: Any
+    rejected: Any
+    reference_chosen: Any
+    reference_rejected: Any
+    chosen_tokens: Any
+    rejected_tokens: Any
+    baseline: Any = 0.0
+
+    @property
+    def delta_chosen(self) -> Any:
+        """Δc."""
+        return self.chosen - self.reference_chosen
+
+    @property
+    def delta_rejected(self) -> Any:
+        """Δr."""
+        return self.rejected - self.reference_rejected
+
+    @property
+    def h(self) -> Any:
+        """Δc - Δr."""
+        return self.delta_chosen - self.delta_rejected
+
+    @property
+    def chosen_mean(self) -> Any:
+        """c̄."""
+        return self.chosen / self.chosen_tokens
+
+    @property
+    def rejected_mean(self) -> Any:
+        """r̄."""
+        return self.rejected / self.rejected_tokens
+
+
+def dpo(a: Answers, o: Options) -> Any:
+    """-(1 - ε) log σ(β h) - ε log σ(-β h): arXiv:2305.18290, eq. 7; ε > 0 is conservative DPO."""
+    z, e = o.beta * a.h, o.label_smoothing
+    return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+
+
+def robust(a: Answers, o: Options) -> Any:
+    """(-(1 - ε) log σ(β h) + ε log σ(-β h)) / (1 - 2ε): labels flipped with chance ε
+    (arXiv:2403.00409, eq. 12)."""
+    z, e = o.beta * a.h, o.label_smoothing
+    return (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
+
+
+def hinge(a: Answers, o: Options) -> Any:
+    """max(0, 1 - β h): SLiC's hinge (arXiv:2305.10425) on the log-ratios (arXiv:2309.06657)."""
+    return jax.nn.relu(1 - o.beta * a.h)
+
+
+def ipo(a: Answers, o: Options) -> Any:
+    """(Δc / |c| - Δr / |r| - 1 / 2β)²: arXiv:2310.12036, eq. 17, of means over the tokens, as its
+    authors ran it: a sum would let the length decide."""
+    h = a.delta_chosen / a.chosen_tokens - a.delta_rejected / a.rejected_tokens
+    return jnp.square(h - 1 / (2 * o.beta))
+
+
+def exo(a: Answers, o: Options) -> Any:
+    """KL(σ(±β h) ‖ (1 - ε, ε)), the reverse one: arXiv:2402.00856, eq. 16; ε of at least 0.001."""
+    z, e = o.beta * a.h, o.label_smoothing or 1e-3
+    up = sigmoid(z) * (log_sigmoid(z) - math.log(1 - e))
+    return up + sigmoid(-z) * (log_sigmoid(-z) - math.log(e))
+
+
+def nca(a: Answers, o: Options) -> Any:
+    """-log σ(β Δc) - (log σ(-β Δc) + log σ(-β Δr)) / 2: arXiv:2402.05369, with pairs."""
+    c, r = o.beta * a.delta_chosen, o.beta * a.delta_rejected
+    return -log_sigmoid(c) - 0.5 * (log_sigmoid(-c) + log_sigmoid(-r))
+
+
+def sppo(a: Answers, o: Options) -> Any:
+    """(Δc - 1 / 2β)² + (Δr + 1 / 2β)²: arXiv:2405.00675, eq. 4.7 with hard labels, η = 1 / β."""
+    half = 0.5 / o.beta
+    return jnp.square(a.delta_chosen - half) + jnp.square(a.delta_rejected + half)
+
+
+def bco(a: Answers, o: Options) -> Any:
+    """-log σ(β Δc - δ) - log σ(δ - β Δr): arXiv:2404.04656, eq. 7; δ is the update's mean."""
+    c, r = o.beta * a.delta_chosen, o.beta * a.delta_rejected
+    return -log_sigmoid(c - a.baseline) - log_sigmoid(a.baseline - r)
+
+
+def apo_zero(a: Answers, o: Options) -> Any:
+    """1 - σ(β Δc) + σ(β Δr): arXiv:2408.06266, eq. 9, for chosen answers better than the model's
+    own."""
+    return 1 - sigmoid(o.beta * a.delta_chosen) + sigmoid(o.beta * a.delta_rejected)
+
+
+def apo_down(a: Answers, o: Options) -> Any:
+    """σ(β Δc) + 1 - σ(β h): arXiv:2408.06266, eq. 10, for chosen answers worse than its own."""
+    return sigmoid(o.beta * a.delta_chosen) + 1 - sigmoid(o.beta * a.h)
+
+
+def sft(a: Answers, o: Options) -> Any:
+    """-c̄: the likelihood of the chosen answer, to be mixed with another loss."""
+    return -a.chosen_mean
+
+
+def odds(a: Answers, o: Options) -> Any:
+    """-β log σ(log odds(c̄) - log odds(r̄)), odds(p) = p / (1 - p): arXiv:2403.07691, eq. 7."""
+
+    def log_odds(mean: Any) -> Any:
+        return mean - jnp.log1p(-jnp.exp(jnp.minimum(mean, -1e-7)))
+
+    return -o.beta * log_sigmoid(log_odds(a.chosen_mean) - log_odds(a.rejected_mean))
+
+
+def orpo(a: Answers, o: Options) -> Any:
+    """sft + odds: arXiv:2403.07691, eq. 6, λ = β."""
+    return sft(a, o) + odds(a, o)
+
+
+def simpo(a: Answers, o: Options) -> Any:
+    """-log σ(β (c̄ - r̄) - γ): arXiv:2405.14734, eq. 6; smoothed by ε as DPO is."""
+    z, e = o.beta * (a.chosen_mean - a.rejected_mean) - o.gamma, o.label_smoothing
+    return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+
+
+LOSSES: dict[str, Callable[[Answers, Options], Any]] = {
+    "sigmoid": dpo,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo": exo,
+    "nca": nca,
+    "sppo": sppo,
+    "bco": bco,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sft": sft,
+    "orpo": orpo,
+    "simpo": simpo,
+}
+ALONE = ("sft", "orpo", "simpo")  # these compare with no reference
+
+
+def answer_logps(
+    model: Decoder | None, batch: Batch, segments: Sequence[Any], rng: Any = None, chunk: int = 512
+) -> tuple[list[jax.Array], jax.Array]:
+    """(Σ log p of the answer's tokens in each of some segments, float32 [B, P] each; entropy [B,
+    T]) under a model; zeros without one."""
+    if model is None:
+        return [jnp.zeros(s.shape, jnp.float32) for s in segments], jnp.zeros(batch.tokens.shape)
+    each, entropy = logps(model, batch, rng, chunk=chunk)
+    each = each * (batch.weights > 0)
+    return [segment_sums(each, batch.segment_ids, s) for s in segments], entropy
+
+
+def answer_lengths(batch: Batch, segments: Any) -> jax.Array:
+    """Tokens of each segment's answer, at least 1; float32 [B, P]."""
+    learned = jnp.float32(batch.weights > 0)
+    return jnp.maximum(segment_sums(learned, batch.segment_ids, segments), 1.0)
+
+
+def reference_logps(reference: Decoder | None, batch: Batch, chunk: int = 512) -> list[jax.Array]:
+    """Those of chosen and rejected under the reference: as the batch has them, or computed."""
+    if batch.chosen_logps is not None:
+        return [batch.chosen_logps, batch.rejected_logps]
+    segments = [batch.chosen_segment, batch.rejected_segment]
+    return jax.lax.stop_gradient(answer_logps(reference, batch, segments, chunk=chunk)[0])
+
+
+def dpo_loss(
+    model: Decoder,
+    batch: Batch,
+    rng: Any,
+    reference: Decoder | None = None,
+    *,
+    losses: Sequence[tuple[str, float]] = (("sigmoid", 1.0),),
+    length_normalized: bool = False,
+    chunk: int = 512,
+    **options: float,
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """(Σ over pairs of the weighted losses, pairs, metrics).
+
+    losses: (name in LOSSES, weight); options: fields of `Options`. With `length_normalized` sums
+    are divided by the answers' tokens, the reference's too. Metrics: rewards are β Δ, a tie counts
+    as wrong.
+    """
+    o = Options(**options)
+    segments = [batch.chosen_segment, batch.rejected_segment]
+    sums, entropy = answer_logps(model, batch, segments, rng, chunk)
+    lengths = [answer_lengths(batch, s) for s in segments]
+    compared = any(name not in ALONE for name, _ in losses)
+    held = reference_logps(reference if compared else None, batch, chunk)
+    tokens = lengths
+    if length_normalized:
+        sums, held = ([x / n for x, n in zip(xs, lengths, strict=True)] for xs in (sums, held))
+        tokens = [1.0, 1.0]
+    a = Answers(*sums, *held, *tokens, 0.0 if batch.baseline is None else batch.baseline)
+    here = batch.chosen_segment > 0
+    pairs = jnp.sum(here).astype(jnp.float32)
+
+    def total(x: Any) -> jax.Array:
+        return jnp.sum(jnp.where(here, x, 0.0))
+
+    loss = total(sum(weight * LOSSES[name](a, o) for name, weight in losses))
+    learned = batch.weights > 0
+    metrics: Metrics = {
+        "accuracy": (total((a.h if compared else a.chosen_mean - a.rejected_mean) > 0), pairs),
+        "margin": (total(o.beta * a.h), pairs),
+        "reward_chosen": (total(o.beta * a.delta_chosen), pairs),
+        "reward_rejected": (total(o.beta * a.delta_rejected), pairs),
+        "logp_chosen": (total(sums[0]), pairs),
+        "logp_rejected": (total(sums[1]), pairs),
+        "nll_chosen": (total(-a.chosen_mean * lengths[0]), total(lengths[0])),
+        "entropy": (jnp.sum(entropy * learned), jnp.sum(learned).astype(jnp.float32)),
+    }
+    return loss, pairs, jax.lax.stop_gradient(metrics)
+
+
+def dpo_baseline(
+    model: Decoder, reference: Any, batch: Batch, *, beta: float, chunk: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """(Σ, count) whose mean is BCO's δ: β Δ of every answer of the update's rows."""
+    segments = [batch.chosen_segment, batch.rejected_segment]
+    sums, _ = answer_logps(model, batch, segments, chunk=chunk)
+    held = reference_logps(reference, batch, chunk)
+    here = batch.chosen_segment > 0
+    deltas = [jnp.where(here, x - y, 0.0) for x, y in zip(sums, held, strict=True)]
+    return beta * jnp.sum(jnp.stack(deltas)), 2.0 * jnp.sum(here)
