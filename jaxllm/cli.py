@@ -47,7 +47,7 @@ def training(verb: str, args: list[str]) -> int:
 
     result = train(cfg)
     for name, values in result.evals.items():
-        print(f"{name}: loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}")
+        print(f"{name}: {_shown(values)}")
     if result.stopped:
         print(
             f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr
@@ -55,6 +55,18 @@ def training(verb: str, args: list[str]) -> int:
         return STOPPED
     print(f"done: {result.step} steps" + (f", model in {result.final}" if result.final else ""))
     return DONE
+
+
+# Of an evaluation, what is printed beside its loss where it has it.
+SHOWN = {"perplexity": ".2f", "accuracy": ".4f", "margin": ".4f", "reward_mean": ".4f"}
+
+
+def _shown(values: dict[str, float]) -> str:
+    named = {k: f for k, f in SHOWN.items() if k in values}
+    if "perplexity" in named:
+        named = {"perplexity": named["perplexity"]}
+    parts = [f"{k} {values[k]:{f}}" for k, f in ({"loss": ".4f"} | named).items()]
+    return "  ".join(parts)
 
 
 def training_help(verb: str) -> str:
@@ -400,6 +412,11 @@ def comparison(verb: str, args: list[str]) -> int:
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "pretrain": (training, "train on text, from random weights or from a model"),
     "sft": (training, "fine-tune on conversations"),
+    "reward": (training, "train a reward model on pairs of answers"),
+    "dpo": (training, "prefer the chosen answers of pairs: DPO and its relatives"),
+    "kto": (training, "learn from answers judged good or bad"),
+    "orpo": (training, "fine-tune on pairs without a reference: ORPO"),
+    "simpo": (training, "prefer chosen answers without a reference: SimPO"),
     "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
     "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
     "eval": (evaluate, "loss and perplexity of a model on files"),

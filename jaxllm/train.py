@@ -23,26 +23,23 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import hf
+from jaxllm import hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
-from jaxllm.checks import check, resolve_batch, resolve_rate, warnings
+from jaxllm.checks import check, resolve_align, resolve_batch, resolve_rate, warnings
 from jaxllm.config import TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens
 from jaxllm.data.loader import load_data, make_loader, summarize
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
-from jaxllm.model.decoder import merge
 from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
 from jaxllm.monitor.metrics import Metrics, Progress
-from jaxllm.objectives.lm import lm_loss
+from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of, room
 from jaxllm.rollout import Sampling, check_prompts, generate
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
-from jaxllm.tokenizer import check_vocabulary, stop_ids
-
-OBJECTIVES = {"pretrain": lm_loss, "sft": lm_loss}
+from jaxllm.tokenizer import check_vocabulary, padded, stop_ids
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
 
 
 def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
-    """Tokens of `log.samples`: texts to continue, or in SFT questions to answer."""
-    if cfg.objective != "sft":
+    """Tokens of `log.samples`: texts to continue, or of what chats, questions to answer."""
+    if cfg.objective == "pretrain":
         return [tokenizer(text).input_ids for text in cfg.log.samples]
     asked = [[{"role": "user", "content": text}] for text in cfg.log.samples]
     variables = cfg.data.template_kwargs
@@ -118,10 +115,11 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what a mistake can be in: the run folder, devices, tokenizer, data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve_rate(resolve_batch(cfg, data_parallel(mesh)))
+    cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
     model_cfg, _ = hf.model_config(cfg)
     peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
+    tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     positions = room(model_cfg, peft, cfg.data.max_length)
     sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
@@ -135,6 +133,7 @@ def train(cfg: TrainConfig) -> Result:
         print(line, file=sys.stderr)
     rows = cfg.batch_size
     count = rows // (cfg.micro_batch_size * data_parallel(mesh))
+    objective = OBJECTIVES[cfg.objective](cfg)
     steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
     schedule = make_schedule(cfg.optim, steps)
     optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
@@ -146,12 +145,14 @@ def train(cfg: TrainConfig) -> Result:
     )
     saves = None if replaces else open_run()
     at = saves.latest() if saves is not None and cfg.resume else None
-    base = hf.identity(cfg) if peft.frozen else None
+    loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
+    base = hf.identity(cfg) if loaded else None
     if saves is not None and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)
-    model = (hf.load_model if at is None or peft.frozen else hf.blank_model)(
-        cfg if at is None else replace(cfg, peft=replace(cfg.peft, path=None)),
+    began = at is None or objective.compares
+    model = (hf.load_model if at is None or loaded else hf.blank_model)(
+        cfg if began else replace(cfg, peft=replace(cfg.peft, path=None)),
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
@@ -172,15 +173,20 @@ def train(cfg: TrainConfig) -> Result:
     params, frozen = nnx.to_pure_dict(weights), jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
     lay: Any = TrainState(NamedSharding(mesh, P()), param_lay, opt_lay)  # type: ignore[arg-type]
-    objective = partial(
-        OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk
-    )
+    models = alone(graph)
+    if objective.compares:
+        copied = weight_shardings(weights, mesh, whole=False)
+        models, frozen = reference.beside(cfg, model, graph, params, frozen, copied)
+        if cfg.align.reference == "precomputed":
+            data = reference.precomputed(cfg, data, models, params, frozen, mesh)
+            models, frozen = alone(graph), frozen["weights"]
     step_fn = jax.jit(
         make_step(
-            alone(graph),
-            objective,
+            models,
+            objective.loss,
             optimizer,
             schedule,
+            baseline=objective.baseline,
             max_norm=cfg.optim.clip,
             seed=cfg.seed,
             gradient_shardings=grad_lay if mesh.size > 1 else None,
@@ -188,7 +194,7 @@ def train(cfg: TrainConfig) -> Result:
         donate_argnums=0,
         out_shardings=(lay, None),
     )
-    eval_fn = make_eval(graph, objective)
+    eval_fn = make_eval(models, objective.loss, objective.baseline)
 
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -246,7 +252,7 @@ def train(cfg: TrainConfig) -> Result:
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
         if prompts:
-            made = generate(merge(graph, trained, frozen), prompts, sampling)
+            made = generate(models(trained, frozen)[0], prompts, sampling)
             for prompt, tokens in zip(cfg.log.samples, made, strict=True):
                 metrics.sample(step, prompt=prompt, text=tokenizer.decode(tokens))
         losses = [e["loss"] for e in evals.values()]
@@ -288,7 +294,7 @@ def train(cfg: TrainConfig) -> Result:
     final = None
     if cfg.save.final and not stopped:
         final = str(run / "final")
-        whole = merge(graph, eval_params(state.opt_state, state.trainable), frozen)
+        whole = models(eval_params(state.opt_state, state.trainable), frozen)[0]
         if peft.frozen:
             hf.save_adapter(whole, final, tokenizer)
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,9 +21,9 @@ from jaxllm.data.batch import TEXT, Batch
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import from_hf
+from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.step import TrainState, alone, make_step, state_shardings
-from jaxllm.train import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -131,7 +130,7 @@ def test_a_config_lowers_over_eight_devices(path):
     )
     step = make_step(
         alone(graph),
-        partial(OBJECTIVES[cfg.objective], z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk),
+        OBJECTIVES[cfg.objective](cfg).loss,
         optimizer,
         schedule,
         max_norm=cfg.optim.clip,

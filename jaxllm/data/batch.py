@@ -34,6 +34,7 @@ class Batch:
     unpaired_segment: Any = None  # int32 [B, P]: the prompt with another one's answer; 0 = none
     chosen_logps: Any = None  # float32 [B, P]: log-probability under the reference, if known
     rejected_logps: Any = None  # float32 [B, P]
+    unpaired_logps: Any = None  # float32 [B, P]
     baseline: Any = None  # float32 [B, 1]: a mean over the update's rows, the same in each
 
     @property

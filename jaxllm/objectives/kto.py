@@ -71,5 +71,7 @@ def kto_baseline(
     """(Σ, count) of Δ on prompts with another one's answer, over the rows at hand."""
     segments = [batch.unpaired_segment]
     (ours,), _ = answer_logps(model, batch, segments, chunk=chunk)
-    (theirs,), _ = answer_logps(reference, batch, segments, chunk=chunk)
+    theirs = batch.unpaired_logps
+    if theirs is None:
+        (theirs,), _ = answer_logps(reference, batch, segments, chunk=chunk)
     return jnp.sum(ours - theirs), jnp.sum(batch.unpaired_segment > 0).astype(jnp.float32)
