@@ -378,7 +378,7 @@ def modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        if leaf in ("kernel", "embedding"):
+        if leaf in ("kernel", "embedding") and key.path not in score_of(cfg):
             found[path] = module
     return found
 
