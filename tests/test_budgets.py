@@ -24,7 +24,7 @@ FLOORS = (
     ("config", "sections", "checks", "aliases", "deepspeed", "mesh"),
     ("model", "peft", "data", "tokenizer", "files", "monitor"),
     ("objectives", "optim"),
-    ("checkpoint", "hf", "exports", "evaluate", "rollout", "step", "reference"),
+    ("checkpoint", "hf", "exports", "evaluate", "rollout", "step", "reference", "scoring"),
     ("train", "align", "plan", "compare"),
     ("cli", "__main__"),
 )
