@@ -163,8 +163,7 @@ def train(cfg: TrainConfig) -> Result:
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    for line in (*summarize(data.manifest), *(f"warning: {w}" for w in warnings(cfg))):
-        print(line, file=sys.stderr)
+    print(*summarize(data.manifest), *warnings(cfg), sep="\n", file=sys.stderr)
     count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
     steps, each = updates(cfg, len(data.train))
@@ -176,16 +175,17 @@ def train(cfg: TrainConfig) -> Result:
     keep = {"keep": cfg.save.keep, "keep_best": cfg.save.keep_best}
     open_run = partial(Checkpoints, run / "checkpoints", **keep)
     saves = None if replaces else open_run()
-    at = saves.latest() if saves is not None and cfg.resume else None
+    at = saves.latest() if saves and cfg.resume else None
     loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
     base = hf.identity(cfg) if loaded else None
-    if saves is not None and at is not None:
+    if saves and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)
-    began = at is None or objective.compares
     load = partial(
         hf.load_model if at is None or loaded else hf.blank_model,
-        cfg if began else replace(cfg, peft=replace(cfg.peft, path=None)),
+        cfg
+        if at is None or objective.compares
+        else replace(cfg, peft=replace(cfg.peft, path=None)),
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
@@ -214,9 +214,9 @@ def train(cfg: TrainConfig) -> Result:
     if objective.compares:
         copied = weight_shardings(weights, mesh, whole=False)
         models, frozen = reference.beside(cfg, model, graph, params, frozen, copied)
-        if cfg.align.reference == "precomputed":
-            data = reference.precomputed(cfg, data, models, params, frozen, mesh)
-            models, frozen = alone(graph), frozen["weights"]
+    if objective.compares and cfg.align.reference == "precomputed":
+        data = reference.precomputed(cfg, data, models, params, frozen, mesh)
+        models, frozen = alone(graph), frozen["weights"]
     step_fn = jax.jit(
         make_step(
             models,
@@ -330,8 +330,7 @@ def train(cfg: TrainConfig) -> Result:
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
                 break
-    stopped = step < steps
-    final = None
+    stopped, final = step < steps, None
     if cfg.save.final and not stopped:
         final = str(run / "final")
         whole = models(eval_params(state.opt_state, state.trainable), frozen)[0]
