@@ -63,8 +63,8 @@ STAGES = [
     "full jaxllm kernel=xla",
     "full torch attention=flex",
 ]
-OPTIONS = dict(batch=4, length=2048, segments=6, batches=4, warmup=3, steps=12)
-OPTIONS |= dict(chunk=512, remat="none")  # ours: tokens whose logits exist at once
+OPTIONS = dict(batch=4, length=2048, segments=6, batches=4, warmup=3, steps=12, chunk=512)
+OPTIONS |= {"remat": "none"}  # of ours, as chunk is: tokens whose logits exist at once
 BETA = 0.1
 LIMIT = 170  # seconds that a stage may take
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, SXM
@@ -117,9 +117,8 @@ def work(a, task: str, batches: list[dict]) -> tuple[float, float]:
 
 def timed(a, task: str, batches: list[dict], step, began: float) -> dict:
     """Runs `step(i) -> loss` (it waits for the device) and says how fast."""
-    first = float(step(0))
-    print(f"    first step after {time.perf_counter() - began:.1f} s, loss {first:.4f}", flush=True)
-    ready = time.perf_counter() - began
+    first, ready = float(step(0)), time.perf_counter() - began
+    print(f"    first step after {ready:.1f} s, loss {first:.4f}", flush=True)
     for i in range(1, a.warmup):
         step(i)
     seconds = []
@@ -216,8 +215,7 @@ def attention(a) -> dict:
         errors = (line[n] <= 4 * out["xla"][n] for n in line if n.startswith("error_"))
         return line.get("ran") == kernel and all(errors)
 
-    out["best"] = min(filter(good, KERNELS), key=lambda n: out[n]["ms"], default="xla")
-    return out
+    return out | {"best": min(filter(good, KERNELS), key=lambda n: out[n]["ms"], default="xla")}
 
 
 def jaxllm(a, task: str) -> dict:
@@ -463,12 +461,13 @@ def main() -> None:
         p.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.stage:
-        return child(a)
+        child(a)
+        return
     if a.tiny:
         a.shape, a.batch, a.length, a.segments, a.steps = "tiny", 2, 256, 4, 3
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    lines = subprocess.check_output(ask, text=True) if shutil.which(ask[0]) else "cpu"
-    a.card = lines.strip().split("\n")[0]
+    found = subprocess.check_output(ask, text=True) if shutil.which(ask[0]) else "cpu"
+    a.card = found.split("\n")[0].strip()
     out = Path(a.out)
     if out.suffix != ".json":
         out = out / (re.sub(r"\W+", "-", a.card.lower()).strip("-") + ".json")
@@ -494,7 +493,6 @@ def main() -> None:
         record["seconds"] = time.perf_counter() - began
         out.write_text(json.dumps(record, indent=1) + "\n")
     table(results)
-    return None
 
 
 if __name__ == "__main__":
