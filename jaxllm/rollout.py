@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
+from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
-from jaxllm.model.decoder import Decoder
+from jaxllm.model.decoder import Decoder, merge
 from jaxllm.peft.interop import Choice, shares
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -84,10 +87,18 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Arra
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
 
 
+def logp_of(logits: jax.Array, tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    """log softmax(logits / temperature) at `tokens` [B], before any filter, float32 [B]; of greedy
+    choices at temperature 1."""
+    logits = logits.astype(jnp.float32) / (sampling.temperature or 1.0)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], -1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, -1)
+
+
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
 def prefill(
     graph: Any,
-    params: Any,
+    weights: tuple[Any, Any],
     tokens: jax.Array,
     segments: jax.Array,
     key: jax.Array,
@@ -95,18 +106,20 @@ def prefill(
     sampling: Sampling,
     mix: jax.Array | None = None,
 ):
-    """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
-    model: Decoder = nnx.merge(graph, params)
+    """Left-padded prompts [B, P] -> (first new token [B], its logp [B], cache of `slots`)."""
+    model: Decoder = merge(graph, *weights)
     cache = model.empty_cache(tokens.shape[0], slots)
     positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
     hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
-    return sample(model.logits(hidden[:, -1], mix), sampling, key, jnp.int32(0)), cache
+    logits = model.logits(hidden[:, -1], mix)
+    token = sample(logits, sampling, key, jnp.int32(0))
+    return token, logp_of(logits, token, sampling), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
 def decode(
     graph: Any,
-    params: Any,
+    weights: tuple[Any, Any],
     cache: Cache,
     token: jax.Array,
     key: jax.Array,
@@ -115,19 +128,33 @@ def decode(
     sampling: Sampling,
     mix: jax.Array | None = None,
 ):
-    """Feeds `token` [B] and `count` - 1 of its successors: (next tokens [B, count], cache)."""
-    model: Decoder = nnx.merge(graph, params)
+    """Feeds `token` [B] and `count` - 1 of its successors, until every row has met a stop id:
+    (next tokens int32 [B, count], their logps float32 [B, count], cache). What follows a row's
+    stop id is 0; a row without a prompt counts as ended.
+    """
+    model: Decoder = merge(graph, *weights)
+    stops = jnp.asarray(sampling.stop_ids, jnp.int32)
 
-    def one(carry, index):
-        cache, token = carry
+    def going(state):
+        return (state[0] < count) & ~jnp.all(state[3])
+
+    def one(state):
+        index, cache, token, done, tokens, logps = state
         positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
         ones = jnp.ones((token.shape[0], 1), jnp.int32)
         hidden, cache = model.hidden(token[:, None], ones, positions, cache, mix=mix)
-        token = sample(model.logits(hidden[:, 0], mix), sampling, key, step + index)
-        return (cache, token), token
+        logits = model.logits(hidden[:, 0], mix)
+        token = sample(logits, sampling, key, step + index)
+        logp = logp_of(logits, token, sampling)
+        tokens = tokens.at[index].set(jnp.where(done, 0, token))
+        logps = logps.at[index].set(jnp.where(done, 0.0, logp))
+        return index + 1, cache, token, done | jnp.isin(token, stops), tokens, logps
 
-    (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
-    return tokens.T, cache
+    done = jnp.isin(token, stops) | ~jnp.any(cache.segments > 0, 1)
+    rows = (count, token.shape[0])
+    state = (0, cache, token, done, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32))
+    _, cache, _, _, tokens, logps = lax.while_loop(going, one, state)
+    return tokens.T, logps.T, cache
 
 
 def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
@@ -146,6 +173,24 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
     return max(lengths)
 
 
+def bucketed(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def padded(
+    prompts: Sequence[Sequence[int]], longest: int, multiple: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments), int32 [B, P]: left-padded, P a bucket and B a multiple; rows that were
+    added have no token, and segment 0 throughout."""
+    rows, width = -(-len(prompts) // multiple) * multiple, bucketed(longest)
+    tokens = np.zeros((rows, width), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    return tokens, segments
+
+
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -159,25 +204,24 @@ def stream(
     Raises ValueError as `check_prompts` does.
     """
     longest = check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
-    width = -(-longest // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), width), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        segments[row, width - len(prompt) :] = 1
+    tokens, segments = padded(prompts, longest)
+    width = tokens.shape[1]
     graph, params = nnx.split(model)
-    slots = width + -(-sampling.max_new_tokens // BUCKET) * BUCKET
+    weights = params, {}
+    slots = width + bucketed(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
     rows = [shares(model.peft, chosen) for chosen in adapters]
     assert not rows or len(rows) == len(prompts)
     mix = jnp.asarray(rows, jnp.float32) if rows else None
-    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, mix)
+    token, _, cache = prefill(graph, weights, tokens, segments, key, slots, fixed, mix)
     yield np.asarray(token)[:, None]
     made = 1
     while made < sampling.max_new_tokens:
         count = min(chunk, slots - width - made + 1)
-        new, cache = decode(graph, params, cache, token, key, jnp.int32(made), count, fixed, mix)
+        new, _, cache = decode(
+            graph, weights, cache, token, key, jnp.int32(made), count, fixed, mix
+        )
         token, made = new[:, -1], made + count
         yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
 
@@ -206,6 +250,60 @@ def generate(
         if all(done):
             break
     return out
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a model wrote after B prompts, at most N tokens each; on the host.
+
+    Tokens and logps are 0 from `lengths` on.
+    """
+
+    tokens: np.ndarray  # int32 [B, N]
+    logps: np.ndarray  # float32 [B, N]: logp_of each token as it was drawn
+    lengths: np.ndarray  # int32 [B]: tokens up to and with the first stop id, N without one
+    truncated: np.ndarray  # bool [B]: no stop id came
+
+
+def completions(
+    graph: Any,
+    trainable: Any,
+    frozen: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    mesh: Mesh | None = None,
+    key: jax.Array | None = None,
+) -> Completions:
+    """Samples one completion of each prompt by the model that `merge` makes of the first three.
+
+    The weights are used where they lie: nested dicts of arrays as a run has them, or a state of
+    `nnx.split` and {}. Rows are divided over the mesh's data axes. A row's randomness is a function
+    of (key, row, step) alone; key: default, from sampling.seed. N = sampling.max_new_tokens, but
+    the work ends with the last row. Raises ValueError as `check_prompts` does.
+    """
+    model: Decoder = merge(graph, trainable, frozen)
+    longest = check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
+    key = jax.random.key(sampling.seed) if key is None else key
+    made = sampling.max_new_tokens
+    fixed = replace(sampling, max_new_tokens=1, seed=0)
+    weights = trainable, frozen
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        tokens, segments = padded(prompts, longest, 1 if mesh is None else data_parallel(mesh))
+        rows = {"tokens": tokens, "segments": segments}
+        rows = rows if mesh is None else put(mesh, rows)
+        slots = tokens.shape[1] + bucketed(made)
+        token, logp, cache = prefill(graph, weights, **rows, key=key, slots=slots, sampling=fixed)
+        parts = [(token[:, None], logp[:, None])]
+        if made > 1:
+            *more, _ = decode(graph, weights, cache, token, key, jnp.int32(1), made - 1, fixed)
+            parts.append(tuple(more))
+        host = [[np.asarray(x)[: len(prompts)] for x in part] for part in parts]
+    tokens, logps = (np.concatenate(x, 1) for x in zip(*host, strict=True))
+    ends = np.isin(tokens, sampling.stop_ids)
+    truncated = np.logical_not(ends.any(1))
+    lengths = np.where(truncated, made, ends.argmax(1) + 1).astype(np.int32)
+    return Completions(tokens, logps, lengths, truncated)
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
