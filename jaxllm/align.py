@@ -35,6 +35,7 @@ from jaxllm.objectives.ppo import (
     token_rewards,
     whiten,
 )
+from jaxllm.objectives.table import loss_chunk
 from jaxllm.rollout import BUCKET, Completions, Sampling, completions
 from jaxllm.scoring import Completion, Reward
 from jaxllm.step import Models
@@ -114,7 +115,7 @@ class Rollouts:
         self.sampling = Sampling(
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
-        kind = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
+        kind = partial(act, temperature=rl.temperature, chunk=loss_chunk(self.cfg))
 
         def judge(trainable: Any, frozen: Any, rows: Experience) -> Any:
             """What policy, critic and reference think of rows [A, B, T]."""

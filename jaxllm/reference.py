@@ -33,6 +33,7 @@ from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.dpo import answer_logps
+from jaxllm.objectives.table import loss_chunk
 from jaxllm.step import Models
 
 # A pair's segments, and where a batch has their log-probabilities under the reference.
@@ -112,7 +113,7 @@ def precomputed(
     def run(trainable: Any, held: Any, batch: Batch) -> Any:
         _, reference = models(trainable, held)
         found, _ = answer_logps(
-            reference, batch, [getattr(batch, s) for s in segments], chunk=cfg.model.loss_chunk
+            reference, batch, [getattr(batch, s) for s in segments], chunk=loss_chunk(cfg)
         )
         return dict(zip([KEPT[s] for s in segments], found, strict=True))
 

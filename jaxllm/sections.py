@@ -46,8 +46,8 @@ class ModelSection:
     """the backward pass recomputes nothing, all, all but matrix products, or all but attention"""
     scan_unroll: Size = 1
     """layers per iteration of the scan over layers (more = longer compile and more memory)"""
-    loss_chunk: Size = 512
-    """tokens whose logits exist at one time in the loss"""
+    loss_chunk: Count = 0
+    """tokens whose logits exist at one time in the loss; 0 = 512, on accelerators 4,096"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition"""
 

@@ -32,6 +32,7 @@ from jaxllm.data.chat import chat_tokenizer, prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.model import kernels
 from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
 from jaxllm.monitor.metrics import Metrics, Progress
 from jaxllm.objectives.table import OBJECTIVES
@@ -93,6 +94,12 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
     return [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
 
 
+def say(*lines: str) -> None:
+    """Tells the user something, a line each."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
 class LoadedBatches:
     """The batches of a run on data, in their order: `(step, weights) -> (batch [A, B, T], {})`."""
 
@@ -149,7 +156,7 @@ def train(cfg: TrainConfig) -> Result:
     check(cfg)
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
-    model_cfg, _ = hf.model_config(cfg)
+    model_cfg = hf.model_config(cfg)[0]
     peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
@@ -163,7 +170,7 @@ def train(cfg: TrainConfig) -> Result:
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    print(*summarize(data.manifest), *warnings(cfg), sep="\n", file=sys.stderr)
+    say(*summarize(data.manifest), *warnings(cfg), *kernels.notes(mesh.size))
     count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
     steps, each = updates(cfg, len(data.train))
@@ -201,8 +208,7 @@ def train(cfg: TrainConfig) -> Result:
         hf.save_start(model, run / hf.START, tokenizer, cfg.peft.path)
 
     # ---- optimizer, state, the step
-    for line in peft.summary(model):
-        print(line, file=sys.stderr)
+    say(*peft.summary(model))
     if cfg.objective == "ppo":
         align.add_critic(model, cfg, load)
     graph, weights, rest = nnx.split(model, align.trained_by(peft), ...)

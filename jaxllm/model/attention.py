@@ -21,9 +21,9 @@ from jaxllm.model.layers import softcapped
 
 EVERYWHERE = -1  # the segment of keys that every query sees: a prefix before each text
 BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
-# What a whole row of bfloat16 goes through on a GPU: xla, which is the code below, or a kernel of
-# kernels.py. benchmarks/gpu.py measures them.
-GPU_KERNEL = "xla"
+# What a whole row of bfloat16 goes through on a GPU: xla, which is the code below, a kernel of
+# kernels.py, or the best of them. benchmarks/gpu.py measures them.
+GPU_KERNEL = "best"
 
 
 def visible(
@@ -75,12 +75,13 @@ def attention(
         softcap=softcap,
         scale=scale,
     )
-    if not (GPU_KERNEL != "xla" and jax.default_backend() == "gpu" and whole):
+    kernel = kernels.best() if GPU_KERNEL == "best" else GPU_KERNEL
+    if not (kernel != "xla" and jax.default_backend() == "gpu" and whole):
         return plain()
     if q_BTHK.dtype != jnp.bfloat16 or jax.sharding.get_abstract_mesh().size > 1:
         return plain()
     out = kernels.attend(
-        GPU_KERNEL,
+        kernel,
         *(q_BTHK, k_BSNK, v_BSNK, q_segments),
         scale=scale,
         window=window,

@@ -15,7 +15,9 @@ Dims: B rows, T tokens, H query heads, N key/value heads, K head_dim, M segments
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -23,6 +25,25 @@ import jax.numpy as jnp
 from jax import lax
 
 SEGMENTS = 64  # of a row, padding counted as one, that cudnn() has room for
+
+
+@cache
+def best() -> str:
+    """The fastest that was measured (benchmarks/results): mosaic on Hopper where tokamax is
+    installed, else xla, which is none of these."""
+    if jax.default_backend() != "gpu" or find_spec("tokamax") is None:
+        return "xla"
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return "mosaic" if capability.startswith("9.") else "xla"
+
+
+def notes(devices: int) -> list[str]:
+    """What a user of a GPU is told of its attention."""
+    if jax.default_backend() != "gpu":
+        return []
+    kernel = best() if devices == 1 else "xla"
+    hint = "" if kernel != "xla" else " (no fused kernel; one Hopper GPU with tokamax has one)"
+    return [f"attention: {kernel}{hint}"]
 
 
 def begins(segments: jax.Array) -> jax.Array:

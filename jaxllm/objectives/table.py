@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
+
 from jaxllm.config import TrainConfig
 from jaxllm.objectives.dpo import ALONE, dpo_baseline, dpo_loss
 from jaxllm.objectives.grpo import grpo_loss
@@ -30,8 +32,13 @@ class Objective:
     reads as `batch.baseline`, so that it does not depend on how they are divided"""
 
 
+def loss_chunk(cfg: TrainConfig) -> int:
+    """model.loss_chunk, or what was measured to be fast."""
+    return cfg.model.loss_chunk or (512 if jax.default_backend() == "cpu" else 4096)
+
+
 def _language(cfg: TrainConfig) -> Objective:
-    return Objective(partial(lm_loss, z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk))
+    return Objective(partial(lm_loss, z_loss=cfg.model.z_loss, chunk=loss_chunk(cfg)))
 
 
 def _reward(cfg: TrainConfig) -> Objective:
@@ -39,7 +46,7 @@ def _reward(cfg: TrainConfig) -> Objective:
 
 
 def _dpo(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, cfg.model.loss_chunk
+    align, chunk = cfg.align, loss_chunk(cfg)
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
     assert align.beta is not None  # resolve_align
@@ -57,7 +64,7 @@ def _dpo(cfg: TrainConfig) -> Objective:
 
 
 def _kto(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, cfg.model.loss_chunk
+    align, chunk = cfg.align, loss_chunk(cfg)
     assert align.beta is not None  # resolve_align
     loss = partial(
         kto_loss,
@@ -73,7 +80,7 @@ def _online(cfg: TrainConfig) -> dict[str, Any]:
     rl = cfg.rl
     clip_high = rl.clip if rl.clip_high is None else rl.clip_high
     shared = {"clip": rl.clip, "clip_high": clip_high, "temperature": rl.temperature}
-    return shared | {"chunk": cfg.model.loss_chunk}
+    return shared | {"chunk": loss_chunk(cfg)}
 
 
 def _ppo(cfg: TrainConfig) -> Objective:
