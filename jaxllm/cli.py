@@ -337,17 +337,28 @@ def generate(verb: str, args: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="a prompt is a user's message")
     _sampling_options(parser)
     _use_option(parser, action="append", default=[])
+    parser.add_argument(
+        "--best_of", type=_whole(1), default=1, metavar="N", help="answers drawn; the best is kept"
+    )
+    parser.add_argument(
+        "--reward", type=aliases.home, metavar="DIR", help="reward model that --best_of asks"
+    )
     parser.add_argument("--json", action="store_true", help='print {"prompt", "text"} a line')
     options = parser.read(args)
     _need_chat(options, "system", "template")
+    if (options.best_of > 1) != (options.reward is not None):
+        raise ValueError("--best_of N and --reward DIR go together")
+    if options.reward and not (options.chat and options.temperature > 0):
+        raise ValueError("--best_of goes with --chat and a --temperature over 0, so answers differ")
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or lines on standard input")
     from jaxllm.rollout import generate_text
 
+    use = _uses(options.use)
     texts = generate_text(
         options.model,
-        prompts,
+        [prompt for prompt in prompts for _ in range(options.best_of)],
         chat=options.chat,
         system=options.system,
         template=options.template,
@@ -355,11 +366,15 @@ def generate(verb: str, args: list[str]) -> int:
         dtype=options.dtype,
         sampling=_sampling(options),
         adapter=_adapters(options),
-        use=_uses(options.use),
+        use=use if len(use) == 1 else [one for one in use for _ in range(options.best_of)],
     )
-    for prompt, text in zip(prompts, texts, strict=True):
-        one = {"prompt": prompt, "text": text}
-        print(json.dumps(one, ensure_ascii=False) if options.json else text)
+    kept = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=False)]
+    if options.reward:
+        from jaxllm.scoring import best_of
+
+        kept = best_of(options.reward, prompts, texts, system=options.system, dtype=options.dtype)
+    for one in kept:
+        print(json.dumps(one, ensure_ascii=False) if options.json else one["text"])
     return DONE
 
 

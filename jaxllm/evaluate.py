@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import jax
@@ -18,7 +20,9 @@ from jax.sharding import Mesh
 from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Rows, eval_batches, load_data
+from jaxllm.data.sources import locate, read, records
 from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.step import Models, alone, with_baseline
@@ -95,6 +99,78 @@ def evaluate(
     return means
 
 
+def _pairs(source: Source) -> bool:
+    """Whether a source holds pairs of answers, by its first record."""
+    with TemporaryDirectory() as folder:
+        table = read(locate(source, held_out=True), Path(folder))
+        if not len(table):
+            raise ValueError(f"{source.path}: holds no examples")
+        _, record = next(records(table[:1], [0], source.path))
+    return bool({"chosen", "rejected"} & (record.keys() | source.columns.keys()))
+
+
+def _distribution(scores: np.ndarray, name: str) -> dict[str, float]:
+    """Mean, standard deviation, extremes and quartiles."""
+    marks = np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))
+    named = zip(("min", "q1", "median", "q3", "max"), marks.tolist(), strict=True)
+    found = {"mean": float(scores.mean()), "std": float(scores.std()), **dict(named)}
+    return {f"{name}_{k}": v for k, v in found.items()}
+
+
+def evaluate_rewards(
+    model: Decoder,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    *,
+    mesh: Mesh,
+    max_length: int,
+    batch_size: int,
+    template: str | None = None,
+) -> dict[str, float]:
+    """A reward model on pairs: {loss, accuracy, margin, examples, tokens, reward_*}, or on
+    conversations: {examples, tokens, reward_*}, where reward_* is how its scores are spread."""
+    paired = _pairs(sources[0])
+    cfg = TrainConfig(
+        objective="reward" if paired else "sft",
+        data=DataSection(eval=tuple(sources), max_length=max_length, template=template),
+    )
+    if not paired:
+        cfg = replace(cfg, data=replace(cfg.data, train_on_prompt=True))
+    data = load_data(cfg, tokenizer)
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    def scores(params: Any, batch: Batch, segments: Sequence[Any]) -> Any:
+        model = nnx.merge(graph, params)
+        hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+        return [model.scores(hidden, batch.segment_ids, s) for s in segments]
+
+    size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
+    found: list[Any] = []
+    tokens = 0
+    with jax.set_mesh(mesh):
+        for rows in data.evals.values():
+            for host in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
+                batch = Batch(**put(mesh, host))
+                names = [batch.chosen_segment, batch.rejected_segment]
+                if not paired:
+                    count = int(host["segment_ids"].max())
+                    each = np.arange(1, count + 1) * np.ones((size, 1), np.int32)
+                    here = (host["segment_ids"][:, None] == each[..., None]).any(-1)
+                    names = [jnp.where(here, each, 0)]
+                got = np.stack(jax.device_get(scores(params, batch, names)))
+                found.append(got[:, np.asarray(names[0]) > 0])
+                tokens += int((host["segment_ids"] > 0).sum())
+    table = np.concatenate(found, 1).astype(np.float64)
+    out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
+    if paired:
+        apart = table[0] - table[1]
+        out |= {"loss": float(np.logaddexp(0, -apart).mean())}
+        out |= {"accuracy": float((apart > 0).mean()), "margin": float(apart.mean())}
+        out |= _distribution(table[0], "chosen") | _distribution(table[1], "rejected")
+    return out | _distribution(table.ravel(), "reward")
+
+
 def evaluate_files(
     model: str,
     data: Sequence[str | Source],
@@ -110,8 +186,9 @@ def evaluate_files(
     """Evaluates a HF directory on files: {loss, perplexity, tokens, examples, …}.
 
     `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text. All
-    files are one set. adapter: {name: directory} beside the model; use: which of them (default the
-    first; interop.choose). Raises ValueError or FileNotFoundError for what is not there or unfit.
+    files are one set. A reward model scores pairs or conversations (`evaluate_rewards`). adapter:
+    {name: directory} beside the model; use: which of them (default the first; interop.choose).
+    Raises ValueError or FileNotFoundError for what is not there or unfit.
     """
     if not data:
         raise ValueError("there is nothing to evaluate on; name a file")
@@ -128,12 +205,17 @@ def evaluate_files(
     if use is not ...:
         choose(loaded, use)
     check_vocabulary(tokenizer, loaded.cfg.vocab_size)
+    sources = tuple(Source(each) if isinstance(each, str) else each for each in data)
+    room = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
+    if loaded.cfg.scores:
+        sizes = {"max_length": room, "batch_size": batch_size}
+        return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, template=template, **sizes)
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),
         data=DataSection(
-            eval=tuple(Source(each) if isinstance(each, str) else each for each in data),
-            max_length=min(max_length, loaded.cfg.max_positions - loaded.peft.length),
+            eval=sources,
+            max_length=room,
             template=template,
         ),
     )

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm.config import MeshSection
 from jaxllm.data.chat import chat_tokenizer, render
-from jaxllm.mesh import data_parallel, put
+from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.peft.interop import tokenizer_of
 from jaxllm.rollout import BUCKET
 from jaxllm.tokenizer import check_vocabulary
@@ -80,6 +81,32 @@ class RewardModel:
 @jax.jit(static_argnames="graph")
 def _scores(graph: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
     return nnx.merge(graph, params)(tokens, segments, segments=1)
+
+
+def best_of(
+    path: str,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    system: str | None = None,
+    dtype: str = "float32",
+) -> list[dict[str, Any]]:
+    """[{prompt, text, score}] with the text of each prompt that the reward model in `path` scores
+    highest; texts are as many for each prompt, one prompt's after another's."""
+    model = RewardModel.load(path, make_mesh(MeshSection()), dtype)
+    before = [{"role": "system", "content": system}] if system else []
+    count = len(texts) // len(prompts)
+    conversations = [
+        [*before, {"role": "user", "content": prompts[i // count]}]
+        + [{"role": "assistant", "content": text}]
+        for i, text in enumerate(texts)
+    ]
+    scores = model.score(conversations).reshape(len(prompts), count)
+    best = [(i, int(row.argmax())) for i, row in enumerate(scores)]
+    return [
+        {"prompt": prompts[i], "text": texts[i * count + j], "score": float(scores[i, j])}
+        for i, j in best
+    ]
 
 
 # ---- rewards of completions
