@@ -15,15 +15,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.checks import check, resolve_batch
-from jaxllm.config import load_config
-from jaxllm.data.batch import TEXT, Batch
+from jaxllm.align import add_critic
+from jaxllm.checks import check, resolve_align, resolve_batch
+from jaxllm.config import ONLINE, load_config
+from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
-from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import from_hf
+from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.families import as_reward, from_hf
+from jaxllm.objectives.ppo import ValueParam
 from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.step import TrainState, alone, make_step, state_shardings
+from jaxllm.step import TrainState, make_step, state_shardings
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -55,11 +57,19 @@ SHAPES = {
     "Qwen/Qwen2.5-1.5B": QWEN,
     "run/qwen2.5-1.5b-book/final": QWEN,
     "run/stdlib/pretrain/final": "configs/pretrain/stdlib-tiny.json",
+    "run/stdlib/sft/final": "configs/pretrain/stdlib-tiny.json",
 }
+PAIRS = 4  # in a row
+NUMBERS = ("weights", "margin")  # the fields that are float32; so are those of Experience
+
+
+def verb(path: Path) -> str:
+    """That of the folder; in rl/ the last word of the name."""
+    return path.stem.rpartition("-")[2] if path.parent.name == "rl" else path.parent.name
 
 
 def load(path: Path):
-    return load_config(path.parent.name, str(path))[0]
+    return load_config(verb(path), str(path))[0]
 
 
 def shape_of(source: str) -> dict:
@@ -67,11 +77,30 @@ def shape_of(source: str) -> dict:
     return json.loads((ROOT / shape).read_text()) if isinstance(shape, str) else shape
 
 
+def batch_of(cfg, mesh) -> Batch:
+    """The shapes of an update's batch, [A, B, T] and of pairs [A, B, P]."""
+    online, paired = cfg.objective in ONLINE, cfg.objective in ("reward", "dpo")
+    count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
+    length = cfg.data.max_length * (2 if paired else 1) + online * cfg.rl.max_new_tokens
+    fields = dict.fromkeys(TEXT, length)
+    if paired:
+        fields |= dict.fromkeys(("chosen_segment", "rejected_segment", "margin"), PAIRS)
+    own = set(Experience.__dataclass_fields__) - set(Batch.__dataclass_fields__)
+    fields |= dict.fromkeys(own, length) if online else {}
+
+    def field(name: str, size: int):
+        dims = (count, cfg.batch_size // count, size)
+        kind = jnp.float32 if name in (*NUMBERS, *own) else jnp.int32
+        return jax.ShapeDtypeStruct(dims, kind, sharding=batch_sharding(mesh, dims))
+
+    return (Experience if online else Batch)(**{n: field(n, size) for n, size in fields.items()})
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_config_loads_and_agrees_with_itself(path):
     cfg = load(path)
     check(cfg)
-    assert cfg.objective == path.parent.name
+    assert cfg.objective == verb(path)
     assert cfg.output_dir.startswith("run/")
 
 
@@ -89,14 +118,21 @@ def test_a_config_says_what_it_takes_and_gives(path):
 def test_a_config_lowers_over_eight_devices(path):
     cfg = load(path)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve_batch(cfg, data_parallel(mesh))
-    shape = from_hf(shape_of(str(cfg.model.path or cfg.model.config)) | cfg.model.overrides)
+    cfg = resolve_align(resolve_batch(cfg, data_parallel(mesh)))
+    config = shape_of(str(cfg.model.path or cfg.model.config)) | cfg.model.overrides
+    shape = from_hf(as_reward(config) if cfg.objective == "reward" else config)
     assert cfg.data.max_length <= shape.max_positions
 
     options = dict(dtype=cfg.model.weight_dtype, compute_dtype=cfg.model.compute_dtype)
     options |= dict(remat=cfg.model.remat, scan_unroll=cfg.model.scan_unroll)
-    blank = nnx.eval_shape(lambda: Decoder(shape, rngs=nnx.Rngs(0), **options))
-    graph, weights = nnx.split(blank, nnx.Param)
+
+    def make() -> Decoder:
+        model = Decoder(shape, rngs=nnx.Rngs(0), **options)
+        if cfg.objective == "ppo":
+            add_critic(model, cfg, lambda: Decoder(shape, rngs=nnx.Rngs(1), **options))
+        return model
+
+    graph, weights = nnx.split(nnx.eval_shape(make), nnx.Any(nnx.Param, ValueParam))
     weights = jax.tree.map(
         lambda v: v.replace(
             jax.ShapeDtypeStruct(
@@ -117,20 +153,16 @@ def test_a_config_lowers_over_eight_devices(path):
         jax.eval_shape(optimizer.init, params),
         moment_layout,
     )
-    count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
-    dims = (count, cfg.batch_size // count, cfg.data.max_length)
-    rows = batch_sharding(mesh, dims)
-    batch = Batch(
-        **{
-            name: jax.ShapeDtypeStruct(
-                dims, jnp.float32 if name == "weights" else jnp.int32, sharding=rows
-            )
-            for name in TEXT
-        }
-    )
+    batch = batch_of(cfg, mesh)
+    objective = OBJECTIVES[cfg.objective](cfg)
+
+    def models(trainable, frozen):
+        model = merge(graph, trainable, frozen)
+        return model, model if objective.compares else None
+
     step = make_step(
-        alone(graph),
-        OBJECTIVES[cfg.objective](cfg).loss,
+        models,
+        objective.loss,
         optimizer,
         schedule,
         max_norm=cfg.optim.clip,
@@ -163,7 +195,7 @@ def test_the_book_config_is_its_launch_line():
 def test_every_config_is_found():
     """A file elsewhere, or with another suffix, would never be read by the tests above."""
     named = {p.relative_to(ROOT / "configs").parts[0] for p in FILES}
-    assert named == {"pretrain", "sft"}
+    assert named == {"pretrain", "sft", "reward", "dpo", "rl"}
     assert not [p for p in (ROOT / "configs").rglob("*") if p.suffix == ".yml"]
     for path in FILES:
         assert yaml.safe_load(path.read_text())["output_dir"]

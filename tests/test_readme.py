@@ -32,6 +32,9 @@ SMALL = (
     ("jaxllm pretrain", "--steps|--schema|--per_device|--explain", STEPS),
     ("jaxllm pretrain", "--steps|--schema|--explain", "--steps 2"),
     ("jaxllm sft", "--steps", STEPS),
+    ("jaxllm reward", "--steps", STEPS),
+    ("jaxllm dpo", "--steps", STEPS),
+    ("jaxllm simpo", "--steps", STEPS),
     ("jaxllm compare", "--batch_size", "--batch_size 4"),
 )
 
