@@ -59,6 +59,40 @@ def ragged_rows(count=16, seed=0):
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
+def pair_rows(count=16, seed=0, *, margin=False):
+    """Rows of one or two pairs of answers to a prompt of their own, with uneven lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        here, segments = 1 + i % 2, []
+        for _ in range(here):
+            prompt = rng.integers(0, V, rng.integers(1, 5))
+            for _ in range(2):
+                answer = rng.integers(0, V, rng.integers(1, 5))
+                learn = np.repeat([0.0, 1.0], [len(prompt), len(answer)]).astype(np.float32)
+                segments.append((np.concatenate([prompt, answer]), learn))
+        row, each = make_row(segments, T), np.arange(2)
+        row["chosen_segment"] = np.where(each < here, 2 * each + 1, 0).astype(np.int32)
+        row["rejected_segment"] = np.where(each < here, 2 * each + 2, 0).astype(np.int32)
+        row["margin"] = np.float32((each < here) * rng.random(2) * margin)
+        rows.append(row)
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def judged_rows(count=16, seed=0):
+    """`pair_rows` read as judged answers, each beside its prompt with another answer."""
+    rows = pair_rows(count, seed)
+    first, second = rows.pop("chosen_segment"), rows.pop("rejected_segment")
+    good = np.random.default_rng(seed).random(first.shape) < 0.6
+    del rows["margin"]
+    segments = {
+        "chosen_segment": np.where(good, first, 0),
+        "rejected_segment": np.where(good, 0, first),
+        "unpaired_segment": second,
+    }
+    return rows | segments
+
+
 def unpacked(rows):
     """Each segment of the rows in a row of its own."""
     single = []
