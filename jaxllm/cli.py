@@ -417,6 +417,8 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "kto": (training, "learn from answers judged good or bad"),
     "orpo": (training, "fine-tune on pairs without a reference: ORPO"),
     "simpo": (training, "prefer chosen answers without a reference: SimPO"),
+    "ppo": (training, "learn online from rewards, with a critic: PPO"),
+    "grpo": (training, "learn online from rewards, within groups of completions: GRPO"),
     "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
     "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
     "eval": (evaluate, "loss and perplexity of a model on files"),

@@ -30,6 +30,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.dpo import answer_logps
 from jaxllm.step import Models
@@ -51,36 +52,37 @@ def beside(
     layout: the NamedShardings of a copy of what is trained.
     """
     plan = model.peft
-    if plan.frozen and not plan.saved and not cfg.peft.path:
-        other, like = _plain(model)
-        own: Any = {}
-    else:
-        other, like = graph, None
-        own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=layout)(trained)
+    fresh = plan.frozen and not plan.saved and not cfg.peft.path
+    other, like = _bare(model, PLAIN if fresh else plan)
+    own: Any = {}
+    if not fresh:
+        copied = _common(layout, like)
+        own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=copied)(_common(trained, like))
 
     def models(trainable: Any, held: Any) -> tuple[Any, Any]:
         shared = held["weights"]
         policy = merge(graph, trainable, shared)
-        shared = shared if like is None else _part(shared, like)
-        return policy, merge(other, held["reference"], shared)
+        return policy, merge(other, held["reference"], _common(shared, like))
 
     return models, {"weights": frozen, "reference": own}
 
 
-def _plain(model: Decoder) -> tuple[Any, Any]:
-    """The graph of the model without what a PEFT method added, and the shape of its weights."""
+def _bare(model: Decoder, plan: Peft) -> tuple[Any, Any]:
+    """The graph of the model with what `plan` adds and nothing else, and its variables' shapes."""
 
     def make() -> Decoder:
         keys: dict[str, Any] = {"compute_dtype": model.compute_dtype, "remat": model.remat}
+        keys["peft"] = plan
         return Decoder(model.cfg, rngs=nnx.Rngs(0), scan_unroll=model.scan_unroll, **keys)
 
     graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
 
 
-def _part(tree: Any, like: Any) -> Any:
+def _common(tree: Any, like: Any) -> Any:
     """Those leaves of a nested dict that `like` has too."""
-    return {k: _part(tree[k], v) if isinstance(v, dict) else tree[k] for k, v in like.items()}
+    both = {k: (tree[k], v) for k, v in like.items() if k in tree}
+    return {k: _common(t, v) if isinstance(v, dict) else t for k, (t, v) in both.items()}
 
 
 # ---- computed once

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
+from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
 from jaxllm.peft.interop import Choice, shares
@@ -84,6 +86,22 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Arra
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
 
 
+def _read(model: Decoder, tokens: Any, segments: Any, slots: int, mix: Any = None):
+    """Left-padded prompts [B, P] -> (logits of the next token [B, V], cache of `slots`)."""
+    cache = model.empty_cache(tokens.shape[0], slots)
+    positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
+    hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
+    return model.logits(hidden[:, -1], mix), cache
+
+
+def _next(model: Decoder, cache: Cache, token: jax.Array, mix: Any = None):
+    """One more token [B] of each row -> (logits of the next one [B, V], cache)."""
+    positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
+    ones = jnp.ones((token.shape[0], 1), jnp.int32)
+    hidden, cache = model.hidden(token[:, None], ones, positions, cache, mix=mix)
+    return model.logits(hidden[:, 0], mix), cache
+
+
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
 def prefill(
     graph: Any,
@@ -97,10 +115,8 @@ def prefill(
 ):
     """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
     model: Decoder = nnx.merge(graph, params)
-    cache = model.empty_cache(tokens.shape[0], slots)
-    positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
-    return sample(model.logits(hidden[:, -1], mix), sampling, key, jnp.int32(0)), cache
+    logits, cache = _read(model, tokens, segments, slots, mix)
+    return sample(logits, sampling, key, jnp.int32(0)), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
@@ -120,10 +136,8 @@ def decode(
 
     def one(carry, index):
         cache, token = carry
-        positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
-        ones = jnp.ones((token.shape[0], 1), jnp.int32)
-        hidden, cache = model.hidden(token[:, None], ones, positions, cache, mix=mix)
-        token = sample(model.logits(hidden[:, 0], mix), sampling, key, step + index)
+        logits, cache = _next(model, cache, token, mix)
+        token = sample(logits, sampling, key, step + index)
         return (cache, token), token
 
     (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
@@ -146,6 +160,107 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
     return max(lengths)
 
 
+def _bucket(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def left_padded(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is bucketed."""
+    width = _bucket(max(map(len, prompts)))
+    tokens, segments = np.zeros((2, rows, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    return tokens, segments
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a model wrote after prompts, on the host; N is the most tokens there may be."""
+
+    tokens: np.ndarray  # int32 [B, N]
+    logps: np.ndarray  # float32 [B, N]: under softmax(logits / temperature), before any filter
+    lengths: np.ndarray  # int32 [B]: tokens up to and with the one that ends the row, or N
+    truncated: np.ndarray  # bool [B]: no token ended it
+
+
+@partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
+def _complete(
+    graph: Any,
+    params: Any,
+    tokens: jax.Array,
+    segments: jax.Array,
+    key: jax.Array,
+    slots: int,
+    sampling: Sampling,
+):
+    """Left-padded prompts [B, P] -> (tokens [B, N], their log-probabilities [B, N]).
+
+    Ends when every row has: what a row has after its end has no meaning.
+    """
+    model: Decoder = nnx.merge(graph, params)
+    rows, most = tokens.shape[0], sampling.max_new_tokens
+    stops = jnp.asarray(sampling.stop_ids or (-1,))
+
+    def draw(logits: jax.Array, step: jax.Array):
+        token = sample(logits, sampling, key, step)
+        logps = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
+        return token, jnp.take_along_axis(logps, token[:, None], 1)
+
+    def grown(made, token, logp, step):
+        """`made` with one more column; static shapes, so that one program does for all steps."""
+        both = zip(made, (token[:, None], logp), strict=True)
+        return tuple(lax.dynamic_update_slice(x, y, (0, step)) for x, y in both)
+
+    def going(carry):
+        return (carry[0] < most) & ~jnp.all(carry[3])
+
+    def one(carry):
+        step, cache, token, ended, made = carry
+        logits, cache = _next(model, cache, token)
+        token, logp = draw(logits, step)
+        ended |= jnp.isin(token, stops)
+        return step + 1, cache, token, ended, grown(made, token, logp, step)
+
+    logits, cache = _read(model, tokens, segments, slots)
+    token, logp = draw(logits, jnp.int32(0))
+    ended = jnp.isin(token, stops) | ~jnp.any(segments, 1)  # rows that fill up the devices
+    made = (jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most), jnp.float32))
+    made = grown(made, token, logp, jnp.int32(0))
+    carry = lax.while_loop(going, one, (jnp.int32(1), cache, token, ended, made))
+    return carry[4]
+
+
+def completions(
+    graph: Any,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    mesh: Mesh,
+    key: jax.Array | None = None,
+) -> Completions:
+    """Completions of prompts by the model that nnx.split made graph and params of.
+
+    Rows are divided among the mesh's data and fsdp axes; weights stay where they are, LoRA branches
+    are used as they are. Draws are a function of (key, row, step), whatever the mesh; `key` is by
+    default that of `sampling.seed`. What sampling and width say makes a program, compiled once.
+    """
+    parts = data_parallel(mesh)
+    rows = -(-len(prompts) // parts) * parts
+    tokens, segments = left_padded(prompts, rows)
+    slots = tokens.shape[1] + _bucket(sampling.max_new_tokens)
+    key = jax.random.key(sampling.seed) if key is None else key
+    with jax.set_mesh(mesh):
+        on = put(mesh, {"tokens": tokens, "segments": segments})
+        fixed = replace(sampling, seed=0)
+        made = _complete(graph, params, on["tokens"], on["segments"], key, slots, fixed)
+        new, logps = (np.asarray(x)[: len(prompts)] for x in jax.device_get(made))
+    stopped = np.isin(new, sampling.stop_ids)
+    first = np.where(stopped.any(1), stopped.argmax(1) + 1, new.shape[1]).astype(np.int32)
+    return Completions(new, logps, first, np.logical_not(stopped.any(1)))
+
+
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -158,15 +273,11 @@ def stream(
     adapters: of each row, which of the model's to use (interop.shares); empty: as the model does.
     Raises ValueError as `check_prompts` does.
     """
-    longest = check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
-    width = -(-longest // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), width), np.int32)
-    segments = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        segments[row, width - len(prompt) :] = 1
+    check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
+    tokens, segments = left_padded(prompts, len(prompts))
+    width = tokens.shape[1]
     graph, params = nnx.split(model)
-    slots = width + -(-sampling.max_new_tokens // BUCKET) * BUCKET
+    slots = width + _bucket(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
     rows = [shares(model.peft, chosen) for chosen in adapters]

@@ -20,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import hf, reference
+from jaxllm import align, hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
 from jaxllm.checks import check, resolve_align, resolve_batch, resolve_rate, warnings
-from jaxllm.config import TrainConfig, to_dict, tokenizer_path
+from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens
-from jaxllm.data.loader import load_data, make_loader, summarize
+from jaxllm.data.loader import Rows, load_data, make_loader, summarize
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
@@ -38,6 +38,7 @@ from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of, room
 from jaxllm.rollout import Sampling, check_prompts, generate
+from jaxllm.scoring import load_reward
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 from jaxllm.tokenizer import check_vocabulary, padded, stop_ids
 
@@ -92,6 +93,38 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
     return [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
 
 
+class LoadedBatches:
+    """The batches of a run on data, in their order: `(step, weights) -> (batch [A, B, T], {})`."""
+
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
+        sizes = {"batch_size": cfg.batch_size, "micro_batches": count}
+        self.batches = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
+        self.mesh = mesh
+
+    def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:
+        return Batch(**put(self.mesh, next(self.batches))), {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: where the data goes on follows from the step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where a checkpoint was."""
+
+
+def updates(cfg: TrainConfig, rows: int) -> tuple[int, int]:
+    """(updates of a run over so many rows, how many of them at a time: it is saved and stopped
+    between these only)."""
+    if cfg.objective in ONLINE:
+        return align.online_steps(cfg, rows), align.updates_per_rollout(cfg)
+    return cfg.steps or max(int(cfg.epochs * rows / cfg.batch_size), 1), 1
+
+
+def due(every: int, step: int, each: int) -> bool:
+    """Whether what happens every so many steps does after this one, the last of `each`."""
+    return bool(every) and step % each == 0 and step // every > (step - each) // every
+
+
 @contextmanager
 def stop_signal():
     """Yields a threading.Event that SIGTERM and SIGINT set, so that the loop ends at a step."""
@@ -121,44 +154,46 @@ def train(cfg: TrainConfig) -> Result:
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
-    positions = room(model_cfg, peft, cfg.data.max_length)
-    sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
+    online = cfg.objective in ONLINE
+    positions = room(model_cfg, peft, cfg.data.max_length + online * cfg.rl.max_new_tokens)
+    sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
         check_prompts(positions, prompts, sampling)
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    for line in (*summarize(data.manifest), *(f"warning: {w}" for w in warnings(cfg))):
-        print(line, file=sys.stderr)
-    rows = cfg.batch_size
-    count = rows // (cfg.micro_batch_size * data_parallel(mesh))
+    print(*summarize(data.manifest), *warnings(cfg), sep="\n", file=sys.stderr)
+    count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
-    steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
+    steps, each = updates(cfg, len(data.train))
     schedule = make_schedule(cfg.optim, steps)
     optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
     run = Path(cfg.output_dir)
-    open_run = partial(
-        Checkpoints, run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best
-    )
+    keep = {"keep": cfg.save.keep, "keep_best": cfg.save.keep_best}
+    open_run = partial(Checkpoints, run / "checkpoints", **keep)
     saves = None if replaces else open_run()
-    at = saves.latest() if saves is not None and cfg.resume else None
+    at = saves.latest() if saves and cfg.resume else None
     loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
     base = hf.identity(cfg) if loaded else None
-    if saves is not None and at is not None:
+    if saves and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)
-    began = at is None or objective.compares
-    model = (hf.load_model if at is None or loaded else hf.blank_model)(
-        cfg if began else replace(cfg, peft=replace(cfg.peft, path=None)),
+    load = partial(
+        hf.load_model if at is None or loaded else hf.blank_model,
+        cfg
+        if at is None or objective.compares
+        else replace(cfg, peft=replace(cfg.peft, path=None)),
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
         remat=cfg.model.remat,
         scan_unroll=cfg.model.scan_unroll,
     )
+    model = load()
+    rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
 
     claim(cfg, empty=replaces)  # an old run goes now that nothing can be wrong with the new one
     saves = saves or open_run()
@@ -168,7 +203,9 @@ def train(cfg: TrainConfig) -> Result:
     # ---- optimizer, state, the step
     for line in peft.summary(model):
         print(line, file=sys.stderr)
-    graph, weights, rest = nnx.split(model, peft.trains, ...)
+    if cfg.objective == "ppo":
+        align.add_critic(model, cfg, load)
+    graph, weights, rest = nnx.split(model, align.trained_by(peft), ...)
     frozen_lay = weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3)
     params, frozen = nnx.to_pure_dict(weights), jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
     param_lay, grad_lay, opt_lay = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
@@ -177,9 +214,9 @@ def train(cfg: TrainConfig) -> Result:
     if objective.compares:
         copied = weight_shardings(weights, mesh, whole=False)
         models, frozen = reference.beside(cfg, model, graph, params, frozen, copied)
-        if cfg.align.reference == "precomputed":
-            data = reference.precomputed(cfg, data, models, params, frozen, mesh)
-            models, frozen = alone(graph), frozen["weights"]
+    if objective.compares and cfg.align.reference == "precomputed":
+        data = reference.precomputed(cfg, data, models, params, frozen, mesh)
+        models, frozen = alone(graph), frozen["weights"]
     step_fn = jax.jit(
         make_step(
             models,
@@ -199,8 +236,7 @@ def train(cfg: TrainConfig) -> Result:
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    sums: dict[str, list[float]] = {}
-    best, seconds = float("inf"), 0.0
+    meta: dict[str, Any] = {"sums": {}, "best": float("inf"), "seconds": 0.0, "feed": {}}
     with jax.set_mesh(mesh):
         if at is None:
             params = jax.device_put(params, param_lay)
@@ -211,9 +247,8 @@ def train(cfg: TrainConfig) -> Result:
                 jax.eval_shape(begin, params),
                 lay,
             )
-            meta = saves.meta(at)
-            state, sums = saves.restore(at, like), meta["sums"]
-            best, seconds = meta["best"], meta["seconds"]
+            state, meta = saves.restore(at, like), meta | saves.meta(at)
+    sums, best = meta["sums"], meta["best"]
     del model, weights, params, rest  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
@@ -224,7 +259,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what happens every so many steps
     evals: dict[str, dict[str, float]] = {}
     window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
-    clock = time.perf_counter() - seconds
+    clock = time.perf_counter() - meta["seconds"]
 
     def read() -> None:
         """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
@@ -247,7 +282,7 @@ def train(cfg: TrainConfig) -> Result:
         trained = eval_params(state.opt_state, state.trainable)
         for name, held_out in data.evals.items():
             evals[name] = evaluate(
-                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=rows // count
+                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=cfg.batch_size // count
             )
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
@@ -260,23 +295,27 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- the loop
     bar = Progress(steps, start, enabled=cfg.log.progress)
-    batches = make_loader(
-        data.train, batch_size=rows, micro_batches=count, seed=cfg.seed, start_step=start
-    )
+    source: Any = align.Rollouts if online else LoadedBatches
+    feed = source(cfg, mesh, data.train, count, start)
+    if online:
+        feed.begin(models, frozen, rewards, tokenizer, metrics.sample)
+    feed.restore(meta["feed"])
     step, logged = start, False
     # Whatever ends the loop, the checkpoint on its way is written out.
     with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as stopping, bar:
         for step in range(start + 1, steps + 1):
-            batch = Batch(**put(mesh, next(batches)))
+            batch, seen = feed(step - 1, state.trainable)
             state, step_metrics = step_fn(state, frozen, batch)
             if logged:
                 log(step - 1)  # with this step under way, so that the device need not wait
-            window.append((step, step_metrics))
-            stop = stopping.is_set()  # read once: a signal during the step waits for the next
+            window.append((step, step_metrics | seen))
+            whole = step % each == 0
+            # Read once: a signal during the step waits for the next.
+            stop = whole and stopping.is_set()
             last = step == steps or stop
             logged = step % cfg.log.every == 0 or last
-            evaluated = (cfg.eval_every and step % cfg.eval_every == 0) or step == steps
-            saved = (cfg.save.every and step % cfg.save.every == 0) or last
+            evaluated = due(cfg.eval_every, step, each) or step == steps
+            saved = due(cfg.save.every, step, each) or last
             if not (evaluated or saved):
                 continue
             log(step) if logged else read()
@@ -285,13 +324,13 @@ def train(cfg: TrainConfig) -> Result:
             better = eval_loss is not None and eval_loss < best
             best = best if eval_loss is None else min(best, eval_loss)
             if saved or (cfg.save.keep_best and better):
-                meta = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
-                saves.save(step, state, meta=meta, eval_loss=eval_loss)
+                kept = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
+                kept["feed"] = feed.state()
+                saves.save(step, state, meta=kept, eval_loss=eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
                 break
-    stopped = step < steps
-    final = None
+    stopped, final = step < steps, None
     if cfg.save.final and not stopped:
         final = str(run / "final")
         whole = models(eval_params(state.opt_state, state.trainable), frozen)[0]

@@ -42,6 +42,22 @@ class Batch:
         return self.tokens.shape
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Experience(Batch):
+    """Completions, one a row after its prompt, and what an online run learns from them.
+
+    Each is float32 [B, T], at t for the token `targets[t]` that was drawn after `tokens[: t + 1]`;
+    `weights` is 1 for those that are learned.
+    """
+
+    old_logps: Any = None  # log-probability under the policy before the update
+    reference_logps: Any = None  # under the reference
+    advantages: Any = None  # how much better than expected the token turned out
+    old_values: Any = None  # PPO: the value before the update
+    returns: Any = None  # PPO: what the value is to become
+
+
 TEXT = ("tokens", "targets", "weights", "segment_ids", "positions")  # the fields of every row
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from jaxllm.config import TrainConfig
 from jaxllm.objectives.dpo import ALONE, dpo_baseline, dpo_loss
+from jaxllm.objectives.grpo import grpo_loss
 from jaxllm.objectives.kto import kto_baseline, kto_loss
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.objectives.ppo import ppo_loss
 from jaxllm.objectives.reward import reward_loss
 
 
@@ -40,6 +42,7 @@ def _dpo(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, cfg.model.loss_chunk
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
+    assert align.beta is not None  # resolve_align
     loss = partial(
         dpo_loss,
         losses=tuple(zip(names, weights, strict=True)),
@@ -49,13 +52,13 @@ def _dpo(cfg: TrainConfig) -> Objective:
         label_smoothing=align.label_smoothing,
         gamma=align.gamma,
     )
-    assert align.beta is not None  # resolve_align
     baseline = partial(dpo_baseline, beta=align.beta, chunk=chunk) if "bco" in names else None
     return Objective(loss, not set(names) <= set(ALONE), baseline)
 
 
 def _kto(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, cfg.model.loss_chunk
+    assert align.beta is not None  # resolve_align
     loss = partial(
         kto_loss,
         beta=align.beta,
@@ -66,6 +69,27 @@ def _kto(cfg: TrainConfig) -> Objective:
     return Objective(loss, True, partial(kto_baseline, chunk=chunk))
 
 
+def _online(cfg: TrainConfig) -> dict[str, Any]:
+    rl = cfg.rl
+    clip_high = rl.clip if rl.clip_high is None else rl.clip_high
+    shared = {"clip": rl.clip, "clip_high": clip_high, "temperature": rl.temperature}
+    return shared | {"chunk": cfg.model.loss_chunk}
+
+
+def _ppo(cfg: TrainConfig) -> Objective:
+    rl = cfg.rl
+    value = {"clip_value": rl.clip_value, "value_weight": rl.value_weight}
+    return Objective(partial(ppo_loss, **_online(cfg), **value), compares=True)
+
+
+def _grpo(cfg: TrainConfig) -> Objective:
+    rl, beta = cfg.rl, cfg.align.beta
+    own = {"beta": beta, "kl": rl.kl, "normalizer": rl.normalizer, "most": rl.max_new_tokens}
+    # Without a KL in the loss it is measured where that costs no second copy of the weights.
+    compares = bool(beta) or cfg.peft.method != "none"
+    return Objective(partial(grpo_loss, **_online(cfg), **own), compares)
+
+
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": _language,
     "sft": _language,
@@ -74,4 +98,6 @@ OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "orpo": _dpo,
     "simpo": _dpo,
     "kto": _kto,
+    "ppo": _ppo,
+    "grpo": _grpo,
 }
