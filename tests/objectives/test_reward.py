@@ -6,11 +6,9 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from steps import TINY, pair_rows
+from steps import decoder, pair_rows
 
 from jaxllm.data.batch import Batch
-from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.reward import pair_terms, reward_loss
 
 
@@ -37,7 +35,7 @@ def test_equal_rewards_cost_ln_2_and_huge_ones_stay_finite():
 @pytest.fixture(scope="module")
 def scored():
     """A random reward model, rows and what it says of each pair."""
-    model = Decoder(replace(TINY, scores=True), rngs=nnx.Rngs(3))
+    model = decoder(scores=True)
     rows = pair_rows(8, margin=True)
     batch = Batch(**rows)
     hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
