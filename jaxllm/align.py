@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from jaxllm.objectives.ppo import (
 from jaxllm.rollout import BUCKET, Completions, Sampling, completions
 from jaxllm.scoring import Completion, Reward
 from jaxllm.step import Models
+from jaxllm.tokenizer import stop_ids
 
 Sums = dict[str, tuple[float, float]]  # metrics, each (Σ, weight)
 SHOWN = 4  # completions of a rollout that samples.jsonl gets
@@ -67,10 +67,8 @@ def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) ->
         theirs = [(path, v) for path, v in nnx.iter_graph(trunk) if isinstance(v, nnx.Variable)]
         for path, variable in theirs:
             if not model.peft.trains(path, variable):
-                owner = trunk
-                for name in path[:-1]:
-                    owner = getattr(owner, name)
-                setattr(owner, path[-1], ours[path])
+                *parents, name = map(str, path)
+                setattr(reduce(getattr, parents, trunk), name, ours[path])
     model.value = Value(model.cfg.hidden_size, trunk)  # type: ignore[attr-defined]
 
 
@@ -85,44 +83,43 @@ def trained_by(peft: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
     return trains
 
 
-@dataclass
 class Rollouts:
-    """The batches of an online run, made from the weights as they are: `rollouts(step, state)`.
+    """The batches of an online run, made from the weights as they are: `rollouts(step, trainable)`.
 
-    models and frozen as in `make_step`; rows: prompts; count: micro-batches of an update; sample:
-    writes a line of samples.jsonl.
+    rows: prompts; count: micro-batches of an update.
     """
 
-    cfg: TrainConfig
-    mesh: Mesh
-    models: Models
-    frozen: Any
-    rows: Rows
-    rewards: Sequence[Reward]
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-    count: int
-    sample: Callable[..., None]
-    controller: KlController = field(init=False)
-
-    def __post_init__(self) -> None:
-        rl = self.cfg.rl
-        assert rl.group_size and rl.iterations and self.cfg.align.beta is not None  # resolve_align
-        self.size = self.cfg.batch_size * rl.minibatches  # R
-        self.prompts = ordered(self.rows, self.cfg.seed).batch(
-            self.size // rl.group_size, batch_fn=list
-        )
-        self.controller = KlController(self.cfg.align.beta, rl.kl_target)
-        self.sampling = Sampling(
-            rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, self.stop_ids
-        )
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
+        rl = cfg.rl
+        assert rl.group_size and cfg.align.beta is not None  # resolve_align
+        self.cfg, self.mesh, self.count = cfg, mesh, count
+        self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
+        self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
+        self.controller = KlController(cfg.align.beta, rl.kl_target)
         self.made: dict[str, np.ndarray] = {}
+
+    def begin(
+        self,
+        models: Models,
+        frozen: Any,
+        rewards: Sequence[Reward],
+        tokenizer: Any,
+        sample: Callable[..., None],
+    ) -> None:
+        """What completions are made and judged with; models and frozen as in `make_step`, `sample`
+        writes a line of samples.jsonl."""
+        self.models, self.frozen, self.rewards = models, frozen, rewards
+        self.tokenizer, self.sample = tokenizer, sample
+        rl = self.cfg.rl
+        self.sampling = Sampling(
+            rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
+        )
         kind = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
 
-        def judge(trainable: Any, frozen: Any, rows: Batch) -> Any:
+        def judge(trainable: Any, frozen: Any, rows: Experience) -> Any:
             """What policy, critic and reference think of rows [A, B, T]."""
 
-            def one(rows: Batch) -> Any:
+            def one(rows: Experience) -> Any:
                 policy, reference = self.models(trainable, frozen)
                 logp, entropy, values = kind(policy, rows)
                 found = {"logps": logp, "entropy": entropy, "values": values}
@@ -139,7 +136,8 @@ class Rollouts:
         return {"beta": self.controller.beta}
 
     def restore(self, state: dict[str, float]) -> None:
-        self.controller.beta = state["beta"]
+        """Goes on from the `state` of a checkpoint; {}: from the beginning."""
+        self.controller.beta = state.get("beta", self.controller.beta)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:
         """(batch [A, B, T] of update `step`, from 0; what is logged of a rollout made for it)."""
@@ -157,8 +155,8 @@ class Rollouts:
     def _roll(self, number: int, trainable: Any) -> tuple[dict[str, np.ndarray], Sums]:
         """Rollout `number`: (fields of Experience [R, T], what is logged of it)."""
         began, rl = time.perf_counter(), self.cfg.rl
-        group = rl.group_size or 1
-        asked = [prompt for prompt in self.prompts[number] for _ in range(group)]
+        prompts: Any = self.prompts[number]
+        asked = [prompt for prompt in prompts for _ in range(self.group)]
         policy = self.models(trainable, self.frozen)[0]
         graph, params = nnx.split(policy)
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), number)
@@ -213,7 +211,9 @@ class Rollouts:
         """What `judge` finds, float32 [R, T], on rows of as many micro-batches as an update's."""
         size = self.cfg.batch_size // self.count
         split = {k: v.reshape(-1, size, v.shape[1]) for k, v in rows.items()}
-        found = jax.device_get(self._judge(trainable, self.frozen, Batch(**put(self.mesh, split))))
+        found = jax.device_get(
+            self._judge(trainable, self.frozen, Experience(**put(self.mesh, split)))
+        )
         here = rows["weights"] > 0
         return {k: np.where(here, v.reshape(here.shape), 0.0) for k, v in found.items()}
 
@@ -229,11 +229,11 @@ class Rollouts:
         out = rows | {"old_logps": judged["logps"]}
         if self.cfg.objective == "grpo":
             left = np.isnan(total) | (made.truncated if rl.mask_truncated else False)
-            advantages = group_advantages(total, rl.group_size or 1, scale=rl.scale_rewards)
+            advantages = group_advantages(total, self.group, scale=rl.scale_rewards)
             out |= {"weights": weights * np.logical_not(left)[:, None]}
             out |= {"reference_logps": judged["reference"]} if "reference" in judged else {}
             out["advantages"] = advantages[:, None] * weights
-            groups = total.reshape(-1, rl.group_size or 1)
+            groups = total.reshape(-1, self.group)
             known = [g[~np.isnan(g)] for g in groups]
             flat = sum(len(g) < 2 or np.ptp(g) == 0 for g in known)
             return out, {"zero_variance_groups": (float(flat), float(len(groups)))}
@@ -268,11 +268,12 @@ class Rollouts:
         judged: dict[str, np.ndarray],
     ) -> Sums:
         """What is logged of any rollout."""
-        weights, count, group = rows["weights"], float(len(total)), self.cfg.rl.group_size or 1
+        weights, count = rows["weights"], float(len(total))
         known = total[~np.isnan(total)]
         tokens = float(weights.sum())
         gap = np.abs(_sampled(made, weights) - judged["logps"])
-        stds = [np.std(g[~np.isnan(g)]) for g in total.reshape(-1, group) if (~np.isnan(g)).any()]
+        groups = [g[~np.isnan(g)] for g in total.reshape(-1, self.group)]
+        stds = [np.std(g) for g in groups if len(g)]
         seen: Sums = {
             "reward": (float(known.sum()), float(len(known))),
             "reward_std": (float(np.std(known)) if len(known) else 0.0, 1.0),

@@ -54,11 +54,11 @@ def check(cfg: TrainConfig) -> None:
 def warnings(cfg: TrainConfig) -> Iterator[str]:
     """What is allowed and yet unusual, one line each."""
     if cfg.peft.method != "none" and cfg.model.config:
-        yield "the adapter is trained over random weights; `export --merge` keeps both together"
+        yield "warning: the adapter is trained over random weights; `export --merge` keeps both"
     ranks = {cfg.peft.r, *cfg.peft.rank_pattern.values()}
     for r in sorted(ranks) if cfg.peft.method == "lora" and not cfg.peft.path else ():
         if r not in RANKS:
-            yield f"peft: rank {r} is outside the usual {RANKS[0]} to {RANKS[-1]}"
+            yield f"warning: peft: rank {r} is outside the usual {RANKS[0]} to {RANKS[-1]}"
 
 
 def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:

@@ -258,7 +258,7 @@ def completions(
         new, logps = (np.asarray(x)[: len(prompts)] for x in jax.device_get(made))
     stopped = np.isin(new, sampling.stop_ids)
     first = np.where(stopped.any(1), stopped.argmax(1) + 1, new.shape[1]).astype(np.int32)
-    return Completions(new, logps, first, ~stopped.any(1))
+    return Completions(new, logps, first, np.logical_not(stopped.any(1)))
 
 
 def stream(

@@ -96,7 +96,7 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
 class LoadedBatches:
     """The batches of a run on data, in their order: `(step, weights) -> (batch [A, B, T], {})`."""
 
-    def __init__(self, rows: Rows, cfg: TrainConfig, mesh: Mesh, count: int, start: int):
+    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
         sizes = {"batch_size": cfg.batch_size, "micro_batches": count}
         self.batches = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
         self.mesh = mesh
@@ -110,6 +110,14 @@ class LoadedBatches:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where a checkpoint was."""
+
+
+def updates(cfg: TrainConfig, rows: int) -> tuple[int, int]:
+    """(updates of a run over so many rows, how many of them at a time: it is saved and stopped
+    between these only)."""
+    if cfg.objective in ONLINE:
+        return align.online_steps(cfg, rows), align.updates_per_rollout(cfg)
+    return cfg.steps or max(int(cfg.epochs * rows / cfg.batch_size), 1), 1
 
 
 def due(every: int, step: int, each: int) -> bool:
@@ -147,42 +155,37 @@ def train(cfg: TrainConfig) -> Result:
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     online = cfg.objective in ONLINE
-    new = cfg.rl.max_new_tokens if online else 0
-    positions = room(model_cfg, peft, cfg.data.max_length + new)
-    sampling = Sampling(max_new_tokens=cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
+    positions = room(model_cfg, peft, cfg.data.max_length + online * cfg.rl.max_new_tokens)
+    sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
         check_prompts(positions, prompts, sampling)
     replaces = guard(cfg)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    for line in (*summarize(data.manifest), *(f"warning: {w}" for w in warnings(cfg))):
-        print(line, file=sys.stderr)
-    rows = cfg.batch_size
-    count = rows // (cfg.micro_batch_size * data_parallel(mesh))
+    print(*summarize(data.manifest), *warnings(cfg), sep="\n", file=sys.stderr)
+    count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
-    steps = cfg.steps or max(int(cfg.epochs * len(data.train) / rows), 1)
-    steps = align.online_steps(cfg, len(data.train)) if online else steps
-    each = align.updates_per_rollout(cfg) if online else 1  # saved and stopped between these only
+    steps, each = updates(cfg, len(data.train))
     schedule = make_schedule(cfg.optim, steps)
     optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
     run = Path(cfg.output_dir)
-    open_run = partial(
-        Checkpoints, run / "checkpoints", keep=cfg.save.keep, keep_best=cfg.save.keep_best
-    )
+    keep = {"keep": cfg.save.keep, "keep_best": cfg.save.keep_best}
+    open_run = partial(Checkpoints, run / "checkpoints", **keep)
     saves = None if replaces else open_run()
-    at = saves.latest() if saves is not None and cfg.resume else None
+    at = saves.latest() if saves and cfg.resume else None
     loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
     base = hf.identity(cfg) if loaded else None
-    if saves is not None and at is not None:
+    if saves and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)
-    began = at is None or objective.compares
     load = partial(
         hf.load_model if at is None or loaded else hf.blank_model,
-        cfg if began else replace(cfg, peft=replace(cfg.peft, path=None)),
+        cfg
+        if at is None or objective.compares
+        else replace(cfg, peft=replace(cfg.peft, path=None)),
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
@@ -211,9 +214,9 @@ def train(cfg: TrainConfig) -> Result:
     if objective.compares:
         copied = weight_shardings(weights, mesh, whole=False)
         models, frozen = reference.beside(cfg, model, graph, params, frozen, copied)
-        if cfg.align.reference == "precomputed":
-            data = reference.precomputed(cfg, data, models, params, frozen, mesh)
-            models, frozen = alone(graph), frozen["weights"]
+    if objective.compares and cfg.align.reference == "precomputed":
+        data = reference.precomputed(cfg, data, models, params, frozen, mesh)
+        models, frozen = alone(graph), frozen["weights"]
     step_fn = jax.jit(
         make_step(
             models,
@@ -233,8 +236,7 @@ def train(cfg: TrainConfig) -> Result:
     def begin(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    sums: dict[str, list[float]] = {}
-    best, seconds = float("inf"), 0.0
+    meta: dict[str, Any] = {"sums": {}, "best": float("inf"), "seconds": 0.0, "feed": {}}
     with jax.set_mesh(mesh):
         if at is None:
             params = jax.device_put(params, param_lay)
@@ -245,9 +247,8 @@ def train(cfg: TrainConfig) -> Result:
                 jax.eval_shape(begin, params),
                 lay,
             )
-            meta = saves.meta(at)
-            state, sums = saves.restore(at, like), meta["sums"]
-            best, seconds = meta["best"], meta["seconds"]
+            state, meta = saves.restore(at, like), meta | saves.meta(at)
+    sums, best = meta["sums"], meta["best"]
     del model, weights, params, rest  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
@@ -258,7 +259,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what happens every so many steps
     evals: dict[str, dict[str, float]] = {}
     window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
-    clock = time.perf_counter() - seconds
+    clock = time.perf_counter() - meta["seconds"]
 
     def read() -> None:
         """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
@@ -281,7 +282,7 @@ def train(cfg: TrainConfig) -> Result:
         trained = eval_params(state.opt_state, state.trainable)
         for name, held_out in data.evals.items():
             evals[name] = evaluate(
-                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=rows // count
+                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=cfg.batch_size // count
             )
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
@@ -294,13 +295,11 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- the loop
     bar = Progress(steps, start, enabled=cfg.log.progress)
+    source: Any = align.Rollouts if online else LoadedBatches
+    feed = source(cfg, mesh, data.train, count, start)
     if online:
-        makes = (cfg, mesh, models, frozen, data.train, rewards, tokenizer, stop_ids(tokenizer))
-        feed: Any = align.Rollouts(*makes, count, metrics.sample)
-    else:
-        feed = LoadedBatches(data.train, cfg, mesh, count, start)
-    if at is not None:
-        feed.restore(meta["feed"])
+        feed.begin(models, frozen, rewards, tokenizer, metrics.sample)
+    feed.restore(meta["feed"])
     step, logged = start, False
     # Whatever ends the loop, the checkpoint on its way is written out.
     with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as stopping, bar:
@@ -325,14 +324,13 @@ def train(cfg: TrainConfig) -> Result:
             better = eval_loss is not None and eval_loss < best
             best = best if eval_loss is None else min(best, eval_loss)
             if saved or (cfg.save.keep_best and better):
-                meta = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
-                meta["feed"] = feed.state()
-                saves.save(step, state, meta=meta, eval_loss=eval_loss)
+                kept = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
+                kept["feed"] = feed.state()
+                saves.save(step, state, meta=kept, eval_loss=eval_loss)
             clock += time.perf_counter() - pause  # tokens/s is of training alone
             if stop:
                 break
-    stopped = step < steps
-    final = None
+    stopped, final = step < steps, None
     if cfg.save.final and not stopped:
         final = str(run / "final")
         whole = models(eval_params(state.opt_state, state.trainable), frozen)[0]

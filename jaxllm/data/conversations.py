@@ -117,7 +117,7 @@ def pair_of(record: dict, columns: Mapping[str, str], user_template: str | None,
     sides = [found["chosen"], found["rejected"]]
     asked = _asked(found, at)
     if asked is None and all(isinstance(side, str) for side in sides):
-        return Pair(None, *sides, None, float(margin))
+        return Pair(None, sides[0], sides[1], None, float(margin))
     turns = [_said("assistant", [side] if isinstance(side, dict) else side) for side in sides]
     chosen, rejected = ([_message(turn, at) for turn in side] for side in turns)
     if asked is None:

@@ -16,10 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxllm.model import kernels
 from jaxllm.model.layers import softcapped
 
 EVERYWHERE = -1  # the segment of keys that every query sees: a prefix before each text
 BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
+# What a whole row of bfloat16 goes through on a GPU: xla, which is the code below, or a kernel of
+# kernels.py. benchmarks/gpu.py measures them.
+GPU_KERNEL = "xla"
 
 
 def visible(
@@ -62,6 +66,34 @@ def attention(
     Segments are int32 [B, T] and [B, S], positions int32 [B, T]. The backward pass recomputes the
     scores from the log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
     """
+    whole = isinstance(offset, int) and offset == 0 and q_BTHK.shape[1] == k_BSNK.shape[1]
+    plain = partial(
+        _plain,
+        *(q_BTHK, k_BSNK, v_BSNK, q_segments, k_segments, q_positions),
+        offset=offset,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+    )
+    if not (GPU_KERNEL != "xla" and jax.default_backend() == "gpu" and whole):
+        return plain()
+    if q_BTHK.dtype != jnp.bfloat16 or jax.sharding.get_abstract_mesh().size > 1:
+        return plain()
+    out = kernels.attend(
+        GPU_KERNEL,
+        *(q_BTHK, k_BSNK, v_BSNK, q_segments),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        other=plain,
+    )
+    return checkpoint_name(out, "attention")
+
+
+def _plain(
+    q_BTHK, k_BSNK, v_BSNK, q_segments, k_segments, q_positions, *, offset, window, softcap, scale
+) -> jax.Array:
+    """`attention` in XLA's own operations."""
     B, T, H, K = q_BTHK.shape
     N = k_BSNK.shape[2]
     q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
 from jaxllm.model.attention import EVERYWHERE, attention
@@ -42,7 +43,7 @@ REMAT: dict[str, Any] = {
 }
 
 HEAD_AXES = ("embed", "vocab")
-SCORE_AXES = ("embed", None)
+SCORE_AXES: Any = ("embed", None)
 
 
 class Attention(nnx.Module):
@@ -328,7 +329,7 @@ class Decoder(nnx.Module):
         if not self.cfg.scores:
             return self.logits(hidden)
         ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-        traced = isinstance(ids, jax.core.Tracer)
+        traced = isinstance(ids, Tracer)
         count = segments or (1 if traced else max(int(ids.max()), 1))
         each = jnp.broadcast_to(jnp.arange(1, count + 1), (len(ids), count))
         return self.scores(hidden, ids, each)

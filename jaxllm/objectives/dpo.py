@@ -232,7 +232,8 @@ def dpo_loss(
     if length_normalized:
         sums, held = ([x / n for x, n in zip(xs, lengths, strict=True)] for xs in (sums, held))
         tokens = [1.0, 1.0]
-    a = Answers(*sums, *held, *tokens, 0.0 if batch.baseline is None else batch.baseline)
+    baseline = 0.0 if batch.baseline is None else batch.baseline
+    a = Answers(*sums, *held, *tokens, baseline)  # type: ignore[call-issue]
     here = batch.chosen_segment > 0
     pairs = jnp.sum(here).astype(jnp.float32)
 

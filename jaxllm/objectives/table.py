@@ -42,6 +42,7 @@ def _dpo(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, cfg.model.loss_chunk
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
+    assert align.beta is not None  # resolve_align
     loss = partial(
         dpo_loss,
         losses=tuple(zip(names, weights, strict=True)),
@@ -51,13 +52,13 @@ def _dpo(cfg: TrainConfig) -> Objective:
         label_smoothing=align.label_smoothing,
         gamma=align.gamma,
     )
-    assert align.beta is not None  # resolve_align
     baseline = partial(dpo_baseline, beta=align.beta, chunk=chunk) if "bco" in names else None
     return Objective(loss, not set(names) <= set(ALONE), baseline)
 
 
 def _kto(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, cfg.model.loss_chunk
+    assert align.beta is not None  # resolve_align
     loss = partial(
         kto_loss,
         beta=align.beta,

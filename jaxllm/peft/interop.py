@@ -160,7 +160,7 @@ def section_of(config: dict[str, Any]) -> PeftSection:
 
     lists = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
     kept = ("lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-    section = {key: listed(key) for key in lists}
+    section: dict[str, Any] = {key: listed(key) for key in lists}
     if config.get("task_type") == SCORES:
         saved = section["modules_to_save"]
         section["modules_to_save"] = [name for name in saved if name not in SCORE_MODULES]
