@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.mesh import constrain
 from jaxllm.model.config import ModelConfig
 
 
@@ -33,4 +34,10 @@ class Cache:
             jnp.zeros(shape, dtype),
             jnp.zeros((rows, slots), jnp.int32),
             jnp.zeros((), jnp.int32),
-        )
+        ).laid()
+
+    def laid(self) -> Cache:
+        """Rows divided among the mesh's data axes, heads along tensor; nothing on one device."""
+        axes = ("layers", "batch", None, "kv_heads", None)
+        k, v = (constrain(x, *axes) for x in (self.k, self.v))
+        return Cache(k, v, constrain(self.segments, "batch", None), self.length)

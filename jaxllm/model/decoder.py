@@ -263,7 +263,7 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray(cfg.layer_kinds or (0,) * cfg.num_layers, jnp.int32)
         x, kv = lax.scan(body, x, (stacked, kinds, layers, kv), unroll=self.scan_unroll)
         x = self.norm(x)
-        return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T))
+        return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T).laid())
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
