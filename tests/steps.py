@@ -6,12 +6,14 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
-from jaxllm.data.batch import TEXT, Batch, make_row
+from jaxllm.data.batch import TEXT, Batch, Experience, make_row
 from jaxllm.mesh import make_mesh, put
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
@@ -178,3 +180,77 @@ def trajectory(
             norms.append(float(metrics["grad_norm"][0]))
         assert step._cache_size() <= 2  # nothing is compiled again once shardings have settled
     return np.array(losses), np.array(norms), state, (graph, frozen)
+
+
+def experience(count=8, seed=0):
+    """Completions of uneven lengths after prompts, one a row, and random numbers of what an online
+    run knows of them; the last one is not learned. Fields of Experience, each [count, T]."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = rng.integers(2, 9), rng.integers(1, 16)
+        learn = np.arange(prompt + answer) >= prompt
+        rows.append(make_row([(rng.integers(0, V, len(learn)), learn.astype(np.float32))], T))
+    rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+    rows["weights"][-1] = 0
+    names = ("old_logps", "reference_logps", "advantages", "old_values", "returns")
+    drawn = {name: rng.normal(size=(count, T)).astype(np.float32) for name in names}
+    drawn["old_logps"] = 0.3 * drawn["old_logps"] - 4
+    drawn["reference_logps"] = 0.3 * drawn["reference_logps"] - 4
+    return rows | {name: x * (rows["weights"] > 0) for name, x in drawn.items()}
+
+
+def littered(rows):
+    """The rows with other numbers wherever nothing is learned, tokens only in the padding."""
+    rng = np.random.default_rng(9)
+    changed = dict(rows)
+    for name in rows.keys() - {"weights", "segment_ids", "positions"}:
+        off = rows["segment_ids" if name == "tokens" else "weights"] == 0
+        whole = rows[name].dtype == np.int32
+        noise = rng.integers(0, V, off.shape) if whole else 3 * rng.normal(size=off.shape)
+        changed[name] = np.where(off, noise, rows[name]).astype(rows[name].dtype)
+    return changed
+
+
+def plain(model, rows, temperature=1.0):
+    """(log p of the targets, entropy), float64 [B, T], by a softmax of all logits."""
+    logits = model(*(jnp.asarray(rows[k]) for k in ("tokens", "segment_ids", "positions")))
+    logits = np.asarray(logits, np.float64) / temperature
+    logps = logits - logits.max(-1, keepdims=True)
+    logps -= np.log(np.exp(logps).sum(-1, keepdims=True))
+    picked = np.take_along_axis(logps, rows["targets"][..., None], -1)[..., 0]
+    return picked, -(np.exp(logps) * logps).sum(-1)
+
+
+def descent(model, objective, trains):
+    """update(batch [A, B, T]) -> (metrics, the weights after one step of gradient descent)."""
+    graph, trained, rest = nnx.split(model, trains, ...)
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_step(alone(graph), objective, optimizer, lambda _: 1.0))
+    params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+
+    def update(batch):
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        state, metrics = step(state, frozen, batch)
+        return {k: [float(x) for x in pair] for k, pair in metrics.items()}, state.trainable
+
+    return update
+
+
+def batch_of(rows, count=None):
+    """Rows as an Experience [B, T]; or [A, B, T], of `count` micro-batches."""
+    lead = () if count is None else (count,)
+    return Experience(**{k: jnp.asarray(v).reshape(*lead, -1, T) for k, v in rows.items()})
+
+
+def assert_same_update(update, rows, counts):
+    """What nothing is learned of changes no update, and neither does its division."""
+    metrics, weights = update(batch_of(rows, 1))
+    norm = metrics["grad_norm"][0]
+    assert norm > 1e-2
+    for batch in (batch_of(littered(rows), 1), *(batch_of(rows, count) for count in counts)):
+        found, after = update(batch)
+        for name, (value, weight) in metrics.items():
+            assert found[name] == pytest.approx([value, weight], rel=2e-5), name
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(weights), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * norm)

@@ -262,14 +262,18 @@ def choose(model: Any, chosen: Choice) -> None:
     model.peft = replace(model.peft, mix=shares(model.peft, chosen))
 
 
-def room(cfg: ModelConfig, plan: Peft, length: int) -> int:
-    """Positions that a model leaves to a text. Raises ValueError for rows of more tokens."""
+def room(cfg: ModelConfig, plan: Peft, length: int, new: int = 0) -> int:
+    """Positions that a model leaves to a text. Raises ValueError for rows of more tokens, `new` of
+    which an online run makes."""
     left = cfg.max_positions - plan.length
-    if length > left:
+    if length + new > left:
         beside = f" beside {plan.length} virtual tokens" if plan.length else ""
+        asked = f"data.max_length {length} is"
+        if new:
+            asked = f"data.max_length {length} and rl.max_new_tokens {new} together are"
         raise ValueError(
-            f"data.max_length {length} is over the model's limit of {left} positions{beside}; "
-            "lower it"
+            f"{asked} over the model's limit of {left} positions{beside}; lower "
+            + ("one" if new else "it")
         )
     return left
 
