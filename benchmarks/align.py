@@ -23,12 +23,12 @@ from pathlib import Path
 
 
 def sums(prompts: list[str], completions: list[str], answer: list[int], **_: object) -> list[float]:
-    """1 for the right number alone, 0.2 where it is among other words, else 0."""
+    """1 / words of a completion whose last number is the right one, else 0: 1 for it alone."""
     found = []
     for text, right in zip(completions, answer, strict=True):
-        words = re.findall(r"\d+", text)
-        alone = text.strip().rstrip(".") == str(right)
-        found.append(1.0 if alone else 0.2 if words and words[-1] == str(right) else 0.0)
+        numbers = re.findall(r"\d+", text)
+        good = bool(numbers) and numbers[-1] == str(right)
+        found.append(good / max(len(text.split()), 1))
     return found
 
 
@@ -82,9 +82,9 @@ def online(verb: str, a: argparse.Namespace, folder: Path) -> None:
     flags += ["--batch_size", "32", "--micro_batch_size", "16", "--log.every", "1"]
     flags += ["--optim.schedule", "constant", "--steps", str(a.updates)]
     if verb == "grpo":
-        flags += ["--rl.group_size", "8", "--learning_rate", "3e-4", "--align.beta", "0.02"]
+        flags += ["--rl.group_size", "8", "--learning_rate", "3e-4", "--align.beta", "0.04"]
     else:
-        flags += ["--rl.iterations", "2", "--learning_rate", "3e-4", "--align.beta", "0.02"]
+        flags += ["--rl.iterations", "2", "--learning_rate", "3e-4", "--align.beta", "0.04"]
     lines = [x for x in run(verb, folder, *flags) if x.get("reward") is not None]
     size = max(len(lines) // 8, 1)
     for start in range(0, len(lines), size):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way, on the standard library: tokenizer, pretraining, chats, evaluation, export.
+"""The whole way, on the standard library: from a tokenizer to a model that prefers right answers.
 
     python demo/demo.py [--quick]
 
@@ -160,6 +160,29 @@ def main() -> None:
     merged = chat_loss(OUT / "lora-merged")
     summary.add("LoRA, merged", OUT / "lora-merged", f"bfloat16, {numbers(merged)}")
 
+    run("reward", "configs/reward/stdlib-tiny.yaml", "--overwrite", *few)
+    judge = OUT / "reward" / "final"
+    pairs = OUT / "chat" / "heldout-pairs.jsonl"
+    words = ("eval", "--model", judge, "--data", pairs, "--max_length", 128, "--json")
+    judged = json.loads(run(*words, capture=True)[-1])
+    summary.add(
+        "reward model",
+        judge,
+        f"right answers preferred in {judged['accuracy']:.1%} of {judged['examples']} held-out "
+        f"pairs, margin {judged['margin']:+.2f}",
+    )
+
+    run("dpo", "configs/dpo/stdlib-tiny.yaml", "--overwrite", *few)
+    lines = map(json.loads, (OUT / "dpo" / "metrics.jsonl").read_text().splitlines())
+    evals = [line for line in lines if line["kind"] == "eval"]
+    preferred = evals[-1]
+    summary.add(
+        "DPO adapter",
+        OUT / "dpo" / "final",
+        f"held-out loss {preferred['loss']:.3f} (0.693 before), accuracy "
+        f"{preferred['accuracy']:.1%}",
+    )
+
     prompts = [word for question in QUESTIONS for word in ("--prompt", question)]
     words = ("generate", "--model", model, "--chat", *prompts, "--max_new_tokens", 48, "--json")
     answers = [json.loads(line)["text"] for line in run(*words, capture=True)]
@@ -167,6 +190,8 @@ def main() -> None:
     summary.show()
     if not quick and max(after["loss"], tuned["loss"]) >= before["loss"]:
         sys.exit("the held-out loss of the chats did not fall")
+    if not quick and (judged["accuracy"] <= 0.5 or preferred["loss"] >= math.log(2)):
+        sys.exit("the held-out pairs are not preferred as they should be")
 
 
 if __name__ == "__main__":

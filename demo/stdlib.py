@@ -3,8 +3,9 @@
 
     python demo/stdlib.py OUT [--every K]
 
-writes OUT/text/{train,heldout}/MODULE.txt (the source of each module) and
-OUT/chat/{train,heldout}.jsonl (a conversation a line: what does a function do, how is it called?).
+writes OUT/text/{train,heldout}/MODULE.txt (the source of each module),
+OUT/chat/{train,heldout}.jsonl (a conversation a line: what does a function do, how is it called?)
+and OUT/chat/{pairs,heldout-pairs}.jsonl (a question, its answer, and that to another question).
 Modules are split by place and functions by a hash of their names, so the same Python gives the same
 files. Sources are parsed, never imported.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import itertools
 import json
 import shutil
@@ -77,6 +79,11 @@ def chat(name: str, call: str, paragraph: str) -> dict[str, object]:
     }
 
 
+def pair(name: str, paragraph: str, other: str) -> dict[str, str]:
+    """A question about a function with its answer, and that of another function."""
+    return {"question": f"What does {name} do?", "chosen": paragraph, "rejected": other}
+
+
 def build(out: Path, every: int = 1) -> dict[str, int]:
     """Writes the corpus of each `every`-th module to `out`; returns what it holds, in counts."""
     counts = {"modules": 0, "characters": 0, "chats": 0, "held-out modules": 0, "held-out chats": 0}
@@ -85,10 +92,10 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
     for part in ("train", "heldout"):
         (out / "text" / part).mkdir(parents=True)
     (out / "chat").mkdir(exist_ok=True)
-    with (
-        open(out / "chat" / "train.jsonl", "w", encoding="utf-8") as train,
-        open(out / "chat" / "heldout.jsonl", "w", encoding="utf-8") as heldout,
-    ):
+    names = ("train", "heldout", "pairs", "heldout-pairs")
+    other = "Nobody knows what this function does."
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context((out / "chat" / f"{n}.jsonl").open("w")) for n in names]
         taken = itertools.islice(modules(), 0, None, every)
         middling = itertools.count(EACH // 2)
         for module, source in taken:
@@ -103,8 +110,10 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
                 seen.add(paragraph)
                 aside = zlib.crc32(name.encode()) < SHARE * 2**32
                 counts["held-out chats" if aside else "chats"] += 1
-                file = heldout if aside else train
-                file.write(json.dumps(chat(name, call, paragraph), ensure_ascii=False) + "\n")
+                chats, pairs = files[aside::2]
+                chats.write(json.dumps(chat(name, call, paragraph)) + "\n")
+                pairs.write(json.dumps(pair(name, paragraph, other)) + "\n")
+                other = paragraph
     return counts
 
 

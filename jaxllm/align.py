@@ -178,7 +178,7 @@ class Rollouts:
         seen |= self._seen(scores, total, made, rows, judged)
         seen["rollout_seconds"] = (time.perf_counter() - began, 1.0)
         seen["sampling_seconds"] = (sampled - began, 1.0)
-        step = number * updates_per_rollout(self.cfg)
+        step = number * updates_per_rollout(self.cfg) + 1  # the first update that learns from it
         for i in range(min(SHOWN, len(each))):
             named = {name: _known(values[i]) for name, values in scores.items()}
             self.sample(

@@ -493,10 +493,11 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     if not model.peft.frozen:
         raise ValueError("the model has no adapter; save_hf writes it whole")
     found = [Tensor(name, v.shape, lambda v=v: v) for name, v in interop.pack(model).items()]
+    root = interop.root(model.peft)
     for t in hf_tensors(model, model.peft.saved):
-        found.append(replace(t, name=interop.ROOT + t.name))
+        found.append(replace(t, name=root + t.name))
         if t.name == "model.embed_tokens.weight" and model.cfg.tie_embeddings:
-            found.append(replace(t, name=f"{interop.ROOT}lm_head.weight"))  # as peft has the tie
+            found.append(replace(t, name=f"{root}lm_head.weight"))  # as peft has the tie
     with new_folder(path) as part:
         write_file(part / ADAPTER, found, "float32")
         write_json(part / ADAPTER_CONFIG, interop.config_of(model))

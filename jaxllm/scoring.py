@@ -151,8 +151,8 @@ def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
         return Reward(Path(name).name, lambda made: model.score([c.conversation for c in made]))
     try:
         call = getattr(_module(place), function)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(f"rl.rewards {name}: {error}") from error
+    except Exception as error:  # whatever the user's module does while it is imported
+        raise ValueError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
     return Reward(function, lambda made: _called(name, call, made))
 
 

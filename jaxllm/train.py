@@ -162,7 +162,7 @@ def train(cfg: TrainConfig) -> Result:
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     online = cfg.objective in ONLINE
-    positions = room(model_cfg, peft, cfg.data.max_length + online * cfg.rl.max_new_tokens)
+    positions = room(model_cfg, peft, cfg.data.max_length, online * cfg.rl.max_new_tokens)
     sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny model, ragged rows, and a few steps of AdamW on them, computed in many ways."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.config import MeshSection, OptimSection, PeftSection
-from jaxllm.data.batch import Batch, make_row
+from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
+from jaxllm.data.batch import TEXT, Batch, Experience, make_row
 from jaxllm.mesh import make_mesh, put
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.objectives.table import Objective
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of
+from jaxllm.reference import beside
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 
 V, T = 97, 32
@@ -39,9 +45,10 @@ TINY = ModelConfig(
 WHOLE = PeftSection()  # every weight is trained
 
 
-def decoder(section=WHOLE, **options):
+def decoder(section=WHOLE, *, scores=False, **options):
     """A random model of TINY's shape with what a peft section adds."""
-    model = Decoder(TINY, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(TINY, section), **options)
+    cfg = replace(TINY, scores=scores)
+    model = Decoder(cfg, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(cfg, section), **options)
     model.peft.begin(model)
     return model
 
@@ -59,6 +66,40 @@ def ragged_rows(count=16, seed=0):
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
 
 
+def pair_rows(count=16, seed=0, *, margin=False):
+    """Rows of one or two pairs of answers to a prompt of their own, with uneven lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        here, segments = 1 + i % 2, []
+        for _ in range(here):
+            prompt = rng.integers(0, V, rng.integers(1, 5))
+            for _ in range(2):
+                answer = rng.integers(0, V, rng.integers(1, 5))
+                learn = np.repeat([0.0, 1.0], [len(prompt), len(answer)]).astype(np.float32)
+                segments.append((np.concatenate([prompt, answer]), learn))
+        row, each = make_row(segments, T), np.arange(2)
+        row["chosen_segment"] = np.where(each < here, 2 * each + 1, 0).astype(np.int32)
+        row["rejected_segment"] = np.where(each < here, 2 * each + 2, 0).astype(np.int32)
+        row["margin"] = np.float32((each < here) * rng.random(2) * margin)
+        rows.append(row)
+    return {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def judged_rows(count=16, seed=0):
+    """`pair_rows` read as judged answers, each beside its prompt with another answer."""
+    rows = pair_rows(count, seed)
+    first, second = rows.pop("chosen_segment"), rows.pop("rejected_segment")
+    good = np.random.default_rng(seed).random(first.shape) < 0.6
+    del rows["margin"]
+    segments = {
+        "chosen_segment": np.where(good, first, 0),
+        "rejected_segment": np.where(good, 0, first),
+        "unpaired_segment": second,
+    }
+    return rows | segments
+
+
 def unpacked(rows):
     """Each segment of the rows in a row of its own."""
     single = []
@@ -73,7 +114,36 @@ def unpacked(rows):
     return {k: np.stack([row[k] for row in single]) for k in rows}
 
 
-def trajectory(rows, section=WHOLE, *, count=1, steps=3, mesh=None, devices=1, **model):
+def unpacked_slots(rows):
+    """Each pair, or judged answer, of the rows in a row of its own."""
+    names = [n for n in rows if n.endswith("_segment")]
+    other = [n for n in rows if rows[n].shape[1] != T and n not in names]
+    single = []
+    for r, slot in np.ndindex(rows[names[0]].shape):
+        used = sorted(rows[n][r, slot] for n in names if rows[n][r, slot])
+        if not used:
+            continue
+        row = {k: np.zeros(T, rows[k].dtype) for k in TEXT}
+        start = 0
+        for index, s in enumerate(used, 1):
+            at = rows["segment_ids"][r] == s
+            for k in TEXT:
+                row[k][start : start + at.sum()] = rows[k][r][at]
+            row["segment_ids"][start : start + at.sum()] = index
+            start += at.sum()
+        for n in names:
+            at = rows[n][r, slot]
+            row[n] = np.array([used.index(at) + 1 if at else 0], np.int32)
+        single.append(row | {n: rows[n][r, slot : slot + 1] for n in other})
+    return {k: np.stack([row[k] for row in single]) for k in rows}
+
+
+LANGUAGE = Objective(lm_loss)
+
+
+def trajectory(
+    rows, section=WHOLE, *, objective=LANGUAGE, count=1, steps=3, mesh=None, devices=1, **model
+):
     """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows."""
     mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
     made = decoder(section, **model)
@@ -87,18 +157,22 @@ def trajectory(rows, section=WHOLE, *, count=1, steps=3, mesh=None, devices=1, *
     with jax.set_mesh(mesh):
         params = jax.device_put(nnx.to_pure_dict(trained), lay)
         frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
+        models = alone(graph)
+        if objective.compares:
+            models, frozen = beside(TrainConfig(peft=section), made, graph, params, frozen, lay)
         opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
         state = TrainState(jnp.int32(0), params, opt_state)
         step = make_step(
-            alone(graph),
-            lm_loss,
+            models,
+            objective.loss,
             optimizer,
             schedule,
+            baseline=objective.baseline,
             max_norm=0.5,
             gradient_shardings=grads if devices > 1 else None,
         )
         step = jax.jit(step, out_shardings=(shardings, None))
-        split = {k: v.reshape(count, -1, T) for k, v in rows.items()}
+        split = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in rows.items()}
         losses, norms = [], []
         for _ in range(steps):
             state, metrics = step(state, frozen, Batch(**put(mesh, split)))
@@ -106,3 +180,77 @@ def trajectory(rows, section=WHOLE, *, count=1, steps=3, mesh=None, devices=1, *
             norms.append(float(metrics["grad_norm"][0]))
         assert step._cache_size() <= 2  # nothing is compiled again once shardings have settled
     return np.array(losses), np.array(norms), state, (graph, frozen)
+
+
+def experience(count=8, seed=0):
+    """Completions of uneven lengths after prompts, one a row, and random numbers of what an online
+    run knows of them; the last one is not learned. Fields of Experience, each [count, T]."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        prompt, answer = rng.integers(2, 9), rng.integers(1, 16)
+        learn = np.arange(prompt + answer) >= prompt
+        rows.append(make_row([(rng.integers(0, V, len(learn)), learn.astype(np.float32))], T))
+    rows = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
+    rows["weights"][-1] = 0
+    names = ("old_logps", "reference_logps", "advantages", "old_values", "returns")
+    drawn = {name: rng.normal(size=(count, T)).astype(np.float32) for name in names}
+    drawn["old_logps"] = 0.3 * drawn["old_logps"] - 4
+    drawn["reference_logps"] = 0.3 * drawn["reference_logps"] - 4
+    return rows | {name: x * (rows["weights"] > 0) for name, x in drawn.items()}
+
+
+def littered(rows):
+    """The rows with other numbers wherever nothing is learned, tokens only in the padding."""
+    rng = np.random.default_rng(9)
+    changed = dict(rows)
+    for name in rows.keys() - {"weights", "segment_ids", "positions"}:
+        off = rows["segment_ids" if name == "tokens" else "weights"] == 0
+        whole = rows[name].dtype == np.int32
+        noise = rng.integers(0, V, off.shape) if whole else 3 * rng.normal(size=off.shape)
+        changed[name] = np.where(off, noise, rows[name]).astype(rows[name].dtype)
+    return changed
+
+
+def plain(model, rows, temperature=1.0):
+    """(log p of the targets, entropy), float64 [B, T], by a softmax of all logits."""
+    logits = model(*(jnp.asarray(rows[k]) for k in ("tokens", "segment_ids", "positions")))
+    logits = np.asarray(logits, np.float64) / temperature
+    logps = logits - logits.max(-1, keepdims=True)
+    logps -= np.log(np.exp(logps).sum(-1, keepdims=True))
+    picked = np.take_along_axis(logps, rows["targets"][..., None], -1)[..., 0]
+    return picked, -(np.exp(logps) * logps).sum(-1)
+
+
+def descent(model, objective, trains):
+    """update(batch [A, B, T]) -> (metrics, the weights after one step of gradient descent)."""
+    graph, trained, rest = nnx.split(model, trains, ...)
+    optimizer = optax.sgd(1.0)
+    step = jax.jit(make_step(alone(graph), objective, optimizer, lambda _: 1.0))
+    params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+
+    def update(batch):
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        state, metrics = step(state, frozen, batch)
+        return {k: [float(x) for x in pair] for k, pair in metrics.items()}, state.trainable
+
+    return update
+
+
+def batch_of(rows, count=None):
+    """Rows as an Experience [B, T]; or [A, B, T], of `count` micro-batches."""
+    lead = () if count is None else (count,)
+    return Experience(**{k: jnp.asarray(v).reshape(*lead, -1, T) for k, v in rows.items()})
+
+
+def assert_same_update(update, rows, counts):
+    """What nothing is learned of changes no update, and neither does its division."""
+    metrics, weights = update(batch_of(rows, 1))
+    norm = metrics["grad_norm"][0]
+    assert norm > 1e-2
+    for batch in (batch_of(littered(rows), 1), *(batch_of(rows, count) for count in counts)):
+        found, after = update(batch)
+        for name, (value, weight) in metrics.items():
+            assert found[name] == pytest.approx([value, weight], rel=2e-5), name
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(weights), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * norm)

@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation: the cache changes nothing, and neither do batch mates."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm.config import MeshSection, PeftSection
+from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.rollout import Sampling, cut, decode, filtered, generate, prefill, stream
+from jaxllm.peft.interop import plan_of
+from jaxllm.peft.lora import merged
+from jaxllm.rollout import (
+    Completions,
+    Sampling,
+    completions,
+    cut,
+    decode,
+    filtered,
+    generate,
+    prefill,
+    stream,
+)
 
 CFG = ModelConfig(
     "llama",
@@ -132,3 +147,115 @@ def test_decoding_compiles_once_for_prompts_of_one_bucket(model):
     before = decode._cache_size()
     generate(model, [[4, 5, 6, 7, 8]], Sampling(max_new_tokens=20))
     assert decode._cache_size() == before
+
+
+# ---- completions of an online run
+
+ONE = make_mesh(MeshSection(), jax.devices()[:1])
+WARM = Sampling(max_new_tokens=12, temperature=1.3, stop_ids=(4, 11, 33))
+RAGGED = [[int(t) for t in (7 * i + np.arange(1 + i * 2)) % 61] for i in range(9)]
+
+
+def completed(model, prompts, sampling, mesh=ONE, key=None):
+    return completions(*nnx.split(model), prompts, sampling, mesh=mesh, key=key)
+
+
+def assert_same(a, b, atol=0.0):
+    """Two Completions are of the same tokens; what lies after a row's end does not matter."""
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+    np.testing.assert_array_equal(a.truncated, b.truncated)
+    here = np.arange(a.tokens.shape[1]) < a.lengths[:, None]
+    np.testing.assert_array_equal(a.tokens[here], b.tokens[here])
+    np.testing.assert_allclose(a.logps[here], b.logps[here], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=12, temperature=1.0),
+        WARM,
+        Sampling(max_new_tokens=12, temperature=0.6, top_k=5, top_p=0.9, stop_ids=(4,)),
+        Sampling(max_new_tokens=12),
+    ],
+    ids=["plain", "warm", "filtered", "greedy"],
+)
+def test_recorded_log_probabilities_are_those_of_the_full_forward(model, sampling):
+    made = completed(model, RAGGED, sampling, key=jax.random.key(5))
+    texts = [p + t[:n] for p, t, n in zip(RAGGED, made.tokens.tolist(), made.lengths, strict=True)]
+    rows, segments = np.zeros((2, len(texts), max(map(len, texts))), np.int32)
+    for row, segment, text in zip(rows, segments, texts, strict=True):
+        row[: len(text)], segment[: len(text)] = text, 1
+    logits = np.asarray(model(rows, segments)) / (sampling.temperature or 1.0)
+    logps = np.asarray(jax.nn.log_softmax(logits))
+    for row, (prompt, text) in enumerate(zip(RAGGED, texts, strict=True)):
+        places, drawn = np.arange(len(prompt), len(text)) - 1, text[len(prompt) :]
+        want = logps[row, places, drawn]
+        np.testing.assert_allclose(made.logps[row, : len(drawn)], want, atol=1e-4)
+        rank = (logps[row, places] > want[:, None]).sum(1).max()
+        assert rank < (sampling.top_k or 61)
+
+
+def test_greedy_completions_equal_generate(model):
+    whole = generate(model, RAGGED, Sampling(max_new_tokens=12))
+    greedy = Sampling(max_new_tokens=12, stop_ids=(whole[2][3], whole[5][7]))
+    made = completed(model, RAGGED, greedy)
+    want = generate(model, RAGGED, greedy)
+    assert [row[:n] for row, n in zip(made.tokens.tolist(), made.lengths, strict=True)] == want
+    assert made.lengths.tolist() == [len(row) for row in want]
+    assert made.truncated.tolist() == [row[-1] not in greedy.stop_ids for row in want]
+    assert 0 < made.truncated.sum() < len(RAGGED) and made.lengths[2] <= 4
+
+
+def test_a_row_that_ends_at_its_last_token_is_not_truncated(model):
+    first = completed(model, PROMPTS, Sampling(max_new_tokens=1))
+    assert first.truncated.all() and first.lengths.tolist() == [1, 1, 1]
+    ends = Sampling(max_new_tokens=1, stop_ids=tuple(first.tokens[:2, 0].tolist()))
+    assert completed(model, PROMPTS, ends).truncated[:2].tolist() == [False, False]
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_completions_do_not_depend_on_the_mesh(model, shape):
+    """Nine rows are no multiple of the devices: some rows are there to fill them up."""
+    key = jax.random.key(1)
+    alone = completed(model, RAGGED, WARM, key=key)
+    assert 0 < alone.truncated.sum() < len(RAGGED)
+    assert_same(completed(model, RAGGED, WARM, make_mesh(MeshSection(**shape)), key), alone, 1e-4)
+
+
+def test_a_completion_does_not_depend_on_the_others_in_its_batch(model):
+    key = jax.random.key(1)
+    some, others = (completed(model, [*RAGGED[:4], *p], WARM, key=key) for p in (RAGGED, PROMPTS))
+    fields = ("tokens", "logps", "lengths", "truncated")
+    first = [Completions(*(getattr(x, f)[:4] for f in fields)) for x in (some, others)]
+    assert_same(*first, 1e-4)
+
+
+def test_draws_change_with_the_key_and_are_otherwise_the_same(model):
+    a, b, c = (completed(model, RAGGED, WARM, key=jax.random.key(k)) for k in (1, 1, 2))
+    assert_same(a, b)
+    assert (a.tokens != c.tokens).any()
+    same = completed(model, [RAGGED[4]] * 6, WARM, key=jax.random.key(1))
+    assert len({tuple(row) for row in same.tokens[:, :3].tolist()}) > 1
+
+
+def test_completions_end_when_every_row_has(model):
+    """What would be drawn after that is not even computed: it stays 0."""
+    greedy = Sampling(max_new_tokens=40)
+    whole = completed(model, PROMPTS, greedy)
+    made = completed(model, PROMPTS, Sampling(40, stop_ids=tuple(whole.tokens[:, 3].tolist())))
+    longest = int(made.lengths.max())
+    assert longest <= 4 and not made.truncated.any()
+    assert not made.logps[:, longest:].any() and not made.tokens[:, longest:].any()
+    assert (made.logps[:, :longest] != 0).all()
+
+
+def test_lora_branches_complete_as_the_merged_model_does(model):
+    plan = plan_of(CFG, PeftSection(method="lora", r=3))
+    tuned = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=plan)
+    rest = nnx.state(tuned, lambda path, v: plan.trains(path, v))
+    noise = iter(jax.random.split(jax.random.key(0), 99))
+    nnx.update(tuned, jax.tree.map(lambda x: 0.2 * jax.random.normal(next(noise), x.shape), rest))
+    key = jax.random.key(2)
+    made = completed(tuned, RAGGED, WARM, key=key)
+    assert_same(made, completed(merged(tuned), RAGGED, WARM, key=key), 1e-3)
+    assert (made.tokens != completed(model, RAGGED, WARM, key=key).tokens).any()

@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[Callable[..., Peft], str]] = {
     "prompt": (prefix.resolve, "PROMPT_TUNING"),
 }
 ROOT = "base_model.model."
+BARE = "base_model."  # of a model that has virtual tokens before it, not modules in it
 PROMPT = "prompt_embeddings"
 SCORES = "SEQ_CLS"  # peft's task of a reward model
 SCORE_MODULES = ("classifier", "score")  # what peft saves with it, whatever the model has
@@ -261,14 +262,18 @@ def choose(model: Any, chosen: Choice) -> None:
     model.peft = replace(model.peft, mix=shares(model.peft, chosen))
 
 
-def room(cfg: ModelConfig, plan: Peft, length: int) -> int:
-    """Positions that a model leaves to a text. Raises ValueError for rows of more tokens."""
+def room(cfg: ModelConfig, plan: Peft, length: int, new: int = 0) -> int:
+    """Positions that a model leaves to a text. Raises ValueError for rows of more tokens, `new` of
+    which an online run makes."""
     left = cfg.max_positions - plan.length
-    if length > left:
+    if length + new > left:
         beside = f" beside {plan.length} virtual tokens" if plan.length else ""
+        asked = f"data.max_length {length} is"
+        if new:
+            asked = f"data.max_length {length} and rl.max_new_tokens {new} together are"
         raise ValueError(
-            f"data.max_length {length} is over the model's limit of {left} positions{beside}; "
-            "lower it"
+            f"{asked} over the model's limit of {left} positions{beside}; lower "
+            + ("one" if new else "it")
         )
     return left
 
@@ -387,12 +392,17 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
     whole = trained_tensors(model.cfg, plan, {"": saved})
     tied = {"lm_head.weight"} if model.head is None else set()  # a second copy of the table
     names = [n for n in found if not n.endswith(".base_layer.weight")]
-    if strange := [n for n in names if n.removeprefix(ROOT) not in whole.keys() | tied]:
+    if strange := [n for n in names if n.removeprefix(root(plan)) not in whole.keys() | tied]:
         raise ValueError(
             f"{saved.folder / ADAPTER} has {strange[0]}, which its config does not name"
         )
     for variable, value in values.values():
         variable.set_value(jax.device_put(value, variable.get_value().sharding))
+
+
+def root(plan: Peft) -> str:
+    """What peft puts before the name of a HF tensor."""
+    return BARE if isinstance(plan, PrefixPeft) else ROOT
 
 
 def trained_tensors(
@@ -408,11 +418,11 @@ def trained_tensors(
     ]
     for one in saved.values() if names else ():
         with opened(one.folder / ADAPTER) as file:
-            if missing := {ROOT + name for name in names} - set(file.keys()):
+            if missing := {root(plan) + name for name in names} - set(file.keys()):
                 raise ValueError(
                     f"{one.folder / ADAPTER} has no {min(missing)}, which its config asks for"
                 )
-    return {n: (one.folder / ADAPTER, ROOT + n) for n in names for one in saved.values()}
+    return {n: (one.folder / ADAPTER, root(plan) + n) for n in names for one in saved.values()}
 
 
 def _bottlenecks(model: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPO with LoRA on pairs: real tokens/s of packed jaxllm against TRL's DPOTrainer.
+
+Real tokens are those of both answers with their prompts, without padding. Both sides adapt all
+linear layers of the model with the same rank, compare with the frozen base, and cut answers at the
+same length. jaxllm packs pairs into rows; TRL pads the pairs of a step to the longest of them (it
+cannot group pairs by length).
+
+    python benchmarks/dpo_vs_trl.py --model SMOLLM2_DIR --data PAIRS.json [--rounds 6]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+
+from turns import Side, Turn, compare, serve
+
+
+def pairs(path: str) -> list[dict]:
+    """TRL's conversational form of any pairs that jaxllm reads."""
+    from pathlib import Path
+
+    from jaxllm.config import Source
+    from jaxllm.data.conversations import pair_of
+    from jaxllm.data.sources import locate, read, records
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = read(locate(Source(path)), Path(folder))
+        found = records(table[:], list(range(len(table))), path)
+        each = [pair_of(record, {}, None, at) for at, record in found]
+    return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in each]
+
+
+def trl_side(a) -> None:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    turn = Turn()
+    tokenizer = AutoTokenizer.from_pretrained(a.model)
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=a.pairs,
+        max_length=a.length,
+        bf16=a.dtype == "bfloat16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+        max_steps=10_000,
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    real = 0
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if not turn.begin():
+                raise SystemExit
+
+        def on_step_end(self, args, state, control, **_):
+            turn.end(real)
+
+    trainer = DPOTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(pairs(a.data)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=a.r, lora_alpha=16, target_modules="all-linear"),
+    )
+    collate = trainer.data_collator
+
+    def counted(examples):
+        nonlocal real
+        batch = collate(examples)
+        real = int(batch["attention_mask"].sum())
+        padded = batch["attention_mask"].numel()
+        print(f"trl: {real} real tokens of {padded}", file=sys.stderr)
+        return batch
+
+    trainer.data_collator = counted
+    trainer.add_callback(Told())
+    turn.ready()
+    trainer.train()
+
+
+def jaxllm_step(a):
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from jaxllm import reference
+    from jaxllm.checks import resolve_align
+    from jaxllm.config import (
+        DataSection,
+        ModelSection,
+        OptimSection,
+        PeftSection,
+        Source,
+        TrainConfig,
+    )
+    from jaxllm.data.batch import Batch
+    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.hf import load_hf
+    from jaxllm.objectives.table import OBJECTIVES
+    from jaxllm.optim import make_optimizer, make_schedule
+    from jaxllm.peft.interop import plan_of
+    from jaxllm.step import TrainState, make_step
+    from jaxllm.tokenizer import load_tokenizer
+
+    cache = tempfile.mkdtemp()
+    section = DataSection(train=(Source(a.data),), max_length=a.length, cache_dir=cache, workers=1)
+    peft = PeftSection(method="lora", r=a.r)
+    shape = ModelSection(path=a.model, compute_dtype=a.dtype)
+    cfg = resolve_align(TrainConfig(objective="dpo", model=shape, data=section, peft=peft))
+    data = load_data(cfg, load_tokenizer(a.model))
+    loader = make_loader(data.train, batch_size=a.rows)
+    plan = plan_of(load_hf(a.model).cfg, peft)
+    model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat, peft=plan)
+    graph, weights, rest = nnx.split(model, plan.trains, ...)
+    params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
+    models, frozen = reference.beside(cfg, model, graph, params, frozen, None)
+    optim = OptimSection(learning_rate=5e-5, schedule="constant")
+    schedule = make_schedule(optim, 10_000)
+    optimizer = make_optimizer(optim, schedule)
+    loss = OBJECTIVES["dpo"](cfg).loss
+    update = jax.jit(make_step(models, loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
+    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    def step():
+        nonlocal state
+        host = next(loader)
+        state, _ = update(state, frozen, Batch(**jax.device_put(host)))
+        jax.block_until_ready(state)
+        return float((host["segment_ids"] > 0).sum())
+
+    return step
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", required=True)
+    p.add_argument("--data", required=True)
+    p.add_argument("--rounds", type=int, default=6)
+    p.add_argument("--rows", type=int, default=2, help="packed rows a step [%(default)s]")
+    p.add_argument("--pairs", type=int, default=4, help="padded pairs a step [%(default)s]")
+    p.add_argument("--length", type=int, default=512, help="of an answer with its prompt")
+    p.add_argument("--r", type=int, default=8, help="rank [%(default)s]")
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--remat", default="full")
+    p.add_argument("--side", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.side == "jaxllm":
+        return serve(lambda: jaxllm_step(a))
+    if a.side:
+        return trl_side(a)
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
+    names = ("jaxllm", "trl")
+    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
+    print(json.dumps(out))
+    print(f"real tokens/s, jaxllm / trl: {out['jaxllm']['rate'] / out['trl']['rate']:.2f}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs, judged answers and prompts: every layout read, every row laid out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxllm.config import DataSection, LogSection, Source, TrainConfig
+from jaxllm.data.conversations import feedback_of, pair_of, prompt_of
+from jaxllm.data.loader import batch_at, load_data, summarize
+from jaxllm.objectives.table import OBJECTIVES
+
+EOS, END = 1, 3
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def pair(record, **columns):
+    return pair_of(record, columns, None, "a.jsonl:7")
+
+
+# ---- layouts
+
+SIDES = {
+    "strings": {"chosen": "yes", "rejected": "no"},
+    "messages": {"chosen": says("yes"), "rejected": says("no")},
+    "lists": {"chosen": [says("yes")], "rejected": [says("no")]},
+    "from and value": {
+        "chosen": {"from": "gpt", "value": "yes"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+}
+ASKED = {
+    "question": {"question": "why?"},
+    "prompt": {"prompt": "why?"},
+    "prompt, messages": {"prompt": [user("why?")]},
+    "instruction": {"instruction": "why?", "input": ""},
+    "messages": {"messages": [user("why?")]},
+    "messages as JSON": {"messages": json.dumps([user("why?")])},
+    "conversations": {"conversations": [{"from": "human", "value": "why?"}]},
+}
+
+
+@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES.keys())
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_every_layout_is_the_same_pair(asked, sides):
+    found = pair(asked | sides)
+    assert found.prompt == [user("why?")]
+    assert (found.chosen, found.rejected) == ([says("yes")], [says("no")])
+    assert found.tells and found.margin == 0.0 and found.tools is None
+
+
+def test_history_system_input_tools_margin_and_renamed_columns():
+    record = {"instruction": "why?", "input": "here", "history": [["a", "b"]], "system": "be good"}
+    record |= {"good": "yes", "bad": "no", "margin": 2, "tools": [{"name": "f"}]}
+    found = pair(record, chosen="good", rejected="bad")
+    system = {"role": "system", "content": "be good"}
+    assert found.prompt == [system, user("a"), says("b"), user("why?\nhere")]
+    assert (found.chosen, found.rejected, found.margin) == ([says("yes")], [says("no")], 2.0)
+    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+TURNS = [user("a"), says("b"), user("c")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ([*TURNS, says("yes")], [*TURNS, says("no")], TURNS),
+        # what they go on to say is of the answers, whatever is in common there
+        ([user("a"), says("yes"), user("c")], [user("a"), says("no"), user("c")], TURNS[:1]),
+        # one is the beginning of the other: each keeps an answer
+        ([user("a"), says("b")], [user("a"), says("b"), user("c"), says("d")], TURNS[:1]),
+        # equal: no preference, but a pair that can be counted
+        ([user("a"), says("b")], [user("a"), says("b")], TURNS[:1]),
+    ],
+)
+def test_whole_conversations_have_their_common_beginning_as_prompt(chosen, rejected, prompt):
+    found = pair({"chosen": chosen, "rejected": rejected})
+    assert found.prompt == prompt
+    assert found.prompt + found.chosen == chosen and found.prompt + found.rejected == rejected
+    assert found.tells == (chosen != rejected)
+
+
+def test_a_prompt_that_the_answers_repeat_stands_once():
+    asked = [user("why?")]
+    answers = {"chosen": [*asked, says("yes")], "rejected": [*asked, says("no")]}
+    found = pair({"prompt": "why?"} | answers)
+    assert (found.prompt, found.chosen, found.rejected) == (asked, [says("yes")], [says("no")])
+
+
+def test_two_texts_without_a_prompt_stay_texts():
+    found = pair({"chosen": "Q: a A: yes", "rejected": "Q: a A: no", "margin": 0.5})
+    assert found.prompt is None and found.margin == 0.5
+    assert (found.chosen, found.rejected) == ("Q: a A: yes", "Q: a A: no")
+
+
+def test_a_template_rewrites_what_was_asked_last():
+    record = {"prompt": "why?", "context": ["x", "y"], "chosen": "yes", "rejected": "no"}
+    found = pair_of(record, {}, "{question} in {context}", "a.jsonl:7")
+    assert found.prompt == [user("why? in x\n\ny")]
+
+
+BOTH = {"chosen": "yes", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "why?", "rejected": "no"}, "chosen is missing; found the columns prompt"),
+        ({"prompt": "why?", "chosen": "yes"}, "rejected is missing; .*name others with columns"),
+        (BOTH | {"prompt": "why?", "rejected": None}, "rejected is missing"),
+        (BOTH | {"prompt": "why?", "margin": "2"}, "margin is '2'; it is a number"),
+        (BOTH | {"prompt": "why?", "margin": float("nan")}, "margin is nan"),
+        (BOTH | {"prompt": "why?", "chosen": 5}, "a message's content is int, not a string"),
+        (BOTH | {"messages": "why?"}, "messages is not JSON"),
+        (
+            {"chosen": [says("yes")], "rejected": [says("no")]},
+            "chosen and rejected begin with no common",
+        ),
+        (
+            {"chosen": says("yes"), "rejected": says("no")},
+            "chosen and rejected begin with no common",
+        ),
+    ],
+)
+def test_a_pair_that_does_not_fit_names_its_line(record, words):
+    with pytest.raises(ValueError, match=f"^a.jsonl:7: {words}"):
+        pair(record)
+
+
+@pytest.mark.parametrize(
+    ("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("kto_tag", True)]
+)
+def test_an_answer_is_good_or_bad(label, good):
+    said = {"label": label} if label != "kto_tag" else {"kto_tag": True}
+    chat, found = feedback_of({"prompt": "why?", "completion": "yes"} | said, {}, None, "x")
+    assert found is good and chat["messages"] == [user("why?"), says("yes")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "label is None; an answer needs a label true or false"),
+        ({"label": "yes"}, "label is 'yes'"),
+        ({"label": 0.5}, "label is 0.5"),
+        ({"label": True, "messages": [user("a")]}, "the last message is not the assistant's"),
+    ],
+)
+def test_a_label_that_is_none_names_its_line(change, words):
+    with pytest.raises(ValueError, match=f"^a.jsonl:7: {words}"):
+        feedback_of({"prompt": "why?", "completion": "yes"} | change, {}, None, "a.jsonl:7")
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_prompts_of_every_layout_and_without_their_answer(asked):
+    found = prompt_of(asked | {"answer": "42"}, {}, None, "x")
+    assert found.messages == [user("why?")] and found.columns["answer"] == "42"
+    text = isinstance(asked.get("prompt", asked.get("question")), str)
+    assert found.said == ("why?" if text else [user("why?")])
+    over = prompt_of({"messages": [user("why?"), says("so")]}, {}, None, "x")
+    assert over.messages == [user("why?")]
+    with pytest.raises(ValueError, match=r"^a:1: found the columns answer; a prompt is"):
+        prompt_of({"answer": "42"}, {}, None, "a:1")
+
+
+# ---- rows
+
+
+def write(folder, records, name="a.jsonl"):
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in records))
+    return Source(str(folder / name))
+
+
+def load(folder, tokenizer, objective, *sources, **data):
+    keys = {"cache_dir": str(folder / "cache"), "workers": 1, "max_length": 64} | data
+    section = DataSection(train=sources, **keys)
+    cfg = TrainConfig(objective=objective, data=section, log=LogSection(progress=False))
+    return load_data(cfg, tokenizer)
+
+
+def pairs(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def text(low, high):
+        return "".join(map(chr, rng.integers(97, 123, rng.integers(low, high))))
+
+    return [
+        {"prompt": text(1, 9), "chosen": text(1, 6), "rejected": text(1, 6), "margin": i / 4}
+        for i in range(count)
+    ]
+
+
+def texts(rows, row, tokenizer):
+    """What each segment of a row says, and what of it is learned."""
+    found = {0: None}
+    for s in range(1, row["segment_ids"].max() + 1):
+        at = row["segment_ids"] == s
+        tokens, learned = row["tokens"][at], row["weights"][at] > 0
+        assert row["positions"][at].tolist() == list(range(at.sum()))
+        assert (row["targets"][at][:-1] == tokens[1:]).all()
+        found[s] = (tokenizer.decode(tokens), tokenizer.decode(row["targets"][at][learned]))
+    assert not row["weights"][row["segment_ids"] == 0].any()
+    return found
+
+
+def in_slots(data, tokenizer, *names):
+    """[(value or what the segment says, …) of the fields `names`] of every slot in use."""
+    out = []
+    for part in data.train.parts:
+        for i in range(len(part)):
+            row = part[i]
+            said = texts(part, row, tokenizer)
+            for slot in range(len(row[names[0]])):
+                values = [row[n][slot] for n in names]
+                if not any(values[:2]):
+                    continue
+                out.append(
+                    tuple(
+                        said[int(v)] if n.endswith("segment") else float(v)
+                        for n, v in zip(names, values, strict=True)
+                    )
+                )
+    return out
+
+
+def chat(q, a):
+    return f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
+
+
+PAIR = ("chosen_segment", "rejected_segment", "margin")
+
+
+@pytest.mark.parametrize("objective", ["reward", "dpo", "orpo", "simpo"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_pairs_hold_both_answers_with_their_prompt(tmp_path, tokenizer, objective, packing):
+    assert objective in OBJECTIVES
+    records = pairs(20)
+    source = write(tmp_path, records)
+    data = load(tmp_path, tokenizer, objective, source, packing=packing, max_length=80)
+    want = [
+        tuple(
+            (chat(r["prompt"], r[side]), r[side] + "<|im_end|>") for side in ("chosen", "rejected")
+        )
+        + (r["margin"],)
+        for r in records
+    ]
+    got = in_slots(data, tokenizer, *PAIR)
+    assert sorted(got) == sorted(want)
+    assert data.train.length == 160
+    assert len(data.train) == 20 if not packing else len(data.train) < 20
+
+
+def judged(records):
+    return [
+        {"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0}
+        for i, r in enumerate(records)
+    ]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_judged_answers_hold_the_previous_ones_answer_too(tmp_path, tokenizer, packing):
+    records = judged(pairs(20))
+    source = write(tmp_path, records)
+    data = load(tmp_path, tokenizer, "kto", source, packing=packing, max_length=80)
+    want = []
+    for i, r in enumerate(records):
+        own, other = r["completion"], records[i - 1]["completion"]
+        mine = (chat(r["prompt"], own), own + "<|im_end|>")
+        sides = (mine, None) if r["label"] else (None, mine)
+        want.append((*sides, (chat(r["prompt"], other), other + "<|im_end|>")))
+    got = in_slots(data, tokenizer, "chosen_segment", "rejected_segment", "unpaired_segment")
+    assert sorted(map(str, got)) == sorted(map(str, want))
+    assert len(data.train) == 20 if not packing else len(data.train) < 20
+
+
+def test_a_mismatched_answer_is_cut_to_the_length_and_a_row_holds_it(tmp_path, tokenizer):
+    long = {"prompt": "q" * 20, "completion": "a", "label": True}
+    wordy = {"prompt": "q", "completion": "a" * 20, "label": False}
+    limit = len(tokenizer(chat("q" * 20, "a")).input_ids)
+    for packing in (True, False):
+        data = load(
+            tmp_path, tokenizer, "kto", write(tmp_path, [long, wordy]), max_length=limit,
+            packing=packing,
+        )  # fmt: skip
+        longest = max(np.bincount(row["segment_ids"])[1:].max() for row in data.train.parts[0])
+        assert longest == limit and data.train.length == 2 * limit
+
+
+def test_only_the_last_answer_is_judged_and_all_of_a_pairs_are(tmp_path, tokenizer):
+    turns = [user("a"), says("b"), user("c"), says("d")]
+    data = load(tmp_path, tokenizer, "kto", write(tmp_path, [{"messages": turns, "label": True}]))
+    ((good, _, _),) = in_slots(
+        data, tokenizer, "chosen_segment", "rejected_segment", "unpaired_segment"
+    )
+    assert good[1] == "d<|im_end|>"
+    pair = {"chosen": [turns[0], says("x"), *turns[2:]], "rejected": turns}
+    data = load(tmp_path, tokenizer, "dpo", write(tmp_path, [pair]))
+    ((one, two, _),) = in_slots(data, tokenizer, *PAIR)
+    assert (one[1], two[1]) == ("x<|im_end|>d<|im_end|>", "b<|im_end|>d<|im_end|>")
+
+
+def test_texts_end_with_eos_and_are_learned_where_they_part(tmp_path, tokenizer):
+    source = write(tmp_path, [{"chosen": "Q: a <eos> A: yes", "rejected": "Q: a <eos> A: no"}])
+    data = load(tmp_path, tokenizer, "dpo", source)
+    ((one, two, _),) = in_slots(data, tokenizer, *PAIR)
+    assert one == ("Q: a <eos> A: yes<eos>", "yes<eos>")
+    assert two == ("Q: a <eos> A: no<eos>", "no<eos>")
+    row = data.train.parts[0][0]
+    assert (row["tokens"] == EOS).sum() == 2  # what the text spells is no token of the end
+
+
+def test_pairs_that_tell_nothing_are_dropped_and_counted(tmp_path, tokenizer):
+    records = [
+        {"prompt": "q", "chosen": "yes", "rejected": "no"},
+        {"prompt": "q", "chosen": "same", "rejected": "same"},
+        {"prompt": "q", "chosen": " ", "rejected": "no"},
+        {"prompt": "q", "chosen": "yes", "rejected": ""},
+        {"chosen": "a text", "rejected": "a text"},
+        {"prompt": "q", "chosen": "y" * 90 + "es", "rejected": "y" * 90},
+    ]
+    data = load(tmp_path, tokenizer, "dpo", write(tmp_path, records))
+    (entry,) = data.manifest["train"]["sources"]
+    assert (entry["read"], entry["examples"], entry["rows"]) == (6, 1, 1)
+    assert entry["dropped_no_preference"] == 4
+    assert entry["dropped_too_long"] == 1  # they differ beyond the cut
+    line = summarize(data.manifest)[0]
+    assert "4 dropped as empty or equal pairs" in line and "1 of 6 examples" in line
+    with pytest.raises(ValueError, match="4 pairs with an empty side or two equal ones"):
+        load(tmp_path, tokenizer, "dpo", write(tmp_path, records[1:], "b.jsonl"))
+
+
+@pytest.mark.parametrize(("objective", "words"), [("dpo", "rejected"), ("kto", "label")])
+def test_what_is_missing_in_a_file_names_file_and_line(tmp_path, tokenizer, objective, words):
+    whole = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    whole |= {"completion": "yes", "label": True}
+    lacking = {k: v for k, v in whole.items() if k != words}
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {words} is"):
+        load(tmp_path, tokenizer, objective, write(tmp_path, [whole, lacking]))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_several_sources_have_room_for_as_many_pairs(tmp_path, tokenizer, objective):
+    short = [{"prompt": "q", "chosen": "yes", "rejected": "no", "margin": 1.0}] * 12
+    long = [{"prompt": "q" * 30, "chosen": "y" * 9, "rejected": "n" * 9}] * 3
+    records = [short, long] if objective == "dpo" else [judged(short), judged(long)]
+    sources = [write(tmp_path, r, f"{i}.jsonl") for i, r in enumerate(records)]
+    data = load(tmp_path, tokenizer, objective, *sources)
+    few, many = (
+        load(tmp_path, tokenizer, objective, s).train.parts[0].slots for s in sources[::-1]
+    )
+    assert few < many
+    fields = batch_at(data.train, 0, 0, len(data.train))
+    assert fields["chosen_segment"].shape == (len(data.train), many)
+    count = ((fields["chosen_segment"] > 0) | (fields["rejected_segment"] > 0)).sum()
+    assert count == 15
+    for name, value in fields.items():
+        assert value.dtype == (np.int32 if name.endswith("segment") else np.float32) or name in (
+            "tokens", "targets", "segment_ids", "positions",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo"])
+def test_prompts_end_where_an_answer_begins_and_keep_their_record(tmp_path, tokenizer, objective):
+    records = [{"prompt": "why?", "answer": "42"}, {"prompt": "q" * 90}]
+    data = load(tmp_path, tokenizer, objective, write(tmp_path, records))
+    (part,) = data.train.parts
+    assert len(part) == 1 and data.manifest["train"]["sources"][0]["dropped_too_long"] == 1
+    row = part[0]
+    want = "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(row["tokens"]) == want
+    assert row["said"] == "why?" and row["columns"]["answer"] == "42"
+    assert row["messages"] == [user("why?")] and row["at"].endswith("a.jsonl:1")

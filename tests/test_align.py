@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online runs: what a rollout makes of prompts and rewards, and whole runs of PPO and GRPO."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from runs import arguments, killed, lines_of, refused
+from safetensors.numpy import load_file
+from steps import V, decoder, plain
+
+from jaxllm.align import Rollouts, trained_by
+from jaxllm.checks import resolve_align
+from jaxllm.cli import main
+from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
+from jaxllm.data.loader import Rows
+from jaxllm.mesh import make_mesh
+from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
+from jaxllm.scoring import Reward, RewardModel
+from jaxllm.train import due
+
+# ---- a rollout
+
+ENDS = tuple(range(12))
+
+
+class Numbers:
+    """A tokenizer whose texts are the tokens' numbers."""
+
+    eos_token = chat_template = None
+
+    @staticmethod
+    def decode(tokens):
+        return " ".join(map(str, tokens))
+
+    @staticmethod
+    def convert_tokens_to_ids(_):
+        return ENDS
+
+
+PROMPTS = [
+    {"tokens": np.arange(3 + i) + 20 + i, "said": f"p{i}", "columns": {}, "messages": [], "at": ""}
+    for i in range(9)
+]
+
+
+class Online:
+    """Rollouts of a tiny policy beside another as its reference."""
+
+    def __init__(self, verb, *rewards, count=2, beta=None, **rl):
+        rl = {"group_size": 4, "minibatches": 2, "max_new_tokens": 6} | rl
+        names = tuple(r.name for r in rewards)
+        cfg = TrainConfig(objective=verb, batch_size=8, align=AlignSection(beta=beta))
+        self.cfg = resolve_align(replace(cfg, rl=RlSection(rewards=names, **rl)))
+        self.policy, self.other = decoder(), decoder()
+        state = nnx.state(self.other)
+        nnx.update(self.other, jax.tree.map(lambda x: 1.05 * x, state))
+        if verb == "ppo":
+            self.policy.value = Value(32)
+            kernel = np.random.default_rng(5).normal(size=(32, 1))
+            self.policy.value.kernel[...] = jnp.asarray(kernel, jnp.float32)
+        graph, self.trainable, rest = nnx.split(self.policy, trained_by(self.policy.peft), ...)
+        self.trainable = nnx.to_pure_dict(self.trainable)
+        assert not nnx.to_pure_dict(rest)
+
+        def models(trainable, frozen):
+            return nnx.merge(graph, nnx.State(trainable)), self.other
+
+        self.samples = []
+        mesh = make_mesh(MeshSection(), jax.devices()[:1])
+        self.feed = Rollouts(self.cfg, mesh, Rows((PROMPTS,), None, 16), count, 0)
+        sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
+        self.feed.begin(models, {}, rewards, Numbers, sample)
+
+    def updates(self, count):
+        """Batches [B, T], in NumPy, and what was logged."""
+        made = [self.feed(step, self.trainable) for step in range(count)]
+        flat = [jax.tree.map(lambda x: np.asarray(x).reshape(-1, x.shape[-1]), b) for b, _ in made]
+        return flat, [{k: a / w for k, (a, w) in seen.items()} for _, seen in made]
+
+
+def scored(name, score):
+    return Reward(name, lambda made: np.array([score(c.text.split()) for c in made], np.float32))
+
+
+LENGTH = scored("length", len)
+FIRST = scored("first", lambda words: int(words[0]) / V if words else 0.0)
+
+
+def whole(batches):
+    """The rows of several batches, each a dict, by what was asked and written."""
+    rows = {}
+    for batch in batches:
+        for i in range(len(batch.tokens)):
+            row = {k: v[i] for k, v in vars(batch).items() if v is not None}
+            rows[(*row["tokens"].tolist(), *row["targets"].tolist())] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def written(row):
+    """(the prompt's tokens, the completion's) of a row."""
+    n = int((row["segment_ids"] > 0).sum())
+    text = row["tokens"][:n].tolist()
+    asked = next(p for p in map(lambda p: p["tokens"].tolist(), PROMPTS) if text[: len(p)] == p)
+    return asked, text[len(asked) :]
+
+
+def earned(row, *scores):
+    """A row's reward by the words of its completion."""
+    return sum(w * s([t for t in written(row)[1] if t not in ENDS]) for w, s in scores)
+
+
+def grouped(rows):
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(written(row)[0]), []).append(row)
+    return list(groups.values())
+
+
+def test_a_rows_weights_are_on_the_tokens_that_were_drawn_and_their_log_probabilities_beside():
+    run = Online("grpo", FIRST)
+    batches, seen = run.updates(2)
+    rows = whole(batches)
+    assert len(rows) == 16
+    fields = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    for row in rows:
+        asked, made = written(row)
+        learned = row["weights"] > 0
+        assert row["targets"][learned].tolist() == made and 1 <= len(made) <= 6
+        assert np.flatnonzero(learned).tolist() == [len(asked) - 1 + k for k in range(len(made))]
+        assert not any(t in ENDS for t in made[:-1])
+    logps = plain(run.policy, fields)[0] * (fields["weights"] > 0)
+    np.testing.assert_allclose(fields["old_logps"], logps, atol=1e-5)
+    assert seen[0]["sampler_gap_max"] < 1e-5
+    assert seen[0]["completion_length"] == fields["weights"].sum(1).mean()
+    ends = [written(row)[1][-1] in ENDS for row in rows]
+    assert seen[0]["truncated"] == 1 - np.mean(ends) and 0 < np.mean(ends) < 1
+    assert [len(group) for group in grouped(rows)] == [4] * 4
+
+
+def test_each_pass_sees_every_completion_once_in_an_order_of_its_own():
+    run = Online("grpo", LENGTH, iterations=2)
+    batches, seen = run.updates(6)
+    assert [bool(s) for s in seen] == [True, False, False, False, True, False]
+    keys = [[tuple(row) for row in batch.tokens.tolist()] for batch in batches]
+    first, second, after = (sorted(keys[i] + keys[i + 1]) for i in (0, 2, 4))
+    assert first == second != after
+    assert keys[0] + keys[1] != keys[2] + keys[3]
+    assert [s["step"] for s in run.samples] == [1] * 4 + [5] * 4
+    again = Online("grpo", LENGTH, iterations=2)
+    for step in (4, 5):  # another process goes on with the rollout that comes next
+        batch, _ = again.feed(step, again.trainable)
+        np.testing.assert_array_equal(batches[step].tokens, np.reshape(batch.tokens, (8, -1)))
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_grpo_compares_the_weighted_sum_of_rewards_within_the_group(scale):
+    run = Online("grpo", LENGTH, FIRST, reward_weights=(0.5, 3.0), scale_rewards=scale)
+    batches, (seen, _) = run.updates(2)
+    rows = whole(batches)
+    scores = [(0.5, len), (3.0, lambda words: words[0] / V if words else 0.0)]
+    for group in grouped(rows):
+        r = [earned(row, *scores) for row in group]
+        away = np.array(r) - np.mean(r)
+        want = away / (np.std(r, ddof=1) + 1e-4) if scale else away
+        for row, a in zip(group, want, strict=True):
+            np.testing.assert_allclose(row["advantages"], a * row["weights"], atol=2e-5)
+    totals = [earned(row, *scores) for row in rows]
+    assert seen["reward"] == pytest.approx(np.mean(totals), rel=1e-5)
+    assert seen["reward_std"] == pytest.approx(np.std(totals), rel=1e-5)
+    assert seen["reward/length"] == pytest.approx(np.mean([earned(r, (1, len)) for r in rows]))
+    assert seen["zero_variance_groups"] == 0
+
+
+def test_what_has_no_reward_or_did_not_end_is_not_learned():
+    some = scored("some", lambda words: math.nan if len(words) == 2 else len(words))
+    run = Online("grpo", some, mask_truncated=True, missing_eos_penalty=0.5)
+    batches, (seen, _) = run.updates(2)
+    rows = whole(batches)
+    kinds = set()
+    for group in grouped(rows):
+        known = []
+        for row in group:
+            made = written(row)[1]
+            ended, words = made[-1] in ENDS, [t for t in made if t not in ENDS]
+            kinds.add((ended, len(words) == 2))
+            learned = ended and len(words) != 2
+            assert row["weights"].any() == learned
+            if len(words) != 2:  # a truncated one is compared with, and not learned
+                known.append((len(words) - 0.5 * (not ended), row))
+        r = np.array([value for value, _ in known])
+        for value, row in known:
+            want = (value - r.mean()) / (r.std(ddof=1) + 1e-4) if len(r) > 1 else 0.0
+            a = row["advantages"][row["weights"] > 0]
+            np.testing.assert_allclose(a, want, atol=1e-5)
+    assert kinds == {(True, True), (True, False), (False, False)}
+    assert seen["reward"] == pytest.approx(seen["reward/some"] - 0.5 * seen["truncated"], abs=0.2)
+
+
+def test_groups_of_equal_rewards_are_counted_and_teach_nothing():
+    batches, (seen, _) = Online("grpo", scored("same", lambda _: 1.0)).updates(2)
+    assert seen["zero_variance_groups"] == 1 and seen["reward_group_std"] == 0
+    assert not any(batch.advantages.any() for batch in batches)
+
+
+def test_ppo_estimates_advantages_from_kl_score_and_value():
+    options = dict(group_size=1, iterations=1, kl_target=2.0, discount=0.9, gae_lambda=0.8)
+    run = Online("ppo", FIRST, beta=0.3, **options)
+    batches, (seen, _) = run.updates(2)
+    rows = whole(batches)
+    fields = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    w = fields["weights"]
+    kl = (plain(run.policy, fields)[0] - plain(run.other, fields)[0]) * w
+    score = np.array(
+        [earned(row, (1, lambda words: words[0] / V if words else 0.0)) for row in rows]
+    )
+    values = np.asarray(act(run.policy, SimpleNamespace(**fields))[2]) * w
+    rewards = token_rewards(kl, score, w, 0.3)
+    advantages, returns = gae(rewards, values, w, 0.9, 0.8)
+    np.testing.assert_allclose(fields["old_values"], values, atol=1e-5)
+    np.testing.assert_allclose(fields["returns"], returns, atol=2e-5)
+    np.testing.assert_allclose(fields["advantages"], whiten(advantages, w), atol=1e-4)
+    assert seen["kl"] == pytest.approx(kl.sum(1).mean(), rel=1e-3, abs=1e-5)
+    here = w > 0
+    left = 1 - np.var((returns - values)[here]) / np.var(returns[here])
+    assert seen["explained_variance"] == pytest.approx(left, rel=1e-3)
+    assert seen["beta"] == 0.3
+    toward = np.clip(kl.sum(1).mean() / 2.0 - 1, -0.2, 0.2)
+    assert run.feed.state() == {"beta": pytest.approx(0.3 * (1 + toward * 16 / 10_000))}
+
+
+def test_ppo_refuses_a_completion_without_any_reward():
+    run = Online("ppo", scored("none", lambda _: math.nan), group_size=1)
+    with pytest.raises(ValueError, match="gave no reward at all"):
+        run.updates(1)
+
+
+@pytest.mark.parametrize(
+    ("every", "each", "steps"),
+    [(4, 1, [4, 8, 12]), (4, 4, [4, 8, 12]), (5, 4, [8, 12]), (3, 4, [4, 8, 12]), (0, 4, [])],
+)
+def test_what_is_due_happens_after_whole_rollouts(every, each, steps):
+    assert [s for s in range(1, 13) if due(every, s, each)] == steps
+
+
+# ---- whole runs
+
+JUDGE = """
+def length(prompts, completions, **_):
+    assert all(isinstance(p, str) and isinstance(c, str) for p, c in zip(prompts, completions))
+    return [len(c) / 10 for c in completions]
+
+def right(prompts, completions, answer, **_):
+    return [None if len(a) > 1 else float(a in c) for a, c in zip(answer, completions)]
+
+def es(prompts, completions, **_):
+    return [c.count("e") / 8 for c in completions]
+
+def nothing(prompts, completions, **_):
+    return [None] * len(prompts)
+
+def raises(prompts, completions, answer, **_):
+    return [1 / (int(a) - 7) for a in answer]
+
+def short(prompts, completions, **_):
+    return [1.0]
+
+def words(prompts, completions, **_):
+    return ["good"] * len(prompts)
+
+def infinite(prompts, completions, **_):
+    return [float("inf")] * len(prompts)
+
+calls = 0
+
+def stops(prompts, completions, **_):
+    import os, pathlib, signal
+    global calls
+    calls += 1
+    if calls == 2 and not pathlib.Path("MARK").exists():
+        pathlib.Path("MARK").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return es(prompts, completions)
+"""
+TIMES = {"rollout_seconds", "sampling_seconds", "step_seconds", "tokens_per_second"}
+TIMES |= {"memory_gib", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def asked(project):
+    """The project with prompts and reward functions."""
+    sums = [{"prompt": f"{a} + {b} = ", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    (project / "sums.jsonl").write_text("".join(json.dumps(s) + "\n" for s in sums))
+    (project / "judge.py").write_text(JUDGE.replace("MARK", str(project / "stopped-once")))
+    return project
+
+
+def online(project, verb, out, *more, rewards=("length",)):
+    args = arguments(project, verb, out, "--data.train", str(project / "sums.jsonl"))
+    args[args.index("--micro_batch_size") + 1] = "2"
+    args[args.index("--data.max_length") + 1] = "48"
+    named = [r if "/" in r else f"{project}/judge.py:{r}" for r in rewards]
+    return [*args, "--rl.max_new_tokens", "8", *(("--rl.rewards", *named) if named else ()), *more]
+
+
+def on_base(project, args):
+    """The same over a model's weights."""
+    at = args.index("--model.config")
+    base = ["--model.path", str(project / "grpo" / "final")]
+    return [*args[:at], *base, *args[at + 4 :]]
+
+
+def weights_of(folder):
+    file = next(folder.glob("*model.safetensors"))
+    return {k: v.tobytes() for k, v in load_file(file).items()}
+
+
+def assert_same_run(a, b, steps):
+    """Equal numbers, samples and weights, all bit for bit."""
+    want, got = lines_of(a), lines_of(b)
+    assert sorted(want) == sorted(got) == list(range(1, steps + 1))
+    for step in want:
+        assert want[step].keys() == got[step].keys()
+        for key in want[step].keys() - TIMES:
+            assert want[step][key] == got[step][key], (step, key)
+    assert (a / "samples.jsonl").read_text() == (b / "samples.jsonl").read_text()
+    assert weights_of(a / "final") == weights_of(b / "final")
+
+
+# Learning is to show, so the first two go fast and far.
+GRPO = ("--rl.group_size", "8", "--align.beta", "0.01", "--steps", "20", "--rl.temperature", "0.9")
+GRPO += ("--rl.reward_weights", "1", "0.1", "--optim.learning_rate", "0.02")
+PPO = ("--rl.minibatches", "2", "--rl.iterations", "2", "--rl.kl_target", "3")
+PPO += ("--align.beta", "0.01", "--steps", "48", "--save.every", "20")
+TWO = ("es", "right")
+LORA = ("--peft.method", "lora", "--peft.r", "4", "--rl.critic", "separate", "--rl.iterations", "2")
+LORA += ("--steps", "4", "--save.every", "2")
+
+
+@pytest.fixture(scope="module")
+def straight(asked):
+    """Undisturbed runs: grpo and ppo of all weights; then ppo of LoRA with a critic of its own."""
+    assert main(online(asked, "grpo", "grpo", *GRPO, rewards=TWO)) == 0
+    assert main(online(asked, "ppo", "ppo", *PPO, rewards=["es"])) == 0
+    assert main(on_base(asked, online(asked, "ppo", "lora", *LORA))) == 0
+    return asked
+
+
+def test_grpo_logs_its_rewards_and_what_became_of_them(straight):
+    lines = lines_of(straight / "grpo")
+    first, last = lines[1], lines[20]
+    for key in (
+        *("reward", "reward_std", "reward_group_std", "reward/es", "reward/right"),
+        *("reward_std/es", "reward_std/right", "zero_variance_groups", "kl", "kl_k3"),
+        *("entropy", "sampling_entropy", "clip_fraction", "update_kl", "completion_length"),
+        *("truncated", "sampler_gap", "sampler_gap_max", "rollout_seconds", "sampling_seconds"),
+    ):
+        assert key in first and key in last, key
+    assert "value_loss" not in first and "beta" not in first
+    assert abs(first["kl"]) < 1e-4 < last["kl_k3"]
+    assert all(line["sampler_gap_max"] < 1e-4 for line in lines.values())
+    assert all(abs(line["update_kl"]) < 1e-5 for line in lines.values())
+    assert all(line["clip_fraction"] == 0 for line in lines.values())
+    samples = [
+        json.loads(x) for x in (straight / "grpo" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert [s["step"] for s in samples] == [step for step in lines for _ in range(4)]
+    for s in samples:
+        assert s["rewards"]["es"] == s["text"].count("e") / 8
+        known = [s["rewards"]["es"], 0.1 * (s["rewards"]["right"] or 0)]
+        assert s["reward"] == pytest.approx(sum(known), abs=1e-6)
+        a, b = int(s["prompt"][0]), int(s["prompt"][4])
+        assert (s["rewards"]["right"] is None) == (a + b > 9)
+    assert any(s["rewards"]["right"] is None for s in samples)
+
+
+def test_ppo_logs_its_value_too(straight):
+    lines = lines_of(straight / "ppo")
+    rolls = list(range(1, 48, 4))
+    assert [step for step in lines if "reward" in lines[step]] == rolls
+    for key in ("policy_loss", "value_loss", "value_clip_fraction", "clip_fraction", "entropy"):
+        assert all(key in line for line in lines.values()), key
+    for step in rolls:
+        for key in ("explained_variance", "value_mean", "beta", "kl", "completion_length"):
+            assert key in lines[step], key
+        assert lines[step]["sampler_gap_max"] < 1e-4
+        assert abs(lines[step]["update_kl"]) < 1e-5 and lines[step]["clip_fraction"] == 0
+    assert lines[1]["value_mean"] == 0 and lines[5]["value_mean"] != 0
+    assert lines[1]["value_clip_fraction"] == 0 == lines[1]["explained_variance"]
+    assert any(line["clip_fraction"] > 0 for line in lines.values())
+    betas = [lines[step]["beta"] for step in rolls]
+    assert betas[0] == 0.01 and betas[1] == pytest.approx(0.01 * (1 - 0.2 * 32 / 10_000))
+    assert betas[2] != betas[1]
+
+
+def test_grpo_goes_on_bit_for_bit_after_sigkill(straight):
+    run = straight / "grpo-killed"
+    args = online(straight, "grpo", run.name, *GRPO, rewards=TWO)
+    killed([sys.executable, "-m", "jaxllm", *args], run)
+    assert max(lines_of(run), default=0) < 20
+    assert main(args) == 0
+    assert_same_run(straight / "grpo", run, 20)
+
+
+def test_a_signal_within_a_rollout_stops_after_it_and_ppo_goes_on_bit_for_bit(straight):
+    args = online(straight, "ppo", "ppo-stopped", *PPO, rewards=["stops"])
+    run = straight / "ppo-stopped"
+    assert main(args) == 75
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == ["8"]
+    assert main(args) == 0
+    for file in (run / "metrics.jsonl", run / "samples.jsonl"):
+        file.write_text(file.read_text().replace("stops", "es"))
+    assert_same_run(straight / "ppo", run, 48)
+
+
+def test_ppo_of_lora_with_a_critic_of_its_own_goes_on_bit_for_bit(straight):
+    run = straight / "lora-again"
+    shutil.copytree(straight / "lora", run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    shutil.rmtree(run / "final")
+    args = on_base(straight, online(straight, "ppo", run.name, *LORA))
+    assert main(args) == 0
+    assert_same_run(straight / "lora", run, 4)
+
+
+@pytest.mark.parametrize("run", ["ppo", "lora"])
+def test_a_policy_is_exported_without_its_value(straight, run):
+    out = straight / f"{run}-exported"
+    assert main(["export", str(straight / run), str(out)]) == 0
+    assert weights_of(out) == weights_of(straight / run / "final")
+    names = weights_of(out).keys()
+    if run == "ppo":
+        assert names == weights_of(straight / "grpo" / "final").keys()
+    else:
+        assert all(".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("verb", ["grpo", "ppo"])
+def test_what_is_rewarded_becomes_frequent(straight, verb):
+    lines = lines_of(straight / verb).values()
+    rewards = [line["reward/es"] for line in lines if "reward/es" in line]
+    assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
+
+
+@pytest.fixture(scope="module")
+def judge(straight):
+    """The directory of a reward model."""
+    few = [json.loads(x) for x in (straight / "few.jsonl").read_text().splitlines()]
+    said = [[m["content"][:12] for m in chat["messages"]] for chat in few]
+    pairs = [{"prompt": q, "chosen": a, "rejected": a[::-1]} for q, a in said]
+    (straight / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    args = arguments(straight, "reward", "judge", "--data.train", str(straight / "pairs.jsonl"))
+    assert main([*args, "--steps", "2"]) == 0
+    return str(straight / "judge" / "final")
+
+
+def test_a_reward_model_and_a_function_judge_together(straight, judge, capsys):
+    run = online(straight, "grpo", "judged", "--steps", "1", rewards=["length", judge])
+    assert main([*run, "--rl.group_size", "4"]) == 0
+    line = lines_of(straight / "judged")[1]
+    assert line["reward"] == pytest.approx(line["reward/length"] + line["reward/final"], abs=1e-5)
+    model = RewardModel.load(judge, make_mesh(MeshSection()))
+    for s in map(json.loads, (straight / "judged" / "samples.jsonl").read_text().splitlines()):
+        said = [{"role": "user", "content": s["prompt"]}]
+        said += [{"role": "assistant", "content": s["text"]}]
+        assert s["rewards"]["final"] == pytest.approx(float(model.score([said])[0]), abs=1e-5)
+    refused(
+        capsys,
+        online(straight, "grpo", "wrong", rewards=[str(straight / "grpo" / "final")]),
+        "no reward model",
+    )
+
+
+def test_a_score_does_not_depend_on_batch_mates_or_padding(judge):
+    one = make_mesh(MeshSection(), jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(5, 400, n) for n in (3, 64, 1, 40, 9, 63, 22, 5, 17)]
+    model = RewardModel.load(judge, one)
+    alone = np.concatenate([model.score_tokens([text]) for text in texts])
+    assert np.ptp(alone) > 1e-3
+    np.testing.assert_allclose(model.score_tokens(texts), alone, atol=1e-5)
+    np.testing.assert_allclose(model.score_tokens(texts[::-1]), alone[::-1], atol=1e-5)
+    many = RewardModel.load(judge, make_mesh(MeshSection()))
+    np.testing.assert_allclose(many.score_tokens(texts), alone, atol=1e-5)
+    whole = nnx.merge(model.graph, model.params)(jnp.asarray(texts[3])[None])
+    assert float(whole[0, 0]) == pytest.approx(float(alone[3]), abs=1e-5)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("verb", "reward", "words"),
+    [
+        ("grpo", "raises", ["judge.py:raises", "sums.jsonl:", "ZeroDivisionError"]),
+        ("grpo", "short", ["judge.py:short", "returned 1 rewards for 16", "sums.jsonl:"]),
+        ("grpo", "words", ["judge.py:words", "'good'", "sums.jsonl:"]),
+        ("grpo", "infinite", ["judge.py:infinite", "inf", "sums.jsonl:"]),
+        ("ppo", "nothing", ["no reward"]),
+        ("grpo", "missing", ["judge.py:missing", "missing"]),
+        ("grpo", "/nowhere/judge.py:length", ["/nowhere/judge.py"]),
+        ("grpo", "./nowhere.judge:length", ["nowhere"]),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_the_row(asked, capsys, verb, reward, words):
+    args = online(asked, verb, "wrong", "--overwrite", rewards=[reward])
+    line = refused(capsys, args, *words)
+    if reward == "raises":
+        number = int(line.split("sums.jsonl:")[1].split(":")[0])
+        record = (asked / "sums.jsonl").read_text().splitlines()[number - 1]
+        assert json.loads(record)["answer"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "words"),
+    [
+        ("grpo", ["--rl.group_size", "1"], ["rl.group_size is 1", "2 or more"]),
+        ("grpo", ["--rl.group_size", "5"], ["batch_size 16", "rl.group_size 5"]),
+        ("ppo", ["--data.eval", "sums.jsonl"], ["data.eval", "ppo"]),
+        ("ppo", ["--rl.reward_weights", "1", "2"], ["rl.reward_weights", "2 weights for 1"]),
+        ("grpo", ["--data.max_length", "5"], ["sums.jsonl", "all 64 examples", "too long"]),
+        ("grpo", ["--rl.max_new_tokens", "17"], ["48", "17", "64 positions"]),
+        ("ppo", ["--rl.temperature", "0"], ["rl.temperature"]),
+        ("grpo", ["--rl.gae_lambda", "0.5"], ["rl.gae_lambda", "grpo"]),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(asked, capsys, verb, more, words):
+    refused(capsys, online(asked, verb, "mistaken", *more), *words)
+    assert not (asked / "mistaken" / "checkpoints").exists()
+
+
+def test_a_run_without_a_reward_is_refused(asked, capsys):
+    refused(capsys, online(asked, "ppo", "mistaken", rewards=[]), "no reward", "rl.rewards")

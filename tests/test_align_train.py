@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward models, DPO and KTO in the loop: the same numbers however they are computed, and resumed;
+what a policy is compared with."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from runs import arguments, killed, lines_of, refused
+from steps import decoder, judged_rows, pair_rows, trajectory, unpacked_slots
+
+from jaxllm.cli import main
+from jaxllm.config import AlignSection, MeshSection, PeftSection, TrainConfig
+from jaxllm.mesh import make_mesh
+from jaxllm.objectives.table import OBJECTIVES
+from jaxllm.peft.lora import LoraParam
+from jaxllm.reference import beside
+
+# ---- the step
+
+ALIGN = {
+    "reward": AlignSection(centering=0.1),
+    "dpo": AlignSection(beta=0.1, loss=("sigmoid", "bco"), loss_weights=(1.0, 0.5)),
+    "kto": AlignSection(beta=0.3, desirable_weight=1.3),
+}
+
+
+def steps_of(name, rows=None, **form):
+    objective = OBJECTIVES[name](TrainConfig(objective=name, align=ALIGN[name]))
+    rows = rows_of(name) if rows is None else rows
+    found = trajectory(rows, objective=objective, scores=name == "reward", **form)
+    return np.stack(found[:2])
+
+
+def rows_of(name):
+    """KTO's mean is above 0, where it counts, and of each row another."""
+    if name != "kto":
+        return pair_rows(16, margin=True)
+    known = np.random.default_rng(1).uniform(-25, -5, (16, 2)).astype(np.float32)
+    rows = judged_rows(16)
+    return rows | {"unpaired_logps": known * (rows["unpaired_segment"] > 0)}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: steps_of(name) for name in ALIGN}
+
+
+FORMS = {
+    "accumulated, recomputed": dict(count=4, remat="full"),
+    "on eight devices": dict(devices=8, mesh=MeshSection(fsdp=8)),
+}
+
+
+@pytest.mark.parametrize("name", ALIGN)
+@pytest.mark.parametrize("form", ["unpacked", *FORMS])
+def test_trajectory_does_not_depend_on_how_an_update_is_computed(plain, name, form):
+    rows = unpacked_slots(rows_of(name)) if form == "unpacked" else None
+    got = steps_of(name, rows, **FORMS.get(form, {}))
+    assert len(rows_of(name)["tokens"]) != 24 == len(unpacked_slots(rows_of(name))["tokens"])
+    assert plain[name][0][-1] < plain[name][0][0]
+    np.testing.assert_allclose(got, plain[name], rtol=2e-5)
+
+
+# ---- what a policy is compared with
+
+LORA = PeftSection(method="lora", r=4, target_modules=("all-linear",))
+SECTIONS = {
+    "all weights": (PeftSection(), True),
+    "lora": (LORA, False),
+    "lora and the head": (PeftSection(method="lora", r=4, modules_to_save=("lm_head",)), True),
+    "lora that was trained before": (PeftSection(method="lora", r=4, path="somewhere"), True),
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_reference_is_the_start_and_copied_only_where_that_is_trained(name):
+    section, copied = SECTIONS[name]
+    if section.path:
+        model = decoder(PeftSection(method="lora", r=4))
+        for _, variable in nnx.iter_graph(model):
+            if isinstance(variable, LoraParam):
+                variable.set_value(variable.get_value() + 0.1)
+    else:
+        model = decoder(section)
+    tokens = np.arange(12)[None]
+    before = np.asarray(model(tokens))
+    graph, trained, rest = nnx.split(model, model.peft.trains, ...)
+    params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+    layout = jax.tree.map(lambda x: x.sharding, params)
+    models, held = beside(TrainConfig(peft=section), model, graph, params, frozen, layout)
+    assert held["weights"] is frozen  # the frozen weights are there once
+    assert bool(held["reference"]) == copied
+    moved = jax.tree.map(lambda x: x + 0.1, params)
+    jax.tree.map(lambda x: x.delete(), params)  # as a step that takes them over does
+    policy, reference = models(moved, held)
+    np.testing.assert_allclose(reference(tokens), before, atol=1e-6)
+    assert float(jnp.abs(policy(tokens) - before).max()) > 0.1
+    assert (reference.peft.frozen, policy.peft.frozen) == (
+        copied and model.peft.frozen,
+        model.peft.frozen,
+    )
+
+
+# ---- whole runs
+
+TUNED = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "all-linear")
+KEYS = ("loss", "grad_norm", "tokens", "reward_chosen", "reward_mean", "accuracy", "kl")
+
+
+@pytest.fixture(scope="module")
+def base(project):
+    """The project with a model, pairs and judged answers."""
+    with one_device():
+        assert main(arguments(project, "pretrain", "base", "--save.every", "0")) == 0
+    chats = [json.loads(x) for x in (project / "chats.jsonl").read_text().splitlines()]
+    said = [[m["content"][:40] for m in c["messages"]] for c in chats]
+    pairs = [
+        {"prompt": q, "chosen": f"yes {a}", "rejected": f"no {other}"}
+        for (q, a), (_, other) in zip(said, said[1:] + said[:1], strict=True)
+    ]
+    judged = [
+        {"prompt": p["prompt"], "completion": p["chosen" if i % 2 else "rejected"], "label": i % 2}
+        for i, p in enumerate(pairs)
+    ]
+    for name, records in (("pairs", pairs), ("judged", judged)):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return project
+
+
+class one_device(pytest.MonkeyPatch):
+    """Runs inside are on one device, which compiles sooner."""
+
+    def __enter__(self):
+        module = importlib.import_module("jaxllm.train")
+        self.setattr(module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+
+    def __exit__(self, *_):
+        self.undo()
+
+
+def aligning(project, verb, out, *more):
+    data = project / ("judged.jsonl" if verb == "kto" else "pairs.jsonl")
+    args = arguments(project, verb, out, "--data.train", str(data), *more)
+    at = args.index("--model.config")
+    args[at : at + 4] = ["--model.path", str(project / "base" / "final")]
+    return args
+
+
+def equal_runs(want, got, keys=KEYS, **tolerance):
+    assert sorted(got) == sorted(want)
+    for step in want:
+        for key in set(keys) & want[step].keys():
+            np.testing.assert_allclose(got[step][key], want[step][key], **tolerance)
+
+
+@pytest.fixture(scope="module")
+def runs(base):
+    """Undisturbed runs of 12 steps; `kto` on all devices, the others on one."""
+    rows = ("--micro_batch_size", "8")
+    options = {"reward": ("--align.centering", "0.01"), "dpo": TUNED}
+    with one_device():
+        for verb, more in options.items():
+            assert main(aligning(base, verb, verb, *rows, *more)) == 0
+    assert main(aligning(base, "kto", "kto")) == 0
+    return {"reward": (*rows, *options["reward"]), "dpo": (*rows, *TUNED), "kto": ()}
+
+
+@pytest.mark.parametrize("verb", ["reward", "dpo"])
+def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_been(base, runs, verb):
+    run = base / verb
+    want = lines_of(run)
+    assert want[12]["loss"] < want[1]["loss"]
+    for place in ("checkpoints/8", "checkpoints/12", "final"):  # as a machine that stopped has it
+        shutil.rmtree(run / place)
+    with one_device():
+        assert main(aligning(base, verb, verb, *runs[verb])) == 0
+    equal_runs(want, lines_of(run), rtol=0)
+
+
+def test_kto_after_sigkill_equals_the_undisturbed_run(base, runs):
+    args = aligning(base, "kto", "killed")
+    killed([sys.executable, "-m", "jaxllm", *args], base / "killed")
+    assert max(lines_of(base / "killed"), default=0) < 12
+    assert main(args) == 0
+    want = lines_of(base / "kto")
+    assert want[1]["loss"] == pytest.approx(0.5, abs=1e-4) and want[12]["loss"] < 0.499
+    equal_runs(want, lines_of(base / "killed"), rtol=0)
+
+
+def test_a_reference_that_was_computed_before_is_the_live_one(base, runs):
+    """KTO's live one is on eight devices and AdamW magnifies rounding: a few steps are compared."""
+    for verb, more in {"dpo": runs["dpo"], "kto": ("--micro_batch_size", "8")}.items():
+        out, more = f"{verb}-precomputed", (*more, "--align.reference", "precomputed")
+        with one_device():
+            assert main(aligning(base, verb, out, *more, "--steps", "3")) == 0
+        want = {step: line for step, line in lines_of(base / verb).items() if step <= 3}
+        equal_runs(want, lines_of(base / out), rtol=1e-3, atol=1e-4)
+    assert len(list((base / "cache").glob("reference-*.npz"))) == 2
+
+
+def test_an_adapter_to_start_from_is_what_the_run_is_compared_with(base, runs):
+    """Compared with the model beneath it, the loss would not begin at ln 2."""
+    first, last = lines_of(base / "dpo")[1]["loss"], lines_of(base / "dpo")[12]["loss"]
+    assert first == pytest.approx(np.log(2), abs=1e-6) and last < np.log(2) - 0.01
+    path = ("--peft.method", "lora", "--peft.path", str(base / "dpo" / "final"))
+    more = ("--micro_batch_size", "8", "--steps", "2", *path)
+    with one_device():
+        assert main(aligning(base, "dpo", "again", *more)) == 0
+    again = lines_of(base / "again")
+    assert again[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert again[2]["loss"] < again[1]["loss"]
+    config = json.loads((base / "again" / "final" / "adapter_config.json").read_text())
+    assert config["r"] == 4
+
+
+def test_a_reward_model_is_written_whole(base, runs):
+    config = json.loads((base / "reward" / "final" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert config["pad_token_id"] is not None
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "words"),
+    [
+        (
+            "dpo",
+            ["--align.loss", "sigmoid", "sft", "--align.loss_weights", "1"],
+            ["1 weights for 2"],
+        ),
+        ("dpo", ["--align.loss", "sigmoyd"], ["sigmoyd", "sigmoid"]),
+        ("dpo", ["--align.label_smoothing", "0.5"], ["align.label_smoothing"]),
+        ("dpo", ["--align.centering", "1"], ["align.centering", "dpo"]),
+        ("kto", ["--align.loss", "ipo"], ["align.loss", "kto"]),
+        ("reward", ["--align.beta", "0.2"], ["align.beta", "reward"]),
+        ("orpo", ["--align.reference", "precomputed"], ["align.reference", "orpo"]),
+        ("simpo", ["--align.length_normalized", "true"], ["align.length_normalized", "simpo"]),
+        ("sft", ["--align.beta", "0.2"], ["align.beta", "sft"]),
+        ("reward", ["--log.samples", "hi"], ["log.samples", "reward"]),
+        ("dpo", ["--rl.group_size", "4"], ["rl.group_size", "dpo"]),
+    ],
+)
+def test_a_users_mistake_is_one_line(base, capsys, verb, more, words):
+    refused(capsys, aligning(base, verb, "wrong", *more), *words)
+    assert not (base / "wrong" / "checkpoints").exists()
+
+
+def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, capsys):
+    args = aligning(base, "kto", "wrong")
+    args[args.index("--data.train") + 1] = str(base / "pairs.jsonl")
+    refused(capsys, args, "pairs.jsonl:1: label is None")
+    args = aligning(base, "dpo", "wrong")
+    args[args.index("--data.train") + 1] = str(base / "judged.jsonl")
+    refused(capsys, args, "judged.jsonl:1: chosen is missing")
+    args = aligning(base, "dpo", "wrong")
+    args[args.index("--model.path") + 1] = str(base / "reward" / "final")
+    refused(capsys, args, "is a reward model; dpo trains one that writes")
