@@ -34,7 +34,6 @@ SMALL = (
     ("jaxllm sft", "--steps", STEPS),
     ("jaxllm reward", "--steps", STEPS),
     ("jaxllm dpo", "--steps", STEPS),
-    ("jaxllm simpo", "--steps", STEPS),
     ("jaxllm compare", "--batch_size", "--batch_size 4"),
 )
 
