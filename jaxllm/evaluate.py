@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import Rows, eval_batches, load_data
+from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
 from jaxllm.data.sources import locate, read, records
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
@@ -137,6 +138,7 @@ def evaluate_rewards(
     if not paired:
         cfg = replace(cfg, data=replace(cfg.data, train_on_prompt=True))
     data = load_data(cfg, tokenizer)
+    print(*summarize(data.manifest), sep="\n", file=sys.stderr)
     graph, params = nnx.split(model)
 
     @jax.jit
@@ -210,6 +212,8 @@ def evaluate_files(
     if loaded.cfg.scores:
         sizes = {"max_length": room, "batch_size": batch_size}
         return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, template=template, **sizes)
+    if template and objective == "pretrain":
+        raise ValueError("--template goes with --chat")
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),

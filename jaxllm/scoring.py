@@ -45,7 +45,7 @@ class RewardModel:
         """
         from jaxllm.hf import load_hf
 
-        model = load_hf(path, mesh=mesh, compute_dtype=dtype)
+        model = load_hf(path, dtype, mesh=mesh)
         if not model.cfg.scores:
             raise ValueError(f"{path} is no reward model; it is a model that writes")
         tokenizer = chat_tokenizer(tokenizer_of(path))

@@ -133,6 +133,8 @@ def pair_of(record: dict, columns: Mapping[str, str], user_template: str | None,
         found["messages"], chosen, rejected = chosen[:count], chosen[count:], rejected[count:]
         asked = found["messages"]
     prompt = _conversation(asked, found, None, at)
+    while len(prompt) > 1 and prompt[-1]["role"] == "assistant":
+        prompt.pop()  # some sets keep the whole chosen conversation beside the pair
     chosen, rejected = (
         side[len(prompt) :] if side[: len(prompt)] == prompt else side
         for side in (chosen, rejected)
@@ -202,12 +204,12 @@ def _present(record: dict, columns: Mapping[str, str], at: str) -> dict[str, Any
 
 def _asked(found: dict[str, Any], at: str) -> list | None:
     """The turns before the answer; None where no column has them."""
-    for name in ("messages", "conversations"):
-        if name in found:
-            return _parsed(found[name], name, at)
     for name in ("prompt", "question"):
         if name in found:
             return list(_said("user", found[name]))
+    for name in ("messages", "conversations"):
+        if name in found:
+            return _parsed(found[name], name, at)
     return _instruction(found, at) if "instruction" in found else None
 
 

@@ -138,7 +138,8 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
 
     def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
         own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
-        return part.shuffle(seed=int(own_seed)).repeat()
+        # Grain cannot slice an endless run in batches of 1; this one is as good as endless.
+        return part.shuffle(seed=int(own_seed)).repeat(2**60 // len(part))
 
     sources: list[Any] = list(rows.parts)  # grain's type for them is narrower than its use
     parts = [grain.MapDataset.source(part) for part in sources]
