@@ -195,7 +195,7 @@ def test_kto_after_sigkill_equals_the_undisturbed_run(base, runs):
 
 
 def test_a_reference_that_was_computed_before_is_the_live_one(base, runs):
-    """KTO's live one is on eight devices and AdamW magnifies rounding: a few steps are compared."""
+    """KTO's live one is on eight devices, and AdamW magnifies rounding: few steps are compared."""
     for verb, more in {"dpo": runs["dpo"], "kto": ("--micro_batch_size", "8")}.items():
         out, more = f"{verb}-precomputed", (*more, "--align.reference", "precomputed")
         with one_device():
