@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm import rollout
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
@@ -232,7 +233,7 @@ def test_the_cache_is_divided_over_the_mesh(model):
     with jax.set_mesh(mesh):
         rows = jnp.ones((4, 64), jnp.int32)
         *_, cache = prefill(graph, (state, {}), rows, rows, jax.random.key(0), 128, Sampling(1))
-    assert cache.k.sharding.shard_shape(cache.k.shape) == (4, 1, 128, 1, 8)
+    assert cache.k.sharding.shard_shape(cache.k.shape) == (4, 1, 1, 128, 8)
     assert cache.segments.sharding.shard_shape(cache.segments.shape) == (1, 128)
 
 
@@ -242,6 +243,35 @@ def test_lora_branches_count_as_if_they_were_folded_in(model):
     assert (out.tokens == folded.tokens).all()
     assert (out.tokens != complete(model).tokens).any()
     np.testing.assert_allclose(out.logps, folded.logps, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "adapter", "prefix", "prompt"])
+def test_layers_apart_are_the_same_model(method, monkeypatch):
+    section = PeftSection(method=method, target_modules=("all-linear",), num_virtual_tokens=5)
+    model = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=plan_of(CFG, section))
+    model.peft.begin(model)
+    whole = complete(model)
+
+    def ready(model, graph, weights):
+        graph, state = rollout._apart(graph, weights)
+        assert graph != nnx.graphdef(model)
+        return graph, (state, {})
+
+    monkeypatch.setattr(rollout, "ready", ready)
+    out = complete(model)
+    assert (out.tokens == whole.tokens).all()
+    np.testing.assert_allclose(out.logps, whole.logps, atol=1e-4)
+
+
+def test_in_bfloat16_the_cache_and_layers_apart_change_no_choice(model):
+    small = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype="bfloat16")
+    out = complete(small, sampling=Sampling(max_new_tokens=12))
+    for row, prompt in enumerate(PROMPTS):
+        logits = small(jnp.array([[*prompt, *out.tokens[row].tolist()]]))[0, len(prompt) - 1 : -1]
+        chosen = logits[jnp.arange(12), out.tokens[row]]
+        assert (logits.max(-1) - chosen).max() < 0.05 * jnp.abs(logits).max()
+        logps = jax.nn.log_softmax(logits)[jnp.arange(12), out.tokens[row]]
+        np.testing.assert_allclose(out.logps[row], logps, atol=0.3)
 
 
 def test_decoding_ends_with_the_last_row(model):
