@@ -176,7 +176,9 @@ def attention(a) -> dict:
 
     def both(q, k, v, g):
         def run(q, k, v):
-            out = module.attention(q, k, v, ids, ids, places, scale=K**-0.5)
+            out = module.attention(
+                q, k.swapaxes(1, 2), v.swapaxes(1, 2), ids, ids, places, scale=K**-0.5
+            )
             return jnp.where(real, out, 0)
 
         out, back = jax.vjp(run, q, k, v)

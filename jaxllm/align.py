@@ -109,7 +109,10 @@ class Rollouts:
     ) -> None:
         """What completions are made and judged with; models and frozen as in `make_step`, `sample`
         writes a line of samples.jsonl."""
-        self.models, self.frozen, self.rewards = models, frozen, rewards
+        self.models, self.frozen = models, frozen
+        short = [r.name for r in rewards]
+        names = short if len(set(short)) == len(short) else self.cfg.rl.rewards
+        self.rewards = dict(zip(names, rewards, strict=True))
         self.tokenizer, self.sample = tokenizer, sample
         rl = self.cfg.rl
         self.sampling = Sampling(
@@ -170,8 +173,11 @@ class Rollouts:
         ]
         sampled = time.perf_counter()
         each = [Completion(p, text) for p, text in zip(asked, texts, strict=True)]
-        scores = {r.name: r.score(each) for r in self.rewards}
+        scores = {name: r.score(each) for name, r in self.rewards.items()}
         total = self._total(scores) - rl.missing_eos_penalty * made.truncated
+        if self.cfg.objective == "ppo" and np.isnan(total).any():
+            at = asked[int(np.isnan(total).argmax())]["at"]
+            raise ValueError(f"rl.rewards gave no reward at all at {at}; ppo needs one each")
         rows = self._rows(tokens, made)
         judged = self._judged(trainable, rows)
         learned, seen = self._learn(rows, judged, total, made)
@@ -238,10 +244,7 @@ class Rollouts:
             known = [g[~np.isnan(g)] for g in groups]
             flat = sum(len(g) < 2 or np.ptp(g) == 0 for g in known)
             return out, {"zero_variance_groups": (float(flat), float(len(groups)))}
-        if np.isnan(total).any():
-            raise ValueError(
-                "rl.rewards gave no reward at all for a completion; ppo needs one each"
-            )
+        assert not np.isnan(total).any()
         kl = kl_terms(judged["logps"], judged["reference"], rl.kl or "k1")
         rewards = token_rewards(np.asarray(kl), total, weights, self.controller.beta)
         values = judged["values"]

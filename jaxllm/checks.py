@@ -97,6 +97,8 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
     size = resolve_align(cfg).rl.group_size
     if not rl.rewards:
         yield "no reward: give rl.rewards (a reward model's directory, or module:function)"
+    if len(set(rl.rewards)) < len(rl.rewards):
+        yield "rl.rewards names a reward twice; give it a weight instead"
     if rl.reward_weights and len(rl.reward_weights) != len(rl.rewards):
         count = len(rl.reward_weights)
         yield f"rl.reward_weights has {count} weights for {len(rl.rewards)} rewards; give one each"

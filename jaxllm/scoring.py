@@ -175,7 +175,8 @@ def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> 
     """What a function of the user's gives; ValueError names it and the row it fails at."""
 
     def run(some: Sequence[Completion]) -> Any:
-        names = dict.fromkeys(k for c in some for k in c.prompt["columns"])
+        taken = ("prompts", "completions")  # a column of that name is not passed on
+        names = dict.fromkeys(k for c in some for k in c.prompt["columns"] if k not in taken)
         columns = {k: [c.prompt["columns"].get(k) for c in some] for k in names}
         return call([c.prompt["said"] for c in some], [c.said for c in some], **columns)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxllm import rollout
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
@@ -259,3 +260,22 @@ def test_lora_branches_complete_as_the_merged_model_does(model):
     made = completed(tuned, RAGGED, WARM, key=key)
     assert_same(made, completed(merged(tuned), RAGGED, WARM, key=key), 1e-3)
     assert (made.tokens != completed(model, RAGGED, WARM, key=key).tokens).any()
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "adapter", "prefix", "prompt"])
+def test_layers_apart_are_the_same_model(method, monkeypatch):
+    section = PeftSection(method=method, target_modules=("all-linear",), num_virtual_tokens=5)
+    model = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=plan_of(CFG, section))
+    model.peft.begin(model)
+    whole = completed(model, RAGGED, WARM)
+    monkeypatch.setattr(rollout, "ready", rollout._apart)
+    assert_same(whole, completed(model, RAGGED, WARM), atol=1e-4)
+
+
+def test_in_bfloat16_the_cache_and_layers_apart_change_no_choice():
+    small = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype="bfloat16")
+    out = completed(small, PROMPTS, Sampling(max_new_tokens=12))
+    for row, prompt in enumerate(PROMPTS):
+        logits = small(jnp.array([[*prompt, *out.tokens[row].tolist()]]))[0, len(prompt) - 1 : -1]
+        chosen = logits[jnp.arange(12), out.tokens[row]]
+        assert (logits.max(-1) - chosen).max() < 0.05 * jnp.abs(logits).max()

@@ -50,8 +50,8 @@ def visible(
 
 def attention(
     q_BTHK: jax.Array,
-    k_BSNK: jax.Array,
-    v_BSNK: jax.Array,
+    k_BNSK: jax.Array,
+    v_BNSK: jax.Array,
     q_segments: jax.Array,
     k_segments: jax.Array,
     q_positions: jax.Array,
@@ -63,13 +63,16 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q·k) v -> [B, T, H, K] in q's dtype; scores and softmax in float32.
 
+    Keys and values come in the products' own order, which a cache keeps; where it is wider than q,
+    the products are of its dtype.
+
     Segments are int32 [B, T] and [B, S], positions int32 [B, T]. The backward pass recomputes the
     scores from the log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
     """
-    whole = isinstance(offset, int) and offset == 0 and q_BTHK.shape[1] == k_BSNK.shape[1]
+    whole = isinstance(offset, int) and offset == 0 and q_BTHK.shape[1] == k_BNSK.shape[2]
     plain = partial(
         _plain,
-        *(q_BTHK, k_BSNK, v_BSNK, q_segments, k_segments, q_positions),
+        *(q_BTHK, k_BNSK, v_BNSK, q_segments, k_segments, q_positions),
         offset=offset,
         window=window,
         softcap=softcap,
@@ -82,7 +85,7 @@ def attention(
         return plain()
     out = kernels.attend(
         kernel,
-        *(q_BTHK, k_BSNK, v_BSNK, q_segments),
+        *(q_BTHK, k_BNSK.swapaxes(1, 2), v_BNSK.swapaxes(1, 2), q_segments),
         scale=scale,
         window=window,
         softcap=softcap,
@@ -92,17 +95,17 @@ def attention(
 
 
 def _plain(
-    q_BTHK, k_BSNK, v_BSNK, q_segments, k_segments, q_positions, *, offset, window, softcap, scale
+    q_BTHK, k_BNSK, v_BNSK, q_segments, k_segments, q_positions, *, offset, window, softcap, scale
 ) -> jax.Array:
     """`attention` in XLA's own operations."""
     B, T, H, K = q_BTHK.shape
-    N = k_BSNK.shape[2]
+    N = k_BNSK.shape[1]
     q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k_BSNK.transpose(0, 2, 1, 3), v_BSNK.transpose(0, 2, 1, 3)
+    q = q.transpose(0, 2, 3, 1, 4).astype(k_BNSK.dtype)
     at = (q_segments, k_segments, q_positions, jnp.asarray(offset))
     lead = offset if isinstance(offset, int) else None
-    out: Any = _attend(q, k, v, at, window, softcap, lead)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    out: Any = _attend(q, k_BNSK, v_BNSK, at, window, softcap, lead)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(q_BTHK.dtype)
 
 
 def _blocks(

@@ -21,14 +21,14 @@ from jaxllm.model.config import ModelConfig
 class Cache:
     """All rows write the same slots; a row whose text is shorter marks its slots as padding."""
 
-    k: Any  # [L, B, S, N, K]
-    v: Any  # [L, B, S, N, K]
+    k: Any  # [L, B, N, S, K], or of each layer [B, N, S, K] where the model's layers are `apart`
+    v: Any  # as k
     segments: Any  # int32 [B, S]; 0 = empty or padding
     length: Any  # int32 scalar: slots written so far
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-        shape = (cfg.num_layers, rows, slots, cfg.num_kv_heads, cfg.head_dim)
+        shape = (cfg.num_layers, rows, cfg.num_kv_heads, slots, cfg.head_dim)
         return Cache(
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),
@@ -38,6 +38,10 @@ class Cache:
 
     def laid(self) -> Cache:
         """Rows divided among the mesh's data axes, heads along tensor; nothing on one device."""
-        axes = ("layers", "batch", None, "kv_heads", None)
-        k, v = (constrain(x, *axes) for x in (self.k, self.v))
+
+        def lay(x: jax.Array) -> jax.Array:
+            axes = ("layers", "batch", "kv_heads", None, None)
+            return constrain(x, *axes[-x.ndim :])
+
+        k, v = jax.tree.map(lay, (self.k, self.v))
         return Cache(k, v, constrain(self.segments, "batch", None), self.length)

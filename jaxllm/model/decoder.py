@@ -75,7 +75,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def __call__(self, x: jax.Array, at: Any, kind: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, at: Any, kind: Any, kv: Any) -> tuple[jax.Array, Any]:
         """x [B, T, D]; `at` tells where the tokens stand; kv is the layer's cache, or with `prefix`
         in `at` what stands before each text, [1, P, N, K]."""
         cfg = self.cfg
@@ -89,10 +89,14 @@ class Attention(nnx.Module):
                     jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[1:])), y], 1)
                     for p, y in zip(kv, (k, v), strict=True)
                 )
-            elif kv is not None:
-                start = (0, at["offset"], 0, 0)
-                k = lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), start)
-                v = lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), start)
+            if kv is None or at["prefix"]:
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            else:
+                start = (0, 0, at["offset"], 0)
+                k, v = (
+                    lax.dynamic_update_slice(into, y.swapaxes(1, 2).astype(into.dtype), start)
+                    for into, y in zip(kv, (k, v), strict=True)
+                )
             out = attention(
                 q,
                 k,
@@ -108,8 +112,8 @@ class Attention(nnx.Module):
             return out, None if kv is None or at["prefix"] else (k, v)
 
         forms = [partial(mix, layer) for layer in cfg.kinds]
-        if len(forms) == 1:
-            out, kv = forms[0](q, k, v, kv)
+        if isinstance(kind, int) or len(forms) == 1:
+            out, kv = forms[kind if isinstance(kind, int) else 0](q, k, v, kv)
         else:
             out, kv = lax.switch(kind, forms, q, k, v, kv)
         return self.o(out.reshape(*out.shape[:2], -1), at), kv
@@ -131,7 +135,7 @@ class Block(nnx.Module):
         self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
         self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, at: Any, kind: jax.Array, kv: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, at: Any, kind: Any, kv: Any) -> tuple[jax.Array, Any]:
         h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), at, kind, kv)
         h = h if self.attn_post_norm is None else self.attn_post_norm(h)
         x = x + (h if self.attn_adapter is None else self.attn_adapter(h))
@@ -176,7 +180,7 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll = remat, scan_unroll
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.layers = stack(rngs)
+        self.layers: Any = stack(rngs)  # one Block whose weights are stacked, or a list: `apart`
         self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
@@ -240,7 +244,7 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(positions, (B, T))
         kv: Any = None
         if cache is not None:
-            kv, offset, slots = (cache.k, cache.v), cache.length, cache.k.shape[2]
+            kv, offset, slots = (cache.k, cache.v), cache.length, cache.segments.shape[1]
             keys = lax.dynamic_update_slice(cache.segments, segments, (0, offset))
         elif self.prefix is not None:
             kv, offset = self.prefix.kv(self), self.prefix.length
@@ -249,6 +253,9 @@ class Decoder(nnx.Module):
         ropes = [rope_table(r, cfg.head_dim, positions, slots) for r in cfg.ropes]
         at = {"segments": segments, "key_segments": keys, "positions": positions, "ropes": ropes}
         at |= {"offset": offset, "prefix": cache is None and kv is not None, **outer}
+        if isinstance(self.layers, nnx.List):
+            assert cache is not None
+            return self.through(x, cache, at)
         graph, stacked = nnx.split(self.layers)
 
         def body(x, scanned):
@@ -265,21 +272,42 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T).laid())
 
+    def through(self, x: jax.Array, cache: Cache, at: dict[str, Any]) -> tuple[jax.Array, Cache]:
+        """The rest of `run` with a cache, one layer after another where they are `apart`."""
+        kinds = self.cfg.layer_kinds or (0,) * self.cfg.num_layers
+        ks, vs = [], []
+        for layer, (block, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            kv = cache.k[layer], cache.v[layer]
+            x, (k, v) = block(x, at | {"layer": layer}, kind, kv)
+            ks.append(k)
+            vs.append(v)
+        gather = tuple if isinstance(cache.k, tuple) else jnp.stack
+        made = Cache(gather(ks), gather(vs), at["key_segments"], cache.length + x.shape[1])
+        return self.norm(x), made.laid()
+
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
-        if self.prefix is None:
-            return Cache.empty(self.cfg, rows, slots, self.compute_dtype)
-        P = self.prefix.length
-        cache = Cache.empty(self.cfg, rows, P + slots, self.compute_dtype)
-        k, v = (
-            lax.dynamic_update_slice(
-                into,
-                jnp.broadcast_to(y, (*into.shape[:2], *y.shape[2:])).astype(into.dtype),
-                (0,) * 5,
+        P = 0 if self.prefix is None else self.prefix.length
+        # A CPU writes a few slots of a bfloat16 array by way of a float32 copy of all of it.
+        narrow = jax.default_backend() != "cpu"
+        dtype = self.compute_dtype if narrow else jnp.float32
+        cache = Cache.empty(self.cfg, rows, P + slots, dtype)
+        k, v, segments = cache.k, cache.v, cache.segments
+        if self.prefix is not None:
+            k, v = (
+                lax.dynamic_update_slice(
+                    into,
+                    jnp.broadcast_to(y, (into.shape[0], rows, *y.shape[2:]))
+                    .swapaxes(2, 3)
+                    .astype(into.dtype),
+                    (0,) * 5,
+                )
+                for into, y in zip((k, v), self.prefix.kv(self), strict=True)
             )
-            for into, y in zip((cache.k, cache.v), self.prefix.kv(self), strict=True)
-        )
-        return Cache(k, v, cache.segments.at[:, :P].set(EVERYWHERE), jnp.int32(P))
+            segments = segments.at[:, :P].set(EVERYWHERE)
+        if isinstance(self.layers, nnx.List):
+            k, v = tuple(k), tuple(v)
+        return Cache(k, v, segments, jnp.int32(P))
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
@@ -340,6 +368,31 @@ def last_tokens(segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
     here = segment_ids[:, None, :] == segments[..., None]
     here &= segments[..., None] > 0
     return jnp.max(jnp.where(here, jnp.arange(segment_ids.shape[1]), -1), -1)
+
+
+def apart(model: Decoder) -> Decoder:
+    """The model with each layer's weights in arrays of their own, no stack; kernels, biases and the
+    token table are cast to the compute dtype. For generation on CPU: there every slice of a
+    bfloat16 stack is copied, and a cast at each step costs more than its product.
+    """
+    dtype = model.compute_dtype
+
+    def ready(state: Any, layer: int | None = None) -> Any:
+        def one(path: Any, variable: Any) -> Any:
+            value = variable.get_value()
+            if layer is not None:
+                value = jax.tree.map(lambda x: x[layer], value)
+            if path[-1] in ("kernel", "bias", "embedding") and not isinstance(value, Quantized):
+                axes = variable.get_metadata("axes")[-value.ndim :]
+                value = constrain(value.astype(dtype), *axes)
+            return variable.replace(value)
+
+        return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(state)])
+
+    graph, stacked = nnx.split(model.layers)
+    layers = [nnx.merge(graph, ready(stacked, i)) for i in range(model.cfg.num_layers)]
+    model.layers = nnx.List(layers)
+    return model
 
 
 def merge(graph: Any, trainable: Any, frozen: Any) -> Any:

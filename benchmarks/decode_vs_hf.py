@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding in a batch: new tokens/s of jaxllm against `transformers.generate` on torch.
+
+Every row makes all its tokens (nothing stops it); the time is from prompts to tokens on the host,
+with the prefill, and on our side with the copy of the weights that decoding reads.
+
+    python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR [--rounds 7]
+"""
+
+import argparse
+import json
+
+import numpy as np
+from turns import Side, compare, serve
+
+
+def prompts(a) -> np.ndarray:
+    """int64 [B, P], the same on both sides."""
+    with open(f"{a.model}/config.json") as file:
+        size = json.load(file)["vocab_size"]
+    return np.random.default_rng(0).integers(size // 50, size, (a.batch, a.prompt))
+
+
+def torch_step(a):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(a.model, dtype=getattr(torch, a.dtype)).eval()
+    tokens = torch.from_numpy(prompts(a))
+    options = dict(attention_mask=torch.ones_like(tokens), do_sample=False, pad_token_id=0)
+    options |= dict(max_new_tokens=a.new, min_new_tokens=a.new, eos_token_id=None)
+
+    @torch.inference_mode()
+    def step():
+        return model.generate(tokens, **options)[:, a.prompt :].numel()
+
+    return step
+
+
+def jaxllm_step(a):
+    from flax import nnx
+
+    from jaxllm.hf import load_hf
+    from jaxllm.rollout import Sampling, completions
+
+    graph, weights = nnx.split(load_hf(a.model, compute_dtype=a.dtype))
+    rows = prompts(a).tolist()
+
+    def step():
+        return int(completions(graph, weights, {}, rows, Sampling(a.new)).lengths.sum())
+
+    return step
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--model", required=True)
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--batch", type=int, default=16)
+    p.add_argument("--prompt", type=int, default=64)
+    p.add_argument("--new", type=int, default=64)
+    p.add_argument("--dtype", default="bfloat16")
+    p.add_argument("--side", choices=("jaxllm", "transformers"), help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.side:
+        return serve(lambda: (jaxllm_step if a.side == "jaxllm" else torch_step)(a))
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
+    names = ("jaxllm", "transformers")
+    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
+    print(json.dumps(out))
+    ours, theirs = (out[n]["rate"] for n in names)
+    print(f"new tokens/s: jaxllm {ours:.0f}, transformers {theirs:.0f}, ratio {ours / theirs:.2f}")
+    return None
+
+
+if __name__ == "__main__":
+    main()
