@@ -43,7 +43,7 @@ def packed(q, k, v, segments, *, scale, count):
             if first[row, index] >= 0:
                 start = first[row, index]
                 ids[row, start : start + lengths[row, index]] = index + 1
-    ids = jnp.asarray(ids)
+    ids, k, v = jnp.asarray(ids), k.swapaxes(1, 2), v.swapaxes(1, 2)
     return attention._plain(q, k, v, ids, ids, ids, offset=0, window=None, softcap=0.0, scale=scale)
 
 
