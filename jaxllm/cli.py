@@ -298,6 +298,7 @@ def evaluate(verb: str, args: list[str]) -> int:
     _use_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.read(args)
+    _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
     from jaxllm.evaluate import evaluate_files
 

@@ -145,6 +145,10 @@ def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
 
 def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
     """Raises ValueError for what makes no comparison, before the first run is begun."""
+    if cfg.objective not in ("pretrain", "sft"):
+        raise ValueError(
+            f"objective is {cfg.objective!r}; compared are runs of pretrain and of sft"
+        )
     if not cfg.data.eval and not cfg.data.eval_fraction:
         raise ValueError("nothing held out to compare by; give data.eval or data.eval_fraction")
     if cfg.peft.path:

@@ -212,8 +212,6 @@ def evaluate_files(
     if loaded.cfg.scores:
         sizes = {"max_length": room, "batch_size": batch_size}
         return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, template=template, **sizes)
-    if template and objective == "pretrain":
-        raise ValueError("--template goes with --chat")
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),

@@ -241,7 +241,7 @@ def test_schema_is_json(capsys):
     ("args", "message"),
     [
         (["pretain"], "unknown verb pretain; did you mean pretrain?"),
-        (["dpo"], "unknown verb dpo; there are pretrain, sft"),
+        (["rlhf"], "unknown verb rlhf; there are pretrain, sft"),
         (["tokenizer"], "seen nothing"),
         (["tokenizer", "trian"], "seen 'trian'"),
         (["eval", "--model", "m"], "required: --data"),
