@@ -3,7 +3,7 @@
 
     reward  accuracy on held-out pairs, with Wilson's 95 % interval, untrained and trained
     dpo     margin and accuracy on the same held-out pairs
-    grpo    mean reward of sums answered with the number alone, and the KL, every few updates
+    grpo    mean reward of sums answered with an equation alone, and the KL, every few updates
     ppo     the same
 
 python benchmarks/align.py --model DIR --pairs FILE [--only reward,dpo,grpo,ppo] [--out FOLDER]
@@ -22,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def sums(prompts: list[str], completions: list[str], answer: list[int], **_: object) -> list[float]:
-    """1 / words of a completion whose last number is the right one, else 0: 1 for it alone."""
+def sums(prompts: list[str], completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """1 for the right equation alone, 0.2 where its number ends other words, else 0."""
     found = []
     for text, right in zip(completions, answer, strict=True):
         numbers = re.findall(r"\d+", text)
-        good = bool(numbers) and numbers[-1] == str(right)
-        found.append(good / max(len(text.split()), 1))
+        ends = bool(numbers) and numbers[-1] == right.rpartition(" ")[2]
+        found.append(1.0 if text.strip().rstrip(".") == right else 0.2 * ends)
     return found
 
 
@@ -72,7 +72,7 @@ def online(verb: str, a: argparse.Namespace, folder: Path) -> None:
     """Sums of two small numbers; what is printed are means over stretches of updates."""
     data = folder / "sums.jsonl"
     asked = [
-        {"prompt": f"What is {x} + {y}? Answer with the number alone.", "answer": x + y}
+        {"prompt": f"What is {x} + {y}? Answer with an equation.", "answer": f"{x} + {y} = {x + y}"}
         for x in range(1, 10)
         for y in range(1, 10)
     ]
@@ -110,7 +110,7 @@ def main() -> None:
     p.add_argument("--out", help="where runs are kept; default: nowhere")
     p.add_argument("--length", type=int, default=512, help="tokens of an answer [%(default)s]")
     p.add_argument("--epochs", type=float, default=2.0, help="over the pairs [%(default)s]")
-    p.add_argument("--updates", type=int, default=64, help="of grpo and ppo [%(default)s]")
+    p.add_argument("--updates", type=int, default=40, help="of grpo and ppo [%(default)s]")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(a.out or scratch)
