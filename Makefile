@@ -44,7 +44,7 @@ demo: $(VENV)/.core
 
 # A file's tests share what they trained, so they stay in one process.
 test: $(VENV)/.test
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 real: $(VENV)/.real
 	@$(BIN)/python -m pytest -m real
