@@ -40,14 +40,17 @@ def torch_step(a):
 def jaxllm_step(a):
     from flax import nnx
 
+    from jaxllm.config import MeshSection
     from jaxllm.hf import load_hf
+    from jaxllm.mesh import make_mesh
     from jaxllm.rollout import Sampling, completions
 
+    mesh = make_mesh(MeshSection())
     graph, weights = nnx.split(load_hf(a.model, compute_dtype=a.dtype))
     rows = prompts(a).tolist()
 
     def step():
-        return int(completions(graph, weights, {}, rows, Sampling(a.new)).lengths.sum())
+        return int(completions(graph, weights, rows, Sampling(a.new), mesh=mesh).lengths.sum())
 
     return step
 
