@@ -104,13 +104,18 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"rl.reward_weights has {count} weights for {len(rl.rewards)} rewards; give one each"
     if cfg.objective == "grpo" and size == 1:
         yield "rl.group_size is 1; grpo compares completions of one prompt, so give 2 or more"
-    if cfg.batch_size and size and cfg.batch_size * rl.minibatches % size:
-        yield (
+    if cfg.data.eval or cfg.data.eval_fraction:
+        yield f"data.eval is not read by {cfg.objective}; its rewards are logged as it trains"
+
+
+def check_groups(cfg: TrainConfig) -> None:
+    """Raises ValueError for a batch that is no whole groups, once batch_size is resolved."""
+    size, rl = cfg.rl.group_size or 1, cfg.rl
+    if cfg.objective in ONLINE and cfg.batch_size * rl.minibatches % size:
+        raise ValueError(
             f"batch_size {cfg.batch_size} x rl.minibatches {rl.minibatches} completions are no "
             f"whole groups of rl.group_size {size}; change one"
         )
-    if cfg.data.eval or cfg.data.eval_fraction:
-        yield f"data.eval is not read by {cfg.objective}; its rewards are logged as it trains"
 
 
 def resolve_align(cfg: TrainConfig) -> TrainConfig:

@@ -372,6 +372,8 @@ class TextModel:
         tokenizer = chat_tokenizer(tokenizer_of(path), template)
         model = load_hf(path, dtype=dtype, adapter=adapter or None)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
+        if model.cfg.scores:
+            raise ValueError(f"{path} is a reward model; it scores texts and writes none")
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:

@@ -195,7 +195,7 @@ def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> 
         )
     for value, one in zip(found, made, strict=True):
         good = value is None or (
-            isinstance(value, int | float | np.number) and math.isfinite(value)
+            isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
         )
         if not good:
             raise ValueError(

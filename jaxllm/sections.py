@@ -109,7 +109,8 @@ class OptimSection:
     name: str = "adamw"
     """adamw, or another optimizer of the table in optim.py"""
     learning_rate: Annotated[float, Gt(0)] | None = None
-    """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2"""
+    """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2; a tenth of
+    it for reward and orpo, a hundredth for dpo, kto, simpo, ppo and grpo"""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
         "cosine"
     )

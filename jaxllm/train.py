@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm import align, hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
-from jaxllm.checks import check, resolve_align, resolve_batch, resolve_rate, warnings
+from jaxllm.checks import check, check_groups, resolve_align, resolve_batch, resolve_rate, warnings
 from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens
@@ -156,6 +156,7 @@ def train(cfg: TrainConfig) -> Result:
     check(cfg)
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
+    check_groups(cfg)
     model_cfg = hf.model_config(cfg)[0]
     peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)

@@ -256,12 +256,21 @@ def dpo_loss(
 
 
 def dpo_baseline(
-    model: Decoder, reference: Any, batch: Batch, *, beta: float, chunk: int = 512
+    model: Decoder,
+    reference: Any,
+    batch: Batch,
+    *,
+    beta: float,
+    length_normalized: bool = False,
+    chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array]:
     """(Σ, count) whose mean is BCO's δ: β Δ of every answer of the update's rows."""
     segments = [batch.chosen_segment, batch.rejected_segment]
     sums, _ = answer_logps(model, batch, segments, chunk=chunk)
     held = reference_logps(reference, batch, chunk)
     here = batch.chosen_segment > 0
-    deltas = [jnp.where(here, x - y, 0.0) for x, y in zip(sums, held, strict=True)]
+    apart = [x - y for x, y in zip(sums, held, strict=True)]
+    if length_normalized:
+        apart = [x / answer_lengths(batch, s) for x, s in zip(apart, segments, strict=True)]
+    deltas = [jnp.where(here, x, 0.0) for x in apart]
     return beta * jnp.sum(jnp.stack(deltas)), 2.0 * jnp.sum(here)

@@ -59,7 +59,8 @@ def _dpo(cfg: TrainConfig) -> Objective:
         label_smoothing=align.label_smoothing,
         gamma=align.gamma,
     )
-    baseline = partial(dpo_baseline, beta=align.beta, chunk=chunk) if "bco" in names else None
+    shared = {"beta": align.beta, "length_normalized": align.length_normalized, "chunk": chunk}
+    baseline = partial(dpo_baseline, **shared) if "bco" in names else None
     return Objective(loss, not set(names) <= set(ALONE), baseline)
 
 
