@@ -168,7 +168,7 @@ def main() -> None:
     summary.add(
         "reward model",
         judge,
-        f"right answers preferred in {judged['accuracy']:.1%} of {judged['examples']} held-out "
+        f"answers preferred to their words backwards in {judged['accuracy']:.1%} of {judged['examples']} held-out "
         f"pairs, margin {judged['margin']:+.2f}",
     )
 

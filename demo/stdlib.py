@@ -5,7 +5,7 @@
 
 writes OUT/text/{train,heldout}/MODULE.txt (the source of each module),
 OUT/chat/{train,heldout}.jsonl (a conversation a line: what does a function do, how is it called?)
-and OUT/chat/{pairs,heldout-pairs}.jsonl (a question, its answer, and that to another question).
+and OUT/chat/{pairs,heldout-pairs}.jsonl (a question, its answer, and the same words backwards).
 Modules are split by place and functions by a hash of their names, so the same Python gives the same
 files. Sources are parsed, never imported.
 """
@@ -79,9 +79,10 @@ def chat(name: str, call: str, paragraph: str) -> dict[str, object]:
     }
 
 
-def pair(name: str, paragraph: str, other: str) -> dict[str, str]:
-    """A question about a function with its answer, and that of another function."""
-    return {"question": f"What does {name} do?", "chosen": paragraph, "rejected": other}
+def pair(name: str, paragraph: str) -> dict[str, str]:
+    """A question about a function with its answer, and the same words from last to first."""
+    backwards = " ".join(reversed(paragraph.split()))
+    return {"question": f"What does {name} do?", "chosen": paragraph, "rejected": backwards}
 
 
 def build(out: Path, every: int = 1) -> dict[str, int]:
@@ -93,7 +94,6 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
         (out / "text" / part).mkdir(parents=True)
     (out / "chat").mkdir(exist_ok=True)
     names = ("train", "heldout", "pairs", "heldout-pairs")
-    other = "Nobody knows what this function does."
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((out / "chat" / f"{n}.jsonl").open("w")) for n in names]
         taken = itertools.islice(modules(), 0, None, every)
@@ -112,8 +112,7 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
                 counts["held-out chats" if aside else "chats"] += 1
                 chats, pairs = files[aside::2]
                 chats.write(json.dumps(chat(name, call, paragraph)) + "\n")
-                pairs.write(json.dumps(pair(name, paragraph, other)) + "\n")
-                other = paragraph
+                pairs.write(json.dumps(pair(name, paragraph)) + "\n")
     return counts
 
 
