@@ -2,7 +2,7 @@
 """One GPU: jaxllm against transformers on torch.compile, same packed rows, same card, same call.
 
     python benchmarks/gpu.py --out benchmarks/results [--shape llama-1b] [--budget 420]
-    python benchmarks/gpu.py --tiny --out /tmp/gpu.json        a rehearsal, on a CPU too
+    python benchmarks/gpu.py --tiny --out gpu.json             a rehearsal, on a CPU too
 
 attention: each kernel of jaxllm/model/kernels.py and the XLA form, on packed segments: error of
 result and gradients beside the XLA form in float32, milliseconds. full: all weights, bfloat16
@@ -48,7 +48,7 @@ SHAPES = {
 }
 COMMON = dict(model_type="llama", max_position_embeddings=8192, tie_word_embeddings=True)
 COMMON |= dict(rms_norm_eps=1e-5, rope_theta=500_000.0)
-KERNELS = ("xla", "cudnn", "mosaic", "triton")
+KERNELS = ("xla", "mosaic", "triton")
 # Stages in order of worth: what the time is for first. "best" is what attention found fastest.
 STAGES = [
     "attention",
@@ -151,7 +151,7 @@ def without_profiler() -> None:
 def kernels_of(compiled) -> dict:
     """Which attention a program runs, and how often it calls what XLA did not write itself."""
     found = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
-    marks = {"fmha": "cudnn", "mosaic_gpu": "mosaic", "gpu.triton": "triton"}
+    marks = {"mosaic_gpu": "mosaic", "gpu.triton": "triton"}
     hits = [name for mark, name in marks.items() if any(mark in call for call in found)]
     return {"ran": "+".join(hits) or "xla", "calls": found}
 

@@ -168,8 +168,8 @@ def main() -> None:
     summary.add(
         "reward model",
         judge,
-        f"answers preferred to their words backwards in {judged['accuracy']:.1%} of {judged['examples']} held-out "
-        f"pairs, margin {judged['margin']:+.2f}",
+        f"answers preferred to their words backwards in {judged['accuracy']:.1%} of "
+        f"{judged['examples']} held-out pairs, margin {judged['margin']:+.2f}",
     )
 
     run("dpo", "configs/dpo/stdlib-tiny.yaml", "--overwrite", *few)

@@ -89,7 +89,6 @@ def attention(
         scale=scale,
         window=window,
         softcap=softcap,
-        other=plain,
     )
     return checkpoint_name(out, "attention")
 
