@@ -36,7 +36,7 @@ from jaxllm.objectives.ppo import (
     whiten,
 )
 from jaxllm.objectives.table import loss_chunk
-from jaxllm.rollout import BUCKET, Completions, Sampling, completions
+from jaxllm.rollout import Completions, Sampling, bucketed, completions
 from jaxllm.scoring import Completion, Reward
 from jaxllm.step import Models
 from jaxllm.tokenizer import stop_ids
@@ -70,7 +70,7 @@ def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) ->
             if not model.peft.trains(path, variable):
                 *parents, name = map(str, path)
                 setattr(reduce(getattr, parents, trunk), name, ours[path])
-    model.value = Value(model.cfg.hidden_size, trunk)  # type: ignore[attr-defined]
+    model.value = Value(model.cfg.hidden_size, trunk)
 
 
 def trained_by(peft: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
@@ -97,6 +97,7 @@ class Rollouts:
         self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
         self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
         self.controller = KlController(cfg.align.beta, rl.kl_target)
+        self.longest = max(part.longest for part in rows.parts)  # one program for all rollouts
         self.made: dict[str, np.ndarray] = {}
 
     def begin(
@@ -118,17 +119,17 @@ class Rollouts:
         self.sampling = Sampling(
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
-        kind = partial(act, temperature=rl.temperature, chunk=loss_chunk(self.cfg))
+        look = partial(act, temperature=rl.temperature, chunk=loss_chunk(self.cfg))
 
         def judge(trainable: Any, frozen: Any, rows: Experience) -> Any:
             """What policy, critic and reference think of rows [A, B, T]."""
 
             def one(rows: Experience) -> Any:
                 policy, reference = self.models(trainable, frozen)
-                logp, entropy, values = kind(policy, rows)
+                logp, entropy, values = look(policy, rows)
                 found = {"logps": logp, "entropy": entropy, "values": values}
                 if reference is not None:
-                    found["reference"] = kind(reference, rows)[0]
+                    found["reference"] = look(reference, rows)[0]
                 return found
 
             return jax.lax.map(one, rows)
@@ -165,7 +166,9 @@ class Rollouts:
         graph, params = nnx.split(policy)
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), number)
         tokens = [prompt["tokens"].tolist() for prompt in asked]
-        made = completions(graph, params, tokens, self.sampling, mesh=self.mesh, key=key)
+        made = completions(
+            graph, params, tokens, self.sampling, mesh=self.mesh, key=key, longest=self.longest
+        )
         ends = set(self.sampling.stop_ids)
         texts = [
             self.tokenizer.decode([t for t in row[:n] if t not in ends])
@@ -205,8 +208,7 @@ class Rollouts:
 
     def _rows(self, prompts: list[list[int]], made: Completions) -> dict[str, np.ndarray]:
         """Each prompt with its completion in a row of its own, [R, T]; T is bucketed."""
-        longest = max(map(len, prompts))
-        width = -(-longest // BUCKET) * BUCKET + made.tokens.shape[1]
+        width = bucketed(self.longest + made.tokens.shape[1])
         rows = []
         for prompt, tokens, n in zip(prompts, made.tokens, made.lengths, strict=True):
             text = np.concatenate([np.asarray(prompt, np.int32), tokens[:n]])

@@ -397,9 +397,11 @@ def claim(cfg: TrainConfig, empty: bool = False) -> None:
 
 
 def same_base(saves: Checkpoints, step: int, base: dict[str, Any] | None) -> None:
-    """Raises ValueError when `step` was trained over another frozen model than `base`."""
-    before = saves.meta(step).get("base")
-    if before != base:
+    """Raises ValueError when `step` was trained over another frozen model than `base`, as far as
+    that says."""
+    before = saves.meta(step).get("base") or {}
+    base = base or {}
+    if {key: before.get(key) for key in base} != base:
         raise ValueError(
             f"{saves.directory / str(step)} was trained over another model: {before}, now {base}; "
             "put it back, or change output_dir"

@@ -88,6 +88,13 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
     if align.loss_weights and len(align.loss_weights) != len(align.loss):
         count = len(align.loss_weights)
         yield f"align.loss_weights has {count} weights for {len(align.loss)} losses; give one each"
+    smoothed = ("sigmoid", "robust", "exo", "simpo")
+    readers = (("align.gamma", ("simpo",)), ("align.label_smoothing", smoothed))
+    for key, names in readers if cfg.objective == "dpo" else ():
+        if value_of(cfg, key) != leaves()[key].default and not set(names) & set(align.loss):
+            yield f"{key} is read by the losses {', '.join(names)} alone; leave it out"
+    if cfg.rl.kl_target and align.beta == 0:
+        yield "rl.kl_target with align.beta 0: a weight of 0 stays 0; give another to begin with"
     if not align.loss:
         yield "align.loss names no loss; give sigmoid, or another"
     if cfg.objective == "reward" and cfg.log.samples:

@@ -343,7 +343,9 @@ def generate(verb: str, args: list[str]) -> int:
     parser.add_argument(
         "--reward", type=aliases.home, metavar="DIR", help="reward model that --best_of asks"
     )
-    parser.add_argument("--json", action="store_true", help='print {"prompt", "text"} a line')
+    parser.add_argument(
+        "--json", action="store_true", help='print {"prompt", "text"} a line, and "score"'
+    )
     options = parser.read(args)
     _need_chat(options, "system", "template")
     if (options.best_of > 1) != (options.reward is not None):
@@ -436,7 +438,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "grpo": (training, "learn online from rewards, within groups of completions: GRPO"),
     "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
     "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
-    "eval": (evaluate, "loss and perplexity of a model on files"),
+    "eval": (evaluate, "loss and perplexity of a model on files, or a reward model's scores"),
     "generate": (generate, "continue texts, or answer messages"),
     "chat": (chat, "talk to a model in the terminal"),
     "export": (export, "a run's checkpoint, or an adapter, as a HuggingFace directory"),

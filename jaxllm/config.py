@@ -98,10 +98,10 @@ _COMPARED = ("align.beta", "align.reference")
 _ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")
 _ONLINE += ("rl.temperature", "rl.top_k", "rl.top_p", "rl.min_p", "rl.minibatches")
 _ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos_penalty")
-# Of data, align and rl: what each objective reads, beside sources, lengths, workers and cache.
+# What each objective reads of the keys that not all do.
 READS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("data.segment",),
-    "sft": (*_ANSWERS, "data.learn", "data.train_on_prompt"),
+    "pretrain": ("data.segment", "model.z_loss"),
+    "sft": (*_ANSWERS, "data.learn", "data.train_on_prompt", "model.z_loss"),
     "reward": (*_ANSWERS, "align.centering"),
     "dpo": (*_ANSWERS, *_COMPARED, "align.loss", "align.loss_weights", "align.label_smoothing")
     + ("align.length_normalized", "align.gamma"),

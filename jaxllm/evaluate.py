@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out loss: Σ nll / Σ tokens over a whole set, whatever the batch size."""
+"""Held-out losses and rewards: sums over a whole set, divided once, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -149,15 +149,15 @@ def evaluate_rewards(
 
     size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
     found: list[Any] = []
-    tokens = 0
+    tokens = most = 0  # texts in a row, as many as there were at most: few programs
     with jax.set_mesh(mesh):
         for rows in data.evals.values():
             for host in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
                 batch = Batch(**put(mesh, host))
                 names = [batch.chosen_segment, batch.rejected_segment]
                 if not paired:
-                    count = int(host["segment_ids"].max())
-                    each = np.arange(1, count + 1) * np.ones((size, 1), np.int32)
+                    most = max(most, int(host["segment_ids"].max()))
+                    each = np.arange(1, most + 1) * np.ones((size, 1), np.int32)
                     here = (host["segment_ids"][:, None] == each[..., None]).any(-1)
                     names = [jnp.where(here, each, 0)]
                 got = np.stack(jax.device_get(scores(params, batch, names)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -114,13 +114,10 @@ def started_from(cfg: TrainConfig) -> PeftSection:
     return cfg.peft
 
 
-def identity(cfg: TrainConfig) -> dict[str, Any]:
-    """What tells a run's frozen model from another: where it lies, and a hash of its tensors' names
-    and places and of the first and the middle bytes of each."""
-    if not cfg.model.path:
-        return {"config": cfg.model.config, "seed": cfg.seed}
+def _hash(files: Iterable[Path]) -> str:
+    """Of safetensors files: their tensors' names and places, the first and middle bytes of each."""
     hasher = xxhash.xxh3_64()
-    for file in sorted(set(tensor_files(resolve(cfg.model.path)).values())):
+    for file in sorted(set(files)):
         with file.open("rb") as data:
             start = 8 + (length := int.from_bytes(data.read(8), "little"))
             header = data.read(length)
@@ -130,7 +127,22 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
                 for at in (first, (first + end) // 2):
                     data.seek(start + at)
                     hasher.update(data.read(min(4096, end - at)))
-    return {"path": cfg.model.path, "hash": hasher.hexdigest()}
+    return hasher.hexdigest()
+
+
+def identity(cfg: TrainConfig) -> dict[str, Any]:
+    """What tells a run's frozen model from another: where it lies, and a hash of its weights."""
+    if not cfg.model.path:
+        return {"config": cfg.model.config, "seed": cfg.seed}
+    found = tensor_files(resolve(cfg.model.path)).values()
+    return {"path": cfg.model.path, "hash": _hash(found)}
+
+
+def beginning(cfg: TrainConfig) -> dict[str, Any]:
+    """`identity`, and that of the adapter a run starts from: together, what a reference is."""
+    if not cfg.peft.path:
+        return identity(cfg)
+    return identity(cfg) | {"adapter": _hash([interop.find(cfg.peft.path).folder / ADAPTER])}
 
 
 # ---- reading

@@ -107,7 +107,7 @@ def precomputed(
     cfg: TrainConfig, data: Data, models: Models, trained: Any, frozen: Any, mesh: Mesh
 ) -> Data:
     """The data with the reference's log-probabilities in its rows, from the cache where it has
-    them: it knows them by the rows, the model and the dtype of the arithmetic."""
+    them: it knows them by the rows, the model, and how that is held and computed."""
     segments = [name for name in KEPT if name in _first(data)]
 
     def run(trainable: Any, held: Any, batch: Batch) -> Any:
@@ -119,7 +119,8 @@ def precomputed(
 
     jitted = jax.jit(run)
     each = cfg.micro_batch_size * data_parallel(mesh)
-    model = json.dumps([hf.identity(cfg), cfg.peft.path, cfg.model.compute_dtype])
+    held = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
+    model = json.dumps([hf.beginning(cfg), hf.model_config(cfg)[1], *held])
 
     def known(rows: Rows) -> Rows:
         return replace(rows, parts=tuple(map(known_part, rows.parts)))

@@ -177,13 +177,16 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
     return max(lengths)
 
 
-def _bucket(length: int) -> int:
+def bucketed(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def left_padded(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is bucketed."""
-    width = _bucket(max(map(len, prompts)))
+def left_padded(
+    prompts: Sequence[Sequence[int]], rows: int, longest: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the bucket of the longest
+    of them, or of `longest`."""
+    width = bucketed(max(longest, *map(len, prompts)))
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
@@ -256,18 +259,19 @@ def completions(
     *,
     mesh: Mesh,
     key: jax.Array | None = None,
+    longest: int = 0,
 ) -> Completions:
     """Completions of prompts by the model that nnx.split made graph and params of.
 
     Rows are divided among the mesh's data and fsdp axes; weights stay where they are (but see
     `ready`), LoRA branches as they are. Draws are a function of (key, row, step), whatever the
     mesh; `key` is by default that of `sampling.seed`. What sampling and width say makes a program,
-    compiled once.
+    compiled once: `longest` is the longest prompt there will be.
     """
     parts = data_parallel(mesh)
     rows = -(-len(prompts) // parts) * parts
-    tokens, segments = left_padded(prompts, rows)
-    slots = tokens.shape[1] + _bucket(sampling.max_new_tokens)
+    tokens, segments = left_padded(prompts, rows, longest)
+    slots = tokens.shape[1] + bucketed(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed) if key is None else key
     with jax.set_mesh(mesh):
         graph, params = ready(graph, params)
@@ -296,7 +300,7 @@ def stream(
     tokens, segments = left_padded(prompts, len(prompts))
     width = tokens.shape[1]
     graph, params = ready(*nnx.split(model))
-    slots = width + _bucket(sampling.max_new_tokens)
+    slots = width + bucketed(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
     rows = [shares(model.peft, chosen) for chosen in adapters]

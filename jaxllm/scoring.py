@@ -21,7 +21,7 @@ from jaxllm.config import MeshSection
 from jaxllm.data.chat import chat_tokenizer, render
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.peft.interop import tokenizer_of
-from jaxllm.rollout import BUCKET
+from jaxllm.rollout import bucketed
 from jaxllm.tokenizer import check_vocabulary
 
 ROWS = 8  # texts that a device scores at a time
@@ -67,7 +67,7 @@ class RewardModel:
         with jax.set_mesh(self.mesh):
             for start in range(0, len(texts), size):
                 some = order[start : start + size]
-                width = min(-(-len(texts[some[0]]) // BUCKET) * BUCKET, self.most)
+                width = min(bucketed(len(texts[some[0]])), self.most)
                 tokens, segments = np.zeros((2, size, width), np.int32)
                 for row, index in enumerate(some):
                     tokens[row, : len(texts[index])] = texts[index]
@@ -174,15 +174,16 @@ def _module(place: str) -> Any:
 def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> np.ndarray:
     """What a function of the user's gives; ValueError names it and the row it fails at."""
 
+    taken = ("prompts", "completions")  # a column of that name is not passed on
+    names = dict.fromkeys(k for c in made for k in c.prompt["columns"] if k not in taken)
+
     def run(some: Sequence[Completion]) -> Any:
-        taken = ("prompts", "completions")  # a column of that name is not passed on
-        names = dict.fromkeys(k for c in some for k in c.prompt["columns"] if k not in taken)
         columns = {k: [c.prompt["columns"].get(k) for c in some] for k in names}
         return call([c.prompt["said"] for c in some], [c.said for c in some], **columns)
 
     try:
         found = run(made)
-    except Exception as error:
+    except Exception as error:  # whatever the user's code raises is the user's to mend
         one = next((c for c in made if _fails(run, c)), made[0])
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"reward {name} failed at {one.prompt['at']}: {what}") from error
@@ -206,8 +207,9 @@ def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> 
 
 
 def _fails(run: Callable[..., Any], one: Completion) -> bool:
+    """Whether a function that raised on all completions raises on this one alone."""
     try:
         run([one])
-    except Exception:
+    except Exception:  # the caller reports what was raised on all of them
         return True
     return False

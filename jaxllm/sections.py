@@ -79,23 +79,23 @@ class DataSection:
     eval_fraction: Fraction = 0.0
     """share of the training examples held out, drawn by the seed; not together with `eval`"""
     max_length: Annotated[int, Ge(2)] = 1024
-    """tokens in a row (the chapter's block size)"""
+    """tokens in a row (block size); preferences: of answer and prompt; online: of a prompt"""
     packing: bool = True
-    """SFT: several examples share a row as separate segments"""
+    """SFT and preferences: several examples share a row as separate segments"""
     segment: bool = True
     """pretraining: attention and positions restart at each document"""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """SFT: what happens to examples over max_length"""
+    """SFT and preferences: what happens to examples over max_length"""
     learn: Literal["all", "last"] = "all"
     """SFT: which assistant turns are learned"""
     train_on_prompt: bool = False
     """SFT: learn the other turns too"""
     template: str | None = None
-    """SFT: chat template: a file or built-in name (seed-qwen, chatml); default: the tokenizer's"""
+    """chats: template: a file or built-in name (seed-qwen, chatml); default: the tokenizer's"""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """SFT: extra variables for the chat template"""
+    """chats: extra variables for the template"""
     user_template: str | None = None
-    """SFT: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
+    """chats: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
     workers: Count = 0
     """processes that tokenize; 0 = one per core, and 2,000 records or more each"""
     cache_dir: str | None = None
@@ -236,7 +236,7 @@ class AlignSection:
     beta: Amount | None = None
     """hold on the reference; default: 0.1, simpo 2, and as weight of the KL ppo 0.05 and grpo 0"""
     loss: tuple[DpoLoss, ...] = ("sigmoid",)
-    """DPO: the losses that are added; see docs/dpo.md"""
+    """DPO: the losses that are added"""
     loss_weights: tuple[Amount, ...] = ()
     """DPO: their weights; default: 1 each"""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0

@@ -76,9 +76,11 @@ def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[st
 
 
 def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
-    """One line of metrics.jsonl from sums over updates; loss is token-weighted."""
+    """One line of metrics.jsonl from sums over updates, without what there was none of; loss is
+    token-weighted."""
     steps = sums["grad_norm"][1]
-    values = {k: a / w if w else a for k, (a, w) in sums.items()}
+    values = {k: a / w for k, (a, w) in sums.items() if w}
+    values |= {k: sums[k][0] for k in ("tokens", "loss") if k not in values}
     return values | {
         "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
         "step_seconds": seconds / steps,
@@ -185,7 +187,7 @@ def train(cfg: TrainConfig) -> Result:
     saves = None if replaces else open_run()
     at = saves.latest() if saves and cfg.resume else None
     loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
-    base = hf.identity(cfg) if loaded else None
+    base = (hf.beginning if objective.compares else hf.identity)(cfg) if loaded else None
     if saves and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)

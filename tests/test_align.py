@@ -52,6 +52,14 @@ PROMPTS = [
 ]
 
 
+class Asked(list):
+    """Prompts as `data.preference.Prompts` has them."""
+
+    @property
+    def longest(self):
+        return max(len(prompt["tokens"]) for prompt in self)
+
+
 class Online:
     """Rollouts of a tiny policy beside another as its reference."""
 
@@ -76,7 +84,7 @@ class Online:
 
         self.samples = []
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        self.feed = Rollouts(self.cfg, mesh, Rows((PROMPTS,), None, 16), count, 0)
+        self.feed = Rollouts(self.cfg, mesh, Rows((Asked(PROMPTS),), None, 16), count, 0)
         sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
         self.feed.begin(models, {}, rewards, Numbers, sample)
 
@@ -538,4 +546,5 @@ def test_a_mistake_in_the_settings_is_one_line(asked, capsys, verb, more, words)
 
 
 def test_a_run_without_a_reward_is_refused(asked, capsys):
-    refused(capsys, online(asked, "ppo", "mistaken", rewards=[]), "no reward", "rl.rewards")
+    line = refused(capsys, online(asked, "ppo", "mistaken", rewards=[]))
+    assert "no reward: give rl.rewards" in line

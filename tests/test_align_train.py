@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from runs import arguments, killed, lines_of, refused
+from safetensors.numpy import load_file, save_file
 from steps import decoder, judged_rows, pair_rows, trajectory, unpacked_slots
 
 from jaxllm.cli import main
@@ -205,11 +206,12 @@ def test_a_reference_that_was_computed_before_is_the_live_one(base, runs):
     assert len(list((base / "cache").glob("reference-*.npz"))) == 2
 
 
-def test_an_adapter_to_start_from_is_what_the_run_is_compared_with(base, runs):
+def test_an_adapter_to_start_from_is_what_the_run_is_compared_with(base, runs, capsys):
     """Compared with the model beneath it, the loss would not begin at ln 2."""
     first, last = lines_of(base / "dpo")[1]["loss"], lines_of(base / "dpo")[12]["loss"]
     assert first == pytest.approx(np.log(2), abs=1e-6) and last < np.log(2) - 0.01
-    path = ("--peft.method", "lora", "--peft.path", str(base / "dpo" / "final"))
+    adapter = shutil.copytree(base / "dpo" / "final", base / "adapter")
+    path = ("--peft.method", "lora", "--peft.path", str(adapter))
     more = ("--micro_batch_size", "8", "--steps", "2", *path)
     with one_device():
         assert main(aligning(base, "dpo", "again", *more)) == 0
@@ -218,6 +220,10 @@ def test_an_adapter_to_start_from_is_what_the_run_is_compared_with(base, runs):
     assert again[2]["loss"] < again[1]["loss"]
     config = json.loads((base / "again" / "final" / "adapter_config.json").read_text())
     assert config["r"] == 4
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: 2 * v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+    line = refused(capsys, aligning(base, "dpo", "again", *more[:2], "--steps", "3", *path))
+    assert "was trained over another model" in line
 
 
 def test_a_reward_model_is_written_whole(base, runs):
@@ -254,10 +260,10 @@ def test_a_users_mistake_is_one_line(base, capsys, verb, more, words):
 def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, capsys):
     args = aligning(base, "kto", "wrong")
     args[args.index("--data.train") + 1] = str(base / "pairs.jsonl")
-    refused(capsys, args, "pairs.jsonl:1: label is None")
+    assert "pairs.jsonl:1: label is None" in refused(capsys, args)
     args = aligning(base, "dpo", "wrong")
     args[args.index("--data.train") + 1] = str(base / "judged.jsonl")
-    refused(capsys, args, "judged.jsonl:1: chosen is missing")
+    assert "judged.jsonl:1: chosen is missing" in refused(capsys, args)
     args = aligning(base, "dpo", "wrong")
     args[args.index("--model.path") + 1] = str(base / "reward" / "final")
-    refused(capsys, args, "is a reward model; dpo trains one that writes")
+    assert "is a reward model; dpo trains one that writes" in refused(capsys, args)

@@ -170,7 +170,7 @@ class Prompt:
     said: Any
     """the prompt as reward functions see it: a string where the record has one, else messages"""
     columns: dict[str, Any]
-    """the record's other columns"""
+    """the record's other columns, null ones too"""
 
 
 def prompt_of(
@@ -191,7 +191,7 @@ def prompt_of(
     if not messages:
         raise ValueError(f"{at}: the prompt holds nothing but the assistant's words")
     text = next((found[n] for n in ("prompt", "question") if isinstance(found.get(n), str)), None)
-    rest = {k: v for k, v in found.items() if k != "prompt"}
+    rest = {k: v for k, v in _renamed(record, columns, at).items() if k != "prompt"}
     return Prompt(messages, _tools(found, at), messages if text is None else text, rest)
 
 

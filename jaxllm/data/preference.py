@@ -8,6 +8,7 @@ are packed as conversations are. `max_length` is of one answer with its prompt; 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from jaxllm.data.packing import one_per_row, pack
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], learn float32 [n])
 
 
-class _Packed:
+class _Packed(ABC):
     """Examples of two segments each in rows of 2 * max_length tokens.
 
     slots: the most examples in a row; every row has room for the segments of as many.
@@ -33,13 +34,13 @@ class _Packed:
     def __len__(self) -> int:
         return len(self._plan)
 
+    @abstractmethod
     def segments(self, index: int) -> tuple[Segment, Segment]:
         """The two segments of an example."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, index: int) -> dict[str, Any]:
         """{field of Batch: its value in the example's slot}; 1 and 2 mean its segments."""
-        raise NotImplementedError
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         indices = self._plan[row]
@@ -63,11 +64,9 @@ class Pairs(_Packed):
 
     def segments(self, index: int) -> tuple[Segment, Segment]:
         i = self._chosen[index]
-        tokens, learn, first = self._examples.tokens(i), self._examples.learn(i), self._first(i)
+        tokens, learn = self._examples.tokens(i), self._examples.learn(i)
+        first = int(self._examples.first[i])
         return (tokens[:first], learn[:first]), (tokens[first:], learn[first:])
-
-    def _first(self, i: int) -> int:
-        return int(self._examples.first[i])
 
     def names(self, index: int) -> dict[str, Any]:
         margin = self._examples.value[self._chosen[index]]
@@ -114,6 +113,7 @@ class Prompts:
 
     def __init__(self, examples: Examples, chosen: np.ndarray, length: int) -> None:
         self._examples, self._chosen, self.length = examples, chosen, length
+        self.longest = int(examples.lengths[chosen].max(initial=0))  # tokens of a prompt
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -196,6 +196,7 @@ class Decoder(nnx.Module):
             else Linear(cfg, "head", HEAD_AXES, head_shape, peft=peft, dtype=dtype, rngs=rngs)
         )
         self.prefix = peft.prefix(cfg, rngs)
+        self.value: Any = nnx.data(None)  # PPO's critic (objectives/ppo.py)
 
     @property
     def quantized(self) -> bool:

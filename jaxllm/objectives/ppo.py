@@ -155,6 +155,5 @@ def act(
     h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
     found: Any = token_logps(model.head_terms(h), batch.targets, head)
-    critic = getattr(model, VALUE, None)
-    values = jnp.zeros(batch.tokens.shape) if critic is None else critic(batch, h)
+    values = jnp.zeros(batch.tokens.shape) if model.value is None else model.value(batch, h)
     return *found, values
