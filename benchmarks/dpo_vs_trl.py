@@ -14,79 +14,46 @@ import json
 import sys
 import tempfile
 
-from turns import Side, Turn, compare, serve
-
-
-def pairs(path: str) -> list[dict]:
-    """TRL's conversational form of any pairs that jaxllm reads."""
-    from pathlib import Path
-
-    from jaxllm.config import Source
-    from jaxllm.data.conversations import pair_of
-    from jaxllm.data.sources import locate, read, records
-
-    with tempfile.TemporaryDirectory() as folder:
-        table = read(locate(Source(path)), Path(folder))
-        found = records(table[:], list(range(len(table))), path)
-        each = [pair_of(record, {}, None, at) for at, record in found]
-    return [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in each]
+from turns import TRAINER, Side, Turn, compare, examples, run_trainer, serve
 
 
 def trl_side(a) -> None:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
+
+    from jaxllm.data.conversations import pair_of
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+    pairs = [
+        {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+        for p in examples(a.data, pair_of)
+    ]
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=a.pairs,
         max_length=a.length,
         bf16=a.dtype == "bfloat16",
-        use_cpu=True,
-        gradient_checkpointing=False,
-        optim="adamw_torch_fused",
-        max_steps=10_000,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRAINER,
     )
-    real = 0
-
-    class Told(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if not turn.begin():
-                raise SystemExit
-
-        def on_step_end(self, args, state, control, **_):
-            turn.end(real)
-
     trainer = DPOTrainer(
         model,
         args=config,
-        train_dataset=Dataset.from_list(pairs(a.data)),
+        train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=a.r, lora_alpha=16, target_modules="all-linear"),
     )
-    collate = trainer.data_collator
 
-    def counted(examples):
-        nonlocal real
-        batch = collate(examples)
-        real = int(batch["attention_mask"].sum())
-        padded = batch["attention_mask"].numel()
-        print(f"trl: {real} real tokens of {padded}", file=sys.stderr)
-        return batch
+    def real(batch) -> int:
+        found, padded = int(batch["attention_mask"].sum()), batch["attention_mask"].numel()
+        print(f"trl: {found} real tokens of {padded}", file=sys.stderr)
+        return found
 
-    trainer.data_collator = counted
-    trainer.add_callback(Told())
-    turn.ready()
-    trainer.train()
+    run_trainer(trainer, turn, real)
 
 
 def jaxllm_step(a):
@@ -152,7 +119,7 @@ def main() -> None:
     p.add_argument("--length", type=int, default=512, help="of an answer with its prompt")
     p.add_argument("--r", type=int, default=8, help="rank [%(default)s]")
     p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--remat", default="full")
+    p.add_argument("--remat", default="dots")
     p.add_argument("--side", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.side == "jaxllm":

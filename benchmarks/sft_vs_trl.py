@@ -15,34 +15,22 @@ import argparse
 import json
 import tempfile
 
-from turns import Side, Turn, compare, serve
-
-
-def chats(path: str) -> list[list[dict]]:
-    from pathlib import Path
-
-    from jaxllm.config import Source
-    from jaxllm.data.conversations import conversation_of
-    from jaxllm.data.sources import locate, read, records
-
-    with tempfile.TemporaryDirectory() as folder:
-        table = read(locate(Source(path)), Path(folder))
-        pairs = records(table[:], list(range(len(table))), path)
-        return [conversation_of(r, {}, None, at)["messages"] for at, r in pairs]
+from turns import TRAINER, Side, Turn, compare, examples, run_trainer, serve
 
 
 def trl_side(a) -> None:
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
+
+    from jaxllm.data.conversations import conversation_of
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    rows = []
-    for messages in chats(a.data):
-        rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+    chats = [found["messages"] for found in examples(a.data, conversation_of)]
+    rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in chats]
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=a.rows if a.side == "trl-packed" else a.examples,
@@ -50,40 +38,12 @@ def trl_side(a) -> None:
         packing=a.side == "trl-packed",
         train_sampling_strategy="group_by_length" if a.side == "trl" else "random",
         bf16=a.dtype == "bfloat16",
-        use_cpu=True,
-        gradient_checkpointing=False,
-        optim="adamw_torch_fused",
-        max_steps=10_000,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
+        **TRAINER,
     )
-    learned = 0
-
-    class Told(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if not turn.begin():
-                raise SystemExit
-
-        def on_step_end(self, args, state, control, **_):
-            turn.end(learned)
-
     trainer = SFTTrainer(
         model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-    collate = trainer.data_collator
-
-    def counted(examples):
-        nonlocal learned
-        batch = collate(examples)
-        learned = int((batch["labels"] != -100).sum())
-        return batch
-
-    trainer.data_collator = counted
-    trainer.add_callback(Told())
-    turn.ready()
-    trainer.train()
+    run_trainer(trainer, turn, lambda batch: int((batch["labels"] != -100).sum()))
 
 
 def jaxllm_step(a):

@@ -12,8 +12,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Side:
@@ -80,6 +82,56 @@ def serve(make: Callable[[], Callable[[], float]]) -> None:
     turn.ready()
     while turn.begin():
         turn.end(step())
+
+
+# What a torch Trainer is told beside its own settings, and how it takes its turns.
+TRAINER: dict[str, object] = dict(
+    use_cpu=True,
+    gradient_checkpointing=False,
+    optim="adamw_torch_fused",
+    max_steps=10_000,
+    report_to=[],
+    logging_strategy="no",
+    save_strategy="no",
+    disable_tqdm=True,
+)
+
+
+def run_trainer(trainer, turn: Turn, count: Callable[[dict], float]) -> None:
+    """Trains a step each time it is told; `count` is how much a step's batch is."""
+    from transformers import TrainerCallback
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if not turn.begin():
+                raise SystemExit
+
+        def on_step_end(self, args, state, control, **_):
+            turn.end(done)
+
+    done, collate = 0.0, trainer.data_collator
+
+    def counted(examples):
+        nonlocal done
+        batch = collate(examples)
+        done = count(batch)
+        return batch
+
+    trainer.data_collator = counted
+    trainer.add_callback(Told())
+    turn.ready()
+    trainer.train()
+
+
+def examples(path: str, read_one: Callable) -> list:
+    """read_one(record, {}, None, where it stands) of each record of a file that jaxllm reads."""
+    from jaxllm.config import Source
+    from jaxllm.data.sources import locate, read, records
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = read(locate(Source(path)), Path(folder))
+        found = records(table[:], list(range(len(table))), path)
+        return [read_one(record, {}, None, at) for at, record in found]
 
 
 def compare(sides: dict[str, Side], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
