@@ -187,7 +187,6 @@ def answer_logps(
     if model is None:
         return [jnp.zeros(s.shape, jnp.float32) for s in segments], jnp.zeros(batch.tokens.shape)
     each, entropy = logps(model, batch, rng, chunk=chunk)
-    each = each * (batch.weights > 0)
     return [segment_sums(each, batch.segment_ids, s) for s in segments], entropy
 
 

@@ -84,7 +84,8 @@ def _chunk_terms(hs, kernels, targets, head: Head):
 def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None = None) -> Any:
     """([4, B, T] as `_chunk_terms` has it; gradients of Σ weight · loss to the hs and the kernels).
 
-    wanted: to which kernels, None: no gradients at all.
+    wanted: to which kernels, None: no gradients at all. Tokens of weight 0 have 0: the others come
+    first in their rows, and chunks without any are left out.
     """
     hs = [h for h, _ in terms]
     B, T, _ = hs[0].shape
@@ -92,16 +93,28 @@ def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None 
     size = min(T, max(head.chunk * parts // B, 1))
     count = math.ceil(T / size)
     ws = [gathered(w.astype(h.dtype), HEAD_AXES) for h, w in terms]
-    split = partial(_chunks, count=count, size=size)
+    needed = weights != 0
+    order = jnp.argsort(~needed, axis=1, stable=True)
     own_gradient = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
 
-    def body(dws, xs):
-        hc, tc, wc = xs
-        found, slope = _chunk_terms(hc, ws, tc, head)
+    def moved(x, order):
+        """x [B, T, ...] in another order of each row's tokens."""
+        return jnp.take_along_axis(x, order.reshape(B, -1, *[1] * (x.ndim - 2)), 1)
+
+    def split(x):
+        return _chunks(moved(x, order), count, size)
+
+    def body(i, sums):
+        dws, found, dhs = sums
+        hc, tc, wc = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), chunks)
+        here, slope = _chunk_terms(hc, ws, tc, head)
+        found = lax.dynamic_update_index_in_dim(found, here, i, 0)
         if wanted is None:
-            return dws, (found, None)
+            return dws, found, dhs
         slope = (slope * wc[..., None]).astype(hs[0].dtype)
-        dhs = [product(slope, w, (2, 1), h.dtype) for h, w in zip(hc, ws, strict=True)]
+        each = [product(slope, w, (2, 1), h.dtype) for h, w in zip(hc, ws, strict=True)]
+        pairs = zip(dhs, each, strict=True)
+        dhs = [lax.dynamic_update_index_in_dim(into, dh, i, 0) for into, dh in pairs]
 
         def add(dw, h):
             # Each device sums its own rows, so that the devices add up once, not once a chunk.
@@ -113,19 +126,24 @@ def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None 
             return constrain(dw + lax.optimization_barrier(part), "batch", None, "vocab")
 
         dws = [None if dw is None else add(dw, h) for dw, h in zip(dws, hc, strict=True)]
-        return dws, (found, dhs)
+        return dws, found, dhs
+
+    back = jnp.argsort(order, axis=1)
 
     def whole(x):
-        """Chunks in one row again: [count, B, size, ...] -> [B, T, ...]."""
-        return jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:])[:, :T]
+        """Chunks in one row again, its tokens in their places: [count, B, size, ...]."""
+        return moved(jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:]), back)
 
     dws = [
         jnp.zeros((parts, *w.shape), jnp.float32) if asked else None
         for w, asked in zip(ws, wanted or [False] * len(ws), strict=True)
     ]
     chunks = ([split(h) for h in hs], split(targets), split(weights))
-    dws, (found, dhs) = lax.scan(body, dws, chunks)
-    found = jnp.stack([whole(x) for x in jnp.moveaxis(found, 1, 0)])
+    found = jnp.zeros((count, 4, B, size), jnp.float32)
+    dhs = None if wanted is None else [jnp.zeros_like(h) for h in chunks[0]]
+    used = -(-jnp.max(jnp.sum(needed, 1)) // size)
+    dws, found, dhs = lax.fori_loop(0, used, body, (dws, found, dhs))
+    found = jnp.stack([whole(x) for x in jnp.moveaxis(found, 1, 0)]) * needed
     if dhs is None:
         return found, None, None
     dws = [None if dw is None else jnp.sum(dw, 0) for dw in dws]
@@ -170,24 +188,25 @@ def _backward(head: Head, saved, g):
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def token_logps(terms, targets, head: Head) -> Any:
-    """(log p(target), entropy) of each token, float32 [B, T]; the latter has no gradient.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logps(terms, targets, learned, head: Head) -> Any:
+    """(log p(target), entropy) of each token, float32 [B, T]; the latter has no gradient. 0 where
+    `learned` [B, T] is 0.
 
     As `cross_entropy`, for a loss that is not linear in the tokens: how much each of them counts is
     known only after all are. Where the kernels are frozen the gradient to `h` is computed in the
     forward pass, of each token with weight 1; where one is trained, the logits are computed again.
     """
-    found, _, _ = _over_chunks(terms, targets, jnp.ones(targets.shape, jnp.float32), head)
+    found, _, _ = _over_chunks(terms, targets, jnp.float32(learned != 0), head)
     return -found[1], found[3]
 
 
-def _logps_forward(terms: Any, targets: Any, head: Head):
+def _logps_forward(terms: Any, targets: Any, learned: Any, head: Head):
     wanted = [w.perturbed for _, w in terms]
     values = [(h.value, w.value) for h, w in terms]
-    ones = jnp.ones(targets.value.shape, jnp.float32)
+    ones = jnp.float32(learned.value != 0)
     found, dhs, _ = _over_chunks(values, targets.value, ones, head, None if any(wanted) else wanted)
-    again = (values, targets.value) if any(wanted) else None
+    again = (values, targets.value, ones) if any(wanted) else None
     # A static list in what is saved is a part of its structure: Nones and empty tuples.
     return (-found[1], found[3]), (dhs, again, [() if w else None for w in wanted])
 
@@ -196,12 +215,12 @@ def _logps_backward(head: Head, saved, g):
     dhs, again, wanted = saved
     weights = jnp.zeros(()) if isinstance(g[0], SymbolicZero) else -g[0]
     if dhs is not None:
-        return [(dh * weights[..., None].astype(dh.dtype), None) for dh in dhs], None
-    values, targets = again
-    weights = jnp.broadcast_to(weights, targets.shape)
+        return [(dh * weights[..., None].astype(dh.dtype), None) for dh in dhs], None, None
+    values, targets, ones = again
     asked = [w is not None for w in wanted]
-    _, dhs, dws = _over_chunks(values, targets, weights, head, asked)
-    return list(zip(dhs, _rounded(dws, [w for _, w in values]), strict=True)), None
+    _, dhs, dws = _over_chunks(values, targets, weights * ones, head, asked)
+    pairs = zip(dhs, _rounded(dws, [w for _, w in values]), strict=True)
+    return list(pairs), None, None
 
 
 token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)
@@ -229,11 +248,12 @@ def lm_loss(
 def logps(
     model: Decoder, batch: Batch, rng: Any = None, *, chunk: int = 512, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(log p(target), entropy) of each token of a batch under the model, float32 [B, T]."""
+    """(log p(target), entropy) of each learned token of a batch under the model, float32 [B, T]; 0
+    of the others."""
     h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
     h = constrain(h, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
-    found: Any = token_logps(model.head_terms(h, rng), batch.targets, head)
+    found: Any = token_logps(model.head_terms(h, rng), batch.targets, batch.weights, head)
     return found
 
 

@@ -151,9 +151,10 @@ def ppo_loss(
 def act(
     model: Any, batch: Experience, *, temperature: float = 1.0, chunk: int = 512
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T]; no critic: V is 0."""
+    """(log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T]; no critic: V is 0. The
+    first two are of the completions' tokens alone, else 0."""
     h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
-    found: Any = token_logps(model.head_terms(h), batch.targets, head)
+    found: Any = token_logps(model.head_terms(h), batch.targets, batch.weights, head)
     values = jnp.zeros(batch.tokens.shape) if model.value is None else model.value(batch, h)
     return *found, values

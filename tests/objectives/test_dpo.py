@@ -25,12 +25,12 @@ from jaxllm.objectives.lm import Head, segment_sums, token_logps
 # ---- the log-probability of each token
 
 
-def plain_logps(terms, targets, softcap=0.0, temperature=1.0):
+def plain_logps(terms, targets, learned=1.0, softcap=0.0, temperature=1.0):
     logits = sum(h @ w for h, w in terms)
     logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
     every = jax.nn.log_softmax(logits / temperature, -1)
     picked = jnp.take_along_axis(every, targets[..., None], -1)[..., 0]
-    return picked, -jnp.sum(jnp.exp(every) * every, -1)
+    return picked * learned, -jnp.sum(jnp.exp(every) * every, -1) * learned
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_log_probabilities_and_their_gradients_equal_the_plain_ones(
 ):
     """The loss is not linear in the tokens, and some tokens have no weight in it at all."""
     h, w, low, up, targets, weigh = case
-    weigh = weigh * (weigh > -0.5)
+    learned = weigh > -0.5
 
     def loss(logps, *args):
         if trained == "a tied table":
@@ -69,8 +69,8 @@ def test_log_probabilities_and_their_gradients_equal_the_plain_ones(
             terms = [(h, w), (low, args[0])]
         else:
             terms = [(args[0], args[1]), (args[2], args[3])]
-        found, entropy = logps(terms, targets)
-        return jnp.sum(jnp.square(found + 1) * weigh), (found, entropy)
+        found, entropy = logps(terms, targets, learned)
+        return jnp.sum(jnp.square(found + 1) * weigh * learned), (found, entropy)
 
     given = {"a tied table": (w.T,), "not the head": (h, low), "only LoRA's second": (up,)}
     args = given.get(trained, (h, w, low, up))
@@ -87,16 +87,19 @@ def test_log_probabilities_and_their_gradients_equal_the_plain_ones(
 
 
 def test_the_entropy_has_no_gradient(case):
-    h, w, _, _, targets, _ = case
-    slope = jax.grad(lambda x: jnp.sum(token_logps([(x, w)], targets, Head())[1]))(h)
+    h, w, _, _, targets, weigh = case
+    learned = weigh > -0.5
+    slope = jax.grad(lambda x: jnp.sum(token_logps([(x, w)], targets, learned, Head())[1]))(h)
     assert float(jnp.abs(slope).max()) == 0.0
 
 
 def test_frozen_heads_get_no_gradient_computed(case):
     """No product of the shape of the head's gradient stands in the program."""
-    h, w, _, _, targets, _ = case
-    f = jax.grad(lambda x, k: jnp.sum(token_logps([(x, k)], targets, Head(chunk=20))[0]))
-    g = jax.grad(lambda x, k: jnp.sum(token_logps([(x, k)], targets, Head(chunk=20))[0]), (0, 1))
+    h, w, _, _, targets, weigh = case
+    f = jax.grad(lambda x, k: jnp.sum(token_logps([(x, k)], targets, weigh, Head(chunk=20))[0]))
+    g = jax.grad(
+        lambda x, k: jnp.sum(token_logps([(x, k)], targets, weigh, Head(chunk=20))[0]), (0, 1)
+    )
     frozen, both = (str(jax.make_jaxpr(fn)(h, w)) for fn in (f, g))
     assert "f32[1,16,103]" in both and "f32[1,16,103]" not in frozen
 
@@ -121,7 +124,7 @@ def test_answers_log_probabilities_are_sums_over_their_tokens_in_packed_rows(row
             want = np.asarray(each)[r][at].sum()
             np.testing.assert_allclose(found[r, p], want, rtol=1e-5, atol=1e-5)
             assert float(answer_lengths(rows, side)[r, p]) == max(at.sum(), 1)
-    np.testing.assert_allclose(entropy, entropies, atol=1e-4)
+    np.testing.assert_allclose(entropy, entropies * (rows.weights > 0), atol=1e-4)
 
 
 def test_segment_sums_leave_out_what_is_padding_or_no_segment():

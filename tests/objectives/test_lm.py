@@ -50,6 +50,21 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(case, softcap, z_loss, 
         np.testing.assert_allclose(got, ref, atol=1e-5 * float(jnp.abs(ref).max()))
 
 
+def test_chunks_that_nobody_learns_from_cost_nothing_and_change_nothing(case):
+    """NaN where no weight is: it is not even looked at, but for what fills the last chunk."""
+    h, w, targets, _ = case
+    weights = jnp.zeros((B, T)).at[0, 30:36].set(1.0).at[1, 3:7].set(2.0)
+    unseen = jnp.where(weights[..., None] > 0, h, jnp.nan)
+
+    def loss(h, w):
+        return cross_entropy([(h, w)], targets, weights, Head(chunk=4))[0]
+
+    got = jax.value_and_grad(loss, (0, 1))(unseen.at[1, :2].set(0.0), w)
+    want = jax.value_and_grad(lambda *x: plain(*x, targets, weights, 0.0, 0.0)[0], (0, 1))(h, w)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [20, 10_000])
 def test_a_tied_table_in_bfloat16_learns_whatever_the_number_of_chunks(case, chunk):
     """With one chunk XLA once built a product that its CPU backend has no bfloat16 kernel for."""
