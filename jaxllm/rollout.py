@@ -108,7 +108,7 @@ def _read(model: Decoder, tokens: Any, segments: Any, slots: int, mix: Any = Non
     cache = model.empty_cache(tokens.shape[0], slots)
     positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
     hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
-    return model.logits(hidden[:, -1], mix), cache
+    return model.logits(hidden[:, -1], mix), replace(cache, length=jnp.int32(cache.length))
 
 
 def _next(model: Decoder, cache: Cache, token: jax.Array, mix: Any = None):
@@ -224,8 +224,9 @@ def _complete(
 
     def draw(logits: jax.Array, step: jax.Array):
         token = sample(logits, sampling, key, step)
-        logps = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
-        return token, jnp.take_along_axis(logps, token[:, None], 1)
+        logits = logits / (sampling.temperature or 1.0)
+        total = jax.nn.logsumexp(logits, -1, keepdims=True)
+        return token, jnp.take_along_axis(logits, token[:, None], 1) - total
 
     def grown(made, token, logp, step):
         """`made` with one more column; static shapes, so that one program does for all steps."""

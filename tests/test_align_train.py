@@ -212,17 +212,18 @@ def test_an_adapter_to_start_from_is_what_the_run_is_compared_with(base, runs, c
     assert first == pytest.approx(np.log(2), abs=1e-6) and last < np.log(2) - 0.01
     adapter = shutil.copytree(base / "dpo" / "final", base / "adapter")
     path = ("--peft.method", "lora", "--peft.path", str(adapter))
-    more = ("--micro_batch_size", "8", "--steps", "2", *path)
+    more = ("--micro_batch_size", "8", "--optim.learning_rate", "1e-3", *path)
     with one_device():
-        assert main(aligning(base, "dpo", "again", *more)) == 0
+        assert main(aligning(base, "dpo", "again", "--steps", "6", *more)) == 0
     again = lines_of(base / "again")
     assert again[1]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert again[2]["loss"] < again[1]["loss"]
+    later = [again[step]["loss"] for step in range(2, 7)]
+    assert np.mean(later) < np.log(2) - 0.02
     config = json.loads((base / "again" / "final" / "adapter_config.json").read_text())
     assert config["r"] == 4
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({k: 2 * v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
-    line = refused(capsys, aligning(base, "dpo", "again", *more[:2], "--steps", "3", *path))
+    line = refused(capsys, aligning(base, "dpo", "again", "--steps", "7", *more))
     assert "was trained over another model" in line
 
 

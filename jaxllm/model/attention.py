@@ -7,20 +7,23 @@ A query sees the keys at or before its own place that lie in its segment (and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxllm.model import kernels
-from jaxllm.model.layers import softcapped
+from jaxllm.model.layers import kept, named, softcapped
 
 EVERYWHERE = -1  # the segment of keys that every query sees: a prefix before each text
-BLOCKS = 4  # query blocks of a whole row: keys after a block are never touched
+# A whole row goes by blocks of so many tokens. Pairs of blocks that see nothing of each other are
+# left out: those after another, those of other texts and those outside the window.
+BLOCK, GPU_BLOCK = 128, 512
+MOST_BLOCKS = 64  # of a row; in longer ones they are larger
+NOWHERE = -2  # the segment of what fills the last block of a row
 # What a whole row of bfloat16 goes through on a GPU: xla, which is the code below, a kernel of
 # kernels.py, or the best of them. benchmarks/gpu.py measures them.
 GPU_KERNEL = "best"
@@ -30,21 +33,20 @@ def visible(
     q_segments: jax.Array,
     k_segments: jax.Array,
     q_positions: jax.Array,
-    offset: jax.Array | int,
+    q_places: jax.Array,
+    k_places: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """bool [B, T, S]. Query t stands at place offset + t of the keys; segments must be equal.
+    """bool [B, T, S]. Places are int32 [T] and [S], counted among the keys; segments must be equal.
 
     Keys of the segment EVERYWHERE stand at the first places of the keys and of each text alike, so
     their distance is counted from the query's position in its text.
     """
-    q_place = offset + jnp.arange(q_segments.shape[1])[:, None]
-    k_place = jnp.arange(k_segments.shape[1])[None, :]
     everywhere = (k_segments == EVERYWHERE)[:, None, :]
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_place <= q_place)
+    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_places <= q_places[:, None])
     if window is not None:
-        same &= q_place - k_place < window
-        everywhere &= q_positions[:, :, None] - k_place < window
+        same &= q_places[:, None] - k_places < window
+        everywhere &= q_positions[:, :, None] - k_places < window
     return same | everywhere
 
 
@@ -90,37 +92,53 @@ def attention(
         window=window,
         softcap=softcap,
     )
-    return checkpoint_name(out, "attention")
+    return kept(out, "attention")
 
 
 def _plain(
     q_BTHK, k_BNSK, v_BNSK, q_segments, k_segments, q_positions, *, offset, window, softcap, scale
 ) -> jax.Array:
-    """`attention` in XLA's own operations."""
+    """`attention` in XLA's own operations: a whole row block by block, with a cache all at once."""
     B, T, H, K = q_BTHK.shape
-    N = k_BNSK.shape[1]
-    q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).reshape(B, T, N, H // N, K)
-    q = q.transpose(0, 2, 3, 1, 4).astype(k_BNSK.dtype)
-    at = (q_segments, k_segments, q_positions, jnp.asarray(offset))
-    lead = offset if isinstance(offset, int) else None
-    out: Any = _attend(q, k_BNSK, v_BNSK, at, window, softcap, lead)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(q_BTHK.dtype)
+    N, S = k_BNSK.shape[1:3]
+    q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).astype(k_BNSK.dtype)
+    size = _block_size(T) if isinstance(offset, int) and T + offset == S else T
+    lead = offset if size < T else 0
+    split = partial(_split, size=size)
+    whole = partial(_split, size=size if size < T else S, lead=lead)
+    q = split(q, 1).reshape(-1, B, size, N, H // N, K).transpose(0, 1, 3, 4, 2, 5)
+    k, v = whole(k_BNSK, 2), whole(v_BNSK, 2)
+    at = (
+        split(q_segments, 1, fill=NOWHERE),
+        whole(k_segments, 1, fill=NOWHERE),
+        split(q_positions, 1),
+        jnp.asarray(offset + -lead % size),
+    )
+    out: Any = _attend(q, k, v, at, window, softcap)  # [n, B, N, G, size, K]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, K)[:, :T]
+    return out.astype(q_BTHK.dtype)
 
 
-def _blocks(
-    q: jax.Array, k: jax.Array, window: int | None, lead: int | None
-) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys) that are looked at together. A whole row goes block by block, over the keys
-    up to its own block and inside the window alone: the mask would hide the rest. `lead`: how many
-    keys stand before the row's own, None where that is not known (a cache)."""
-    T, S = q.shape[3], k.shape[2]
-    size = T // BLOCKS if lead is not None and T + lead == S and T % BLOCKS == 0 and T >= 128 else T
-    for start in range(0, T, size):
-        if size == T:
-            yield slice(0, T), slice(0, S)
-        else:
-            first = 0 if window is None or lead else max(0, start - window + 1)
-            yield slice(start, start + size), slice(first, (lead or 0) + start + size)
+def _block_size(length: int) -> int:
+    """Tokens in a block of a row of `length`."""
+    size = BLOCK if jax.default_backend() == "cpu" else GPU_BLOCK
+    while length > MOST_BLOCKS * size:
+        size *= 2
+    return min(size, length)
+
+
+def _split(x: jax.Array, axis: int, size: int, lead: int = 0, fill: int = 0) -> jax.Array:
+    """[..., T, ...] -> [n, ..., size, ...], the axis in blocks; `fill` is in what they lack of it,
+    at the end and after the first `lead`, which have blocks of their own."""
+
+    def blocks(x: jax.Array) -> jax.Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, -x.shape[axis] % size)
+        x = jnp.pad(x, pad, constant_values=fill)
+        x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    return jnp.concatenate([blocks(part) for part in jnp.split(x, [lead], axis)])
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -129,65 +147,118 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BNGTK, k_BNSK, at: Any, queries: slice, keys: slice, window, softcap) -> jax.Array:
-    """float32 [B, N, G, T, S] of one block, soft-capped; -1e30 where a query must not look."""
+def _pairs(at: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(blocks of queries, blocks of keys, how many pairs of them count): those in which some query
+    of some row may see a key come first."""
+    q_segments, k_segments, _, offset = at
+    (count, _, size), of_keys = q_segments.shape, len(k_segments)
+    i, j = np.tril_indices(count, of_keys - count, of_keys)
+
+    def ends(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Lowest and highest id of each block and row, [n, B]; padding, 0, as the highest."""
+        ids = jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments)
+        return ids.min(-1), ids.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = ends(q_segments), ends(k_segments)
+    seen = ((q_low[i] <= k_high[j]) & (k_low[j] <= q_high[i])).any(-1)
+    if window is not None:
+        seen &= offset + i * size - (j * size + size - 1) < window
+    seen |= (k_segments == EVERYWHERE).any((1, 2))[j]
+    order = jnp.argsort(~seen, stable=True)
+    return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, at, window: int | None, softcap: float) -> Any:
+    """q [n, B, N, G, T, K] (scaled), k and v [m, B, N, S, K] in blocks -> as q.
+
+    at: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the place of the
+    first query among the keys.
+    """
+    return _forward(q, k, v, at, window, softcap)[0]
+
+
+def _slot(x: jax.Array, i: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _scores(q, k, at: Any, i: Any, j: Any, window: int | None, softcap: float) -> jax.Array:
+    """float32 [B, N, G, T, S] of two blocks, soft-capped; -1e30 where a query must not look."""
     q_segments, k_segments, q_positions, offset = at
-    B, N, G, T, K = q_BNGTK.shape
-    scores = _product(q_BNGTK.reshape(B, N, G * T, K), k_BNSK, (3, 3)).reshape(B, N, G, T, -1)
-    scores = softcapped(scores, softcap)
-    shift = offset + queries.start - keys.start
-    segments = q_segments[:, queries], k_segments[:, keys]
-    mask = visible(*segments, q_positions[:, queries], shift, window)
+    (_, B, N, G, T, K), S = q.shape, k.shape[3]
+    scores = _product(_slot(q, i).reshape(B, N, G * T, K), _slot(k, j), (3, 3))
+    scores = softcapped(scores.reshape(B, N, G, T, S), softcap)
+    segments = _slot(q_segments, i), _slot(k_segments, j)
+    places = offset + i * T + jnp.arange(T), j * S + jnp.arange(S)
+    mask = visible(*segments, _slot(q_positions, i), *places, window)
     return jnp.where(mask[:, None, None], scores, -1e30)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q, k, v, at, window, softcap, lead) -> Any:
-    """q [B, N, G, T, K] (scaled), k and v [B, N, S, K] -> [B, N, G, T, K]; `at` as in _scores."""
-    return _forward(q, k, v, at, window, softcap, lead)[0]
+def _over_pairs(visit: Any, sums: Any, at: Any, window: int | None) -> Any:
+    """sums = visit(i, j, sums) for each pair of blocks that counts."""
+    q_blocks, k_blocks, count = _pairs(at, window)
+    return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, at, window: int | None, softcap: float, lead: int | None):
-    B, N, G, T, K = q.shape
-    outs, sums = [], []
-    for queries, keys in _blocks(q, k, window, lead):
-        scores = _scores(q[:, :, :, queries], k[:, :, keys], at, queries, keys, window, softcap)
+def _forward(q, k, v, at, window: int | None, softcap: float):
+    n, B, N, G, T, K = q.shape
+
+    def look(i: Any, j: Any) -> tuple[jax.Array, ...]:
+        """Of a pair: the highest score, Σ exp(score - it), Σ exp(score - it) v."""
+        scores = _scores(q, k, at, i, j, window, softcap)
         top = jnp.max(scores, -1, keepdims=True)
         probs = jnp.exp(scores - top)
         total = jnp.sum(probs, -1, keepdims=True)
-        rows = probs.astype(v.dtype).reshape(B, N, -1, probs.shape[-1])
-        mixed = _product(rows, v[:, :, keys], (3, 2)).reshape(*probs.shape[:-1], K)
-        outs.append((mixed / total).astype(v.dtype))
-        sums.append((jnp.log(total) + top)[..., 0])
-    out = checkpoint_name(jnp.concatenate(outs, 3), "attention")
-    lse = checkpoint_name(jnp.concatenate(sums, 3), "attention")
+        mixed = _product(probs.astype(v.dtype).reshape(B, N, G * T, -1), _slot(v, j), (3, 2))
+        return top, total, mixed.reshape(B, N, G, T, K)
+
+    def visit(i: Any, j: Any, sums: Any) -> Any:
+        before, found = [_slot(x, i) for x in sums], look(i, j)
+        top = jnp.maximum(before[0], found[0])
+        parts = [(jnp.exp(x[0] - top), x) for x in (before, found)]
+        total, mixed = (sum(scale * x[part] for scale, x in parts) for part in (1, 2))
+        now = zip(sums, (top, total, mixed), strict=True)
+        return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in now)
+
+    if n == len(k) == 1:
+        top, total, mixed = (x[None] for x in look(0, 0))
+    else:
+        zeros = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+        start = (zeros - 1e30, zeros, jnp.zeros(q.shape, jnp.float32))
+        top, total, mixed = _over_pairs(visit, start, at, window)
+    out = named((mixed / total).astype(v.dtype), "attention")
+    lse = named((jnp.log(total) + top)[..., 0], "attention")
     return out, (q, k, v, at, out, lse)
 
 
-def _backward(window: int | None, softcap: float, lead: int | None, saved, g):
+def _backward(window: int | None, softcap: float, saved, g):
     q, k, v, at, out, lse = saved
-    B, N, G, T, K = q.shape
+    n, B, N, G, T, K = q.shape
     g = g.astype(v.dtype)
-    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    dqs = []
-    dk, dv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
     def rows(x: jax.Array) -> jax.Array:
-        return x.reshape(B, N, -1, x.shape[-1])
+        return x.reshape(B, N, G * T, x.shape[-1])
 
-    for queries, keys in _blocks(q, k, window, lead):
-        qb, gb = q[:, :, :, queries], g[:, :, :, queries]
-        scores = _scores(qb, k[:, :, keys], at, queries, keys, window, softcap)
-        probs = jnp.exp(scores - lse[:, :, :, queries, None])
-        slope = _product(rows(gb), v[:, :, keys], (3, 3)).reshape(probs.shape)
-        slope = probs * (slope - inner[:, :, :, queries])
+    def visit(i: Any, j: Any, sums: Any) -> Any:
+        scores = _scores(q, k, at, i, j, window, softcap)
+        probs = jnp.exp(scores - _slot(lse, i)[..., None])
+        slope = _product(rows(_slot(g, i)), _slot(v, j), (3, 3)).reshape(probs.shape)
+        slope = probs * (slope - _slot(inner, i)[..., None])
         if softcap:
             slope = slope * (1.0 - jnp.square(jnp.where(scores > -1e29, scores, 0.0) / softcap))
         slope = rows(slope.astype(q.dtype))
-        dqs.append(_product(slope, k[:, :, keys], (3, 2)).reshape(qb.shape).astype(q.dtype))
-        dk = dk.at[:, :, keys].add(_product(slope, rows(qb), (2, 2)))
-        dv = dv.at[:, :, keys].add(_product(rows(probs.astype(v.dtype)), rows(gb), (2, 2)))
-    return jnp.concatenate(dqs, 3), dk.astype(k.dtype), dv.astype(v.dtype), None
+        dq = _product(slope, _slot(k, j), (3, 2)).reshape(B, N, G, T, K)
+        dk = _product(slope, rows(_slot(q, i)), (2, 2))
+        dv = _product(rows(probs.astype(v.dtype)), rows(_slot(g, i)), (2, 2))
+        each = zip(sums, (dq, dk, dv), (i, j, j), strict=True)
+        return tuple(
+            lax.dynamic_update_index_in_dim(x, _slot(x, at) + dx, at, 0) for x, dx, at in each
+        )
+
+    sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+    sums = visit(0, 0, sums) if n == len(k) == 1 else _over_pairs(visit, tuple(sums), at, window)
+    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None
 
 
 _attend.defvjp(_forward, _backward)

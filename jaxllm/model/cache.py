@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.mesh import constrain
 from jaxllm.model.config import ModelConfig
@@ -21,19 +22,19 @@ from jaxllm.model.config import ModelConfig
 class Cache:
     """All rows write the same slots; a row whose text is shorter marks its slots as padding."""
 
-    k: Any  # [L, B, N, S, K], or of each layer [B, N, S, K] where the model's layers are `apart`
-    v: Any  # as k
+    k: Any  # [L, B, N, K, S], or of each layer [B, N, K, S] where the model's layers are `apart`
+    v: Any  # the same but [..., S, K]: each as the product that reads it is fastest on a CPU
     segments: Any  # int32 [B, S]; 0 = empty or padding
-    length: Any  # int32 scalar: slots written so far
+    length: Any  # slots written so far: an int where it is known to the program, else int32 scalar
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-        shape = (cfg.num_layers, rows, cfg.num_kv_heads, slots, cfg.head_dim)
+        shape = (cfg.num_layers, rows, cfg.num_kv_heads)
         return Cache(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
+            jnp.zeros((*shape, cfg.head_dim, slots), dtype),
+            jnp.zeros((*shape, slots, cfg.head_dim), dtype),
             jnp.zeros((rows, slots), jnp.int32),
-            jnp.zeros((), jnp.int32),
+            0,
         ).laid()
 
     def laid(self) -> Cache:
@@ -45,3 +46,12 @@ class Cache:
 
         k, v = jax.tree.map(lay, (self.k, self.v))
         return Cache(k, v, constrain(self.segments, "batch", None), self.length)
+
+
+def written(kv: tuple[Any, Any], k: jax.Array, v: jax.Array, offset: Any) -> tuple[Any, Any]:
+    """A layer's cache with k and v [B, N, T, K] (of all rows: [1, ...]) from slot `offset` on."""
+    k, v = (jnp.broadcast_to(y, (len(kv[0]), *y.shape[1:])).astype(kv[0].dtype) for y in (k, v))
+    return (
+        lax.dynamic_update_slice(kv[0], k.swapaxes(2, 3), (0, 0, 0, offset)),
+        lax.dynamic_update_slice(kv[1], v, (0, 0, offset, 0)),
+    )

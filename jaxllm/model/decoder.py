@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
 from jaxllm.model.attention import EVERYWHERE, attention
-from jaxllm.model.cache import Cache
+from jaxllm.model.cache import Cache, written
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.layers import (
     MLP,
@@ -28,18 +28,20 @@ from jaxllm.model.layers import (
     Peft,
     RMSNorm,
     fused,
+    kept,
     product,
     rope_table,
     rotate,
     softcapped,
+    text_lengths,
 )
 from jaxllm.model.quantized import Quantized
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("dot"),
-    "names": jax.checkpoint_policies.save_only_these_names("attention"),
+    "full": jax.checkpoint_policies.save_only_these_names("layer"),
+    "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
+    "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
 }
 
 HEAD_AXES = ("embed", "vocab")
@@ -89,27 +91,28 @@ class Attention(nnx.Module):
                     jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[1:])), y], 1)
                     for p, y in zip(kv, (k, v), strict=True)
                 )
-            if kv is None or at["prefix"]:
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            else:
-                start = (0, 0, at["offset"], 0)
-                k, v = (
-                    lax.dynamic_update_slice(into, y.swapaxes(1, 2).astype(into.dtype), start)
-                    for into, y in zip(kv, (k, v), strict=True)
-                )
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            segments, offset = at["key_segments"], at["offset"]
+            if kv is not None and not at["prefix"]:
+                kv = written(kv, k, v, offset)
+                k, v = kv[0].swapaxes(2, 3), kv[1]
+                if isinstance(offset, int):  # how much is held is known: empty slots are left out
+                    held = offset + q.shape[1]
+                    k, v = (x[:, :, :held].astype(q.dtype) for x in (k, v))
+                    segments = segments[:, :held]
             out = attention(
                 q,
                 k,
                 v,
                 at["segments"],
-                at["key_segments"],
+                segments,
                 at["positions"],
-                offset=at["offset"],
+                offset=offset,
                 window=layer.window,
                 softcap=cfg.attention_softcap,
                 scale=cfg.query_scale or cfg.head_dim**-0.5,
             )
-            return out, None if kv is None or at["prefix"] else (k, v)
+            return out, None if at["prefix"] else kv
 
         forms = [partial(mix, layer) for layer in cfg.kinds]
         if isinstance(kind, int) or len(forms) == 1:
@@ -239,19 +242,25 @@ class Decoder(nnx.Module):
         """`hidden` from the embeddings on."""
         cfg = self.cfg
         B, T = segments.shape
-        keys, slots, offset = segments, T, 0
+        keys, offset = segments, 0
         if positions is None:
             positions = jnp.arange(T) + (0 if cache is None else cache.length)
             positions = jnp.broadcast_to(positions, (B, T))
         kv: Any = None
         if cache is not None:
-            kv, offset, slots = (cache.k, cache.v), cache.length, cache.segments.shape[1]
+            kv, offset = (cache.k, cache.v), cache.length
             keys = lax.dynamic_update_slice(cache.segments, segments, (0, offset))
         elif self.prefix is not None:
             kv, offset = self.prefix.kv(self), self.prefix.length
-            positions, slots = positions + offset, T + offset
+            positions = positions + offset
             keys = jnp.pad(segments, ((0, 0), (offset, 0)), constant_values=EVERYWHERE)
-        ropes = [rope_table(r, cfg.head_dim, positions, slots) for r in cfg.ropes]
+        if cache is None:
+            lengths = text_lengths(segments, positions)
+            ropes = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
+        else:  # rows of a table of all slots: else each layer computes its angles anew
+            slots = cache.segments.shape[1]
+            tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
+            ropes = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
         at = {"segments": segments, "key_segments": keys, "positions": positions, "ropes": ropes}
         at |= {"offset": offset, "prefix": cache is None and kv is not None, **outer}
         if isinstance(self.layers, nnx.List):
@@ -263,7 +272,7 @@ class Decoder(nnx.Module):
             params, kind, layer, kv = scanned
             block = nnx.merge(graph, params)
             rng = None if at["rng"] is None else jax.random.fold_in(at["rng"], layer)
-            return block(x, at | {"layer": layer, "rng": rng}, kind, kv)
+            return block(kept(x, "layer"), at | {"layer": layer, "rng": rng}, kind, kv)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
@@ -289,26 +298,20 @@ class Decoder(nnx.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
         P = 0 if self.prefix is None else self.prefix.length
-        # A CPU writes a few slots of a bfloat16 array by way of a float32 copy of all of it.
+        # Of a bfloat16 array a CPU writes a slot by way of a float32 copy of the whole, and of its
+        # bits it makes a copy to read them.
         narrow = jax.default_backend() != "cpu"
-        dtype = self.compute_dtype if narrow else jnp.float32
-        cache = Cache.empty(self.cfg, rows, P + slots, dtype)
+        cache = Cache.empty(
+            self.cfg, rows, P + slots, self.compute_dtype if narrow else jnp.float32
+        )
         k, v, segments = cache.k, cache.v, cache.segments
         if self.prefix is not None:
-            k, v = (
-                lax.dynamic_update_slice(
-                    into,
-                    jnp.broadcast_to(y, (into.shape[0], rows, *y.shape[2:]))
-                    .swapaxes(2, 3)
-                    .astype(into.dtype),
-                    (0,) * 5,
-                )
-                for into, y in zip((k, v), self.prefix.kv(self), strict=True)
-            )
+            before = (y.swapaxes(2, 3) for y in self.prefix.kv(self))
+            k, v = jax.vmap(partial(written, offset=0))((k, v), *before)
             segments = segments.at[:, :P].set(EVERYWHERE)
         if isinstance(self.layers, nnx.List):
             k, v = tuple(k), tuple(v)
-        return Cache(k, v, segments, jnp.int32(P))
+        return Cache(k, v, segments, P)
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
@@ -325,6 +328,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, mix: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
+        if self.head is None:  # a CPU has a bfloat16 kernel for the table as it lies alone
+            table = gathered(self.embed.embedding[...].astype(hidden.dtype), HEAD_AXES[::-1])
+            logits = product(hidden, table, (hidden.ndim - 1, 1), jnp.float32)
+            return softcapped(logits, self.cfg.logit_softcap)
         raw = [
             product(x, gathered(w.astype(x.dtype), HEAD_AXES), (x.ndim - 1, 0), jnp.float32)
             for x, w in self.head_terms(hidden, mix=mix)

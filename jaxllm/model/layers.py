@@ -90,6 +90,36 @@ def _dot_backward(axes: tuple[str | None, ...], saved, g):
 dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
+def as_bits(x: jax.Array) -> jax.Array:
+    """x; on a CPU the bits of a bfloat16 x, uint16, for an array that is written slot by slot: of
+    bfloat16 itself a CPU writes a slot by way of a float32 copy of the whole."""
+    narrow = jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
+    return lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+
+
+def from_bits(x: jax.Array) -> jax.Array:
+    """What `as_bits` was given."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def named(x: jax.Array, name: str) -> jax.Array:
+    """x under a name that a policy of decoder.REMAT may keep for the backward pass (as bits: a scan
+    writes what it keeps of its layers slot by slot); without a gradient: for the forward rule of a
+    function that has its own."""
+    return from_bits(checkpoint_name(as_bits(x), name))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def kept(x: jax.Array, name: str) -> jax.Array:
+    """`named`, with the gradient of x."""
+    return named(x, name)
+
+
+@kept.defjvp
+def _kept_jvp(name: str, x: Any, dx: Any) -> tuple[jax.Array, Any]:
+    return named(x[0], name), dx[0]
+
+
 def softcapped(logits: jax.Array, cap: float) -> jax.Array:
     """cap · tanh(logits / cap), within (-cap, cap); 0 leaves them as they are."""
     return cap * jnp.tanh(logits / cap) if cap else logits
@@ -195,7 +225,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, at: Any) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
-        y = checkpoint_name(dot(x, self.kernel.get_value(), axes), "dot")
+        y = kept(dot(x, self.kernel.get_value(), axes), "dot")
         if self.lora is not None:
             y = self.lora(x, y, self.dense, at)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -269,7 +299,7 @@ def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[j
 def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, float32 [R/2], and what cos and sin are scaled by.
 
-    `length` (tokens in the row or the cache) chooses between longrope's short and long factors.
+    `length` (tokens in the text or the cache) chooses between longrope's short and long factors.
     linear: positions / factor. llama3: long wavelengths / factor, a ramp between. yarn
     (arXiv:2309.00071): the same by rotations over the original length. longrope (arXiv:2402.13753).
     Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
@@ -307,9 +337,23 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
     return inverse, rope.mscale
 
 
-def rope_table(rope: Rope, head_dim: int, positions: jax.Array, length: int):
-    """cos and sin of positions [B, T], float32 [B, T, 1, R/2]."""
-    inverse, mscale = rope_frequencies(rope, head_dim, length)
+def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
+    """Of each token, the tokens of the text it lies in, int32 [B, T]."""
+    T = segments.shape[1]
+    last = jnp.diff(segments, axis=1, append=segments[:, -1:] - 1) != 0
+    end = lax.cummin(jnp.where(last, jnp.arange(T), T), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, 1) + 1
+
+
+def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
+    """cos and sin of positions [B, T], float32 [B, T, 1, R/2]. lengths: `length` of
+    rope_frequencies, or int32 [B, T]: that of each token's text."""
+    known = isinstance(lengths, int)
+    inverse, mscale = rope_frequencies(rope, head_dim, lengths if known else 0)
+    if not known and rope.kind == "longrope":
+        stretched, _ = rope_frequencies(rope, head_dim, rope.original_length + 1)
+        long = lengths[..., None, None] > rope.original_length
+        inverse = jnp.where(long, stretched, inverse)
     angle = positions.astype(jnp.float32)[..., None, None] * inverse
     return jnp.cos(angle) * mscale, jnp.sin(angle) * mscale
 

@@ -26,7 +26,7 @@ def test_a_first_key_and_causality_are_what_attention_sees(window):
     if window is not None:
         first = jnp.maximum(first, places - (window - 1))
     told = (places >= first[:, :, None]) & (places <= places[:, None])
-    seen = attention.visible(segments, segments, jnp.zeros_like(segments), 0, window)
+    seen = attention.visible(segments, segments, jnp.zeros_like(segments), places, places, window)
     np.testing.assert_array_equal(told, seen)
 
 

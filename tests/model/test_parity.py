@@ -118,6 +118,17 @@ def test_logits_equal_transformers_over_2048_tokens(pair, name):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+def test_longrope_goes_by_the_length_of_a_text_not_of_its_row(pair):
+    """16 tokens are the original length: of these texts one is stretched."""
+    _, ours = pair("phi3 longrope, long")
+    (long,), (short,) = some_tokens(1, 20), some_tokens(1, 12)
+    row = make_row([(t, np.ones(len(t), np.float32)) for t in (short, long)], 36)
+    row = {k: v[None] for k, v in row.items()}
+    packed = ours(row["tokens"], row["segment_ids"], row["positions"])[0]
+    alone = [ours(t[None])[0] for t in (short, long)]
+    np.testing.assert_allclose(packed[:32], np.concatenate(alone), rtol=0, atol=1e-4)
+
+
 @nnx.jit
 def step(model: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     hidden, cache = model.hidden(tokens, cache=cache)
