@@ -72,7 +72,7 @@ class Prefix(nnx.Module):
     def begin(self, model: Any) -> None:
         cache = Cache.empty(model.cfg, 1, self.length, jnp.float32)
         _, cache = model.hidden(_some_tokens(model, self.length), cache=cache)
-        for variable, value in ((self.keys, cache.k), (self.values, cache.v)):
+        for variable, value in ((self.keys, cache.k.swapaxes(3, 4)), (self.values, cache.v)):
             value = value[:, 0].swapaxes(1, 2)
             variable.set_value(jax.device_put(value, variable.get_value().sharding))
 
@@ -90,7 +90,7 @@ class Prompt(nnx.Module):
         cache = Cache.empty(model.cfg, 1, self.length, model.compute_dtype)
         ones = jnp.ones((1, self.length), jnp.int32)
         _, cache = model.run(x, ones, None, cache, model.outer(None, None))
-        return cache.k.swapaxes(2, 3), cache.v.swapaxes(2, 3)
+        return cache.k.transpose(0, 1, 4, 2, 3), cache.v.swapaxes(2, 3)
 
     def begin(self, model: Any) -> None:
         table = model.embed.embedding[...].astype(jnp.float32) * model.cfg.embed_scale
