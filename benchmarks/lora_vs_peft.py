@@ -154,7 +154,10 @@ def gflop(a, plan, remat: str, layers: int) -> float:
     """Of one update. XLA counts a loop's body once, so the difference between bodies of one layer
     and of `few` is what the layers have that it left out. (All layers in one body, which compiles
     three times longer, gives SmolLM2 0.5 % less: the first layer's input needs no gradient there.)
-    The loss is one chunk, its loop one round."""
+    The loss is one chunk and attention one block, their loops one round."""
+    from jaxllm.model import attention
+
+    attention.BLOCK = a.length
     few = next(n for n in range(2, layers + 1) if layers % n == 0)
     one, more = (
         compiled(a, plan, remat, n, a.batch * a.length)[0].cost_analysis()["flops"] / 1e9

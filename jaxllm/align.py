@@ -26,7 +26,6 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.model.layers import Peft
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import (
-    VALUE,
     KlController,
     Value,
     ValueParam,
@@ -77,7 +76,7 @@ def trained_by(peft: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
     """Whether a variable is trained, those of a critic among them."""
 
     def trains(path: tuple[Any, ...], variable: Any) -> bool:
-        if path[0] != VALUE:
+        if path[0] != "value":
             return peft.trains(path, variable)
         return isinstance(variable, ValueParam) or peft.trains(path[2:], variable)
 
@@ -239,7 +238,8 @@ class Rollouts:
         if self.cfg.objective == "grpo":
             left = np.isnan(total) | (made.truncated if rl.mask_truncated else False)
             advantages = group_advantages(total, self.group, scale=rl.scale_rewards)
-            out |= {"weights": weights * np.logical_not(left)[:, None]}
+            kept = np.logical_not(left)[:, None]
+            out |= {"weights": weights * kept, "old_logps": judged["logps"] * kept}
             out |= {"reference_logps": judged["reference"]} if "reference" in judged else {}
             out["advantages"] = advantages[:, None] * weights
             groups = total.reshape(-1, self.group)

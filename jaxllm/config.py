@@ -139,7 +139,7 @@ def _docs(kind: type) -> dict[str, str]:
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
     return {
-        ast.unparse(name.target): ast.literal_eval(doc.value)
+        ast.unparse(name.target): " ".join(ast.literal_eval(doc.value).split())
         for name, doc in zip(node.body, node.body[1:], strict=False)
         if isinstance(name, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }

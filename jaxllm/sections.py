@@ -43,7 +43,7 @@ class ModelSection:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of activations and matrix products (accumulation stays float32)"""
     remat: Literal["none", "full", "dots", "names"] = "full"
-    """the backward pass recomputes nothing, all, all but matrix products, or all but attention"""
+    """the backward pass recomputes nothing, all, all but dots and attention, all but attention"""
     scan_unroll: Size = 1
     """layers per iteration of the scan over layers (more = longer compile and more memory)"""
     loss_chunk: Count = 0

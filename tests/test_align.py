@@ -538,6 +538,7 @@ def test_a_reward_that_fails_is_named_with_the_row(asked, capsys, verb, reward, 
         ("grpo", ["--rl.max_new_tokens", "17"], ["48", "17", "64 positions"]),
         ("ppo", ["--rl.temperature", "0"], ["rl.temperature"]),
         ("grpo", ["--rl.gae_lambda", "0.5"], ["rl.gae_lambda", "grpo"]),
+        ("ppo", ["--rl.kl_target", "6", "--align.beta", "0"], ["rl.kl_target", "a weight of 0"]),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(asked, capsys, verb, more, words):

@@ -56,6 +56,10 @@ def yaml(tmp_path):
 # ---- the file and the flags
 
 
+def test_what_is_said_of_a_key_is_one_line():
+    assert not [key for key, leaf in leaves().items() if "\n" in leaf.doc or "  " in leaf.doc]
+
+
 def test_defaults_are_those_of_the_dataclasses():
     cfg, provenance = load_config("pretrain")
     assert cfg == TrainConfig()

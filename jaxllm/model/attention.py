@@ -21,7 +21,7 @@ from jaxllm.model.layers import kept, named, softcapped
 EVERYWHERE = -1  # the segment of keys that every query sees: a prefix before each text
 # A whole row goes by blocks of so many tokens. Pairs of blocks that see nothing of each other are
 # left out: those after another, those of other texts and those outside the window.
-BLOCK, GPU_BLOCK = 128, 512
+BLOCK, GPU_BLOCK = 128, 512  # on a CPU; on accelerators
 MOST_BLOCKS = 64  # of a row; in longer ones they are larger
 NOWHERE = -2  # the segment of what fills the last block of a row
 # What a whole row of bfloat16 goes through on a GPU: xla, which is the code below, a kernel of
@@ -71,7 +71,7 @@ def attention(
     Segments are int32 [B, T] and [B, S], positions int32 [B, T]. The backward pass recomputes the
     scores from the log-sum-exp of the forward pass (arXiv:2205.14135), so none are stored.
     """
-    whole = isinstance(offset, int) and offset == 0 and q_BTHK.shape[1] == k_BNSK.shape[2]
+    own = q_segments is k_segments  # neither a cache nor a prefix stands before the row
     plain = partial(
         _plain,
         *(q_BTHK, k_BNSK, v_BNSK, q_segments, k_segments, q_positions),
@@ -81,9 +81,11 @@ def attention(
         scale=scale,
     )
     kernel = kernels.best() if GPU_KERNEL == "best" else GPU_KERNEL
-    if not (kernel != "xla" and jax.default_backend() == "gpu" and whole):
+    if not (kernel != "xla" and jax.default_backend() == "gpu" and own):
         return plain()
     if q_BTHK.dtype != jnp.bfloat16 or jax.sharding.get_abstract_mesh().size > 1:
+        return plain()
+    if kernel == "triton" and softcap:
         return plain()
     out = kernels.attend(
         kernel,
@@ -98,21 +100,22 @@ def attention(
 def _plain(
     q_BTHK, k_BNSK, v_BNSK, q_segments, k_segments, q_positions, *, offset, window, softcap, scale
 ) -> jax.Array:
-    """`attention` in XLA's own operations: a whole row block by block, with a cache all at once."""
+    """`attention` in XLA's own operations: a whole row (and what is known to stand before it) block
+    by block, else all at once."""
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
     q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).astype(k_BNSK.dtype)
     size = _block_size(T) if isinstance(offset, int) and T + offset == S else T
-    lead = offset if size < T else 0
-    split = partial(_split, size=size)
-    whole = partial(_split, size=size if size < T else S, lead=lead)
-    q = split(q, 1).reshape(-1, B, size, N, H // N, K).transpose(0, 1, 3, 4, 2, 5)
-    k, v = whole(k_BNSK, 2), whole(v_BNSK, 2)
+    front = -offset % size if size < T else 0  # so that blocks of keys begin where the row does
+    queries = partial(_split, size=size)
+    keys = partial(_split, size=size if size < T else S, front=front)
+    q = queries(q, 1).reshape(-1, B, size, N, H // N, K).transpose(0, 1, 3, 4, 2, 5)
+    k, v = keys(k_BNSK, 2), keys(v_BNSK, 2)
     at = (
-        split(q_segments, 1, fill=NOWHERE),
-        whole(k_segments, 1, fill=NOWHERE),
-        split(q_positions, 1),
-        jnp.asarray(offset + -lead % size),
+        queries(q_segments, 1, fill=NOWHERE),
+        keys(k_segments, 1, fill=NOWHERE),
+        queries(q_positions, 1),
+        (jnp.asarray(offset), jnp.asarray(-front)),
     )
     out: Any = _attend(q, k, v, at, window, softcap)  # [n, B, N, G, size, K]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, K)[:, :T]
@@ -127,18 +130,14 @@ def _block_size(length: int) -> int:
     return min(size, length)
 
 
-def _split(x: jax.Array, axis: int, size: int, lead: int = 0, fill: int = 0) -> jax.Array:
-    """[..., T, ...] -> [n, ..., size, ...], the axis in blocks; `fill` is in what they lack of it,
-    at the end and after the first `lead`, which have blocks of their own."""
-
-    def blocks(x: jax.Array) -> jax.Array:
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, -x.shape[axis] % size)
-        x = jnp.pad(x, pad, constant_values=fill)
-        x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    return jnp.concatenate([blocks(part) for part in jnp.split(x, [lead], axis)])
+def _split(x: jax.Array, axis: int, size: int, front: int = 0, fill: int = 0) -> jax.Array:
+    """[..., T, ...] -> [n, ..., size, ...], the axis in blocks: `front` times `fill` before it, and
+    as many after it as the last block lacks."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (front, -(x.shape[axis] + front) % size)
+    x = jnp.pad(x, pad, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -150,19 +149,20 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 def _pairs(at: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(blocks of queries, blocks of keys, how many pairs of them count): those in which some query
     of some row may see a key come first."""
-    q_segments, k_segments, _, offset = at
+    q_segments, k_segments, _, (first_query, first_key) = at
     (count, _, size), of_keys = q_segments.shape, len(k_segments)
     i, j = np.tril_indices(count, of_keys - count, of_keys)
 
     def ends(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Lowest and highest id of each block and row, [n, B]; padding, 0, as the highest."""
-        ids = jnp.where(segments == 0, jnp.iinfo(jnp.int32).max, segments)
+        """Lowest and highest id of each block and row, [n, B]; padding as the highest."""
+        padding = (segments == 0) | (segments == NOWHERE)
+        ids = jnp.where(padding, jnp.iinfo(jnp.int32).max, segments)
         return ids.min(-1), ids.max(-1)
 
     (q_low, q_high), (k_low, k_high) = ends(q_segments), ends(k_segments)
     seen = ((q_low[i] <= k_high[j]) & (k_low[j] <= q_high[i])).any(-1)
     if window is not None:
-        seen &= offset + i * size - (j * size + size - 1) < window
+        seen &= first_query + i * size - (first_key + j * size + size - 1) < window
     seen |= (k_segments == EVERYWHERE).any((1, 2))[j]
     order = jnp.argsort(~seen, stable=True)
     return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
@@ -172,8 +172,8 @@ def _pairs(at: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array
 def _attend(q, k, v, at, window: int | None, softcap: float) -> Any:
     """q [n, B, N, G, T, K] (scaled), k and v [m, B, N, S, K] in blocks -> as q.
 
-    at: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the place of the
-    first query among the keys.
+    at: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the places of the
+    first query and the first key.
     """
     return _forward(q, k, v, at, window, softcap)[0]
 
@@ -184,12 +184,12 @@ def _slot(x: jax.Array, i: Any) -> jax.Array:
 
 def _scores(q, k, at: Any, i: Any, j: Any, window: int | None, softcap: float) -> jax.Array:
     """float32 [B, N, G, T, S] of two blocks, soft-capped; -1e30 where a query must not look."""
-    q_segments, k_segments, q_positions, offset = at
+    q_segments, k_segments, q_positions, (first_query, first_key) = at
     (_, B, N, G, T, K), S = q.shape, k.shape[3]
     scores = _product(_slot(q, i).reshape(B, N, G * T, K), _slot(k, j), (3, 3))
     scores = softcapped(scores.reshape(B, N, G, T, S), softcap)
     segments = _slot(q_segments, i), _slot(k_segments, j)
-    places = offset + i * T + jnp.arange(T), j * S + jnp.arange(S)
+    places = first_query + i * T + jnp.arange(T), first_key + j * S + jnp.arange(S)
     mask = visible(*segments, _slot(q_positions, i), *places, window)
     return jnp.where(mask[:, None, None], scores, -1e30)
 
@@ -253,7 +253,7 @@ def _backward(window: int | None, softcap: float, saved, g):
         dv = _product(rows(probs.astype(v.dtype)), rows(_slot(g, i)), (2, 2))
         each = zip(sums, (dq, dk, dv), (i, j, j), strict=True)
         return tuple(
-            lax.dynamic_update_index_in_dim(x, _slot(x, at) + dx, at, 0) for x, dx, at in each
+            lax.dynamic_update_index_in_dim(x, _slot(x, n) + dx, n, 0) for x, dx, n in each
         )
 
     sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]

@@ -298,8 +298,8 @@ class Decoder(nnx.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
         P = 0 if self.prefix is None else self.prefix.length
-        # Of a bfloat16 array a CPU writes a slot by way of a float32 copy of the whole, and of its
-        # bits it makes a copy to read them.
+        # float32 on a CPU: of a bfloat16 array it writes a slot by way of a float32 copy of the
+        # whole, and of its bits it would make a copy to read them.
         narrow = jax.default_backend() != "cpu"
         cache = Cache.empty(
             self.cfg, rows, P + slots, self.compute_dtype if narrow else jnp.float32

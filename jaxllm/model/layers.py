@@ -346,8 +346,8 @@ def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
-    """cos and sin of positions [B, T], float32 [B, T, 1, R/2]. lengths: `length` of
-    rope_frequencies, or int32 [B, T]: that of each token's text."""
+    """cos and sin of positions [...], float32 [..., 1, R/2]. lengths: `length` of rope_frequencies,
+    or int32 [...]: that of each token's text."""
     known = isinstance(lengths, int)
     inverse, mscale = rope_frequencies(rope, head_dim, lengths if known else 0)
     if not known and rope.kind == "longrope":

@@ -143,7 +143,8 @@ def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None 
     dhs = None if wanted is None else [jnp.zeros_like(h) for h in chunks[0]]
     used = -(-jnp.max(jnp.sum(needed, 1)) // size)
     dws, found, dhs = lax.fori_loop(0, used, body, (dws, found, dhs))
-    found = jnp.stack([whole(x) for x in jnp.moveaxis(found, 1, 0)]) * needed
+    found = jnp.stack([whole(x) for x in jnp.moveaxis(found, 1, 0)])
+    found = jnp.where(needed, found, 0.0)
     if dhs is None:
         return found, None, None
     dws = [None if dw is None else jnp.sum(dw, 0) for dw in dws]
@@ -191,20 +192,20 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(terms, targets, learned, head: Head) -> Any:
     """(log p(target), entropy) of each token, float32 [B, T]; the latter has no gradient. 0 where
-    `learned` [B, T] is 0.
+    `learned` [B, T] is not above 0.
 
     As `cross_entropy`, for a loss that is not linear in the tokens: how much each of them counts is
     known only after all are. Where the kernels are frozen the gradient to `h` is computed in the
     forward pass, of each token with weight 1; where one is trained, the logits are computed again.
     """
-    found, _, _ = _over_chunks(terms, targets, jnp.float32(learned != 0), head)
+    found, _, _ = _over_chunks(terms, targets, jnp.float32(learned > 0), head)
     return -found[1], found[3]
 
 
 def _logps_forward(terms: Any, targets: Any, learned: Any, head: Head):
     wanted = [w.perturbed for _, w in terms]
     values = [(h.value, w.value) for h, w in terms]
-    ones = jnp.float32(learned.value != 0)
+    ones = jnp.float32(learned.value > 0)
     found, dhs, _ = _over_chunks(values, targets.value, ones, head, None if any(wanted) else wanted)
     again = (values, targets.value, ones) if any(wanted) else None
     # A static list in what is saved is a part of its structure: Nones and empty tuples.

@@ -28,8 +28,6 @@ from jaxllm.model.layers import PeftParam
 from jaxllm.objectives.grpo import clipped_terms
 from jaxllm.objectives.lm import Head, Metrics, token_logps
 
-VALUE = "value"  # the policy's attribute that is its critic
-
 
 class ValueParam(PeftParam):
     """A weight of the value's head."""

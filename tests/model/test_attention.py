@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by blocks equals attention all at once, and looks at no more than it must."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.mesh import MeshSection, batch_sharding, make_mesh
+from jaxllm.model import attention
+from jaxllm.model.attention import EVERYWHERE
+
+B, T, H, N, K = 2, 37, 4, 2, 8
+TEXTS = {
+    "one text": [[37], [37]],
+    "texts and padding": [[5, 9, 1, 14], [20, 3]],
+    "padded in front": [[-11, 26], [-20, 17]],
+    "padding between": [[6, -9, 13], [2, -30, 5]],
+}
+
+
+def ids(texts):
+    """int32 [B, T]; a negative length is padding."""
+    out = np.zeros((B, T), np.int32)
+    for row, lengths in zip(out, texts, strict=True):
+        at = 0
+        for number, length in enumerate(lengths, 1):
+            row[at : at + abs(length)] = number if length > 0 else 0
+            at += abs(length)
+    return jnp.asarray(out)
+
+
+def looked(segments, before, dtype=jnp.float32, **options):
+    """(result, gradients of q, k and v) with `before` keys of everywhere in front of the row."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, g = (jax.random.normal(key, (B, T, H, K), dtype) for key in keys[:2])
+    k, v = (jax.random.normal(key, (B, N, before + T, K), dtype) for key in keys[2:])
+    wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
+    places = jnp.broadcast_to(jnp.arange(T) + before, (B, T))
+
+    def run(q, k, v):
+        out = attention.attention(
+            q, k, v, segments, wide, places, offset=before, scale=K**-0.5, **options
+        )
+        return jnp.where(segments[..., None, None] > 0, out, 0.0)
+
+    out, back = jax.vjp(run, q, k, v)
+    return out, *back(g)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("texts", TEXTS)
+def test_blocks_give_what_the_whole_gives(monkeypatch, texts, before, window, softcap):
+    segments, options = ids(TEXTS[texts]), {"window": window, "softcap": softcap}
+    want = looked(segments, before, **options)
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    got = looked(segments, before, **options)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_keys_of_the_same_text_before_the_row_are_as_far_as_they_are(monkeypatch):
+    """A prompt that was read before: with a window, blocks must not move it away."""
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    keys = jax.random.split(jax.random.key(1), 3)
+    ones, places = jnp.ones((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
+    q, k, v = (jax.random.normal(key, (B, T, N, K)) for key in keys)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    options = {"window": 6, "scale": 0.5}
+    whole = attention.attention(q, k, v, ones, ones, places, **options)
+    rest = (q[:, 13:], k, v, ones[:, 13:], ones, places[:, 13:])
+    np.testing.assert_allclose(
+        attention.attention(*rest, offset=13, **options), whole[:, 13:], atol=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "window", "pairs"),
+    [
+        ([[40], [40]], None, 15),  # all of 5 blocks
+        ([[8] * 5, [8] * 5], None, 5),  # each block alone
+        ([[16, 24], [40]], None, 15),  # a row that needs them decides
+        ([[16, 24], [16, 24]], None, 9),
+        ([[40], [40]], 9, 9),  # its own block and the one before
+    ],
+)
+def test_pairs_of_blocks_that_see_nothing_are_left_out(texts, window, pairs):
+    segments = np.stack([np.repeat(np.arange(1, len(x) + 1), x) for x in texts]).astype(np.int32)
+    blocks = jnp.asarray(segments.reshape(B, 5, 8).swapaxes(0, 1))
+    at = (blocks, blocks, blocks, (jnp.int32(0), jnp.int32(0)))
+    assert int(attention._pairs(at, window)[2]) == pairs
+
+
+def test_blocks_over_a_mesh(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    segments = ids(TEXTS["texts and padding"])
+    want = looked(segments, 0)
+    mesh = make_mesh(MeshSection(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(segments, batch_sharding(mesh, segments.shape))
+        got = jax.jit(lambda s: looked(s, 0))(placed)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
