@@ -279,3 +279,11 @@ def test_in_bfloat16_the_cache_and_layers_apart_change_no_choice():
         logits = small(jnp.array([[*prompt, *out.tokens[row].tolist()]]))[0, len(prompt) - 1 : -1]
         chosen = logits[jnp.arange(12), out.tokens[row]]
         assert (logits.max(-1) - chosen).max() < 0.05 * jnp.abs(logits).max()
+
+
+def test_layers_apart_hold_what_products_read_in_the_compute_dtype():
+    """A table that is cast at each step costs more than its product."""
+    small = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype="bfloat16")
+    _, held = rollout._apart(*nnx.split(small))
+    kept = {str(x.dtype) for path, x in nnx.to_flat_state(held) if path[-1] != "scale"}
+    assert kept == {"bfloat16"}

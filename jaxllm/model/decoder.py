@@ -380,7 +380,7 @@ def last_tokens(segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
 
 def apart(model: Decoder) -> Decoder:
     """The model with each layer's weights in arrays of their own, no stack; kernels, biases and the
-    token table are cast to the compute dtype. For generation on CPU: there every slice of a
+    token table are cast to the compute dtype once. For generation on CPU: there every slice of a
     bfloat16 stack is copied, and a cast at each step costs more than its product.
     """
     dtype = model.compute_dtype
@@ -400,6 +400,10 @@ def apart(model: Decoder) -> Decoder:
     graph, stacked = nnx.split(model.layers)
     layers = [nnx.merge(graph, ready(stacked, i)) for i in range(model.cfg.num_layers)]
     model.layers = nnx.List(layers)
+    for name in ("embed", "head"):
+        if (module := getattr(model, name)) is not None:
+            graph, state = nnx.split(module)
+            setattr(model, name, nnx.merge(graph, ready(state)))
     return model
 
 
