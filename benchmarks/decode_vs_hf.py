@@ -2,7 +2,8 @@
 """Greedy decoding in a batch: new tokens/s of jaxllm against `transformers.generate` on torch.
 
 Every row makes all its tokens (nothing stops it); the time is from prompts to tokens on the host,
-with the prefill, and on our side with the copy of the weights that decoding reads.
+with the prefill, and on our side with the copy of the weights that decoding reads. Both hold them
+in the dtype they compute in.
 
     python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR [--rounds 7]
 """
@@ -46,7 +47,7 @@ def jaxllm_step(a):
     from jaxllm.rollout import Sampling, completions
 
     mesh = make_mesh(MeshSection())
-    graph, weights = nnx.split(load_hf(a.model, compute_dtype=a.dtype))
+    graph, weights = nnx.split(load_hf(a.model, dtype=a.dtype))
     rows = prompts(a).tolist()
 
     def step():

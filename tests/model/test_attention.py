@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by blocks equals attention all at once, and looks at no more than it must."""
 
+from functools import partial
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +33,13 @@ def ids(texts):
     return jnp.asarray(out)
 
 
-def looked(segments, before, dtype=jnp.float32, **options):
+@partial(jax.jit, static_argnames=("before", "block", "window", "softcap"))
+def looked(segments, before, block=128, window=None, softcap=0.0):
     """(result, gradients of q, k and v) with `before` keys of everywhere in front of the row."""
     keys = jax.random.split(jax.random.key(0), 4)
-    q, g = (jax.random.normal(key, (B, T, H, K), dtype) for key in keys[:2])
-    k, v = (jax.random.normal(key, (B, N, before + T, K), dtype) for key in keys[2:])
+    q, g = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (B, N, before + T, K)) for key in keys[2:])
+    options = {"window": window, "softcap": softcap}
     wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
     places = jnp.broadcast_to(jnp.arange(T) + before, (B, T))
 
@@ -44,19 +49,19 @@ def looked(segments, before, dtype=jnp.float32, **options):
         )
         return jnp.where(segments[..., None, None] > 0, out, 0.0)
 
-    out, back = jax.vjp(run, q, k, v)
-    return out, *back(g)
+    with mock.patch.object(attention, "BLOCK", block):
+        out, back = jax.vjp(run, q, k, v)
+        return out, *back(g)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("texts", TEXTS)
-def test_blocks_give_what_the_whole_gives(monkeypatch, texts, before, window, softcap):
+def test_blocks_give_what_the_whole_gives(texts, before, window, softcap):
     segments, options = ids(TEXTS[texts]), {"window": window, "softcap": softcap}
     want = looked(segments, before, **options)
-    monkeypatch.setattr(attention, "BLOCK", 8)
-    got = looked(segments, before, **options)
+    got = looked(segments, before, block=8, **options)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -93,13 +98,12 @@ def test_pairs_of_blocks_that_see_nothing_are_left_out(texts, window, pairs):
     assert int(attention._pairs(at, window)[2]) == pairs
 
 
-def test_blocks_over_a_mesh(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 8)
+def test_blocks_over_a_mesh():
     segments = ids(TEXTS["texts and padding"])
     want = looked(segments, 0)
     mesh = make_mesh(MeshSection(data=2, fsdp=1, tensor=2), jax.devices()[:4])
     with jax.set_mesh(mesh):
         placed = jax.device_put(segments, batch_sharding(mesh, segments.shape))
-        got = jax.jit(lambda s: looked(s, 0))(placed)
+        got = looked(placed, 0, block=8)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
