@@ -244,6 +244,12 @@ def test_a_reward_model_is_written_whole(base, runs):
         ("dpo", ["--align.loss", "sigmoyd"], ["sigmoyd", "sigmoid"]),
         ("dpo", ["--align.label_smoothing", "0.5"], ["align.label_smoothing"]),
         ("dpo", ["--align.centering", "1"], ["align.centering", "dpo"]),
+        ("dpo", ["--align.gamma", "2"], ["align.gamma", "simpo alone"]),
+        (
+            "dpo",
+            ["--align.loss", "ipo", "--align.label_smoothing", "0.1"],
+            ["align.label_smoothing", "sigmoid, robust, exo, simpo alone"],
+        ),
         ("kto", ["--align.loss", "ipo"], ["align.loss", "kto"]),
         ("reward", ["--align.beta", "0.2"], ["align.beta", "reward"]),
         ("orpo", ["--align.reference", "precomputed"], ["align.reference", "orpo"]),
@@ -258,7 +264,7 @@ def test_a_users_mistake_is_one_line(base, capsys, verb, more, words):
     assert not (base / "wrong" / "checkpoints").exists()
 
 
-def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, capsys):
+def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, runs, capsys):
     args = aligning(base, "kto", "wrong")
     args[args.index("--data.train") + 1] = str(base / "pairs.jsonl")
     assert "pairs.jsonl:1: label is None" in refused(capsys, args)
@@ -268,3 +274,5 @@ def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, caps
     args = aligning(base, "dpo", "wrong")
     args[args.index("--model.path") + 1] = str(base / "reward" / "final")
     assert "is a reward model; dpo trains one that writes" in refused(capsys, args)
+    scores = ["generate", "--model", str(base / "reward" / "final"), "--prompt", "a"]
+    assert "is a reward model; it scores texts and writes none" in refused(capsys, scores)

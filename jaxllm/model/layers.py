@@ -90,23 +90,17 @@ def _dot_backward(axes: tuple[str | None, ...], saved, g):
 dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
-def as_bits(x: jax.Array) -> jax.Array:
-    """x; on a CPU the bits of a bfloat16 x, uint16, for an array that is written slot by slot: of
-    bfloat16 itself a CPU writes a slot by way of a float32 copy of the whole."""
-    narrow = jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16
-    return lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
-
-
-def from_bits(x: jax.Array) -> jax.Array:
-    """What `as_bits` was given."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
-
-
 def named(x: jax.Array, name: str) -> jax.Array:
-    """x under a name that a policy of decoder.REMAT may keep for the backward pass (as bits: a scan
-    writes what it keeps of its layers slot by slot); without a gradient: for the forward rule of a
-    function that has its own."""
-    return from_bits(checkpoint_name(as_bits(x), name))
+    """x under a name that a policy of decoder.REMAT may keep for the backward pass; without a
+    gradient: for the forward rule of a function that has its own.
+
+    Of what it keeps of its layers a scan writes slot by slot, and of bfloat16 a CPU does so by way
+    of a float32 copy of the whole: there the bits are kept.
+    """
+    if jax.default_backend() != "cpu" or x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, name)
+    bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -8,12 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxllm.mesh import MeshSection, batch_sharding, make_mesh
 from jaxllm.model import attention
 from jaxllm.model.attention import EVERYWHERE
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
 
 B, T, H, N, K = 2, 37, 4, 2, 8
+CFG = ModelConfig(
+    "llama",
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+    ropes=(Rope(),),
+    kinds=(LayerKind(0),),
+)
 TEXTS = {
     "one text": [[37], [37]],
     "texts and padding": [[5, 9, 1, 14], [20, 3]],
@@ -107,3 +123,24 @@ def test_blocks_over_a_mesh():
         got = looked(placed, 0, block=8)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_what_is_kept_as_bits_of_bfloat16_changes_no_gradient():
+    """Whatever a layer's backward pass recomputes; nothing kept as bits is lost on the way back."""
+
+    def gradient(remat):
+        model = Decoder(CFG, rngs=nnx.Rngs(0), compute_dtype="bfloat16", remat=remat)
+        tokens = jnp.arange(2 * T).reshape(2, T) % CFG.vocab_size
+
+        def loss(model):
+            return jnp.sum(jnp.square(model(tokens)))
+
+        found = nnx.to_flat_state(nnx.jit(nnx.grad(loss))(model))
+        return {path: np.asarray(x.get_value()) for path, x in found}
+
+    want = gradient("none")
+    assert all(np.abs(x).max() > 0 for x in want.values())
+    for remat in ("full", "dots", "names"):
+        got = gradient(remat)
+        for path, x in want.items():
+            np.testing.assert_allclose(got[path], x, atol=0.03 * np.abs(x).max(), err_msg=str(path))
