@@ -92,7 +92,8 @@ SECTIONS: dict[str, type] = {
     "rl": RlSection,
 }
 USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
-_CHAT = ("data.template", "data.template_kwargs", "data.user_template")
+_CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.system")
+_CHAT += ("data.date", "data.reasoning")
 _ANSWERS = (*_CHAT, "data.packing", "data.too_long")
 _COMPARED = ("align.beta", "align.reference")
 _ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")

@@ -22,6 +22,7 @@ from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainC
 from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
 from jaxllm.data.sources import locate, read, records
+from jaxllm.data.template import chat_tokenizer
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track
@@ -126,14 +127,13 @@ def evaluate_rewards(
     mesh: Mesh,
     max_length: int,
     batch_size: int,
-    template: str | None = None,
 ) -> dict[str, float]:
     """A reward model on pairs: {loss, accuracy, margin, examples, tokens, reward_*}, or on
     conversations: {examples, tokens, reward_*}, where reward_* is how its scores are spread."""
     paired = _pairs(sources[0])
     cfg = TrainConfig(
         objective="reward" if paired else "sft",
-        data=DataSection(eval=tuple(sources), max_length=max_length, template=template),
+        data=DataSection(eval=tuple(sources), max_length=max_length),
     )
     if not paired:
         cfg = replace(cfg, data=replace(cfg.data, train_on_prompt=True))
@@ -199,10 +199,10 @@ def evaluate_files(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
     from jaxllm.peft.interop import choose, tokenizer_of
-    from jaxllm.tokenizer import check_vocabulary, load_tokenizer
+    from jaxllm.tokenizer import check_vocabulary
 
     mesh = make_mesh(MeshSection())
-    tokenizer = load_tokenizer(tokenizer_of(model))
+    tokenizer = chat_tokenizer(tokenizer_of(model), DataSection(template=template))
     loaded = load_hf(model, mesh=mesh, compute_dtype=dtype, adapter=adapter or None)
     if use is not ...:
         choose(loaded, use)
@@ -211,15 +211,11 @@ def evaluate_files(
     room = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
     if loaded.cfg.scores:
         sizes = {"max_length": room, "batch_size": batch_size}
-        return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, template=template, **sizes)
+        return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, **sizes)
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),
-        data=DataSection(
-            eval=sources,
-            max_length=room,
-            template=template,
-        ),
+        data=DataSection(eval=sources, max_length=room),
     )
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded)

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints, same_base
-from jaxllm.config import MeshSection, OptimSection, from_dict, tokenizer_path
-from jaxllm.data.chat import chat_tokenizer
+from jaxllm.config import DataSection, MeshSection, OptimSection, from_dict, tokenizer_path
+from jaxllm.data.template import chat_tokenizer
 from jaxllm.files import DTYPES, read_json
 from jaxllm.hf import (
     START,
@@ -94,7 +94,7 @@ def _load_run(
     if (folder / START).is_dir():
         section = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
         section = replace(section, overrides={})
-        start = replace(cfg, model=section, data=replace(cfg.data, template=None))
+        start = replace(cfg, model=section, data=DataSection())  # its template has all of data's
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{run} has no checkpoints/")
     saves = Checkpoints(folder / "checkpoints")
@@ -126,7 +126,7 @@ def _load_run(
     )
     nnx.replace_by_pure_dict(trained, _trained(saves, step, like, cfg.optim))
     saves.close()
-    tokenizer = chat_tokenizer(tokenizer_path(start), start.data.template)
+    tokenizer = chat_tokenizer(tokenizer_path(start), start.data)
     return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
 
 

@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm.config import MeshSection
-from jaxllm.data.chat import chat_tokenizer, render
+from jaxllm.data.chat import render
+from jaxllm.data.template import chat_tokenizer
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.peft.interop import tokenizer_of
 from jaxllm.rollout import bucketed
@@ -56,7 +57,8 @@ class RewardModel:
 
     def score(self, conversations: Sequence[list[dict[str, Any]]]) -> np.ndarray:
         """float32 [N]: each conversation's score, rendered as for training, at its last token."""
-        return self.score_tokens([render(self.tokenizer, c)[0] for c in conversations])
+        rendered = [render(self.tokenizer, c, learn="last") for c in conversations]
+        return self.score_tokens([example.tokens for (example,) in rendered])
 
     def score_tokens(self, texts: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [N] of texts of tokens; a text over the model's positions loses its beginning."""

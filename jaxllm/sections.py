@@ -86,14 +86,20 @@ class DataSection:
     """pretraining: attention and positions restart at each document"""
     too_long: Literal["truncate", "drop"] = "truncate"
     """SFT and preferences: what happens to examples over max_length"""
-    learn: Literal["all", "last"] = "all"
-    """SFT: which assistant turns are learned"""
+    learn: Literal["all", "last", "each"] = "all"
+    """SFT: the assistant turns learned; each makes every one an example of its own"""
     train_on_prompt: bool = False
     """SFT: learn the other turns too"""
     template: str | None = None
     """chats: template: a file or built-in name (seed-qwen, chatml); default: the tokenizer's"""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """chats: extra variables for the template"""
+    date: str | None = None
+    """chats: today's date for templates that ask, YYYY-MM-DD; default: the day the run starts"""
+    system: str | None = None
+    """chats: system message of those that have none"""
+    reasoning: Literal["learn", "drop"] = "learn"
+    """chats: drop leaves out the reasoning_content of messages"""
     user_template: str | None = None
     """chats: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
     workers: Count = 0

@@ -108,20 +108,18 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return sorted(added | set(tokenizer.all_special_tokens), key=lambda name: (-len(name), name))
 
 
-def stop_ids(
-    tokenizer: Any, model: str | Path | None = None, template: str | None = None
-) -> tuple[int, ...]:
+def stop_ids(tokenizer: Any, model: str | Path | None = None) -> tuple[int, ...]:
     """Ids that end a generated text, ascending.
 
-    They are eos, what the chat template (`template`, or the tokenizer's own) ends a turn with, and
-    those of the generation_config.json in the directory `model`. Raises ValueError for such a file
-    that is malformed.
+    They are eos, what the tokenizer's chat template ends a turn with, and those of the
+    generation_config.json in the directory `model`. Raises ValueError for such a file that is
+    malformed.
     """
     from jaxllm.data.chat import end_tokens
 
     names = {tokenizer.eos_token} - {None}
-    if template or tokenizer.chat_template:
-        names |= set(end_tokens(tokenizer, template))
+    if tokenizer.chat_template:
+        names |= set(end_tokens(tokenizer))
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names)))
     file = Path(model, "generation_config.json") if model else None
     if file and file.is_file():
@@ -182,7 +180,7 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from jaxllm.data.chat import template_of
+    from jaxllm.data.template import template_of
 
     _check_target(Path(out))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

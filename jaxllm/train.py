@@ -28,8 +28,9 @@ from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
 from jaxllm.checks import check, check_groups, resolve_align, resolve_batch, resolve_rate, warnings
 from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import chat_tokenizer, prompt_tokens
+from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
+from jaxllm.data.template import chat_tokenizer
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model import kernels
@@ -92,8 +93,7 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
     if cfg.objective == "pretrain":
         return [tokenizer(text).input_ids for text in cfg.log.samples]
     asked = [[{"role": "user", "content": text}] for text in cfg.log.samples]
-    variables = cfg.data.template_kwargs
-    return [prompt_tokens(tokenizer, m, template_kwargs=variables).tolist() for m in asked]
+    return [prompt_tokens(tokenizer, messages).tolist() for messages in asked]
 
 
 def say(*lines: str) -> None:
@@ -161,7 +161,7 @@ def train(cfg: TrainConfig) -> Result:
     check_groups(cfg)
     model_cfg = hf.model_config(cfg)[0]
     peft = plan_of(model_cfg, hf.started_from(cfg))
-    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data.template)
+    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     online = cfg.objective in ONLINE

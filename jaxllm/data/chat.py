@@ -2,12 +2,12 @@
 """Conversations -> tokens and which of them are learned, by the tokenizer's own chat template.
 
 A conversation is rendered whole and its text tokenised in one go, so training sees exactly what
-`apply_chat_template` gives at generation. What is learned is found in the text, as spans of
-characters: in each assistant turn the words and the token that ends them, nothing else. A template
-says where they are by `{% generation %}` marks, or else by rendering the beginnings of the
-conversation, which a template must therefore render as it renders the whole.
+`apply_chat_template` gives. What is learned are spans of characters: in each assistant turn its
+text and the token that ends it, nothing else. A turn that the template renders differently once
+the conversation goes on is an example of its own: generation's prompt, then the turn as the
+template renders it last (turns.py).
 
-transformers can mark the assistant's words (`return_assistant_tokens_mask`), and can keep special
+transformers can mark the assistant's text (`return_assistant_tokens_mask`), and can keep special
 tokens' names in messages as text (`sanitize_control_tokens`), but not both at once: hence this.
 """
 
@@ -15,28 +15,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.tokenizer import load_tokenizer, special_tokens
+from jaxllm.data.template import ChatTemplate, strings, template_of
+from jaxllm.data.turns import Conversation, Span, Turns
+from jaxllm.tokenizer import special_tokens
 
-TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
+# Characters that no message contains serve as marks in what a template is given (Conversation).
+_PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
 
-# Put behind the first character of a special token's name inside a message, so that neither the
-# template nor the tokenizer takes it for the token; the first of these that no message contains.
-_MARKS = [chr(code) for code in range(0xE000, 0xF900)]
+OWN_EXAMPLE = "an answer that the chat template renders differently later is an example of its own"
+OPEN_END = "the chat template leaves the last answer open, so eos is appended"
+LEFT_OUT = "the chat template leaves out a part of what the assistant says"
 
-_ASK_FOR_MARKS = (
-    "so the assistant's words cannot be told from the rest; put {% generation %} … "
-    "{% endgeneration %} around them in the template (data.template), or learn the last turn only "
-    "(data.learn: last)"
-)
+
+@dataclass(frozen=True)
+class Example:
+    """tokens int32 [n]; learn float32 [n], the weight of predicting each token; notes, which are
+    told once per source."""
+
+    tokens: np.ndarray
+    learn: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 def render(
@@ -44,42 +49,33 @@ def render(
     messages: list[dict[str, Any]],
     *,
     tools: list[Any] | None = None,
-    template: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
-    learn: Literal["all", "last"] = "all",
+    learn: Literal["all", "last", "each"] = "all",
     train_on_prompt: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation as (tokens int32 [n], learn float32 [n]); learn[j] weighs predicting token j.
+    date: str | None = None,
+) -> list[Example]:
+    """A conversation as one or more examples, in the order of the turns that they learn.
 
-    Learned is what the assistant says in each turn (its tool calls too) and the token that ends
-    it, times the message's `weight` (default 1); with `learn` last only the last such turn. All
-    else has weight 0, or 1 with `train_on_prompt`. A token that lies across the border is learned
-    when it holds a learned character, unless it is a special token of the turn's header.
+    Learned is what the assistant says in each turn (its reasoning and tool calls too) and the token
+    that ends it, times the message's `weight` (default 1); with `learn` last only the last such
+    turn; with each every turn is an example of its own. All else has weight 0, or 1 with
+    `train_on_prompt`. A token that lies across the border is learned when it holds a learned
+    character, unless it is a special token of the turn's header.
 
-    `template` is a built-in name or a file (default: the tokenizer's own template) and
-    `template_kwargs` its further variables. Special tokens' names inside messages and tools stay
-    text. Raises ValueError for a template that is missing, has no place for tools, refuses the
-    conversation, or does not let the assistant's words be told from the rest.
+    `date` (YYYY-MM-DD, default today) is what `strftime_now` gives. Special tokens' names inside
+    messages and tools stay text. Raises ValueError for a template that is missing, refuses the
+    conversation, leaves out what a message says, or ends an answer with what is no special token.
     """
-    if learn not in ("all", "last"):
-        raise ValueError(f"learn is {learn!r}; it can be all or last")
-    renderer = _renderer(tokenizer, template, template_kwargs, tools)
-    conversation = renderer.conversation(messages, tools)
+    if learn not in ("all", "last", "each"):
+        raise ValueError(f"learn is {learn!r}; it can be all, last or each")
+    renderer = _renderer(tokenizer, tools, date)
+    chat = renderer.conversation(messages, tools)
     rest = float(train_on_prompt)
     weights = {i: _weight(m) for i, m in enumerate(messages) if m["role"] == "assistant"}
     if learn == "last":
         weights = {i: w if i == max(weights) else rest for i, w in weights.items()}
-    if renderer.has_marks:
-        text, spans = renderer.marked_spans(conversation, weights)
-    else:
-        text = renderer.text(conversation)
-        wanted = [i for i, weight in weights.items() if weight != rest]
-        spans = {renderer.prefix_span(conversation, i, text): weights[i] for i in wanted}
-    encoded = renderer.encode(text, conversation.mark)
-    learned = np.full(len(encoded.tokens), rest, np.float32)
-    for (start, end), weight in spans.items():
-        learned[renderer.inside(encoded, start, end)] = weight
-    return encoded.tokens, learned
+    # Reasoning may be missing from the whole, so it is looked for though all else is learned.
+    wanted = {i: w for i, w in weights.items() if w != rest or w and _thought(messages[i])}
+    return renderer.examples(chat, wanted, rest, each=learn == "each")
 
 
 def prompt_tokens(
@@ -87,58 +83,25 @@ def prompt_tokens(
     messages: list[dict[str, Any]],
     *,
     tools: list[Any] | None = None,
-    template: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
+    date: str | None = None,
 ) -> np.ndarray:
     """A conversation and the header of the answer to come, int32 [n], rendered as for training.
 
     Arguments and errors are those of `render`.
     """
-    renderer = _renderer(tokenizer, template, template_kwargs, tools)
-    conversation = renderer.conversation(messages, tools)
-    text = renderer.text(conversation, generation_prompt=True)
-    return renderer.encode(text, conversation.mark).tokens
+    renderer = _renderer(tokenizer, tools, date)
+    chat = renderer.conversation(messages, tools)
+    text = renderer.turns.rendering(chat, generation_prompt=True).text
+    renderer.check_said(chat, text, len(messages))
+    return renderer.encode(text, chat.hide).tokens
 
 
-def end_tokens(tokenizer: Any, template: str | None = None) -> list[str]:
+def end_tokens(tokenizer: Any) -> list[str]:
     """The special tokens that end an assistant's turn: eos and what the template puts there.
 
     Raises ValueError when there is no template.
     """
-    return _renderer(tokenizer, template, None, None).ends
-
-
-def chat_tokenizer(path: str, template: str | None = None) -> Any:
-    """The tokenizer of `path` with `template` as its own, so that what is saved carries it too."""
-    tokenizer = load_tokenizer(path)
-    if template is not None:
-        tokenizer.chat_template = template_of(tokenizer, template)
-    return tokenizer
-
-
-def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
-    """The Jinja source: a built-in template, a file, or the tokenizer's own.
-
-    Of a tokenizer's several templates it is the one for tools when there are `tools`. Raises
-    ValueError when there is none, or the file is not text.
-    """
-    if template is not None:
-        file = TEMPLATES.get(template, Path(template))
-        if not file.is_file():
-            raise ValueError(
-                f"the chat template {template!r} is neither a file nor built in "
-                f"({', '.join(TEMPLATES)})"
-            )
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: the chat template is not UTF-8 text: {error}") from None
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the tokenizer has no chat template; set data.template to a file or to one of "
-            f"{', '.join(TEMPLATES)}"
-        )
-    return tokenizer.get_chat_template(tools=tools or None)
+    return _renderer(tokenizer, None, None).turns.ends
 
 
 def _weight(message: dict[str, Any]) -> float:
@@ -150,27 +113,18 @@ def _weight(message: dict[str, Any]) -> float:
     raise ValueError(f"a message's weight is {weight!r}; it is a number from 0 on")
 
 
-def _renderer(
-    tokenizer: Any, template: str | None, kwargs: dict[str, Any] | None, tools: Any
-) -> _Renderer:
-    source = template_of(tokenizer, template, tools)
-    variables = json.dumps({**tokenizer.special_tokens_map, **(kwargs or {})}, default=str)
-    return _cached_renderer(tokenizer, len(tokenizer), source, variables)
+def _renderer(tokenizer: Any, tools: Any, date: str | None) -> _Renderer:
+    source = template_of(tokenizer, tools=tools)
+    variables = json.dumps(tokenizer.special_tokens_map, default=str)
+    return _cached_renderer(tokenizer, len(tokenizer), source, variables, date)
 
 
 @lru_cache(maxsize=16)
-def _cached_renderer(tokenizer: Any, size: int, source: str, variables: str) -> _Renderer:
+def _cached_renderer(
+    tokenizer: Any, size: int, source: str, variables: str, date: str | None
+) -> _Renderer:
     """`size` tells a tokenizer from the same one with tokens added since."""
-    return _Renderer(tokenizer, source, json.loads(variables))
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """What a template is given. `mark` lies inside each special token's name in these."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    mark: str
+    return _Renderer(tokenizer, ChatTemplate(source, json.loads(variables), date))
 
 
 @dataclass(frozen=True)
@@ -186,183 +140,133 @@ class _Encoded:
 
 
 class _Renderer:
-    """A tokenizer with a template and the template's variables."""
+    """A tokenizer with a chat template."""
 
-    def __init__(self, tokenizer: Any, source: str, variables: dict[str, Any]) -> None:
-        self.tokenizer, self.source, self.variables = tokenizer, source, variables
-        names = special_tokens(tokenizer)
-        self.special_ids = set(tokenizer.convert_tokens_to_ids(names))
-        either = "|".join(map(re.escape, names)) or "(?!)"
-        self.special = re.compile(either)
-        self.closing = re.compile(rf"\s*({either})")
-        self.has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
+        self.tokenizer, self.turns = tokenizer, Turns(template, tokenizer)
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
 
-    # ---- text
+    # ---- a conversation and its examples
 
-    def conversation(self, messages: list[dict[str, Any]], tools: Any) -> _Conversation:
-        """Checks what is to be rendered, and marks the special tokens' names in it."""
+    def conversation(self, messages: list[dict[str, Any]], tools: Any) -> Conversation:
+        """Checks what is to be rendered, and hides the special tokens' names in it."""
         if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
             raise ValueError("a conversation is a list of messages, at least one, each with a role")
+        template = self.turns.template
         for name, given in ("tools", tools), ("tool_calls", any(map(_calls, messages))):
-            if given and name not in self.source:
-                raise ValueError(
-                    f"the conversation has {name}, for which the chat template has no place; set "
-                    "data.template to one that has, such as chatml"
-                )
-        # As in apply_chat_template, a null is a key that is not there.
-        plain = [{k: v for k, v in m.items() if k != "weight" and v is not None} for m in messages]
-        strings = list(_strings([plain, tools]))
-        mark = next(m for m in _MARKS if not any(m in string for string in strings))
-        if any(map(self.special.search, strings)):
-            plain, tools = self._hide([plain, tools], mark)
-        return _Conversation(plain, tools or None, mark)
+            if given and name not in template.source:
+                raise ValueError(_no_place(name))
+        plain = template.prepared(messages)
+        said = list(strings([plain, tools]))
+        unused = (c for c in _PRIVATE if not any(c in text for text in said))
+        hide, border = next(unused), next(unused)
+        if any(map(self.turns.special.search, said)):
+            plain, tools = self._hide([plain, tools], hide)
+        return Conversation(plain, tools or None, hide, border)
 
     def _hide(self, value: Any, mark: str) -> Any:
         """`value` with the mark in every special token's name, behind the first character."""
         if isinstance(value, str):
-            return self.special.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+            return self.turns.special.sub(lambda m: m[0][0] + mark + m[0][1:], value)
         if isinstance(value, dict):
             return {self._hide(k, mark): self._hide(v, mark) for k, v in value.items()}
         return [self._hide(v, mark) for v in value] if isinstance(value, list) else value
 
-    def text(
-        self,
-        conversation: _Conversation,
-        *,
-        upto: int | None = None,
-        generation_prompt: bool = False,
-    ) -> str:
-        """The first `upto` messages, rendered."""
-        return self._render(conversation, upto, generation_prompt, False)[0]
+    def examples(
+        self, chat: Conversation, wanted: dict[int, float], rest: float, *, each: bool
+    ) -> list[Example]:
+        """The whole conversation with the turns that can be learned in it, and the others apart.
 
-    def _render(
-        self, conversation: _Conversation, upto: int | None, generation_prompt: bool, marks: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError, TemplateSyntaxError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[conversation.messages[:upto]],
-                tools=conversation.tools,
-                chat_template=self.source,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=marks,
-                **self.variables,
-            )
-        except TemplateSyntaxError as error:
-            raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from None
-        except Exception as error:  # a template is a program of the user's: 1/0, endless recursion
-            why = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"the chat template refuses the conversation: {why}") from None
-        texts, spans = rendered
-        return texts[0], spans[0] if marks else []
-
-    # ---- spans
-
-    def marked_spans(
-        self, conversation: _Conversation, weights: dict[int, float]
-    ) -> tuple[str, dict[tuple[int, int], float]]:
-        """The text, and the weight of each span that `{% generation %}` marks in it.
-
-        A mark is brought to end with the turn's end token, whether the template closed it before
-        that, or after the newline that follows.
+        wanted: {assistant turn: its weight}, where that is not the weight of the `rest`.
         """
-        text, marks = self._render(conversation, None, False, True)
-        marks = [(start, end) for start, end in marks if start < end]
-        each = list(weights.values())
-        if len(marks) > len(each) > 0 and len(set(each)) == 1:  # turns marked in parts
-            each = each[:1] * len(marks)
-        if len(marks) != len(each):
+        if wanted and (strange := self.turns.strange_end):
             raise ValueError(
-                f"the chat template marks {len(marks)} assistant turns of {len(each)}; all that "
-                "the assistant says in a turn goes into one {% generation %} … {% endgeneration %}"
+                f"the chat template ends an answer with {strange!r}, which is neither the "
+                "tokenizer's eos nor a special token of it; add it to the tokenizer, or set "
+                "data.template to a template of this tokenizer"
             )
-        spans = {
-            (start, self._turn_end(text, self._words_end(text, start, end), end)): weight
-            for (start, end), weight in zip(marks, each, strict=True)
-        }
-        return text, spans
-
-    def prefix_span(self, conversation: _Conversation, turn: int, text: str) -> tuple[int, int]:
-        """Where the words of an assistant's turn and its end token lie in `text`, the whole.
-
-        The turn begins where the rendering of what comes before it ends, generation prompt and
-        all. Its words end before the special tokens that close a conversation cut off after it.
-        Those may differ in the whole (some templates close a last turn in another way), so the
-        end token is read there.
-        """
-        try:
-            before = self._before(conversation, turn)
-            last = turn == len(conversation.messages) - 1
-            upto = text if last else self.text(conversation, upto=turn + 1)
-        except ValueError as error:
-            raise ValueError(
-                f"message {turn + 1}: the conversation up to here cannot be rendered alone "
-                f"({error}), {_ASK_FOR_MARKS}"
-            ) from None
-        words_end = self._words_end(upto, len(before), len(upto))
-        if not (upto.startswith(before) and text.startswith(upto[:words_end])):
-            raise ValueError(
-                f"message {turn + 1}: the chat template does not render the conversation up to "
-                f"here as it does the beginning of the whole, {_ASK_FOR_MARKS}"
-            )
-        stop = len(upto) if text.startswith(upto) else words_end
-        return len(before), self._turn_end(text, words_end, stop)
-
-    def _before(self, conversation: _Conversation, turn: int) -> str:
-        """What the model has seen when it begins to say this turn."""
-        if turn:
-            return self.text(conversation, upto=turn, generation_prompt=True)
-        # Many templates cannot render no messages: see where the first one's words come to lie.
-        mark = 2 * conversation.mark
-        first = conversation.messages[0]
-        first = first | {"content": mark + str(first.get("content", ""))}
-        before, found, _ = self.text(replace(conversation, messages=[first])).partition(mark)
-        if not found:
-            raise ValueError("the chat template leaves out its content")
-        return before
-
-    def _words_end(self, text: str, start: int, stop: int) -> int:
-        """Where text[start:stop] ends without the special tokens and spaces that close it."""
-        specials = list(self.special.finditer(text, start, stop))
-        while True:
-            stop = start + len(text[start:stop].rstrip())
-            if not specials or specials[-1].end() != stop:
-                return stop
-            stop = specials.pop().start()
-
-    def _turn_end(self, text: str, words_end: int, stop: int) -> int:
-        """Where the turn whose words end at `words_end` ends: after its end token.
-
-        That is the first of the closing tokens that is known to end turns; failing that, the last
-        one before `stop`; failing that, there is none.
-        """
-        place = end = words_end
-        while found := self.closing.match(text, place):
-            place = found.end()
-            if found[1] in self.ends:
-                return place
-            if place <= stop:
-                end = place
-        return end
-
-    @cached_property
-    def ends(self) -> list[str]:
-        """Special tokens that end an assistant's turn: eos, and what follows it in a small chat.
-
-        What follows a turn that is not the last counts too: it can be another token.
-        """
-        user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "Quite."}
-        found = [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
-        for chat in [user, answer], [user, answer, user]:
-            try:
-                _, said, rest = self.text(_Conversation(chat, None, "")).rpartition("Quite.")
-            except ValueError:  # such a template is refused where it is to render a real chat
+        whole = self.turns.rendering(chat)
+        inside = {} if each else self.turns.inside(chat, whole, list(wanted))
+        found: list[tuple[int, Example]] = []
+        left_out: set[str] = set()
+        for turn, weight in wanted.items():
+            if turn in inside:
+                left_out |= self._left_out(chat, turn, whole.text, inside[turn])
                 continue
-            if said and (closing := self.closing.match(rest)):
-                found.append(closing[1])
-        return list(dict.fromkeys(found))
+            if not weight:
+                raise ValueError(
+                    f"message {turn + 1} has weight 0, but the chat template renders it "
+                    "differently later, so data.train_on_prompt cannot leave it out"
+                )
+            text, spans = self.turns.apart(chat, turn)
+            notes = self._left_out(chat, turn, text, spans) | (set() if each else {OWN_EXAMPLE})
+            weights = dict.fromkeys(spans, weight)
+            found.append((turn, self._example(chat, text, weights, rest, turn + 1, notes)))
+        if inside or not found or rest:
+            spans = {span: wanted[turn] for turn, parts in inside.items() for span in parts}
+            upto = len(chat.messages)
+            example = self._example(chat, whole.text, spans, rest, upto, left_out)
+            found.append((min(inside, default=upto), example))
+        return [example for _, example in sorted(found, key=lambda one: one[0])]
+
+    def _example(
+        self,
+        chat: Conversation,
+        text: str,
+        spans: dict[Span, float],
+        rest: float,
+        upto: int,
+        notes: set[str],
+    ) -> Example:
+        """A text as tokens; eos is appended where the template leaves its last answer open."""
+        self.check_said(chat, text, upto)
+        eos, last = self.tokenizer.eos_token, max(spans, default=(0, 0))
+        is_answer = spans and chat.messages[upto - 1]["role"] == "assistant"
+        is_open = not text[last[1] :].strip() and not self.turns.closed(text, last)
+        if eos and is_answer and is_open:
+            text, notes = text + eos, notes | {OPEN_END}
+            spans = {s if s != last else (last[0], len(text)): w for s, w in spans.items()}
+        encoded = self.encode(text, chat.hide)
+        learned = np.full(len(encoded.tokens), rest, np.float32)
+        for (start, end), weight in spans.items():
+            learned[self._tokens_of(encoded, start, end)] = weight
+        return Example(encoded.tokens, learned, tuple(sorted(notes)))
+
+    # ---- nothing is left out
+
+    def check_said(self, chat: Conversation, text: str, upto: int) -> None:
+        """Raises ValueError where a rendering leaves out all that a message says, or the tools."""
+        for i, message in enumerate(chat.messages[:upto]):
+            said = " ".join(strings(message.get("content"))).strip()
+            words = re.findall(r"\w+", said)
+            if words and said not in text and not any(word in text for word in words):
+                raise ValueError(
+                    f"message {i + 1}: the chat template leaves out what the {message['role']} "
+                    "says; set data.template to one that has a place for it"
+                )
+            if not all(call["function"]["name"] in text for call in _calls(message) or ()):
+                raise ValueError(_no_place("tool_calls"))
+        functions = [tool.get("function", tool) for tool in chat.tools or ()]
+        names = [one["name"] for one in functions if isinstance(one.get("name"), str)]
+        if names and not any(name in text for name in names):
+            raise ValueError(_no_place("tools"))
+
+    def _left_out(self, chat: Conversation, turn: int, text: str, spans: list[Span]) -> set[str]:
+        """What to tell of an answer of which a rendering has only a part.
+
+        Raises ValueError when its reasoning is what is missing.
+        """
+        message = chat.messages[turn]
+        learned = "".join(text[start:end] for start, end in spans)
+        if (thought := _thought(message)) and thought.strip() not in learned:
+            raise ValueError(
+                f"message {turn + 1} has reasoning_content, for which the chat template has no "
+                "place; set data.reasoning to drop to leave it out, or data.template to one that "
+                "has"
+            )
+        said = " ".join(strings(message.get("content")))
+        words = [] if said.strip() in learned else re.findall(r"\w+", said)
+        return set() if all(word in learned for word in words) else {LEFT_OUT}
 
     # ---- tokens
 
@@ -377,7 +281,7 @@ class _Renderer:
             return whole
         places = zip(whole.starts.tolist(), whole.ends.tolist(), strict=True)
         names = [text[start:end].strip() for start, end in places]
-        real = [i for i, name in enumerate(names) if self.special.fullmatch(name)]
+        real = [i for i, name in enumerate(names) if self.turns.special.fullmatch(name)]
         parts = []
         for i, j in pairwise([-1, *real, len(whole.tokens)]):
             start = int(whole.ends[i]) if i >= 0 else 0
@@ -404,7 +308,7 @@ class _Renderer:
         places = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
         return _Encoded(np.array(encoding.ids, np.int32), places[:, 0], places[:, 1])
 
-    def inside(self, encoded: _Encoded, start: int, end: int) -> np.ndarray:
+    def _tokens_of(self, encoded: _Encoded, start: int, end: int) -> np.ndarray:
         """bool [n]: tokens of the characters [start, end), with those across the start.
 
         A special token belongs to where it begins, though it may take spaces that follow.
@@ -419,14 +323,13 @@ def _calls(message: dict[str, Any]) -> Any:
     return message.get("tool_calls")
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in nested lists and dicts, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+def _thought(message: dict[str, Any]) -> str:
+    thought = message.get("reasoning_content")
+    return thought if isinstance(thought, str) else ""
+
+
+def _no_place(name: str) -> str:
+    return (
+        f"the conversation has {name}, for which the chat template has no place; set "
+        "data.template to one that has, such as chatml"
+    )

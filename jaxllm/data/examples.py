@@ -13,8 +13,10 @@ import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import date as Date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,7 @@ import numpy as np
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.chat import prompt_tokens, render, template_of
+from jaxllm.data.chat import OWN_EXAMPLE, prompt_tokens, render
 from jaxllm.data.conversations import (
     Pair,
     conversation_of,
@@ -34,10 +36,11 @@ from jaxllm.data.conversations import (
     text_of,
 )
 from jaxllm.data.sources import content_hash, locate, read, records
+from jaxllm.data.template import template_of
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE_FILES = ("sources.py", "conversations.py", "chat.py", "examples.py")
-_CODE = [Path(__file__).with_name(name) for name in _CODE_FILES]
+_CODE_FILES = ("sources", "conversations", "template", "turns", "chat", "examples")
+_CODE = [Path(__file__).with_name(f"{name}.py") for name in _CODE_FILES]
 
 # What became of an example.
 KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
@@ -51,6 +54,8 @@ _FEATURES = datasets.Features(
         "first": datasets.Value("int32"),  # tokens of a pair's chosen side, or of a judged prompt
         "value": datasets.Value("float32"),  # a pair's margin; 1 a good answer, -1 a bad one
         "record": datasets.Value("large_string"),  # JSON of what a reward function is told
+        "part": datasets.Value("int32"),  # 0, or which further example of the same record
+        "notes": datasets.Value("large_string"),  # what to tell of it, a line each
     }
 )
 
@@ -59,8 +64,10 @@ class Examples:
     """Tokenised examples of one source, random access without a copy.
 
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], targets with a loss weight.
-    fate: int8 [N]. first: int32 [N] and value: float32 [N] as in _FEATURES. `name`, `split` (None
-    where there are none), `content` (hash of the bytes read) and `fingerprint` (of the cache).
+    fate: int8 [N]. first: int32 [N] and value: float32 [N] as in _FEATURES. source_record: int64
+    [N], ascending: the record that each was made of. notes: {what to tell: of how many examples}.
+    `name`, `split` (None where there are none), `content` (hash of the bytes read) and
+    `fingerprint` (of the cache).
     """
 
     def __init__(
@@ -75,6 +82,8 @@ class Examples:
             table.data.column(name).to_numpy() for name in ("fate", "first", "value")
         )
         self._record = table.data.column("record")
+        self.source_record = np.cumsum(table.data.column("part").to_numpy() == 0) - 1
+        self.notes = _counted(table.data.column("notes"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -90,6 +99,14 @@ class Examples:
     def record(self, index: int) -> str:
         """A prompt's JSON of what reward functions are told."""
         return self._record[index].as_py()
+
+
+def _counted(notes: Any) -> dict[str, int]:
+    """{line: in how many of the texts it is}."""
+    found: Counter[str] = Counter()
+    for text, count in ((x["values"], x["counts"]) for x in notes.value_counts().to_pylist()):
+        found.update({line: count for line in (text or "").splitlines()})
+    return dict(sorted(found.items()))
 
 
 class _Lists:
@@ -177,11 +194,14 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     if cfg.objective == "pretrain":
         return {"objective": "pretrain"}
     data = cfg.data
+    templates = [template_of(tokenizer, tools=tools) for tools in (None, [{}])]
+    asks_date = any("strftime_now" in template for template in templates)
     return {
         "reader": READERS[cfg.objective].__name__,
-        "templates": [template_of(tokenizer, data.template, tools) for tools in (None, [{}])],
-        "template_kwargs": data.template_kwargs,
+        "templates": templates,
+        "date": (data.date or str(Date.today())) if asks_date else None,
         "user_template": data.user_template,
+        "reasoning": data.reasoning,
         "max_length": data.max_length,
         "too_long": data.too_long,
         "learn": data.learn,
@@ -253,6 +273,8 @@ class _Row(NamedTuple):
     first: int = 0
     value: float = 0.0
     record: str = ""
+    part: int = 0
+    notes: str = ""
 
 
 def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
@@ -275,22 +297,35 @@ def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Itera
             yield _Row(np.array(ids, np.int32), learned=len(ids) - 1)
 
 
-def _rendered(chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, at: str, **how: Any) -> Any:
-    """(tokens, learn, fate) of a conversation, cut to max_length from the right."""
+class _Cut(NamedTuple):
+    """A text of tokens with its weights, no longer than max_length."""
+
+    tokens: np.ndarray
+    learn: np.ndarray
+    fate: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        return int(np.count_nonzero(self.learn[1:]))
+
+    @property
+    def lost(self) -> bool:
+        return self.fate in (TOO_LONG, NOTHING_TO_LEARN)
+
+
+def _rendered(
+    chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, at: str, **how: Any
+) -> list[_Cut]:
+    """The examples of a conversation, cut to max_length from the right."""
     data = cfg.data
     options: dict[str, Any] = {"learn": data.learn, "train_on_prompt": data.train_on_prompt} | how
     try:
-        tokens, learn = render(
-            tokenizer,
-            chat["messages"],
-            tools=chat["tools"],
-            template=data.template,
-            template_kwargs=data.template_kwargs,
-            **options,
-        )
+        messages, tools = chat["messages"], chat["tools"]
+        examples = render(tokenizer, messages, tools=tools, date=data.date, **options)
     except (ValueError, RecursionError) as error:
         raise _at(at, error) from error
-    return _cut(tokens, learn, cfg)
+    return [_cut(one.tokens, one.learn, cfg)._replace(notes=one.notes) for one in examples]
 
 
 def _at(at: str, error: ValueError | RecursionError) -> ValueError:
@@ -298,25 +333,25 @@ def _at(at: str, error: ValueError | RecursionError) -> ValueError:
     return ValueError(f"{at}: {why}")
 
 
-def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> Any:
+def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> _Cut:
     fate = KEPT
     if len(tokens) > cfg.data.max_length:
         tokens, learn = tokens[: cfg.data.max_length], learn[: cfg.data.max_length]
         fate = TRUNCATED if cfg.data.too_long == "truncate" else TOO_LONG
-    if not np.count_nonzero(learn[1:]):
-        fate = NOTHING_TO_LEARN if fate == KEPT else TOO_LONG
-    return tokens, learn, fate
+    cut = _Cut(tokens, learn, fate)
+    return cut if cut.learned else cut._replace(fate=NOTHING_TO_LEARN if fate == KEPT else TOO_LONG)
 
 
 def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
-    """Each conversation's tokens and learning weights."""
+    """Each conversation's tokens and learning weights, in one example or several."""
     for at, record in pairs:
         chat = conversation_of(record, source.columns, cfg.data.user_template, at)
-        tokens, learn, fate = _rendered(chat, cfg, tokenizer, at)
-        if fate in (TOO_LONG, NOTHING_TO_LEARN):
-            yield _Row(fate=fate)
-        else:
-            yield _Row(tokens, learn, int(np.count_nonzero(learn[1:])), fate)
+        for part, cut in enumerate(_rendered(chat, cfg, tokenizer, at)):
+            told = {"part": part, "notes": "\n".join(cut.notes)}
+            if cut.lost:
+                yield _Row(fate=cut.fate, **told)
+            else:
+                yield _Row(cut.tokens, cut.learn, cut.learned, cut.fate, **told)
 
 
 def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
@@ -329,23 +364,42 @@ def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[
         if pair.prompt is None:
             sides = _texts(pair, cfg, tokenizer)
         else:
-            prompt = [message | {"weight": 0.0} for message in pair.prompt]
-            chats = [prompt + pair.chosen, prompt + pair.rejected]
-            sides = [
-                _rendered({"messages": c, "tools": pair.tools}, cfg, tokenizer, at, learn="all")
-                for c in chats
-            ]
-        (chosen, learn, fate), (rejected, weigh, other) = sides
-        lost = {fate, other} & {TOO_LONG, NOTHING_TO_LEARN}
-        if not lost and np.array_equal(chosen, rejected):
+            answers = (pair.chosen, pair.rejected)
+            sides = [_answered(pair, answer, cfg, tokenizer, at) for answer in answers]
+        chosen, rejected = sides
+        notes = "\n".join(sorted({*chosen.notes, *rejected.notes}))
+        lost = {side.fate for side in sides if side.lost}
+        if not lost and np.array_equal(chosen.tokens, rejected.tokens):
             lost = {TOO_LONG}  # they differ beyond the cut
         if lost:
-            yield _Row(fate=min(lost))
+            yield _Row(fate=min(lost), notes=notes)
             continue
-        both = np.concatenate([learn, weigh])
-        learned = int(np.count_nonzero(learn[1:])) + int(np.count_nonzero(weigh[1:]))
-        tokens = np.concatenate([chosen, rejected])
-        yield _Row(tokens, both, learned, max(fate, other), len(chosen), pair.margin)
+        yield _Row(
+            np.concatenate([chosen.tokens, rejected.tokens]),
+            np.concatenate([chosen.learn, rejected.learn]),
+            chosen.learned + rejected.learned,
+            max(chosen.fate, rejected.fate),
+            len(chosen.tokens),
+            pair.margin,
+            notes=notes,
+        )
+
+
+def _answered(
+    pair: Pair, answer: list[dict[str, Any]], cfg: TrainConfig, tokenizer: Any, at: str
+) -> _Cut:
+    """A pair's prompt and one of its answers, which alone is learned."""
+    prompt: list[dict[str, Any]] = [message | {"weight": 0.0} for message in pair.prompt or ()]
+    chat = {"messages": prompt + answer, "tools": pair.tools}
+    cuts = _rendered(chat, cfg, tokenizer, at, learn="all")
+    if len(cuts) > 1:
+        raise ValueError(
+            f"{at}: an answer has several assistant turns, which the chat template renders "
+            "differently once the conversation goes on; leave its last turn in the answer and put "
+            "the others into the prompt, or set data.template to one that keeps them"
+        )
+    # That its only turn stands apart changes nothing: a pair's side is one text in any case.
+    return cuts[0]._replace(notes=tuple(n for n in cuts[0].notes if n != OWN_EXAMPLE))
 
 
 def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
@@ -361,12 +415,13 @@ def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator
     """Each conversation, whose last answer is judged."""
     for at, record in pairs:
         chat, good = feedback_of(record, source.columns, cfg.data.user_template, at)
-        tokens, learn, fate = _rendered(chat, cfg, tokenizer, at, learn="last")
-        if fate in (TOO_LONG, NOTHING_TO_LEARN):
-            yield _Row(fate=fate)
+        (cut,) = _rendered(chat, cfg, tokenizer, at, learn="last")
+        notes = "\n".join(note for note in cut.notes if note != OWN_EXAMPLE)
+        if cut.lost:
+            yield _Row(fate=cut.fate, notes=notes)
             continue
-        learned, first = int(np.count_nonzero(learn[1:])), int(np.argmax(learn[1:] > 0)) + 1
-        yield _Row(tokens, learn, learned, fate, first, 1.0 if good else -1.0)
+        first, value = int(np.argmax(cut.learn[1:] > 0)) + 1, 1.0 if good else -1.0
+        yield _Row(cut.tokens, cut.learn, cut.learned, cut.fate, first, value, notes=notes)
 
 
 def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
@@ -380,8 +435,7 @@ def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterato
                 tokenizer,
                 prompt.messages,
                 tools=prompt.tools,
-                template=data.template,
-                template_kwargs=data.template_kwargs,
+                date=data.date,
             )
         except (ValueError, RecursionError) as error:
             raise _at(at, error) from error

@@ -253,8 +253,9 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
 
 
 def summarize(manifest: dict[str, Any]) -> list[str]:
-    """A manifest as lines for the terminal, a source each, with what was dropped and cut."""
-    lines = []
+    """A manifest as lines for the terminal, a source each, with what was dropped and cut, and what
+    there is to tell of its examples."""
+    lines, told = [], set()
     for name, entry in [("train", manifest["train"]), *manifest["eval"].items()]:
         for source in entry["sources"]:
             counts = {
@@ -265,10 +266,13 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
             }
             lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
             lines.append(
-                f"{name}: {source['path']}: {source['examples']:,} of {source['read']:,} examples, "
-                f"{source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
-                f"{source['rows']:,} rows{lost}"
+                f"{name}: {source['path']}: {source['examples']:,} examples of "
+                f"{source['read']:,} records, {source['tokens']:,} tokens "
+                f"({source['learned_tokens']:,} learned) in {source['rows']:,} rows{lost}"
             )
+            notes = {f"{source['path']}: {what} ({n:,})" for what, n in source["notes"].items()}
+            lines += sorted(notes - told)  # a source that is divided tells them once
+            told |= notes
     return lines
 
 
@@ -284,18 +288,21 @@ class _Part:
 def _split(
     examples: Examples, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Examples to train on and the last `fraction` of a shuffle, held out; both ascending."""
+    """Examples to train on, and those of the last `fraction` of the shuffled records, held out;
+    both ascending. No record has examples in both."""
     usable = np.flatnonzero(examples.lengths)
     if not fraction:
         return usable, usable[:0]
-    shuffled = rng.permutation(usable)
-    count = round(fraction * len(usable))
-    if not 0 < count < len(usable):
+    records = examples.source_record[usable]
+    shuffled = rng.permutation(np.unique(records))
+    count = round(fraction * len(shuffled))
+    if not 0 < count < len(shuffled):
         raise ValueError(
-            f"{examples.name}: eval_fraction {fraction} holds out {count} of {len(usable)} "
-            "examples; change it, or name a held-out set in data.eval"
+            f"{examples.name}: eval_fraction {fraction} holds out {count} of {len(shuffled)} "
+            "records; change it, or name a held-out set in data.eval"
         )
-    return np.sort(shuffled[:-count]), np.sort(shuffled[-count:])
+    held = np.isin(records, shuffled[-count:])
+    return usable[~held], usable[held]
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:
@@ -361,12 +368,13 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
-                "read": len(examples),
+                "read": len(np.unique(examples.source_record)),
                 "dropped_too_long": int((fate == TOO_LONG).sum()),
                 "dropped_nothing_to_learn": int((fate == NOTHING_TO_LEARN).sum()),
                 "dropped_no_preference": int((fate == NO_PREFERENCE).sum()),
                 "truncated": int((fate == TRUNCATED).sum()),
                 "examples": len(part.chosen),
+                "notes": examples.notes,
                 "tokens": int(examples.lengths[part.chosen].sum()),
                 "learned_tokens": int(examples.learned[part.chosen].sum()),
                 "rows": len(laid_out),

@@ -2,6 +2,7 @@
 """What is learned of a chat, token by token, and that nothing in a message can become a turn."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from jaxllm.data import chat as chat_module
-from jaxllm.data.chat import end_tokens, prompt_tokens, render, template_of
+from jaxllm.config import DataSection
+from jaxllm.data import chat
+from jaxllm.data.chat import LEFT_OUT, OPEN_END, OWN_EXAMPLE, end_tokens, prompt_tokens
+from jaxllm.data.template import TEMPLATES, template_of, user_template_of, with_settings
 from jaxllm.tokenizer import stop_ids, train_tokenizer
 
 HERE = Path(__file__).parent
@@ -69,16 +72,27 @@ def of_style(trained):
             bos_token=bos,
             eos_token=eos,
             pad_token=eos,  # as many models have it: nothing may be read from that
-            chat_template=source
-            or (file if file.is_file() else chat_module.TEMPLATES[style]).read_text(),
+            chat_template=source or (file if file.is_file() else TEMPLATES[style]).read_text(),
         )
 
     return make
 
 
+def render(tokenizer, messages, **options) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, learn) of a conversation that is one example."""
+    (example,) = chat.render(tokenizer, messages, **options)
+    return example.tokens, example.learn
+
+
+def learned_texts(tokenizer, messages, **options) -> list[str]:
+    """What is learned of each example of a conversation."""
+    examples = chat.render(tokenizer, messages, **options)
+    return [tokenizer.decode(example.tokens[example.learn > 0]) for example in examples]
+
+
 def learned_text(tokenizer, messages, **options) -> str:
-    tokens, learn = render(tokenizer, messages, **options)
-    return tokenizer.decode(tokens[learn > 0])
+    (text,) = learned_texts(tokenizer, messages, **options)
+    return text
 
 
 def turns(*contents: str) -> list[dict]:
@@ -185,13 +199,61 @@ def test_tools_that_the_template_would_drop_are_refused(options, name, of_style)
         render(of_style("smollm2"), TOOL_CHAT if name == "tool_calls" else CHAT, **options)
 
 
-def test_a_template_has_its_own_variables(of_style):
-    tokenizer = of_style("llama-3")
-    tokens, _ = render(tokenizer, CHAT, template_kwargs={"date_string": "9 July 2026"})
-    assert "Today is 9 July 2026." in tokenizer.decode(tokens)
-    qwen = of_style("qwen2.5")
-    prompt = prompt_tokens(qwen, CHAT[:2], template_kwargs={"enable_thinking": False})
-    assert qwen.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+def test_a_run_sets_variables_at_the_top_of_the_template(of_style):
+    llama = DataSection(template_kwargs={"date_string": "9 July 2026"})
+    tokens, _ = render(with_settings(of_style("llama-3"), llama), CHAT)
+    assert "Today is 9 July 2026." in of_style().decode(tokens)
+    qwen = with_settings(
+        of_style("qwen2.5"), DataSection(template_kwargs={"enable_thinking": False})
+    )
+    prompt = qwen.decode(prompt_tokens(qwen, CHAT[:2]))
+    assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    # transformers renders the same, and a caller's variable wins.
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    assert qwen.apply_chat_template(CHAT[:2], **asked) == prompt
+    asked["enable_thinking"] = True
+    assert qwen.apply_chat_template(CHAT[:2], **asked).endswith("assistant\n")
+
+
+@pytest.mark.parametrize("source", ["", "\n", "  ", "{#- a comment -#}\n"])
+def test_variables_of_any_kind_are_set_and_nothing_else_is_rendered(source, of_style):
+    values = {"a": None, "b": True, "c": 1.5, "d": 'it\'s {% "x" %} é \\ \n', "e": [1, {"f": "g"}]}
+    source += "{{ [a, b, c, d, e] | tojson }}{{ messages[0].content }}"
+    plain = of_style(source=source)
+    said = plain.apply_chat_template(turns("x"), tokenize=False, **values)
+    tokenizer = with_settings(of_style(source=source), DataSection(template_kwargs=values))
+    assert tokenizer.apply_chat_template(turns("x"), tokenize=False) == said
+
+
+def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
+    tokenizer = with_settings(of_style("qwen2.5"), DataSection(system="Be 'brief'."))
+    text = tokenizer.decode(render(tokenizer, CHAT[1:3])[0])
+    assert text.startswith("<|im_start|>system\nBe 'brief'.<|im_end|>\n<|im_start|>user\n")
+    assert "brief'" not in tokenizer.decode(render(tokenizer, CHAT)[0])
+
+
+def test_a_template_carries_the_user_template(of_style):
+    asked = 'Q: {question}\n"{context}" \\'
+    data = DataSection(user_template=asked, template_kwargs={"a": 1})
+    tokenizer = with_settings(of_style(), data)
+    assert user_template_of(tokenizer) == asked
+    assert user_template_of(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
+    assert user_template_of(of_style()) is None
+    assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
+
+
+def test_the_date_of_a_template_is_that_of_the_run(of_style):
+    source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = of_style(source=source)
+    tokens = prompt_tokens(tokenizer, turns("x"), date="2026-07-09")
+    assert tokenizer.decode(tokens) == "09 Jul 2026x"
+    assert tokenizer.decode(prompt_tokens(tokenizer, turns("x"))).endswith("x")
+
+
+def test_the_seed_template_writes_the_chapters_system_turn(of_style):
+    tokenizer = of_style("seed-qwen")
+    begin = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>human\n"
+    assert tokenizer.decode(render(tokenizer, turns("a", "b"))[0]).startswith(begin)
 
 
 def test_no_assistant_is_nothing_learned(of_style):
@@ -205,10 +267,12 @@ def test_a_conversation_may_begin_with_the_assistant(of_style):
         assert learned_text(of_style(style), chat) == f"assistant{end}Ho{end}"
 
 
-def test_a_first_message_whose_words_are_not_rendered_is_refused(of_style):
-    chat = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    with pytest.raises(ValueError, match="message 1.*leaves out its content"):
-        render(of_style("llama-3"), chat)
+def test_a_message_whose_words_are_not_rendered_is_refused(of_style):
+    source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+        render(of_style(source=source), CHAT[:3])
+    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+        prompt_tokens(of_style(source=source), CHAT[:2])
 
 
 # ---- templates of other shapes
@@ -231,13 +295,17 @@ def test_generation_marks_are_used_and_end_with_the_end_token(of_style):
         assert learned_text(tokenizer, turns("a", "b", "c", "d"), learn="last") == "d<|im_end|>"
 
 
-def test_turns_that_the_template_does_not_mark_are_refused(of_style):
+def test_turns_that_the_template_marks_only_when_last_are_examples_of_their_own(of_style):
     source = (
         "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}<|im_end|>"
         "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="marks 1 assistant turns of 2"):
-        render(of_style(source=source), turns("a", "b", "c", "d"))
+    tokenizer = of_style(source=source)
+    both = ["b<|im_end|>", "d<|im_end|>"]
+    assert learned_texts(tokenizer, turns("a", "b", "c", "d")) == both
+    unmarked = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + SHAPES["phi"][0]
+    with pytest.raises(ValueError, match="message 2: .* no {% generation %} block"):
+        render(of_style(source=unmarked), turns("a", "b"))
 
 
 def test_a_turn_may_be_marked_in_parts(of_style):
@@ -272,12 +340,12 @@ SHAPES = {
     "plain": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}",
-        " Yes No",
+        " Yes No\n<|endoftext|>",
     ),
     "glm": (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-        "Yes<|user|>No",
+        "Yes<|user|>No<|endoftext|>",
     ),
 }
 
@@ -291,29 +359,267 @@ def test_the_end_of_a_turn_is_found_in_templates_of_many_shapes(shape, of_style)
     assert said_nothing.rstrip() == learned.replace("No", "").rstrip()
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_is_learned(of_style):
-    source = (  # as Qwen3 does: an earlier answer loses its thoughts
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+def said(*pairs: tuple[str, str]) -> list[dict]:
+    """Questions answered with reasoning, given as (reasoning, answer)."""
+    return [
+        message
+        for thought, answer in pairs
+        for message in (
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": answer, "reasoning_content": thought},
+        )
+    ]
+
+
+# As Qwen3 does: reasoning is rendered behind the last question alone, and the last turn has a place
+# for it where it has none.
+QWEN3 = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_turns_without_reasoning_stay_one_example_where_later_turns_change_them(of_style):
+    (one,) = learned_texts(of_style(source=QWEN3), turns("a", "b", "c", "d"))
+    assert one == "b<|im_end|><think>\n\n</think>\n\nd<|im_end|>"
+
+
+def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_style):
+    tokenizer, chats = of_style(source=QWEN3), said(("why", "b"), ("so", "d"))
+    own, whole = chat.render(tokenizer, chats)
+    first = "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nb"
+    assert tokenizer.decode(own.tokens) == first + "<|im_end|>\n"
+    assert own.notes == (OWN_EXAMPLE,) and not whole.notes
+    assert tokenizer.decode(whole.tokens) == tokenizer.apply_chat_template(chats, tokenize=False)
+    learned = ["<think>\nwhy\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
+    assert learned_texts(tokenizer, chats) == learned
+    assert learned_texts(tokenizer, chats, learn="last") == learned[1:]
+
+
+def test_reasoning_is_looked_for_when_prompts_are_learned_too(of_style):
+    tokenizer, chats = of_style(source=QWEN3), said(("why", "b"), ("so", "d"))
+    own, whole = learned_texts(tokenizer, chats, train_on_prompt=True)
+    assert "<think>\nwhy\n</think>" in own and "<think>\nso\n</think>" in whole
+
+
+def test_each_makes_every_turn_an_example_of_its_own(of_style):
+    tokenizer = of_style("qwen2.5")
+    first, second = chat.render(tokenizer, CHAT, learn="each")
+    text = tokenizer.apply_chat_template(CHAT[:3], tokenize=False)
+    assert tokenizer.decode(first.tokens) == text and not first.notes
+    whole = render(tokenizer, CHAT, learn="last")
+    assert second.tokens.tolist() == whole[0].tolist()
+    assert second.learn.tolist() == whole[1].tolist()
+
+
+def test_reasoning_goes_to_templates_under_the_name_that_they_read(of_style):
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        source = QWEN3.replace("reasoning_content", name)
+        assert "<think>\nwhy\n" in learned_text(of_style(source=source), said(("why", "b")))
+
+
+@pytest.mark.parametrize("style", ["qwen2.5", "llama-3", "chatml"])
+def test_reasoning_that_the_template_would_drop_is_refused(style, of_style):
+    with pytest.raises(ValueError, match="message 2 has reasoning_content, for .* no place.*drop"):
+        render(of_style(style), said(("why", "b")))
+
+
+def test_a_part_of_an_answer_that_the_template_drops_is_told(of_style):
+    source = (  # as DeepSeek-R1 does
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = of_style(source=source)
-    with pytest.raises(ValueError, match="message 2.*does not render.*generation %.*learn: last"):
-        render(tokenizer, turns("a", "b", "c", "d"))
-    last = learned_text(tokenizer, turns("a", "b", "c", "d"), learn="last")
-    assert last == "<think></think>d<|im_end|>"
-    assert learned_text(tokenizer, turns("a", "b")) == "<think></think>b<|im_end|>"
+    (example,) = chat.render(of_style(source=source), turns("a", "<think>why</think>b"))
+    assert example.notes == (LEFT_OUT,)
+    (example,) = chat.render(of_style(source=source), turns("a", "b"))
+    assert not example.notes
 
 
-def test_a_prompt_that_no_rendered_turn_begins_with_is_refused(of_style):
-    source = (  # as DeepSeek-R1 does: the prompt opens thoughts that a rendered answer has not
+def test_an_answer_follows_a_prompt_that_no_rendered_turn_begins_with(of_style):
+    source = (  # as DeepSeek-R1 does: the prompt opens reasoning that a rendered answer has not
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    for learn in ("all", "last"):
-        with pytest.raises(ValueError, match="message 2.*does not render"):
-            render(of_style(source=source), turns("a", "What is it?"), learn=learn)
+    tokenizer = of_style(source=source)
+    chats = turns("a", "<b", "c", "d")
+    for upto, one in zip((1, 3), chat.render(tokenizer, chats), strict=True):
+        prompt = tokenizer.decode(prompt_tokens(tokenizer, chats[:upto]))
+        answer = chats[upto]["content"] + "<|im_end|>"
+        assert tokenizer.decode(one.tokens) == f"{prompt}{answer}\n"
+        assert tokenizer.decode(one.tokens[one.learn > 0]) == answer
+
+
+def test_each_answer_follows_a_system_message_that_moves(of_style):
+    source = (  # as Mistral does: the system message stands in the last question
+        "{% set s = messages[0].content if messages[0].role == 'system' %}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]"
+        "{% if loop.last or loop.revindex == 2 %}{{ s }} {% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = of_style(source=source)
+    chats = [{"role": "system", "content": "Be brief."}, *turns("a", "b", "c", "d")]
+    own, whole = (tokenizer.decode(example.tokens) for example in chat.render(tokenizer, chats))
+    assert own == "[INST]Be brief. a[/INST]b<|endoftext|>"
+    assert whole == "[INST]a[/INST]b<|endoftext|>[INST]Be brief. c[/INST]d<|endoftext|>"
+    assert learned_texts(tokenizer, chats) == ["b<|endoftext|>", "d<|endoftext|>"]
+
+
+def test_a_prompt_keeps_what_a_template_writes_only_before_an_answer(of_style):
+    source = (  # as Mistral 0.3 does: once the answer is there, the system message is gone
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last %}"
+        "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = of_style(source=source)
+    chats = [{"role": "system", "content": "Be brief."}, *turns("a", "a", "c", "d")]
+    made = [tokenizer.decode(example.tokens) for example in chat.render(tokenizer, chats)]
+    assert made == [
+        "[INST] Be brief. a[/INST] a<|endoftext|>",
+        "[INST] a[/INST] a<|endoftext|>[INST] Be brief. c[/INST] d<|endoftext|>",
+    ]
+    assert learned_texts(tokenizer, chats) == [" a<|endoftext|>", " d<|endoftext|>"]
+
+
+def test_a_header_is_not_learned_where_the_generation_prompt_has_none(of_style):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<|im_start|>assistant\n"
+        "{% endif %}"
+    )
+    result = {"role": "tool", "content": "r"}
+    answer = {"role": "assistant", "content": "assistant"}
+    chats = [*turns("a", "b"), answer, result, answer]
+    end = "<|im_end|>"
+    assert learned_text(of_style(source=source), chats) == f"b{end}{'assistant' + end}" + (
+        f"assistant{end}"
+    )
+
+
+def test_a_header_made_of_words_is_not_learned_either(of_style):
+    source = (
+        "{% for m in messages %}{{ m.role }} ->{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}assistant ->{% endif %}"
+    )
+    chats = [*turns("a", "b"), {"role": "assistant", "content": "assistance"}]
+    learned = "b<|endoftext|>assistance<|endoftext|>"
+    assert learned_text(of_style(source=source), chats) == learned
+
+
+# ---- what is last
+
+
+def test_a_last_answer_that_the_template_leaves_open_gets_eos(of_style):
+    tokenizer = of_style(source=SHAPES["glm"][0])
+    (example,) = chat.render(tokenizer, turns("a", "b"))
+    assert tokenizer.decode(example.tokens) == "<|user|>a<|assistant|>b<|endoftext|>"
+    assert example.notes == (OPEN_END,)
+    (example,) = chat.render(tokenizer, turns("a", "b", "c"))
+    assert tokenizer.decode(example.tokens[example.learn > 0]) == "b<|user|>"
+
+
+@pytest.mark.parametrize("source", ["own", "chatml"])
+def test_an_end_that_is_no_special_token_is_refused(source, trained, of_style):
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_bytes_only(), eos_token="!", chat_template=TEMPLATES["chatml"].read_text()
+    )
+    if source == "own":
+        tokenizer.chat_template = SHAPES["phi"][0].replace("{{ eos_token }}", "")
+    end = "<|end|>" if source == "own" else "<|im_end|>"
+    with pytest.raises(ValueError, match=rf"ends an answer with '{re.escape(end)}'.*special token"):
+        render(tokenizer, turns("a", "b"))
+    prompt_tokens(tokenizer, turns("a"))  # asking is not refused
+
+
+def test_closing_tokens_that_marks_hold_are_all_learned(of_style):
+    source = (  # as Phi-3 and Cohere2 in TRL
+        "{% for m in messages %}{{ m.role }}|{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|end|><|im_end|>\n{% endgeneration %}{% if loop.last %}{% generation %}"
+        "{{ eos_token }}{% endgeneration %}{% endif %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    text = learned_text(of_style(source=source), turns("a", "b", "c", "d"))
+    assert text == "b<|end|><|im_end|>d<|end|><|im_end|>\n<|endoftext|>"
+
+
+# ---- the form of messages
+
+
+def test_parts_go_to_templates_that_iterate_over_them_and_text_to_the_others(of_style):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    iterates = (
+        "{% for m in messages %}{{ m.role }}:{% for p in m.content if p.type == 'text' %}"
+        "[{{ p.text }}]{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    chats = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
+    tokenizer = of_style(source=iterates)
+    assert tokenizer.decode(render(tokenizer, chats)[0]) == (
+        "user:[a ][b]<|im_end|>assistant:[c]<|im_end|>"
+    )
+    assert learned_text(tokenizer, chats) == "[c]<|im_end|>"
+    plain = of_style("smollm2")
+    joined = [{"role": "user", "content": "a b"}, chats[1]]
+    assert render(plain, chats)[0].tolist() == render(plain, joined)[0].tolist()
+
+
+def test_arguments_have_the_form_that_the_template_reads(of_style):
+    wants_text = (  # as DeepSeek and functionary do
+        "{% for m in messages %}{{ m.role }}:{% if m.tool_calls %}{% for c in m.tool_calls %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    given = '{"city":  "Oslo"}'
+    as_text = CALL | {"function": {"name": "weather", "arguments": given}}
+    for call, said in ((as_text, given), (CALL, '{"city": "Oslo"}')):
+        chats = [TOOL_CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        assert learned_text(of_style(source=wants_text), chats) == f"weather{said}<|im_end|>"
+        silent = wants_text.replace("name + c.function.", "name }}{{ c.function.")
+        assert learned_text(of_style(source=silent), chats) == f"weather{said}<|im_end|>"
+        own = learned_text(of_style("qwen2.5"), chats)
+        assert '{"name": "weather", "arguments": {"city": "Oslo"}}' in own
+    broken = as_text | {"function": {"name": "weather", "arguments": "Oslo"}}
+    chats[-1]["tool_calls"] = [broken]
+    assert '"arguments": "Oslo"' in learned_text(of_style("qwen2.5"), chats)
+
+
+def test_a_call_without_content_is_null_for_templates_that_ask_for_that(of_style):
+    source = (  # as DeepSeek does
+        "{% for m in messages %}{{ m.role }}:{% if m.content is none %}"
+        "{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }})"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    text = learned_text(of_style(source=source), TOOL_CHAT[:2])
+    assert text == 'weather({"city": "Oslo"})<|im_end|>'
+
+
+def test_calls_that_the_template_names_and_does_not_render_are_refused(of_style):
+    source = SHAPES["phi"][0] + "{# tool_calls and tools #}"
+    with pytest.raises(ValueError, match="has tool_calls, for which the chat template has no"):
+        render(of_style(source=source), TOOL_CHAT)
+    with pytest.raises(ValueError, match="has tools, for which the chat template has no place"):
+        render(of_style(source=source), turns("a", "b"), tools=TOOLS)
+
+
+def test_tools_go_under_the_name_that_the_template_reads(of_style):
+    for name in ("xml_tools", "python_tools"):
+        source = f"{{{{ {name} | tojson }}}}<|end|>" + SHAPES["phi"][0]
+        text = of_style().decode(render(of_style(source=source), turns("a", "b"), tools=TOOLS)[0])
+        assert text.startswith('[{"type": "function"')
+
+
+def test_a_developer_is_the_system_of_templates_that_know_none(of_style):
+    chats = [{"role": "developer", "content": "Be brief."}, *turns("a", "b")]
+    for style, role in (("qwen2.5", "system"), ("chatml", "system")):
+        tokenizer = of_style(style)
+        assert tokenizer.decode(render(tokenizer, chats)[0]).startswith(f"<|im_start|>{role}\nBe")
+    knows = TEMPLATES["chatml"].read_text() + "{# developer #}"
+    tokenizer = of_style(source=knows)
+    assert tokenizer.decode(render(tokenizer, chats)[0]).startswith("<|im_start|>developer\n")
 
 
 def test_the_end_token_is_learned_behind_other_closing_tokens(of_style):
@@ -410,13 +716,19 @@ def test_added_tokens_that_are_not_special_are_words_that_the_template_sees(of_s
     assert tokenizer.convert_tokens_to_ids("<think>") in tokens
 
 
-def test_a_tokenizer_may_have_no_special_tokens():
+def _bytes_only():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=SHAPES["plain"][0])
+    return backend
+
+
+def test_a_tokenizer_may_have_no_special_tokens():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_bytes_only(), chat_template=SHAPES["plain"][0]
+    )
     tokens, learn = render(tokenizer, turns("a", "x"))
     pieces = tokenizer.convert_ids_to_tokens(tokens[learn > 0])
     assert pieces == ["Ġ", "x"]
@@ -527,9 +839,9 @@ def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_pa
     assert "human" in template_of(tokenizer, "seed-qwen")
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
-    assert learned_text(tokenizer, turns("a", "b"), template=str(file)) == "b<|end|>"
-    file.write_text("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}")
-    assert learned_text(tokenizer, turns("a", "b"), template=str(file)) == "b<|eot_id|>"
+    own = with_settings(of_style("smollm2"), DataSection(template=str(file)))
+    assert learned_text(own, turns("a", "b")) == "b<|end|>"
+    assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
     with pytest.raises(
         ValueError, match="'nosuch' is neither a file nor built in .*chatml.*seed-qwen"
     ):
@@ -604,4 +916,5 @@ def test_generation_stops_at_what_ends_any_turn(of_style):
         "<|end|>",
     ]
     assert end_tokens(of_style(source=SHAPES["phi"][0])) == ["<|endoftext|>", "<|end|>"]
-    assert end_tokens(of_style("smollm2"), "chatml") == ["<|im_end|>"]
+    chatml = with_settings(of_style("smollm2"), DataSection(template="chatml"))
+    assert end_tokens(chatml) == ["<|im_end|>"]

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat templates: which one a tokenizer has, what it carries, and rendering a conversation with it.
+
+Templates disagree on the form of their input: content as a string or as a list of parts, the
+arguments of a tool call as an object or as a string of JSON, no content as "" or null, tools under
+other names. `ChatTemplate` finds out once which form its template reads, by rendering a small
+conversation in each, and gives it every conversation in that form.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import date as Date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import DataSection
+from jaxllm.data.conversations import USER_TEMPLATES
+from jaxllm.tokenizer import load_tokenizer
+
+TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
+
+_USER_TEMPLATE = re.compile(r'^\{%- set user_template = ("(?:[^"\\]|\\.)*") %\}')
+# The directives of strftime that name no time of day.
+_DIRECTIVES = ("a", "A", "b", "B", "d", "-d", "e", "j", "m", "-m", "U", "w", "W", "x", "y", "Y")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
+    """The Jinja source: a built-in template, a file, or the tokenizer's own.
+
+    Of a tokenizer's several templates it is the one for tools when there are `tools`. Raises
+    ValueError when there is none, or the file is not text.
+    """
+    if template is not None:
+        file = TEMPLATES.get(template, Path(template))
+        if not file.is_file():
+            raise ValueError(
+                f"the chat template {template!r} is neither a file nor built in "
+                f"({', '.join(TEMPLATES)})"
+            )
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: the chat template is not UTF-8 text: {error}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the tokenizer has no chat template; set data.template to a file or to one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    return tokenizer.get_chat_template(tools=tools or None)
+
+
+def chat_tokenizer(path: str, data: DataSection | None = None) -> Any:
+    """The tokenizer of `path` with the chat template of a run as its own (`with_settings`)."""
+    return with_settings(load_tokenizer(path), data or DataSection())
+
+
+def with_settings(tokenizer: Any, data: DataSection) -> Any:
+    """Gives a tokenizer the chat template of a run, so that it renders as the run does wherever it
+    is saved: `data.template`, with `data.template_kwargs`, `data.system` and `data.user_template`
+    set at its top. A caller's own variables still win."""
+    if data.template is not None:
+        tokenizer.chat_template = template_of(tokenizer, data.template)
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        tokenizer.chat_template = {name: _with_settings(one, data) for name, one in own.items()}
+    elif own:
+        tokenizer.chat_template = _with_settings(own, data)
+    return tokenizer
+
+
+def user_template_of(tokenizer: Any) -> str | None:
+    """The `data.user_template` that the tokenizer's chat template carries."""
+    own = tokenizer.chat_template
+    sources = list(own.values()) if isinstance(own, dict) else [own or ""]
+    found = next((m for source in sources if (m := _USER_TEMPLATE.match(source))), None)
+    return json.loads(found[1]) if found else None
+
+
+def _with_settings(source: str, data: DataSection) -> str:
+    lines = []
+    asked, carried = data.user_template, _USER_TEMPLATE.match(source)
+    if carried:
+        source = source[carried.end() :]
+        asked = asked or json.loads(carried[1])
+    if asked is not None:
+        text = json.dumps(USER_TEMPLATES.get(asked, asked))
+        lines.append(f"{{%- set user_template = {text} %}}")
+    for name, value in data.template_kwargs.items():
+        lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}")
+    if data.system is not None:
+        first = "messages and messages[0].role not in ['system', 'developer']"
+        told = f"[{{'role': 'system', 'content': {_literal(data.system)}}}]"
+        lines.append(f"{{%- if {first} %}}{{%- set messages = {told} + messages %}}{{%- endif %}}")
+    return _prefixed("".join(lines), source)
+
+
+def _prefixed(head: str, source: str) -> str:
+    """`head`, which ends with a block, before a template; a newline behind a block would go."""
+    return head + ("{{- '' }}" if head and source.startswith("\n") else "") + source
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, dict):
+        inside = (f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items())
+        return f"{{{', '.join(inside)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value)
+
+
+def _dated(source: str, date: str) -> str:
+    """The template with `strftime_now` giving `date` (YYYY-MM-DD) instead of today."""
+    day = Date.fromisoformat(date)
+    filters = "".join(
+        f" | replace('%{one}', {_literal(day.strftime(f'%{one}'))})" for one in _DIRECTIVES
+    )
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}"
+    return _prefixed(macro, source)
+
+
+class ChatTemplate:
+    """A chat template and how it wants its conversations. `date` (YYYY-MM-DD) is what its
+    `strftime_now` gives; None is today."""
+
+    def __init__(self, source: str, variables: dict[str, Any], date: str | None) -> None:
+        self.source, self.variables = source, variables
+        self._dated = _dated(source, date) if date and "strftime_now" in source else source
+        self.has_marks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text and, with `marks`, where in it `{% generation %}` blocks lie.
+
+        Raises ValueError with the template's reason when it refuses the conversation.
+        """
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = {**self.variables, **self._other_tools(tools)}
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self._dated,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=marks,
+                **given,
+            )
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from None
+        except Exception as error:  # a template is a program of the user's: 1/0, endless recursion
+            why = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"the chat template refuses the conversation: {why}") from None
+        texts, spans = rendered
+        return texts[0], spans[0] if marks else []
+
+    def _other_tools(self, tools: list[Any] | None) -> dict[str, Any]:
+        """Tools under the name that SmolLM3 and its like have for them."""
+        names = [n for n in ("xml_tools", "python_tools") if self._names(n)]
+        return {names[0]: tools} if tools and names else {}
+
+    def _names(self, word: str) -> bool:
+        return re.search(rf"(?<!\w){word}(?!\w)", self.source) is not None
+
+    # ---- the form of a conversation
+
+    def prepared(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages in the form that the template reads, without nulls and weights."""
+        return [self._prepared(message) for message in messages]
+
+    def _prepared(self, message: dict[str, Any]) -> dict[str, Any]:
+        # As in apply_chat_template, a null is a key that is not there.
+        out = {k: v for k, v in message.items() if k != "weight" and v is not None}
+        if out["role"] == "developer" and not self._names("developer"):
+            out["role"] = "system"
+        if (thought := out.get("reasoning_content")) is not None:
+            out |= {name: thought for name in _REASONING if self._names(name)}
+        content = out.get("content")
+        if isinstance(content, list) and not self._reads_parts:
+            out["content"] = "".join(part["text"] for part in content)
+        elif isinstance(content, str) and not self._reads_strings and self._reads_parts:
+            out["content"] = [{"type": "text", "text": content}]
+        if calls := out.get("tool_calls"):
+            as_text, without = self._call_form
+            out["tool_calls"] = [_call(call, as_text) for call in calls]
+            if without and not out.get("content"):
+                out["content"] = None
+        return out
+
+    def _shows(self, messages: list[dict[str, Any]], *words: str) -> bool:
+        try:
+            text, _ = self.render(messages)
+        except ValueError:
+            return False
+        as_python = "{'is'" in text or "{'type'" in text  # an object where text was expected
+        return all(word in text for word in words) and not as_python
+
+    @cached_property
+    def _reads_strings(self) -> bool:
+        return self._shows([{"role": "user", "content": "Quite."}], "Quite.")
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        part = {"type": "text", "text": "Quite."}
+        return self._shows([{"role": "user", "content": [part]}], "Quite.")
+
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool]:
+        """(arguments are a string of JSON, a call's missing content is null and not "")."""
+        user = self._prepared({"role": "user", "content": "?"})
+        function = {"name": "quite_so", "arguments": {"is": "it"}}
+        call = {"id": "abcdefghi", "type": "function", "function": function}
+        said = {"role": "tool", "tool_call_id": "abcdefghi", "name": "quite_so", "content": "!"}
+        for as_text, without in (False, False), (True, False), (False, True), (True, True):
+            asks = {"role": "assistant", "content": None if without else ""}
+            asks["tool_calls"] = [_call(call, as_text)]  # type: ignore[assignment]
+            # Some templates want the result behind the call.
+            for chat in [user, asks], [user, asks, said]:
+                if self._shows(chat, "quite_so", "it"):
+                    return as_text, without
+        return False, False
+
+
+def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """A tool call with its arguments as a string of JSON, or as what the string says."""
+    arguments = call["function"].get("arguments")
+    if as_text and arguments is not None and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and dicts, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
