@@ -202,7 +202,7 @@ def evaluate_files(
     from jaxllm.tokenizer import check_vocabulary
 
     mesh = make_mesh(MeshSection())
-    tokenizer = chat_tokenizer(tokenizer_of(model), DataSection(template=template))
+    tokenizer = chat_tokenizer(tokenizer_of(model), template)
     loaded = load_hf(model, mesh=mesh, compute_dtype=dtype, adapter=adapter or None)
     if use is not ...:
         choose(loaded, use)

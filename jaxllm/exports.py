@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints, same_base
 from jaxllm.config import DataSection, MeshSection, OptimSection, from_dict, tokenizer_path
-from jaxllm.data.template import chat_tokenizer
+from jaxllm.data.template import with_settings
 from jaxllm.files import DTYPES, read_json
 from jaxllm.hf import (
     START,
@@ -126,7 +126,7 @@ def _load_run(
     )
     nnx.replace_by_pure_dict(trained, _trained(saves, step, like, cfg.optim))
     saves.close()
-    tokenizer = chat_tokenizer(tokenizer_path(start), start.data)
+    tokenizer = with_settings(load_tokenizer(tokenizer_path(start)), start.data)
     return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
 
 

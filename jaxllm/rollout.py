@@ -368,14 +368,13 @@ class TextModel:
 
         Raises ValueError or FileNotFoundError for what is not there or unfit.
         """
-        from jaxllm.config import DataSection
         from jaxllm.data.template import chat_tokenizer
         from jaxllm.files import resolve
         from jaxllm.hf import load_hf
         from jaxllm.peft.interop import tokenizer_of
         from jaxllm.tokenizer import check_vocabulary, stop_ids
 
-        tokenizer = chat_tokenizer(tokenizer_of(path), DataSection(template=template))
+        tokenizer = chat_tokenizer(tokenizer_of(path), template)
         model = load_hf(path, dtype=dtype, adapter=adapter or None)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         if model.cfg.scores:

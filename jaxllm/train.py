@@ -30,7 +30,7 @@ from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
-from jaxllm.data.template import chat_tokenizer
+from jaxllm.data.template import with_settings
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model import kernels
@@ -42,7 +42,7 @@ from jaxllm.peft.interop import plan_of, room
 from jaxllm.rollout import Sampling, check_prompts, generate
 from jaxllm.scoring import load_reward
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
-from jaxllm.tokenizer import check_vocabulary, padded, stop_ids
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def train(cfg: TrainConfig) -> Result:
     check_groups(cfg)
     model_cfg = hf.model_config(cfg)[0]
     peft = plan_of(model_cfg, hf.started_from(cfg))
-    tokenizer = chat_tokenizer(tokenizer_path(cfg), cfg.data)
+    tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     online = cfg.objective in ONLINE

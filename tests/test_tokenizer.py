@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from jaxllm.config import DataSection
+from jaxllm.data.template import with_settings
 from jaxllm.tokenizer import (
     END,
     PAD,
@@ -348,4 +350,5 @@ def test_without_a_template_eos_ends_a_text(trained):
     tokenizer = load_tokenizer(trained)
     tokenizer.chat_template = None
     assert stop_ids(tokenizer) == (0,)
-    assert stop_ids(tokenizer, template="seed-qwen") == (0, 3)
+    tokenizer = with_settings(tokenizer, DataSection(template="seed-qwen"))
+    assert stop_ids(tokenizer) == (0, 3)

@@ -22,9 +22,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.data.template import ChatTemplate, strings, template_of
+from jaxllm.data.template import ChatTemplate, chat_tokenizer, strings, template_of
 from jaxllm.data.turns import Conversation, Span, Turns
 from jaxllm.tokenizer import special_tokens
+
+__all__ = ["Example", "chat_tokenizer", "end_tokens", "prompt_tokens", "render"]
 
 # Characters that no message contains serve as marks in what a template is given (Conversation).
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]

@@ -36,7 +36,7 @@ from jaxllm.data.conversations import (
     text_of,
 )
 from jaxllm.data.sources import content_hash, locate, read, records
-from jaxllm.data.template import template_of
+from jaxllm.data.template import template_of, with_settings
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
 _CODE_FILES = ("sources", "conversations", "template", "turns", "chat", "examples")
@@ -146,6 +146,7 @@ def tokenize(
     (`tokenizer_hash` is its `fingerprint`) and settings. What is `held_out` must name one of
     several splits. Raises ValueError for an empty source and for records that do not fit.
     """
+    tokenizer = with_settings(tokenizer, cfg.data)
     with _progress_bars(False):
         located = locate(source, held_out=held_out)
     content = content_hash(located.files)

@@ -266,9 +266,9 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
             }
             lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
             lines.append(
-                f"{name}: {source['path']}: {source['examples']:,} examples of "
-                f"{source['read']:,} records, {source['tokens']:,} tokens "
-                f"({source['learned_tokens']:,} learned) in {source['rows']:,} rows{lost}"
+                f"{name}: {source['path']}: {source['examples']:,} of {source['read']:,} examples, "
+                f"{source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
+                f"{source['rows']:,} rows{lost}"
             )
             notes = {f"{source['path']}: {what} ({n:,})" for what, n in source["notes"].items()}
             lines += sorted(notes - told)  # a source that is divided tells them once
@@ -368,7 +368,8 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
-                "read": len(np.unique(examples.source_record)),
+                "records": len(np.unique(examples.source_record)),
+                "read": len(examples),
                 "dropped_too_long": int((fate == TOO_LONG).sum()),
                 "dropped_nothing_to_learn": int((fate == NOTHING_TO_LEARN).sum()),
                 "dropped_no_preference": int((fate == NO_PREFERENCE).sum()),

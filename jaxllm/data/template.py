@@ -9,6 +9,7 @@ conversation in each, and gives it every conversation in that form.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -54,15 +55,16 @@ def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) 
     return tokenizer.get_chat_template(tools=tools or None)
 
 
-def chat_tokenizer(path: str, data: DataSection | None = None) -> Any:
-    """The tokenizer of `path` with the chat template of a run as its own (`with_settings`)."""
-    return with_settings(load_tokenizer(path), data or DataSection())
+def chat_tokenizer(path: str, template: str | None = None) -> Any:
+    """The tokenizer of `path`, with `template` (a built-in name or a file) as its chat template."""
+    return with_settings(load_tokenizer(path), DataSection(template=template))
 
 
 def with_settings(tokenizer: Any, data: DataSection) -> Any:
-    """Gives a tokenizer the chat template of a run, so that it renders as the run does wherever it
+    """The tokenizer with the chat template of a run, so that it renders as the run does wherever it
     is saved: `data.template`, with `data.template_kwargs`, `data.system` and `data.user_template`
-    set at its top. A caller's own variables still win."""
+    set at its top. A caller's own variables still win. A second time changes nothing."""
+    tokenizer = copy.copy(tokenizer)
     if data.template is not None:
         tokenizer.chat_template = template_of(tokenizer, data.template)
     own = tokenizer.chat_template
@@ -82,21 +84,22 @@ def user_template_of(tokenizer: Any) -> str | None:
 
 
 def _with_settings(source: str, data: DataSection) -> str:
-    lines = []
     asked, carried = data.user_template, _USER_TEMPLATE.match(source)
     if carried:
         source = source[carried.end() :]
         asked = asked or json.loads(carried[1])
+    head, lines = "", []
     if asked is not None:
         text = json.dumps(USER_TEMPLATES.get(asked, asked))
-        lines.append(f"{{%- set user_template = {text} %}}")
+        head = f"{{%- set user_template = {text} %}}"
     for name, value in data.template_kwargs.items():
         lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}")
     if data.system is not None:
         first = "messages and messages[0].role not in ['system', 'developer']"
         told = f"[{{'role': 'system', 'content': {_literal(data.system)}}}]"
         lines.append(f"{{%- if {first} %}}{{%- set messages = {told} + messages %}}{{%- endif %}}")
-    return _prefixed("".join(lines), source)
+    given = "".join(lines)
+    return _prefixed(head if source.startswith(given) else head + given, source)
 
 
 def _prefixed(head: str, source: str) -> str:

@@ -301,7 +301,7 @@ def test_manifest_counts_what_was_read_cut_dropped_and_laid_out(tmp_path, tokeni
     ("data", "message"),
     [
         ({}, "data.train names no source"),
-        ({"eval_fraction": 0.1}, r"holds out 0 of 2 examples"),
+        ({"eval_fraction": 0.1}, r"holds out 0 of 2 records"),
         ({"max_length": 3}, r"chat\.jsonl: all 2 examples were dropped: 2 too long for "),
         ({"max_length": 64, "eval": ("mute.jsonl",)}, "1 with nothing to learn"),
         ({"max_length": 64, "eval": ("empty.jsonl",)}, r"empty\.jsonl: holds no examples"),

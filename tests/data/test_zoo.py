@@ -13,11 +13,9 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
