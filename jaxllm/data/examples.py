@@ -25,7 +25,7 @@ import datasets
 import numpy as np
 import xxhash
 
-from jaxllm.config import Source, TrainConfig
+from jaxllm.config import DataSection, Source, TrainConfig
 from jaxllm.data.chat import OWN_EXAMPLE, prompt_tokens, render
 from jaxllm.data.conversations import (
     Pair,
@@ -322,11 +322,18 @@ def _rendered(
     data = cfg.data
     options: dict[str, Any] = {"learn": data.learn, "train_on_prompt": data.train_on_prompt} | how
     try:
-        messages, tools = chat["messages"], chat["tools"]
-        examples = render(tokenizer, messages, tools=tools, date=data.date, **options)
+        messages = _reasoned(chat["messages"], data)
+        examples = render(tokenizer, messages, tools=chat["tools"], date=data.date, **options)
     except (ValueError, RecursionError) as error:
         raise _at(at, error) from error
     return [_cut(one.tokens, one.learn, cfg)._replace(notes=one.notes) for one in examples]
+
+
+def _reasoned(messages: list[dict[str, Any]], data: DataSection) -> list[dict[str, Any]]:
+    """The messages as `data.reasoning` wants them."""
+    if data.reasoning == "learn":
+        return messages
+    return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
 
 
 def _at(at: str, error: ValueError | RecursionError) -> ValueError:
@@ -434,7 +441,7 @@ def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterato
         try:
             tokens = prompt_tokens(
                 tokenizer,
-                prompt.messages,
+                _reasoned(prompt.messages, data),
                 tools=prompt.tools,
                 date=data.date,
             )

@@ -9,6 +9,7 @@ import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data import examples as examples_module
+from jaxllm.data.chat import OPEN_END, OWN_EXAMPLE
 from jaxllm.data.examples import KEPT, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED, fingerprint, tokenize
 
 BOS, EOS = 0, 1
@@ -164,6 +165,85 @@ def test_conversations_with_nothing_to_learn_are_dropped(tmp_path, tokenizer):
     rows = [{"messages": [{"role": "user", "content": "q"}, mute]}, SHORT | {"messages": None}]
     file = write_lines(tmp_path / "a.jsonl", rows)
     assert read(file, config(tmp_path, "sft"), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+
+
+# An earlier answer loses its reasoning, as in Qwen3's template.
+DROPS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.reasoning_content }}"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def reasoned(*answers: str) -> list[dict]:
+    return [
+        message
+        for answer in answers
+        for message in (
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": answer, "reasoning_content": f"so {answer}. "},
+        )
+    ]
+
+
+def test_turns_that_stand_alone_are_examples_of_the_same_record(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(DROPS)
+    rows = [{"messages": reasoned("a", "b", "c")}, {"messages": reasoned("d")}]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    cfg = config(tmp_path, "sft", template=str(tmp_path / "t.jinja"))
+    found = read(file, cfg, tokenizer)
+    assert found.source_record.tolist() == [0, 0, 0, 1]
+    learned = [tokenizer.decode(found.tokens(i)[found.learn(i) > 0]) for i in range(4)]
+    assert learned == [f"so {x}. {x}<|im_end|>" for x in "abcd"]
+    assert found.notes == {OWN_EXAMPLE: 2}
+    cut = read(file, config(tmp_path, "sft", template=cfg.data.template, max_length=60), tokenizer)
+    assert cut.fate.tolist()[0] == KEPT and cut.fate.tolist()[2] != KEPT
+    assert cut.source_record.tolist() == [0, 0, 0, 1]
+
+
+def test_reasoning_can_be_dropped(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "a.jsonl", [{"messages": reasoned("a")}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: message 2 has reasoning_content.*drop"):
+        read(file, config(tmp_path, "sft"), tokenizer)
+    found = read(file, config(tmp_path, "sft", reasoning="drop"), tokenizer)
+    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "a<|im_end|>"
+
+
+def test_notes_are_counted_by_source(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}<s>{{ m.content }}{% endfor %}")
+    file = write_lines(tmp_path / "a.jsonl", [SHORT] * 3)
+    found = read(file, config(tmp_path, "sft", template=str(tmp_path / "t.jinja")), tokenizer)
+    assert found.notes == {OPEN_END: 3}
+
+
+def test_a_date_changes_tokens_of_templates_that_write_it_alone(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y') }}" + DROPS)
+    file = write_lines(tmp_path / "a.jsonl", [SHORT])
+    for template, differ in ((str(tmp_path / "t.jinja"), True), ("chatml", False)):
+        one, other = (
+            read(file, config(tmp_path, "sft", template=template, date=f"{y}-01-02"), tokenizer)
+            for y in (2024, 2025)
+        )
+        assert (one.fingerprint != other.fingerprint) == differ
+        assert (one.tokens(0).tolist() != other.tokens(0).tolist()) == differ
+
+
+def test_a_pairs_answer_is_one_text_or_is_refused(tmp_path, tokenizer):
+    (tmp_path / "t.jinja").write_text(DROPS)
+    template = str(tmp_path / "t.jinja")
+    asked, answer = reasoned("a")
+    good = {"prompt": [asked], "chosen": [answer], "rejected": [answer | {"content": "b"}]}
+    found = read(
+        write_lines(tmp_path / "a.jsonl", [good]),
+        config(tmp_path, "dpo", template=template),
+        tokenizer,
+    )
+    learned = tokenizer.decode(found.tokens(0)[found.learn(0) > 0])
+    assert learned == "so a. a<|im_end|>so a. b<|im_end|>" and not found.notes
+    long = good | {"chosen": [answer, asked, answer]}
+    file = write_lines(tmp_path / "b.jsonl", [long])
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: an answer has several assistant turns"):
+        read(file, config(tmp_path, "dpo", template=template), tokenizer)
 
 
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])

@@ -297,6 +297,23 @@ def test_manifest_counts_what_was_read_cut_dropped_and_laid_out(tmp_path, tokeni
     assert manifest["train"]["fill"] == source["tokens"] / (64 * len(data.train))
 
 
+def test_no_record_has_examples_on_both_sides_of_a_split(tmp_path, tokenizer):
+    file = tmp_path / "a.jsonl"
+    turns = [{"role": r, "content": "x"} for r in ("user", "assistant") * 2]
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    cfg = config(
+        tmp_path, str(file), objective="sft", learn="each", eval_fraction=0.3, max_length=64
+    )
+    data = load_data(cfg, tokenizer)
+    train, held = data.manifest["train"], data.manifest["eval"]["eval"]
+    assert (train["examples"], held["examples"]) == (28, 12)
+    (source,) = train["sources"]
+    assert (source["records"], source["read"]) == (20, 40)
+    train_rows, held_rows = (rows.parts[0]._chosen for rows in (data.train, data.evals["eval"]))
+    records = train_rows // 2, held_rows // 2
+    assert not set(records[0]) & set(records[1])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
