@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss counts every token once, by its weight."""
 
+import json
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from runs import arguments, lines_of
 
+from jaxllm.cli import main
 from jaxllm.data.batch import make_row
 from jaxllm.evaluate import evaluate, evaluate_files, make_eval
 from jaxllm.mesh import MeshSection, make_mesh
@@ -59,3 +62,53 @@ def test_nothing_to_evaluate_on_is_refused():
         evaluate_files("anywhere", [])
     with pytest.raises(ValueError, match="batch_size is 0"):
         evaluate_files("anywhere", ["a.txt"], batch_size=0)
+
+
+# A template with a variable of its own.
+BRIEF = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' in brief' if brief }}\n{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant"
+    "{{ ' in brief' if brief }}\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def asked(project):
+    """Questions with a context, as columns."""
+    lines = (project / "few.jsonl").read_text().splitlines()
+    turns = [json.loads(line)["messages"] for line in lines]
+    file = project / "asked.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"question": q["content"], "answer": a["content"], "context": "of json"})
+            + "\n"
+            for q, a in turns
+        )
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"template": "brief.jinja", "template_kwargs": "{brief: true}"},
+        {"user_template": "rag"},
+        {"system": "Answer with code."},
+    ],
+    ids=["variables", "user template", "system"],
+)
+def test_a_runs_held_out_loss_is_that_of_eval_on_its_model(settings, project, asked, capsys):
+    (project / "brief.jinja").write_text(BRIEF)
+    given = {k: str(project / v) if k == "template" else v for k, v in settings.items()}
+    flags = [text for k, v in given.items() for text in (f"--data.{k}", v)]
+    out = f"settings-{next(iter(settings))}"
+    command = arguments(project, "sft", out, "--data.train", str(asked), "--data.eval", str(asked))
+    assert main([*command, "--steps", "1", "--save.every", "0", *flags]) == 0
+    (line,) = lines_of(project / out, "eval").values()
+    capsys.readouterr()
+    final = str(project / out / "final")
+    command = ["eval", "--model", final, "--data", str(asked), "--chat", "--max_length", "64"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"], found["examples"]) == (line["tokens"], 40)
+    assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
