@@ -36,7 +36,7 @@ from jaxllm.data.conversations import (
 from jaxllm.data.sources import content_hash, locate, read, records
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE_FILES = ("sources.py", "conversations.py", "chat.py", "examples.py")
+_CODE_FILES = ("sources.py", "messages.py", "conversations.py", "chat.py", "examples.py")
 _CODE = [Path(__file__).with_name(name) for name in _CODE_FILES]
 
 # What became of an example.
@@ -182,6 +182,9 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         "templates": [template_of(tokenizer, data.template, tools) for tools in (None, [{}])],
         "template_kwargs": data.template_kwargs,
         "user_template": data.user_template,
+        "system": data.system,
+        "roles": data.roles,
+        "drop_columns": data.drop_columns,
         "max_length": data.max_length,
         "too_long": data.too_long,
         "learn": data.learn,
@@ -311,7 +314,7 @@ def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> Any:
 def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation's tokens and learning weights."""
     for at, record in pairs:
-        chat = conversation_of(record, source.columns, cfg.data.user_template, at)
+        chat = conversation_of(record, source, cfg.data, at)
         tokens, learn, fate = _rendered(chat, cfg, tokenizer, at)
         if fate in (TOO_LONG, NOTHING_TO_LEARN):
             yield _Row(fate=fate)
@@ -322,7 +325,7 @@ def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> I
 def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each pair's chosen side, then its rejected one, each with the prompt before it."""
     for at, record in pairs:
-        pair = pair_of(record, source.columns, cfg.data.user_template, at)
+        pair = pair_of(record, source, cfg.data, at)
         if not pair.tells:
             yield _Row(fate=NO_PREFERENCE)
             continue
@@ -351,7 +354,8 @@ def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[
 def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
     """The sides of a pair of whole texts; what they have in common at their beginning is asked."""
     sides = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
-    sides = [np.array([*ids, tokenizer.eos_token_id], np.int32) for ids in sides]
+    eos = tokenizer.eos_token_id
+    sides = [np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32) for ids in sides]
     same = sides[0][: len(sides[1])] == sides[1][: len(sides[0])]
     start = len(same) if same.all() else int((~same).argmax())
     return [_cut(ids, (np.arange(len(ids)) >= start).astype(np.float32), cfg) for ids in sides]
@@ -360,7 +364,7 @@ def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
 def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation, whose last answer is judged."""
     for at, record in pairs:
-        chat, good = feedback_of(record, source.columns, cfg.data.user_template, at)
+        chat, good = feedback_of(record, source, cfg.data, at)
         tokens, learn, fate = _rendered(chat, cfg, tokenizer, at, learn="last")
         if fate in (TOO_LONG, NOTHING_TO_LEARN):
             yield _Row(fate=fate)
@@ -374,7 +378,7 @@ def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterato
     out, for what it asks stands at its end."""
     data = cfg.data
     for at, record in pairs:
-        prompt = prompt_of(record, source.columns, data.user_template, at)
+        prompt = prompt_of(record, source, data, at)
         try:
             tokens = prompt_tokens(
                 tokenizer,

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -115,6 +116,12 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_to
         assert found.learned[2] == found.lengths[2] - 1
 
 
+def test_a_null_document_of_a_table_is_dropped_and_counted(tmp_path, tokenizer):
+    file = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"text": None}, {"text": "a"}]).to_parquet(str(file))
+    assert read(file, config(tmp_path), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+
+
 def test_an_empty_source_is_named(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"a\.jsonl: holds no examples"):
@@ -166,6 +173,13 @@ def test_conversations_with_nothing_to_learn_are_dropped(tmp_path, tokenizer):
     assert read(file, config(tmp_path, "sft"), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
 
 
+def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, tokenizer):
+    shots = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "shown"}]
+    row = {"prompt": [*shots, shots[0]], "completion": "said"}
+    found = read(write_lines(tmp_path / "a.jsonl", [row]), config(tmp_path, "sft"), tokenizer)
+    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "said<|im_end|>"
+
+
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])
 def test_a_template_that_fails_names_the_record(template, tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(template)
@@ -202,10 +216,12 @@ def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokeni
     file = write_lines(tmp_path / "a.jsonl", [SHORT | {"other": "x"}])
     cfg = config(tmp_path, "sft", max_length=64)
     seen = {read(file, cfg, tokenizer).fingerprint, read(file, cfg, bos_tokenizer).fingerprint}
-    for change in ({"max_length": 63}, {"too_long": "drop"}, {"train_on_prompt": True}):
+    changes = [{"max_length": 63}, {"too_long": "drop"}, {"train_on_prompt": True}]
+    changes += [{"system": "s"}, {"roles": {"x": "user"}}, {"drop_columns": ("other",)}]
+    for change in changes:
         seen.add(read(file, replace(cfg, data=replace(cfg.data, **change)), tokenizer).fingerprint)
     mapped = Source(str(file), columns={"prompt": "other"})
     seen.add(tokenize(mapped, cfg, tokenizer, fingerprint(tokenizer)).fingerprint)
     write_lines(file, [SHORT, SHORT])
     seen.add(read(file, cfg, tokenizer).fingerprint)
-    assert len(seen) == 7
+    assert len(seen) == 10
