@@ -124,14 +124,15 @@ def run_trainer(trainer, turn: Turn, count: Callable[[dict], float]) -> None:
 
 
 def examples(path: str, read_one: Callable) -> list:
-    """read_one(record, {}, None, where it stands) of each record of a file that jaxllm reads."""
-    from jaxllm.config import Source
+    """read_one(record, source, data, where it stands) of each record of a file jaxllm reads."""
+    from jaxllm.config import DataSection, Source
     from jaxllm.data.sources import locate, read, records
 
     with tempfile.TemporaryDirectory() as folder:
-        table = read(locate(Source(path)), Path(folder))
+        source, data = Source(path), DataSection()
+        table = read(locate(source), Path(folder))
         found = records(table[:], list(range(len(table))), path)
-        return [read_one(record, {}, None, at) for at, record in found]
+        return [read_one(record, source, data, at) for at, record in found]
 
 
 def compare(sides: dict[str, Side], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:

@@ -93,7 +93,7 @@ SECTIONS: dict[str, type] = {
 }
 USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
 _CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.system")
-_CHAT += ("data.date", "data.reasoning")
+_CHAT += ("data.date", "data.reasoning", "data.roles", "data.drop_columns")
 _ANSWERS = (*_CHAT, "data.packing", "data.too_long")
 _COMPARED = ("align.beta", "align.reference")
 _ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")

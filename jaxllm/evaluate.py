@@ -108,7 +108,8 @@ def _pairs(source: Source) -> bool:
         if not len(table):
             raise ValueError(f"{source.path}: holds no examples")
         _, record = next(records(table[:1], [0], source.path))
-    return bool({"chosen", "rejected"} & (record.keys() | source.columns.keys()))
+    given = {name for name, value in record.items() if value is not None}
+    return bool({"chosen", "rejected"} & (given | source.columns.keys()))
 
 
 def _distribution(scores: np.ndarray, name: str) -> dict[str, float]:

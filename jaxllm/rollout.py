@@ -384,8 +384,9 @@ class TextModel:
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens up to where the assistant begins to answer."""
         from jaxllm.data.chat import prompt_tokens
+        from jaxllm.data.template import asked
 
-        return prompt_tokens(self.tokenizer, messages).tolist()
+        return prompt_tokens(self.tokenizer, asked(self.tokenizer, messages)).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decoded, without the tokens that end it."""

@@ -18,6 +18,7 @@ Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 # fmt: off
 DpoLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco", "apo_zero", "apo_down", "sft",
@@ -102,6 +103,10 @@ class DataSection:
     """chats: drop leaves out the reasoning_content of messages"""
     user_template: str | None = None
     """chats: rewrites the last user turn from columns: a format string, or a built-in name (rag)"""
+    roles: dict[str, Role] = field(default_factory=dict)
+    """chats: {role in the file: system, developer, user, assistant or tool}, for unknown roles"""
+    drop_columns: tuple[str, ...] = ()
+    """chats: columns of records, and keys of messages, that are not read"""
     workers: Count = 0
     """processes that tokenize; 0 = one per core, and 2,000 records or more each"""
     cache_dir: str | None = None

@@ -271,18 +271,22 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
 
 def _records(file: Path) -> Iterator[str]:
     """The text of each document, or of each message, in a data file."""
-    from jaxllm.config import Source
+    from jaxllm.config import DataSection, Source
     from jaxllm.data.conversations import conversation_of, text_of
+    from jaxllm.data.messages import MEDIA, words
     from jaxllm.data.sources import locate, read, records
 
     with tempfile.TemporaryDirectory() as folder:
-        rows = read(locate(Source(str(file))), Path(folder))
+        source, text_alone = Source(str(file)), DataSection(drop_columns=MEDIA)
+        rows = read(locate(source), Path(folder))
         for batch_start in range(0, len(rows), 1000):
             batch = rows[batch_start : batch_start + 1000]
             numbers = list(range(batch_start, batch_start + len(next(iter(batch.values())))))
             for at, record in records(batch, numbers, str(file)):
-                if "text" in record:
+                given = {name for name, value in record.items() if value is not None}
+                if "text" in given:
                     yield text_of(record, {}, at)
-                else:
-                    for message in conversation_of(record, {}, None, at)["messages"]:
-                        yield message["content"]
+                elif given or "text" not in record:
+                    yield from map(
+                        words, conversation_of(record, source, text_alone, at)["messages"]
+                    )

@@ -30,7 +30,7 @@ from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
-from jaxllm.data.template import with_settings
+from jaxllm.data.template import asked, with_settings
 from jaxllm.evaluate import evaluate, make_eval
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model import kernels
@@ -92,8 +92,9 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
     """Tokens of `log.samples`: texts to continue, or of what chats, questions to answer."""
     if cfg.objective == "pretrain":
         return [tokenizer(text).input_ids for text in cfg.log.samples]
-    asked = [[{"role": "user", "content": text}] for text in cfg.log.samples]
-    return [prompt_tokens(tokenizer, messages).tolist() for messages in asked]
+    chats = [[{"role": "user", "content": text}] for text in cfg.log.samples]
+    date = cfg.data.date
+    return [prompt_tokens(tokenizer, asked(tokenizer, m), date=date).tolist() for m in chats]
 
 
 def say(*lines: str) -> None:

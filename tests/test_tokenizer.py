@@ -124,6 +124,8 @@ def test_texts_are_read_as_files_are(trained, tmp_path):
     [
         {"text": TEXT},
         {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": TEXT}]}], "image": "x"},
+        {"messages": [{"role": "user", "content": TEXT}], "text": None},
     ],
 )
 def test_of_a_data_file_the_text_is_read(record, trained, tmp_path):

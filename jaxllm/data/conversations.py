@@ -2,16 +2,28 @@
 """Records -> texts, conversations, pairs of answers, judged answers and prompts.
 
 Each function brings one record, in any of the accepted layouts, into one canonical form, or raises
-ValueError with where it came from and what was found.
+ValueError with where it came from and what was found. What a user should know of a source, but once
+and not for every record, is returned as `notes`: short texts, the same for the same fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
+from jaxllm.config import DataSection, Source
+from jaxllm.data.messages import (
+    MEDIA,
+    WEIGHTS,
+    Reading,
+    holds,
+    message_of,
+    tools_of,
+    weight_from,
+    words,
+)
 from jaxllm.data.sources import loads, short
 
 CONVERSATIONS = (
@@ -19,16 +31,6 @@ CONVERSATIONS = (
     "instruction + output (and input, system, history), or question + answer"
 )
 ASKED = "messages, conversations, prompt, question, or instruction (and input, system, history)"
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 USER_TEMPLATES = {
     "rag": (
         "Answer the question from the context below. "
@@ -36,6 +38,9 @@ USER_TEMPLATES = {
         "Question: {question}\n\nContext:\n{context}\n\nAnswer:"
     ),
 }
+# Who speaks before the assistant does; an answer begins with none of these.
+_ASKERS = ("system", "developer", "user")
+_LISTS = (*WEIGHTS, "weights", "loss_weights", "loss_masks")
 
 
 def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
@@ -49,34 +54,38 @@ def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
     return "" if record["text"] is None else _string(record, "text", at)
 
 
-def conversation_of(
-    record: dict, columns: Mapping[str, str], user_template: str | None, at: str
-) -> dict[str, Any]:
-    """{"messages": [{"role", "content", …}], "tools": list | None} of a record.
+def conversation_of(record: dict, source: Source, data: DataSection, at: str) -> dict[str, Any]:
+    """{"messages": [{"role", "content", …}], "tools": list | None, "notes": list} of a record.
 
-    Roles become system, user, assistant and tool; a function call becomes an assistant message
-    with `tool_calls`; a message's `weight` and any further keys stay. `user_template` (a format
-    string or a name of USER_TEMPLATES) rewrites the last user message from the record's columns.
-    Raises ValueError with what was found when no accepted form fits.
+    Messages and tools are as `message_of` and `tools_of` return them. `data.user_template` (a
+    format string or a name of USER_TEMPLATES) rewrites the last user message from the record's
+    columns. Raises ValueError with what was found when no accepted form fits.
     """
-    found = _present(record, columns, at)
+    found, reading = _opened(record, source, data, at)
+    context = 0  # messages at the beginning that are a prompt, where nothing is learned
     if "messages" in found:
-        turns = _parsed(found["messages"], "messages", at)
+        messages = _messages(_parsed(found["messages"], "messages", at), reading)
     elif "conversations" in found:
-        turns = _parsed(found["conversations"], "conversations", at)
+        messages = _messages(_parsed(found["conversations"], "conversations", at), reading)
     elif "prompt" in found and "completion" in found:
-        turns = _said("user", found["prompt"]) + _said("assistant", found["completion"])
+        messages, context = _completed(found, reading)
     elif "instruction" in found and "output" in found:
         turns = _instruction(found, at) + _said("assistant", found["output"])
+        messages = _messages(turns, reading)
     elif "question" in found and "answer" in found:
         turns = _said("user", found["question"]) + _said("assistant", found["answer"])
+        messages = _messages(turns, reading)
     else:
         raise ValueError(
             f"{at}: found the columns {', '.join(found) or 'none'}; a conversation needs "
             f"{CONVERSATIONS} (name others with columns: {{prompt: NAME, …}})"
         )
-    messages = _conversation(turns, found, user_template, at)
-    return {"messages": messages, "tools": _tools(found, at)}
+    _set_weights(messages, found, reading)
+    for message in messages[:context]:
+        if message["role"] == "assistant":
+            message.setdefault("weight", 0.0)
+    messages = _conversation(messages, found, reading)
+    return {"messages": messages, "tools": reading.tools, "notes": reading.notes}
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class Pair:
     tools: list[Any] | None = None
     margin: float = 0.0
     """by how much the chosen one is better, in the reward's unit"""
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tells(self) -> bool:
@@ -96,15 +106,15 @@ class Pair:
         return self.chosen != self.rejected and not (_empty(self.chosen) or _empty(self.rejected))
 
 
-def pair_of(record: dict, columns: Mapping[str, str], user_template: str | None, at: str) -> Pair:
+def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
     """The pair of a record: `chosen` and `rejected`, perhaps a `margin`, and what was asked.
 
     An answer is a string, a message or a list of messages. What was asked is in one of ASKED's
-    layouts or, where the answers are whole conversations, what these have in common at their
-    beginning. Two strings without anything asked are texts as they stand. Raises ValueError when a
-    side is missing or no accepted form fits.
+    layouts, or what the answers have in common at their beginning, or both, where each message is
+    read once. Two strings without anything asked are texts as they stand. Raises ValueError when a
+    side is missing, no accepted form fits, or one place contradicts another about what was asked.
     """
-    found = _present(record, columns, at)
+    found, reading = _opened(record, source, data, at)
     for side in ("chosen", "rejected"):
         if side not in found:
             raise ValueError(
@@ -117,45 +127,26 @@ def pair_of(record: dict, columns: Mapping[str, str], user_template: str | None,
     sides = [found["chosen"], found["rejected"]]
     asked = _asked(found, at)
     if asked is None and all(isinstance(side, str) for side in sides):
-        return Pair(None, sides[0], sides[1], None, float(margin))
-    turns = [_said("assistant", [side] if isinstance(side, dict) else side) for side in sides]
-    chosen, rejected = ([_message(turn, at) for turn in side] for side in turns)
-    if asked is None:
-        same = [a == b for a, b in zip(chosen, rejected, strict=False)]
-        count = (*same, False).index(False)
-        if not count or not all(len(side) > count for side in (chosen, rejected)):
-            count = min(count, len(chosen) - 1, len(rejected) - 1)
-        if count < 1:
-            raise ValueError(
-                f"{at}: chosen and rejected begin with no common message, and found no prompt; "
-                f"it can be {ASKED}"
-            )
-        found["messages"], chosen, rejected = chosen[:count], chosen[count:], rejected[count:]
-        asked = found["messages"]
-    prompt = _conversation(asked, found, None, at)
-    while len(prompt) > 1 and prompt[-1]["role"] == "assistant":
-        prompt.pop()  # some sets keep the whole chosen conversation beside the pair
-    chosen, rejected = (
-        side[len(prompt) :] if side[: len(prompt)] == prompt else side
-        for side in (chosen, rejected)
-    )
-    if user_template:
-        _rewrite_last_user(prompt, USER_TEMPLATES.get(user_template, user_template), found, at)
-    return Pair(prompt, chosen, rejected, _tools(found, at), float(margin))
+        return Pair(None, sides[0], sides[1], None, float(margin), reading.notes)
+    prompt = _messages(asked, reading) if asked is not None else []
+    chosen, rejected = (_messages(_said("assistant", side), reading) for side in sides)
+    prompt, chosen, rejected = _parted(prompt, chosen, rejected, reading)
+    prompt = _conversation(prompt, found, reading)
+    return Pair(prompt, chosen, rejected, reading.tools, float(margin), reading.notes)
 
 
 def feedback_of(
-    record: dict, columns: Mapping[str, str], user_template: str | None, at: str
+    record: dict, source: Source, data: DataSection, at: str
 ) -> tuple[dict[str, Any], bool]:
     """(the conversation as `conversation_of` has it, whether its last answer is a good one).
 
     The latter is `label` (or `kto_tag`): true or false. Raises ValueError where that is missing.
     """
-    found = _present(record, columns, at)
+    found, _ = _opened(record, source, data, at)
     label = found.get("label", found.get("kto_tag"))
     if label not in (True, False):
         raise ValueError(f"{at}: label is {label!r}; an answer needs a label true or false")
-    chat = conversation_of(record, columns, user_template, at)
+    chat = conversation_of(record, source, data, at)
     if chat["messages"][-1]["role"] != "assistant":
         raise ValueError(f"{at}: the last message is not the assistant's; that is what is judged")
     return chat, bool(label)
@@ -171,35 +162,81 @@ class Prompt:
     """the prompt as reward functions see it: a string where the record has one, else messages"""
     columns: dict[str, Any]
     """the record's other columns, null ones too"""
+    notes: list[str] = field(default_factory=list)
 
 
-def prompt_of(
-    record: dict, columns: Mapping[str, str], user_template: str | None, at: str
-) -> Prompt:
+def prompt_of(record: dict, source: Source, data: DataSection, at: str) -> Prompt:
     """The prompt of a record in one of ASKED's layouts, without the answer at its end if there is
     one. Raises ValueError where none fits."""
-    found = _present(record, columns, at)
+    found, reading = _opened(record, source, data, at)
     asked = _asked(found, at)
     if asked is None:
         raise ValueError(
             f"{at}: found the columns {', '.join(found) or 'none'}; a prompt is {ASKED} "
             "(name others with columns: {prompt: NAME, …})"
         )
-    messages = _conversation(asked, found, user_template, at)
+    messages = _messages(asked, reading)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise ValueError(f"{at}: the prompt holds nothing but the assistant's words")
+    messages = _conversation(messages, found, reading)
     text = next((found[n] for n in ("prompt", "question") if isinstance(found.get(n), str)), None)
-    rest = {k: v for k, v in _renamed(record, columns, at).items() if k != "prompt"}
-    return Prompt(messages, _tools(found, at), messages if text is None else text, rest)
+    columns = _kept(record, source, data, at)
+    columns.pop("prompt", None)
+    said = messages if text is None else text
+    return Prompt(messages, reading.tools, said, columns, reading.notes)
 
 
-# ---- parts of them
+# ---- a record and its columns
 
 
-def _present(record: dict, columns: Mapping[str, str], at: str) -> dict[str, Any]:
-    return {k: v for k, v in _renamed(record, columns, at).items() if v is not None}
+def _opened(
+    record: dict, source: Source, data: DataSection, at: str
+) -> tuple[dict[str, Any], Reading]:
+    """The record's columns that hold something, and what its messages are read with."""
+    found = {k: v for k, v in _kept(record, source, data, at).items() if v is not None}
+    for name in MEDIA:
+        if holds(found.get(name)):
+            raise ValueError(
+                f"{at}: the column {name} holds something, and only text is read; train on the "
+                f"text alone with data.drop_columns: [{name}], or leave such records out"
+            )
+    name = "tools" if holds(found.get("tools")) else "functions"
+    tools = tools_of(found[name], name, at) if holds(found.get(name)) else None
+    return found, Reading(data, at, tools)
+
+
+def _kept(record: dict, source: Source, data: DataSection, at: str) -> dict[str, Any]:
+    """The record's columns under the names expected here."""
+    drop = data.drop_columns
+    return _renamed({k: v for k, v in record.items() if k not in drop}, source.columns, at)
+
+
+def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
+    for name, column in columns.items():
+        if column not in record:
+            raise ValueError(
+                f"{at}: columns maps {name} to {column}, which is not among "
+                f"{', '.join(record) or 'no columns'}"
+            )
+    return record | {name: record[column] for name, column in columns.items()}
+
+
+def _string(record: dict, name: str, at: str) -> str:
+    """A column that may be missing ("")."""
+    if isinstance(value := record.get(name, ""), str):
+        return value
+    kind = type(value).__name__
+    raise ValueError(f"{at}: {name} is {kind}, not a string: {short(str(value))}")
+
+
+def _parsed(value: Any, what: str, at: str) -> Any:
+    """A nested column, which some datasets store as a string of JSON."""
+    return loads(value, at, f"{what} is not JSON") if isinstance(value, str) else value
+
+
+# ---- turns
 
 
 def _asked(found: dict[str, Any], at: str) -> list | None:
@@ -218,47 +255,6 @@ def _instruction(found: dict[str, Any], at: str) -> list:
     return _history(found.get("history") or [], at) + _said("user", "\n".join(asked))
 
 
-def _conversation(turns: Any, found: dict, user_template: str | None, at: str) -> list[dict]:
-    """Turns as messages, with the record's system message before and its template applied."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{at}: a conversation is a list of messages; saw {short(str(turns))}")
-    messages = [_message(turn, at) for turn in turns]
-    if (system := _string(found, "system", at)) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    if user_template:
-        _rewrite_last_user(messages, USER_TEMPLATES.get(user_template, user_template), found, at)
-    return messages
-
-
-def _tools(found: dict, at: str) -> list[Any] | None:
-    tools = _parsed(found.get("tools") or [], "tools", at) or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{at}: tools is a list of JSON schemas; saw {short(str(tools))}")
-    return [_function(t) for t in tools] or None
-
-
-def _empty(side: Any) -> bool:
-    """Whether an answer says nothing."""
-    if isinstance(side, str):
-        return not side.strip()
-    return not any(turn["content"].strip() or turn.get("tool_calls") for turn in side)
-
-
-def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
-    for name, column in columns.items():
-        if column not in record:
-            raise ValueError(
-                f"{at}: columns maps {name} to {column}, which is not among "
-                f"{', '.join(record) or 'no columns'}"
-            )
-    return record | {name: record[column] for name, column in columns.items()}
-
-
-def _said(role: str, value: Any) -> list:
-    """A prompt or completion: a string, or messages already."""
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
 def _history(value: Any, at: str) -> list[dict]:
     """The turns before an instruction."""
     pairs = _parsed(value, "history", at)
@@ -267,84 +263,174 @@ def _history(value: Any, at: str) -> list[dict]:
     return [turn for q, a in pairs for turn in (*_said("user", q), *_said("assistant", a))]
 
 
-def _string(record: dict, name: str, at: str) -> str:
-    """A column that may be missing ("")."""
-    if isinstance(value := record.get(name, ""), str):
-        return value
-    kind = type(value).__name__
-    raise ValueError(f"{at}: {name} is {kind}, not a string: {short(str(value))}")
+def _said(role: str, value: Any) -> list:
+    """A prompt or an answer: a string, a message or messages."""
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _parsed(value: Any, what: str, at: str) -> Any:
-    """A nested column, which some datasets store as a string of JSON."""
-    return loads(value, at, f"{what} is not JSON") if isinstance(value, str) else value
+def _messages(turns: Any, reading: Reading) -> list[dict[str, Any]]:
+    if not isinstance(turns, list) or not turns:
+        raise reading.error(f"a conversation is a list of messages; saw {short(str(turns))}")
+    return [message_of(turn, reading) for turn in turns]
 
 
-def _message(turn: Any, at: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise ValueError(
-            f"{at}: a message is an object with role and content; saw {short(str(turn))}"
+def _completed(found: dict[str, Any], reading: Reading) -> tuple[list[dict[str, Any]], int]:
+    """(a prompt and its completion, how many messages of it are the prompt)."""
+    asked = _messages(_said("user", found["prompt"]), reading)
+    answer = _messages(_said("assistant", found["completion"]), reading)
+    count = _leading(answer)
+    asked = _merged(asked, answer[:count], "completion", reading)
+    return asked + answer[count:], len(asked)
+
+
+def _set_weights(messages: list[dict], found: dict, reading: Reading) -> None:
+    """Gives the assistant's messages the weights of a record's list, which has one for each of them
+    or for each message."""
+    answers = [m for m in messages if m["role"] == "assistant"]
+    for name in _LISTS:
+        values = found.get(name)
+        if isinstance(values, str) and values.startswith("["):  # a cell of a table of texts
+            values = _parsed(values, name, reading.at)
+        if isinstance(values, list) and values:
+            if len(values) not in (len(answers), len(messages)):
+                raise reading.error(
+                    f"{name} has {len(values)} values for {len(messages)} messages, "
+                    f"{len(answers)} of them the assistant's; give one for each of either, or "
+                    f"leave it unread with data.drop_columns: [{name}]"
+                )
+            to = answers if len(values) == len(answers) else messages
+            for message, value in zip(to, values, strict=True):
+                if message["role"] != "assistant" or value is None:
+                    continue
+                weight = weight_from(value, name, reading)
+                if message.setdefault("weight", weight) != weight:
+                    raise reading.error(
+                        f"{name} gives a message the weight {weight:g}, and another place "
+                        f"{message['weight']:g}; keep one"
+                    )
+        elif holds(values):
+            reading.note(
+                f"the column {name} is one value for a record, which is not read; a list has one "
+                "for each of the assistant's messages"
+            )
+
+
+def _conversation(messages: list[dict], found: dict, reading: Reading) -> list[dict]:
+    """The messages with the record's system message before them, and `data.user_template`
+    applied."""
+    data = reading.data
+    first = messages[0]
+    system = _string(found, "system", reading.at)
+    if first["role"] in ("system", "developer"):
+        if system and words(first).strip() != system.strip():
+            raise reading.error(
+                f"the column system says {short(system)}, and the messages begin with "
+                f"{short(words(first))}; keep one (data.drop_columns: [system])"
+            )
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+    if data.user_template:
+        template = USER_TEMPLATES.get(data.user_template, data.user_template)
+        _rewrite_last_user(messages, template, found, reading.at)
+    return messages
+
+
+# ---- what is asked in two places
+
+
+def _parted(
+    prompt: list[dict], chosen: list[dict], rejected: list[dict], reading: Reading
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """(prompt, chosen, rejected) where each message that was asked is in the prompt, once.
+
+    What both answers share at their beginning is asked; each of them keeps a message at least.
+    """
+    same = [_alike([a], [b]) for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
+    count = (*same, False).index(False)
+    shared = chosen[:count]
+    sides = {"chosen": chosen[count:], "rejected": rejected[count:]}
+    if not prompt and not shared:
+        raise reading.error(
+            "chosen and rejected begin with no common message, and found no prompt; "
+            f"it can be {ASKED}"
         )
-    said = turn.get("role", turn.get("from"))
-    if not isinstance(said, str) or said not in ROLES:
-        raise ValueError(f"{at}: a message has the role {said!r}; accepted are {', '.join(ROLES)}")
-    content = turn.get("content", turn.get("value"))
-    message = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value")}
-    if said == "function_call":
-        calls = _parsed(content, "a function_call", at)
-        message["tool_calls"], content = calls if isinstance(calls, list) else [calls], ""
-    if message.get("tool_calls"):
-        calls = message["tool_calls"]
-        calls = [_function(call) for call in calls] if isinstance(calls, list) else [calls]
-        if not all(map(_is_call, calls)):
-            raise ValueError(f"{at}: a tool call has name and arguments; saw {short(str(calls))}")
-        message["tool_calls"] = [_with_arguments(call) for call in calls]
+    asked = list(prompt)
+    while len(asked) > 1 and asked[-1]["role"] == "assistant":
+        asked.pop()
+    rest = prompt[len(asked) :]
+    if any(_alike((shared + side)[: len(prompt)], prompt) for side in sides.values()):
+        shared = shared or asked  # the prompt is the beginning of a whole conversation
     else:
-        message.pop("tool_calls", None)
-    if isinstance(content, list):
-        content = "".join(_part(part, at) for part in content)
-    if content is None and "tool_calls" in message:
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(f"{at}: a message's content is {type(content).__name__}, not a string")
-    return {"role": ROLES[said], "content": content} | message
+        answers = [said for side in sides.values() for said in (side, shared + side)]
+        if not any(_alike(said[: len(rest)], rest) for said in answers):
+            reading.note("the answer at the end of the prompt is not read; a pair has its own")
+        shared = _merged(asked, shared, "chosen and rejected", reading)
+    for name, side in sides.items():
+        own = side[: len(shared)]
+        if not _alike(own, shared):
+            own = side[: _leading(side)]
+        if own and (len(own) == len(side) or not _alike(own, shared[-len(own) :])):
+            raise reading.error(
+                f"{name} begins with a {own[0]['role']} message, {short(words(own[0]))}, with "
+                "which the prompt does not end; an answer begins with the assistant's words"
+            )
+        sides[name] = side[len(own) :]
+    return shared, sides["chosen"], sides["rejected"]
 
 
-def _part(part: Any, at: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return part["text"]
-    raise ValueError(f"{at}: a content part is not text: {short(str(part))}")
+def _merged(asked: list[dict], shared: list[dict], where: str, reading: Reading) -> list[dict]:
+    """What was asked, of `asked` and of the messages that answers begin with: each message once.
+
+    Either holds the other, or `shared` goes on where `asked` ends. Raises ValueError otherwise.
+    """
+    begins = shared[0]["role"] if shared else "assistant"
+    only_system = all(m["role"] in _ASKERS[:2] for m in asked)
+    if begins not in _ASKERS or (only_system and begins == "user"):
+        return asked + shared
+    if any(_alike(shared[i : i + len(asked)], asked) for i in range(len(shared))):
+        return shared
+    for count in range(min(len(asked), len(shared)), 0, -1):
+        if _alike(asked[-count:], shared[:count]):
+            return asked[:-count] + shared
+    raise reading.error(
+        f"the prompt ends with {short(words(asked[-1]))}, but {where} begin with "
+        f"{short(words(shared[0]))}; keep one (data.drop_columns: [prompt])"
+    )
 
 
-def _function(item: Any) -> Any:
-    """A tool or call in the form that chat templates read: {"type": "function", "function": …}."""
-    if isinstance(item, dict) and "function" not in item and "name" in item:
-        return {"type": "function", "function": item}
-    return item
+def _leading(messages: list[dict]) -> int:
+    """How many messages stand before the first that the assistant or a tool says."""
+    return next((i for i, m in enumerate(messages) if m["role"] not in _ASKERS), len(messages))
 
 
-def _is_call(item: Any) -> bool:
-    function = item.get("function") if isinstance(item, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+def _alike(some: list[dict], others: list[dict]) -> bool:
+    """Whether two lists of messages say the same, but for white space around it."""
+
+    def said(message: dict) -> tuple:
+        further = (message.get(key) for key in ("tool_calls", "reasoning_content"))
+        return message["role"], words(message).strip(), *further
+
+    return list(map(said, some)) == list(map(said, others))
 
 
-def _with_arguments(call: dict) -> dict:
-    """Arguments given as a string of JSON become an object: a template would encode them twice."""
-    arguments = call["function"].get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = loads(arguments, "")
-        except ValueError:
-            return call
-        return call | {"function": call["function"] | {"arguments": arguments}}
-    return call
+def _empty(side: Any) -> bool:
+    """Whether an answer says nothing."""
+    if isinstance(side, str):
+        return not side.strip()
+    says = ("tool_calls", "reasoning_content")
+    return not any(words(m).strip() or any(m.get(key) for key in says) for m in side)
+
+
+# ---- user_template
 
 
 def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str) -> None:
     user = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if user is None:
         raise ValueError(f"{at}: user_template rewrites the last user message, but there is none")
-    values = {"question": user["content"]} | {
+    values = {"question": words(user)} | {
         name: "\n\n".join(value) if isinstance(value, list) and _all_text(value) else value
         for name, value in found.items()
     }

@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date as Date
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,13 @@ from jaxllm.data.conversations import (
     text_of,
 )
 from jaxllm.data.sources import content_hash, locate, read, records
-from jaxllm.data.template import template_of, with_settings
+from jaxllm.data.template import fields_of, template_of, user_template_of, with_settings
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE_FILES = ("sources", "conversations", "template", "turns", "chat", "examples")
+_CODE_FILES = ("sources", "messages", "conversations", "template", "turns", "chat", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _CODE_FILES]
+
+NOT_ASKED = "the user_template that the model was trained with names columns that are not there"
 
 # What became of an example.
 KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
@@ -203,6 +206,8 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         "date": (data.date or str(Date.today())) if asks_date else None,
         "user_template": data.user_template,
         "reasoning": data.reasoning,
+        "roles": data.roles,
+        "drop_columns": data.drop_columns,
         "max_length": data.max_length,
         "too_long": data.too_long,
         "learn": data.learn,
@@ -298,6 +303,19 @@ def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Itera
             yield _Row(np.array(ids, np.int32), learned=len(ids) - 1)
 
 
+def _asked(
+    record: dict[str, Any], cfg: TrainConfig, tokenizer: Any
+) -> tuple[DataSection, tuple[str, ...]]:
+    """How a record is read, and what to tell: with the user_template that the model's chat template
+    carries, where the run gives none and the record has its columns."""
+    data, carried = cfg.data, user_template_of(tokenizer)
+    if data.user_template is not None or carried is None:
+        return data, ()
+    if fields_of(carried) - {"question", *record}:
+        return data, (NOT_ASKED,)
+    return replace(data, user_template=carried), ()
+
+
 class _Cut(NamedTuple):
     """A text of tokens with its weights, no longer than max_length."""
 
@@ -353,21 +371,25 @@ def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> _Cut:
 def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation's tokens and learning weights, in one example or several."""
     for at, record in pairs:
-        chat = conversation_of(record, source.columns, cfg.data.user_template, at)
+        data, told = _asked(record, cfg, tokenizer)
+        chat = conversation_of(record, source, data, at)
         for part, cut in enumerate(_rendered(chat, cfg, tokenizer, at)):
-            told = {"part": part, "notes": "\n".join(cut.notes)}
+            notes = "\n".join((*cut.notes, *(() if part else (*told, *chat["notes"]))))
             if cut.lost:
-                yield _Row(fate=cut.fate, **told)
+                yield _Row(fate=cut.fate, part=part, notes=notes)
             else:
-                yield _Row(cut.tokens, cut.learn, cut.learned, cut.fate, **told)
+                row = _Row(cut.tokens, cut.learn, cut.learned, cut.fate)
+                yield row._replace(part=part, notes=notes)
 
 
 def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each pair's chosen side, then its rejected one, each with the prompt before it."""
     for at, record in pairs:
-        pair = pair_of(record, source.columns, cfg.data.user_template, at)
+        data, told = _asked(record, cfg, tokenizer)
+        pair = pair_of(record, source, data, at)
+        told = (*told, *pair.notes)
         if not pair.tells:
-            yield _Row(fate=NO_PREFERENCE)
+            yield _Row(fate=NO_PREFERENCE, notes="\n".join(told))
             continue
         if pair.prompt is None:
             sides = _texts(pair, cfg, tokenizer)
@@ -375,7 +397,7 @@ def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[
             answers = (pair.chosen, pair.rejected)
             sides = [_answered(pair, answer, cfg, tokenizer, at) for answer in answers]
         chosen, rejected = sides
-        notes = "\n".join(sorted({*chosen.notes, *rejected.notes}))
+        notes = "\n".join((*told, *sorted({*chosen.notes, *rejected.notes})))
         lost = {side.fate for side in sides if side.lost}
         if not lost and np.array_equal(chosen.tokens, rejected.tokens):
             lost = {TOO_LONG}  # they differ beyond the cut
@@ -406,14 +428,19 @@ def _answered(
             "differently once the conversation goes on; leave its last turn in the answer and put "
             "the others into the prompt, or set data.template to one that keeps them"
         )
-    # That its only turn stands apart changes nothing: a pair's side is one text in any case.
-    return cuts[0]._replace(notes=tuple(n for n in cuts[0].notes if n != OWN_EXAMPLE))
+    return _alone(cuts[0])
+
+
+def _alone(cut: _Cut) -> _Cut:
+    """A text that learns one answer: that the answer has an example of its own tells nothing."""
+    return cut._replace(notes=tuple(note for note in cut.notes if note != OWN_EXAMPLE))
 
 
 def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
     """The sides of a pair of whole texts; what they have in common at their beginning is asked."""
     sides = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
-    sides = [np.array([*ids, tokenizer.eos_token_id], np.int32) for ids in sides]
+    eos = tokenizer.eos_token_id
+    sides = [np.array(ids if ids and ids[-1] == eos else [*ids, eos], np.int32) for ids in sides]
     same = sides[0][: len(sides[1])] == sides[1][: len(sides[0])]
     start = len(same) if same.all() else int((~same).argmax())
     return [_cut(ids, (np.arange(len(ids)) >= start).astype(np.float32), cfg) for ids in sides]
@@ -422,9 +449,10 @@ def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
 def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation, whose last answer is judged."""
     for at, record in pairs:
-        chat, good = feedback_of(record, source.columns, cfg.data.user_template, at)
-        (cut,) = _rendered(chat, cfg, tokenizer, at, learn="last")
-        notes = "\n".join(note for note in cut.notes if note != OWN_EXAMPLE)
+        data, told = _asked(record, cfg, tokenizer)
+        chat, good = feedback_of(record, source, data, at)
+        cut = _alone(*_rendered(chat, cfg, tokenizer, at, learn="last"))
+        notes = "\n".join((*cut.notes, *told, *chat["notes"]))
         if cut.lost:
             yield _Row(fate=cut.fate, notes=notes)
             continue
@@ -435,24 +463,21 @@ def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator
 def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each prompt up to where the answer begins, and what its reward is told; a long one is left
     out, for what it asks stands at its end."""
-    data = cfg.data
     for at, record in pairs:
-        prompt = prompt_of(record, source.columns, data.user_template, at)
+        data, told = _asked(record, cfg, tokenizer)
+        prompt = prompt_of(record, source, data, at)
+        notes = "\n".join((*told, *prompt.notes))
+        messages = _reasoned(prompt.messages, data)
         try:
-            tokens = prompt_tokens(
-                tokenizer,
-                _reasoned(prompt.messages, data),
-                tools=prompt.tools,
-                date=data.date,
-            )
+            tokens = prompt_tokens(tokenizer, messages, tools=prompt.tools, date=data.date)
         except (ValueError, RecursionError) as error:
             raise _at(at, error) from error
         if len(tokens) > data.max_length:
-            yield _Row(fate=TOO_LONG)
+            yield _Row(fate=TOO_LONG, notes=notes)
             continue
-        told = {"at": at, "said": prompt.said, "columns": prompt.columns}
-        told |= {"messages": prompt.messages}
-        yield _Row(tokens, record=json.dumps(told, default=str))
+        known = {"at": at, "said": prompt.said, "columns": prompt.columns}
+        known |= {"messages": prompt.messages}
+        yield _Row(tokens, record=json.dumps(known, default=str), notes=notes)
 
 
 READERS: dict[str, Callable[..., Iterator[_Row]]] = {"pretrain": _documents, "sft": _conversations}

@@ -245,8 +245,7 @@ def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterato
     """The records of a batch of `read`'s dataset, each with where it came from for messages."""
     if _RECORD not in batch:
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-            # Arrow fills the keys that a struct lacks with nulls: they were not there.
-            yield f"{path}, row {index}", _without_nulls(dict(zip(batch, values, strict=True)))
+            yield f"{path}, row {index}", dict(zip(batch, values, strict=True))
         return
     for text, at in zip(batch[_RECORD], batch[_AT], strict=True):
         record = loads(text, at)
@@ -389,12 +388,6 @@ def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
 
     for index in range(len(source)):
         yield json.dumps(source[index], default=plain), f"tfds, record {index}"
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def short(text: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from datetime import date as Date
 from functools import cached_property
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from jaxllm.config import DataSection
@@ -63,7 +64,9 @@ def chat_tokenizer(path: str, template: str | None = None) -> Any:
 def with_settings(tokenizer: Any, data: DataSection) -> Any:
     """The tokenizer with the chat template of a run, so that it renders as the run does wherever it
     is saved: `data.template`, with `data.template_kwargs`, `data.system` and `data.user_template`
-    set at its top. A caller's own variables still win. A second time changes nothing."""
+    set at its top. A caller's own variables still win. A second time changes nothing.
+
+    Raises ValueError where the template has no place for `data.system`."""
     tokenizer = copy.copy(tokenizer)
     if data.template is not None:
         tokenizer.chat_template = template_of(tokenizer, data.template)
@@ -72,6 +75,10 @@ def with_settings(tokenizer: Any, data: DataSection) -> Any:
         tokenizer.chat_template = {name: _with_settings(one, data) for name, one in own.items()}
     elif own:
         tokenizer.chat_template = _with_settings(own, data)
+    if own and data.system:
+        template = ChatTemplate(template_of(tokenizer), tokenizer.special_tokens_map, None)
+        if not template.shows([{"role": "user", "content": "?"}], data.system.strip()):
+            raise ValueError("data.system: the chat template has no place for a system message")
     return tokenizer
 
 
@@ -81,6 +88,24 @@ def user_template_of(tokenizer: Any) -> str | None:
     sources = list(own.values()) if isinstance(own, dict) else [own or ""]
     found = next((m for source in sources if (m := _USER_TEMPLATE.match(source))), None)
     return json.loads(found[1]) if found else None
+
+
+def asked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, the last user's in the user_template that the tokenizer's chat template
+    carries, where that names no column but {question}."""
+    carried = user_template_of(tokenizer)
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if carried is None or not users or fields_of(carried) - {"question"}:
+        return messages
+    last = messages[users[-1]]
+    text = carried.format_map({"question": last["content"]})
+    return [*messages[: users[-1]], last | {"content": text}, *messages[users[-1] + 1 :]]
+
+
+def fields_of(user_template: str) -> set[str]:
+    """The columns that a `data.user_template` names."""
+    names = (name for _, name, _, _ in Formatter().parse(user_template) if name)
+    return {re.split(r"[.\[]", name)[0] for name in names}
 
 
 def _with_settings(source: str, data: DataSection) -> str:
@@ -202,7 +227,8 @@ class ChatTemplate:
                 out["content"] = None
         return out
 
-    def _shows(self, messages: list[dict[str, Any]], *words: str) -> bool:
+    def shows(self, messages: list[dict[str, Any]], *words: str) -> bool:
+        """Whether the template renders messages with these words, as text and not as Python."""
         try:
             text, _ = self.render(messages)
         except ValueError:
@@ -212,12 +238,12 @@ class ChatTemplate:
 
     @cached_property
     def _reads_strings(self) -> bool:
-        return self._shows([{"role": "user", "content": "Quite."}], "Quite.")
+        return self.shows([{"role": "user", "content": "Quite."}], "Quite.")
 
     @cached_property
     def _reads_parts(self) -> bool:
         part = {"type": "text", "text": "Quite."}
-        return self._shows([{"role": "user", "content": [part]}], "Quite.")
+        return self.shows([{"role": "user", "content": [part]}], "Quite.")
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
@@ -231,7 +257,7 @@ class ChatTemplate:
             asks["tool_calls"] = [_call(call, as_text)]  # type: ignore[assignment]
             # Some templates want the result behind the call.
             for chat in [user, asks], [user, asks, said]:
-                if self._shows(chat, "quite_so", "it"):
+                if self.shows(chat, "quite_so", "it"):
                     return as_text, without
         return False, False
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxllm.config import DataSection
 from jaxllm.data import chat
 from jaxllm.data.chat import LEFT_OUT, OPEN_END, OWN_EXAMPLE, end_tokens, prompt_tokens
-from jaxllm.data.template import TEMPLATES, template_of, user_template_of, with_settings
+from jaxllm.data.template import TEMPLATES, asked, template_of, user_template_of, with_settings
 from jaxllm.tokenizer import stop_ids, train_tokenizer
 
 HERE = Path(__file__).parent
@@ -209,10 +209,10 @@ def test_a_run_sets_variables_at_the_top_of_the_template(of_style):
     prompt = qwen.decode(prompt_tokens(qwen, CHAT[:2]))
     assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
     # transformers renders the same, and a caller's variable wins.
-    asked = {"tokenize": False, "add_generation_prompt": True}
-    assert qwen.apply_chat_template(CHAT[:2], **asked) == prompt
-    asked["enable_thinking"] = True
-    assert qwen.apply_chat_template(CHAT[:2], **asked).endswith("assistant\n")
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert qwen.apply_chat_template(CHAT[:2], **options) == prompt
+    options["enable_thinking"] = True
+    assert qwen.apply_chat_template(CHAT[:2], **options).endswith("assistant\n")
 
 
 @pytest.mark.parametrize("source", ["", "\n", "  ", "{#- a comment -#}\n"])
@@ -230,15 +230,24 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
     text = tokenizer.decode(render(tokenizer, CHAT[1:3])[0])
     assert text.startswith("<|im_start|>system\nBe 'brief'.<|im_end|>\n<|im_start|>user\n")
     assert "brief'" not in tokenizer.decode(render(tokenizer, CHAT)[0])
+    for style in ("gemma", "plain"):  # one refuses a system message, the other leaves it out
+        source = None if style == "gemma" else "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+        with pytest.raises(ValueError, match=r"data\.system: .* no place for a system message"):
+            with_settings(of_style("gemma", source), DataSection(system="Be brief."))
 
 
 def test_a_template_carries_the_user_template(of_style):
-    asked = 'Q: {question}\n"{context}" \\'
-    data = DataSection(user_template=asked, template_kwargs={"a": 1})
+    given = 'Q: {question}\n"{context}" \\'
+    data = DataSection(user_template=given, template_kwargs={"a": 1})
     tokenizer = with_settings(of_style(), data)
-    assert user_template_of(tokenizer) == asked
+    assert user_template_of(tokenizer) == given
     assert user_template_of(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
     assert user_template_of(of_style()) is None
+    messages = [*turns("a", "b"), *turns("c")]
+    assert asked(tokenizer, messages) == messages  # it names a column
+    simple = with_settings(of_style(), DataSection(user_template="Q: {question}"))
+    assert asked(simple, messages) == [*turns("a", "b"), {"role": "user", "content": "Q: c"}]
+    assert asked(of_style(), messages) == messages
     assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
 
 

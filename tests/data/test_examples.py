@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -114,6 +115,12 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_to
         assert found.fate.tolist() == [NOTHING_TO_LEARN, NOTHING_TO_LEARN, KEPT]
         assert found.lengths[:2].tolist() == [0, 0]
         assert found.learned[2] == found.lengths[2] - 1
+
+
+def test_a_null_document_of_a_table_is_dropped_and_counted(tmp_path, tokenizer):
+    file = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"text": None}, {"text": "a"}]).to_parquet(str(file))
+    assert read(file, config(tmp_path), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
 
 
 def test_an_empty_source_is_named(tmp_path, tokenizer):
@@ -244,6 +251,11 @@ def test_a_pairs_answer_is_one_text_or_is_refused(tmp_path, tokenizer):
     file = write_lines(tmp_path / "b.jsonl", [long])
     with pytest.raises(ValueError, match=r"b\.jsonl:1: an answer has several assistant turns"):
         read(file, config(tmp_path, "dpo", template=template), tokenizer)
+def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, tokenizer):
+    shots = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "shown"}]
+    row = {"prompt": [*shots, shots[0]], "completion": "said"}
+    found = read(write_lines(tmp_path / "a.jsonl", [row]), config(tmp_path, "sft"), tokenizer)
+    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "said<|im_end|>"
 
 
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])
@@ -282,10 +294,12 @@ def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokeni
     file = write_lines(tmp_path / "a.jsonl", [SHORT | {"other": "x"}])
     cfg = config(tmp_path, "sft", max_length=64)
     seen = {read(file, cfg, tokenizer).fingerprint, read(file, cfg, bos_tokenizer).fingerprint}
-    for change in ({"max_length": 63}, {"too_long": "drop"}, {"train_on_prompt": True}):
+    changes = [{"max_length": 63}, {"too_long": "drop"}, {"train_on_prompt": True}]
+    changes += [{"system": "s"}, {"roles": {"x": "user"}}, {"drop_columns": ("other",)}]
+    for change in changes:
         seen.add(read(file, replace(cfg, data=replace(cfg.data, **change)), tokenizer).fingerprint)
     mapped = Source(str(file), columns={"prompt": "other"})
     seen.add(tokenize(mapped, cfg, tokenizer, fingerprint(tokenizer)).fingerprint)
     write_lines(file, [SHORT, SHORT])
     seen.add(read(file, cfg, tokenizer).fingerprint)
-    assert len(seen) == 7
+    assert len(seen) == 10

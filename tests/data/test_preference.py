@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs, judged answers and prompts: every layout read, every row laid out."""
+"""Pairs, judged answers and prompts: every row laid out."""
 
 import json
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data.conversations import feedback_of, pair_of, prompt_of
 from jaxllm.data.loader import batch_at, load_data, summarize
 from jaxllm.objectives.table import OBJECTIVES
 
@@ -20,155 +19,6 @@ def user(text):
 
 def says(text):
     return {"role": "assistant", "content": text}
-
-
-def pair(record, **columns):
-    return pair_of(record, columns, None, "a.jsonl:7")
-
-
-# ---- layouts
-
-SIDES = {
-    "strings": {"chosen": "yes", "rejected": "no"},
-    "messages": {"chosen": says("yes"), "rejected": says("no")},
-    "lists": {"chosen": [says("yes")], "rejected": [says("no")]},
-    "from and value": {
-        "chosen": {"from": "gpt", "value": "yes"},
-        "rejected": {"from": "gpt", "value": "no"},
-    },
-}
-ASKED = {
-    "question": {"question": "why?"},
-    "prompt": {"prompt": "why?"},
-    "prompt, messages": {"prompt": [user("why?")]},
-    "instruction": {"instruction": "why?", "input": ""},
-    "messages": {"messages": [user("why?")]},
-    "messages as JSON": {"messages": json.dumps([user("why?")])},
-    "conversations": {"conversations": [{"from": "human", "value": "why?"}]},
-}
-
-
-@pytest.mark.parametrize("sides", SIDES.values(), ids=SIDES.keys())
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_every_layout_is_the_same_pair(asked, sides):
-    found = pair(asked | sides)
-    assert found.prompt == [user("why?")]
-    assert (found.chosen, found.rejected) == ([says("yes")], [says("no")])
-    assert found.tells and found.margin == 0.0 and found.tools is None
-
-
-def test_history_system_input_tools_margin_and_renamed_columns():
-    record = {"instruction": "why?", "input": "here", "history": [["a", "b"]], "system": "be good"}
-    record |= {"good": "yes", "bad": "no", "margin": 2, "tools": [{"name": "f"}]}
-    found = pair(record, chosen="good", rejected="bad")
-    system = {"role": "system", "content": "be good"}
-    assert found.prompt == [system, user("a"), says("b"), user("why?\nhere")]
-    assert (found.chosen, found.rejected, found.margin) == ([says("yes")], [says("no")], 2.0)
-    assert found.tools == [{"type": "function", "function": {"name": "f"}}]
-
-
-TURNS = [user("a"), says("b"), user("c")]
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "prompt"),
-    [
-        ([*TURNS, says("yes")], [*TURNS, says("no")], TURNS),
-        # what they go on to say is of the answers, whatever is in common there
-        ([user("a"), says("yes"), user("c")], [user("a"), says("no"), user("c")], TURNS[:1]),
-        # one is the beginning of the other: each keeps an answer
-        ([user("a"), says("b")], [user("a"), says("b"), user("c"), says("d")], TURNS[:1]),
-        # equal: no preference, but a pair that can be counted
-        ([user("a"), says("b")], [user("a"), says("b")], TURNS[:1]),
-    ],
-)
-def test_whole_conversations_have_their_common_beginning_as_prompt(chosen, rejected, prompt):
-    found = pair({"chosen": chosen, "rejected": rejected})
-    assert found.prompt == prompt
-    assert found.prompt + found.chosen == chosen and found.prompt + found.rejected == rejected
-    assert found.tells == (chosen != rejected)
-
-
-def test_a_prompt_that_the_answers_repeat_stands_once():
-    asked = [user("why?")]
-    answers = {"chosen": [*asked, says("yes")], "rejected": [*asked, says("no")]}
-    found = pair({"prompt": "why?"} | answers)
-    assert (found.prompt, found.chosen, found.rejected) == (asked, [says("yes")], [says("no")])
-
-
-def test_two_texts_without_a_prompt_stay_texts():
-    found = pair({"chosen": "Q: a A: yes", "rejected": "Q: a A: no", "margin": 0.5})
-    assert found.prompt is None and found.margin == 0.5
-    assert (found.chosen, found.rejected) == ("Q: a A: yes", "Q: a A: no")
-
-
-def test_a_template_rewrites_what_was_asked_last():
-    record = {"prompt": "why?", "context": ["x", "y"], "chosen": "yes", "rejected": "no"}
-    found = pair_of(record, {}, "{question} in {context}", "a.jsonl:7")
-    assert found.prompt == [user("why? in x\n\ny")]
-
-
-BOTH = {"chosen": "yes", "rejected": "no"}
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        ({"prompt": "why?", "rejected": "no"}, "chosen is missing; found the columns prompt"),
-        ({"prompt": "why?", "chosen": "yes"}, "rejected is missing; .*name others with columns"),
-        (BOTH | {"prompt": "why?", "rejected": None}, "rejected is missing"),
-        (BOTH | {"prompt": "why?", "margin": "2"}, "margin is '2'; it is a number"),
-        (BOTH | {"prompt": "why?", "margin": float("nan")}, "margin is nan"),
-        (BOTH | {"prompt": "why?", "chosen": 5}, "a message's content is int, not a string"),
-        (BOTH | {"messages": "why?"}, "messages is not JSON"),
-        (
-            {"chosen": [says("yes")], "rejected": [says("no")]},
-            "chosen and rejected begin with no common",
-        ),
-        (
-            {"chosen": says("yes"), "rejected": says("no")},
-            "chosen and rejected begin with no common",
-        ),
-    ],
-)
-def test_a_pair_that_does_not_fit_names_its_line(record, words):
-    with pytest.raises(ValueError, match=f"^a.jsonl:7: {words}"):
-        pair(record)
-
-
-@pytest.mark.parametrize(
-    ("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("kto_tag", True)]
-)
-def test_an_answer_is_good_or_bad(label, good):
-    said = {"label": label} if label != "kto_tag" else {"kto_tag": True}
-    chat, found = feedback_of({"prompt": "why?", "completion": "yes"} | said, {}, None, "x")
-    assert found is good and chat["messages"] == [user("why?"), says("yes")]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({}, "label is None; an answer needs a label true or false"),
-        ({"label": "yes"}, "label is 'yes'"),
-        ({"label": 0.5}, "label is 0.5"),
-        ({"label": True, "messages": [user("a")]}, "the last message is not the assistant's"),
-    ],
-)
-def test_a_label_that_is_none_names_its_line(change, words):
-    with pytest.raises(ValueError, match=f"^a.jsonl:7: {words}"):
-        feedback_of({"prompt": "why?", "completion": "yes"} | change, {}, None, "a.jsonl:7")
-
-
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_prompts_of_every_layout_and_without_their_answer(asked):
-    found = prompt_of(asked | {"answer": "42"}, {}, None, "x")
-    assert found.messages == [user("why?")] and found.columns["answer"] == "42"
-    text = isinstance(asked.get("prompt", asked.get("question")), str)
-    assert found.said == ("why?" if text else [user("why?")])
-    over = prompt_of({"messages": [user("why?"), says("so")]}, {}, None, "x")
-    assert over.messages == [user("why?")]
-    with pytest.raises(ValueError, match=r"^a:1: found the columns answer; a prompt is"):
-        prompt_of({"answer": "42"}, {}, None, "a:1")
 
 
 # ---- rows
@@ -315,6 +165,14 @@ def test_texts_end_with_eos_and_are_learned_where_they_part(tmp_path, tokenizer)
     assert two == ("Q: a <eos> A: no<eos>", "no<eos>")
     row = data.train.parts[0][0]
     assert (row["tokens"] == EOS).sum() == 2  # what the text spells is no token of the end
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path, bos_eos_tokenizer):
+    source = write(tmp_path, [{"chosen": "Q: a A: yes", "rejected": "Q: a A: no"}])
+    data = load(tmp_path, bos_eos_tokenizer, "dpo", source)
+    ((one, two, _),) = in_slots(data, bos_eos_tokenizer, *PAIR)
+    assert one == ("<s>Q: a A: yes<eos>", "yes<eos>")
+    assert two == ("<s>Q: a A: no<eos>", "no<eos>")
 
 
 def test_pairs_that_tell_nothing_are_dropped_and_counted(tmp_path, tokenizer):
