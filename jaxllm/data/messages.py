@@ -258,8 +258,8 @@ def _is_call(item: Any) -> bool:
 
 
 def _call(call: dict, reading: Reading) -> dict:
-    """A call without the nulls that its tool does not know. Arguments given as a string of JSON stay
-    that string where it has no such null: some templates write it as it stands."""
+    """A call without the nulls that its tool does not know. Arguments given as a string of JSON
+    stay that string where it has no such null: some templates write it as it stands."""
     call = {k: v for k, v in call.items() if v is not None}
     function = {k: v for k, v in call["function"].items() if v is not None}
     given = arguments = function.get("arguments")

@@ -120,9 +120,9 @@ def _with_settings(source: str, data: DataSection) -> str:
     for name, value in data.template_kwargs.items():
         lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}")
     if data.system is not None:
-        first = "messages and messages[0].role not in ['system', 'developer']"
+        none = "not messages | selectattr('role', 'in', ['system', 'developer']) | list"
         told = f"[{{'role': 'system', 'content': {_literal(data.system)}}}]"
-        lines.append(f"{{%- if {first} %}}{{%- set messages = {told} + messages %}}{{%- endif %}}")
+        lines.append(f"{{%- if {none} %}}{{%- set messages = {told} + messages %}}{{%- endif %}}")
     given = "".join(lines)
     return _prefixed(head if source.startswith(given) else head + given, source)
 

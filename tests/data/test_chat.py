@@ -229,11 +229,13 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
     tokenizer = with_settings(of_style("qwen2.5"), DataSection(system="Be 'brief'."))
     text = tokenizer.decode(render(tokenizer, CHAT[1:3])[0])
     assert text.startswith("<|im_start|>system\nBe 'brief'.<|im_end|>\n<|im_start|>user\n")
-    assert "brief'" not in tokenizer.decode(render(tokenizer, CHAT)[0])
-    for style in ("gemma", "plain"):  # one refuses a system message, the other leaves it out
-        source = None if style == "gemma" else "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    for chats in (CHAT, [*turns("a"), CHAT[0], *CHAT[2:3]]):
+        assert "brief'" not in tokenizer.decode(render(tokenizer, chats)[0])
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    for source in (refuses, drops):
         with pytest.raises(ValueError, match=r"data\.system: .* no place for a system message"):
-            with_settings(of_style("gemma", source), DataSection(system="Be brief."))
+            with_settings(of_style(source=source), DataSection(system="Be brief."))
 
 
 def test_a_template_carries_the_user_template(of_style):

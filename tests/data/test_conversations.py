@@ -139,27 +139,6 @@ def test_a_system_column_that_repeats_the_system_message_stands_once(first):
         chat({"system": "t", "messages": [first, *Q_A]})
 
 
-def test_the_default_system_message_is_for_records_without_one():
-    said = {"system": "d"}
-    assert messages({"messages": Q_A}, **said) == [system("d"), *Q_A]
-    assert messages({"messages": Q_A, "system": ""}, **said)[0] == system("d")
-    assert messages({"messages": Q_A, "system": "s"}, **said)[0] == system("s")
-    for role in ("system", "developer"):
-        for place in (0, 1):
-            own = [*Q_A]
-            own.insert(place, {"role": role, "content": "s"})
-            assert messages({"messages": own}, **said) == own
-    sides = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    assert pair(sides, **said).prompt == [system("d"), user("q")]
-    assert pair({"chosen": "q a", "rejected": "q b"}, **said).prompt is None
-    assert prompt_of({"prompt": "q"}, Source(""), DataSection(**said), AT).messages == [
-        system("d"),
-        user("q"),
-    ]
-    judged = {"prompt": "q", "completion": "a", "label": True}
-    assert feedback_of(judged, Source(""), DataSection(**said), AT)[0]["messages"][0] == system("d")
-
-
 # ---- what is learned
 
 TURNS = [user("a"), says("b"), user("c"), says("d")]

@@ -251,6 +251,8 @@ def test_a_pairs_answer_is_one_text_or_is_refused(tmp_path, tokenizer):
     file = write_lines(tmp_path / "b.jsonl", [long])
     with pytest.raises(ValueError, match=r"b\.jsonl:1: an answer has several assistant turns"):
         read(file, config(tmp_path, "dpo", template=template), tokenizer)
+
+
 def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, tokenizer):
     shots = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "shown"}]
     row = {"prompt": [*shots, shots[0]], "completion": "said"}

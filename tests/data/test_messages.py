@@ -218,17 +218,18 @@ def test_calls_and_tools_take_the_form_that_templates_read():
         assert got == {"role": "assistant", "content": "", "tool_calls": [want]}
     text = {"name": "get", "arguments": '{"city": "Rome"}'}
     got = message({"role": "assistant", "content": None, "tool_calls": [{"function": text}]})
-    assert got["tool_calls"] == [{"function": CALL}]
+    assert got["tool_calls"] == [{"function": text}]  # as given: the renderer turns it
     got = message(ANSWER | {"tool_calls": [CALL | {"id": "7"}]})["tool_calls"]
     assert got == [want | {"id": "7"}]
     assert message(ANSWER | {"tool_calls": []}) == ANSWER
 
 
 def test_the_older_function_call_is_a_tool_call():
-    want = [{"type": "function", "function": CALL}]
-    for given in (CALL, json.dumps(CALL), CALL | {"arguments": json.dumps(CALL["arguments"])}):
-        got = message({"role": "assistant", "content": None, "function_call": given})
-        assert got == {"role": "assistant", "content": "", "tool_calls": want}
+    for given in (CALL, CALL | {"arguments": json.dumps(CALL["arguments"])}):
+        want = [{"type": "function", "function": given}]
+        for value in (given, json.dumps(given)):
+            got = message({"role": "assistant", "content": None, "function_call": value})
+            assert got == {"role": "assistant", "content": "", "tool_calls": want}
     refused(ANSWER | {"function_call": CALL, "tool_calls": [CALL]}, "calls in tool_calls and funct")
     record = {"messages": [USER, ANSWER], "functions": [{"name": "get", "parameters": {}}]}
     found = conversation_of(record, Source(""), DataSection(), "f:1")["tools"]
