@@ -8,16 +8,17 @@ and not for every record, is returned as `notes`: short texts, the same for the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from jaxllm.config import DataSection, Source
 from jaxllm.data.messages import (
     MEDIA,
     WEIGHTS,
     Reading,
+    brief,
     holds,
     message_of,
     tools_of,
@@ -42,6 +43,8 @@ USER_TEMPLATES = {
 _ASKERS = ("system", "developer", "user")
 _LISTS = (*WEIGHTS, "weights", "loss_weights", "loss_masks")
 
+_Read = TypeVar("_Read")
+
 
 def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
     """The document of a record, exactly as it stands; "" when it is null."""
@@ -54,6 +57,20 @@ def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
     return "" if record["text"] is None else _string(record, "text", at)
 
 
+def _by_line(read: Callable[..., _Read]) -> Callable[..., _Read]:
+    """`read`, so that a record nested too deeply is an error of its line."""
+
+    @wraps(read)
+    def guarded(record: dict, source: Source, data: DataSection, at: str) -> _Read:
+        try:
+            return read(record, source, data, at)
+        except RecursionError:
+            raise ValueError(f"{at}: the record is nested too deeply") from None
+
+    return guarded
+
+
+@_by_line
 def conversation_of(record: dict, source: Source, data: DataSection, at: str) -> dict[str, Any]:
     """{"messages": [{"role", "content", …}], "tools": list | None, "notes": list} of a record.
 
@@ -106,6 +123,7 @@ class Pair:
         return self.chosen != self.rejected and not (_empty(self.chosen) or _empty(self.rejected))
 
 
+@_by_line
 def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
     """The pair of a record: `chosen` and `rejected`, perhaps a `margin`, and what was asked.
 
@@ -122,8 +140,8 @@ def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
                 "pair needs chosen and rejected (name others with columns: {chosen: NAME, …})"
             )
     margin = found.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not isfinite(margin):
-        raise ValueError(f"{at}: margin is {margin!r}; it is a number")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
+        raise ValueError(f"{at}: margin is {brief(margin)}; it is a number")
     sides = [found["chosen"], found["rejected"]]
     asked = _asked(found, at)
     if asked is None and all(isinstance(side, str) for side in sides):
@@ -135,6 +153,7 @@ def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
     return Pair(prompt, chosen, rejected, reading.tools, float(margin), reading.notes)
 
 
+@_by_line
 def feedback_of(
     record: dict, source: Source, data: DataSection, at: str
 ) -> tuple[dict[str, Any], bool]:
@@ -145,7 +164,7 @@ def feedback_of(
     found, _ = _opened(record, source, data, at)
     label = found.get("label", found.get("kto_tag"))
     if label not in (True, False):
-        raise ValueError(f"{at}: label is {label!r}; an answer needs a label true or false")
+        raise ValueError(f"{at}: label is {brief(label)}; an answer needs a label true or false")
     chat = conversation_of(record, source, data, at)
     if chat["messages"][-1]["role"] != "assistant":
         raise ValueError(f"{at}: the last message is not the assistant's; that is what is judged")
@@ -165,6 +184,7 @@ class Prompt:
     notes: list[str] = field(default_factory=list)
 
 
+@_by_line
 def prompt_of(record: dict, source: Source, data: DataSection, at: str) -> Prompt:
     """The prompt of a record in one of ASKED's layouts, without the answer at its end if there is
     one. Raises ValueError where none fits."""

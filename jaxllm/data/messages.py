@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 from jaxllm.config import DataSection
@@ -57,6 +56,12 @@ class Reading:
     def note(self, what: str) -> None:
         if what not in self.notes:
             self.notes.append(what)
+
+
+def brief(value: Any) -> str:
+    """What a value is, for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def words(message: dict[str, Any]) -> str:
@@ -129,7 +134,7 @@ def _role(said: Any, reading: Reading) -> tuple[str, bool]:
         if name in ROLES:
             return ROLES[name], name in CALLS
     raise reading.error(
-        f"a message has the role {said!r}; accepted are {', '.join(ROLES)} (name others with "
+        f"a message has the role {brief(said)}; accepted are {', '.join(ROLES)} (name others with "
         "data.roles: {THEIRS: assistant})"
     )
 
@@ -147,7 +152,7 @@ def _parts(content: list, reading: Reading) -> tuple[list[dict] | str, list[str]
             thoughts.append(_thought(text if given is None else given, kind, reading))
         else:
             raise reading.error(
-                f"a content part is not text: its type is {kind!r}; saw {short(str(part))}"
+                f"a content part is not text: its type is {brief(kind)}; saw {short(str(part))}"
             )
     return parts or "", thoughts
 
@@ -173,9 +178,10 @@ def _reasoning(turn: dict, thoughts: list[str], reading: Reading) -> dict[str, s
 
 def weight_from(value: Any, name: str, reading: Reading) -> float:
     """A loss weight: true, false or a number from 0 on."""
-    if isinstance(value, bool | int | float) and isfinite(value) and 0 <= value < 3e38:
+    if isinstance(value, bool | int | float) and 0 <= value < 3e38:  # a float32
         return float(value)
-    raise reading.error(f"a message's {name} is {value!r}; it is true, false or a number from 0 on")
+    what = f"a message's {name} is {brief(value)}"
+    raise reading.error(f"{what}; it is true, false or a number from 0 on")
 
 
 def _weight(turn: dict, reading: Reading) -> dict[str, float]:

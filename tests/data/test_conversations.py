@@ -107,6 +107,21 @@ def test_a_record_that_is_no_conversation_says_what_was_found(record, words):
         chat(record)
 
 
+def test_a_record_nested_too_deeply_is_named():
+    deep = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    calls = [{"name": "f", "arguments": deep}]
+    for bad in ({"tools": [{"name": "f", "parameters": deep}]}, {"role": deep}, {"x": deep}):
+        record = {"messages": [user("q"), says("a") | bad]} | bad
+        with pytest.raises(ValueError, match=f"^{AT}: the record is nested too deeply"):
+            chat(record)
+    for read in (pair, feedback):
+        sides = {"chosen": says("a") | {"tool_calls": calls}, "rejected": "b", "label": True}
+        with pytest.raises(ValueError, match=f"^{AT}: the record is nested too deeply"):
+            read(sides | {"prompt": "q", "messages": [user("q"), sides["chosen"]]})
+
+
 @pytest.mark.parametrize("column", ["images", "image", "videos", "video", "audios", "audio"])
 def test_a_column_beside_text_is_refused_unless_dropped(column):
     for value in (["x.png"], {"bytes": b"", "path": None}, "x.png"):
@@ -381,6 +396,7 @@ BOTH = {"chosen": "yes", "rejected": "no"}
         (BOTH | {"prompt": "why?", "rejected": None}, "rejected is missing"),
         (BOTH | {"prompt": "why?", "margin": "2"}, "margin is '2'; it is a number"),
         (BOTH | {"prompt": "why?", "margin": float("nan")}, "margin is nan"),
+        (BOTH | {"prompt": "why?", "margin": 10**400}, "margin is 1000"),
         (BOTH | {"prompt": "why?", "chosen": 5}, "a message's content is int, not a string"),
         (BOTH | {"messages": "why?"}, "messages is not JSON"),
         (BOTH | {"prompt": "why?", "images": ["x.png"]}, "the column images holds something"),

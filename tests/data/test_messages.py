@@ -86,7 +86,7 @@ def test_flags_of_other_programs_are_the_weight(key, value, weight):
     assert message(ANSWER | {key: value}) == ANSWER | {"weight": weight}
 
 
-@pytest.mark.parametrize("value", ["yes", [0, 1], -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["yes", [0, 1], -1, float("nan"), float("inf"), 10**400])
 @pytest.mark.parametrize("key", ["weight", "train"])
 def test_a_flag_that_is_no_weight_is_named(key, value):
     refused(ANSWER | {key: value}, f"a message's {key} is .*; it is true, false or a number from 0")
