@@ -116,18 +116,26 @@ class Rows:
     """tokens in a row"""
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        sizes = [len(part) for part in self.parts]
+        """Rows in an epoch, none of which leaves out a row of the source that it passes."""
+        largest, counts = self.largest, self.counts
+        return -(-len(self.parts[largest]) * sum(counts) // counts[largest])
+
+    @property
+    def largest(self) -> int:
+        """The source with the most rows."""
+        return int(np.argmax([len(part) for part in self.parts]))
+
+    @property
+    def counts(self) -> list[int]:
+        """Each source's share in whole numbers, as grain rounds weights: hundredths of the least."""
         if self.weights is None:
-            return sum(sizes)
-        largest = int(np.argmax(sizes))
-        return round(sizes[largest] / self.shares[largest])
+            return [len(part) for part in self.parts]
+        return [round(100 * weight / min(self.weights)) for weight in self.weights]
 
     @property
     def shares(self) -> list[float]:
         """Each source's share of the rows; they sum to 1."""
-        weights = self.weights or [len(part) for part in self.parts]
-        return [weight / sum(weights) for weight in weights]
+        return [count / sum(self.counts) for count in self.counts]
 
 
 # ---- batches
@@ -141,11 +149,24 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
         # Grain cannot slice an endless run in batches of 1; this one is as good as endless.
         return part.shuffle(seed=int(own_seed)).repeat(2**60 // len(part))
 
-    sources: list[Any] = list(rows.parts)  # grain's type for them is narrower than its use
-    parts = [grain.MapDataset.source(part) for part in sources]
+    parts = [_passes(part) for part in rows.parts]
     if rows.weights is None:
         return endless(grain.MapDataset.concatenate(parts), 0)
-    return grain.MapDataset.mix([endless(p, i) for i, p in enumerate(parts)], rows.weights)
+    mixed = [endless(part, index) for index, part in enumerate(parts)]
+    # Grain rounds the first source's count up: so an epoch has every row of the largest.
+    first = rows.largest
+    order = [first, *(i for i in range(len(parts)) if i != first)]
+    return grain.MapDataset.mix([mixed[i] for i in order], [rows.counts[i] for i in order])
+
+
+def _passes(part: Any) -> grain.MapDataset:
+    """The rows of a source, one pass after another where they change from pass to pass."""
+    if not isinstance(part, Judged):
+        return grain.MapDataset.source(part)
+    count = len(part)
+    return grain.MapDataset.range(count).map_with_index(
+        lambda index, row: part.row(row, index // count)
+    )
 
 
 def _stacked(batch: Sequence[Row], micro_batches: int) -> Row:
@@ -303,22 +324,24 @@ def _free_name(stem: str, taken: dict[str, Any]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool) -> Any:
+def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool, index: int) -> Any:
     data, args = cfg.data, (part.examples, part.chosen, cfg.data.max_length)
     if cfg.objective == "pretrain":
         return Windows(*args, segment=data.segment, tail=held_out)
     if cfg.objective in ("ppo", "grpo"):
         return Prompts(*args)
-    kinds = {"sft": Conversations, "kto": Judged}
-    return kinds.get(cfg.objective, Pairs)(*args, packing=data.packing)
+    if cfg.objective == "kto":  # evaluations keep one draw, so that they compare
+        seed = (0 if held_out else cfg.seed, index)
+        return Judged(*args, packing=data.packing, seed=seed)
+    return (Conversations if cfg.objective == "sft" else Pairs)(*args, packing=data.packing)
 
 
 def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
     data, laid_out = cfg.data, []
-    for part in parts:
+    for index, part in enumerate(parts):
         if not len(part.chosen):
             raise ValueError(_why_empty(part.examples, cfg))
-        rows = _rows_of(part, cfg, held_out)
+        rows = _rows_of(part, cfg, held_out, index)
         if not len(rows):
             raise ValueError(
                 f"{part.source.path}: {part.examples.lengths[part.chosen].sum()} tokens fill no "
