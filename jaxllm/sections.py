@@ -66,6 +66,8 @@ class Source:
     """split of a dataset that has several; default: train, but a source of data.eval names it"""
     columns: dict[str, str] = field(default_factory=dict)
     """{name expected here: column in the file}, e.g. {text: content, prompt: question}"""
+    max_samples: Size | None = None
+    """records that are read, from the first; default: all"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class DataSection:
     """What is read and how it becomes rows."""
 
     train: tuple[Source, ...] = ()
-    """sources to train on: a path, a list of paths, or a list of {path, weight, split, columns}"""
+    """sources to train on: a path, paths, or a list of {path, weight, split, columns, max_samples}"""
     eval: tuple[Source, ...] = ()
     """held-out sources; each is evaluated whole"""
     eval_fraction: Fraction = 0.0

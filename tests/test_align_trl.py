@@ -2,8 +2,9 @@
 """Ten steps of reward models, DPO and KTO, against the trainers of TRL on the same files.
 
 The batch is the whole data, so that its order does not matter. KTO's mismatched answers are made
-the same: TRL rotates the answers of a batch by one, so the draw of each epoch is replaced by that. The template writes nothing behind the end of a turn: TRL learns what does
-(chatml's newline), here a turn ends with its end token.
+the same: TRL rotates the answers of a batch by one, so the draw of each epoch is replaced by that.
+The template writes nothing behind the end of a turn: TRL learns what does (chatml's newline), here
+a turn ends with its end token.
 """
 
 import importlib

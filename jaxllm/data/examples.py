@@ -36,7 +36,7 @@ from jaxllm.data.conversations import (
 from jaxllm.data.sources import content_hash, locate, read, records
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE_FILES = ("sources.py", "conversations.py", "chat.py", "examples.py")
+_CODE_FILES = ("formats.py", "sources.py", "conversations.py", "chat.py", "examples.py")
 _CODE = [Path(__file__).with_name(name) for name in _CODE_FILES]
 
 # What became of an example.
@@ -138,6 +138,7 @@ def tokenize(
         "format": located.format,
         "split": located.split,
         "columns": source.columns,
+        "max_samples": source.max_samples,
         "tokenizer": tokenizer_hash,
     }
     key = xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
@@ -149,7 +150,7 @@ def tokenize(
             raise ValueError(f"data.cache_dir: {root} is a file, or lies in one") from None
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
             with _progress_bars(False):
-                raw = read(located, Path(folder))
+                raw = read(located, Path(folder), source.max_samples)
             made = _map(source, cfg, tokenizer, raw, Path(folder) / "tokens.arrow")
             with _progress_bars(False):
                 made.save_to_disk(str(Path(folder) / "examples"))

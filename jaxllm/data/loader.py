@@ -26,6 +26,7 @@ from jaxllm.data.examples import (
     fingerprint,
     tokenize,
 )
+from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.packing import one_per_row, pack
 from jaxllm.data.preference import Judged, Pairs, Prompts, share_slots
 
@@ -127,7 +128,7 @@ class Rows:
 
     @property
     def counts(self) -> list[int]:
-        """Each source's share in whole numbers, as grain rounds weights: hundredths of the least."""
+        """Each source's share in whole numbers, in hundredths of the least weight as grain does."""
         if self.weights is None:
             return [len(part) for part in self.parts]
         return [round(100 * weight / min(self.weights)) for weight in self.weights]
@@ -258,7 +259,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     for source in data.eval:
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
         part = _Part(source, examples, np.flatnonzero(examples.lengths))
-        evals[_free_name(Path(source.path).stem, evals)] = [part]
+        evals[_free_name(_stem(source.path), evals)] = [part]
 
     rows = {name: _lay_out(parts, cfg, held_out=True) for name, parts in evals.items()}
     train_rows = _lay_out(train, cfg, held_out=False) if train else None
@@ -284,9 +285,11 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
                 "dropped as empty or equal pairs": source["dropped_no_preference"],
                 "truncated": source["truncated"],
             }
+            first = "the first " * (source["max_samples"] == source["read"])
             lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
             lines.append(
-                f"{name}: {source['path']}: {source['examples']:,} of {source['read']:,} examples, "
+                f"{name}: {source['path']}: {source['examples']:,} of {first}{source['read']:,} "
+                f"examples, "
                 f"{source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
                 f"{source['rows']:,} rows{lost}"
             )
@@ -317,6 +320,12 @@ def _split(
             "examples; change it, or name a held-out set in data.eval"
         )
     return np.sort(shuffled[:-count]), np.sort(shuffled[-count:])
+
+
+def _stem(path: str) -> str:
+    """A file's name without its suffixes of format and compression."""
+    name = Path(path)
+    return Path(name.stem).stem if name.suffix.lower() in COMPRESSED else name.stem
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:
@@ -384,6 +393,7 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
+                "max_samples": part.source.max_samples,
                 "read": len(examples),
                 "dropped_too_long": int((fate == TOO_LONG).sum()),
                 "dropped_nothing_to_learn": int((fate == NOTHING_TO_LEARN).sum()),

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -433,7 +432,12 @@ def test_several_sources_have_room_for_as_many_pairs(tmp_path, tokenizer, object
     long = [{"prompt": "q" * 30, "chosen": "y" * 9, "rejected": "n" * 9}] * 3
     if objective == "kto":
         short, long = (
-            judged([r | {"prompt": c + r["prompt"]} for r, c in zip(records, "abcdefghijkl")])
+            judged(
+                [
+                    r | {"prompt": c + r["prompt"]}
+                    for r, c in zip(records, "abcdefghijkl", strict=False)
+                ]
+            )
             for records in (short, long)
         )
     records = [short, long]
