@@ -67,7 +67,9 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     """{name expected here: column in the file}, e.g. {text: content, prompt: question}"""
     max_samples: Size | None = None
-    """records that are read, from the first; default: all"""
+    """read only the first N records; default: all"""
+    streaming: bool = False
+    """pretraining: tokenize one file at a time, as it is needed, and keep only a few on disk"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class DataSection:
     """What is read and how it becomes rows."""
 
     train: tuple[Source, ...] = ()
-    """sources to train on: a path, paths, or a list of {path, weight, split, columns, max_samples}"""
+    """sources to train on: a path, paths, or a list of {path, weight, split, columns, …}"""
     eval: tuple[Source, ...] = ()
     """held-out sources; each is evaluated whole"""
     eval_fraction: Fraction = 0.0

@@ -29,6 +29,7 @@ from jaxllm.data.examples import (
 from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.packing import one_per_row, pack
 from jaxllm.data.preference import Judged, Pairs, Prompts, share_slots
+from jaxllm.data.stream import ENDLESS, Stream
 
 Row = dict[str, np.ndarray]  # fields of Batch, without the batch dim
 
@@ -146,13 +147,15 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
     """The endless run of rows, random access; each epoch of a source is reshuffled."""
 
     def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
+        if len(part) == ENDLESS:
+            return part  # has an order of its own
         own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
         # Grain cannot slice an endless run in batches of 1; this one is as good as endless.
         return part.shuffle(seed=int(own_seed)).repeat(2**60 // len(part))
 
     parts = [_passes(part) for part in rows.parts]
     if rows.weights is None:
-        return endless(grain.MapDataset.concatenate(parts), 0)
+        return endless(grain.MapDataset.concatenate(parts) if len(parts) > 1 else parts[0], 0)
     mixed = [endless(part, index) for index, part in enumerate(parts)]
     # Grain rounds the first source's count up: so an epoch has every row of the largest.
     first = rows.largest
@@ -251,6 +254,11 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     tokenizer_hash = fingerprint(tokenizer)
     train, held_out = [], []
     for index, source in enumerate(data.train):
+        if source.streaming and cfg.objective == "pretrain":
+            chosen = partial(_whole_file, length=data.max_length, segment=data.segment)
+            stream = Stream(source, cfg, tokenizer, tokenizer_hash, chosen, (cfg.seed, index))
+            train.append(stream)
+            continue
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
         kept, held = _split(examples, fraction, np.random.default_rng((cfg.seed, index)))
         train.append(_Part(source, examples, kept))
@@ -279,6 +287,9 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
     lines = []
     for name, entry in [("train", manifest["train"]), *manifest["eval"].items()]:
         for source in entry["sources"]:
+            if "files" in source:
+                lines.append(f"{name}: {source['path']}: {source['files']:,} files, streamed")
+                continue
             counts = {
                 "dropped as too long": source["dropped_too_long"],
                 "dropped with nothing to learn": source["dropped_nothing_to_learn"],
@@ -345,9 +356,18 @@ def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool, index: int) -> Any:
     return (Conversations if cfg.objective == "sft" else Pairs)(*args, packing=data.packing)
 
 
-def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
+def _whole_file(examples: Examples, length: int, segment: bool) -> Windows:
+    """The rows of a file that is streamed; its tail is lost."""
+    chosen = np.flatnonzero(examples.lengths)
+    return Windows(examples, chosen, length, segment=segment, tail=False)
+
+
+def _lay_out(parts: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
     data, laid_out = cfg.data, []
     for index, part in enumerate(parts):
+        if isinstance(part, Stream):
+            laid_out.append(part)
+            continue
         if not len(part.chosen):
             raise ValueError(_why_empty(part.examples, cfg))
         rows = _rows_of(part, cfg, held_out, index)
@@ -380,12 +400,18 @@ def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
     )
 
 
-def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
+def _entry(parts: list[Any], rows: Rows | None) -> dict[str, Any]:
     """A set's entry in the manifest: its sources, their sum, and how full the rows are."""
     if rows is None:
         return {"sources": [], "examples": 0, "tokens": 0, "rows": 0}
-    sources = []
+    sources: list[dict[str, Any]] = []
     for part, laid_out, share in zip(parts, rows.parts, rows.shares, strict=True):
+        if isinstance(part, Stream):
+            known = {"path": part.source.path, "split": part.split, "content": part.content}
+            known |= {"cache": part.fingerprint, "files": len(part.files), "share": share}
+            # Nobody knows before they were read.
+            sources.append(known | dict.fromkeys(("examples", "tokens", "learned_tokens", "rows")))
+            continue
         fate, examples = part.examples.fate, part.examples
         sources.append(
             {
@@ -407,6 +433,8 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "passes_per_epoch": share * len(rows) / len(laid_out),
             }
         )
+    if any(isinstance(part, Stream) for part in parts):
+        return {"sources": sources} | dict.fromkeys(("examples", "tokens", "rows"))
     totals = {
         name: sum(s[name] for s in sources) for name in ("examples", "tokens", "learned_tokens")
     }

@@ -48,6 +48,8 @@ class Located:
     """datasets.Dataset, or the tfds data source"""
     split: str | None = None
     """the one taken; None where there are no splits"""
+    remote: tuple[str, ...] = ()
+    """to be streamed instead of files: addresses of the hub's"""
 
 
 # ---- finding
@@ -167,6 +169,8 @@ def _split_of(file: Path) -> str:
 def _locate_hub(source: Source, held_out: bool) -> Located:
     """A dataset of the hub or its local cache; `ID:SUBSET` picks a configuration."""
     name, _, subset = source.path.partition(":")
+    if source.streaming:
+        return _locate_remote(name, subset or None, source)
     try:
         loaded = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
@@ -175,6 +179,24 @@ def _locate_hub(source: Source, held_out: bool) -> Located:
             f"could not be loaded: {reason(error)}"
         ) from error
     return _of_dataset(*_taken(loaded, source, held_out))
+
+
+def _locate_remote(name: str, subset: str | None, source: Source) -> Located:
+    """The addresses of a hub's dataset's files, of one revision each."""
+    try:
+        listed = datasets.load_dataset_builder(name, subset).config.data_files or {}
+        files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{source.path}: no such file or folder, and the hub's dataset of this name "
+            f"could not be opened: {reason(error)}"
+        ) from error
+    if not files:
+        raise ValueError(f"{source.path}: the hub's dataset lists no files to stream")
+    split = _chosen(files, source, held_out=False)
+    remote = tuple(files[split])
+    found = _of_files([Path(address) for address in remote], source.path)
+    return Located(found.format, (), split=split, remote=remote)
 
 
 def _taken(loaded: Any, source: Source, held_out: bool) -> tuple[Any, str]:

@@ -430,14 +430,9 @@ def test_what_is_missing_in_a_file_names_file_and_line(tmp_path, tokenizer, obje
 def test_several_sources_have_room_for_as_many_pairs(tmp_path, tokenizer, objective):
     short = [{"prompt": "q", "chosen": "yes", "rejected": "no", "margin": 1.0}] * 12
     long = [{"prompt": "q" * 30, "chosen": "y" * 9, "rejected": "n" * 9}] * 3
-    if objective == "kto":
+    if objective == "kto":  # no two prompts are equal
         short, long = (
-            judged(
-                [
-                    r | {"prompt": c + r["prompt"]}
-                    for r, c in zip(records, "abcdefghijkl", strict=False)
-                ]
-            )
+            judged([r | {"prompt": f"{n:02}" + r["prompt"]} for n, r in enumerate(records)])
             for records in (short, long)
         )
     records = [short, long]
