@@ -108,8 +108,8 @@ class Judged(_Packed):
         self._asked = np.array([xxhash.xxh3_64_intdigest(tokens) for tokens in asked], np.uint64)
         if len(self._asked) and (self._asked == self._asked[0]).all():
             raise ValueError(
-                f"{examples.name}: all {len(chosen)} answers have the same prompt; kto also needs "
-                "answers to other prompts to compare with"
+                f"{examples.name}: all of its answers ({len(chosen)}) have the same prompt; kto "
+                "compares with answers to other prompts, so give some"
             )
         self._blocks = self._alike(whole - prompt)
         longest = np.zeros_like(whole)

@@ -358,7 +358,7 @@ def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more
 
 def test_judged_answers_to_one_prompt_are_refused(tmp_path, tokenizer):
     source = write(tmp_path, [{"prompt": "q", "completion": a, "label": True} for a in "abc"])
-    with pytest.raises(ValueError, match=r"a\.jsonl: all 3 answers have the same prompt; kto also"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: all of its answers .3. have the same prompt; kto"):
         load(tmp_path, tokenizer, "kto", source)
 
 
