@@ -8,8 +8,10 @@ tokens of a completion at most.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial, reduce
 from typing import Any
 
@@ -45,12 +47,12 @@ SHOWN = 4  # completions of a rollout that samples.jsonl gets
 
 
 def online_steps(cfg: TrainConfig, prompts: int) -> int:
-    """Updates of a run over so many prompts: whole rollouts."""
+    """Updates of a run over so many prompts: whole rollouts, in which each is asked every epoch."""
     rl, each = cfg.rl, updates_per_rollout(cfg)
     if cfg.steps:
         return -(-cfg.steps // each) * each
-    made = cfg.epochs * prompts * (rl.group_size or 1)
-    return max(int(made / (cfg.batch_size * rl.minibatches)), 1) * each
+    made = Fraction(str(cfg.epochs)) * prompts * (rl.group_size or 1)
+    return math.ceil(made / (cfg.batch_size * rl.minibatches)) * each
 
 
 def updates_per_rollout(cfg: TrainConfig) -> int:

@@ -135,6 +135,19 @@ def resolve_align(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, align=align, rl=rl)
 
 
+def _stream_contradictions(cfg: TrainConfig) -> Iterator[str]:
+    data = cfg.data
+    for source in (s for s in data.train if s.streaming):
+        if data.eval_fraction:
+            yield f"{source.path}: eval_fraction needs data that is read whole; give data.eval"
+        if not cfg.steps:
+            yield f"{source.path}: nobody knows how many rows a streamed source has; give steps"
+        if source.max_samples:
+            yield f"{source.path}: max_samples does not go with streaming; name fewer files"
+        if len(data.train) > 1 and source.weight is None:
+            yield f"{source.path}: a streamed source beside others needs a weight; give all one"
+
+
 def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     yield from _peft_contradictions(cfg)
     model, data, optim = cfg.model, cfg.data, cfg.optim
@@ -151,6 +164,7 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"output_dir is {cfg.output_dir}; write the home folder out"
     if not data.train:
         yield "no data: give data.train"
+    yield from _stream_contradictions(cfg)
     if data.eval and data.eval_fraction:
         yield "data.eval and data.eval_fraction are both given; keep one"
     if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):

@@ -67,6 +67,10 @@ class Source:
     """split of a dataset that has several; default: train, but a source of data.eval names it"""
     columns: dict[str, str] = field(default_factory=dict)
     """{name expected here: column in the file}, e.g. {text: content, prompt: question}"""
+    max_samples: Size | None = None
+    """read only the first N records; default: all"""
+    streaming: bool = False
+    """pretraining: tokenize one file at a time, as it is needed, and keep only a few on disk"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class DataSection:
     """What is read and how it becomes rows."""
 
     train: tuple[Source, ...] = ()
-    """sources to train on: a path, a list of paths, or a list of {path, weight, split, columns}"""
+    """sources to train on: a path, paths, or a list of {path, weight, split, columns, …}"""
     eval: tuple[Source, ...] = ()
     """held-out sources; each is evaluated whole"""
     eval_fraction: Fraction = 0.0

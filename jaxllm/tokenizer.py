@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import tempfile
@@ -250,7 +251,7 @@ def _counted(texts: Iterable[str]) -> Iterator[str]:
 
 def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     """Texts of files, in pieces of about `size` characters that end with a line."""
-    from jaxllm.data.sources import FORMATS
+    from jaxllm.data.formats import format_of, opened
 
     files = list(files)
     if folders := [file for file in files if file.is_dir()]:
@@ -258,12 +259,13 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: no such file")
     for file in files:
-        if FORMATS.get(file.suffix, "text") != "text":
+        if (format_of(file) or "text") != "text":
             yield from _records(file)
             continue
-        with file.open(encoding="utf-8", newline="") as opened:
+        with opened(file) as stream:
+            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
             try:
-                while text := opened.read(size) + opened.readline():
+                while text := lines.read(size) + lines.readline():
                     yield text
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}: is not UTF-8 text: {error.reason}") from None

@@ -6,12 +6,14 @@ Dims: A micro-batches of an update, B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
 import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,10 +126,10 @@ class LoadedBatches:
 
 def updates(cfg: TrainConfig, rows: int) -> tuple[int, int]:
     """(updates of a run over so many rows, how many of them at a time: it is saved and stopped
-    between these only)."""
+    between these only). Every row is learned: the last update goes on into the next epoch."""
     if cfg.objective in ONLINE:
         return align.online_steps(cfg, rows), align.updates_per_rollout(cfg)
-    return cfg.steps or max(int(cfg.epochs * rows / cfg.batch_size), 1), 1
+    return cfg.steps or math.ceil(Fraction(str(cfg.epochs)) * rows / cfg.batch_size), 1
 
 
 def due(every: int, step: int, each: int) -> bool:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ten steps of reward models, DPO and KTO, against the trainers of TRL on the same files.
 
-The batch is the whole data, so that its order does not matter. That makes KTO's mismatched answers
-the same too: TRL rotates the answers of a batch by one, here an example has the one before it, and
-the first the last's. The template writes nothing behind the end of a turn: TRL learns what does
-(chatml's newline), here a turn ends with its end token.
+The batch is the whole data, so that its order does not matter. KTO's mismatched answers are made
+the same: TRL rotates the answers of a batch by one, so the draw of each epoch is replaced by that.
+The template writes nothing behind the end of a turn: TRL learns what does (chatml's newline), here
+a turn ends with its end token.
 """
 
 import importlib
@@ -26,6 +26,7 @@ from jaxllm.config import (
     Source,
     TrainConfig,
 )
+from jaxllm.data.preference import Judged
 from jaxllm.mesh import make_mesh
 
 pytest.importorskip("trl")
@@ -139,6 +140,8 @@ def ours(place, objective, file, **align):
     with pytest.MonkeyPatch.context() as patch:
         module = importlib.import_module("jaxllm.train")
         patch.setattr(module, "make_mesh", lambda section: make_mesh(section, jax.devices()[:1]))
+        before = np.roll(np.arange(COUNT), 1)  # TRL lends the answer of the record before
+        patch.setattr(Judged, "lenders", lambda self, epoch: before)
         module.train(cfg)
     found = lines_of(place / "ours")
     return np.array([[found[i + 1][k] for k in ("loss", "grad_norm")] for i in range(STEPS)])

@@ -28,7 +28,7 @@ FLOORS = (
     ("train", "align", "plan", "compare"),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, TRAIN_MODULES = 600, 80, 200, 48
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, TRAIN_MODULES = 600, 80, 200, 56
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from steps import ragged_rows, trajectory, unpacked
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
-from jaxllm.config import MeshSection
+from jaxllm.config import MeshSection, RlSection, TrainConfig
+from jaxllm.train import updates
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,30 @@ def test_nothing_learned_gives_zero_loss_and_gradients():
 def test_bf16_compute_stays_near_float32(reference):
     losses, _, _, _ = trajectory(ragged_rows(16), compute_dtype="bfloat16")
     np.testing.assert_allclose(losses, reference[0], rtol=2e-2)
+
+
+# ---- how long a run is
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "steps"),
+    [(1, 31, 16, 2), (1, 32, 16, 2), (2, 31, 20, 4), (0.5, 31, 16, 1), (1.1, 100, 10, 11)]
+    + [(0.01, 31, 16, 1), (1, 3, 16, 1), (3, 7, 7, 3), (0.3, 1000, 10, 30)],
+)
+def test_an_epoch_is_every_row(epochs, rows, batch, steps):
+    cfg = TrainConfig(epochs=epochs, batch_size=batch)
+    assert updates(cfg, rows) == (steps, 1)
+    assert updates(replace(cfg, steps=5), rows) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "prompts", "group", "minibatches", "rollouts"),
+    [(1, 31, 4, 2, 8), (1, 32, 4, 2, 8), (1.1, 40, 4, 1, 22), (0.1, 3, 8, 1, 1), (2, 5, 1, 1, 2)],
+)
+def test_an_epoch_asks_every_prompt(epochs, prompts, group, minibatches, rollouts):
+    rl = RlSection(group_size=group, minibatches=minibatches, iterations=3)
+    cfg = TrainConfig("grpo", epochs=epochs, batch_size=8, rl=rl)
+    assert updates(cfg, prompts) == (rollouts * minibatches * 3, minibatches * 3)
 
 
 # ---- whole runs

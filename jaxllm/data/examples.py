@@ -36,11 +36,12 @@ from jaxllm.data.conversations import (
     prompt_of,
     text_of,
 )
-from jaxllm.data.sources import content_hash, locate, read, records
+from jaxllm.data.sources import Located, content_hash, locate, read, records
 from jaxllm.data.template import fields_of, template_of, user_template_of, with_settings
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
-_CODE_FILES = ("sources", "messages", "conversations", "template", "turns", "chat", "examples")
+_CODE_FILES = ("formats", "sources", "messages", "conversations", "template", "turns", "chat")
+_CODE_FILES += ("examples",)
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _CODE_FILES]
 
 NOT_ASKED = "the user_template that the model was trained with names columns that are not there"
@@ -149,29 +150,27 @@ def tokenize(
     (`tokenizer_hash` is its `fingerprint`) and settings. What is `held_out` must name one of
     several splits. Raises ValueError for an empty source and for records that do not fit.
     """
+    if source.streaming:
+        raise ValueError(
+            f"{source.path}: streaming is for data.train of pretrain; what is held out, or of "
+            "another objective, is read whole: leave it out"
+        )
     tokenizer = with_settings(tokenizer, cfg.data)
     with _progress_bars(False):
         located = locate(source, held_out=held_out)
     content = content_hash(located.files)
     settings = _settings(cfg, tokenizer) | {
-        "code": content_hash(_CODE),
         "content": content,
         "format": located.format,
         "split": located.split,
         "columns": source.columns,
+        "max_samples": source.max_samples,
         "tokenizer": tokenizer_hash,
     }
-    key = xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
-    root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+    key, root = cache_key(settings), cache_root(cfg)
     if not (root / key).is_dir():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"data.cache_dir: {root} is a file, or lies in one") from None
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
-            with _progress_bars(False):
-                raw = read(located, Path(folder))
-            made = _map(source, cfg, tokenizer, raw, Path(folder) / "tokens.arrow")
+            made = tokenized(source, cfg, tokenizer, located, Path(folder))
             with _progress_bars(False):
                 made.save_to_disk(str(Path(folder) / "examples"))
             try:
@@ -182,6 +181,31 @@ def tokenize(
     with _progress_bars(False):
         table = datasets.load_from_disk(str(root / key))
     return Examples(table, name=source.path, split=located.split, content=content, fingerprint=key)
+
+
+def tokenized(
+    source: Source, cfg: TrainConfig, tokenizer: Any, located: Located, folder: Path
+) -> Any:
+    """The `datasets.Dataset` of _FEATURES of what was located, in a file of `folder`."""
+    with _progress_bars(False):
+        raw = read(located, folder, source.max_samples)
+    return _map(source, cfg, tokenizer, raw, folder / "tokens.arrow")
+
+
+def cache_root(cfg: TrainConfig) -> Path:
+    """The folder of tokenised data, made where it is missing."""
+    root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"data.cache_dir: {root} is a file, or lies in one") from None
+    return root
+
+
+def cache_key(settings: dict[str, Any]) -> str:
+    """Hash of settings and of the code that applies them."""
+    whole = settings | {"code": content_hash(_CODE)}
+    return xxhash.xxh3_128_hexdigest(json.dumps(whole, sort_keys=True).encode())
 
 
 def fingerprint(tokenizer: Any) -> str:

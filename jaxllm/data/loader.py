@@ -26,8 +26,10 @@ from jaxllm.data.examples import (
     fingerprint,
     tokenize,
 )
+from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.packing import one_per_row, pack
 from jaxllm.data.preference import Judged, Pairs, Prompts, share_slots
+from jaxllm.data.stream import ENDLESS, Stream
 
 Row = dict[str, np.ndarray]  # fields of Batch, without the batch dim
 
@@ -116,18 +118,26 @@ class Rows:
     """tokens in a row"""
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
-        sizes = [len(part) for part in self.parts]
+        """Rows in an epoch, none of which leaves out a row of the source that it passes."""
+        largest, counts = self.largest, self.counts
+        return -(-len(self.parts[largest]) * sum(counts) // counts[largest])
+
+    @property
+    def largest(self) -> int:
+        """The source with the most rows."""
+        return int(np.argmax([len(part) for part in self.parts]))
+
+    @property
+    def counts(self) -> list[int]:
+        """Each source's share in whole numbers, in hundredths of the least weight as grain does."""
         if self.weights is None:
-            return sum(sizes)
-        largest = int(np.argmax(sizes))
-        return round(sizes[largest] / self.shares[largest])
+            return [len(part) for part in self.parts]
+        return [round(100 * weight / min(self.weights)) for weight in self.weights]
 
     @property
     def shares(self) -> list[float]:
         """Each source's share of the rows; they sum to 1."""
-        weights = self.weights or [len(part) for part in self.parts]
-        return [weight / sum(weights) for weight in weights]
+        return [count / sum(self.counts) for count in self.counts]
 
 
 # ---- batches
@@ -137,15 +147,30 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
     """The endless run of rows, random access; each epoch of a source is reshuffled."""
 
     def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
+        if len(part) == ENDLESS:
+            return part  # has an order of its own
         own_seed = np.random.SeedSequence((seed, index)).generate_state(1)[0]
         # Grain cannot slice an endless run in batches of 1; this one is as good as endless.
         return part.shuffle(seed=int(own_seed)).repeat(2**60 // len(part))
 
-    sources: list[Any] = list(rows.parts)  # grain's type for them is narrower than its use
-    parts = [grain.MapDataset.source(part) for part in sources]
+    parts = [_passes(part) for part in rows.parts]
     if rows.weights is None:
-        return endless(grain.MapDataset.concatenate(parts), 0)
-    return grain.MapDataset.mix([endless(p, i) for i, p in enumerate(parts)], rows.weights)
+        return endless(grain.MapDataset.concatenate(parts) if len(parts) > 1 else parts[0], 0)
+    mixed = [endless(part, index) for index, part in enumerate(parts)]
+    # Grain rounds the first source's count up: so an epoch has every row of the largest.
+    first = rows.largest
+    order = [first, *(i for i in range(len(parts)) if i != first)]
+    return grain.MapDataset.mix([mixed[i] for i in order], [rows.counts[i] for i in order])
+
+
+def _passes(part: Any) -> grain.MapDataset:
+    """The rows of a source, one pass after another where they change from pass to pass."""
+    if not isinstance(part, Judged):
+        return grain.MapDataset.source(part)
+    count = len(part)
+    return grain.MapDataset.range(count).map_with_index(
+        lambda index, row: part.row(row, index // count)
+    )
 
 
 def _stacked(batch: Sequence[Row], micro_batches: int) -> Row:
@@ -229,6 +254,11 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     tokenizer_hash = fingerprint(tokenizer)
     train, held_out = [], []
     for index, source in enumerate(data.train):
+        if source.streaming and cfg.objective == "pretrain":
+            chosen = partial(_whole_file, length=data.max_length, segment=data.segment)
+            stream = Stream(source, cfg, tokenizer, tokenizer_hash, chosen, (cfg.seed, index))
+            train.append(stream)
+            continue
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
         kept, held = _split(examples, fraction, np.random.default_rng((cfg.seed, index)))
         train.append(_Part(source, examples, kept))
@@ -237,7 +267,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     for source in data.eval:
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
         part = _Part(source, examples, np.flatnonzero(examples.lengths))
-        evals[_free_name(Path(source.path).stem, evals)] = [part]
+        evals[_free_name(_stem(source.path), evals)] = [part]
 
     rows = {name: _lay_out(parts, cfg, held_out=True) for name, parts in evals.items()}
     train_rows = _lay_out(train, cfg, held_out=False) if train else None
@@ -258,15 +288,20 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
     lines, told = [], set()
     for name, entry in [("train", manifest["train"]), *manifest["eval"].items()]:
         for source in entry["sources"]:
+            if "files" in source:
+                lines.append(f"{name}: {source['path']}: {source['files']:,} files, streamed")
+                continue
             counts = {
                 "dropped as too long": source["dropped_too_long"],
                 "dropped with nothing to learn": source["dropped_nothing_to_learn"],
                 "dropped as empty or equal pairs": source["dropped_no_preference"],
                 "truncated": source["truncated"],
             }
+            first = "the first " * (source["max_samples"] == source["read"])
             lost = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
             lines.append(
-                f"{name}: {source['path']}: {source['examples']:,} of {source['read']:,} examples, "
+                f"{name}: {source['path']}: {source['examples']:,} of {first}{source['read']:,} "
+                f"examples, "
                 f"{source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
                 f"{source['rows']:,} rows{lost}"
             )
@@ -305,27 +340,44 @@ def _split(
     return usable[~held], usable[held]
 
 
+def _stem(path: str) -> str:
+    """A file's name without its suffixes of format and compression."""
+    name = Path(path)
+    return Path(name.stem).stem if name.suffix.lower() in COMPRESSED else name.stem
+
+
 def _free_name(stem: str, taken: dict[str, Any]) -> str:
     names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)
 
 
-def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool) -> Any:
+def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool, index: int) -> Any:
     data, args = cfg.data, (part.examples, part.chosen, cfg.data.max_length)
     if cfg.objective == "pretrain":
         return Windows(*args, segment=data.segment, tail=held_out)
     if cfg.objective in ("ppo", "grpo"):
         return Prompts(*args)
-    kinds = {"sft": Conversations, "kto": Judged}
-    return kinds.get(cfg.objective, Pairs)(*args, packing=data.packing)
+    if cfg.objective == "kto":  # evaluations keep one draw, so that they compare
+        seed = (0 if held_out else cfg.seed, index)
+        return Judged(*args, packing=data.packing, seed=seed)
+    return (Conversations if cfg.objective == "sft" else Pairs)(*args, packing=data.packing)
 
 
-def _lay_out(parts: list[_Part], cfg: TrainConfig, *, held_out: bool) -> Rows:
+def _whole_file(examples: Examples, length: int, segment: bool) -> Windows:
+    """The rows of a file that is streamed; its tail is lost."""
+    chosen = np.flatnonzero(examples.lengths)
+    return Windows(examples, chosen, length, segment=segment, tail=False)
+
+
+def _lay_out(parts: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
     data, laid_out = cfg.data, []
-    for part in parts:
+    for index, part in enumerate(parts):
+        if isinstance(part, Stream):
+            laid_out.append(part)
+            continue
         if not len(part.chosen):
             raise ValueError(_why_empty(part.examples, cfg))
-        rows = _rows_of(part, cfg, held_out)
+        rows = _rows_of(part, cfg, held_out, index)
         if not len(rows):
             raise ValueError(
                 f"{part.source.path}: {part.examples.lengths[part.chosen].sum()} tokens fill no "
@@ -355,12 +407,18 @@ def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
     )
 
 
-def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
+def _entry(parts: list[Any], rows: Rows | None) -> dict[str, Any]:
     """A set's entry in the manifest: its sources, their sum, and how full the rows are."""
     if rows is None:
         return {"sources": [], "examples": 0, "tokens": 0, "rows": 0}
-    sources = []
+    sources: list[dict[str, Any]] = []
     for part, laid_out, share in zip(parts, rows.parts, rows.shares, strict=True):
+        if isinstance(part, Stream):
+            known = {"path": part.source.path, "split": part.split, "content": part.content}
+            known |= {"cache": part.fingerprint, "files": len(part.files), "share": share}
+            # Nobody knows before they were read.
+            sources.append(known | dict.fromkeys(("examples", "tokens", "learned_tokens", "rows")))
+            continue
         fate, examples = part.examples.fate, part.examples
         sources.append(
             {
@@ -368,6 +426,7 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
+                "max_samples": part.source.max_samples,
                 "records": len(np.unique(examples.source_record)),
                 "read": len(examples),
                 "dropped_too_long": int((fate == TOO_LONG).sum()),
@@ -383,6 +442,8 @@ def _entry(parts: list[_Part], rows: Rows | None) -> dict[str, Any]:
                 "passes_per_epoch": share * len(rows) / len(laid_out),
             }
         )
+    if any(isinstance(part, Stream) for part in parts):
+        return {"sources": sources} | dict.fromkeys(("examples", "tokens", "rows"))
     totals = {
         name: sum(s[name] for s in sources) for name in ("examples", "tokens", "learned_tokens")
     }

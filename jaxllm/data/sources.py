@@ -12,9 +12,9 @@ import glob
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,9 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
+from jaxllm.data.formats import ACCEPTED, COMPRESSED, READERS, format_of, loads, reason, short
 from jaxllm.tokenizer import hub_id
 
-FORMATS = {
-    ".txt": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".array_record": "array_record",
-}
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -41,8 +34,6 @@ _SPLITS = {
 }
 # Columns of a spooled table: a record as JSON, and the FILE:LINE it came from.
 _RECORD, _AT = "__record__", "__at__"
-# JSON's way to write half of a character; two such halves make one, a lone one is no text.
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -50,13 +41,15 @@ class Located:
     """What a source's path turned out to be."""
 
     format: str
-    """a value of FORMATS, or dataset (opened already) or tfds"""
+    """a value of formats.FORMATS, or dataset (opened already) or tfds"""
     files: tuple[Path, ...]
     """every file whose bytes are read, in order"""
     opened: Any = None
     """datasets.Dataset, or the tfds data source"""
     split: str | None = None
     """the one taken; None where there are no splits"""
+    remote: tuple[str, ...] = ()
+    """to be streamed instead of files: addresses of the hub's"""
 
 
 # ---- finding
@@ -81,7 +74,7 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
         if not found:
             raise FileNotFoundError(f"{source.path}: no file matches")
         return _of_files(found, source.path)
-    if not hub_id(path.partition(":")[0]) or Path(path).suffix in FORMATS:
+    if not hub_id(path.partition(":")[0]) or format_of(path):
         raise FileNotFoundError(
             f"{source.path}: no such file or directory (nor a hub id like OWNER/NAME)"
         )
@@ -101,16 +94,25 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def _of_files(files: list[Path], path: str) -> Located:
-    unknown = [f for f in files if f.suffix not in FORMATS]
-    if unknown:
+    formats = [format_of(f) for f in files]
+    if None in formats:
+        unknown = files[formats.index(None)]
+        packed = unknown.suffix.lower() in COMPRESSED
+        suffix = "".join(unknown.suffixes[-2:] if packed else unknown.suffixes[-1:])
         raise ValueError(
-            f"{unknown[0]}: the format of {unknown[0].suffix or 'a file without suffix'} is not "
-            f"known; accepted are {', '.join(FORMATS)}"
+            f"{unknown}: the format of {suffix or 'a file without suffix'} is not known; accepted "
+            f"are {ACCEPTED}"
         )
-    formats = sorted({FORMATS[f.suffix] for f in files})
-    if len(formats) > 1:
-        raise ValueError(f"{path}: holds {' and '.join(formats)} files; name one kind by a glob")
-    return Located(formats[0], tuple(files))
+    kinds = sorted({f for f in formats if f})
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: holds {' and '.join(kinds)} files; name one kind by a glob")
+    for file in files:
+        if file.suffix.lower() in COMPRESSED and file.with_suffix("") in files:
+            raise ValueError(
+                f"{path}: holds {file.name} beside {file.stem}, the same records twice; name one "
+                "kind by a glob"
+            )
+    return Located(kinds[0], tuple(files))
 
 
 def _chosen(splits: Iterable[str], source: Source, held_out: bool) -> str:
@@ -138,10 +140,10 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
         folder = folder / split
     if (folder / "state.json").exists():
         return _of_dataset(datasets.load_from_disk(str(folder)), split)
-    seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.suffix in FORMATS)
+    seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if format_of(f))
     files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
-        raise ValueError(f"{folder}: no data files; accepted are {', '.join(FORMATS)}")
+        raise ValueError(f"{folder}: no data files; accepted are {ACCEPTED}")
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -167,14 +169,34 @@ def _split_of(file: Path) -> str:
 def _locate_hub(source: Source, held_out: bool) -> Located:
     """A dataset of the hub or its local cache; `ID:SUBSET` picks a configuration."""
     name, _, subset = source.path.partition(":")
+    if source.streaming:
+        return _locate_remote(name, subset or None, source)
     try:
         loaded = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
-            f"could not be loaded: {_reason(error)}"
+            f"could not be loaded: {reason(error)}"
         ) from error
     return _of_dataset(*_taken(loaded, source, held_out))
+
+
+def _locate_remote(name: str, subset: str | None, source: Source) -> Located:
+    """The addresses of a hub's dataset's files, of one revision each."""
+    try:
+        listed = datasets.load_dataset_builder(name, subset).config.data_files or {}
+        files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{source.path}: no such file or folder, and the hub's dataset of this name "
+            f"could not be opened: {reason(error)}"
+        ) from error
+    if not files:
+        raise ValueError(f"{source.path}: the hub's dataset lists no files to stream")
+    split = _chosen(files, source, held_out=False)
+    remote = tuple(files[split])
+    found = _of_files([Path(address) for address in remote], source.path)
+    return Located(found.format, (), split=split, remote=remote)
 
 
 def _taken(loaded: Any, source: Source, held_out: bool) -> tuple[Any, str]:
@@ -203,7 +225,7 @@ def _locate_tfds(source: Source, held_out: bool) -> Located:
         builder.download_and_prepare(file_format="array_record")
         loaded = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"{source.path}: could not be loaded: {_reason(error)}") from error
+        raise ValueError(f"{source.path}: could not be loaded: {reason(error)}") from error
     opened, split = _taken(loaded, source, held_out)
     files = sorted(f for f in Path(builder.data_dir).iterdir() if f.is_file())
     return Located("tfds", tuple(files), opened, split)
@@ -212,33 +234,36 @@ def _locate_tfds(source: Source, held_out: bool) -> Located:
 # ---- reading
 
 
-def read(located: Located, folder: Path) -> Any:
+def read(located: Located, folder: Path, first: int | None = None) -> Any:
     """The located data as a memory-mapped `datasets.Dataset`; `folder` takes temporary files.
 
-    Raises ValueError `FILE:LINE: …` or `FILE: …` for what cannot be decoded.
+    first: so many records, instead of all. Raises ValueError `FILE:LINE: …` or `FILE: …` for what
+    cannot be decoded.
     """
     match located.format:
         case "dataset":
-            return located.opened
+            return _first(located.opened, first)
         case "parquet" | "arrow":
             files = [str(f) for f in located.files]
             try:
-                return datasets.load_dataset(
+                table = datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
             except (DatasetGenerationError, pa.ArrowInvalid) as error:
                 where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
-                reason = _reason(error.__cause__ or error)
-                raise ValueError(f"{where}: not readable as {located.format}: {reason}") from error
-        case "text":
-            pairs = (pair for file in located.files for pair in _text_records(file))
-        case "json":
-            pairs = (pair for file in located.files for pair in _json_records(file))
-        case "array_record":
-            pairs = (pair for file in located.files for pair in _array_records(file))
-        case _:
+                why = reason(error.__cause__ or error)
+                raise ValueError(f"{where}: not readable as {located.format}: {why}") from error
+            return _first(table, first)
+        case "tfds":
             pairs = _tfds_records(located.opened)
-    return _spool(pairs, folder / "records.arrow")
+        case _:
+            reader = READERS[located.format]
+            pairs = (pair for file in located.files for pair in reader(file))
+    return _spool(islice(pairs, first), folder / "records.arrow")
+
+
+def _first(table: Any, count: int | None) -> Any:
+    return table if count is None else table.select(range(min(count, len(table))))
 
 
 def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterator[tuple[str, dict]]:
@@ -252,29 +277,6 @@ def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterato
         if not isinstance(record, dict):
             raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {short(text)}")
         yield at, record
-
-
-def loads(text: str, at: str, what: str = "malformed JSON") -> Any:
-    """A value of JSON. Raises ValueError for what is none, or none that can be used."""
-    try:
-        value = json.loads(text)
-        if _HALF.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        why = f"{error.msg} at column {error.colno}"
-    except UnicodeEncodeError as error:
-        why = f"{error.object[error.start]!a} is half of a character (a lone surrogate)"
-    except (ValueError, RecursionError) as error:
-        why = _unreadable(error)
-    raise ValueError(f"{at}: {what}: {why}; saw {short(text)}")
-
-
-def _unreadable(error: ValueError | RecursionError) -> str:
-    """What json could not read, though it is well formed."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
 
 
 def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
@@ -304,96 +306,9 @@ def _arrow_batch(chunk: list[tuple[str, str]], schema: pa.Schema) -> pa.RecordBa
     )
 
 
-def _text_records(file: Path) -> Iterator[tuple[str, str]]:
-    """A text file is one document, exactly as it stands."""
-    try:
-        yield json.dumps({"text": file.read_bytes().decode()}), str(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text: {error}") from None
-
-
-def _json_records(file: Path) -> Iterator[tuple[str, str]]:
-    """Objects of a JSON array, or one a line (blank lines are skipped); parsed by `records`."""
-    with open(file, "rb") as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        stream.seek(0)
-        if file.suffix == ".json" and start.startswith(b"["):
-            yield from _array_elements(file, stream.read())
-            return
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8: {error}") from None
-            if text := text.strip(" \t\r\n"):
-                yield text, f"{file}:{number}"
-
-
-def _array_elements(file: Path, content: bytes) -> Iterator[tuple[str, str]]:
-    """Elements of a JSON array one by one, so that each keeps its line."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-
-    def skip(at: int) -> int:
-        match = space.match(text, at)
-        assert match is not None
-        return match.end()
-
-    line = 1
-    try:
-        text = content.decode("utf-8-sig")
-        at = skip(skip(0) + 1)
-        line += text.count("\n", 0, at)
-        while text[at : at + 1] != "]":
-            _, stop = decoder.raw_decode(text, at)
-            yield text[at:stop], f"{file}:{line}"
-            after = skip(stop)
-            if text[after : after + 1] == ",":
-                after = skip(after + 1)
-            elif text[after : after + 1] != "]":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, after)
-            line += text.count("\n", at, after)
-            at = after
-        if (end := skip(at + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8: {error}") from None
-    except json.JSONDecodeError as error:
-        seen = error.doc[error.pos : error.pos + 60] or "the end of the file"
-        raise ValueError(
-            f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
-            f"saw {short(seen)}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}:{line}: malformed JSON: {_unreadable(error)}") from None
-
-
-def _array_records(file: Path) -> Iterator[tuple[str, str]]:
-    from grain.sources import ArrayRecordDataSource
-
-    at = str(file)
-    try:
-        source: Any = ArrayRecordDataSource([at])
-        for index in range(len(source)):
-            at = f"{file}, record {index}"
-            yield source[index].decode(), at
-    except UnicodeDecodeError:
-        raise ValueError(f"{at}: not UTF-8; a record here is a JSON object") from None
-    except RuntimeError as error:
-        raise ValueError(f"{at}: not readable as array_record: {_reason(error)}") from None
-
-
 def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:
     def plain(value: Any) -> Any:
         return value.decode() if isinstance(value, bytes) else value.tolist()
 
     for index in range(len(source)):
         yield json.dumps(source[index], default=plain), f"tfds, record {index}"
-
-
-def short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "…")
-
-
-def _reason(error: BaseException) -> str:
-    """What a library said, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

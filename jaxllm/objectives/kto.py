@@ -5,7 +5,7 @@
            λ_U (1 - σ(β (z - Δ)))   of a bad one,
 
 Δ = log π(answer | prompt) - log π'(answer | prompt) with the reference π'. z is how far the model
-is from the reference: the mean over the update of Δ on prompts with another example's answer, not
+is from the reference: the mean over the update of Δ on prompts with answers to other prompts, not
 below 0, and without a gradient.
 """
 

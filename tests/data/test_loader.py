@@ -200,11 +200,30 @@ def test_weighted_sources_keep_their_shares_and_an_epoch_passes_the_largest(rows
     first, second = rows.parts
     second._examples.stream += 1000
     mixed = Rows((first, second), (3.0, 1.0), 4)
-    assert len(mixed) == round(7 / 0.75)
+    assert len(mixed) == 10  # 7 / 0.75, rounded up
     tokens = np.concatenate([batch_at(mixed, 0, step, 4)["tokens"] for step in range(25)])
     assert (tokens[:, 0] >= 1000).sum() == 25
     for stretch in tokens[:, 0].reshape(25, 4):
         assert (stretch >= 1000).sum() == 1
+
+
+@pytest.mark.parametrize("weights", [(1, 5, 3), (2.5, 0.3, 1), (7, 1.004, 2)])
+@pytest.mark.parametrize("sizes", [(7, 4, 1), (3, 2, 9), (2, 40, 3)])
+def test_an_epoch_of_a_mixture_has_every_row_of_the_largest(weights, sizes):
+    documents = [Documents([4 * n + 1]) for n in sizes]
+    for i, document in enumerate(documents):
+        document.stream += 1000 * i
+    parts = [Windows(d, np.arange(1), 4, segment=True, tail=False) for d in documents]
+    rows, largest = Rows(tuple(parts), weights, 4), int(np.argmax(sizes))
+    firsts = batch_at(rows, 0, 0, 3 * len(rows))["tokens"][:, 0].reshape(3, -1)
+    stored = sorted(parts[largest][i]["tokens"][0] for i in range(len(parts[largest])))
+    for epochs in (1, 2, 3):
+        seen = firsts[:epochs].ravel()
+        counts = Counter(seen[seen // 1000 == largest].tolist())
+        assert sorted(counts) == stored and min(counts.values()) >= epochs
+    assert sum(rows.shares) == pytest.approx(1)
+    shares = np.bincount(firsts.ravel() // 1000) / firsts.size
+    np.testing.assert_allclose(shares, rows.shares, atol=3 / firsts.size)
 
 
 def test_no_source_of_a_mixture_is_dropped(tmp_path, tokenizer):

@@ -5,9 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data.loader import batch_at, load_data, summarize
+from jaxllm.data.loader import batch_at, eval_batches, load_data, summarize
+from jaxllm.data.preference import Judged
 from jaxllm.objectives.table import OBJECTIVES
 
 EOS, END = 1, 3
@@ -29,11 +32,11 @@ def write(folder, records, name="a.jsonl"):
     return Source(str(folder / name))
 
 
-def load(folder, tokenizer, objective, *sources, **data):
+def load(folder, tokenizer, objective, *sources, seed=0, **data):
     keys = {"cache_dir": str(folder / "cache"), "workers": 1, "max_length": 64} | data
     section = DataSection(train=sources, **keys)
-    cfg = TrainConfig(objective=objective, data=section, log=LogSection(progress=False))
-    return load_data(cfg, tokenizer)
+    log = LogSection(progress=False)
+    return load_data(TrainConfig(objective=objective, data=section, log=log, seed=seed), tokenizer)
 
 
 def pairs(count, seed=0):
@@ -48,7 +51,7 @@ def pairs(count, seed=0):
     ]
 
 
-def texts(rows, row, tokenizer):
+def texts(row, tokenizer):
     """What each segment of a row says, and what of it is learned."""
     found = {0: None}
     for s in range(1, row["segment_ids"].max() + 1):
@@ -61,23 +64,26 @@ def texts(rows, row, tokenizer):
     return found
 
 
-def in_slots(data, tokenizer, *names):
-    """[(value or what the segment says, …) of the fields `names`] of every slot in use."""
+def in_slots(data, tokenizer, *names, epoch=None):
+    """[(value or what the segment says, …) of the fields `names`] of every slot in use, of the
+    stored rows or of a pass of the run over them."""
+    rows = [part[i] for part in data.train.parts for i in range(len(part))]
+    if epoch is not None:
+        batch = batch_at(data.train, 0, epoch, len(data.train))
+        rows = [{name: value[i] for name, value in batch.items()} for i in range(len(data.train))]
     out = []
-    for part in data.train.parts:
-        for i in range(len(part)):
-            row = part[i]
-            said = texts(part, row, tokenizer)
-            for slot in range(len(row[names[0]])):
-                values = [row[n][slot] for n in names]
-                if not any(values[:2]):
-                    continue
-                out.append(
-                    tuple(
-                        said[int(v)] if n.endswith("segment") else float(v)
-                        for n, v in zip(names, values, strict=True)
-                    )
+    for row in rows:
+        said = texts(row, tokenizer)
+        for slot in range(len(row[names[0]])):
+            values = [row[n][slot] for n in names]
+            if not any(values[:2]):
+                continue
+            out.append(
+                tuple(
+                    said[int(v)] if n.endswith("segment") else float(v)
+                    for n, v in zip(names, values, strict=True)
                 )
+            )
     return out
 
 
@@ -115,20 +121,97 @@ def judged(records):
     ]
 
 
+JUDGED = ("chosen_segment", "rejected_segment", "unpaired_segment")
+
+
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_of_judged_answers_hold_the_previous_ones_answer_too(tmp_path, tokenizer, packing):
-    records = judged(pairs(20))
+def test_judged_answers_lie_beside_others_that_are_drawn_anew_each_epoch(
+    tmp_path, tokenizer, packing
+):
+    records = judged(pairs(40))
     source = write(tmp_path, records)
     data = load(tmp_path, tokenizer, "kto", source, packing=packing, max_length=80)
-    want = []
-    for i, r in enumerate(records):
-        own, other = r["completion"], records[i - 1]["completion"]
-        mine = (chat(r["prompt"], own), own + "<|im_end|>")
-        sides = (mine, None) if r["label"] else (None, mine)
-        want.append((*sides, (chat(r["prompt"], other), other + "<|im_end|>")))
-    got = in_slots(data, tokenizer, "chosen_segment", "rejected_segment", "unpaired_segment")
-    assert sorted(map(str, got)) == sorted(map(str, want))
-    assert len(data.train) == 20 if not packing else len(data.train) < 20
+    own = {
+        str((mine, None) if r["label"] else (None, mine)): (r["prompt"], r["completion"])
+        for r in records
+        for mine in [(chat(r["prompt"], r["completion"]), r["completion"] + "<|im_end|>")]
+    }
+    others = {chat(p, a): (p, a) for p, _ in own.values() for _, a in own.values()}
+    draws = []
+    for epoch in range(4):
+        got = in_slots(data, tokenizer, *JUDGED, epoch=epoch)
+        lent = {own[str(slot[:2])]: others[slot[2][0]] for slot in got}
+        assert sorted(lent) == sorted(own.values()) and len(got) == len(records)
+        assert all(prompt == its for (prompt, _), (its, _) in lent.items())
+        assert sorted(a for _, a in lent.values()) == sorted(a for _, a in own.values())
+        assert all(slot[2][1] == others[slot[2][0]][1] + "<|im_end|>" for slot in got)
+        draws.append([lent[one] for one in sorted(lent)])
+    for i, draw in enumerate(draws):
+        assert all(draw != other for other in draws[:i])
+    assert len(data.train) == 40 if not packing else len(data.train) < 40
+
+
+def test_the_draw_is_of_seed_and_epoch_and_evaluations_have_one(tmp_path, tokenizer):
+    train, held_out = (write(tmp_path, judged(pairs(20, n)), f"{n}.jsonl") for n in (0, 1))
+    one, again, other = (
+        load(tmp_path, tokenizer, "kto", train, eval=(held_out,), seed=seed, workers=1 + seed)
+        for seed in (0, 0, 1)
+    )
+    for step in (0, 7, 2):
+        ours, same, new = (batch_at(d.train, 0, step, 4)["tokens"] for d in (one, again, other))
+        assert (ours == same).all() and (ours != new).any()
+    kept = [next(eval_batches(d.evals["1"], 20))["tokens"] for d in (one, other)]
+    assert (kept[0] == kept[1]).all()
+
+
+class Answers:
+    """Stands for Examples: (prompt, tokens of prompt, tokens of answer) each."""
+
+    name = "a.jsonl"
+
+    def __init__(self, answers):
+        self.made = [np.array([prompt] * n + [9] * m, np.int32) for prompt, n, m in answers]
+        self.first = np.array([n for _, n, _ in answers], np.int32)
+        self.lengths = np.array([len(tokens) for tokens in self.made], np.int64)
+        self.value = np.ones(len(answers), np.float32)
+
+    def tokens(self, index):
+        return self.made[index]
+
+    def learn(self, index):
+        return (np.arange(len(self.made[index])) >= self.first[index]).astype(np.float32)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 9)), max_size=60),
+    st.integers(0, 30),
+    st.booleans(),
+)
+def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more, packing):
+    answers = [(8, 10, 1), (9, 2, 4), *((p, p, m) for p, _, m in answers), *[(7, 7, 9)] * more]
+    examples = Answers(answers)
+    rows = Judged(examples, np.arange(len(answers)), 16, packing=packing)
+    prompts = np.array([p for p, _, _ in answers])
+    for epoch in range(3):
+        lenders = rows.lenders(epoch)
+        assert (prompts[lenders] != prompts).all()
+        if 2 * np.bincount(prompts).max() <= len(prompts):
+            assert sorted(lenders) == list(range(len(prompts)))  # each lends once
+        found = [rows.row(i, epoch) for i in range(len(rows))]
+        assert sum((row["unpaired_segment"] > 0).sum() for row in found) == len(answers)
+        learned = sum((row["weights"] > 0).sum() for row in found)
+        mine = examples.lengths - examples.first
+        lent = np.minimum(mine[lenders], 16 - examples.first)  # cut at max_length alone
+        assert learned == mine.sum() + lent.sum()
+
+
+def test_judged_answers_to_one_prompt_are_refused(tmp_path, tokenizer):
+    source = write(tmp_path, [{"prompt": "q", "completion": a, "label": True} for a in "abc"])
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: all of its answers .3. have the same prompt; kto"
+    ):
+        load(tmp_path, tokenizer, "kto", source)
 
 
 def test_a_mismatched_answer_is_cut_to_the_length_and_a_row_holds_it(tmp_path, tokenizer):
@@ -146,10 +229,9 @@ def test_a_mismatched_answer_is_cut_to_the_length_and_a_row_holds_it(tmp_path, t
 
 def test_only_the_last_answer_is_judged_and_all_of_a_pairs_are(tmp_path, tokenizer):
     turns = [user("a"), says("b"), user("c"), says("d")]
-    data = load(tmp_path, tokenizer, "kto", write(tmp_path, [{"messages": turns, "label": True}]))
-    ((good, _, _),) = in_slots(
-        data, tokenizer, "chosen_segment", "rejected_segment", "unpaired_segment"
-    )
+    records = [{"messages": turns, "label": True}, {"prompt": "q", "completion": "n", "label": 0}]
+    data = load(tmp_path, tokenizer, "kto", write(tmp_path, records))
+    (good,) = (slot[0] for slot in in_slots(data, tokenizer, *JUDGED) if slot[0])
     assert good[1] == "d<|im_end|>"
     pair = {"chosen": [turns[0], says("x"), *turns[2:]], "rejected": turns}
     data = load(tmp_path, tokenizer, "dpo", write(tmp_path, [pair]))
@@ -208,7 +290,12 @@ def test_what_is_missing_in_a_file_names_file_and_line(tmp_path, tokenizer, obje
 def test_several_sources_have_room_for_as_many_pairs(tmp_path, tokenizer, objective):
     short = [{"prompt": "q", "chosen": "yes", "rejected": "no", "margin": 1.0}] * 12
     long = [{"prompt": "q" * 30, "chosen": "y" * 9, "rejected": "n" * 9}] * 3
-    records = [short, long] if objective == "dpo" else [judged(short), judged(long)]
+    if objective == "kto":  # no two prompts are equal
+        short, long = (
+            judged([r | {"prompt": f"{n:02}" + r["prompt"]} for n, r in enumerate(records)])
+            for records in (short, long)
+        )
+    records = [short, long]
     sources = [write(tmp_path, r, f"{i}.jsonl") for i, r in enumerate(records)]
     data = load(tmp_path, tokenizer, objective, *sources)
     few, many = (
