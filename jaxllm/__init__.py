@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxllm.config import (
         AlignSection,
         DataSection,
+        EvalSection,
         LogSection,
         MeshSection,
         ModelSection,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlignSection",
     "DataSection",
+    "EvalSection",
     "LogSection",
     "MeshSection",
     "ModelSection",

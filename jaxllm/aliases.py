@@ -157,6 +157,11 @@ RENAMED = {
     "resume_from_checkpoint": "resume",
     "logging_steps": "log.every",
     "eval_steps": "eval_every",
+    "metric_for_best_model": "eval.metric",
+    "greater_is_better": "eval.greater",
+    "early_stopping_patience": "eval.patience",
+    "early_stopping_threshold": "eval.min_delta",
+    "load_best_model_at_end": "save.load_best",
     "save_steps": "save.every",
     "save_total_limit": "save.keep",
     "report_to": "log.report_to",
@@ -226,13 +231,13 @@ IGNORED = frozenset({
     "ddp_static_graph", "ddp_timeout", "debug", "do_eval", "do_predict", "do_train",
     "enable_jit_checkpoint", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
     "eval_on_start", "eval_use_gather_object", "fp16_full_eval", "fsdp", "fsdp_config",
-    "full_determinism", "gradient_checkpointing_kwargs", "greater_is_better", "group_by_length",
+    "full_determinism", "gradient_checkpointing_kwargs", "group_by_length",
     "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
     "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
     "include_tokens_per_second", "keep_linebreaks", "label_names", "length_column_name",
-    "liger_kernel_config", "load_best_model_at_end", "local_rank", "log_level",
+    "liger_kernel_config", "local_rank", "log_level",
     "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "logging_strategy", "low_cpu_mem_usage", "metric_for_best_model",
+    "logging_nan_inf_filter", "low_cpu_mem_usage",
     "overwrite_cache", "parallelism_config", "per_device_eval_batch_size", "prediction_loss_only",
     "project", "push_to_hub", "remove_unused_columns", "restore_callback_states_from_checkpoint",
     "run_name", "save_on_each_node", "save_only_model", "save_safetensors", "skip_memory_metrics",
@@ -318,12 +323,14 @@ def _quantized(kind: str) -> Callable[[Any, Flags], dict[str, Any]]:
 
 
 def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]:
+    known = {"steps": {}, "epoch": {key: "epoch"}}
+    known |= {} if key == "log.every" else {"no": {key: 0}}
+
     def translate(value: Any, flags: Flags) -> dict[str, Any]:
-        if _choose("no" if value is False else value, {"no": 1, "steps": 0}):
-            return {key: 0}
-        if key == "eval_every" and interval not in flags:
+        chosen = _choose("no" if value is False else value, known)
+        if key == "eval_every" and value == "steps" and interval not in flags:
             return {key: flags["logging_steps"].value if "logging_steps" in flags else 500}
-        return {}
+        return chosen
 
     return translate
 
@@ -349,6 +356,7 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "eval_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
     "evaluation_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
     "save_strategy": (_strategy("save.every", "save_steps"), "save.every"),
+    "logging_strategy": (_strategy("log.every", "logging_steps"), "log.every"),
     "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
     "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random, as always"),
     "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -43,14 +42,13 @@ class Checkpoints:
     tells when something happened to it later. One process group writes a folder; others may read it
     meanwhile.
 
-    keep: how many of the newest stay (0 = all); keep_best: the one with the lowest eval loss stays
-    too, whatever its age.
+    keep: how many of the newest stay (0 = all). What `save` was told is the best stays too.
     """
 
-    def __init__(self, directory: Path | str, keep: int = 3, keep_best: bool = True):
+    def __init__(self, directory: Path | str, keep: int = 3):
         logging.getLogger("absl").addFilter(_NOT_ORBAX)
         self.directory = Path(directory).absolute()
-        self.keep, self.keep_best = keep, keep_best
+        self.keep = keep
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -65,30 +63,26 @@ class Checkpoints:
             },
         )
         self._problems: dict[int, str] = {}  # step -> what is wrong with it, "" when nothing is
-        self._losses: dict[int, float] = {}
-        for step in self.manager.all_steps():
-            self._read_loss(step)
+        self._best: int | None = None  # to stay, whatever its age
         self._saving: int | None = None
         self._tidied = False
 
     # ---- writing
 
-    def save(
-        self, step: int, state: Any, meta: dict[str, Any], eval_loss: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], best: int | None = None) -> None:
         """Starts to save a pytree of jax.Arrays, and `meta` as JSON, as checkpoint `step`.
 
-        The arrays may be donated or deleted when this returns; the files are written in the
-        background. Waits for the save before this one and raises what went wrong in it: ValueError
-        when the disk is full, which leaves every earlier checkpoint as it was.
+        best: the step of the best checkpoint so far, which is kept; it may be this one. The arrays
+        may be donated or deleted when this returns; the files are written in the background. Waits
+        for the save before this one and raises what went wrong in it: ValueError when the disk is
+        full, which leaves every earlier checkpoint as it was.
         """
         self.wait()
         if not self._tidied:
             self._tidy()
         self._check_space(state)
-        if eval_loss is not None and math.isfinite(eval_loss):
-            self._losses[step] = eval_loss
-        record = {"meta": meta, "eval_loss": self._losses.get(step)}
+        self._best = best
+        record = {"meta": meta, "best": best}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record))
         self._saving = step
         self._problems[step] = ""
@@ -109,18 +103,12 @@ class Checkpoints:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
         """orbax's PreservationPolicy: which of the checkpoints (oldest first) stay.
 
-        Its own BestN forgets eval losses with the process unless `best_fn` is set too, and then
+        Its own BestN forgets the metrics with the process unless `best_fn` is set too, and then
         cannot open a folder in which one of them is unreadable.
         """
         steps = [info.step for info in checkpoints]
-        stay = set(steps[-self.keep :])
-        if self.keep_best:
-            stay.add(self._lowest(steps))
+        stay = {*steps[-self.keep :], self._best}
         return [step in stay for step in steps]
-
-    def _lowest(self, steps: Sequence[int]) -> int | None:
-        known = [step for step in steps if step in self._losses]
-        return min(known, key=lambda step: (self._losses[step], -step), default=None)
 
     def _tidy(self) -> None:
         """Before the first save: drops what a killed run left, moves broken checkpoints aside."""
@@ -154,7 +142,6 @@ class Checkpoints:
         except Exception as error:
             step, self._saving = self._saving, None
             if step is not None:
-                self._losses.pop(step, None)
                 self._problems.pop(step, None)
                 for path in self.directory.glob(f"{step}{UNFINISHED}*"):
                     shutil.rmtree(path, ignore_errors=True)
@@ -195,15 +182,15 @@ class Checkpoints:
         return found
 
     def best(self) -> int | None:
-        """The step with the lowest eval loss, None when none was saved with one."""
-        self.wait()
-        return self._lowest([step for step in self.manager.all_steps() if self._whole(step)])
+        """The step that the newest good checkpoint calls the best; None when it knows of none."""
+        latest = self.latest()
+        return None if latest is None else self._record(latest).get("best")
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step`: a pytree of jax.Arrays like the ShapeDtypeStructs of `like`.
 
         Each lies as the sharding of its ShapeDtypeStruct says, whatever mesh it was saved from.
-        Raises ValueError when there is no such step, or when it holds another tree.
+        Raises ValueError when there is no such step, when it is broken or holds another tree.
         """
         return self._restore(step, like)
 
@@ -221,6 +208,9 @@ class Checkpoints:
         if step not in self.manager.all_steps():
             steps = ", ".join(map(str, self.manager.all_steps())) or "none"
             raise ValueError(f"{self.directory} has no checkpoint {step}; it has {steps}")
+        if not self._whole(step):
+            problem = self._problems[step]
+            raise ValueError(f"{self.directory / str(step)} is broken ({problem}); use another")
         saved = _by_name(self.manager.item_metadata(step)["state"].tree)
         for name, leaf in _by_name(like).items():
             shape = saved[name].shape if name in saved else None
@@ -236,15 +226,6 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self.manager.restore(step, args=args)["meta"]
-
-    def _read_loss(self, step: int) -> None:
-        try:
-            loss = self._record(step)["eval_loss"]
-        except Exception as error:  # whatever a torn file makes the reader raise
-            self._found_broken(step, str(error))
-        else:
-            if loss is not None:
-                self._losses[step] = loss
 
     def _whole(self, step: int) -> bool:
         """Whether the files of `step` are those it was saved with; says so once when not."""
@@ -304,6 +285,7 @@ FREE = {
     "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
     "model": ("remat", "scan_unroll", "loss_chunk"),
     "data": ("workers", "cache_dir"),
+    "eval": ("patience", "min_delta"),
 }
 FREE_SECTIONS = ("mesh", "log", "save")
 
@@ -350,7 +332,7 @@ def guard(cfg: TrainConfig) -> bool:
     before = _read_config(run)
     if before is not None and cfg.overwrite:
         reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer, cfg.peft.path]
-        reads += [cfg.data.template, cfg.data.cache_dir]
+        reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache]
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):
             place = Path(path).expanduser()

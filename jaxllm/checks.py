@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from jaxllm.config import (
     ONLINE,
@@ -115,6 +117,21 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"data.eval is not read by {cfg.objective}; its rewards are logged as it trains"
 
 
+def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
+    held_out = bool(cfg.data.eval or cfg.data.eval_fraction)
+    if cfg.eval_every and not (held_out or cfg.log.samples):
+        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
+    for key in ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best"):
+        if value_of(cfg, key) != leaves()[key].default and not held_out:
+            yield f"{key} without data.eval or data.eval_fraction; give one of them"
+    if cfg.eval.patience and not cfg.eval_every:
+        yield "eval.patience counts evaluations; give eval_every, a number of steps or epoch"
+    if cfg.eval.min_delta and not cfg.eval.patience:
+        yield "eval.min_delta goes with eval.patience; give that too"
+    if cfg.save.load_best and not cfg.save.keep_best:
+        yield "save.load_best needs the checkpoint that save.keep_best false does not keep"
+
+
 def check_groups(cfg: TrainConfig) -> None:
     """Raises ValueError for a batch that is no whole groups, once batch_size is resolved."""
     size, rl = cfg.rl.group_size or 1, cfg.rl
@@ -165,10 +182,11 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if not data.train:
         yield "no data: give data.train"
     yield from _stream_contradictions(cfg)
+    if data.date is not None and not _is_date(data.date):
+        yield f"data.date is {data.date!r}; write it as YYYY-MM-DD"
     if data.eval and data.eval_fraction:
         yield "data.eval and data.eval_fraction are both given; keep one"
-    if cfg.eval_every and not (data.eval or data.eval_fraction or cfg.log.samples):
-        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
+    yield from _eval_contradictions(cfg)
     for key in unread(cfg.objective):
         if value_of(cfg, key) != leaves()[key].default:
             yield f"{key} has no meaning for {cfg.objective}; leave it out"
@@ -208,7 +226,7 @@ def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
     ValueError when the batch does not divide.
     """
     batch, micro, count = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
-    if not batch and (recorded := _recorded_batch(cfg)):
+    if not batch and (recorded := _recorded(cfg).get("batch_size")):
         batch, count = recorded, 0
     batch = batch or micro * (count or 1) * data_devices
     if batch % data_devices:
@@ -238,10 +256,27 @@ def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
     return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
 
 
-def _recorded_batch(cfg: TrainConfig) -> int:
-    """batch_size of the run in output_dir that would be resumed; 0 when there is none."""
+def resolve_date(cfg: TrainConfig) -> TrainConfig:
+    """Fixes data.date where it was left out: what the run that goes on has recorded, else today."""
+    date = cfg.data.date or _recorded(cfg).get("data", {}).get("date")
+    date = date or datetime.date.today().isoformat()
+    return replace(cfg, data=replace(cfg.data, date=date))
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def _recorded(cfg: TrainConfig) -> dict[str, Any]:
+    """config.json of the run in output_dir whose results this one goes on with; {} when none."""
     run = Path(cfg.output_dir)
-    if cfg.overwrite or not cfg.resume or not any(run.glob("checkpoints/[0-9]*")):
-        return 0
-    file = run / "config.json"
-    return json.loads(file.read_text())["batch_size"] if file.is_file() else 0
+    file, metrics = run / "config.json", run / "metrics.jsonl"
+    begun = any(run.glob("checkpoints/[0-9]*")) or (metrics.is_file() and metrics.stat().st_size)
+    try:
+        found = json.loads(file.read_text()) if begun and not cfg.overwrite else {}
+    except (OSError, ValueError):  # checkpoint.guard names it
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from jaxllm import __version__, aliases, checks, config
+from jaxllm.compilation import use_cache
 from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
@@ -48,6 +49,12 @@ def training(verb: str, args: list[str]) -> int:
     result = train(cfg)
     for name, values in result.evals.items():
         print(f"{name}: {_shown(values)}")
+    best, named = result.best, cfg.eval.metric
+    if best.step not in (None, result.step):
+        here = "; final/ is that one" if cfg.save.load_best and result.final else ""
+        print(f"best: step {best.step}, {named} {best.value:.4f}{here}")
+    if result.early:
+        print(f"stopped early: {best.waited} evaluations without a better {named} (eval.patience)")
     if result.stopped:
         print(
             f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr
@@ -105,17 +112,21 @@ def training_help(verb: str) -> str:
 
 def kind_of(leaf: Leaf) -> str:
     """The type of a key as help shows it."""
-    kind = leaf.type
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    choices = [kind, *get_args(kind)]
-    literal = next((c for c in choices if get_origin(c) is Literal), None)
-    if literal is not None:
-        return "|".join(map(str, get_args(literal)))
-    if isinstance(leaf.default, tuple):
-        return "TEXT ..."
+    if isinstance(leaf.default, dict):
+        return "{KEY: VALUE}"
     names = {bool: "true|false", int: "INT", float: "FLOAT"}
-    return "{KEY: VALUE}" if isinstance(leaf.default, dict) else names.get(kind, "TEXT")
+
+    def words(kind: Any) -> list[str]:
+        inner = [one for one in get_args(kind) if one not in (type(None), ...)]
+        if get_origin(kind) is Literal:
+            return [str(value) for value in inner]
+        if get_origin(kind) is Annotated:
+            return words(inner[0])
+        return [w for one in inner for w in words(one)] or [names.get(kind, "TEXT")]
+
+    found = words(leaf.type)
+    many = isinstance(leaf.default, tuple) and len(found) == 1
+    return "|".join(found) + (" ..." if many else "")
 
 
 def plain(value: Any) -> str:
@@ -302,6 +313,7 @@ def evaluate(verb: str, args: list[str]) -> int:
     data = config.read_sources(options.data, "--data")
     from jaxllm.evaluate import evaluate_files
 
+    use_cache()
     found = evaluate_files(
         options.model,
         data,
@@ -357,6 +369,7 @@ def generate(verb: str, args: list[str]) -> int:
         raise ValueError("no prompt: give --prompt TEXT, or lines on standard input")
     from jaxllm.rollout import generate_text
 
+    use_cache()
     use = _uses(options.use)
     texts = generate_text(
         options.model,
@@ -388,6 +401,7 @@ def chat(verb: str, args: list[str]) -> int:
     options = parser.read(args)
     from jaxllm.rollout import chat_loop
 
+    use_cache()
     chat_loop(
         options.model,
         system=options.system,
@@ -405,7 +419,11 @@ def export(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     parser.add_argument("run", type=aliases.home, metavar="RUN", help="run folder")
     parser.add_argument("out", type=aliases.home, metavar="OUT", help="directory to write")
-    parser.add_argument("--step", type=_whole(0), help="checkpoint; default: the newest good one")
+    parser.add_argument(
+        "--step",
+        type=lambda text: text if text == "best" else _whole(0)(text),
+        help="checkpoint, or best: that of the best evaluation; default: the newest good one",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
     parser.add_argument(
         "--merge", action="store_true", help="fold a LoRA adapter into the model and write that"
@@ -413,6 +431,7 @@ def export(verb: str, args: list[str]) -> int:
     options = parser.read(args)
     from jaxllm.exports import export as write
 
+    use_cache()
     print(write(options.run, options.out, options.dtype, options.step, options.merge))
     return DONE
 

@@ -22,7 +22,7 @@ from statistics import fmean, median
 from typing import Any
 
 from jaxllm import aliases
-from jaxllm.checks import TUNES, check, resolve_rate
+from jaxllm.checks import TUNES, check, resolve_date, resolve_rate
 from jaxllm.config import SECTIONS, MeshSection, PeftSection, TrainConfig, load_config, to_dict
 
 # The methods by the chapter's names -> peft.method.
@@ -55,8 +55,8 @@ class Row:
 
     trainable: numbers trained; share: of the model's own weights. checkpoint_bytes: files of one
     checkpoint. memory_gib: the peak of the fullest device, of the process on a CPU.
-    tokens_per_second: median of the metrics' lines after the first, which has the compilation in
-    it. wall_seconds: of the process, from its start to its end.
+    tokens_per_second: median of the metrics' lines after the first, in which memory is first
+    touched. wall_seconds: of the process, from its start to its end.
     """
 
     method: str
@@ -300,6 +300,7 @@ def compare(args: list[str]) -> int:
     """
     cfg, where, methods = _read(args)
     _check(cfg, where, methods)
+    cfg = resolve_date(cfg)  # one for all, though midnight passes
     configs = {method: _config_of(cfg, method) for method in methods}
     for one in configs.values():
         check(one)  # all of them before the seconds that _plan's imports take

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Gt
 
@@ -27,6 +27,8 @@ from jaxllm.sections import (
     AlignSection,
     Count,
     DataSection,
+    EvalSection,
+    Interval,
     LogSection,
     MeshSection,
     ModelSection,
@@ -67,14 +69,15 @@ class TrainConfig:
     """rows per device at a time, a memory knob; 0 = as many as batch_size gives each device"""
     accumulation: Count = 0
     """micro-batches in an update; 0 = what batch_size and micro_batch_size make of it"""
-    eval_every: Count = 0
-    """steps between evaluations; 0 = only at the end"""
+    eval_every: Interval = 0
+    """steps between evaluations, or epoch; 0 = only at the end"""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     peft: PeftSection = field(default_factory=PeftSection)
     optim: OptimSection = field(default_factory=OptimSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     log: LogSection = field(default_factory=LogSection)
+    eval: EvalSection = field(default_factory=EvalSection)
     save: SaveSection = field(default_factory=SaveSection)
     align: AlignSection = field(default_factory=AlignSection)
     rl: RlSection = field(default_factory=RlSection)
@@ -87,6 +90,7 @@ SECTIONS: dict[str, type] = {
     "optim": OptimSection,
     "mesh": MeshSection,
     "log": LogSection,
+    "eval": EvalSection,
     "save": SaveSection,
     "align": AlignSection,
     "rl": RlSection,
@@ -214,7 +218,7 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
     for key, value in flat.items():
         if (leaf := leaves().get(key)) is None:
             raise _unknown(key)
-        if isinstance(value, bool) and not isinstance(leaf.default, bool):
+        if isinstance(value, bool) and bool not in (leaf.type, *get_args(leaf.type)):
             raise ValueError(f"{_at(key, where)} needs a value, seen {str(value).lower()}")
     try:
         return _adapter().validate_python(tree)
@@ -226,6 +230,8 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
     inside = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[key.count(".") + 1 :]
     )
+    if Literal["epoch"] in get_args(leaves()[key].type):  # else each member of the union complains
+        raise ValueError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
     at = _at(key, where) + inside
     if first["type"] == unexpected:
         known = ", ".join(f.name for f in fields(Source))
@@ -327,6 +333,7 @@ PATHS = ("output_dir", "model.path", "model.config", "model.tokenizer")
 PATHS += ("data.template", "data.cache_dir", "peft.path")
 READ = SHORT_FORMS | dict.fromkeys(PATHS, aliases.home)
 READ |= dict.fromkeys(("align.loss_weights", "rl.reward_weights"), aliases.listed)
+READ["log.compile_cache"] = lambda value: "off" if value is False else aliases.home(value)  # YAML's
 READ["peft.layers_to_transform"] = aliases.listed
 READ["peft.init_lora_weights"] = lambda value: "kaiming" if value is True else value  # peft's word
 

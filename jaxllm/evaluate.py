@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.config import DataSection, MeshSection, ModelSection, Source, TrainConfig
+from jaxllm.config import DataSection, EvalSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
 from jaxllm.data.sources import locate, read, records
@@ -28,6 +28,8 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.step import Models, alone, with_baseline
+
+LOWER = ("loss", "perplexity")  # ends of names of metrics that are better when lower
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,67 @@ def evaluate(
         means["loss"] = means.pop("nll")
         means["perplexity"] = math.exp(min(means["loss"], 700.0))
     return means
+
+
+def metric_names(
+    eval_fn: Eval, trainable: Any, frozen: Any, rows: Rows, batch_size: int
+) -> set[str]:
+    """The names of what `evaluate` returns of `rows`, from shapes: nothing is computed."""
+    batch = Batch(**next(eval_batches(rows, batch_size)))
+    batch = with_baseline(batch, 0.0) if eval_fn.baseline is not None else batch
+    names = set(jax.eval_shape(eval_fn.metrics, trainable, frozen, batch))
+    return names - {"nll"} | {"perplexity"} if "nll" in names else names
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far. A run's checkpoints hold it, so that a resumed run goes on."""
+
+    step: int | None = None
+    """None before the first evaluation"""
+    value: float | None = None
+    """its metric"""
+    waited: int = 0
+    """evaluations since the last improvement of more than min_delta"""
+
+    def after(self, step: int, value: float, section: EvalSection) -> Best:
+        """With the evaluation of `step`. The earlier of two equal ones stays the best; one that is
+        not finite is never better."""
+        sign = 1 if is_greater(section) else -1
+        gain = math.inf if self.value is None else sign * (value - self.value)
+        if not (math.isfinite(value) and gain > 0):
+            return Best(self.step, self.value, self.waited + 1)
+        return Best(step, value, 0 if gain > section.min_delta else self.waited + 1)
+
+    def is_over(self, section: EvalSection) -> bool:
+        """Whether the run has waited for a better evaluation for as long as it may."""
+        return 0 < section.patience <= self.waited
+
+
+def is_greater(section: EvalSection) -> bool:
+    """Whether a higher value of eval.metric is better."""
+    by_name = not section.metric.endswith(LOWER)
+    return by_name if section.greater is None else section.greater
+
+
+def judged(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
+    """eval.metric of the evaluations {set: {metric: value}}: its mean over the sets, or with a
+    set's name before it (`NAME_METRIC`), that set's. transformers' prefix eval_ may precede both.
+
+    Raises ValueError naming the metrics there are.
+    """
+    for metric in (section.metric, section.metric.removeprefix("eval_")):
+        each = [values[metric] for values in evals.values() if metric in values]
+        if each:
+            return sum(each) / len(each)
+        for name, values in evals.items():
+            if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in values:
+                return values[metric.removeprefix(f"{name}_")]
+    known = sorted({metric for values in evals.values() for metric in values})
+    raise ValueError(
+        f"eval.metric {section.metric!r} is not logged by evaluations; there are "
+        f"{', '.join(known)}, and NAME_METRIC for one of {', '.join(evals)}"
+    )
 
 
 def _pairs(source: Source) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,19 @@ from jaxllm.tokenizer import load_tokenizer
 
 
 def export(
-    run: str, out: str, dtype: str | None = None, step: int | None = None, merge: bool = False
+    run: str,
+    out: str,
+    dtype: str | None = None,
+    step: int | Literal["best"] | None = None,
+    merge: bool = False,
 ) -> str:
     """A run as a HF directory, or as an adapter where that is what it trained; its path returned.
 
-    run: a run folder (its checkpoint `step`, or the newest good one), one checkpoint of it
-    (RUN/checkpoints/STEP), a HF directory (to change the dtype), or an adapter. dtype default: the
-    run's `save.dtype`, else the weights' own. merge: fold the adapter into the model, in float32
-    whatever the base was held in, and say on stderr by how much the logits change.
+    run: a run folder (its checkpoint `step`; `best`: that of the best evaluation; default: the
+    newest good one), one checkpoint of it (RUN/checkpoints/STEP), a HF directory (to change the
+    dtype), or an adapter. dtype default: the run's `save.dtype`, else the weights' own. merge: fold
+    the adapter into the model, in float32 whatever the base was held in, and say on stderr by how
+    much the logits change.
     """
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
@@ -81,7 +86,7 @@ def _is_model(run: str, folder: Path) -> bool:
 
 
 def _load_run(
-    run: str, folder: Path, step: int | None, whole: bool
+    run: str, folder: Path, step: int | Literal["best"] | None, whole: bool
 ) -> tuple[Decoder, Any, str | None]:
     """(model, tokenizer, save.dtype) of a run's checkpoint.
 
@@ -99,6 +104,10 @@ def _load_run(
         raise ValueError(f"{run} has no checkpoints/")
     saves = Checkpoints(folder / "checkpoints")
     known = saves.manager.all_steps()
+    if step == "best" and (step := saves.best()) is None:
+        raise ValueError(
+            f"{run} kept no best checkpoint: it has no evaluation, or not save.keep_best"
+        )
     if step is not None and step not in known:
         there = ", ".join(map(str, known)) or "none"
         raise ValueError(f"{run} has no checkpoint {step}; it has {there}")

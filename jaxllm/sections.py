@@ -19,6 +19,8 @@ Amount = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+# Steps between two events, or once an epoch, at its last step.
+Interval = Count | Literal["epoch"]
 # fmt: off
 DpoLoss = Literal[
     "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "sppo", "bco", "apo_zero", "apo_down", "sft",
@@ -172,8 +174,8 @@ class MeshSection:
 class LogSection:
     """What is recorded while training."""
 
-    every: Size = 10
-    """steps between lines of metrics.jsonl"""
+    every: Size | Literal["epoch"] = 10
+    """steps between lines of metrics.jsonl, or epoch"""
     report_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """trackers besides metrics.jsonl"""
     samples: tuple[str, ...] = ()
@@ -182,18 +184,36 @@ class LogSection:
     """new tokens per sample"""
     progress: bool = True
     """progress bar on the terminal"""
+    compile_cache: str | None = None
+    """directory of compiled programs, or off; default: ~/.cache/jaxllm/compiled"""
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Which evaluation is the best, and when to stop for lack of a better one."""
+
+    metric: str = "loss"
+    """a metric that evaluations log: the mean over held-out sets, or NAME_METRIC of one of them"""
+    greater: bool | None = None
+    """whether higher is better; default: false for loss and perplexity, true for the others"""
+    patience: Count = 0
+    """stop after this many evaluations in a row without an improvement; 0 = off"""
+    min_delta: Amount = 0.0
+    """patience: an improvement is larger than this"""
 
 
 @dataclass(frozen=True)
 class SaveSection:
     """Checkpoints."""
 
-    every: Count = 500
-    """steps between checkpoints (one is always written at the end); 0 = only at the end"""
+    every: Interval = 500
+    """steps between checkpoints, or epoch; one is always written at the end, 0 = only then"""
     keep: Count = 3
     """last checkpoints kept; 0 = all"""
     keep_best: bool = True
-    """also keep the one with the lowest eval loss"""
+    """also keep the one with the best evaluation (eval.metric)"""
+    load_best: bool = False
+    """final/ is the checkpoint with the best evaluation instead of the last one"""
     final: bool = True
     """write final/ when done: a HF directory, or an adapter where that is what was trained"""
     dtype: Literal["float32", "bfloat16"] | None = None

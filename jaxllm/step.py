@@ -75,7 +75,9 @@ def make_step(
         loss, weight, metrics = objective(model, batch, rng, reference)
         metrics = {"loss": (loss, weight)} | metrics
         real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
-        return loss, metrics | {"tokens": (real, jnp.zeros(()))}
+        learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
+        counts = {"tokens": (real, jnp.zeros(())), "learned": (learned, jnp.zeros(()))}
+        return loss, metrics | counts
 
     gradient = jax.grad(loss_of, has_aux=True)
 

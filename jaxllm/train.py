@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -20,24 +20,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import align, hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
-from jaxllm.checks import check, check_groups, resolve_align, resolve_batch, resolve_rate, warnings
+from jaxllm.checks import (
+    check,
+    check_groups,
+    resolve_align,
+    resolve_batch,
+    resolve_date,
+    resolve_rate,
+    warnings,
+)
+from jaxllm.compilation import use_cache
 from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
 from jaxllm.data.template import asked, with_settings
-from jaxllm.evaluate import evaluate, make_eval
+from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model import kernels
-from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
-from jaxllm.monitor.metrics import Metrics, Progress
+from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
+from jaxllm.monitor.metrics import Meter, Metrics, Progress
 from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of, room
@@ -53,41 +61,12 @@ class Result:
 
     step: int
     stopped: bool
+    """by a signal: the run is to go on"""
+    early: bool
+    """for lack of a better evaluation: the run is done"""
+    best: Best
     evals: dict[str, dict[str, float]]
     final: str | None
-
-
-def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Adds the metrics of `steps` (read from the device here) to `sums`, in float64.
-
-    Raises ValueError at the first step whose loss or gradient is not finite.
-    """
-    sums = {name: list(pair) for name, pair in sums.items()}
-    for step, metrics in zip(
-        [s for s, _ in steps], jax.device_get([m for _, m in steps]), strict=True
-    ):
-        for name, (value, weight) in metrics.items():
-            if name in ("loss", "grad_norm") and not np.isfinite(value):
-                raise ValueError(
-                    f"step {step}: {name} is {value}; the last good checkpoint is kept. A lower "
-                    "optim.learning_rate, a longer optim.warmup or optim.clip may help"
-                )
-            pair = sums.setdefault(name, [0.0, 0.0])
-            pair[0] += float(value)
-            pair[1] += float(weight)
-    return sums
-
-
-def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
-    """One line of metrics.jsonl from sums over updates, without what there was none of; loss is
-    token-weighted."""
-    steps = sums["grad_norm"][1]
-    values = {k: a / w for k, (a, w) in sums.items() if w}
-    values |= {k: sums[k][0] for k in ("tokens", "loss") if k not in values}
-    return values | {
-        "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
-        "step_seconds": seconds / steps,
-    }
 
 
 def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
@@ -132,9 +111,61 @@ def updates(cfg: TrainConfig, rows: int) -> tuple[int, int]:
     return cfg.steps or math.ceil(Fraction(str(cfg.epochs)) * rows / cfg.batch_size), 1
 
 
-def due(every: int, step: int, each: int) -> bool:
-    """Whether what happens every so many steps does after this one, the last of `each`."""
+def interval(cfg: TrainConfig, every: int | str, rows: int) -> int | Fraction:
+    """Steps between two events: `every` itself, or of an epoch over so many rows, which may end
+    within a step."""
+    if every != "epoch":
+        return int(every)
+    if cfg.objective in ONLINE:
+        made = Fraction(rows * (cfg.rl.group_size or 1), cfg.batch_size * cfg.rl.minibatches)
+        return made * align.updates_per_rollout(cfg)
+    return Fraction(rows, cfg.batch_size)
+
+
+def due(every: int | Fraction, step: int, each: int = 1) -> bool:
+    """True if a multiple of `every` falls in the last `each` steps up to `step`; 0: never."""
     return bool(every) and step % each == 0 and step // every > (step - each) // every
+
+
+def check_metric(
+    cfg: TrainConfig, eval_fn: Eval, trainable: Any, frozen: Any, evals: dict[str, Rows]
+) -> None:
+    """Raises ValueError when evaluations will not log eval.metric, before anything is computed."""
+    if evals and cfg.eval.metric not in ("loss", "eval_loss"):
+        names = {
+            name: dict.fromkeys(metric_names(eval_fn, trainable, frozen, rows, 1), 0.0)
+            for name, rows in evals.items()
+        }
+        judged(names, cfg.eval)
+
+
+def begin(optimizer: Any, params: Any, lay: Any, saves: Checkpoints, at: int | None) -> TrainState:
+    """The state of update 0 with these weights, which are donated, or that of checkpoint `at`."""
+
+    def fresh(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    if at is None:
+        params = jax.device_put(params, lay.trainable)
+        return jax.jit(fresh, out_shardings=lay, donate_argnums=0)(params)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(fresh, params),
+        lay,
+    )
+    return saves.restore(at, like)
+
+
+def compiled(step_fn: Any, bar: Progress, *arguments: Any) -> Any:
+    """The jitted step as a program for arguments of these shapes; says how long that took."""
+    began = time.perf_counter()
+    program = step_fn.lower(*arguments).compile()
+    bar.compiled(time.perf_counter() - began)
+    return program
+
+
+def shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 @contextmanager
@@ -160,6 +191,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- what a mistake can be in: the run folder, devices, tokenizer, data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
+    cfg = resolve_date(cfg)
     cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
     check_groups(cfg)
     model_cfg = hf.model_config(cfg)[0]
@@ -174,19 +206,20 @@ def train(cfg: TrainConfig) -> Result:
     if prompts:
         check_prompts(positions, prompts, sampling)
     replaces = guard(cfg)
+    use_cache(cfg.log.compile_cache)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
     say(*summarize(data.manifest), *warnings(cfg), *kernels.notes(mesh.size))
     count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
-    steps, each = updates(cfg, len(data.train))
+    rows = len(data.train)
+    steps, each = updates(cfg, rows)
     schedule = make_schedule(cfg.optim, steps)
     optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
     run = Path(cfg.output_dir)
-    keep = {"keep": cfg.save.keep, "keep_best": cfg.save.keep_best}
-    open_run = partial(Checkpoints, run / "checkpoints", **keep)
+    open_run = partial(Checkpoints, run / "checkpoints", cfg.save.keep)
     saves = None if replaces else open_run()
     at = saves.latest() if saves and cfg.resume else None
     loaded = peft.frozen or objective.compares  # what training leaves as it is comes from the files
@@ -194,11 +227,10 @@ def train(cfg: TrainConfig) -> Result:
     if saves and at is not None:
         same_data(run, data.manifest)
         same_base(saves, at, base)
+    resumed = at is not None and not objective.compares
     load = partial(
         hf.load_model if at is None or loaded else hf.blank_model,
-        cfg
-        if at is None or objective.compares
-        else replace(cfg, peft=replace(cfg.peft, path=None)),
+        replace(cfg, peft=replace(cfg.peft, path=None)) if resumed else cfg,
         mesh,
         peft=peft,
         compute_dtype=cfg.model.compute_dtype,
@@ -207,11 +239,6 @@ def train(cfg: TrainConfig) -> Result:
     )
     model = load()
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
-
-    claim(cfg, empty=replaces)  # an old run goes now that nothing can be wrong with the new one
-    saves = saves or open_run()
-    if at is None:
-        hf.save_start(model, run / hf.START, tokenizer, cfg.peft.path)
 
     # ---- optimizer, state, the step
     say(*peft.summary(model))
@@ -244,110 +271,114 @@ def train(cfg: TrainConfig) -> Result:
         out_shardings=(lay, None),
     )
     eval_fn = make_eval(models, objective.loss, objective.baseline)
+    check_metric(cfg, eval_fn, params, frozen, data.evals)
 
-    def begin(params: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    meta: dict[str, Any] = {"sums": {}, "best": float("inf"), "seconds": 0.0, "feed": {}}
+    # ---- the run folder, and what is in it of this run
+    claim(cfg, empty=replaces)  # an old run goes now that nothing can be wrong with the new one
+    saves = saves or open_run()
+    if at is None:
+        hf.save_start(model, run / hf.START, tokenizer, cfg.peft.path)
+    meta: dict[str, Any] = {"sums": {}, "seconds": 0.0, "feed": {}, "best_eval": {}, "owed": False}
     with jax.set_mesh(mesh):
-        if at is None:
-            params = jax.device_put(params, param_lay)
-            state = jax.jit(begin, out_shardings=lay, donate_argnums=0)(params)
-        else:
-            like = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                jax.eval_shape(begin, params),
-                lay,
-            )
-            state, meta = saves.restore(at, like), meta | saves.meta(at)
-    sums, best = meta["sums"], meta["best"]
+        state = begin(optimizer, params, lay, saves, at)
+    meta |= {} if at is None else saves.meta(at)
     del model, weights, params, rest  # the state owns the buffers: they are donated
     start = at or 0
     metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
     metrics.manifest(data.manifest)
     peak = peak_flops(jax.devices()[0], cfg.model.compute_dtype)
-    per_token = flops_per_token(model_cfg, cfg.data.max_length, frozen=peft.frozen)
+
+    against = {"compares": objective.compares, "baseline": objective.baseline is not None}
+    update_flops = partial(run_flops, cfg, model_cfg, frozen=peft.frozen, **against)
 
     # ---- what happens every so many steps
-    evals: dict[str, dict[str, float]] = {}
-    window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
-    clock = time.perf_counter() - meta["seconds"]
-
-    def read() -> None:
-        """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
-        nonlocal sums, window
-        sums, window = total(window, sums), []
-
-    def log(step: int) -> None:
-        nonlocal sums, clock
-        read()
-        now = time.perf_counter()
-        line = averages(sums, now - clock)
-        sums, clock = {}, now
-        rate = line["tokens_per_second"]
-        mfu = rate * per_token / (peak * mesh.size) if peak else None
-        memory = memory_gib()
-        metrics.write("train", step, **line, mfu=mfu, memory_gib=memory)
-        bar.update(step, loss=line["loss"], tokens_per_second=rate, mfu=mfu, memory=memory)
-
-    def run_evals(step: int) -> float | None:
-        trained = eval_params(state.opt_state, state.trainable)
+    def run_evals(step: int, state: TrainState, best: Best) -> Best:
+        weights = eval_params(state.opt_state, state.trainable)
+        size = cfg.batch_size // count
         for name, held_out in data.evals.items():
-            evals[name] = evaluate(
-                eval_fn, trained, frozen, [held_out], mesh=mesh, batch_size=cfg.batch_size // count
-            )
+            sets = [held_out]
+            evals[name] = evaluate(eval_fn, weights, frozen, sets, mesh=mesh, batch_size=size)
             metrics.write("eval", step, name=name, **evals[name])
             bar.say(f"step {step}  {name}: loss {evals[name]['loss']:.4f}")
         if prompts:
-            made = generate(models(trained, frozen)[0], prompts, sampling)
+            made = generate(models(weights, frozen)[0], prompts, sampling)
             for prompt, tokens in zip(cfg.log.samples, made, strict=True):
                 metrics.sample(step, prompt=prompt, text=tokenizer.decode(tokens))
-        losses = [e["loss"] for e in evals.values()]
-        return sum(losses) / len(losses) if losses else None
+        return best.after(step, judged(evals, cfg.eval), cfg.eval) if evals else best
+
+    def log(step: int) -> None:
+        line, memory = meter.line(), memory_gib()
+        metrics.write("train", step, **line, memory_gib=memory)
+        shown = {k: line[k] for k in ("loss", "tokens_per_second", "mfu")}
+        bar.update(step, **shown, memory=memory)
 
     # ---- the loop
+    named = (cfg.log.every, cfg.eval_every, cfg.save.every)
+    log_every, eval_every, save_every = (interval(cfg, x, rows) for x in named)
+    evals: dict[str, dict[str, float]] = {}
     bar = Progress(steps, start, enabled=cfg.log.progress)
     source: Any = align.Rollouts if online else LoadedBatches
     feed = source(cfg, mesh, data.train, count, start)
     if online:
         feed.begin(models, frozen, rewards, tokenizer, metrics.sample)
     feed.restore(meta["feed"])
-    step, logged = start, False
+    best, step, logged, stop = Best(**meta["best_eval"]), start, False, False
+    meter = Meter(meta["sums"], meta["seconds"], peak and peak * mesh.size)
     # Whatever ends the loop, the checkpoint on its way is written out.
-    with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as stopping, bar:
-        for step in range(start + 1, steps + 1):
+    with (
+        closing(saves),
+        closing(metrics),
+        jax.set_mesh(mesh),
+        stop_signal() as stopping,
+        bar,
+        meter,
+    ):
+        if meta["owed"]:  # by the signal that stopped the run
+            with meter.paused():
+                best = run_evals(step, state, best)
+        while step < steps and not stop and not best.is_over(cfg.eval):
+            step += 1
             batch, seen = feed(step - 1, state.trainable)
+            if step == start + 1:
+                with meter.paused():
+                    step_fn = compiled(step_fn, bar, state, frozen, batch)
+                meter.flops = update_flops(batch.shape[-1])
             state, step_metrics = step_fn(state, frozen, batch)
             if logged:
                 log(step - 1)  # with this step under way, so that the device need not wait
-            window.append((step, step_metrics | seen))
+            meter.add(step, step_metrics | seen)
             whole = step % each == 0
             # Read once: a signal during the step waits for the next.
             stop = whole and stopping.is_set()
             last = step == steps or stop
-            logged = step % cfg.log.every == 0 or last
-            evaluated = due(cfg.eval_every, step, each) or step == steps
-            saved = due(cfg.save.every, step, each) or last
+            logged = due(log_every, step) or last
+            owed = due(eval_every, step, each) and step < steps
+            evaluated = (owed and not stop) or step == steps
+            saved = due(save_every, step, each) or last
             if not (evaluated or saved):
                 continue
-            log(step) if logged else read()
-            logged, pause = False, time.perf_counter()
-            eval_loss = run_evals(step) if evaluated and (not stop or step == steps) else None
-            better = eval_loss is not None and eval_loss < best
-            best = best if eval_loss is None else min(best, eval_loss)
-            if saved or (cfg.save.keep_best and better):
-                kept = {"sums": sums, "seconds": pause - clock, "best": best, "base": base}
-                kept["feed"] = feed.state()
-                saves.save(step, state, meta=kept, eval_loss=eval_loss)
-            clock += time.perf_counter() - pause  # tokens/s is of training alone
-            if stop:
-                break
-    stopped, final = step < steps, None
+            log(step) if logged else meter.read()
+            with meter.paused():
+                best = run_evals(step, state, best) if evaluated else best
+                over = best.is_over(cfg.eval)
+                if over and not logged:
+                    log(step)
+                if saved or over or (cfg.save.keep_best and best.step == step):
+                    kept = {"sums": meter.sums, "seconds": meter.seconds, "feed": feed.state()}
+                    kept |= {"best_eval": asdict(best), "owed": owed and stop, "base": base}
+                    saves.save(step, state, kept, best.step if cfg.save.keep_best else None)
+            logged = False
+        stopped = stop and step < steps
+        if cfg.save.load_best and cfg.save.final and not stopped and best.step not in (None, step):
+            like = jax.tree.map(shape_of, state)
+            del state  # the best one takes its place in memory
+            state = saves.restore(best.step, like)
+    final = None
     if cfg.save.final and not stopped:
         final = str(run / "final")
-        whole = models(eval_params(state.opt_state, state.trainable), frozen)[0]
+        model = models(eval_params(state.opt_state, state.trainable), frozen)[0]
         if peft.frozen:
-            hf.save_adapter(whole, final, tokenizer)
+            hf.save_adapter(model, final, tokenizer)
         else:
-            hf.save_hf(whole, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
-    return Result(step, stopped, evals, final)
+            hf.save_hf(model, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
+    return Result(step, stopped, step < steps and not stopped, best, evals, final)

@@ -2,11 +2,14 @@
 """Whole runs on a project of its own: what the tests of training, of adapters and of the comparison
 share. Nothing here imports jax."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +34,9 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 CORPUS = Path(json.__file__)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes of one session share it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxllm-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 ENV = os.environ | {"XLA_FLAGS": DEVICES + "8", "JAX_PLATFORMS": "cpu"}
 
 

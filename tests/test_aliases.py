@@ -96,10 +96,19 @@ ALIASES = [
     ("logging_steps", "5", {"log.every": 5}),
     ("eval_steps", "5", {"eval_every": 5}),
     ("eval_strategy", "no", {"eval_every": 0}),
+    ("eval_strategy", "epoch", {"eval_every": "epoch"}),
     ("eval_strategy", "steps", {"eval_every": 500}),
     ("evaluation_strategy", "no", {"eval_every": 0}),
     ("save_steps", "5", {"save.every": 5}),
     ("save_strategy", "no", {"save.every": 0}),
+    ("save_strategy", "epoch", {"save.every": "epoch"}),
+    ("logging_strategy", "epoch", {"log.every": "epoch"}),
+    ("logging_strategy", "steps", {"log.every": 10}),
+    ("load_best_model_at_end", None, {"save.load_best": True}),
+    ("metric_for_best_model", "eval_accuracy", {"eval.metric": "eval_accuracy"}),
+    ("greater_is_better", "False", {"eval.greater": False}),
+    ("early_stopping_patience", "3", {"eval.patience": 3}),
+    ("early_stopping_threshold", "0.01", {"eval.min_delta": 0.01}),
     ("save_total_limit", "2", {"save.keep": 2}),
     ("report_to", "none", {"log.report_to": ()}),
     ("report_to", "wandb", {"log.report_to": ("wandb",)}),
@@ -204,7 +213,16 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         (["--bf16", "maybe"], "--bf16: seen 'maybe'; it is true or false"),
         (["--lr_scheduler_type", "polynomial"], "known: cosine, linear, constant"),
         (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "use constant_with_warmup"),
-        (["--eval_strategy", "epoch"], "--eval_strategy: 'epoch' is not known; known: no, steps"),
+        (["--eval_strategy", "best"], "--eval_strategy: 'best' is not known; known: steps, epoch"),
+        (
+            ["--logging_strategy", "no"],
+            "--logging_strategy: 'no' is not known; known: steps, epoch",
+        ),
+        (
+            ["--eval_every", "often"],
+            "eval_every is 'often'; it should be a number of steps, or epoch",
+        ),
+        (["--save.every", "-1"], "save.every is -1; it should be a number of steps, or epoch"),
         (
             ["--report_to", "mlflow"],
             "log.report_to[0] is 'mlflow'; it should be 'wandb' or 'tensorboard'",
@@ -215,7 +233,7 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         ),
         (["--lr_scheduler_type", "[a]"], "--lr_scheduler_type: ['a'] is not known; known: cosine"),
         (["--optim", "[a]"], "--optim: ['a'] is not known; known: adamw_torch"),
-        (["--eval_strategy", "{a: 1}"], "--eval_strategy: {'a': 1} is not known; known: no, steps"),
+        (["--eval_strategy", "{a: 1}"], "--eval_strategy: {'a': 1} is not known; known: steps"),
         (
             ["--validation_split_percentage", "abc"],
             "--validation_split_percentage: seen 'abc'; it is a number below 100",
@@ -295,7 +313,7 @@ def test_the_chapters_launch_line(deepspeed, capsys):
     assert cfg.model.compute_dtype == "bfloat16" and cfg.model.remat == "full"
     assert cfg.mesh.zero == 2 and cfg.log.report_to == ("wandb",) and cfg.data.max_length == 2048
     assert capsys.readouterr().err == (
-        "jaxllm: ignored, no meaning here: --do_train, --logging_dir, --logging_strategy, "
+        "jaxllm: ignored, no meaning here: --do_train, --logging_dir, "
         f"{path}: zero_optimization.overlap_comm, zero_optimization.reduce_scatter, "
         "steps_per_print\n"
     )

@@ -120,24 +120,35 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path):
 
 
 def test_the_best_is_never_rotated_away(tmp_path):
-    losses = {1: float("nan"), 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.5}
-    for step, loss in losses.items():  # each in a process of its own, as far as memory goes
+    bests = {1: None, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2}
+    for step, best in bests.items():  # each in a process of its own, as far as memory goes
         saves = Checkpoints(tmp_path, keep=2)
-        saves.save(step, make_state(), {}, eval_loss=loss)
+        saves.save(step, make_state(), {}, best)
         saves.close()
     assert steps_in(tmp_path) == [2, 5, 6]
     assert Checkpoints(tmp_path).best() == 2
     saves = Checkpoints(tmp_path, keep=1)
-    saves.save(7, make_state(), {}, eval_loss=0.5)
+    saves.save(7, make_state(), {}, best=7)
     saves.close()
     assert steps_in(tmp_path) == [7]
 
 
-def test_keep_best_off_and_keep_all(tmp_path):
+def test_the_best_of_before_a_broken_checkpoint_is_found(tmp_path):
+    saves = Checkpoints(tmp_path, keep=2)
+    for step, best in ((1, 1), (2, 1), (3, 3)):  # 3 is the best that only 3 knows of
+        saves.save(step, make_state(), {}, best)
+    saves.close()
+    (tmp_path / "3" / "files.json").unlink()
+    assert Checkpoints(tmp_path).best() == 1
+    with pytest.raises(ValueError, match="3 is broken .*use another"):
+        Checkpoints(tmp_path).restore(3, abstract(make_state()))
+
+
+def test_without_a_best_the_last_are_kept_or_all(tmp_path):
     for keep, expected in ((1, [3]), (0, [1, 2, 3])):
-        saves = Checkpoints(tmp_path / str(keep), keep=keep, keep_best=False)
+        saves = Checkpoints(tmp_path / str(keep), keep=keep)
         for step in (1, 2, 3):
-            saves.save(step, make_state(), {}, eval_loss=float(step))
+            saves.save(step, make_state(), {})
         saves.close()
         assert steps_in(tmp_path / str(keep)) == expected
 
@@ -284,7 +295,7 @@ def test_a_disk_that_fills_while_writing_costs_only_that_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_digest", full)
-        saves.save(2, make_state(), {}, eval_loss=0.1)
+        saves.save(2, make_state(), {}, best=2)
         with pytest.raises(ValueError, match="disk full: checkpoint 2 could not be written"):
             saves.wait()
     assert os.listdir(tmp_path) == ["1"]
@@ -354,6 +365,13 @@ def test_a_resumed_run_may_change_what_does_not_change_its_course(cfg):
     used(cfg)
     assert not guard(replace(cfg, steps=100, micro_batch_size=2, log=LogSection(every=1)))
     assert not guard(replace(cfg, model=replace(cfg.model, remat="none", loss_chunk=64)))
+
+
+def test_a_resumed_run_may_wait_longer_but_not_judge_by_another_metric(cfg):
+    used(cfg)
+    assert not guard(replace(cfg, eval=replace(cfg.eval, patience=3, min_delta=0.1)))
+    with pytest.raises(ValueError, match="eval.metric was 'loss', is 'accuracy'"):
+        guard(replace(cfg, eval=replace(cfg.eval, metric="accuracy")))
 
 
 def test_a_folder_without_results_may_be_taken_over(cfg):

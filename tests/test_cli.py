@@ -50,7 +50,9 @@ def stand_in(monkeypatch):
 
 def result(stopped=False):
     evals = {"eval": {"loss": 1.0, "perplexity": 2.72}}
-    return SimpleNamespace(step=3, stopped=stopped, evals=evals, final="run/final")
+    best = SimpleNamespace(step=2, value=0.5)
+    ended = {"stopped": stopped, "early": False, "final": "run/final"}
+    return SimpleNamespace(step=3, best=best, evals=evals, **ended)
 
 
 # ---- imports
@@ -119,7 +121,8 @@ def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, ca
     assert cli.main(["sft", *RUN, "--steps", "3"]) == 0
     ((cfg,), _) = calls[0]
     assert (cfg.objective, cfg.steps, cfg.data.train) == ("sft", 3, (Source("d.txt"),))
-    assert "model in run/final" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "model in run/final" in said and "best: step 2, loss 0.5000\n" in said
     stand_in("train", "train", lambda cfg: result(stopped=True))
     assert cli.main(["pretrain", *RUN]) == 75
 

@@ -3,18 +3,22 @@
 
 import json
 import re
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 
-from jaxllm import aliases
-from jaxllm.checks import check, resolve_batch
+from jaxllm import aliases, checks
+from jaxllm.checks import check, resolve_batch, resolve_date
 from jaxllm.config import (
     SHORT_FORMS,
     DataSection,
+    EvalSection,
     LogSection,
     MeshSection,
     ModelSection,
     OptimSection,
+    SaveSection,
     Source,
     TrainConfig,
     from_dict,
@@ -37,6 +41,9 @@ def refused(*args, verb="pretrain", path=None):
     message = str(error.value)
     assert "\n" not in message
     return message
+
+
+HELD_OUT = DataSection(train=(Source("a"),), eval_fraction=0.1)
 
 
 def good(**changes):
@@ -99,6 +106,11 @@ def test_flag_beats_file_beats_default_and_provenance_says_so(yaml):
         (["--data.eval", "{path: a, split: test}"], "data.eval", (Source("a", split="test"),)),
         (["--model.overrides", "{hidden_size: 64}"], "model.overrides", {"hidden_size": 64}),
         (["--model.overrides.rope_theta", "1e4"], "model.overrides", {"rope_theta": 1e4}),
+        (["--eval_every", "epoch"], "eval_every", "epoch"),
+        (["--save.every", "7"], "save.every", 7),
+        (["--eval.greater", "true"], "eval.greater", True),
+        (["--no-eval.greater"], "eval.greater", False),
+        (["--data.date", "2026-11-27"], "data.date", "2026-11-27"),
         (["--log.samples", "Once: upon", "def "], "log.samples", ("Once: upon", "def ")),
     ],
 )
@@ -320,6 +332,27 @@ def test_resuming_on_other_devices_keeps_the_batch_and_changes_accumulation(tmp_
     assert resolve_batch(TrainConfig(**flags, overwrite=True), 4).batch_size == 32
 
 
+def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
+    """So that the tokens of a template that asks for the date do not change with the day."""
+
+    def on(day, **keys):
+        today = SimpleNamespace(date=SimpleNamespace(today=lambda: date.fromisoformat(day)))
+        monkeypatch.setattr(checks, "datetime", today)
+        return resolve_date(good(output_dir=str(tmp_path), **keys)).data.date
+
+    assert on("2026-11-27") == "2026-11-27"
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"date": "2026-11-27"}}))
+    assert on("2026-11-28") == "2026-11-28"  # nothing was done yet
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert on("2026-11-29") == "2026-11-27"
+    assert on("2026-11-29", overwrite=True) == "2026-11-29"
+    given = DataSection(train=(Source("d.txt"),), date="2020-02-29")
+    assert on("2026-11-29", data=given) == "2020-02-29"
+    for torn in ("{", "[]"):
+        (tmp_path / "config.json").write_text(torn)
+        assert on("2026-11-29") == "2026-11-29"
+
+
 # ---- checking, dumping
 
 
@@ -356,6 +389,22 @@ def test_check_accepts_a_sound_config():
             "data.segment",
         ),
         ({"eval_every": 5}, "eval_every without data.eval"),
+        (
+            {"eval": EvalSection(metric="accuracy")},
+            "eval.metric without data.eval or data.eval_fraction",
+        ),
+        ({"save": SaveSection(load_best=True)}, "save.load_best without data.eval"),
+        ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience counts evaluations"),
+        (
+            {"data": HELD_OUT, "eval": EvalSection(min_delta=0.1)},
+            "eval.min_delta goes with eval.patience",
+        ),
+        (
+            {"data": HELD_OUT, "save": SaveSection(load_best=True, keep_best=False)},
+            "save.load_best needs the checkpoint",
+        ),
+        ({"data": DataSection(train=(Source("a"),), date="27.11.2026")}, "write it as YYYY-MM-DD"),
+        ({"data": DataSection(train=(Source("a"),), date="20261127")}, "write it as YYYY-MM-DD"),
         ({"batch_size": 0}, "micro_batch_size must be given"),
         ({"batch_size": -1}, "batch_size is -1; it should be greater than or equal to 0"),
         ({"mesh": MeshSection(data=0)}, "mesh.data is 0; it is 1 or more"),

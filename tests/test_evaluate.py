@@ -11,8 +11,9 @@ from flax import nnx
 from runs import arguments, lines_of
 
 from jaxllm.cli import main
+from jaxllm.config import EvalSection
 from jaxllm.data.batch import make_row
-from jaxllm.evaluate import evaluate, evaluate_files, make_eval
+from jaxllm.evaluate import Best, evaluate, evaluate_files, judged, make_eval, metric_names
 from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
@@ -112,3 +113,69 @@ def test_a_runs_held_out_loss_is_that_of_eval_on_its_model(settings, project, as
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == line["tokens"] and found["examples"] > 10
     assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+# ---- the best one
+
+
+def after(values, **keys):
+    """The best of evaluations after steps 1, 2, …"""
+    best, section = Best(), EvalSection(**keys)
+    for step, value in enumerate(values, 1):
+        best = best.after(step, value, section)
+    return best
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "keys", "step", "waited"),
+    [
+        ([3, 2, 2.5], {}, 2, 1),
+        ([3, 2, 2, 2], {}, 2, 2),  # the earlier of equal ones
+        ([NAN, 3, NAN, float("-inf")], {}, 2, 2),
+        ([3, 2, 2.5], {"metric": "accuracy"}, 1, 2),
+        ([3, 2, 2.5], {"metric": "eval_books_perplexity"}, 2, 1),
+        ([3, 2, 2.5], {"metric": "accuracy", "greater": False}, 2, 1),
+        ([3, 2, 2.5], {"greater": True}, 1, 2),
+        ([3, 2.9, 2.8], {"min_delta": 0.5}, 3, 2),  # better, and yet no improvement worth waiting
+        ([3, 2.9, 2], {"min_delta": 0.5}, 3, 0),
+    ],
+)
+def test_the_best_evaluation_and_how_long_ago_it_was(values, keys, step, waited):
+    best = after(values, **keys)
+    assert (best.step, best.value, best.waited) == (step, values[step - 1], waited)
+
+
+def test_a_run_is_over_after_as_many_evaluations_as_its_patience():
+    assert [after([1] + [2] * n).is_over(EvalSection(patience=2)) for n in range(4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not after([1] + [2] * 9).is_over(EvalSection())  # off
+
+
+def test_the_metric_is_a_mean_over_sets_or_that_of_one():
+    evals = {"books": {"loss": 1.0, "accuracy": 0.2}, "wiki": {"loss": 3.0, "accuracy": 0.4}}
+
+    def of(metric):
+        return judged(evals, EvalSection(metric=metric))
+
+    assert of("loss") == of("eval_loss") == 2.0
+    assert of("accuracy") == pytest.approx(0.3)
+    assert of("wiki_loss") == of("eval_wiki_loss") == 3.0
+    assert judged({"eval": {"loss": 4.0}}, EvalSection(metric="eval_loss")) == 4.0
+    with pytest.raises(ValueError, match="'f1' is not logged .* accuracy, loss, .* books, wiki"):
+        of("f1")
+
+
+def test_metrics_are_known_before_anything_is_computed():
+    graph, params = nnx.split(Decoder(CFG, rngs=nnx.Rngs(0)))
+    eval_fn, held_out = make_eval(alone(graph), lm_loss), rows(1.0, 1.0)
+    shapes = jax.eval_shape(lambda x: x, nnx.to_pure_dict(params))
+    names = metric_names(eval_fn, shapes, {}, held_out, 2)
+    arguments = {"mesh": make_mesh(MeshSection(), jax.devices()[:1]), "batch_size": 2}
+    assert names == set(evaluate(eval_fn, nnx.to_pure_dict(params), {}, [held_out], **arguments))

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step: the same numbers however an update is divided, laid out or recomputed."""
 
+import contextlib
+import io
+import itertools
 import json
+import math
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +22,7 @@ from steps import ragged_rows, trajectory, unpacked
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, RlSection, TrainConfig
-from jaxllm.train import updates
+from jaxllm.train import due, interval, updates
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +165,172 @@ def test_sigterm_saves_and_exits_75(project):
     assert [p for p in (project / "stopped" / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-def test_the_best_checkpoint_is_kept_between_saves(project):
-    """An evaluation that is the best so far is saved when it is found, and outlives rotation."""
-    more = ("--data.eval", str(project / "few.jsonl"), "--eval_every", "3", "--save.keep", "1")
-    rise = ("--optim.learning_rate", "0.5", "--optim.clip", "0")  # so that the last is not the best
-    args = arguments(project, "sft", "best", *more, *rise, "--save.every", "100")
+# ---- the best model, and stopping for lack of a better one
+
+# So that the loss of the held-out set rises after step 3.
+RISE = ("--optim.learning_rate", "0.5", "--optim.warmup", "12", "--optim.clip", "0")
+
+
+def judged_run(project, out, *more):
+    held_out = ("--data.eval", str(project / "few.jsonl"), "--eval_every", "1", *RISE)
+    keep = ("--save.every", "5", "--save.keep", "1", "--eval.patience", "3", "--save.load_best")
+    return arguments(project, "sft", out, *held_out, *keep, *more)
+
+
+@pytest.fixture(scope="module")
+def early(project):
+    """A run that stopped early, and what it printed."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert main(judged_run(project, "early")) == 0
+    return project / "early", text.getvalue()
+
+
+def best_of(run):
+    losses = {step: line["loss"] for step, line in lines_of(run, "eval").items()}
+    return min(losses, key=lambda step: (losses[step], step)), losses
+
+
+def test_a_run_stops_after_its_patience_and_says_why(early):
+    run, said = early
+    best, losses = best_of(run)
+    last = max(losses)
+    assert last == best + 3 < 12 and list(lines_of(run)) == list(range(1, last + 1))
+    assert f"best: step {best}, loss {losses[best]:.4f}; final/ is that one" in said
+    assert "stopped early: 3 evaluations without a better loss (eval.patience)" in said
+    assert f"done: {last} steps" in said
+
+
+def test_the_best_model_is_final_and_outlives_rotation(early):
+    run, _ = early
+    best, losses = best_of(run)
+    kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {str(best), str(max(losses))}
+    for step, same in (("best", True), (str(max(losses)), False)):
+        out = run.parent / f"early-{step}"
+        assert main(["export", str(run), str(out), "--step", step]) == 0
+        file = "model.safetensors"
+        assert ((out / file).read_bytes() == (run / "final" / file).read_bytes()) is same
+
+
+def test_a_run_that_stopped_early_is_complete(early, capsys):
+    run, said = early
+    before = (run / "metrics.jsonl").read_text()
+    model = (run / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "final")
+    capsys.readouterr()
+    assert main(judged_run(run.parent, "early")) == 0
+    assert capsys.readouterr().out in said  # but for the evaluation, which is not done again
+    assert (run / "metrics.jsonl").read_text() == before
+    assert (run / "final" / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_signal_changes_nothing_of_what_is_best(early, monkeypatch, at):
+    """The evaluation that a signal left out is made up for by the run that goes on: that of step 3
+    is the best, after that of step 6 the run is over."""
+    from jaxllm import train as module
+
+    run, _ = early
+    calls = itertools.count(1)
+
+    def evaluate(*args, **keys):
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)  # it stops after the next step
+        return module_evaluate(*args, **keys)
+
+    module_evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    args = judged_run(run.parent, f"signal-{at}")
+    other = run.parent / f"signal-{at}"
+    assert main(args) == 75
+    assert max(lines_of(other)) == at + 1 and max(lines_of(other, "eval")) == at
     assert main(args) == 0
-    evals = lines_of(project / "best", "eval")
-    best = min(evals, key=lambda step: evals[step]["loss"])
-    kept = {p.name for p in (project / "best" / "checkpoints").iterdir() if p.name.isdigit()}
-    assert kept == {str(best), "12"}
+    want, got = lines_of(run, "eval"), lines_of(other, "eval")
+    assert list(got) == list(want)
+    assert all(got[step] == want[step] for step in want)
+    a, b = (folder / "final" / "model.safetensors" for folder in (run, other))
+    assert a.read_bytes() == b.read_bytes()
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert {p.name for p in (other / "checkpoints").iterdir()} == names
+
+
+@pytest.fixture
+def slow_compiler(monkeypatch):
+    """Compiling the step takes a thousand seconds more, to whoever looks at the clock."""
+    from jaxllm import train as module
+
+    more, now, compiled = [0.0], time.perf_counter, module.compiled
+
+    def slow(*args):
+        more[0] += 1000.0
+        return compiled(*args)
+
+    monkeypatch.setattr(module, "compiled", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + more[0])
+    return more
+
+
+def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint_by_another_metric(
+    project, slow_compiler
+):
+    data = ("--data.train", str(project / "few.jsonl"), "--data.eval", str(project / "few.jsonl"))
+    epoch = ("--eval_every", "epoch", "--save.every", "epoch", "--log.every", "epoch")
+    more = ("--steps", "7", "--save.keep", "0", "--eval.metric", "eval_few_accuracy")
+    assert main(arguments(project, "sft", "epochs", *data, *epoch, *more)) == 0
+    run = project / "epochs"
+    rows = json.loads((run / "data.json").read_text())["train"]["rows"]
+    assert rows % 16  # epochs end within a batch
+    ends = {math.ceil(k * rows / 16) for k in range(1, 99)}
+    ends = [step for step in sorted(ends) if step <= 7]
+    evals = lines_of(run, "eval")
+    assert list(evals) == list(lines_of(run)) == sorted({*ends, 7})
+    kept = {int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == set(evals)
+    best = max(evals, key=lambda step: (evals[step]["accuracy"], -step))
+    saves = Checkpoints(run / "checkpoints")
+    assert saves.best() == best
+    saves.close()
+    assert slow_compiler == [1000.0]  # compiled once, in no line's time
+    assert all(line["step_seconds"] < 500 for line in lines_of(run).values())
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"),
+    [
+        (32, 16, [2, 4, 6, 8]),
+        (31, 16, [2, 4, 6, 8]),
+        (17, 16, [2, 3, 4, 5, 6, 7, 8]),
+        (40, 16, [3, 5, 8]),
+        (5, 16, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (200, 16, []),
+    ],
+)
+def test_an_epoch_ends_with_the_step_that_learns_its_last_row(rows, batch, steps):
+    every = interval(TrainConfig(batch_size=batch), "epoch", rows)
+    assert [step for step in range(1, 9) if due(every, step)] == steps
+
+
+def test_an_epoch_of_prompts_ends_with_a_rollout():
+    rl = RlSection(group_size=4, minibatches=2, iterations=3)  # 6 updates a rollout, of 8 prompts
+    cfg = TrainConfig(objective="grpo", batch_size=16, rl=rl)
+    every = interval(cfg, "epoch", 12)  # 12 prompts: one rollout and a half
+    assert [step for step in range(1, 37) if step % 6 == 0 and due(every, step, 6)] == [
+        12,
+        18,
+        30,
+        36,
+    ]
+
+
+def test_a_metric_that_is_not_logged_is_named_before_any_step(project, capsys):
+    more = ("--data.eval", str(project / "few.jsonl"), "--eval.metric", "f1")
+    args = arguments(project, "sft", "no-metric", *more)
+    refused(capsys, args, "'f1' is not logged", "accuracy", "few")
+    assert not (project / "no-metric" / "checkpoints" / "4").exists()
+
+
+# ---- what a run does not share, and mistakes
 
 
 def test_another_run_in_the_folder_is_refused(straight, capsys):

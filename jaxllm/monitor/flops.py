@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from jaxllm.config import ONLINE, TrainConfig
 from jaxllm.model.config import ModelConfig
 
 # Dense bfloat16 peak in FLOP/s of what jax calls a device, by words of its device_kind; the longest
@@ -44,24 +46,65 @@ PEAK = {
 }
 
 
-def flops_per_token(cfg: ModelConfig, length: int, frozen: bool = False) -> float:
-    """FLOPs of forward and backward (3 times the forward pass) for a token of a row of `length`.
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of an update by what it learns from: `layers` of each token in its rows (padding is
+    none), `head` of each token that has a loss weight."""
 
-    Twice the forward pass where the weights are `frozen` and have no gradient (attention's products
-    are none of weights: 3 times); what an adapter adds is not counted.
-    Counted are the products with weights, the head included and the look-up not, and causal
-    attention over the whole row, within a layer's window where it has one. Recomputation and
-    elementwise work do not count; attention does not stop at a document's start, so packed rows
-    show slightly more than they do.
+    layers: float
+    head: float
+
+
+def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]:
+    """FLOPs of a forward pass, a token: (products with the layers' weights, attention, the head).
+
+    2 for each weight. Attention is causal, in rows of `length` tokens: q·k and p·v are 2 FLOPs each
+    for each of the heads' features and each key that a query sees, (length + 1) / 2 on average or
+    fewer within a layer's window. It does not stop at a document's start here, so packed rows show
+    slightly more than they do. A reward model's head reads one token of a text and counts as none.
     """
-    Q, KV = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    layer = cfg.hidden_size * (2 * Q + 2 * KV + 3 * cfg.intermediate_size)
-    weights = cfg.num_layers * layer + cfg.hidden_size * cfg.vocab_size
+    Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = model.hidden_size * (2 * Q + 2 * KV + 3 * model.intermediate_size)
     keys = 0.0  # that a query sees on average, summed over layers
-    for kind in cfg.layer_kinds or (0,) * cfg.num_layers:
-        window = min(cfg.kinds[kind].window or length, length)
+    for kind in model.layer_kinds or (0,) * model.num_layers:
+        window = min(model.kinds[kind].window or length, length)
         keys += window - window * (window - 1) / (2 * length)
-    return (2 if frozen else 3) * 2 * weights + 3 * 4 * Q * keys
+    head = 0 if model.scores else model.hidden_size * model.vocab_size
+    return 2 * model.num_layers * layer, 4 * Q * keys, 2 * head
+
+
+def run_flops(
+    cfg: TrainConfig,
+    model: ModelConfig,
+    length: int,
+    *,
+    frozen: bool = False,
+    compares: bool = False,
+    baseline: bool = False,
+) -> Flops:
+    """FLOPs of a run's update, in rows of `length` tokens: those of a preference are 2 max_length,
+    those of an online run a prompt with its completion.
+
+    Forward and backward are 3 forward passes, of weights 2 where they are `frozen` and have no
+    gradient; what an adapter adds, recomputation and elementwise work do not count. Further forward
+    passes: that of the reference where the run `compares` with one whose log-probabilities are not
+    precomputed, and those of a `baseline`. Online, each token of a rollout is sampled, read by the
+    policy and by the reference: a forward pass each, shared by the rl.iterations updates that learn
+    from it, as the rollout's time is. A separate critic is trained and read as the policy is, but
+    has no head. What rewards compute is not counted.
+    """
+    weights, attention, head = forward_flops(model, length)
+    again = 1 / (cfg.rl.iterations or 1)  # a rollout's work, in each update that learns from it
+    if cfg.objective in ONLINE:
+        more = (2 + compares) * again
+    else:
+        reads = compares and cfg.align.reference == "model"
+        more = reads + baseline * (1 + reads)
+    once = 2 if frozen else 3
+    layers = (once + more) * weights + (3 + more) * attention
+    if cfg.objective == "ppo" and cfg.rl.critic == "separate":
+        layers += (once + again) * weights + (3 + again) * attention
+    return Flops(layers, (once + more) * head)
 
 
 def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:

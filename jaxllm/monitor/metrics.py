@@ -8,14 +8,20 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
+from jaxllm.monitor.flops import Flops
+
+COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")  # events of jax
 SECONDS = 10.0  # between lines where there is no terminal for a bar
 
 
@@ -193,6 +199,108 @@ def _drop_after(file: Path, step: int) -> None:
     new.replace(file)
 
 
+# ---- what a line holds
+
+
+def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Adds the metrics of `steps` (read from the device here) to `sums`, in float64.
+
+    Raises ValueError at the first step whose loss or gradient is not finite.
+    """
+    sums = {name: list(pair) for name, pair in sums.items()}
+    for step, metrics in zip(
+        [s for s, _ in steps], jax.device_get([m for _, m in steps]), strict=True
+    ):
+        for name, (value, weight) in metrics.items():
+            if name in ("loss", "grad_norm") and not np.isfinite(value):
+                raise ValueError(
+                    f"step {step}: {name} is {value}; the last good checkpoint is kept. A lower "
+                    "optim.learning_rate, a longer optim.warmup or optim.clip may help"
+                )
+            pair = sums.setdefault(name, [0.0, 0.0])
+            pair[0] += float(value)
+            pair[1] += float(weight)
+    return sums
+
+
+def averages(sums: dict[str, list[float]], seconds: float) -> dict[str, float]:
+    """One line of metrics.jsonl from sums over updates, without what there was none of; loss is
+    token-weighted."""
+    steps = sums["grad_norm"][1]
+    values = {k: a / w for k, (a, w) in sums.items() if w}
+    values |= {k: sums[k][0] for k in ("tokens", "loss") if k not in values}
+    return values | {
+        "tokens_per_second": values["tokens"] / max(seconds, 1e-9),
+        "step_seconds": seconds / steps,
+    }
+
+
+class Meter:
+    """Sums of the metrics since the last line, and the seconds of training since then.
+
+    sums, seconds: those of a checkpoint, to go on with. peak: FLOP/s of all devices, None where
+    that is not known; `flops` is set when the rows' length is. Within the context, what jax lowers
+    and compiles does not count as training, nor does what happens in `paused`.
+    """
+
+    def __init__(
+        self, sums: dict[str, list[float]], seconds: float, peak: float | None = None
+    ) -> None:
+        self.sums, self.peak = sums, peak
+        self.flops: Flops | None = None
+        self._window: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
+        self._clock = time.perf_counter() - seconds
+        self._paused: float | None = None
+
+    def __enter__(self) -> Meter:
+        self._thread = threading.get_ident()
+        jax.monitoring.register_event_duration_secs_listener(self._compiled)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._compiled)
+
+    def _compiled(self, event: str, duration_secs: float, **_: Any) -> None:
+        here = threading.get_ident() == self._thread
+        if here and event.endswith(COMPILING) and self._paused is None:
+            self._clock += duration_secs
+
+    def add(self, step: int, metrics: Any) -> None:
+        """The metrics of an update, still on the device."""
+        self._window.append((step, metrics))
+
+    def read(self) -> None:
+        """Waits for the steps so far. Raises when one is not finite, so that none such is saved."""
+        self.sums, self._window = total(self._window, self.sums), []
+
+    def line(self) -> dict[str, Any]:
+        """Reads the steps so far and begins anew: `averages` since the line before, and `mfu`."""
+        self.read()
+        seconds, sums = self.seconds, self.sums
+        self.sums, self._clock = {}, self._clock + seconds
+        mfu = None
+        if self.peak and self.flops:
+            tokens, learned = (sums.get(name, [0.0])[0] for name in ("tokens", "learned"))
+            done = self.flops.layers * tokens + self.flops.head * learned
+            mfu = done / max(seconds, 1e-9) / self.peak
+        return averages(sums, seconds) | {"mfu": mfu}
+
+    @property
+    def seconds(self) -> float:
+        """Of training since the last line."""
+        return (self._paused or time.perf_counter()) - self._clock
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is not training: evaluations, checkpoints, compiling."""
+        self._paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._clock += time.perf_counter() - self._paused
+            self._paused = None
+
+
 # ---- the terminal
 
 
@@ -264,6 +372,14 @@ class Progress:
             return []
         seconds = (now - self.first[1]) / done * (self.total - step)
         return [f"{timedelta(seconds=round(seconds))} left"]
+
+    def compiled(self, seconds: float) -> None:
+        """Tells that the step is compiled: the bar's text, or a line, also where the bar is off."""
+        text = f"compiled the step in {seconds:.1f} s"
+        if self.bar:
+            self.bar.update(self.task, description=text)
+        elif jax.process_index() == 0:
+            print(text, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -7,9 +7,10 @@ import jax
 import pytest
 from flax import nnx
 
+from jaxllm.config import AlignSection, RlSection, TrainConfig
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.monitor.flops import flops_per_token, memory_gib, peak_flops
+from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 
 
 def config(**keys):
@@ -33,6 +34,15 @@ def products(cfg):
     names = {"kernel"} | ({"embedding"} if cfg.tie_embeddings else set())
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return sum(leaf.size for path, leaf in leaves if path[-1].key in names)
+
+
+def flops_per_token(cfg, length, objective="pretrain", align=None, rl=None, **keys):
+    """FLOPs of a token that is learned."""
+    run = TrainConfig(
+        objective=objective, align=align or AlignSection(), rl=rl or RlSection(iterations=1)
+    )
+    found = run_flops(run, cfg, length, **keys)
+    return found.layers + found.head
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,6 +79,53 @@ def test_a_well_known_model():
     )
     attention = 6 * 32 * 4096 * 8193
     assert flops_per_token(cfg, 8192) == pytest.approx(6 * 7.504e9 + attention, rel=1e-3)
+
+
+def test_the_head_counts_for_learned_tokens_and_not_for_scores():
+    cfg = config()
+    found = run_flops(TrainConfig(), cfg, 8)
+    assert found.head == 6 * 32 * 101
+    scores = run_flops(TrainConfig(objective="reward"), config(scores=True), 8)
+    assert (scores.layers, scores.head) == (found.layers, 0)
+
+
+PRECOMPUTED = AlignSection(reference="precomputed")
+SEPARATE = RlSection(iterations=4, critic="separate")
+
+
+@pytest.mark.parametrize(
+    ("weights", "attention", "keys"),
+    [
+        (6, 3, {"objective": "sft"}),
+        (4, 3, {"objective": "sft", "frozen": True}),
+        (8, 4, {"objective": "dpo", "compares": True}),
+        (6, 4, {"objective": "dpo", "compares": True, "frozen": True}),
+        (6, 3, {"objective": "dpo", "compares": True, "align": PRECOMPUTED}),
+        (12, 6, {"objective": "kto", "compares": True, "baseline": True}),
+        (8, 4, {"objective": "kto", "compares": True, "baseline": True, "align": PRECOMPUTED}),
+        # sampling, the policy's and the reference's log-probabilities, once for 4 updates
+        (
+            6 + 6 / 4,
+            3 + 3 / 4,
+            {"objective": "ppo", "compares": True, "rl": RlSection(iterations=4)},
+        ),
+        (6 + 4, 3 + 2, {"objective": "grpo"}),
+    ],
+)
+def test_forward_passes_besides_the_policys_are_counted(weights, attention, keys):
+    cfg = config()
+    once = 4 * 3 * 4 * 12 * (7 + 1) / 2  # a forward pass of attention in rows of 7
+    want = weights * products(cfg) + attention * once
+    assert flops_per_token(cfg, 7, **keys) == pytest.approx(want)
+
+
+def test_a_separate_critic_is_a_model_without_a_head():
+    cfg, keys = config(), {"compares": True}
+    shared = run_flops(TrainConfig(objective="ppo", rl=RlSection(iterations=4)), cfg, 7, **keys)
+    separate = run_flops(TrainConfig(objective="ppo", rl=SEPARATE), cfg, 7, **keys)
+    plain = run_flops(TrainConfig(), cfg, 7)
+    assert separate.head == shared.head
+    assert separate.layers - shared.layers == pytest.approx(plain.layers * (1 + 1 / 4 / 3))
 
 
 @pytest.mark.parametrize(

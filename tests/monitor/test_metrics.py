@@ -5,13 +5,15 @@ import json
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from jaxllm.monitor import metrics as module
-from jaxllm.monitor.metrics import Metrics, Progress, track
+from jaxllm.monitor.flops import Flops
+from jaxllm.monitor.metrics import Meter, Metrics, Progress, track
 
 
 def lines(file):
@@ -193,6 +195,70 @@ def test_tensorboard_writes_event_files(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
+# ---- what a line holds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass when the test says so."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def step_of(tokens, learned=0.0):
+    ones = {name: (np.float32(1), np.float32(1)) for name in ("loss", "grad_norm")}
+    return ones | {"tokens": (np.float32(tokens), 0), "learned": (np.float32(learned), 0)}
+
+
+def test_only_training_is_timed(clock):
+    compiling = "/jax/core/compile/backend_compile_duration"
+    with Meter({}, 0.0) as meter:
+        with meter.paused():
+            clock[0] += 100  # the step is compiled
+            jax.monitoring.record_event_duration_secs(compiling, 99.0)  # within that
+        clock[0] += 30  # a rollout, 28 of which its programs were compiled
+        jax.monitoring.record_event_duration_secs(compiling, 28.0)
+        meter.add(1, step_of(50))
+        line = meter.line()
+        assert (line["step_seconds"], line["tokens_per_second"]) == (2.0, 25.0)
+        meter.add(2, step_of(50))
+        clock[0] += 4
+        with meter.paused():
+            clock[0] += 60
+            assert meter.seconds == 4.0  # what a checkpoint keeps
+        assert meter.line()["step_seconds"] == 4.0
+    clock[0] += 5
+    jax.monitoring.record_event_duration_secs(compiling, 3.0)  # nobody listens any more
+    assert meter.seconds == 5.0
+
+
+def test_a_line_of_a_resumed_run_is_of_all_its_steps(clock):
+    straight, killed = Meter({}, 0.0), Meter({}, 0.0)
+    for meter in (straight, killed):
+        clock[0] += 2
+        meter.add(1, step_of(10))
+        meter.read()
+    resumed = Meter(killed.sums, 2.0)
+    resumed.add(2, step_of(30))
+    straight.add(2, step_of(30))
+    assert resumed.line()["tokens"] == straight.line()["tokens"] == 40
+
+
+def test_mfu_is_the_flops_of_real_and_of_learned_tokens_over_the_peak(clock):
+    meter = Meter({}, 0.0, peak=1000.0)
+    meter.add(1, step_of(10, learned=4))
+    clock[0] += 2
+    meter.flops = Flops(layers=50.0, head=100.0)
+    line = meter.line()
+    assert line["mfu"] == (10 * 50 + 4 * 100) / (2 * 1000)
+    assert "learned" not in line
+    meter = Meter({}, 0.0)  # a device whose peak is not known
+    meter.flops = Flops(1.0, 1.0)
+    meter.add(1, step_of(10))
+    assert meter.line()["mfu"] is None
+
+
 # ---- the terminal
 
 
@@ -222,6 +288,9 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
         "rich.console.Console", lambda **keys: Console(**keys, force_terminal=True, width=120)
     )
     with Progress(100, start=20) as progress:
+        assert progress.bar.tasks[0].description == "compiling"
+        progress.compiled(2.0)
+        assert progress.bar.tasks[0].description == "compiled the step in 2.0 s"
         progress.update(50, **numbers())
         progress.say("[eval] loss 2")
         assert progress.bar.tasks[0].completed == 50
@@ -229,6 +298,16 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     assert "loss 2.5000" in shown
     assert "[eval] loss 2" in shown
     assert "\x1b[" in shown
+
+
+def test_compiling_is_told_off_a_terminal_and_where_the_bar_is_off(capsys, monkeypatch):
+    with Progress(10) as progress, Progress(10, enabled=False) as off:
+        progress.compiled(12.34)
+        off.compiled(0.06)
+    assert capsys.readouterr().err == "compiled the step in 12.3 s\ncompiled the step in 0.1 s\n"
+    monkeypatch.setattr(module.jax, "process_index", lambda: 1)
+    Progress(10).compiled(1.0)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("enabled", "process"), [(False, 0), (True, 1)])

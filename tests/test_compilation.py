@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compilation cache: where it lies, what is read from it, and what it must never cost."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from runs import DEVICES, ENV, arguments
+
+from jaxllm import cli
+from jaxllm.compilation import use_cache
+
+# Runs a command and prints what became of its compilations.
+COUNTED = """
+import collections, json, sys
+import jax
+from jaxllm.cli import main
+seen = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: seen.update([event.split("/")[-1]]))
+assert main(sys.argv[1:]) == 0
+print(json.dumps(seen))
+"""
+# Sums over as many devices as there are, and tells whether the program was in the cache.
+SPLIT = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxllm.compilation import use_cache
+use_cache()
+hits = []
+jax.monitoring.register_event_listener(lambda e, **_: hits.append(e) if "cache_hits" in e else None)
+x = jax.device_put(np.arange(16.0), NamedSharding(Mesh(np.array(jax.devices()), "x"), P("x")))
+print(float(jax.jit(lambda x: (x * 2).sum())(x)), len(hits) > 0)
+"""
+
+
+@pytest.fixture
+def unset(monkeypatch, tmp_path):
+    """No directory is known to JAX, and the home folder is empty."""
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    names += ("jax_persistent_cache_min_compile_time_secs",)
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield tmp_path
+    compilation_cache.reset_cache()
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_it_lies_beside_the_token_cache_is_the_users_own_and_bounded(unset):
+    use_cache()
+    folder = unset / ".cache" / "jaxllm" / "compiled"
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    assert jax.config.jax_compilation_cache_max_size == 2**31
+    assert jax.config.jax_persistent_cache_min_compile_time_secs < 1  # most programs of a small run
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # what lies there is run
+
+
+def test_a_directory_that_jax_was_told_stays_with_its_own_bounds(unset):
+    jax.config.update("jax_compilation_cache_dir", str(unset / "mine"))
+    use_cache()
+    assert jax.config.jax_compilation_cache_dir == str(unset / "mine")
+    assert jax.config.jax_compilation_cache_max_size == -1
+    use_cache(str(unset / "other"))  # asked for by name
+    assert jax.config.jax_compilation_cache_dir == str(unset / "other")
+    use_cache("off")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_directory_that_cannot_be_written_to_is_one_line(unset, capsys):
+    (unset / "file").touch()
+    use_cache(str(unset / "file" / "cache"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jaxllm: warning: no compilation cache in") and "Not a directory" in line
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_program_that_a_killed_process_left_unfinished_goes(unset):
+    folder = unset / "cache"
+    folder.mkdir()
+    for name in ("torn-cache", "whole-cache", "whole-atime", "new-cache"):
+        (folder / name).touch()
+    os.utime(folder / "torn-cache", (0, 0))
+    os.utime(folder / "whole-cache", (0, 0))
+    use_cache(str(folder))
+    left = {path.name for path in folder.iterdir()} - {".lockfile"}
+    assert left == {"whole-cache", "whole-atime", "new-cache"}  # new: may be on its way
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["eval", "--model", "m", "--data", "f"],
+        ["generate", "--model", "m", "--prompt", "a"],
+        ["chat", "--model", "m"],
+        ["export", "run", "out"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_verbs_that_compile_turn_it_on_first(monkeypatch, args):
+    class Called(Exception):
+        pass
+
+    def raising(*_):
+        raise Called
+
+    monkeypatch.setattr(cli, "use_cache", raising)
+    with pytest.raises(Called):
+        cli.main(args)
+
+
+def test_off_in_yaml_is_off(tmp_path):
+    from jaxllm.config import load_config
+
+    (tmp_path / "run.yaml").write_text("log:\n  compile_cache: off\n")  # false, to YAML
+    assert load_config("sft", str(tmp_path / "run.yaml"))[0].log.compile_cache == "off"
+    assert load_config("sft", None, ["--no-log.compile_cache"])[0].log.compile_cache == "off"
+
+
+def test_other_devices_and_flags_have_programs_of_their_own(tmp_path):
+    plain = {k: v for k, v in ENV.items() if not k.startswith("JAX_COMPILATION")}
+    plain |= {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def ran(flags):
+        command = [sys.executable, "-c", SPLIT]
+        env = plain | {"XLA_FLAGS": flags}
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        return done.stdout.split()
+
+    assert ran(DEVICES + "8") == ["240.0", "False"]
+    assert ran(DEVICES + "2") == ["240.0", "False"]
+    assert ran(DEVICES + "8 --xla_cpu_enable_fast_math=true") == ["240.0", "False"]
+    assert ran(DEVICES + "8") == ["240.0", "True"]
+
+
+def test_a_resumed_run_does_not_compile_again(project, tmp_path):
+    env = ENV | {"XLA_FLAGS": DEVICES + "1"}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # else it depends on the load
+    folder = tmp_path / "compiled"
+
+    def ran(*more):
+        more = ("--log.compile_cache", str(folder), "--save.every", "0", *more)
+        command = [sys.executable, "-c", COUNTED, *arguments(project, "pretrain", "again", *more)]
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        assert "compiled the step in" in done.stderr
+        names = {path.name for path in folder.glob("jit_*-cache")}
+        return json.loads(done.stdout.splitlines()[-1]), names
+
+    first, names = ran("--steps", "2")
+    assert first["cache_misses"] == len(names) and any(n.startswith("jit_step") for n in names)
+    again, same = ran("--steps", "4")
+    assert again["compile_requests_use_cache"] == again["cache_hits"] > 0
+    assert same == names
