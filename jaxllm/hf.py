@@ -46,7 +46,17 @@ from jaxllm.files import (
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import Key, as_reward, from_hf, key_table, normalised, to_hf
+from jaxllm.model.families import (
+    CAUSAL,
+    FAMILIES,
+    TOKEN_IDS,
+    Key,
+    as_reward,
+    from_hf,
+    key_table,
+    normalised,
+    to_hf,
+)
 from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.model.quantized import quantize
 from jaxllm.peft import interop
@@ -436,19 +446,17 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
     for generation, the end of a turn) is in the generation config, unless the tokenizer's eos is
     new to the model: then the old ids mean something else.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
     config = json.loads(model.hf_config) if model.hf_config else to_hf(model.cfg)
     generation = config.pop(GENERATION, {})
     for key in ("auto_map", "_name_or_path"):  # code that is not copied; a place on this machine
         config.pop(key, None)
-    config["architectures"] = [CLASSES[model.cfg.family]]
+    config["architectures"] = [FAMILIES[model.cfg.family].name + CAUSAL]
     config = as_reward(config) if model.cfg.scores else config
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
 
     # Explicit, since a class default may lie outside a small vocabulary.
-    filled, names = normalised(config), ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {k: filled.get(k) for k in names} if model.hf_config else dict.fromkeys(names)
+    filled = normalised(config)
+    ids = {k: filled.get(k) for k in TOKEN_IDS}
     ends = _ids(ids["eos_token_id"]) | _ids(generation.get("eos_token_id"))
     if tokenizer is not None:
         if tokenizer.eos_token_id not in ends:
@@ -456,7 +464,7 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
         if tokenizer.eos_token_id not in _ids(ids["eos_token_id"]):
             ids["eos_token_id"] = tokenizer.eos_token_id
         ends |= set(stop_ids(tokenizer))
-        ids |= {k: v for k in names[::2] if (v := getattr(tokenizer, k)) is not None}
+        ids |= {k: v for k in TOKEN_IDS[::2] if (v := getattr(tokenizer, k)) is not None}
     size = model.cfg.vocab_size
     ids = {k: v if all(i < size for i in _ids(v)) else None for k, v in ids.items()}
     ends = sorted(i for i in ends if i < size)
@@ -480,7 +488,7 @@ def save_hf(
     appears whole or not at all; one that holds nothing but a saved model is replaced, any other
     content is refused (ValueError).
     """
-    kept = str(model.embed.embedding[...].dtype) if dtype is None else dtype
+    kept = str(model.embed.embedding.get_value().dtype) if dtype is None else dtype
     check_dtype(kept)
     if model.peft.frozen:
         raise ValueError("save_hf writes plain models; use save_adapter, or save merged(model)")
@@ -525,7 +533,7 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any, adapter: str | None
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config, generation = _configs(model, str(model.embed.embedding[...].dtype), tokenizer)
+    config, generation = _configs(model, str(model.embed.embedding.get_value().dtype), tokenizer)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)

@@ -23,7 +23,9 @@ ACTIVATIONS = {
 }
 
 
-CLASSIFIER = "ForSequenceClassification"  # how transformers' name of a reward model ends
+# How transformers' names of a language model and of a reward model end.
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _same(value: Any) -> Any:
@@ -93,6 +95,8 @@ ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
 class Family:
     """How the models of one `model_type` differ from plain Llama.
 
+    name: how transformers' class names begin; scores_as: those of reward models, where they begin
+      otherwise. transformers' own tables of these names need torch.
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, those that `layer_types` names, or those
@@ -104,6 +108,7 @@ class Family:
     refused: HF keys that must be empty, each with the reason.
     """
 
+    name: str
     fixed: dict[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ACTIVATION
     window: Literal["none", "all", "typed", "switched"] = "none"
@@ -112,29 +117,35 @@ class Family:
     partial_rope: bool = False
     fused: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    scores_as: str = ""
 
 
 _BIDIRECTIONAL = {"use_bidirectional_attention": "only causal attention is supported"}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS),
+    "llama": Family("Llama", options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS),
     "mistral": Family(
+        "Mistral",
         window="all",
         refused={"layer_types": "transformers ignores it for mistral; set it to null"},
     ),
-    "qwen2": Family(fixed={"qkv_bias": True}, window="switched"),
+    "qwen2": Family("Qwen2", fixed={"qkv_bias": True}, window="switched"),
     "qwen3": Family(
+        "Qwen3",
         fixed={"qk_norm": "head"},
         options=ACTIVATION + ATTENTION_BIAS,
         window="switched",
     ),
     "gemma2": Family(
+        "Gemma2",
         fixed={"norm_offset": 1.0, "norm_placement": "sandwich"},
         options=GEMMA + ATTENTION_SOFTCAP,
         window="typed",
         refused=_BIDIRECTIONAL,
     ),
     "gemma3_text": Family(
+        "Gemma3",
+        scores_as="Gemma3Text",
         fixed={"norm_offset": 1.0, "norm_placement": "sandwich", "qk_norm": "head"},
         options=GEMMA,
         window="typed",
@@ -143,10 +154,14 @@ FAMILIES: dict[str, Family] = {
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
     ),
     "olmo2": Family(
-        fixed={"norm_placement": "post", "qk_norm": "full"}, options=ACTIVATION + ATTENTION_BIAS
+        "Olmo2",
+        fixed={"norm_placement": "post", "qk_norm": "full"},
+        options=ACTIVATION + ATTENTION_BIAS,
     ),
-    "phi3": Family(window="all", partial_rope=True, fused=True),
-    "smollm3": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS, window="switched", nope=True),
+    "phi3": Family("Phi3", window="all", partial_rope=True, fused=True),
+    "smollm3": Family(
+        "SmolLM3", options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS, window="switched", nope=True
+    ),
 }
 
 # Rope field -> HF key, by kind. `theta` and `partial` belong to all.
@@ -314,9 +329,8 @@ def is_reward(config: dict[str, Any]) -> bool:
 
 def as_reward(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a reward model of that shape."""
-    from transformers.models.auto import modeling_auto as auto
-
-    name = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
+    family = _family(config)
+    name = (family.scores_as or family.name) + CLASSIFIER
     one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [name]} | one
 
@@ -349,7 +363,9 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """
     family = _family({"model_type": cfg.family})
     config = {o.key: o.write(getattr(cfg, o.field)) for o in SHARED + family.options}
-    config |= {"model_type": cfg.family} | _write_layers(cfg)
+    config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
+    config |= _write_layers(cfg)
+    config |= dict.fromkeys(TOKEN_IDS)  # a class default may lie outside a small vocabulary
     config = as_reward(config) if cfg.scores else config
     back = from_hf(config)
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:

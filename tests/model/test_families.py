@@ -9,10 +9,11 @@ import pytest
 import torch
 from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import FAMILIES, from_hf, key_table, to_hf
+from jaxllm.model.families import FAMILIES, as_reward, from_hf, key_table, to_hf
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(
@@ -259,6 +260,14 @@ def test_to_hf_refuses_what_the_family_cannot_express():
 def test_what_cannot_be_computed_is_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(TINY | {"model_type": kind} | change)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_architectures_are_those_of_transformers(kind):
+    config = to_hf(from_hf(TINY | {"model_type": kind}))
+    reward = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]
+    assert as_reward(config)["architectures"] == [reward]
+    assert config["architectures"] == [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
