@@ -183,7 +183,7 @@ class Lora(nnx.Module):
                 kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             h = dot(x, a[...], a.get_metadata("axes")[-2:])
-        return h * self.scale(at, h.ndim).astype(h.dtype)
+        return (self.scale(at, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
     def scale(self, at: Any, ndim: int) -> jax.Array:
         """s of each rank in this layer, and of each row where rows mix adapters: [(B, 1,) R]."""
