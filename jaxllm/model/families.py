@@ -25,6 +25,7 @@ ACTIVATIONS = {
 
 # How transformers' names of a language model and of a reward model end.
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -239,6 +240,36 @@ def _write_rope(rope: Rope, family: Family) -> dict[str, Any]:
     return p
 
 
+# The keys of RoPE before transformers 5.
+OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+
+
+def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
+    """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that readers
+    before transformers 5, who take their defaults where these are absent, look for."""
+    family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
+    nested = nested if family.rope_by_type else {"full_attention": nested}
+    nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
+    p = nested["full_attention"]
+    keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}
+    if family.rope_by_type:
+        keys["rope_local_base_freq"] = nested["sliding_attention"]["rope_theta"]
+    if family.partial_rope:
+        keys["partial_rotary_factor"] = p.get("partial_rotary_factor", 1.0)
+    kind, longest = p["rope_type"], c["max_position_embeddings"]
+    scaling = {k: v for k, v in p.items() if k not in OLD_ROPE and v is not None}
+    if kind == "longrope":
+        keys["original_max_position_embeddings"] = p["original_max_position_embeddings"]
+        if not family.partial_rope:  # there a factor of its own would be passed over
+            scaling.setdefault("attention_factor", _stretch_scale(p, longest))
+    if kind == "yarn":
+        scaling.setdefault("factor", longest / p["original_max_position_embeddings"])
+    if family.partial_rope:  # phi3 read three keys, and refused more: so it is told if it differs
+        scaling = {"type": scaling.pop("rope_type")} | scaling
+        scaling.pop("original_max_position_embeddings", None)
+    return keys | {"rope_scaling": None if kind == "default" else scaling}
+
+
 def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
     """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: which layer is of which."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
@@ -306,7 +337,9 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
 
     family = _family(config)
     if config.get("quantization_config"):
-        raise ValueError("the weights are quantised (quantization_config); dequantise them first")
+        raise ValueError(
+            "the weights are quantised (quantization_config); load_hf dequantises some"
+        )
     if config.get("is_causal") is False:
         raise ValueError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
@@ -411,7 +444,7 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     layer = "model.layers.{i}."
-    keys = [Key("embed.embedding", "model.embed_tokens.weight")]
+    keys = [Key("embed.embedding", EMBED)]
 
     def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:
         keys.append(Key(f"layers.{path}.kernel", f"{layer}{name}.weight", True, rows))
@@ -439,5 +472,5 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
-        keys.append(Key("head.kernel", "lm_head.weight", True))
+        keys.append(Key("head.kernel", HEAD, True))
     return keys
