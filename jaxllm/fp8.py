@@ -79,8 +79,8 @@ def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8
     if scheme is None:
         what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
         if method == "fp8":
-            what += ", and weight_block_size does not say which of them share a scale"
-        raise ValueError(f"{what}; {_help(method, folder)}; if they are whole, remove {CONFIGS[0]}")
+            what += ", and no weight_block_size says which of them share a scale (null: all of one)"
+        raise ValueError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIGS[0]}")
     return rest, scheme
 
 
@@ -122,7 +122,7 @@ def _compressed(found: dict[str, Any]) -> Fp8 | None:
 
 def _help(method: Any, folder: Path) -> str:
     if method not in RECIPES:
-        return "transformers cannot dequantise that: load the model that was quantised"
+        return "transformers has no way to dequantise that: load the model it was made from"
     option, call = RECIPES[method]
     return (
         'dequantise them: python -c "import transformers as t; '

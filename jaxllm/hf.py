@@ -131,9 +131,10 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
         def listed(names: list[str]) -> str:
             return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
-        marked = any(name.endswith(fp8.MARKS) for name in spare)
-        hint = f"; they are of quantised weights, whose {fp8.CONFIGS[0]} " if marked else ""
-        hint += ("config.json lacks" if scheme is None else "tells otherwise") if marked else ""
+        hint = ""
+        if any(name.endswith(fp8.MARKS) for name in spare):
+            hint = f"; they are of quantised weights, and {fp8.CONFIGS[0]} in config.json "
+            hint += "is missing: restore it" if scheme is None else "describes others"
         what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
         what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
         raise ValueError(f"{folder}: by its config the checkpoint {' and '.join(what)}{hint}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers 4.57, and with it readers of its spelling of a config, make of what is written."""
+"""What transformers 4.57, and with it readers of its config spelling, make of what is written."""
 
 import os
 import subprocess
