@@ -28,6 +28,7 @@ from jaxllm.tokenizer import stop_ids
 
 # Inside a model's hf_config: what generation_config.json said.
 GENERATION = "generation_config"
+PART = 1 << 22  # numbers of the token table and the head that are compared at a time
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _has_another_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | No
         rows, *width = table.get_shape()
         if head.get_shape() != [rows, *width]:
             return True
-        step = max(1, (1 << 22) // max(1, *width))  # a few MiB of each at a time
+        step = max(1, PART // max(1, *width))
         starts = range(0, rows, step)
         parts = ((slice(i, min(i + step, rows)), slice(None)) for i in starts)
         return any((np.float32(1) * table[part] != head[part]).any() for part in parts)

@@ -13,7 +13,15 @@ from transformers.models.auto import modeling_auto
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import FAMILIES, as_reward, from_hf, key_table, to_hf
+from jaxllm.model.families import (
+    FAMILIES,
+    as_reward,
+    from_hf,
+    key_table,
+    normalised,
+    rope_keys,
+    to_hf,
+)
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(
@@ -218,6 +226,33 @@ def test_a_config_is_read_without_being_changed():
 def test_to_hf_inverts_from_hf(config):
     cfg = from_hf(config)
     assert from_hf(to_hf(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (MISTRAL_7B, dict(rope_theta=1e4, rope_scaling=None)),
+        (LLAMA_3_1_8B, dict(rope_theta=5e5, rope_scaling=LLAMA_3_1_8B["rope_scaling"])),
+        (
+            PHI_3_MINI_128K,
+            dict(
+                rope_theta=1e4,
+                rope_scaling=PHI_3_MINI_128K["rope_scaling"],
+                original_max_position_embeddings=4096,
+                partial_rotary_factor=1.0,
+            ),
+        ),
+        (GEMMA_3_1B, dict(rope_theta=1000000, rope_scaling=None, rope_local_base_freq=10000)),
+    ],
+    ids=lambda c: c.get("model_type", ""),
+)
+def test_rope_is_spelled_for_readers_before_transformers_5_too(config, want):
+    keys = rope_keys(normalised(config))
+    assert keys.pop("rope_parameters") and keys == want
+    plain = {k: v for k, v in config.items() if "rope" not in k}
+    assert (
+        from_hf(plain | want) == from_hf(plain | rope_keys(normalised(config))) == from_hf(config)
+    )
 
 
 def test_to_hf_refuses_what_the_family_cannot_express():
