@@ -194,7 +194,8 @@ def load_hf(
     mesh None = all devices along fsdp when there are several. adapter: a directory in peft's
     format, or {name: directory} of several, of which the first is in use (interop.choose). A `path`
     that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
-    that of activations. overrides: keys of its config to change (another RoPE scaling, say).
+    that of activations. overrides: keys of its config to change (another RoPE scaling, say);
+    tie_word_embeddings false lets the head of a tied model begin as its token table.
     peft: what is added and trained, its random numbers drawn by `seed`; with an adapter too, that
     gives its values. quantize_base: int8 | nf4
     holds the layers' kernels so. scores: as a reward model, whose score head is drawn by `seed`
@@ -221,6 +222,8 @@ def load_hf(
     where = {name: (file, name) for name, file in found.items()}
     if cfg.tie_embeddings and EMBED not in where and HEAD in where:
         where[EMBED] = where.pop(HEAD)
+    elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
+        where.setdefault(HEAD, where[EMBED])  # untied here: the head begins as the table
     _check_names(folder, cfg, set(where), scheme)
     where |= interop.trained_tensors(cfg, plan, saved)
     if cfg.scores and SCORE not in where:
@@ -441,8 +444,8 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     root = interop.root(model.peft)
     for t in hf_tensors(model, model.peft.saved):
         found.append(replace(t, name=root + t.name))
-        if t.name == "model.embed_tokens.weight" and model.cfg.tie_embeddings:
-            found.append(replace(t, name=f"{root}lm_head.weight"))  # as peft has the tie
+        if t.name == EMBED and model.cfg.tied_head:
+            found.append(replace(t, name=root + HEAD))  # as peft has the tie
     with new_folder(path) as part:
         write_file(part / ADAPTER, found, "float32")
         write_json(part / ADAPTER_CONFIG, interop.config_of(model))
