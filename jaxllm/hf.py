@@ -47,7 +47,7 @@ from jaxllm.files import (
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import EMBED, HEAD, Key, from_hf, key_table, to_hf
+from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
 from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.model.quantized import quantize
 from jaxllm.peft import interop
@@ -397,7 +397,10 @@ def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None
 
 
 def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = json.loads(model.hf_config) if model.hf_config else to_hf(model.cfg)
+    if model.hf_config:
+        config = json.loads(model.hf_config)
+    else:
+        config = to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
     return written_configs(config, dtype, model.cfg.vocab_size, tokenizer)
 
 

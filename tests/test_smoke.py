@@ -28,7 +28,8 @@ shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_em
 ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 for family in FAMILIES:
     config = to_hf(from_hf(shape | ids | dict(model_type=family)))
-    print(family, *config["architectures"], *to_hf(from_hf(as_reward(config)))["architectures"])
+    reward = to_hf(from_hf(as_reward(config | ids)))
+    print(family, *config["architectures"], *reward["architectures"])
 Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))
 for objective in ("sft", "reward"):
     cfg = TrainConfig(objective=objective, model=ModelSection(config="config.json"))

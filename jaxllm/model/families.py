@@ -398,9 +398,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     config = {o.key: o.write(getattr(cfg, o.field)) for o in SHARED + family.options}
     config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config |= _write_layers(cfg)
-    config |= dict.fromkeys(TOKEN_IDS)  # a class default may lie outside a small vocabulary
     config = as_reward(config) if cfg.scores else config
-    back = from_hf(config)
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may lie outside the vocabulary
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
         raise ValueError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
     return config
