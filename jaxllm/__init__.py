@@ -7,6 +7,7 @@ module when it is first used.
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -112,3 +113,12 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def _of_torch(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("PyTorch was not found")
+
+
+# transformers warns when it is imported without torch, which is never needed here. The filter is on
+# this one logger: its children and the user's levels and handlers stay as they are.
+logging.getLogger("transformers").addFilter(_of_torch)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,20 @@ def opened(file: Path) -> Any:
         return safe_open(file, framework="np")
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where the data begins, {name: dtype, shape and data_offsets}."""
+    stat = file.stat()
+    return _header(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _header(file: Path, *_: int) -> tuple[int, dict[str, Any]]:
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+        tensors = json.loads(data.read(length))
+    return 8 + length, {name: t for name, t in tensors.items() if name != "__metadata__"}
 
 
 def place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:

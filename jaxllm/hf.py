@@ -7,7 +7,6 @@ as soon as it is gathered: host memory holds one shard, or one tensor of one lay
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,9 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm import fp8
 from jaxllm.config import MeshSection, PeftSection, TrainConfig
+from jaxllm.configs import source_config, written_configs
 from jaxllm.files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -34,10 +35,10 @@ from jaxllm.files import (
     SINGLE,
     Tensor,
     check_dtype,
+    header,
     new_folder,
     opened,
     place,
-    read_json,
     resolve,
     tensor_files,
     write_file,
@@ -46,14 +47,12 @@ from jaxllm.files import (
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import Key, as_reward, from_hf, key_table, normalised, to_hf
+from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
 from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.model.quantized import quantize
 from jaxllm.peft import interop
-from jaxllm.tokenizer import save_tokenizer, stop_ids
+from jaxllm.tokenizer import save_tokenizer
 
-# Inside a model's hf_config: what generation_config.json said.
-GENERATION = "generation_config"
 # In a run folder: what the run is of, beside its weights (see save_start).
 START = "model"
 # Buffers that old files carry and nobody reads.
@@ -64,45 +63,13 @@ SCORE = "score.weight"
 # ---- a directory and its config
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The config.json of a directory or hub id, or the JSON file itself."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        file = resolve(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
-    config = read_json(file)
-    if {"objective", "optim", "data"} <= config.keys():
-        raise ValueError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
-    return config
-
-
-def _changed(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `overrides`. Raises ValueError for a key that such a model does not have."""
-    merged = config | overrides
-    kind = normalised(merged)["model_type"]
-    # As files before transformers 5 do; it takes them in, and writes others.
-    spelled = ("rope_theta", "rope_scaling", "torch_dtype", "rope_local_base_freq")
-    spelled += ("sliding_window_pattern", "partial_rotary_factor")
-    known = {*config, *normalised({"model_type": kind}), *spelled}
-    for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.overrides.{key} is no key of a {kind} config{hint}")
-    return merged
-
-
 def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
     source = cfg.model.path or str(cfg.model.config)
-    config = _changed(read_config(source), cfg.model.overrides)
-    config = as_reward(config) if cfg.objective == "reward" else config
+    config, _ = source_config(source, cfg.model.overrides, scores=cfg.objective == "reward")
     shape = from_hf(config)
     if shape.scores and cfg.objective != "reward":
         raise ValueError(f"{source} is a reward model; {cfg.objective} trains one that writes")
-    if cfg.model.path and (file := resolve(source) / "generation_config.json").is_file():
-        config[GENERATION] = read_json(file)
     return shape, config
 
 
@@ -118,11 +85,9 @@ def _hash(files: Iterable[Path]) -> str:
     """Of safetensors files: their tensors' names and places, the first and middle bytes of each."""
     hasher = xxhash.xxh3_64()
     for file in sorted(set(files)):
+        start, places = header(file)
         with file.open("rb") as data:
-            start = 8 + (length := int.from_bytes(data.read(8), "little"))
-            header = data.read(length)
-            hasher.update(header)
-            places = {name: t for name, t in json.loads(header).items() if name != "__metadata__"}
+            hasher.update(data.read(start)[8:])
             for first, end in (tensor["data_offsets"] for tensor in places.values()):
                 for at in (first, (first + end) // 2):
                     data.seek(start + at)
@@ -153,12 +118,12 @@ def _names(key: Key, cfg: ModelConfig) -> list[str]:
     return [key.name.format(i=i) for i in range(cfg.num_layers if key.stacked else 1)]
 
 
-def _check_names(folder: Path, cfg: ModelConfig, found: dict[str, Path]) -> None:
+def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     wanted = {name for key in key_table(cfg) for name in _names(key, cfg)}
-    missing = sorted(wanted - set(found))
-    spare = sorted(n for n in set(found) - wanted if not n.endswith(HARMLESS))
-    if (cfg.tie_embeddings or cfg.scores) and "lm_head.weight" in spare:
-        spare.remove("lm_head.weight")  # a second copy of the embedding; of no use to a score
+    missing = sorted(wanted - found)
+    spare = sorted(n for n in fp8.spare(found, wanted, scheme) if not n.endswith(HARMLESS))
+    if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
+        spare.remove(HEAD)  # a second copy of the embedding; of no use to a score
     if cfg.scores and SCORE in missing:
         missing.remove(SCORE)  # of a model that has not been one: it is drawn
     if missing or spare:
@@ -166,9 +131,13 @@ def _check_names(folder: Path, cfg: ModelConfig, found: dict[str, Path]) -> None
         def listed(names: list[str]) -> str:
             return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
+        hint = ""
+        if any(name.endswith(fp8.MARKS) for name in spare):
+            hint = f"; they are of quantised weights, and {fp8.CONFIGS[0]} in config.json "
+            hint += "is missing: restore it" if scheme is None else "describes others"
         what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
         what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
-        raise ValueError(f"{folder}: by its config the checkpoint {' and '.join(what)}")
+        raise ValueError(f"{folder}: by its config the checkpoint {' and '.join(what)}{hint}")
 
 
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
@@ -178,7 +147,9 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     if tuple(part.get_shape()) != want:
         raise ValueError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise ValueError(f"{name} is stored as {part.get_dtype()}, quantised; dequantise it first")
+        raise ValueError(
+            f"{name} is stored as {part.get_dtype()}, quantised, which is not read here"
+        )
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
@@ -223,7 +194,8 @@ def load_hf(
     mesh None = all devices along fsdp when there are several. adapter: a directory in peft's
     format, or {name: directory} of several, of which the first is in use (interop.choose). A `path`
     that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
-    that of activations. overrides: keys of its config to change (another RoPE scaling, say).
+    that of activations. overrides: keys of its config to change (another RoPE scaling, say);
+    tie_word_embeddings false lets the head of a tied model begin as its token table.
     peft: what is added and trained, its random numbers drawn by `seed`; with an adapter too, that
     gives its values. quantize_base: int8 | nf4
     holds the layers' kernels so. scores: as a reward model, whose score head is drawn by `seed`
@@ -235,8 +207,8 @@ def load_hf(
         check_dtype(name)
     path, named = interop.with_base(path, adapter)
     folder, saved = resolve(path), {name: interop.find(one) for name, one in named.items()}
-    config = _changed(read_config(str(folder)), overrides or {})
-    config = as_reward(config) if scores or interop.is_reward(saved) else config
+    scores = scores or interop.is_reward(saved)
+    config, scheme = source_config(str(folder), overrides or {}, scores=scores)
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     plan = interop.read_plan(cfg, saved) if saved and not peft.frozen else peft
@@ -247,13 +219,16 @@ def load_hf(
     weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
     keys, found = key_table(cfg), tensor_files(folder)
     assert {tuple(k.path.split(".")) for k in keys} == set(weights)
-    _check_names(folder, cfg, found)
-    moved = interop.trained_tensors(cfg, plan, saved)
-    if cfg.scores and SCORE not in found.keys() | moved.keys():
+    where = {name: (file, name) for name, file in found.items()}
+    if cfg.tie_embeddings and EMBED not in where and HEAD in where:
+        where[EMBED] = where.pop(HEAD)
+    elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
+        where.setdefault(HEAD, where[EMBED])  # untied here: the head begins as the table
+    _check_names(folder, cfg, set(where), scheme)
+    where |= interop.trained_tensors(cfg, plan, saved)
+    if cfg.scores and SCORE not in where:
         del weights["score", "kernel"]
-    _read_weights(cfg, weights, found, moved, partial(_held, plan, quantize_base))
-    if (folder / "generation_config.json").is_file():
-        config[GENERATION] = read_json(folder / "generation_config.json")
+    _read_weights(cfg, weights, where, scheme, partial(_held, plan, quantize_base))
     added = {name: v for name, v in flat.items() if name not in weights}
     _draw(added, partial(Decoder, cfg, dtype=dtype, **options), seed)
     model = _merged(graph, nnx.from_flat_state(weights | added), config)
@@ -298,14 +273,13 @@ def _held(plan: Peft, kind: str, path: str, variable: Any, value: jax.Array) -> 
 def _read_weights(
     cfg: ModelConfig,
     weights: dict[Any, Any],
-    found: dict[str, Path],
-    moved: dict[str, tuple[Path, str]],
+    where: dict[str, tuple[Path, str]],
+    scheme: fp8.Fp8 | None,
     held: Callable[..., Any],
 ) -> None:
-    """Fills `weights` (ShapeDtypeStructs) from the files; `moved`: tensors that lie elsewhere."""
+    """Fills `weights` (ShapeDtypeStructs); `where`: {HF tensor: (file, its name there)}."""
     keys = key_table(cfg)
     fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
-    where = {name: (file, name) for name, file in found.items()} | moved
     with ExitStack() as stack:
         files = {f: stack.enter_context(opened(f)) for f in sorted({f for f, _ in where.values()})}
         for key in keys:
@@ -313,10 +287,7 @@ def _read_weights(
             if variable is None:
                 continue  # no file has it
             like = variable.get_value()
-            parts = {}
-            for name in _names(key, cfg):
-                file, stored = where[name]
-                parts[name] = files[file].get_slice(stored)
+            parts = {n: fp8.tensor(files, where, n, scheme) for n in _names(key, cfg)}
             for name, part in parts.items():
                 one = like.shape[1:] if key.stacked else like.shape
                 _check_tensor(part, name, key, one, fused.get(key.name, 0))
@@ -425,44 +396,12 @@ def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _ids(value: int | list[int] | None) -> set[int]:
-    return set() if value is None else set(value) if isinstance(value, list) else {value}
-
-
 def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config.json, generation_config.json): the source's, with what changed since.
-
-    The tokenizer decides bos, eos and pad. Every id that ends a text (the config's, the source's
-    for generation, the end of a turn) is in the generation config, unless the tokenizer's eos is
-    new to the model: then the old ids mean something else.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
-    config = json.loads(model.hf_config) if model.hf_config else to_hf(model.cfg)
-    generation = config.pop(GENERATION, {})
-    for key in ("auto_map", "_name_or_path"):  # code that is not copied; a place on this machine
-        config.pop(key, None)
-    config["architectures"] = [CLASSES[model.cfg.family]]
-    config = as_reward(config) if model.cfg.scores else config
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-
-    # Explicit, since a class default may lie outside a small vocabulary.
-    filled, names = normalised(config), ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {k: filled.get(k) for k in names} if model.hf_config else dict.fromkeys(names)
-    ends = _ids(ids["eos_token_id"]) | _ids(generation.get("eos_token_id"))
-    if tokenizer is not None:
-        if tokenizer.eos_token_id not in ends:
-            ends = set()
-        if tokenizer.eos_token_id not in _ids(ids["eos_token_id"]):
-            ids["eos_token_id"] = tokenizer.eos_token_id
-        ends |= set(stop_ids(tokenizer))
-        ids |= {k: v for k in names[::2] if (v := getattr(tokenizer, k)) is not None}
-    size = model.cfg.vocab_size
-    ids = {k: v if all(i < size for i in _ids(v)) else None for k, v in ids.items()}
-    ends = sorted(i for i in ends if i < size)
-    given = {k: v for k, v in ids.items() if v is not None}
-    generation |= given | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
-    return config | ids, generation
+    if model.hf_config:
+        config = json.loads(model.hf_config)
+    else:
+        config = to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
+    return written_configs(config, dtype, model.cfg.vocab_size, tokenizer)
 
 
 def save_hf(
@@ -480,7 +419,7 @@ def save_hf(
     appears whole or not at all; one that holds nothing but a saved model is replaced, any other
     content is refused (ValueError).
     """
-    kept = str(model.embed.embedding[...].dtype) if dtype is None else dtype
+    kept = str(model.embed.embedding.get_value().dtype) if dtype is None else dtype
     check_dtype(kept)
     if model.peft.frozen:
         raise ValueError("save_hf writes plain models; use save_adapter, or save merged(model)")
@@ -508,8 +447,8 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     root = interop.root(model.peft)
     for t in hf_tensors(model, model.peft.saved):
         found.append(replace(t, name=root + t.name))
-        if t.name == "model.embed_tokens.weight" and model.cfg.tie_embeddings:
-            found.append(replace(t, name=f"{root}lm_head.weight"))  # as peft has the tie
+        if t.name == EMBED and model.cfg.tied_head:
+            found.append(replace(t, name=root + HEAD))  # as peft has the tie
     with new_folder(path) as part:
         write_file(part / ADAPTER, found, "float32")
         write_json(part / ADAPTER_CONFIG, interop.config_of(model))
@@ -525,7 +464,7 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any, adapter: str | None
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    config, generation = _configs(model, str(model.embed.embedding[...].dtype), tokenizer)
+    config, generation = _configs(model, str(model.embed.embedding.get_value().dtype), tokenizer)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)

@@ -22,7 +22,7 @@ MODULES = {
 # Imports run downward, from a later line to the same or an earlier one.
 FLOORS = (
     ("config", "sections", "checks", "aliases", "deepspeed", "mesh", "compilation"),
-    ("model", "peft", "data", "tokenizer", "files", "monitor"),
+    ("model", "peft", "data", "tokenizer", "files", "fp8", "configs", "monitor"),
     ("objectives", "optim"),
     ("checkpoint", "hf", "exports", "evaluate", "rollout", "step", "reference", "scoring"),
     ("train", "align", "plan", "compare"),

@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +16,29 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jaxllm import hf
+from jaxllm import configs, hf
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
+from jaxllm.configs import read_config
 from jaxllm.exports import export
 from jaxllm.files import resolve
-from jaxllm.hf import START, load_hf, load_model, read_config, save_hf, save_start
+from jaxllm.hf import (
+    START,
+    load_hf,
+    load_model,
+    model_config,
+    save_adapter,
+    save_hf,
+    save_start,
+)
 from jaxllm.mesh import axes_of, make_mesh, spec
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
+from jaxllm.model.families import EMBED, HEAD
 from jaxllm.rollout import Sampling, generate
 from jaxllm.tokenizer import load_tokenizer, train_tokenizer
 
@@ -35,6 +47,7 @@ MESHES = {
     "tensor 4 x fsdp 2": MeshSection(fsdp=2, tensor=4),
     "data 4 x fsdp 2": MeshSection(data=4, fsdp=2),
 }
+TOKENS = [1, 2, 3, 5, 8, 13]
 SHAPE: dict[str, Any] = dict(
     vocab_size=136,
     hidden_size=32,
@@ -228,6 +241,93 @@ def test_tied_weights_are_written_once_and_a_second_copy_is_passed_over(tmp_path
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
+def logits_of(model: Any, tokens: list[int]) -> np.ndarray:
+    """Of a model of either library, float32 [T, V]."""
+    if isinstance(model, Decoder):
+        return np.asarray(model(jnp.asarray([tokens])))[0]
+    with torch.no_grad():
+        return model.eval()(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """A tied model whose file has a head of its own, and transformers' logits of it."""
+    folder = tmp_path_factory.mktemp("apart")
+    write_model(folder, tie_word_embeddings=True)
+    rewrite(folder, put(HEAD, torch.randn(136, 32)))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    return folder, logits_of(theirs, TOKENS)
+
+
+def test_a_tied_config_with_another_head_is_read_untied_and_written_so(apart, tmp_path):
+    folder, want = apart
+    model = load_hf(str(folder), mesh=make_mesh(MESHES["fsdp 8"]))
+    np.testing.assert_allclose(logits_of(model, TOKENS), want, atol=1e-4)
+    save_hf(model, str(tmp_path / "out"))
+    assert read_config(str(tmp_path / "out"))["tie_word_embeddings"] is False
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits_of(again, TOKENS), want, atol=1e-4)
+
+
+def test_a_run_of_a_tied_config_with_another_head_is_untied(apart):
+    shape, config = model_config(TrainConfig(model=ModelSection(path=str(apart[0]))))
+    assert not shape.tie_embeddings and not config["tie_word_embeddings"]
+    asked = ModelSection(path=str(apart[0]), overrides={"tie_word_embeddings": True})
+    assert model_config(TrainConfig(model=asked))[0].tie_embeddings
+
+
+def test_one_number_of_the_head_is_enough_and_its_dtype_is_not(tmp_path):
+    """Also where it lies in the last rows of a table that is compared part by part."""
+    write_model(tmp_path, tie_word_embeddings=True, dtype=torch.bfloat16)
+
+    def add(tensors):
+        tensors[HEAD] = tensors[EMBED].float()
+
+    rewrite(tmp_path, add)
+    assert load_hf(str(tmp_path)).head is None
+
+    def change(tensors):
+        tensors[HEAD][-1, -1] += 1e-3
+
+    rewrite(tmp_path, change)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "PART", 32 * 50)
+        assert load_hf(str(tmp_path)).head is not None
+
+
+def test_a_tied_model_kept_as_its_head_alone_is_read(tmp_path):
+    model = write_model(tmp_path, tie_word_embeddings=True)
+
+    def rename(tensors):
+        tensors[HEAD] = tensors.pop(EMBED)
+
+    rewrite(tmp_path, rename)
+    want = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), TOKENS)
+    np.testing.assert_array_equal(want, logits_of(model, TOKENS))
+    np.testing.assert_allclose(logits_of(load_hf(str(tmp_path)), TOKENS), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_adapters_of_a_tied_config_with_another_head_are_those_of_peft(apart, tmp_path, saved):
+    base = AutoModelForCausalLM.from_pretrained(apart[0])
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=[saved], init_lora_weights=False)
+    theirs = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_hf(str(apart[0]), adapter=str(tmp_path / "theirs"))
+    want = logits_of(theirs, TOKENS)
+    assert np.abs(want - apart[1]).max() > 1
+    np.testing.assert_allclose(logits_of(ours, TOKENS), want, atol=1e-3)
+    save_adapter(ours, str(tmp_path / "ours"))
+    base = AutoModelForCausalLM.from_pretrained(apart[0])
+    back = PeftModel.from_pretrained(base, tmp_path / "ours")
+    np.testing.assert_allclose(logits_of(back, TOKENS), want, atol=1e-3)
+
+
 def test_the_sources_config_is_kept_and_brought_up_to_date(tmp_path):
     write_model(tmp_path / "in", "phi3", dtype=torch.bfloat16)
     file = tmp_path / "in" / "config.json"
@@ -252,7 +352,7 @@ def test_generation_settings_survive_and_know_every_end(tmp_path, tokenizer):
     save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"), tokenizer=tokenizer)
     new = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert new["eos_token_id"] == sorted([tokenizer.eos_token_id, 77, end_of_turn])
+    assert new["eos_token_id"] == [tokenizer.eos_token_id, 77, end_of_turn]
     assert new["temperature"] == 0.6 and new["pad_token_id"] == tokenizer.pad_token_id
     assert "generation_config" not in read_config(str(tmp_path / "out"))
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -261,6 +361,27 @@ def test_generation_settings_survive_and_know_every_end(tmp_path, tokenizer):
     assert again.chat_template == tokenizer.chat_template
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.generation_config.eos_token_id == new["eos_token_id"]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [
+        (99, None, 99),
+        (99, 98, [98, 99]),
+        (9, [100, 9], [100, 9]),
+        (9, [9], [9]),
+        ([101, 9], None, [101, 9]),
+        ([101, 9], [9, 102, 101], [9, 102, 101]),
+    ],
+)
+def test_the_order_and_form_of_eos_are_kept(tmp_path, config, generation, want):
+    write_model(tmp_path / "in", eos_token_id=config)
+    file = tmp_path / "in" / "generation_config.json"
+    file.write_text(json.dumps({} if generation is None else {"eos_token_id": generation}))
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"))
+    assert read_config(str(tmp_path / "out"))["eos_token_id"] == config
+    out = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert out["eos_token_id"] == want
 
 
 def test_the_ends_of_a_replaced_tokenizer_are_forgotten(tmp_path, tokenizer):
@@ -296,6 +417,42 @@ def test_overrides_change_the_config_that_is_saved(tmp_path):
     assert model.cfg.ropes[0].kind == "linear"
     save_hf(model, str(tmp_path / "out"))
     assert read_config(str(tmp_path / "out"))["rope_parameters"] == rope
+
+
+def respell(folder: Path, **rope: Any) -> None:
+    """Writes a config's RoPE as of these keys alone."""
+    config = read_config(str(folder))
+    config = {k: v for k, v in config.items() if "rope" not in k}
+    (folder / "config.json").write_text(json.dumps(config | rope))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_theta=7e3, rope_scaling=dict(type="linear", factor=2.0)),
+        dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e3)),
+        dict(
+            rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=7e3),
+            rope_theta=7e3,
+            rope_scaling=dict(rope_type="linear", factor=2.0),
+        ),
+    ],
+    ids=["old", "new", "both"],
+)
+def test_overrides_of_rope_hold_in_either_spelling_over_either(tmp_path, rope):
+    write_model(tmp_path)
+    respell(tmp_path, **rope)
+    linear = Rope(7e3, "linear", factor=2.0)
+    for overrides, want in (
+        ({}, linear),
+        ({"rope_theta": 9e3}, replace(linear, theta=9e3)),
+        ({"rope_scaling": None}, Rope(7e3)),
+        ({"rope_scaling": dict(rope_type="linear", factor=3.0)}, replace(linear, factor=3.0)),
+        ({"rope_parameters": dict(rope_type="default")}, Rope(7e3)),
+        ({"rope_parameters": dict(rope_type="default", rope_theta=5.0)}, Rope(5.0)),
+    ):
+        source = ModelSection(path=str(tmp_path), overrides=overrides)
+        assert model_config(TrainConfig(model=source))[0].ropes == (want,), overrides
 
 
 def test_a_random_model_does_not_depend_on_the_mesh(tmp_path):

@@ -250,6 +250,17 @@ def test_adapters_of_reward_models_go_to_peft_and_back(tmp_path, base, model, na
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_a_tied_base_has_no_head_that_an_adapter_of_its_table_would_be_tied_to(tmp_path):
+    magnified(hf_config("qwen2")).save_pretrained(tmp_path / "base")
+    section = PeftSection(method="lora", r=4, modules_to_save=("embed_tokens",))
+    ours, folder = trained(str(tmp_path / "base"), section), str(tmp_path / "adapter")
+    save_adapter(ours, folder)
+    want = scored(ours, *rows_of([some_texts()]))[0]
+    np.testing.assert_allclose(padded_in_torch(in_peft(folder), some_texts()), want, atol=1e-4)
+    again = load_hf(folder, mesh=one_device())
+    np.testing.assert_allclose(scored(again, *rows_of([some_texts()]))[0], want, atol=1e-5)
+
+
 @pytest.mark.parametrize("saves", [None, ["score"]])
 def test_an_adapter_that_peft_made_is_read(tmp_path, base, saves):
     config = peft.LoraConfig(

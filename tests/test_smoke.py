@@ -2,9 +2,40 @@
 """The main path in a minute, without torch: train, save, load, generate, tune by LoRA."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+
+WITHOUT_TORCH = """
+import importlib, json, pkgutil, sys
+sys.modules["torch"] = None  # as if it were not installed
+import jaxllm
+for module in pkgutil.walk_packages(jaxllm.__path__, "jaxllm."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import transformers
+assert not transformers.is_torch_available()
+from pathlib import Path
+from jaxllm.config import ModelSection, TrainConfig
+from jaxllm.hf import blank_model, save_start
+from jaxllm.mesh import MeshSection, make_mesh
+from jaxllm.model.families import FAMILIES, as_reward, from_hf, to_hf
+tokenizer = jaxllm.train_tokenizer([], "tokenizer", 300, texts=["some text " * 20])
+shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_embeddings=64)
+ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+for family in FAMILIES:
+    config = to_hf(from_hf(shape | ids | dict(model_type=family)))
+    reward = to_hf(from_hf(as_reward(config | ids)))
+    print(family, *config["architectures"], *reward["architectures"])
+Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))
+for objective in ("sft", "reward"):
+    cfg = TrainConfig(objective=objective, model=ModelSection(config="config.json"))
+    model = blank_model(cfg, make_mesh(MeshSection()))
+    save_start(model, Path(objective), jaxllm.load_tokenizer("tokenizer"))
+"""
 
 
 def test_pretrain_then_load_then_generate_then_lora(tmp_path):
@@ -54,3 +85,16 @@ def test_pretrain_then_load_then_generate_then_lora(tmp_path):
     want = jaxllm.load_hf(str(tuned.final))(np.ones((1, 5), np.int32))
     got = jaxllm.load_hf(str(tmp_path / "merged"))(np.ones((1, 5), np.int32))
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_without_torch_every_family_is_read_and_written_and_nothing_is_said(tmp_path):
+    from jaxllm.model.families import FAMILIES
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert len(done.stdout.splitlines()) == len(FAMILIES)
+    assert "gemma3_text Gemma3ForCausalLM Gemma3TextForSequenceClassification" in done.stdout
+    written = json.loads((tmp_path / "reward" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForSequenceClassification"]

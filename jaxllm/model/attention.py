@@ -104,12 +104,15 @@ def _plain(
     by block, else all at once."""
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
-    q = (q_BTHK * jnp.asarray(scale, q_BTHK.dtype)).astype(k_BNSK.dtype)
     size = _block_size(T) if isinstance(offset, int) and T + offset == S else T
     front = -offset % size if size < T else 0  # so that blocks of keys begin where the row does
     queries = partial(_split, size=size)
     keys = partial(_split, size=size if size < T else S, front=front)
-    q = queries(q, 1).reshape(-1, B, size, N, H // N, K).transpose(0, 1, 3, 4, 2, 5)
+    q = (
+        queries(q_BTHK.astype(k_BNSK.dtype), 1)
+        .reshape(-1, B, size, N, H // N, K)
+        .transpose(0, 1, 3, 4, 2, 5)
+    )
     k, v = keys(k_BNSK, 2), keys(v_BNSK, 2)
     at = (
         queries(q_segments, 1, fill=NOWHERE),
@@ -117,7 +120,7 @@ def _plain(
         queries(q_positions, 1),
         (jnp.asarray(offset), jnp.asarray(-front)),
     )
-    out: Any = _attend(q, k, v, at, window, softcap)  # [n, B, N, G, size, K]
+    out: Any = _attend(q, k, v, at, scale, window, softcap)  # [n, B, N, G, size, K]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, K)[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -168,26 +171,27 @@ def _pairs(at: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array
     return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, at, window: int | None, softcap: float) -> Any:
-    """q [n, B, N, G, T, K] (scaled), k and v [m, B, N, S, K] in blocks -> as q.
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, at, scale: float, window: int | None, softcap: float) -> Any:
+    """q [n, B, N, G, T, K], k and v [m, B, N, S, K] in blocks -> as q.
 
     at: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the places of the
     first query and the first key.
     """
-    return _forward(q, k, v, at, window, softcap)[0]
+    return _forward(q, k, v, at, scale, window, softcap)[0]
 
 
 def _slot(x: jax.Array, i: Any) -> jax.Array:
     return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
-def _scores(q, k, at: Any, i: Any, j: Any, window: int | None, softcap: float) -> jax.Array:
-    """float32 [B, N, G, T, S] of two blocks, soft-capped; -1e30 where a query must not look."""
+def _scores(q, k, at: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
+    """float32 [B, N, G, T, S] of two blocks, scaled in float32 (a bfloat16 scale or product would
+    be off by up to 0.4 %) and soft-capped; -1e30 where a query must not look."""
     q_segments, k_segments, q_positions, (first_query, first_key) = at
     (_, B, N, G, T, K), S = q.shape, k.shape[3]
     scores = _product(_slot(q, i).reshape(B, N, G * T, K), _slot(k, j), (3, 3))
-    scores = softcapped(scores.reshape(B, N, G, T, S), softcap)
+    scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
     segments = _slot(q_segments, i), _slot(k_segments, j)
     places = first_query + i * T + jnp.arange(T), first_key + j * S + jnp.arange(S)
     mask = visible(*segments, _slot(q_positions, i), *places, window)
@@ -200,12 +204,12 @@ def _over_pairs(visit: Any, sums: Any, at: Any, window: int | None) -> Any:
     return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, at, window: int | None, softcap: float):
+def _forward(q, k, v, at, scale: float, window: int | None, softcap: float):
     n, B, N, G, T, K = q.shape
 
     def look(i: Any, j: Any) -> tuple[jax.Array, ...]:
         """Of a pair: the highest score, Σ exp(score - it), Σ exp(score - it) v."""
-        scores = _scores(q, k, at, i, j, window, softcap)
+        scores = _scores(q, k, at, i, j, scale, window, softcap)
         top = jnp.max(scores, -1, keepdims=True)
         probs = jnp.exp(scores - top)
         total = jnp.sum(probs, -1, keepdims=True)
@@ -231,7 +235,7 @@ def _forward(q, k, v, at, window: int | None, softcap: float):
     return out, (q, k, v, at, out, lse)
 
 
-def _backward(window: int | None, softcap: float, saved, g):
+def _backward(scale: float, window: int | None, softcap: float, saved, g):
     q, k, v, at, out, lse = saved
     n, B, N, G, T, K = q.shape
     g = g.astype(v.dtype)
@@ -241,13 +245,13 @@ def _backward(window: int | None, softcap: float, saved, g):
         return x.reshape(B, N, G * T, x.shape[-1])
 
     def visit(i: Any, j: Any, sums: Any) -> Any:
-        scores = _scores(q, k, at, i, j, window, softcap)
+        scores = _scores(q, k, at, i, j, scale, window, softcap)
         probs = jnp.exp(scores - _slot(lse, i)[..., None])
         slope = _product(rows(_slot(g, i)), _slot(v, j), (3, 3)).reshape(probs.shape)
         slope = probs * (slope - _slot(inner, i)[..., None])
         if softcap:
             slope = slope * (1.0 - jnp.square(jnp.where(scores > -1e29, scores, 0.0) / softcap))
-        slope = rows(slope.astype(q.dtype))
+        slope = rows((scale * slope).astype(q.dtype))
         dq = _product(slope, _slot(k, j), (3, 2)).reshape(B, N, G, T, K)
         dk = _product(slope, rows(_slot(q, i)), (2, 2))
         dv = _product(rows(probs.astype(v.dtype)), rows(_slot(g, i)), (2, 2))

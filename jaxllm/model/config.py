@@ -69,3 +69,8 @@ class ModelConfig:
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the token table is the head too; a reward model has no such head."""
+        return self.tie_embeddings and not self.scores

@@ -23,7 +23,10 @@ ACTIVATIONS = {
 }
 
 
-CLASSIFIER = "ForSequenceClassification"  # how transformers' name of a reward model ends
+# How transformers' names of a language model and of a reward model end.
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _same(value: Any) -> Any:
@@ -93,6 +96,8 @@ ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
 class Family:
     """How the models of one `model_type` differ from plain Llama.
 
+    name: how transformers' class names begin; scores_as: those of reward models, where they begin
+      otherwise. transformers' own tables of these names need torch.
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, those that `layer_types` names, or those
@@ -104,6 +109,7 @@ class Family:
     refused: HF keys that must be empty, each with the reason.
     """
 
+    name: str
     fixed: dict[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ACTIVATION
     window: Literal["none", "all", "typed", "switched"] = "none"
@@ -112,29 +118,35 @@ class Family:
     partial_rope: bool = False
     fused: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    scores_as: str = ""
 
 
 _BIDIRECTIONAL = {"use_bidirectional_attention": "only causal attention is supported"}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS),
+    "llama": Family("Llama", options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS),
     "mistral": Family(
+        "Mistral",
         window="all",
         refused={"layer_types": "transformers ignores it for mistral; set it to null"},
     ),
-    "qwen2": Family(fixed={"qkv_bias": True}, window="switched"),
+    "qwen2": Family("Qwen2", fixed={"qkv_bias": True}, window="switched"),
     "qwen3": Family(
+        "Qwen3",
         fixed={"qk_norm": "head"},
         options=ACTIVATION + ATTENTION_BIAS,
         window="switched",
     ),
     "gemma2": Family(
+        "Gemma2",
         fixed={"norm_offset": 1.0, "norm_placement": "sandwich"},
         options=GEMMA + ATTENTION_SOFTCAP,
         window="typed",
         refused=_BIDIRECTIONAL,
     ),
     "gemma3_text": Family(
+        "Gemma3",
+        scores_as="Gemma3Text",
         fixed={"norm_offset": 1.0, "norm_placement": "sandwich", "qk_norm": "head"},
         options=GEMMA,
         window="typed",
@@ -143,10 +155,14 @@ FAMILIES: dict[str, Family] = {
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
     ),
     "olmo2": Family(
-        fixed={"norm_placement": "post", "qk_norm": "full"}, options=ACTIVATION + ATTENTION_BIAS
+        "Olmo2",
+        fixed={"norm_placement": "post", "qk_norm": "full"},
+        options=ACTIVATION + ATTENTION_BIAS,
     ),
-    "phi3": Family(window="all", partial_rope=True, fused=True),
-    "smollm3": Family(options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS, window="switched", nope=True),
+    "phi3": Family("Phi3", window="all", partial_rope=True, fused=True),
+    "smollm3": Family(
+        "SmolLM3", options=ACTIVATION + ATTENTION_BIAS + MLP_BIAS, window="switched", nope=True
+    ),
 }
 
 # Rope field -> HF key, by kind. `theta` and `partial` belong to all.
@@ -224,6 +240,36 @@ def _write_rope(rope: Rope, family: Family) -> dict[str, Any]:
     return p
 
 
+# The keys of RoPE before transformers 5.
+OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+
+
+def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
+    """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that readers
+    before transformers 5, who take their defaults where these are absent, look for."""
+    family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
+    nested = nested if family.rope_by_type else {"full_attention": nested}
+    nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
+    p = nested["full_attention"]
+    keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}
+    if family.rope_by_type:
+        keys["rope_local_base_freq"] = nested["sliding_attention"]["rope_theta"]
+    if family.partial_rope:
+        keys["partial_rotary_factor"] = p.get("partial_rotary_factor", 1.0)
+    kind, longest = p["rope_type"], c["max_position_embeddings"]
+    scaling = {k: v for k, v in p.items() if k not in OLD_ROPE and v is not None}
+    if kind == "longrope":
+        keys["original_max_position_embeddings"] = p["original_max_position_embeddings"]
+        if not family.partial_rope:  # there a factor of its own would be passed over
+            scaling.setdefault("attention_factor", _stretch_scale(p, longest))
+    if kind == "yarn":
+        scaling.setdefault("factor", longest / p["original_max_position_embeddings"])
+    if family.partial_rope:  # phi3 read three keys, and refused more: so it is told if it differs
+        scaling = {"type": scaling.pop("rope_type")} | scaling
+        scaling.pop("original_max_position_embeddings", None)
+    return keys | {"rope_scaling": None if kind == "default" else scaling}
+
+
 def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
     """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: which layer is of which."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
@@ -291,7 +337,9 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
 
     family = _family(config)
     if config.get("quantization_config"):
-        raise ValueError("the weights are quantised (quantization_config); dequantise them first")
+        raise ValueError(
+            "the weights are quantised (quantization_config); load_hf dequantises some"
+        )
     if config.get("is_causal") is False:
         raise ValueError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
@@ -314,9 +362,8 @@ def is_reward(config: dict[str, Any]) -> bool:
 
 def as_reward(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a reward model of that shape."""
-    from transformers.models.auto import modeling_auto as auto
-
-    name = auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]
+    family = _family(config)
+    name = (family.scores_as or family.name) + CLASSIFIER
     one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [name]} | one
 
@@ -349,9 +396,10 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """
     family = _family({"model_type": cfg.family})
     config = {o.key: o.write(getattr(cfg, o.field)) for o in SHARED + family.options}
-    config |= {"model_type": cfg.family} | _write_layers(cfg)
+    config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
+    config |= _write_layers(cfg)
     config = as_reward(config) if cfg.scores else config
-    back = from_hf(config)
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may lie outside the vocabulary
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
         raise ValueError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
     return config
@@ -395,7 +443,7 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     layer = "model.layers.{i}."
-    keys = [Key("embed.embedding", "model.embed_tokens.weight")]
+    keys = [Key("embed.embedding", EMBED)]
 
     def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:
         keys.append(Key(f"layers.{path}.kernel", f"{layer}{name}.weight", True, rows))
@@ -423,5 +471,5 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
-        keys.append(Key("head.kernel", "lm_head.weight", True))
+        keys.append(Key("head.kernel", HEAD, True))
     return keys

@@ -183,6 +183,8 @@ def read_plan(cfg: ModelConfig, adapters: Mapping[str, Saved]) -> Peft:
     plans: list[Any] = []
     for saved in adapters.values():
         section = section_of(saved.config)
+        if cfg.tied_head and "lm_head" in _ends(section.target_modules + section.modules_to_save):
+            raise ValueError(_untie(saved, "adapts lm_head, which is the token table here"))
         plan = METHODS[section.method][0](cfg, section, strict=False)
         if isinstance(plan, LoraPeft):
             _check_tied(cfg, saved, plan)
@@ -219,11 +221,22 @@ def _check_tied(cfg: ModelConfig, saved: Saved, plan: LoraPeft) -> None:
     whole = "embed.embedding" in plan.saved
     adapted = any(t.path == EMBED for t in plan.targets)
     tied = bool(saved.config.get("ensure_weight_tying"))
-    if cfg.tie_embeddings and ((whole and not tied) or (adapted and tied)):
-        raise ValueError(
-            f"{saved.folder / ADAPTER_CONFIG}: ensure_weight_tying is {str(tied).lower()}, so the "
-            "adapter treats embed_tokens and the head, which are one here, in a way not done here"
-        )
+    if cfg.tied_head and ((whole and not tied) or (adapted and tied)):
+        what = f"has ensure_weight_tying {str(tied).lower()}, so that embed_tokens and the head, "
+        raise ValueError(_untie(saved, f"{what}which are one here, would differ"))
+
+
+def _ends(modules: tuple[str, ...]) -> set[str]:
+    return {name.rpartition(".")[2] for name in modules}
+
+
+def _untie(saved: Saved, what: str) -> str:
+    base = saved.config.get("base_model_name_or_path")
+    return (
+        f"{saved.folder / ADAPTER_CONFIG} {what}; load it over an untied copy: "
+        f"jaxllm.save_hf(jaxllm.load_hf({base!r}, overrides={{'tie_word_embeddings': False}}), "
+        "'untied')"
+    )
 
 
 def shares(plan: Peft, chosen: Choice) -> tuple[float, ...]:
@@ -492,7 +505,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    if cfg.tie_embeddings and "embed.embedding" in plan.saved:
+    if cfg.tied_head and "embed.embedding" in plan.saved:
         config["ensure_weight_tying"] = True
     return config
 

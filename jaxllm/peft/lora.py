@@ -183,7 +183,7 @@ class Lora(nnx.Module):
                 kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             h = dot(x, a[...], a.get_metadata("axes")[-2:])
-        return h * self.scale(at, h.ndim).astype(h.dtype)
+        return (self.scale(at, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
     def scale(self, at: Any, ndim: int) -> jax.Array:
         """s of each rank in this layer, and of each row where rows mix adapters: [(B, 1,) R]."""
@@ -355,7 +355,7 @@ def merged(model: Decoder) -> Decoder:
     table = whole.embed.embedding[...]
     fold(whole)
     cfg, weights = model.cfg, nnx.state(whole, nnx.Param)
-    if cfg.tie_embeddings and any(t.path == EMBED for t in plan.targets):
+    if cfg.tied_head and any(t.path == EMBED for t in plan.targets):
         cfg = replace(cfg, tie_embeddings=False)
         weights["head"] = nnx.State({"kernel": nnx.Param(table.T, axes=HEAD_AXES)})
     options: Any = dict(compute_dtype=model.compute_dtype, remat=model.remat)
@@ -403,7 +403,7 @@ def _check_named(cfg: ModelConfig, key: str, entries: Iterable[str], form: str =
     for entry in entries:
         if not any(_matches(form.format(entry), name) for name in there):
             known = dict.fromkeys(name.rpartition(".")[2] for name in there)
-            tied = " (the head is the token table: embed_tokens)" if cfg.tie_embeddings else ""
+            tied = " (the head is the token table: embed_tokens)" if cfg.tied_head else ""
             raise ValueError(
                 f"peft.{key}: {entry!r} matches nothing; the model has {', '.join(known)}{tied}, "
                 f"or say {ALL_LINEAR}"

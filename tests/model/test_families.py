@@ -9,10 +9,19 @@ import pytest
 import torch
 from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import FAMILIES, from_hf, key_table, to_hf
+from jaxllm.model.families import (
+    FAMILIES,
+    as_reward,
+    from_hf,
+    key_table,
+    normalised,
+    rope_keys,
+    to_hf,
+)
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(
@@ -219,6 +228,33 @@ def test_to_hf_inverts_from_hf(config):
     assert from_hf(to_hf(cfg)) == cfg
 
 
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (MISTRAL_7B, dict(rope_theta=1e4, rope_scaling=None)),
+        (LLAMA_3_1_8B, dict(rope_theta=5e5, rope_scaling=LLAMA_3_1_8B["rope_scaling"])),
+        (
+            PHI_3_MINI_128K,
+            dict(
+                rope_theta=1e4,
+                rope_scaling=PHI_3_MINI_128K["rope_scaling"],
+                original_max_position_embeddings=4096,
+                partial_rotary_factor=1.0,
+            ),
+        ),
+        (GEMMA_3_1B, dict(rope_theta=1000000, rope_scaling=None, rope_local_base_freq=10000)),
+    ],
+    ids=lambda c: c.get("model_type", ""),
+)
+def test_rope_is_spelled_for_readers_before_transformers_5_too(config, want):
+    keys = rope_keys(normalised(config))
+    assert keys.pop("rope_parameters") and keys == want
+    plain = {k: v for k, v in config.items() if "rope" not in k}
+    assert (
+        from_hf(plain | want) == from_hf(plain | rope_keys(normalised(config))) == from_hf(config)
+    )
+
+
 def test_to_hf_refuses_what_the_family_cannot_express():
     cfg = from_hf(TINY | {"model_type": "llama"})
     values = {f: getattr(cfg, f) for f in cfg.__dataclass_fields__}
@@ -259,6 +295,14 @@ def test_to_hf_refuses_what_the_family_cannot_express():
 def test_what_cannot_be_computed_is_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(TINY | {"model_type": kind} | change)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_architectures_are_those_of_transformers(kind):
+    config = to_hf(from_hf(TINY | {"model_type": kind}))
+    reward = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]
+    assert as_reward(config)["architectures"] == [reward]
+    assert config["architectures"] == [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

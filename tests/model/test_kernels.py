@@ -33,16 +33,17 @@ def test_a_first_key_and_causality_are_what_attention_sees(window):
 @pytest.mark.parametrize("dtype, fused", [("bfloat16", True), ("float32", False)])
 def test_whole_rows_of_bfloat16_go_to_the_kernel_and_others_do_not(monkeypatch, dtype, fused):
     segments, seen = jnp.asarray(SEGMENTS), []
-    q = jnp.ones((*segments.shape, 4, 8), dtype)
+    q = jnp.full((*segments.shape, 4, 8), 1.5, dtype)
     k = v = jnp.ones((len(segments), 2, segments.shape[1], 8), dtype)
 
     def attend(kernel, q, k, v, segments, **options):
         seen.append((kernel, q.shape, k.shape, v.shape))
+        assert options["scale"] == 144**-0.5 and (q == 1.5).all()  # scaled there, in float32
         return q
 
     monkeypatch.setattr(attention, "GPU_KERNEL", "mosaic")
     monkeypatch.setattr(kernels, "attend", attend)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    attention.attention(q, k, v, segments, segments, segments, scale=0.5)
+    attention.attention(q, k, v, segments, segments, segments, scale=144**-0.5)
     heads = tuple((3, 16, n, 8) for n in (4, 2, 2))
     assert seen == ([("mosaic", *heads)] if fused else [])

@@ -285,6 +285,28 @@ def test_ten_steps_of_virtual_tokens(tmp_path, kind):
 # ---- several adapters, and what is refused
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=QV, modules_to_save=["embed_tokens", "lm_head"]),
+        dict(target_modules=QV, modules_to_save=["embed_tokens"]),
+        dict(target_modules=[*QV, "lm_head"]),
+    ],
+    ids=["both saved", "table saved", "head adapted"],
+)
+def test_an_adapter_that_unties_a_model_is_read_over_an_untied_copy(tmp_path, monkeypatch, options):
+    """And refused over the model itself, in words that make that copy."""
+    base, tokens = base_in(tmp_path, "qwen2"), some_tokens()
+    theirs = randomise(peft.get_peft_model(torch_base(base), peft.LoraConfig(**options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="over an untied copy: ") as error:
+        load_hf(base, adapter=str(tmp_path / "theirs"))
+    monkeypatch.chdir(tmp_path)
+    exec("import jaxllm; " + str(error.value).partition("copy: ")[2])
+    ours = load_hf("untied", adapter="theirs", mesh=one_device())
+    np.testing.assert_allclose(logits_of(ours, tokens), torch_logits(theirs, tokens), atol=1e-3)
+
+
 def two_adapters(tmp_path):
     base = base_in(tmp_path)
     places = {}
