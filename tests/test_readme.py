@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command of README.md and docs/ runs, in one folder, on little text and for a few steps.
 
-A ```bash block is run by bash and a ```python block by python, in the order of the page; a ```text
-block is not. What is changed for speed: the corpus is a twelfth, runs end after two steps (SMALL).
-`make` and `pip install` are not run but looked up.
+A ```bash block is run by bash and a ```python block by python, in the order of the page, each command
+in a process of its own; a ```text block is not. JAXLLM_PYTHON is the Python that runs them, for `make
+test` one of an environment with the core alone. What is changed for speed: the corpus is a twelfth,
+runs end after two steps (SMALL). `make`, `pip install` and the making of a virtual environment are
+not run but looked up.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from runs import FAST
 from jaxllm.config import load_config
 
 ROOT = Path(__file__).parents[1]
+PYTHON = Path(os.environ.get("JAXLLM_PYTHON") or sys.executable).absolute()
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```" in p.read_text()]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STEPS = "--steps 2 --eval_every 0 --batch_size 4"
@@ -81,7 +84,7 @@ def look_up(command: str) -> bool:
         for file in re.findall(r"-c (\S+)", command):
             assert (ROOT / file).is_file()
         return True
-    return False
+    return words[1:3] == ["-m", "venv"] or words[0] == "."
 
 
 class Workspace:
@@ -94,7 +97,7 @@ class Workspace:
         programs = folder / "bin"
         programs.mkdir()
         for name, run in (("python", ""), ("jaxllm", " -m jaxllm")):
-            (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{run} "$@"\n')
+            (programs / name).write_text(f'#!/bin/sh\nexec "{PYTHON}"{run} "$@"\n')
             (programs / name).chmod(0o755)
         self.env = os.environ | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",

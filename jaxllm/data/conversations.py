@@ -8,6 +8,7 @@ and not for every record, is returned as `notes`: short texts, the same for the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
@@ -139,7 +140,7 @@ def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
                 f"{at}: {side} is missing; found the columns {', '.join(found) or 'none'}, and a "
                 "pair needs chosen and rejected (name others with columns: {chosen: NAME, …})"
             )
-    margin = found.get("margin", 0.0)
+    margin = _cell(found.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
         raise ValueError(f"{at}: margin is {brief(margin)}; it is a number")
     sides = [found["chosen"], found["rejected"]]
@@ -162,7 +163,7 @@ def feedback_of(
     The latter is `label` (or `kto_tag`): true or false. Raises ValueError where that is missing.
     """
     found, _ = _opened(record, source, data, at)
-    label = found.get("label", found.get("kto_tag"))
+    label = _cell(found.get("label", found.get("kto_tag")))
     if label not in (True, False):
         raise ValueError(f"{at}: label is {brief(label)}; an answer needs a label true or false")
     chat = conversation_of(record, source, data, at)
@@ -241,6 +242,16 @@ def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
                 f"{', '.join(record) or 'no columns'}"
             )
     return record | {name: record[column] for name, column in columns.items()}
+
+
+def _cell(value: Any) -> Any:
+    """A value that CSV holds as text: a number, true or false."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.strip().lower())
+    except (ValueError, RecursionError):
+        return value
 
 
 def _string(record: dict, name: str, at: str) -> str:

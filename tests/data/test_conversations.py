@@ -371,6 +371,8 @@ def test_places_that_contradict_each_other_about_what_was_asked_are_named(record
 def test_two_texts_without_a_prompt_stay_texts():
     found = pair({"chosen": "Q: a A: yes", "rejected": "Q: a A: no", "margin": 0.5})
     assert found.prompt is None and found.margin == 0.5
+    cells = {"chosen": "Q: a A: yes", "rejected": "Q: a A: no", "margin": " 0.5"}
+    assert pair(cells).margin == 0.5
     assert (found.chosen, found.rejected) == ("Q: a A: yes", "Q: a A: no")
 
 
@@ -394,7 +396,7 @@ BOTH = {"chosen": "yes", "rejected": "no"}
         ({"prompt": "why?", "rejected": "no"}, "chosen is missing; found the columns prompt"),
         ({"prompt": "why?", "chosen": "yes"}, "rejected is missing; .*name others with columns"),
         (BOTH | {"prompt": "why?", "rejected": None}, "rejected is missing"),
-        (BOTH | {"prompt": "why?", "margin": "2"}, "margin is '2'; it is a number"),
+        (BOTH | {"prompt": "why?", "margin": "two"}, "margin is 'two'; it is a number"),
         (BOTH | {"prompt": "why?", "margin": float("nan")}, "margin is nan"),
         (BOTH | {"prompt": "why?", "margin": 10**400}, "margin is 1000"),
         (BOTH | {"prompt": "why?", "chosen": 5}, "a message's content is int, not a string"),
@@ -424,7 +426,16 @@ def feedback(record, **data):
 
 
 @pytest.mark.parametrize(
-    ("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("kto_tag", True)]
+    ("label", "good"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0, False),
+        ("kto_tag", True),
+        ("True", True),  # a cell of CSV
+        ("0", False),
+    ],
 )
 def test_an_answer_is_good_or_bad(label, good):
     said = {"label": label} if label != "kto_tag" else {"kto_tag": True}
