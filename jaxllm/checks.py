@@ -257,7 +257,10 @@ def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
 
 
 def resolve_date(cfg: TrainConfig) -> TrainConfig:
-    """Fixes data.date where it was left out: what the run that goes on has recorded, else today."""
+    """Fixes data.date where it is read and was left out: what the run that goes on has recorded,
+    else today."""
+    if "data.date" in unread(cfg.objective):
+        return cfg
     date = cfg.data.date or _recorded(cfg).get("data", {}).get("date")
     date = date or datetime.date.today().isoformat()
     return replace(cfg, data=replace(cfg.data, date=date))

@@ -10,6 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}8"
 
 
+# runs.py has named a folder of compiled programs, which the workers and the commands that tests start
+# inherit: what one process compiled, no other compiles again.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 def pytest_collection_modifyitems(items):
-    """The pages' commands come first: they take longest, and no other process can share them."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Files with whole runs come first: they take longest, and a file stays in one process."""
+    long = {item.path for item in items if {"project", "workspace"} & set(item.fixturenames)}
+    items.sort(key=lambda item: item.path not in long)

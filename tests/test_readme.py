@@ -3,7 +3,7 @@
 
 A ```bash block is run by bash and a ```python block by python, in the order of the page, each command
 in a process of its own; a ```text block is not. JAXLLM_PYTHON is the Python that runs them, for `make
-test` one of an environment with the core alone. What is changed for speed: the corpus is a twelfth,
+pages` that of an environment with the core alone. What is changed for speed: the corpus is a twelfth,
 runs end after two steps (SMALL). `make`, `pip install` and the making of a virtual environment are
 not run but looked up.
 """
@@ -137,6 +137,9 @@ class Workspace:
         return count
 
 
+pages = pytest.mark.pages  # minutes long: `make pages` and .ci/run run them
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Workspace:
     """A folder in which README.md's commands have been run; the other pages go on from there."""
@@ -145,12 +148,14 @@ def workspace(tmp_path_factory) -> Workspace:
     return made
 
 
+@pages
 def test_the_readme_makes_what_it_says(workspace):
     for model in ("pretrain/final", "sft/final", "model", "copy"):
         folder = workspace.folder / "run" / "stdlib" / model
         assert (folder / "model.safetensors").is_file() and (folder / "config.json").is_file()
 
 
+@pages
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_commands_of_a_page_run(workspace, page):
     workspace.run_page(page)
@@ -194,6 +199,7 @@ def test_files_that_pages_name_are_there():
             assert (ROOT / name).exists(), f"{page}: {name}"
 
 
+@pages
 def test_the_demo_goes_all_the_way(workspace):
     said = workspace.run("python", "demo/demo.py", "--quick")
     table = said.partition("What was made")[2]
