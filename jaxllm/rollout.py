@@ -384,9 +384,9 @@ class TextModel:
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens up to where the assistant begins to answer."""
         from jaxllm.data.chat import prompt_tokens
-        from jaxllm.data.template import asked
+        from jaxllm.data.template import apply_user_template
 
-        return prompt_tokens(self.tokenizer, asked(self.tokenizer, messages)).tolist()
+        return prompt_tokens(self.tokenizer, apply_user_template(self.tokenizer, messages)).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decoded, without the tokens that end it."""

@@ -40,7 +40,7 @@ from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
-from jaxllm.data.template import asked, with_settings
+from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model import kernels
@@ -75,7 +75,10 @@ def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
         return [tokenizer(text).input_ids for text in cfg.log.samples]
     chats = [[{"role": "user", "content": text}] for text in cfg.log.samples]
     date = cfg.data.date
-    return [prompt_tokens(tokenizer, asked(tokenizer, m), date=date).tolist() for m in chats]
+    return [
+        prompt_tokens(tokenizer, apply_user_template(tokenizer, m), date=date).tolist()
+        for m in chats
+    ]
 
 
 def say(*lines: str) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command of README.md and docs/ runs, in one folder, on little text and for a few steps.
 
-A ```bash block is run by bash and a ```python block by python, in the order of the page, each command
-in a process of its own; a ```text block is not. JAXLLM_PYTHON is the Python that runs them, for `make
-pages` that of an environment with the core alone. What is changed for speed: the corpus is a twelfth,
-runs end after two steps (SMALL). `make`, `pip install` and the making of a virtual environment are
-not run but looked up.
+A ```bash block is run by bash and a ```python block by python, in the order of the page, each
+command in a process of its own; a ```text block is not. JAXLLM_PYTHON is the Python that runs them,
+for `make pages` that of an environment with the core alone. What is changed for speed: the corpus
+is a twelfth, runs end after two steps (SMALL). `make`, `pip install` and the making of a virtual
+environment are not run but looked up.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -31,9 +32,11 @@ __all__ = ["Example", "chat_tokenizer", "end_tokens", "prompt_tokens", "render"]
 # Characters that no message contains serve as marks in what a template is given (Conversation).
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
 
-OWN_EXAMPLE = "an answer that the chat template renders differently later is an example of its own"
-OPEN_END = "the chat template leaves the last answer open, so eos is appended"
-LEFT_OUT = "the chat template leaves out a part of what the assistant says"
+OWN_EXAMPLE = (
+    "an assistant turn that the chat template renders differently later is its own example"
+)
+OPEN_END = "the chat template does not close the last turn, so eos is appended"
+LEFT_OUT = "the chat template drops a part of an assistant message"
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,14 @@ def render(
     """
     if learn not in ("all", "last", "each"):
         raise ValueError(f"learn is {learn!r}; it can be all, last or each")
+    if learn == "each" and train_on_prompt:
+        raise ValueError("data.learn each learns one turn an example; data.train_on_prompt all")
     renderer = _renderer(tokenizer, tools, date)
     chat = renderer.conversation(messages, tools)
     rest = float(train_on_prompt)
     weights = {i: _weight(m) for i, m in enumerate(messages) if m["role"] == "assistant"}
     if learn == "last":
-        weights = {i: w if i == max(weights) else rest for i, w in weights.items()}
+        weights = {i: w if i == max(weights) else min(w, rest) for i, w in weights.items()}
     # Reasoning may be missing from the whole, so it is looked for though all else is learned.
     wanted = {i: w for i, w in weights.items() if w != rest or w and _thought(messages[i])}
     return renderer.examples(chat, wanted, rest, each=learn == "each")
@@ -181,9 +186,9 @@ class _Renderer:
 
         wanted: {assistant turn: its weight}, where that is not the weight of the `rest`.
         """
-        if wanted and (strange := self.turns.strange_end):
+        if wanted and (unknown := self.turns.unknown_end):
             raise ValueError(
-                f"the chat template ends an answer with {strange!r}, which is neither the "
+                f"the chat template ends an answer with {unknown!r}, which is neither the "
                 "tokenizer's eos nor a special token of it; add it to the tokenizer, or set "
                 "data.template to a template of this tokenizer"
             )
@@ -195,10 +200,11 @@ class _Renderer:
             if turn in inside:
                 left_out |= self._left_out(chat, turn, whole.text, inside[turn])
                 continue
-            if not weight:
+            if rest:
                 raise ValueError(
-                    f"message {turn + 1} has weight 0, but the chat template renders it "
-                    "differently later, so data.train_on_prompt cannot leave it out"
+                    f"message {turn + 1}: the chat template renders it differently once the "
+                    "conversation goes on, so data.train_on_prompt cannot learn the conversation "
+                    "as one text; leave train_on_prompt out, or set data.reasoning to drop"
                 )
             text, spans = self.turns.apart(chat, turn)
             notes = self._left_out(chat, turn, text, spans) | (set() if each else {OWN_EXAMPLE})
@@ -207,7 +213,8 @@ class _Renderer:
         if inside or not found or rest:
             spans = {span: wanted[turn] for turn, parts in inside.items() for span in parts}
             upto = len(chat.messages)
-            example = self._example(chat, whole.text, spans, rest, upto, left_out)
+            apart = [turn for turn, _ in found]
+            example = self._example(chat, whole.text, spans, rest, upto, left_out, apart)
             found.append((min(inside, default=upto), example))
         return [example for _, example in sorted(found, key=lambda one: one[0])]
 
@@ -219,9 +226,10 @@ class _Renderer:
         rest: float,
         upto: int,
         notes: set[str],
+        elsewhere: Iterable[int] = (),
     ) -> Example:
-        """A text as tokens; eos is appended where the template leaves its last answer open."""
-        self.check_said(chat, text, upto)
+        """A text as tokens; eos is appended where the template does not close its last turn."""
+        self.check_said(chat, text, upto, elsewhere)
         eos, last = self.tokenizer.eos_token, max(spans, default=(0, 0))
         is_answer = spans and chat.messages[upto - 1]["role"] == "assistant"
         is_open = not text[last[1] :].strip() and not self.turns.closed(text, last)
@@ -236,9 +244,16 @@ class _Renderer:
 
     # ---- nothing is left out
 
-    def check_said(self, chat: Conversation, text: str, upto: int) -> None:
-        """Raises ValueError where a rendering leaves out all that a message says, or the tools."""
+    def check_said(
+        self, chat: Conversation, text: str, upto: int, elsewhere: Iterable[int] = ()
+    ) -> None:
+        """Raises ValueError where a rendering leaves out all that a message says, or the tools.
+
+        What turns `elsewhere` say, which have examples of their own, may be missing.
+        """
         for i, message in enumerate(chat.messages[:upto]):
+            if i in elsewhere:
+                continue
             said = " ".join(strings(message.get("content"))).strip()
             words = re.findall(r"\w+", said)
             if words and said not in text and not any(word in text for word in words):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date as Date
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +44,10 @@ from jaxllm.data.template import fields_of, template_of, user_template_of, with_
 _CODE_FILES = ("formats", "sources", "messages", "conversations", "template", "turns", "chat")
 _CODE_FILES += ("examples",)
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _CODE_FILES]
+_CODE.append(Path(__file__).parents[1] / "tokenizer.py")  # which tokens are special
+_LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
-NOT_ASKED = "the user_template that the model was trained with names columns that are not there"
+NOT_ASKED = "the model's user_template is not applied: its columns are missing"
 
 # What became of an example.
 KEPT, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
@@ -156,6 +159,8 @@ def tokenize(
             "another objective, is read whole: leave it out"
         )
     tokenizer = with_settings(tokenizer, cfg.data)
+    # One day, though midnight passes.
+    cfg = replace(cfg, data=replace(cfg.data, date=cfg.data.date or str(Date.today())))
     with _progress_bars(False):
         located = locate(source, held_out=held_out)
     content = content_hash(located.files)
@@ -204,7 +209,8 @@ def cache_root(cfg: TrainConfig) -> Path:
 
 def cache_key(settings: dict[str, Any]) -> str:
     """Hash of settings and of the code that applies them."""
-    whole = settings | {"code": content_hash(_CODE)}
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    whole = settings | {"code": content_hash(_CODE), "libraries": versions}
     return xxhash.xxh3_128_hexdigest(json.dumps(whole, sort_keys=True).encode())
 
 
@@ -227,7 +233,7 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     return {
         "reader": READERS[cfg.objective].__name__,
         "templates": templates,
-        "date": (data.date or str(Date.today())) if asks_date else None,
+        "date": data.date if asks_date else None,
         "user_template": data.user_template,
         "reasoning": data.reasoning,
         "roles": data.roles,
@@ -328,14 +334,16 @@ def _documents(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Itera
 
 
 def _asked(
-    record: dict[str, Any], cfg: TrainConfig, tokenizer: Any
+    record: dict[str, Any], source: Source, cfg: TrainConfig, tokenizer: Any
 ) -> tuple[DataSection, tuple[str, ...]]:
     """How a record is read, and what to tell: with the user_template that the model's chat template
     carries, where the run gives none and the record has its columns."""
     data, carried = cfg.data, user_template_of(tokenizer)
     if data.user_template is not None or carried is None:
         return data, ()
-    if fields_of(carried) - {"question", *record}:
+    known = {name for name, value in record.items() if value is not None}
+    known |= {name for name, column in source.columns.items() if column in known}
+    if fields_of(carried) - {"question", *known}:
         return data, (NOT_ASKED,)
     return replace(data, user_template=carried), ()
 
@@ -395,7 +403,7 @@ def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> _Cut:
 def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation's tokens and learning weights, in one example or several."""
     for at, record in pairs:
-        data, told = _asked(record, cfg, tokenizer)
+        data, told = _asked(record, source, cfg, tokenizer)
         chat = conversation_of(record, source, data, at)
         for part, cut in enumerate(_rendered(chat, cfg, tokenizer, at)):
             notes = "\n".join((*cut.notes, *(() if part else (*told, *chat["notes"]))))
@@ -409,7 +417,7 @@ def _conversations(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> I
 def _pairs(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each pair's chosen side, then its rejected one, each with the prompt before it."""
     for at, record in pairs:
-        data, told = _asked(record, cfg, tokenizer)
+        data, told = _asked(record, source, cfg, tokenizer)
         pair = pair_of(record, source, data, at)
         told = (*told, *pair.notes)
         if not pair.tells:
@@ -473,7 +481,7 @@ def _texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
 def _judged(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[_Row]:
     """Each conversation, whose last answer is judged."""
     for at, record in pairs:
-        data, told = _asked(record, cfg, tokenizer)
+        data, told = _asked(record, source, cfg, tokenizer)
         chat, good = feedback_of(record, source, data, at)
         cut = _alone(*_rendered(chat, cfg, tokenizer, at, learn="last"))
         notes = "\n".join((*cut.notes, *told, *chat["notes"]))
@@ -488,7 +496,7 @@ def _prompts(pairs, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterato
     """Each prompt up to where the answer begins, and what its reward is told; a long one is left
     out, for what it asks stands at its end."""
     for at, record in pairs:
-        data, told = _asked(record, cfg, tokenizer)
+        data, told = _asked(record, source, cfg, tokenizer)
         prompt = prompt_of(record, source, data, at)
         notes = "\n".join((*told, *prompt.notes))
         messages = _reasoned(prompt.messages, data)

@@ -117,6 +117,8 @@ def message_of(turn: Any, reading: Reading) -> dict[str, Any]:
 def tools_of(value: Any, name: str, at: str) -> list[Any] | None:
     """A record's tools, given under `name`, each {"type": "function", "function": schema}."""
     tools = loads(value, at, f"{name} is not JSON") if isinstance(value, str) else value
+    if tools is None:
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{at}: {name} is a list of JSON schemas; saw {short(str(tools))}")
     return [_function(_schema(tool)) for tool in tools] or None
@@ -265,23 +267,27 @@ def _is_call(item: Any) -> bool:
 
 def _call(call: dict, reading: Reading) -> dict:
     """A call without the nulls that its tool does not know. Arguments given as a string of JSON
-    stay that string where it has no such null: some templates write it as it stands."""
+    stay that string where it has no such null, since some templates write it as it stands; no
+    arguments are an empty object."""
     call = {k: v for k, v in call.items() if v is not None}
     function = {k: v for k, v in call["function"].items() if v is not None}
     given = arguments = function.get("arguments")
-    if isinstance(given, str):
+    if given is None or isinstance(given, str) and not given.strip():
+        given = arguments = {}
+    elif isinstance(given, str):
         try:
             arguments = loads(given, "")
         except ValueError:
-            arguments = None
-    if arguments is not None:
-        schema: Any = {}
-        for tool in reading.tools or ():
-            described = tool.get("function", tool)
-            if isinstance(described, dict) and described.get("name") == function["name"]:
-                schema = described.get("parameters", {})
-        kept = _argument(arguments, schema, schema)
-        function["arguments"] = given if kept == arguments else kept
+            return call | {"function": function}
+    if not isinstance(arguments, dict):
+        raise reading.error(f"the arguments of a call are {short(str(given))}, not an object")
+    schema: Any = {}
+    for tool in reading.tools or ():
+        described = tool.get("function", tool)
+        if isinstance(described, dict) and described.get("name") == function["name"]:
+            schema = described.get("parameters", {})
+    kept = _argument(arguments, schema, schema)
+    function["arguments"] = given if kept == arguments else kept
     return call | {"function": function}
 
 

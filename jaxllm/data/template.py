@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
+from jaxllm.data.messages import words
 from jaxllm.tokenizer import load_tokenizer
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
@@ -70,14 +71,16 @@ def with_settings(tokenizer: Any, data: DataSection) -> Any:
     tokenizer = copy.copy(tokenizer)
     if data.template is not None:
         tokenizer.chat_template = template_of(tokenizer, data.template)
-    own = tokenizer.chat_template
+    own, special = tokenizer.chat_template, tokenizer.special_tokens_map
     if isinstance(own, dict):
-        tokenizer.chat_template = {name: _with_settings(one, data) for name, one in own.items()}
+        sources = {name: _with_settings(one, data, special) for name, one in own.items()}
+        tokenizer.chat_template = sources
     elif own:
-        tokenizer.chat_template = _with_settings(own, data)
+        tokenizer.chat_template = _with_settings(own, data, special)
     if own and data.system:
         template = ChatTemplate(template_of(tokenizer), tokenizer.special_tokens_map, None)
-        if not template.shows([{"role": "user", "content": "?"}], data.system.strip()):
+        user = template.prepared([{"role": "user", "content": "?"}])
+        if not template.renders(user, data.system.strip()):
             raise ValueError("data.system: the chat template has no place for a system message")
     return tokenizer
 
@@ -90,7 +93,7 @@ def user_template_of(tokenizer: Any) -> str | None:
     return json.loads(found[1]) if found else None
 
 
-def asked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def apply_user_template(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages, the last user's in the user_template that the tokenizer's chat template
     carries, where that names no column but {question}."""
     carried = user_template_of(tokenizer)
@@ -98,7 +101,7 @@ def asked(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]
     if carried is None or not users or fields_of(carried) - {"question"}:
         return messages
     last = messages[users[-1]]
-    text = carried.format_map({"question": last["content"]})
+    text = carried.format_map({"question": words(last)})
     return [*messages[: users[-1]], last | {"content": text}, *messages[users[-1] + 1 :]]
 
 
@@ -108,20 +111,23 @@ def fields_of(user_template: str) -> set[str]:
     return {re.split(r"[.\[]", name)[0] for name in names}
 
 
-def _with_settings(source: str, data: DataSection) -> str:
+def _with_settings(source: str, data: DataSection, special_tokens: dict[str, Any]) -> str:
     asked, carried = data.user_template, _USER_TEMPLATE.match(source)
     if carried:
         source = source[carried.end() :]
         asked = asked or json.loads(carried[1])
     head, lines = "", []
     if asked is not None:
-        text = json.dumps(USER_TEMPLATES.get(asked, asked))
+        text = json.dumps(USER_TEMPLATES.get(asked, asked), ensure_ascii=False)
         head = f"{{%- set user_template = {text} %}}"
     for name, value in data.template_kwargs.items():
+        if not name.isidentifier():
+            raise ValueError(f"data.template_kwargs: {name!r} cannot be the name of a variable")
         lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}")
     if data.system is not None:
         none = "not messages | selectattr('role', 'in', ['system', 'developer']) | list"
-        told = f"[{{'role': 'system', 'content': {_literal(data.system)}}}]"
+        system = {"role": "system", "content": data.system}
+        told = _literal(ChatTemplate(source, special_tokens, None).prepared([system]))
         lines.append(f"{{%- if {none} %}}{{%- set messages = {told} + messages %}}{{%- endif %}}")
     given = "".join(lines)
     return _prefixed(head if source.startswith(given) else head + given, source)
@@ -135,11 +141,11 @@ def _prefixed(head: str, source: str) -> str:
 def _literal(value: Any) -> str:
     """A JSON value as Jinja writes it."""
     if isinstance(value, dict):
-        inside = (f"{json.dumps(str(k))}: {_literal(v)}" for k, v in value.items())
+        inside = (f"{_literal(str(k))}: {_literal(v)}" for k, v in value.items())
         return f"{{{', '.join(inside)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_literal, value))}]"
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _dated(source: str, date: str) -> str:
@@ -227,23 +233,24 @@ class ChatTemplate:
                 out["content"] = None
         return out
 
-    def shows(self, messages: list[dict[str, Any]], *words: str) -> bool:
+    def renders(self, messages: list[dict[str, Any]], *words: str) -> bool:
         """Whether the template renders messages with these words, as text and not as Python."""
         try:
             text, _ = self.render(messages)
         except ValueError:
             return False
-        as_python = "{'is'" in text or "{'type'" in text  # an object where text was expected
+        given = "".join(words)  # an object where text was expected is written as Python does
+        as_python = any(part in text and part not in given for part in ("{'is'", "{'type'"))
         return all(word in text for word in words) and not as_python
 
     @cached_property
     def _reads_strings(self) -> bool:
-        return self.shows([{"role": "user", "content": "Quite."}], "Quite.")
+        return self.renders([{"role": "user", "content": "Quite."}], "Quite.")
 
     @cached_property
     def _reads_parts(self) -> bool:
         part = {"type": "text", "text": "Quite."}
-        return self.shows([{"role": "user", "content": [part]}], "Quite.")
+        return self.renders([{"role": "user", "content": [part]}], "Quite.")
 
     @cached_property
     def _call_form(self) -> tuple[bool, bool]:
@@ -257,7 +264,7 @@ class ChatTemplate:
             asks["tool_calls"] = [_call(call, as_text)]  # type: ignore[assignment]
             # Some templates want the result behind the call.
             for chat in [user, asks], [user, asks, said]:
-                if self.shows(chat, "quite_so", "it"):
+                if self.renders(chat, "quite_so", "it"):
                     return as_text, without
         return False, False
 

@@ -148,6 +148,7 @@ class Turns:
         either = "|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)"
         self.special = re.compile(either)
         self._closing = re.compile(rf"\s*({either})")
+        self._tag = re.compile(rf"{either}|<[^<>\s]*>|\[/?[A-Z_]+\]")  # none is ever cut in two
 
     def rendering(
         self, chat: Conversation, upto: int | None = None, *, generation_prompt: bool = False
@@ -176,7 +177,7 @@ class Turns:
         before = self._before(chat, turn)
         if not whole.text.startswith(before):
             return None
-        start = self._behind_header(whole.text, len(before))
+        start = self._skip_header(whole.text, len(before))
         last = turn == len(chat.messages) - 1
         upto = whole.text if last else self._text(chat, turn + 1)
         words_end = self._words_end(upto, start, len(upto))
@@ -192,8 +193,8 @@ class Turns:
         later = [place for k, place in places.begins.items() if owners[k] > turn]
         stop = min(later, default=len(whole.text))
         closing = self.special.finditer(whole.text, words_end, stop)
-        end = next((token.end() for token in closing if token[0] in self.ends), None)
-        return None if end is None else (start, end)
+        first = next((token.start() for token in closing if token[0] in self.ends), None)
+        return None if first is None else (start, self._turn_end(whole.text, first, stop))
 
     def _text(self, chat: Conversation, upto: int) -> str:
         """The first messages, rendered; "" where the template refuses them alone."""
@@ -218,17 +219,32 @@ class Turns:
                     "around what the assistant says there"
                 )
             return last.text, marked[turn]
-        text, before = last.text, self._before(chat, turn)
+        text, before, message = last.text, self._before(chat, turn), chat.messages[turn]
+        start, moved = len(before), 0
         if not text.startswith(before):
-            text = before + text[self._body(chat, turn, last) :]
-        start = self._behind_header(text, len(before))
+            body = self._body(chat, turn, last)
+            if message.get("reasoning_content"):
+                start = body  # the prompt closes the reasoning that this turn opens
+            else:
+                text, moved = before + text[body:], len(before) - body
+        start = self._skip_header(text, start)
         words_end = self._words_end(text, start, len(text))
+        texts = chat.tagged.of(turn)
+        if last.places and last.places.has(texts) and texts and not message.get("tool_calls"):
+            said = max(last.places.ends[k] for k in texts) + moved
+            if closing := self.special.search(text, said, words_end):
+                # Some templates go on behind the answer, with instructions for the next one.
+                text = text[: self._turn_end(text, closing.start(), len(text))]
+                words_end = closing.start()
         return text, [(start, self._turn_end(text, words_end, len(text)))]
 
     def _body(self, chat: Conversation, turn: int, last: Rendering) -> int:
-        """Where a turn begins in a rendering that differs from generation's prompt for it.
+        """Where a turn begins in a rendering that does not begin with generation's prompt for it.
 
-        That is as far as both agree behind the last earlier text that they have in common.
+        That is behind the longest end of the prompt that the rendering has before the turn's first
+        text, or else behind the longest beginning of the header: DeepSeek-R1's prompt goes on with
+        <think>, which a rendered answer has not. Only what follows the last earlier text that both
+        show is looked at.
         """
         prompt = self.rendering(chat, turn, generation_prompt=True)
         here, there, stop = 0, 0, len(last.text)
@@ -239,7 +255,22 @@ class Turns:
                 here, there = last.places.ends[k], prompt.places.ends[k]
             begins = last.places.begins
             stop = min((begins[k] for k in chat.tagged.of(turn) if k in begins), default=stop)
-        return here + _agree(last.text[here:stop], prompt.text[there:])
+        tail, header = prompt.text[there:], self._header
+        for part in (
+            *(tail[at:] for at in self._borders(tail)),
+            *(header[:at] for at in reversed(self._borders(header))),
+        ):
+            found = last.text.rfind(part, here, stop)
+            if found >= 0 and self._tag.search(part):
+                return found + len(part)
+        text = last.text[here:stop]
+        agree = _common_prefix(text, tail)
+        return here + max((at for at in self._borders(text) if at <= agree), default=0)
+
+    def _borders(self, text: str) -> list[int]:
+        """Where special tokens and tags of a text begin and end, and where it does; ascending."""
+        found = {at for tag in self._tag.finditer(text) for at in tag.span()}
+        return sorted({0, len(text), *found})
 
     # ---- borders of a turn
 
@@ -274,7 +305,7 @@ class Turns:
             return ""
         return asked[len(plain) :] if asked.startswith(plain) else ""
 
-    def _behind_header(self, text: str, start: int) -> int:
+    def _skip_header(self, text: str, start: int) -> int:
         """`start`, or behind the header there: some templates' generation prompt has none behind
         an assistant's message or a tool's result."""
         header = self._header
@@ -283,7 +314,7 @@ class Turns:
         head = header[: token.end()] if token else header
         if not head or text[:start].endswith(header) or not text.startswith(head, start):
             return start
-        return start + _agree(text[start:], header)
+        return start + _common_prefix(text[start:], header)
 
     def _marked(self, chat: Conversation, rendering: Rendering) -> dict[int, list[Span]]:
         """{turn: what `{% generation %}` marks of it}.
@@ -294,18 +325,27 @@ class Turns:
         messages = chat.messages[: rendering.upto]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         marks, places, out = rendering.marks, rendering.places, {}
-        if places is None and len(marks) != len(turns):
+        in_order = len(marks) == len(turns)
+        if places is None and not in_order:
             return {}
         for number, (start, end) in enumerate(marks):
-            turn = turns[number] if places is None else self._turn_at(chat, turns, places, end)
+            if in_order or places is None:
+                turn = turns[number]
+            else:
+                turn = self._turn_at(chat, turns, places, end)
             out.setdefault(turn, []).append((start, self._mark_end(rendering.text, start, end)))
         return out
 
     def _turn_at(self, chat: Conversation, turns: list[int], places: _Places, end: int) -> int:
         """The turn that a mark up to the character `end` belongs to: the last one begun."""
+        owners = chat.tagged.owners
 
         def begun(turn: int) -> bool:
-            return any(places.begins.get(k, end) < end for k in chat.tagged.of(turn))
+            texts = chat.tagged.of(turn)
+            if texts:
+                return any(places.begins.get(k, end) < end for k in texts)
+            # A turn without text begins behind the last text before it.
+            return max((at for k, at in places.ends.items() if owners[k] < turn), default=0) < end
 
         return max(filter(begun, turns), default=turns[0])
 
@@ -332,17 +372,19 @@ class Turns:
     def _turn_end(self, text: str, words_end: int, stop: int) -> int:
         """Where the turn whose words end at `words_end` ends: after its end token.
 
-        That is the first of the closing tokens that is known to end turns; failing that, the last
-        one before `stop`; failing that, there is none.
+        Of the tokens that close it that is eos, if eos closes turns in the middle of a
+        conversation; else the first that is known to end turns; failing that, the last one before
+        `stop`; failing that, there is none.
         """
-        place = end = words_end
+        closing, place = [], words_end
         while found := self._closing.match(text, place):
             place = found.end()
-            if found[1] in self.ends:
-                return place
-            if place <= stop:
-                end = place
-        return end
+            closing.append((found[1], place))
+        for wanted in [self._eos] if self._eos_ends_turns else [], self.ends:
+            for token, end in closing:
+                if token in wanted:
+                    return end
+        return max((end for _, end in closing if end <= stop), default=words_end)
 
     # ---- what ends an answer
 
@@ -369,13 +411,23 @@ class Turns:
         return list(dict.fromkeys(found))
 
     @cached_property
-    def strange_end(self) -> str:
+    def _eos_ends_turns(self) -> bool:
+        """Whether eos is among the tokens that close an answer which another question follows."""
+        rest, place = self._after_answer({"role": "user", "content": "?"}) or "", 0
+        while found := self._closing.match(rest, place):
+            if found[1] == self._eos:
+                return True
+            place = found.end()
+        return False
+
+    @cached_property
+    def unknown_end(self) -> str:
         """What the template writes behind a last answer, where that has no special token in it."""
         rest = (self._after_answer() or "").strip()
         return "" if self.special.search(rest) else rest
 
 
-def _agree(one: str, other: str) -> int:
+def _common_prefix(one: str, other: str) -> int:
     """How many characters two texts begin alike."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

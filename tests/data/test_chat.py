@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from jaxllm.config import DataSection
 from jaxllm.data import chat
 from jaxllm.data.chat import LEFT_OUT, OPEN_END, OWN_EXAMPLE, end_tokens, prompt_tokens
-from jaxllm.data.template import TEMPLATES, asked, template_of, user_template_of, with_settings
+from jaxllm.data.template import (
+    TEMPLATES,
+    apply_user_template,
+    template_of,
+    user_template_of,
+    with_settings,
+)
 from jaxllm.tokenizer import stop_ids, train_tokenizer
 
 HERE = Path(__file__).parent
@@ -163,6 +169,12 @@ def test_a_weight_counts_only_where_the_turn_is_learned(of_style):
     assert set(render(of_style(), chat, learn="last")[1].tolist()) == {0, 1}
 
 
+def test_no_weight_is_kept_where_the_last_turn_and_the_prompt_are_learned(of_style):
+    chat = [*CHAT[:2], CHAT[2] | {"weight": 0}, *CHAT[3:]]
+    tokens, learn = render(of_style(), chat, learn="last", train_on_prompt=True)
+    assert of_style().decode(tokens[learn == 0]) == CHAT[2]["content"] + "<|im_end|>"
+
+
 def test_train_on_prompt_learns_all_but_what_has_no_weight(of_style):
     tokenizer = of_style("qwen2.5")
     assert render(tokenizer, CHAT, train_on_prompt=True)[1].all()
@@ -231,6 +243,14 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
     assert text.startswith("<|im_start|>system\nBe 'brief'.<|im_end|>\n<|im_start|>user\n")
     for chats in (CHAT, [*turns("a"), CHAT[0], *CHAT[2:3]]):
         assert "brief'" not in tokenizer.decode(render(tokenizer, chats)[0])
+    for source, said in (
+        (None, "<|im_start|>system\nBe brief 😀<|im_end|>\n"),
+        ("{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}", "[Be"),
+    ):
+        own = with_settings(of_style(source=source), DataSection(system="Be brief 😀"))
+        assert own.decode(prompt_tokens(own, turns("x"))).startswith(said)
+    with pytest.raises(ValueError, match=r"template_kwargs: 'x-y' cannot be the name"):
+        with_settings(of_style(), DataSection(template_kwargs={"x-y": 1}))
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     for source in (refuses, drops):
@@ -246,10 +266,13 @@ def test_a_template_carries_the_user_template(of_style):
     assert user_template_of(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
     assert user_template_of(of_style()) is None
     messages = [*turns("a", "b"), *turns("c")]
-    assert asked(tokenizer, messages) == messages  # it names a column
+    assert apply_user_template(tokenizer, messages) == messages  # it names a column
     simple = with_settings(of_style(), DataSection(user_template="Q: {question}"))
-    assert asked(simple, messages) == [*turns("a", "b"), {"role": "user", "content": "Q: c"}]
-    assert asked(of_style(), messages) == messages
+    assert apply_user_template(simple, messages) == [
+        *turns("a", "b"),
+        {"role": "user", "content": "Q: c"},
+    ]
+    assert apply_user_template(of_style(), messages) == messages
     assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
 
 
@@ -327,6 +350,19 @@ def test_a_turn_may_be_marked_in_parts(of_style):
     )
     chat = [*turns("a"), {"role": "assistant", "reasoning_content": "hm", "content": "b"}]
     assert learned_text(of_style(source=source), chat) == "hmb<|im_end|>"
+
+
+def test_an_empty_answer_has_the_mark_and_the_weight_that_are_its_own(of_style):
+    source = (
+        "{% for m in messages %}{{ m.role }}|{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|end|>{% endgeneration %}{% if m.content %}{% generation %}!"
+        "{% endgeneration %}{% endif %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = of_style(source=source)
+    assert learned_text(tokenizer, turns("a", "b", "c", "")) == "b<|end|>!<|end|>"
+    chats = turns("a", "b", "c", "")
+    chats[3]["weight"] = 0
+    assert learned_text(tokenizer, chats) == "b<|end|>!"
 
 
 # A closing token after the last turn's own (Phi-3), other end tokens before more turns (gpt-oss),
@@ -411,10 +447,13 @@ def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_sty
     assert learned_texts(tokenizer, chats, learn="last") == learned[1:]
 
 
-def test_reasoning_is_looked_for_when_prompts_are_learned_too(of_style):
+def test_learning_all_of_a_conversation_needs_it_in_one_text(of_style):
     tokenizer, chats = of_style(source=QWEN3), said(("why", "b"), ("so", "d"))
-    own, whole = learned_texts(tokenizer, chats, train_on_prompt=True)
-    assert "<think>\nwhy\n</think>" in own and "<think>\nso\n</think>" in whole
+    with pytest.raises(ValueError, match="message 2: .*train_on_prompt cannot learn .* one text"):
+        render(tokenizer, chats, train_on_prompt=True)
+    assert render(tokenizer, turns("a", "b", "c", "d"), train_on_prompt=True)[1].all()
+    with pytest.raises(ValueError, match=r"data\.learn each .* data\.train_on_prompt"):
+        render(tokenizer, chats, train_on_prompt=True, learn="each")
 
 
 def test_each_makes_every_turn_an_example_of_its_own(of_style):
@@ -493,6 +532,49 @@ def test_a_prompt_keeps_what_a_template_writes_only_before_an_answer(of_style):
         "[INST] a[/INST] a<|endoftext|>[INST] Be brief. c[/INST] d<|endoftext|>",
     ]
     assert learned_texts(tokenizer, chats) == [" a<|endoftext|>", " d<|endoftext|>"]
+
+
+def test_no_token_or_tag_is_cut_where_the_prompt_and_the_turn_part(of_style):
+    source = (  # as GLM-4.7 and Cohere do: the prompt opens reasoning, a turn without any closes it
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}CLOSE{% endif %}"
+        "{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>OPEN{% endif %}"
+    )
+    for opens, closes in (("<think>", "</think>"), ("<|eot_id|>", "<|eom_id|>")):
+        tokenizer = of_style(source=source.replace("OPEN", opens).replace("CLOSE", closes))
+        (example,) = chat.render(tokenizer, turns("a", "b"))
+        text = f"<|user|>a<|assistant|>{opens}{closes}b<|end|>"
+        assert tokenizer.decode(example.tokens) == text
+        assert learned_text(tokenizer, turns("a", "b")) == f"{closes}b<|end|>"
+
+
+def test_a_header_is_not_learned_where_the_prompt_writes_what_is_before_differently(of_style):
+    source = (  # as Hermes does behind a tool's result
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if not (loop.last and add_generation_prompt) %}\n{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for text in learned_texts(of_style(source=source), turns("a", "b", "c", "d")):
+        assert text in ("b\n<|im_end|>", "d\n<|im_end|>")
+
+
+def test_what_a_template_writes_behind_an_answer_is_not_learned(of_style):
+    source = (  # as Command R+ does: how to call tools stands last, and before the answer too
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>system\nCall so.<|im_end|>\n"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    own = learned_texts(of_style(source=source), turns("a", "b", "c", "d"))
+    assert own == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_eos_ends_a_turn_that_two_tokens_close(of_style):
+    source = (  # as Cohere2 does
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    text = learned_text(of_style(source=source), turns("a", "b", "c", "d"))
+    assert text == "b<|end|><|endoftext|>d<|end|><|endoftext|>"
 
 
 def test_a_header_is_not_learned_where_the_generation_prompt_has_none(of_style):

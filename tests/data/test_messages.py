@@ -236,6 +236,19 @@ def test_the_older_function_call_is_a_tool_call():
     assert found == [{"type": "function", "function": {"name": "get", "parameters": {}}}]
 
 
+@pytest.mark.parametrize("given", [None, "", " ", {}])
+def test_a_call_without_arguments_has_an_empty_object(given):
+    call = {"type": "function", "function": {"name": "get", "arguments": given}}
+    got = message({"role": "assistant", "content": None, "tool_calls": [call]})["tool_calls"]
+    assert got[0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("given", [7, ["Rome"], "[1]"])
+def test_arguments_that_are_no_object_are_refused(given):
+    calls = [{"function": {"name": "get", "arguments": given}}]
+    refused({"role": "assistant", "content": None, "tool_calls": calls}, "not an object")
+
+
 def test_arguments_that_are_no_json_stay_text():
     got = message(ANSWER | {"tool_calls": [CALL | {"arguments": "city=Rome"}]})
     assert got["tool_calls"][0]["function"]["arguments"] == "city=Rome"

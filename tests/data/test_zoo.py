@@ -66,13 +66,19 @@ def tokenizer_for(source: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<bos_token>",
         eos_token=EOS,
         extra_special_tokens=[n for n in names if not n.endswith("_token>")],
         chat_template=source,
     )
+    # A model's eos is what its template writes last, where that is a special token.
+    text = (reference(tokenizer, in_parts(TURNS[:2]), None) or "").rstrip()
+    text = (reference(tokenizer, TURNS[:2], None) or text).rstrip()
+    last = max((n for n in names if text.endswith(n)), key=len, default=EOS)
+    tokenizer.eos_token = last
+    return tokenizer
 
 
 def user(text: str) -> dict:
@@ -146,26 +152,59 @@ def as_object(chat: list[dict]) -> list[dict]:
     return [m | {"tool_calls": [CALL]} if m.get("tool_calls") else m for m in chat]
 
 
+def as_text(chat: list[dict]) -> list[dict]:
+    """The conversation with the arguments of its calls as text, and no content beside them."""
+    call = {"tool_calls": [CALL_TEXT], "content": None}
+    return [m | call if m.get("tool_calls") else m for m in chat]
+
+
+def named(chat: list[dict]) -> list[dict]:
+    """The conversation with its reasoning under the name that transformers does not fill."""
+    name = "reasoning_content"
+    return [m | {"reasoning": m[name]} if name in m else m for m in chat]
+
+
 def in_parts(chat: list[dict]) -> list[dict]:
     """The conversation with its contents as parts, as templates of multimodal models read them."""
     return [m | {"content": [{"type": "text", "text": m["content"]}]} for m in chat]
 
 
-def acceptable(tokenizer, chat: list[dict], tools) -> tuple[set[str], set[str]]:
-    """(renderings of the whole, beginnings of an example of one turn), as transformers has them."""
-    forms = [chat, as_object(chat)]
+BORDER = re.compile(rf"(?:{SPECIAL.pattern}|<[^<>\s]*>|\\[/?[A-Z_]+\\])")
+
+
+def is_own_example(text: str, turns: set[tuple[str, str]]) -> bool:
+    """Whether a text is generation's prompt and then an end of the turn's rendering as the last
+    one, which begins where a token or a tag does or its text; turns: (that prompt, that rendering).
+    """
+    for prompt, last in turns:
+        if text == last:
+            return True
+        answer = text.removeprefix(prompt)
+        if text.startswith(prompt) and answer and last.endswith(answer):
+            at = len(last) - len(answer)
+            if not any(m.start() < at < m.end() for m in BORDER.finditer(last)):
+                return True
+        if text.startswith(prompt) and answer and answer.rstrip() in last:
+            return True  # the template goes on behind the answer
+    return False
+
+
+def acceptable(tokenizer, chat: list[dict], tools) -> tuple[set[str], set[tuple[str, str]]]:
+    """(renderings of the whole; of each turn generation's prompt and the rendering up to it)."""
+    forms = [chat, as_object(chat), as_text(chat), named(chat)]
     if all(m["content"] for m in chat):
         forms.append(in_parts(chat))
     wholes = {reference(tokenizer, form, tools) for form in forms}
     answers = [i for i, m in enumerate(chat) if m["role"] == "assistant"]
     begins = {
-        reference(tokenizer, form[:i], tools, add_generation_prompt=True)
+        (
+            reference(tokenizer, form[:i], tools, add_generation_prompt=True) or "\0",
+            reference(tokenizer, form[: i + 1], tools) or "\0",
+        )
         for form in forms
         for i in answers
-        if i
     }
-    begins |= {reference(tokenizer, form[: i + 1], tools) for form in forms for i in answers}
-    return wholes - {None}, begins - {None}
+    return wholes - {None}, begins
 
 
 def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
@@ -177,7 +216,8 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
         return ("refused" if wholes else "no reference"), str(error)
     for example in examples:
         seen = tokenizer.decode(example.tokens)
-        if not ({seen, seen.removesuffix(EOS)} & wholes or any(map(seen.startswith, begins))):
+        ways = {seen, seen.removesuffix(tokenizer.eos_token)} - {""}
+        if not (ways & wholes or any(map(is_own_example, ways, [begins] * 2))):
             return "wrong", f"tokens: {seen[-300:]!r}"
     learned = "".join(tokenizer.decode(e.tokens[e.learn > 0]) for e in examples)
     for message in chat:
@@ -188,6 +228,11 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
                     return "wrong", f"{words!r} is not learned: {learned!r}"
         elif len(said) > 3 and said in learned:
             return "wrong", f"{said!r} is learned: {learned!r}"
+    eos, asked = tokenizer.eos_token, reference(tokenizer, TURNS[:3], None) or ""
+    closes = eos in asked.partition("Quite so.")[2].partition("And tomorrow?")[0]
+    plain = not any(m.get("tool_calls") or "reasoning_content" in m for m in chat)
+    if closes and plain and learned.count(eos) != sum(m["role"] == "assistant" for m in chat):
+        return "wrong", f"eos {eos!r} is not learned in each turn: {learned!r}"
     return "right", ""
 
 
