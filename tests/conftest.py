@@ -3,17 +3,9 @@
 
 import os
 
-from runs import DEVICES, project  # noqa: F401, a fixture of every test
+from runs import ENV, project  # noqa: F401, a fixture of every test
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}8"
-
-
-# runs.py has named a folder for compiled programs. The workers, and the commands that tests start,
-# inherit it: what one process compiled, no other compiles again.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.update(ENV)
 
 
 def pytest_collection_modifyitems(items):

@@ -37,7 +37,15 @@ CORPUS = Path(json.__file__)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes of one session share it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxllm-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-ENV = os.environ | {"XLA_FLAGS": DEVICES + "8", "JAX_PLATFORMS": "cpu"}
+# What the tests, the workers of xdist and the commands that tests start have for environment. The
+# flags are part of the cache's keys: with a flag more, or one twice, a process compiles all anew.
+ENV = os.environ | {
+    "XLA_FLAGS": DEVICES + "8",
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,10 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
         assert "brief'" not in tokenizer.decode(render(tokenizer, chats)[0])
     for source, said in (
         (None, "<|im_start|>system\nBe brief 😀<|im_end|>\n"),
-        ("{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}", "[Be"),
+        (
+            "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}",
+            "[Be",
+        ),
     ):
         own = with_settings(of_style(source=source), DataSection(system="Be brief 😀"))
         assert own.decode(prompt_tokens(own, turns("x"))).startswith(said)

@@ -124,6 +124,8 @@ def test_adamw_trajectory_equals_a_plain_torch_loop(tmp_path, count):
     torch = pytest.importorskip("torch")
     import transformers
     from flax import nnx
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
 
     from jaxllm.config import OptimSection
     from jaxllm.data.batch import Batch
@@ -160,16 +162,19 @@ def test_adamw_trajectory_equals_a_plain_torch_loop(tmp_path, count):
         adam.zero_grad()
         want.append((loss.item(), norm.item()))
 
-    model = load_hf(str(tmp_path), mesh=make_mesh(MeshSection(), jax.devices()[:1]))
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
+    model = load_hf(str(tmp_path), mesh=mesh)
     graph, state = nnx.split(model, nnx.Param)
     optim = OptimSection(learning_rate=1e-2, weight_decay=0.1, schedule="constant")
     schedule, params = make_schedule(optim, steps), nnx.to_pure_dict(state)
     optimizer = make_optimizer(optim, schedule)
-    step = jax.jit(make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0))
+    whole = NamedSharding(mesh, P())
+    step = make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0)
+    step = jax.jit(step, out_shardings=(whole, None))
     ones = np.ones((rows, length), np.int32)
     fields = (tokens[:, :-1], tokens[:, 1:], weights, ones, np.arange(length) * ones)
     batch = Batch(*(jnp.asarray(f.reshape(count, -1, length)) for f in fields))
-    train = TrainState(jnp.int32(0), params, optimizer.init(params))
+    train = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
     got = []
     for _ in range(steps):
         train, metrics = step(train, {}, batch)

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.torch import load_file
 from tiny import CASES, V, hf_config, logits_of, magnified, one_device, some_tokens
 from transformers import AutoModelForCausalLM
@@ -214,18 +216,21 @@ def our_steps(model, steps=10, ratio=1.0):
     optim = OptimSection(learning_rate=RATE, weight_decay=0.1, schedule="constant")
     schedule = make_schedule(optim, steps)
     optimizer = make_optimizer(optim, schedule, {"b": ratio})
-    step = jax.jit(make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0))
+    whole = NamedSharding(one_device(), P())
+    step = make_step(alone(graph), lm_loss, optimizer, schedule, max_norm=1.0)
+    step = jax.jit(step, out_shardings=(whole, None))
     tokens, weights = rows()
     ones = np.ones(weights.shape, np.int32)
     fields = (tokens[:, :-1], tokens[:, 1:], weights, ones, np.arange(ones.shape[1]) * ones)
     batch = Batch(*(jnp.asarray(f)[None] for f in fields))
     params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    state = jax.device_put(TrainState(jnp.int32(0), params, optimizer.init(params)), whole)
     out = []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         loss, weight = metrics["loss"]
         out.append((float(loss / weight), float(metrics["grad_norm"][0])))
+    assert step._cache_size() == 1
     return out, merge(graph, state.trainable, frozen)
 
 
