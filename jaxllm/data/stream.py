@@ -87,6 +87,11 @@ class Stream:
             at = self._stretch(place)
             epoch, file = self._stretches[at]
             rows = self._rows(file)
+            if len(rows) != self._counts[self._ids[file]]:
+                raise ValueError(
+                    f"{self.files[file]}: has {len(rows):,} rows and had others when "
+                    f"{self._index} counted them; delete that file to count them again"
+                )
             order = self._shuffled(epoch, file + 1, len(rows))
         return rows[int(order[place - self._starts[at]])]
 

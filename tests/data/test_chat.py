@@ -554,7 +554,8 @@ def test_no_token_or_tag_is_cut_where_the_prompt_and_the_turn_part(of_style):
 def test_a_header_is_not_learned_where_the_prompt_writes_what_is_before_differently(of_style):
     source = (  # as Hermes does behind a tool's result
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{% if not (loop.last and add_generation_prompt) %}\n{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if not (loop.last and add_generation_prompt) %}{{ '\n' }}{% endif %}<|im_end|>\n"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     for text in learned_texts(of_style(source=source), turns("a", "b", "c", "d")):

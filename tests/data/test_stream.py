@@ -192,3 +192,12 @@ def test_what_streaming_does_not_go_with_is_refused(change, message, tmp_path, s
     with pytest.raises(ValueError, match=message):
         check(cfg)
         load_data(cfg, tokenizer)
+
+
+def test_rows_that_are_not_those_that_were_counted_are_refused(tmp_path, shards, tokenizer):
+    tokens(load(tmp_path, shards, tokenizer), range(2))
+    (index,) = (tmp_path / "cache").glob("rows-*.json")
+    counts = json.loads(index.read_text())
+    index.write_text(json.dumps({name: count - 1 for name, count in counts.items()}))
+    with pytest.raises(ValueError, match=r"rows and had others when .*rows-.*delete that file"):
+        tokens(load(tmp_path, shards, tokenizer), range(2))
