@@ -86,6 +86,21 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert "\u4f60\u597d" in samples[0]
 
 
+def test_a_pending_evaluation_is_there_once(tmp_path):
+    """Of a run that was killed after it had made up for the evaluation of its checkpoint."""
+    metrics = Metrics(tmp_path)
+    for step in (10, 20):
+        metrics.sample(step, prompt="a", text="b", reward=1.0)  # of a rollout
+        metrics.write("train", step, loss=1.0)
+        metrics.write("eval", step, loss=1.0)
+        metrics.sample(step, prompt="a", text="b")
+    for pending, kept in ((False, ["train", "eval"]), (True, ["train"])):
+        Metrics(tmp_path, resume_step=20, eval_pending=pending)
+        found = [x["kind"] for x in lines(tmp_path / "metrics.jsonl")]
+        assert found == ["train", "eval", *kept]
+        assert len(lines(tmp_path / "samples.jsonl")) == 2 + len(kept)
+
+
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
     Metrics(tmp_path).write("eval", 0, loss=1.0)
     Metrics(tmp_path).write("eval", 0, loss=2.0)
