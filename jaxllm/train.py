@@ -170,6 +170,7 @@ def best_kept(saves: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
 
 def compiled(step_fn: Any, bar: Progress, *arguments: Any) -> Any:
     """The jitted step as a program for arguments of these shapes; says how long that took."""
+    bar.compiling()
     began = time.perf_counter()
     program = step_fn.lower(*arguments).compile()
     bar.compiled(time.perf_counter() - began)
@@ -317,7 +318,7 @@ def train(cfg: TrainConfig) -> Result:
             made = generate(models(weights, frozen)[0], prompts, sampling)
             for prompt, tokens in zip(cfg.log.samples, made, strict=True):
                 metrics.sample(step, prompt=prompt, text=tokenizer.decode(tokens))
-        return best.after(step, judged(evals, cfg.eval), cfg.eval) if evals else best
+        return best.after_evals(step, evals, cfg.eval)
 
     def log(step: int) -> None:
         line, memory = meter.line(), memory_gib()

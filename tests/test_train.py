@@ -197,19 +197,20 @@ def test_a_run_stops_after_its_patience_and_says_why(early):
     last = max(losses)
     assert last == best + 3 < 12 and list(lines_of(run)) == list(range(1, last + 1))
     assert f"best: step {best}, loss {losses[best]:.4f}; final/ is that one" in said
-    assert "stopped early: 3 evaluations without a better loss (eval.patience)" in said
+    assert "stopped early: no improvement of loss in 3 evaluations (eval.patience)" in said
     assert f"done: {last} steps" in said
 
 
-def test_the_best_model_is_final_and_outlives_rotation(early):
+def test_the_best_model_is_final_and_outlives_rotation(early, capsys):
     run, _ = early
     best, losses = best_of(run)
     kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {str(best), str(max(losses))}
-    for step, same in (("best", True), (str(max(losses)), False)):
-        out = run.parent / f"early-{step}"
-        assert main(["export", str(run), str(out), "--step", step]) == 0
-        file = "model.safetensors"
+    last, file = str(max(losses)), "model.safetensors"
+    for flags, same in (([], True), (["--step", "best"], True), (["--step", last], False)):
+        out = run.parent / f"early-{len(flags)}-{same}"
+        assert main(["export", str(run), str(out), *flags]) == 0
+        assert f"exporting checkpoint {best if same else last}\n" in capsys.readouterr().err
         assert ((out / file).read_bytes() == (run / "final" / file).read_bytes()) is same
 
 
@@ -261,7 +262,7 @@ def test_a_signal_changes_nothing_of_what_is_best(early, monkeypatch, at):
     assert {p.name for p in (other / "checkpoints").iterdir()} == names
 
 
-def test_a_run_that_ends_by_a_pending_evaluation_is_complete(project, monkeypatch):
+def test_a_run_that_ends_by_a_pending_evaluation_is_complete(project, monkeypatch, capsys):
     """Each evaluation is better than the one before, and none by enough; a signal puts off that of
     step 3, which ends the run."""
     evaluating(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -282,6 +283,8 @@ def test_a_run_that_ends_by_a_pending_evaluation_is_complete(project, monkeypatc
         assert [x["step"] for x in lines if x["kind"] == "eval"] == [1, 2, 3]
         samples = (run / "samples.jsonl").read_text().splitlines()
         assert [json.loads(x)["step"] for x in samples] == [1, 2, 3]
+        said = capsys.readouterr().out
+        assert "no improvement of loss of more than 9 in 2 evaluations (eval.patience)" in said
     assert best_of(run)[0] == 3
     out = project / "pending-best"
     assert main(["export", str(run), str(out), "--step", "best"]) == 0
@@ -346,6 +349,7 @@ def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint_by_another_metric(
     best = max(evals, key=lambda step: (evals[step]["accuracy"], -step))
     saves = Checkpoints(run / "checkpoints")
     assert saves.best() == best
+    assert saves.meta(best)["best_eval"]["loss"] == evals[best]["loss"]
     saves.close()
     assert slow_compiler == [1000.0]  # compiled once, in no line's time
     assert all(line["step_seconds"] < 500 for line in lines_of(run).values())

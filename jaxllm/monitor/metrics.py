@@ -381,6 +381,11 @@ class Progress:
         seconds = (now - self.first[1]) / done * (self.total - step)
         return [f"{timedelta(seconds=round(seconds))} left"]
 
+    def compiling(self) -> None:
+        """A line, where there is no bar, that the step is being compiled: it may take minutes."""
+        if not self.bar and jax.process_index() == 0:
+            print("compiling the step…", file=sys.stderr, flush=True)
+
     def compiled(self, seconds: float) -> None:
         """Tells that the step is compiled: the bar's text, or a line, also where the bar is off."""
         text = f"compiled the step in {seconds:.1f} s"
