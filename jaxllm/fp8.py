@@ -71,13 +71,13 @@ def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8
     rest = {key: value for key, value in config.items() if key not in CONFIGS}
     if found is None:
         return rest, None
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    method = method if method is None else str(method)
+    stated = found if isinstance(found, dict) else {}
+    method = None if stated.get("quant_method") is None else str(stated["quant_method"])
     scheme = None
     if method == "fp8":
-        scheme = _fine_grained(found)
-    elif method == "compressed-tensors" or (method is None and "config_groups" in found):
-        scheme = _compressed(found)
+        scheme = _fine_grained(stated)
+    elif method == "compressed-tensors" or (method is None and "config_groups" in stated):
+        scheme = _compressed(stated)
     if scheme is None:
         what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
         if method == "fp8":
@@ -162,8 +162,6 @@ class Dequantised:
             np.arange(n)[part] // m
             for n, part, m in zip(self.weight.shape, index, self.block, strict=True)
         )
-        if len(set(columns.tolist())) == 1:  # one scale for all columns: numpy repeats it itself
-            columns = columns[:1]
         for start in range(0, len(value), 128):  # the scales of a few rows at a time, never of all
             value[start : start + 128] *= self.scale[rows[start : start + 128]][:, columns]
         return value
