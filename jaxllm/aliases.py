@@ -322,9 +322,19 @@ def _quantized(kind: str) -> Callable[[Any, Flags], dict[str, Any]]:
     return lambda value, _: {"peft.quantize_base": kind} if _is_true(value) else {}
 
 
+# Names that another one decides about: its steps are read for `steps` alone, as by the Trainer.
+STEPS = {
+    "eval_strategy": "eval_steps",
+    "evaluation_strategy": "eval_steps",
+    "save_strategy": "save_steps",
+    "logging_strategy": "logging_steps",
+}
+
+
 def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]:
     known = {"steps": {}, "epoch": {key: "epoch"}}
     known |= {} if key == "log.every" else {"no": {key: 0}}
+    known |= {"best": {key: 0, "save.keep_best": True}} if key == "save.every" else {}
 
     def translate(value: Any, flags: Flags) -> dict[str, Any]:
         chosen = _choose("no" if value is False else value, known)
@@ -447,9 +457,10 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
         raise ValueError(
             "--overwrite_output_dir deletes what --resume_from_checkpoint goes on from; keep one"
         )
+    ignored = IGNORED | {STEPS[n] for n in STEPS.keys() & flags if flags[n].value != "steps"}
     out: dict[str, Given] = {}
     for one in flags.values():
-        if one.name in IGNORED or one.name in REFUSED:
+        if one.name in ignored or one.name in REFUSED:
             continue
         function, _ = TRANSLATED.get(one.name, (None, ""))
         try:
@@ -468,7 +479,7 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
                     f"{one.where}; keep one"
                 )
             out[key] = Given(key, value, one.where)
-    return out, [one.where for one in flags.values() if one.name in IGNORED]
+    return out, [one.where for one in flags.values() if one.name in ignored]
 
 
 def resume_path(given: dict[str, Given]) -> dict[str, Given]:

@@ -21,6 +21,7 @@ import xxhash
 from jaxllm.config import TrainConfig, to_dict
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
+AMENDED = "amended.json"  # in some: what `amend` was told
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of what is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -88,6 +89,13 @@ class Checkpoints:
         self._problems[step] = ""
         with self._undone_when_full():
             self.manager.save(step, args=args, force=True)
+
+    def amend(self, step: int, meta: dict[str, Any], best: int | None) -> None:
+        """Changes entries of checkpoint `step`'s meta, and its best, after it was written."""
+        if jax.process_index() == 0:
+            new = self.directory / str(step) / f"{AMENDED}.new"
+            new.write_text(json.dumps({"meta": meta, "best": best}))
+            new.replace(new.with_suffix(""))
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises as `save` does."""
@@ -186,6 +194,11 @@ class Checkpoints:
         latest = self.latest()
         return None if latest is None else self._record(latest).get("best")
 
+    def is_good(self, step: int) -> bool:
+        """True if `step` is there and its files are what was written."""
+        self.wait()
+        return step in self.manager.all_steps() and self._whole(step)
+
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step`: a pytree of jax.Arrays like the ShapeDtypeStructs of `like`.
 
@@ -225,7 +238,10 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=args)["meta"]
+        record = self.manager.restore(step, args=args)["meta"]
+        file = self.directory / str(step) / AMENDED
+        later = json.loads(file.read_text()) if file.is_file() else {}
+        return record | later | {"meta": record["meta"] | later.get("meta", {})}
 
     def _whole(self, step: int) -> bool:
         """Whether the files of `step` are those it was saved with; says so once when not."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import (
+    JUDGING,
     ONLINE,
     TrainConfig,
     leaves,
@@ -121,15 +122,15 @@ def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
     held_out = bool(cfg.data.eval or cfg.data.eval_fraction)
     if cfg.eval_every and not (held_out or cfg.log.samples):
         yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
-    for key in ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best"):
+    for key in JUDGING:
         if value_of(cfg, key) != leaves()[key].default and not held_out:
             yield f"{key} without data.eval or data.eval_fraction; give one of them"
     if cfg.eval.patience and not cfg.eval_every:
-        yield "eval.patience counts evaluations; give eval_every, a number of steps or epoch"
+        yield "eval.patience needs eval_every: a number of steps, or epoch"
     if cfg.eval.min_delta and not cfg.eval.patience:
         yield "eval.min_delta goes with eval.patience; give that too"
     if cfg.save.load_best and not cfg.save.keep_best:
-        yield "save.load_best needs the checkpoint that save.keep_best false does not keep"
+        yield "save.load_best needs save.keep_best"
 
 
 def check_groups(cfg: TrainConfig) -> None:
@@ -159,6 +160,9 @@ def _stream_contradictions(cfg: TrainConfig) -> Iterator[str]:
             yield f"{source.path}: eval_fraction needs data that is read whole; give data.eval"
         if not cfg.steps:
             yield f"{source.path}: nobody knows how many rows a streamed source has; give steps"
+        for key in ("eval_every", "save.every", "log.every"):
+            if value_of(cfg, key) == "epoch":
+                yield f"{key} epoch: a streamed source has no known epoch; give a number of steps"
         if source.max_samples:
             yield f"{source.path}: max_samples does not go with streaming; name fewer files"
         if len(data.train) > 1 and source.weight is None:
@@ -186,10 +190,10 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"data.date is {data.date!r}; write it as YYYY-MM-DD"
     if data.eval and data.eval_fraction:
         yield "data.eval and data.eval_fraction are both given; keep one"
-    yield from _eval_contradictions(cfg)
     for key in unread(cfg.objective):
         if value_of(cfg, key) != leaves()[key].default:
             yield f"{key} has no meaning for {cfg.objective}; leave it out"
+    yield from _eval_contradictions(cfg)
     yield from _align_contradictions(cfg)
 
     if not cfg.batch_size and not cfg.micro_batch_size:

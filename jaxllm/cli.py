@@ -52,9 +52,14 @@ def training(verb: str, args: list[str]) -> int:
     best, named = result.best, cfg.eval.metric
     if best.step not in (None, result.step):
         here = "; final/ is that one" if cfg.save.load_best and result.final else ""
-        print(f"best: step {best.step}, {named} {best.value:.4f}{here}")
+        loss = "" if named.endswith("loss") or best.loss is None else f", loss {best.loss:.4f}"
+        print(f"best: step {best.step}, {named} {best.value:.4f}{loss}{here}")
     if result.early:
-        print(f"stopped early: {best.waited} evaluations without a better {named} (eval.patience)")
+        by = f" of more than {cfg.eval.min_delta:g}" if cfg.eval.min_delta else ""
+        print(
+            f"stopped early: no improvement of {named}{by} in {best.waited} evaluations "
+            "(eval.patience)"
+        )
     if result.stopped:
         print(
             f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr
@@ -422,7 +427,8 @@ def export(verb: str, args: list[str]) -> int:
     parser.add_argument(
         "--step",
         type=lambda text: text if text == "best" else _whole(0)(text),
-        help="checkpoint, or best: that of the best evaluation; default: the newest good one",
+        help="checkpoint, or best: that of the best evaluation; default: best for a run with "
+        "save.load_best, else the newest good one",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
     parser.add_argument(

@@ -98,14 +98,16 @@ SECTIONS: dict[str, type] = {
 USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
 _CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.system")
 _CHAT += ("data.date", "data.reasoning", "data.roles", "data.drop_columns")
-_ANSWERS = (*_CHAT, "data.packing", "data.too_long")
+# What judges a run by its evaluations; online runs have none.
+JUDGING = ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best")
+_ANSWERS = (*_CHAT, *JUDGING, "data.packing", "data.too_long")
 _COMPARED = ("align.beta", "align.reference")
 _ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")
 _ONLINE += ("rl.temperature", "rl.top_k", "rl.top_p", "rl.min_p", "rl.minibatches")
 _ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos_penalty")
 # What each objective reads of the keys that not all do.
 READS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("data.segment", "model.z_loss"),
+    "pretrain": (*JUDGING, "data.segment", "model.z_loss"),
     "sft": (*_ANSWERS, "data.learn", "data.train_on_prompt", "model.z_loss"),
     "reward": (*_ANSWERS, "align.centering"),
     "dpo": (*_ANSWERS, *_COMPARED, "align.loss", "align.loss_weights", "align.label_smoothing")

@@ -45,24 +45,27 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def source_config(
-    path: str, overrides: dict[str, Any], *, scores: bool = False
+    path: str, overrides: dict[str, Any], *, scores: bool = False, weights: bool = True
 ) -> tuple[dict[str, Any], fp8.Fp8 | None]:
     """(the HF config of the model at `path` with `overrides`, how its weights are quantised).
 
-    path: a directory or hub id, or a config.json alone, whose weights are drawn. scores: as that of
-    a reward model. Raises ValueError for a config that no model can be made of, and for quantised
-    weights that are not read here.
+    path: a directory or hub id, or a config.json alone. scores: as that of a reward model. weights:
+    whether those of the directory are read; else they are drawn, and its own do not matter. Raises
+    ValueError for a config that no model can be made of, and for quantised weights that are not
+    read here.
     """
     config = read_config(path)
-    if Path(path).expanduser().is_file():
-        plain = {key: value for key, value in config.items() if key not in fp8.CONFIGS}
-        config = _changed(plain, overrides)
-        return as_reward(config) if scores else config, None
-    folder = resolve(path)
-    config, scheme = fp8.scheme_of(config, folder)
+    folder = None if Path(path).expanduser().is_file() else resolve(path)
+    if folder and weights:
+        config, scheme = fp8.scheme_of(config, folder)
+    else:
+        config, scheme = {k: v for k, v in config.items() if k not in fp8.CONFIGS}, None
     config = _changed(config, overrides)
     config = as_reward(config) if scores else config
-    if "tie_word_embeddings" not in overrides and _has_another_head(config, folder, scheme):
+    if folder is None:
+        return config, None
+    own = weights and "tie_word_embeddings" not in overrides
+    if own and _has_another_head(config, folder, scheme):
         config["tie_word_embeddings"] = False
     if (folder / "generation_config.json").is_file():
         config[GENERATION] = read_json(folder / "generation_config.json")

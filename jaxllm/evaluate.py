@@ -123,6 +123,17 @@ class Best:
     """its metric"""
     waited: int = 0
     """evaluations since the last improvement of more than min_delta"""
+    loss: float | None = None
+    """its loss, whatever the metric"""
+
+    def after_evals(
+        self, step: int, evals: dict[str, dict[str, float]], section: EvalSection
+    ) -> Best:
+        """With the evaluations {set: {metric: value}} of `step`, by eval.metric (`judged`)."""
+        if not evals:
+            return self
+        best = self.after(step, judged(evals, section), section)
+        return replace(best, loss=judged(evals, EvalSection())) if best.step == step else best
 
     def after(self, step: int, value: float, section: EvalSection) -> Best:
         """With the evaluation of `step`. The earlier of two equal ones stays the best; one that is
@@ -130,11 +141,11 @@ class Best:
         sign = 1 if is_greater(section) else -1
         gain = math.inf if self.value is None else sign * (value - self.value)
         if not (math.isfinite(value) and gain > 0):
-            return Best(self.step, self.value, self.waited + 1)
+            return replace(self, waited=self.waited + 1)
         return Best(step, value, 0 if gain > section.min_delta else self.waited + 1)
 
     def is_over(self, section: EvalSection) -> bool:
-        """Whether the run has waited for a better evaluation for as long as it may."""
+        """True once `patience` evaluations brought no improvement."""
         return 0 < section.patience <= self.waited
 
 

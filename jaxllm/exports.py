@@ -45,11 +45,11 @@ def export(
 ) -> str:
     """A run as a HF directory, or as an adapter where that is what it trained; its path returned.
 
-    run: a run folder (its checkpoint `step`; `best`: that of the best evaluation; default: the
-    newest good one), one checkpoint of it (RUN/checkpoints/STEP), a HF directory (to change the
-    dtype), or an adapter. dtype default: the run's `save.dtype`, else the weights' own. merge: fold
-    the adapter into the model, in float32 whatever the base was held in, and say on stderr by how
-    much the logits change.
+    run: a run folder (its checkpoint `step`; `best`: that of the best evaluation; default: best for
+    a run with save.load_best, else the newest good one; stderr says which), one checkpoint of it
+    (RUN/checkpoints/STEP), a HF directory (to change the dtype), or an adapter. dtype default: the
+    run's `save.dtype`, else the weights' own. merge: fold the adapter into the model, in float32
+    whatever the base was held in, and say on stderr by how much the logits change.
     """
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
@@ -108,12 +108,15 @@ def _load_run(
         raise ValueError(
             f"{run} kept no best checkpoint: it has no evaluation, or not save.keep_best"
         )
+    best = saves.best() if step is None and cfg.save.load_best else None
+    step = best if best is not None and saves.is_good(best) else step
     if step is not None and step not in known:
         there = ", ".join(map(str, known)) or "none"
         raise ValueError(f"{run} has no checkpoint {step}; it has {there}")
     step = saves.latest() if step is None else step
     if step is None:
         raise ValueError(f"{run} has no good checkpoint yet")
+    print(f"exporting checkpoint {step}", file=sys.stderr)
     own = replace(cfg, output_dir=str(folder), overwrite=False)
     mesh, plan = make_mesh(MeshSection()), plan_of(model_config(start)[0], started_from(own))
     if plan.frozen and (whole or plan.needs_base):

@@ -39,6 +39,7 @@ MARKS = (
     *("weight_scale_inv", "weight_scale", "weight_packed", "qweight", "qzeros", ".scales", "SCB"),
     *("absmax", "_blocks", "_scales", *ACTIVATION_SCALES),
 )
+FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors
 # How transformers dequantises, by quant_method: an option of from_pretrained, or a call after it.
 RECIPES = {
     "fp8": (", quantization_config=t.FineGrainedFP8Config(dequantize=True)", ""),
@@ -70,12 +71,13 @@ def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8
     rest = {key: value for key, value in config.items() if key not in CONFIGS}
     if found is None:
         return rest, None
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    stated = found if isinstance(found, dict) else {}
+    method = None if stated.get("quant_method") is None else str(stated["quant_method"])
     scheme = None
     if method == "fp8":
-        scheme = _fine_grained(found)
-    elif method == "compressed-tensors" or (method is None and "config_groups" in found):
-        scheme = _compressed(found)
+        scheme = _fine_grained(stated)
+    elif method == "compressed-tensors" or (method is None and "config_groups" in stated):
+        scheme = _compressed(stated)
     if scheme is None:
         what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
         if method == "fp8":
@@ -98,23 +100,24 @@ def _blocks(suffix: str, block: Any) -> Fp8 | None:
 
 def _compressed(found: dict[str, Any]) -> Fp8 | None:
     """None unless all groups of modules are float of 8 bits in one layout, and nothing else."""
+    groups = found.get("config_groups")
     layouts = set()
-    for group in found.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None  # a list: of a preset
+        if not isinstance(weights, dict):
+            return None
         if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             return None
-        if (group.get("format") or found.get("format")) not in (
-            "float-quantized",
-            "naive-quantized",
-        ):
+        if (group.get("format") or found.get("format")) not in FORMATS:
             return None
         if not weights.get("symmetric", True):
             return None
         whole: dict[Any, Any] = {"tensor": Fp8("_scale", (0, 0)), "channel": Fp8("_scale", (1, 0))}
         strategy = weights.get("strategy")
         blocks = _blocks("_scale", weights.get("block_structure")) if strategy == "block" else None
-        layouts.add(whole.get(strategy, blocks))
-    sparse = (found.get("sparsity_config") or {}).get("format", "dense") != "dense"
+        layouts.add(whole.get(strategy, blocks) if isinstance(strategy, str) else None)
+    sparsity = found.get("sparsity_config") or {"format": "dense"}
+    sparse = not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"
     if sparse or found.get("transform_config") or len(layouts) != 1:
         return None
     return layouts.pop()
@@ -159,9 +162,8 @@ class Dequantised:
             np.arange(n)[part] // m
             for n, part, m in zip(self.weight.shape, index, self.block, strict=True)
         )
-        scale = self.scale[:, columns]
         for start in range(0, len(value), 128):  # the scales of a few rows at a time, never of all
-            value[start : start + 128] *= scale[rows[start : start + 128]]
+            value[start : start + 128] *= self.scale[rows[start : start + 128]][:, columns]
         return value
 
 

@@ -66,7 +66,8 @@ SCORE = "score.weight"
 def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
     source = cfg.model.path or str(cfg.model.config)
-    config, _ = source_config(source, cfg.model.overrides, scores=cfg.objective == "reward")
+    scores, weights = cfg.objective == "reward", cfg.model.path is not None
+    config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
     shape = from_hf(config)
     if shape.scores and cfg.objective != "reward":
         raise ValueError(f"{source} is a reward model; {cfg.objective} trains one that writes")
@@ -223,7 +224,7 @@ def load_hf(
     if cfg.tie_embeddings and EMBED not in where and HEAD in where:
         where[EMBED] = where.pop(HEAD)
     elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
-        where.setdefault(HEAD, where[EMBED])  # untied here: the head begins as the table
+        where.setdefault(HEAD, where[EMBED])  # lm_head is initialised from the embedding
     _check_names(folder, cfg, set(where), scheme)
     where |= interop.trained_tensors(cfg, plan, saved)
     if cfg.scores and SCORE not in where:

@@ -185,21 +185,21 @@ class LogSection:
     progress: bool = True
     """progress bar on the terminal"""
     compile_cache: str | None = None
-    """directory of compiled programs, or off; default: ~/.cache/jaxllm/compiled"""
+    """directory of compiled programs, or off; default: ~/.cache/jaxllm/compiled, at most 2 GiB"""
 
 
 @dataclass(frozen=True)
 class EvalSection:
-    """Which evaluation is the best, and when to stop for lack of a better one."""
+    """Best checkpoint and early stopping."""
 
     metric: str = "loss"
     """a metric that evaluations log: the mean over held-out sets, or NAME_METRIC of one of them"""
     greater: bool | None = None
     """whether higher is better; default: false for loss and perplexity, true for the others"""
     patience: Count = 0
-    """stop after this many evaluations in a row without an improvement; 0 = off"""
+    """evaluations in a row without an improvement after which the run ends; 0 = off"""
     min_delta: Amount = 0.0
-    """patience: an improvement is larger than this"""
+    """smallest change that counts as an improvement, for patience"""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class SaveSection:
     keep_best: bool = True
     """also keep the one with the best evaluation (eval.metric)"""
     load_best: bool = False
-    """final/ is the checkpoint with the best evaluation instead of the last one"""
+    """write the best checkpoint to final/, not the last"""
     final: bool = True
     """write final/ when done: a HF directory, or an adapter where that is what was trained"""
     dtype: Literal["float32", "bfloat16"] | None = None

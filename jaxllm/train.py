@@ -159,8 +159,21 @@ def begin(optimizer: Any, params: Any, lay: Any, saves: Checkpoints, at: int | N
     return saves.restore(at, like)
 
 
+def best_kept(saves: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
+    """`best` of the run that goes on, whose checkpoint may be gone: then the next is the best."""
+    if best.step is None or not cfg.save.keep_best or saves.is_good(best.step):
+        return best
+    last = ", or else the last weights" if cfg.save.load_best else ""
+    say(
+        f"warning: checkpoint {best.step}, of the best evaluation so far, is not there or broken; "
+        f"the best is now that of the evaluations to come{last}"
+    )
+    return Best(waited=best.waited)
+
+
 def compiled(step_fn: Any, bar: Progress, *arguments: Any) -> Any:
     """The jitted step as a program for arguments of these shapes; says how long that took."""
+    bar.compiling()
     began = time.perf_counter()
     program = step_fn.lower(*arguments).compile()
     bar.compiled(time.perf_counter() - began)
@@ -191,7 +204,7 @@ def train(cfg: TrainConfig) -> Result:
     Raises ValueError for a user's mistake before anything compiles, and when a loss or a gradient
     is not finite.
     """
-    # ---- what a mistake can be in: the run folder, devices, tokenizer, data
+    # ---- validate the run folder, devices, tokenizer and data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
     cfg = resolve_date(cfg)
@@ -281,13 +294,14 @@ def train(cfg: TrainConfig) -> Result:
     saves = saves or open_run()
     if at is None:
         hf.save_start(model, run / hf.START, tokenizer, cfg.peft.path)
-    meta: dict[str, Any] = {"sums": {}, "seconds": 0.0, "feed": {}, "best_eval": {}, "owed": False}
+    meta: dict[str, Any] = {"sums": {}, "seconds": 0.0, "feed": {}, "best_eval": {}}
     with jax.set_mesh(mesh):
         state = begin(optimizer, params, lay, saves, at)
     meta |= {} if at is None else saves.meta(at)
+    eval_pending = meta.get("eval_pending", False)  # by the signal that stopped the run
     del model, weights, params, rest  # the state owns the buffers: they are donated
     start = at or 0
-    metrics = Metrics(run, report_to=cfg.log.report_to, config=to_dict(cfg), resume_step=start)
+    metrics = Metrics(run, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
     peak = peak_flops(jax.devices()[0], cfg.model.compute_dtype)
 
@@ -307,7 +321,7 @@ def train(cfg: TrainConfig) -> Result:
             made = generate(models(weights, frozen)[0], prompts, sampling)
             for prompt, tokens in zip(cfg.log.samples, made, strict=True):
                 metrics.sample(step, prompt=prompt, text=tokenizer.decode(tokens))
-        return best.after(step, judged(evals, cfg.eval), cfg.eval) if evals else best
+        return best.after_evals(step, evals, cfg.eval)
 
     def log(step: int) -> None:
         line, memory = meter.line(), memory_gib()
@@ -325,20 +339,16 @@ def train(cfg: TrainConfig) -> Result:
     if online:
         feed.begin(models, frozen, rewards, tokenizer, metrics.sample)
     feed.restore(meta["feed"])
-    best, step, logged, stop = Best(**meta["best_eval"]), start, False, False
+    best = best_kept(saves, Best(**meta["best_eval"]), cfg)
+    step, logged, stop = start, False, False
     meter = Meter(meta["sums"], meta["seconds"], peak and peak * mesh.size)
     # Whatever ends the loop, the checkpoint on its way is written out.
-    with (
-        closing(saves),
-        closing(metrics),
-        jax.set_mesh(mesh),
-        stop_signal() as stopping,
-        bar,
-        meter,
-    ):
-        if meta["owed"]:  # by the signal that stopped the run
+    with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as halting, bar, meter:
+        if eval_pending:
             with meter.paused():
                 best = run_evals(step, state, best)
+            known = {"best_eval": asdict(best), "eval_pending": False}
+            saves.amend(step, known, best.step if cfg.save.keep_best else None)
         while step < steps and not stop and not best.is_over(cfg.eval):
             step += 1
             batch, seen = feed(step - 1, state.trainable)
@@ -352,11 +362,12 @@ def train(cfg: TrainConfig) -> Result:
             meter.add(step, step_metrics | seen)
             whole = step % each == 0
             # Read once: a signal during the step waits for the next.
-            stop = whole and stopping.is_set()
+            stop = whole and halting.is_set()
             last = step == steps or stop
             logged = due(log_every, step) or last
-            owed = due(eval_every, step, each) and step < steps
-            evaluated = (owed and not stop) or step == steps
+            wanted = step == steps or due(eval_every, step, each)
+            eval_pending = wanted and stop and step < steps
+            evaluated = wanted and not eval_pending
             saved = due(save_every, step, each) or last
             if not (evaluated or saved):
                 continue
@@ -368,7 +379,7 @@ def train(cfg: TrainConfig) -> Result:
                     log(step)
                 if saved or over or (cfg.save.keep_best and best.step == step):
                     kept = {"sums": meter.sums, "seconds": meter.seconds, "feed": feed.state()}
-                    kept |= {"best_eval": asdict(best), "owed": owed and stop, "base": base}
+                    kept |= {"best_eval": asdict(best), "eval_pending": eval_pending, "base": base}
                     saves.save(step, state, kept, best.step if cfg.save.keep_best else None)
             logged = False
         stopped = stop and step < steps

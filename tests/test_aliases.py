@@ -102,6 +102,7 @@ ALIASES = [
     ("save_steps", "5", {"save.every": 5}),
     ("save_strategy", "no", {"save.every": 0}),
     ("save_strategy", "epoch", {"save.every": "epoch"}),
+    ("save_strategy", "best", {"save.every": 0, "save.keep_best": True}),
     ("logging_strategy", "epoch", {"log.every": "epoch"}),
     ("logging_strategy", "steps", {"log.every": 10}),
     ("load_best_model_at_end", None, {"save.load_best": True}),
@@ -253,6 +254,28 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
 )
 def test_what_is_refused_of_transformers(args, message):
     assert message in refused(*args)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps", "key"),
+    [
+        ("eval_strategy", "eval_steps", "eval_every"),
+        ("evaluation_strategy", "eval_steps", "eval_every"),
+        ("save_strategy", "save_steps", "save.every"),
+        ("logging_strategy", "logging_steps", "log.every"),
+    ],
+)
+@pytest.mark.parametrize("value", ["no", "epoch", "best", "steps"])
+def test_steps_beside_another_strategy_are_not_read(strategy, steps, key, value):
+    known = ["epoch", "steps"] + ["no"] * (key != "log.every") + ["best"] * (key == "save.every")
+    if value not in known:
+        return
+    given = [aliases.Given(strategy, value, f"--{strategy}"), aliases.Given(steps, 7, f"--{steps}")]
+    for layer in (given, given[::-1]):
+        out, ignored = aliases.translate(layer)
+        want = {"no": 0, "best": 0, "epoch": "epoch", "steps": 7}[value]
+        assert out[key].value == want
+        assert ignored == ([] if value == "steps" else [f"--{steps}"])
 
 
 def test_a_checkpoint_inside_output_dir_means_resume():

@@ -144,6 +144,19 @@ def test_the_best_of_before_a_broken_checkpoint_is_found(tmp_path):
         Checkpoints(tmp_path).restore(3, abstract(make_state()))
 
 
+def test_what_is_said_of_a_checkpoint_later_counts_and_goes_with_it(tmp_path):
+    saves = Checkpoints(tmp_path, keep=1)
+    saves.save(3, make_state(), {"a": 1, "b": 1}, best=1)
+    saves.wait()
+    saves.amend(3, {"b": 2}, best=3)
+    for each in (saves, Checkpoints(tmp_path)):
+        assert (each.latest(), each.best(), each.meta(3)) == (3, 3, {"a": 1, "b": 2})
+        assert each.is_good(3) and not each.is_good(1)
+    saves.save(4, make_state(), {}, best=4)
+    saves.close()
+    assert steps_in(tmp_path) == [4]
+
+
 def test_without_a_best_the_last_are_kept_or_all(tmp_path):
     for keep, expected in ((1, [3]), (0, [1, 2, 3])):
         saves = Checkpoints(tmp_path / str(keep), keep=keep)

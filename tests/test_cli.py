@@ -50,7 +50,7 @@ def stand_in(monkeypatch):
 
 def result(stopped=False):
     evals = {"eval": {"loss": 1.0, "perplexity": 2.72}}
-    best = SimpleNamespace(step=2, value=0.5)
+    best = SimpleNamespace(step=2, value=0.5, loss=1.25)
     ended = {"stopped": stopped, "early": False, "final": "run/final"}
     return SimpleNamespace(step=3, best=best, evals=evals, **ended)
 

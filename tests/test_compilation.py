@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from runs import DEVICES, ENV, arguments
 
-from jaxllm import cli
-from jaxllm.compilation import use_cache
+from jaxllm import cli, compilation
+from jaxllm.compilation import BOUNDS, DIRECTORY, use_cache
 
 # Runs a command and prints what became of its compilations.
 COUNTED = """
@@ -41,11 +41,10 @@ print(float(jax.jit(lambda x: (x * 2).sum())(x)), len(hits) > 0)
 @pytest.fixture
 def unset(monkeypatch, tmp_path):
     """No directory is known to JAX, and the home folder is empty."""
-    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
-    names += ("jax_persistent_cache_min_compile_time_secs",)
-    before = {name: getattr(jax.config, name) for name in names}
+    before = {name: getattr(jax.config, name) for name in (DIRECTORY, *BOUNDS)}
     monkeypatch.setenv("HOME", str(tmp_path))
-    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(compilation, "_set", {})
+    jax.config.update(DIRECTORY, None)
     yield tmp_path
     compilation_cache.reset_cache()
     for name, value in before.items():
@@ -62,7 +61,7 @@ def test_it_lies_beside_the_token_cache_is_the_users_own_and_bounded(unset):
 
 
 def test_a_directory_that_jax_was_told_stays_with_its_own_bounds(unset):
-    jax.config.update("jax_compilation_cache_dir", str(unset / "mine"))
+    jax.config.update(DIRECTORY, str(unset / "mine"))
     use_cache()
     assert jax.config.jax_compilation_cache_dir == str(unset / "mine")
     assert jax.config.jax_compilation_cache_max_size == -1
@@ -70,6 +69,21 @@ def test_a_directory_that_jax_was_told_stays_with_its_own_bounds(unset):
     assert jax.config.jax_compilation_cache_dir == str(unset / "other")
     use_cache("off")
     assert jax.config.jax_compilation_cache_dir is None
+    use_cache()
+    assert jax.config.jax_compilation_cache_dir == str(unset / "mine")
+
+
+def test_runs_of_one_process_do_not_share_what_one_of_them_said(unset):
+    default = str(unset / ".cache" / "jaxllm" / "compiled")
+    for place, folder, size in (
+        ("off", None, -1),
+        (None, default, 2**31),
+        (str(unset / "a"), str(unset / "a"), -1),
+        (None, default, 2**31),
+    ):
+        use_cache(place)
+        assert jax.config.jax_compilation_cache_dir == folder
+        assert jax.config.jax_compilation_cache_max_size == size
 
 
 def test_a_directory_that_cannot_be_written_to_is_one_line(unset, capsys):
@@ -80,16 +94,53 @@ def test_a_directory_that_cannot_be_written_to_is_one_line(unset, capsys):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_program_that_a_killed_process_left_unfinished_goes(unset):
-    folder = unset / "cache"
-    folder.mkdir()
-    for name in ("torn-cache", "whole-cache", "whole-atime", "new-cache"):
+def test_without_a_home_folder_there_is_no_cache(unset, monkeypatch, capsys):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    use_cache()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no compilation cache in ~/.cache" in line and "home directory" in line
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+OLD = ("torn-cache", "whole-cache", "whole-atime")
+
+
+def filled(folder):
+    folder.mkdir(parents=True)
+    for name in (*OLD, "new-cache"):
         (folder / name).touch()
-    os.utime(folder / "torn-cache", (0, 0))
-    os.utime(folder / "whole-cache", (0, 0))
-    use_cache(str(folder))
-    left = {path.name for path in folder.iterdir()} - {".lockfile"}
+    for name in OLD:
+        os.utime(folder / name, (0, 0))
+    return folder
+
+
+def test_a_program_that_a_killed_process_left_unfinished_goes(unset):
+    folder = filled(unset / ".cache" / "jaxllm" / "compiled")
+    use_cache()
+    left = {path.name for path in folder.iterdir()}
     assert left == {"whole-cache", "whole-atime", "new-cache"}  # new: may be on its way
+
+
+def test_nothing_is_deleted_in_a_directory_of_the_users(unset):
+    """JAX itself, without a bound, writes programs that have no -atime beside them."""
+    jax.config.update(DIRECTORY, str(unset / "plain"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(7))
+    written = {path.name for path in (unset / "plain").iterdir()}
+    assert any(name.endswith("-cache") for name in written)
+    assert not any(name.endswith("-atime") for name in written)
+    for path in (unset / "plain").iterdir():
+        os.utime(path, (0, 0))
+    jax.config.update(DIRECTORY, None)
+    use_cache(str(unset / "plain"))
+    assert {path.name for path in (unset / "plain").iterdir()} == written
+    mine = filled(unset / "mine")  # whatever else lies there
+    use_cache(str(mine))
+    assert {path.name for path in mine.iterdir()} == {*OLD, "new-cache"}
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def refused(*args, verb="pretrain", path=None):
     return message
 
 
+STREAMED = DataSection(train=(Source("a", streaming=True),), eval=(Source("b"),))
 HELD_OUT = DataSection(train=(Source("a"),), eval_fraction=0.1)
 
 
@@ -338,7 +339,7 @@ def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
     def on(day, **keys):
         today = SimpleNamespace(date=SimpleNamespace(today=lambda: date.fromisoformat(day)))
         monkeypatch.setattr(checks, "datetime", today)
-        return resolve_date(good(output_dir=str(tmp_path), **keys)).data.date
+        return resolve_date(good(objective="sft", output_dir=str(tmp_path), **keys)).data.date
 
     assert on("2026-11-27") == "2026-11-27"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"date": "2026-11-27"}}))
@@ -394,14 +395,25 @@ def test_check_accepts_a_sound_config():
             "eval.metric without data.eval or data.eval_fraction",
         ),
         ({"save": SaveSection(load_best=True)}, "save.load_best without data.eval"),
-        ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience counts evaluations"),
+        ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience needs eval_every"),
         (
             {"data": HELD_OUT, "eval": EvalSection(min_delta=0.1)},
             "eval.min_delta goes with eval.patience",
         ),
         (
             {"data": HELD_OUT, "save": SaveSection(load_best=True, keep_best=False)},
-            "save.load_best needs the checkpoint",
+            "save.load_best needs save.keep_best",
+        ),
+        ({"objective": "grpo", "save": SaveSection(load_best=True)}, "no meaning for grpo"),
+        ({"objective": "ppo", "eval": EvalSection(patience=2)}, "no meaning for ppo"),
+        ({"data": STREAMED, "steps": 9, "eval_every": "epoch"}, "eval_every epoch: a streamed"),
+        (
+            {"data": STREAMED, "steps": 9, "save": SaveSection(every="epoch")},
+            "save.every epoch: a streamed source has no known epoch; give a number of steps",
+        ),
+        (
+            {"data": STREAMED, "steps": 9, "log": LogSection(every="epoch")},
+            "log.every epoch: a streamed",
         ),
         ({"data": DataSection(train=(Source("a"),), date="27.11.2026")}, "write it as YYYY-MM-DD"),
         ({"data": DataSection(train=(Source("a"),), date="20261127")}, "write it as YYYY-MM-DD"),

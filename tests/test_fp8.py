@@ -3,6 +3,7 @@
 
 import copy
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tiny import hf_config, logits_of, magnified, one_device, some_tokens, torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from jaxllm.config import MeshSection, ModelSection, TrainConfig
+from jaxllm.fp8 import Dequantised
 from jaxllm.hf import blank_model, load_hf, save_hf
 from jaxllm.mesh import make_mesh
 
@@ -152,6 +154,7 @@ def test_a_runs_model_has_no_quantization(blocks):
 # ---- refusals
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+ODD = ({"FP8": ["Linear"]}, {"a": None}, {"a": {"weights": [8]}}, None, [1], {})
 GROUP = compressed(strategy="channel")["config_groups"]["group_0"]
 
 
@@ -168,6 +171,11 @@ GROUP = compressed(strategy="channel")["config_groups"]["group_0"]
         ({"quant_method": "gptq", "bits": 4}, r"\(gptq\); transformers has no way to dequantise"),
         ({"quant_method": "awq"}, r"\(awq\); transformers has no way to dequantise"),
         ({"bits": 4}, r"\(no quant_method\)"),
+        (5, r"\(no quant_method\)"),
+        ({"quant_method": ["x"]}, r"\(\['x'\]\); transformers has no way"),
+        *((compressed() | {"config_groups": groups}, "CompressedTensorsConfig") for groups in ODD),
+        (compressed(strategy=["tensor"]), "CompressedTensorsConfig"),
+        (compressed(strategy="channel") | {"sparsity_config": [1]}, "CompressedTensorsConfig"),
         (["fp8"], r"\(no quant_method\)"),
         (compressed(type="int", strategy="channel"), "CompressedTensorsConfig"),
         (compressed(strategy="group", group_size=8), "CompressedTensorsConfig"),
@@ -233,10 +241,26 @@ def test_quantised_weights_whose_config_was_removed_are_refused(tmp_path, blocks
         load_hf(str(tmp_path))
 
 
-def test_a_shape_alone_is_taken_from_a_quantised_models_config(tmp_path, blocks):
-    config = json.loads((blocks[0] / "config.json").read_text())
-    file = tmp_path / "shape.json"
-    file.write_text(json.dumps(config | {"quantization_config": BNB}))
-    cfg = TrainConfig(model=ModelSection(config=str(file)))
-    model = blank_model(cfg, make_mesh(MeshSection(), jax.devices()[:1]))
-    assert "quantization_config" not in model.hf_config
+def test_a_shape_alone_is_taken_from_a_quantised_model(tmp_path, blocks):
+    """Its config.json or its directory: the weights are drawn, and its own do not matter."""
+    config = json.loads((blocks[0] / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": BNB}))
+    head = {name: torch.ones(2, 2) * i for i, name in enumerate(("model.embed_tokens", "lm_head"))}
+    head = {f"{name}.weight": tensor for name, tensor in head.items()}
+    save_file(head, tmp_path / "model.safetensors", {"format": "pt"})
+    for place in (tmp_path / "config.json", tmp_path):
+        cfg = TrainConfig(model=ModelSection(config=str(place)))
+        model = blank_model(cfg, make_mesh(MeshSection(), jax.devices()[:1]))
+        assert "quantization_config" not in model.hf_config
+        assert model.cfg.tie_embeddings
+
+
+def test_a_weight_is_dequantised_without_its_scales_at_full_size():
+    weight = np.ones((1024, 1024), jnp.float8_e4m3fn)
+    for grid, block in (((1024, 1), (1, 0)), ((1, 1), (0, 0)), ((8, 8), (128, 128))):
+        part = Dequantised(weight, np.full(grid, 0.5, np.float32), block)
+        tracemalloc.start()
+        value = part[slice(0, 1024), slice(0, 1024)]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (value == 0.5).all() and peak < 1.5 * value.nbytes

@@ -197,19 +197,20 @@ def test_a_run_stops_after_its_patience_and_says_why(early):
     last = max(losses)
     assert last == best + 3 < 12 and list(lines_of(run)) == list(range(1, last + 1))
     assert f"best: step {best}, loss {losses[best]:.4f}; final/ is that one" in said
-    assert "stopped early: 3 evaluations without a better loss (eval.patience)" in said
+    assert "stopped early: no improvement of loss in 3 evaluations (eval.patience)" in said
     assert f"done: {last} steps" in said
 
 
-def test_the_best_model_is_final_and_outlives_rotation(early):
+def test_the_best_model_is_final_and_outlives_rotation(early, capsys):
     run, _ = early
     best, losses = best_of(run)
     kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {str(best), str(max(losses))}
-    for step, same in (("best", True), (str(max(losses)), False)):
-        out = run.parent / f"early-{step}"
-        assert main(["export", str(run), str(out), "--step", step]) == 0
-        file = "model.safetensors"
+    last, file = str(max(losses)), "model.safetensors"
+    for flags, same in (([], True), (["--step", "best"], True), (["--step", last], False)):
+        out = run.parent / f"early-{len(flags)}-{same}"
+        assert main(["export", str(run), str(out), *flags]) == 0
+        assert f"exporting checkpoint {best if same else last}\n" in capsys.readouterr().err
         assert ((out / file).read_bytes() == (run / "final" / file).read_bytes()) is same
 
 
@@ -225,22 +226,28 @@ def test_a_run_that_stopped_early_is_complete(early, capsys):
     assert (run / "final" / "model.safetensors").read_bytes() == model
 
 
+def evaluating(monkeypatch, at, action):
+    """Calls `action` before the evaluation number `at` of a run."""
+    from jaxllm import train as module
+
+    calls, real = itertools.count(1), module.evaluate
+
+    def evaluate(*args, **keys):
+        if next(calls) == at:
+            action()
+        return real(*args, **keys)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+
+
 @pytest.mark.parametrize("at", [2, 5])
 def test_a_signal_changes_nothing_of_what_is_best(early, monkeypatch, at):
     """The evaluation that a signal left out is made up for by the run that goes on: that of step 3
     is the best, after that of step 6 the run is over."""
-    from jaxllm import train as module
-
     run, _ = early
-    calls = itertools.count(1)
-
-    def evaluate(*args, **keys):
-        if next(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)  # it stops after the next step
-        return module_evaluate(*args, **keys)
-
-    module_evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    evaluating(
+        monkeypatch, at, lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )  # a step later it ends
     args = judged_run(run.parent, f"signal-{at}")
     other = run.parent / f"signal-{at}"
     assert main(args) == 75
@@ -253,6 +260,58 @@ def test_a_signal_changes_nothing_of_what_is_best(early, monkeypatch, at):
     assert a.read_bytes() == b.read_bytes()
     names = {p.name for p in (run / "checkpoints").iterdir()}
     assert {p.name for p in (other / "checkpoints").iterdir()} == names
+
+
+def test_a_run_that_ends_by_a_pending_evaluation_is_complete(project, monkeypatch, capsys):
+    """Each evaluation is better than the one before, and none by enough; a signal puts off that of
+    step 3, which ends the run."""
+    evaluating(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    held_out = ("--data.eval", str(project / "few.jsonl"), "--eval_every", "1")
+    enough = ("--eval.patience", "2", "--eval.min_delta", "9", "--save.load_best")
+    args = arguments(project, "sft", "pending", *held_out, *enough, "--log.samples", "def f")
+    args += ["--log.sample_tokens", "4"]
+    run = project / "pending"
+    assert main(args) == 75
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:  # killed after the evaluation and before it is noted
+        patch.setattr(Checkpoints, "amend", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(args)
+    for _ in range(2):
+        assert main(args) == 0
+        lines = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [x["step"] for x in lines if x["kind"] == "eval"] == [1, 2, 3]
+        samples = (run / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(x)["step"] for x in samples] == [1, 2, 3]
+        said = capsys.readouterr().out
+        assert "no improvement of loss of more than 9 in 2 evaluations (eval.patience)" in said
+    assert best_of(run)[0] == 3
+    out = project / "pending-best"
+    assert main(["export", str(run), str(out), "--step", "best"]) == 0
+    file = "model.safetensors"
+    assert (out / file).read_bytes() == (run / "final" / file).read_bytes()
+
+
+def test_a_best_checkpoint_that_is_gone_is_named_before_the_first_step(project, capsys):
+    """A higher loss counts as better, so that the first step of each run stays the best."""
+    held_out = ("--data.eval", str(project / "few.jsonl"), "--eval_every", "1", "--save.every", "0")
+    args = arguments(project, "sft", "gone", *held_out, "--eval.metric", "loss", "--eval.greater")
+    run = project / "gone"
+    assert main([*args, "--steps", "2", "--no-save.keep_best"]) == 0
+    capsys.readouterr()
+    assert main([*args, "--steps", "4", "--save.load_best"]) == 0
+    said = capsys.readouterr()
+    assert "warning: checkpoint 1, of the best evaluation so far, is not there" in said.err
+    assert "best: step 3" in said.out
+    kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
+    assert {"3", "4"} <= kept
+    out, file = project / "gone-best", "model.safetensors"
+    assert main(["export", str(run), str(out), "--step", "best"]) == 0
+    assert (out / file).read_bytes() == (run / "final" / file).read_bytes()
+    shutil.rmtree(run / "checkpoints" / "3")  # and of a run that is done
+    assert main([*args, "--steps", "4", "--save.load_best"]) == 0
+    assert "checkpoint 3" in capsys.readouterr().err
+    assert (out / file).read_bytes() != (run / "final" / file).read_bytes()
 
 
 @pytest.fixture
@@ -290,6 +349,7 @@ def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint_by_another_metric(
     best = max(evals, key=lambda step: (evals[step]["accuracy"], -step))
     saves = Checkpoints(run / "checkpoints")
     assert saves.best() == best
+    assert saves.meta(best)["best_eval"]["loss"] == evals[best]["loss"]
     saves.close()
     assert slow_compiler == [1000.0]  # compiled once, in no line's time
     assert all(line["step_seconds"] < 500 for line in lines_of(run).values())

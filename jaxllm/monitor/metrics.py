@@ -110,7 +110,8 @@ class Metrics:
     """Writes a run's numbers, from process 0 alone.
 
     Lines after `resume_step` (of a run that was killed after its last checkpoint) are dropped
-    first, so that no step is there twice. A tracker that cannot start or fails later is named once
+    first, so that no step is there twice; those of an evaluation of that step too, when it is
+    `eval_pending`. A tracker that cannot start or fails later is named once
     and left out; training goes on.
     """
 
@@ -120,6 +121,7 @@ class Metrics:
         report_to: tuple[str, ...] = (),
         config: dict[str, Any] | None = None,
         resume_step: int = 0,
+        eval_pending: bool = False,
     ):
         unknown = [name for name in report_to if name not in TRACKERS]
         if unknown:
@@ -131,7 +133,7 @@ class Metrics:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _drop_after(self.run / name, resume_step)
+            _drop_after(self.run / name, resume_step, eval_pending)
         for name in report_to:
             self._guarded(name, lambda name=name: self._start(name, config or {}, resume_step))
 
@@ -183,14 +185,20 @@ class Metrics:
             file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _drop_after(file: Path, step: int) -> None:
-    """Keeps the lines up to `step` (none when it is 0), without the torn one of a killed run."""
+def _drop_after(file: Path, step: int, eval_pending: bool) -> None:
+    """Keeps the lines up to `step` (none when it is 0), without the torn one of a killed run, and
+    without those of the evaluation at `step` when it is pending."""
+
+    def stays(line: dict[str, Any]) -> bool:
+        evaluated = line["kind"] == "eval" if "kind" in line else "reward" not in line  # a sample
+        return line["step"] < step + (not (evaluated and eval_pending))
+
     if not file.is_file():
         return
     kept = []
     for line in file.read_bytes().split(b"\n") if step else ():
         try:
-            if json.loads(line)["step"] <= step:
+            if stays(json.loads(line)):
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -372,6 +380,11 @@ class Progress:
             return []
         seconds = (now - self.first[1]) / done * (self.total - step)
         return [f"{timedelta(seconds=round(seconds))} left"]
+
+    def compiling(self) -> None:
+        """A line, where there is no bar, that the step is being compiled: it may take minutes."""
+        if not self.bar and jax.process_index() == 0:
+            print("compiling the step…", file=sys.stderr, flush=True)
 
     def compiled(self, seconds: float) -> None:
         """Tells that the step is compiled: the bar's text, or a line, also where the bar is off."""

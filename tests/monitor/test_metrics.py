@@ -86,6 +86,21 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert "\u4f60\u597d" in samples[0]
 
 
+def test_a_pending_evaluation_is_there_once(tmp_path):
+    """Of a run that was killed after it had made up for the evaluation of its checkpoint."""
+    metrics = Metrics(tmp_path)
+    for step in (10, 20):
+        metrics.sample(step, prompt="a", text="b", reward=1.0)  # of a rollout
+        metrics.write("train", step, loss=1.0)
+        metrics.write("eval", step, loss=1.0)
+        metrics.sample(step, prompt="a", text="b")
+    for pending, kept in ((False, ["train", "eval"]), (True, ["train"])):
+        Metrics(tmp_path, resume_step=20, eval_pending=pending)
+        found = [x["kind"] for x in lines(tmp_path / "metrics.jsonl")]
+        assert found == ["train", "eval", *kept]
+        assert len(lines(tmp_path / "samples.jsonl")) == 2 + len(kept)
+
+
 def test_a_run_from_the_start_begins_an_empty_file(tmp_path):
     Metrics(tmp_path).write("eval", 0, loss=1.0)
     Metrics(tmp_path).write("eval", 0, loss=2.0)
@@ -302,10 +317,14 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
 
 def test_compiling_is_told_off_a_terminal_and_where_the_bar_is_off(capsys, monkeypatch):
     with Progress(10) as progress, Progress(10, enabled=False) as off:
+        progress.compiling()
         progress.compiled(12.34)
         off.compiled(0.06)
-    assert capsys.readouterr().err == "compiled the step in 12.3 s\ncompiled the step in 0.1 s\n"
+    first, *after = capsys.readouterr().err.splitlines()
+    assert first == "compiling the step…"
+    assert after == ["compiled the step in 12.3 s", "compiled the step in 0.1 s"]
     monkeypatch.setattr(module.jax, "process_index", lambda: 1)
+    Progress(10).compiling()
     Progress(10).compiled(1.0)
     assert capsys.readouterr().err == ""
 
