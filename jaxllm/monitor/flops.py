@@ -60,9 +60,9 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     2 for each weight. Attention is causal, in rows of `length` tokens: q·k and p·v are 2 FLOPs each
     for each of the heads' features and each key that a query sees, (length + 1) / 2 on average or
-    fewer within a layer's window. It is counted over whole rows, also where packing keeps a document
-    from seeing those before it and less is computed. A reward model's head reads one token of a text
-    and counts as none.
+    fewer within a layer's window. It is counted over whole rows, also where packing keeps a
+    document from seeing those before it and less is computed. A reward model's head reads one token
+    of a text and counts as none.
     """
     Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = model.hidden_size * (2 * Q + 2 * KV + 3 * model.intermediate_size)
