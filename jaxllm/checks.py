@@ -159,7 +159,7 @@ def _stream_contradictions(cfg: TrainConfig) -> Iterator[str]:
         if data.eval_fraction:
             yield f"{source.path}: eval_fraction needs data that is read whole; give data.eval"
         if not cfg.steps:
-            yield f"{source.path}: nobody knows how many rows a streamed source has; give steps"
+            yield f"{source.path}: a streamed source has no known length; give steps"
         for key in ("eval_every", "save.every", "log.every"):
             if value_of(cfg, key) == "epoch":
                 yield f"{key} epoch: a streamed source has no known epoch; give a number of steps"

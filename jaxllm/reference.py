@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from jaxllm import hf
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
+from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.decoder import Decoder, merge
@@ -127,7 +128,7 @@ def precomputed(
 
     def known_part(part: Any) -> Known:
         key = _key(part, model)
-        file = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser() / f"reference-{key}.npz"
+        file = cache_root(cfg) / f"reference-{key}.npz"
         if not file.is_file():
             one = Rows((part,), None, part.length)
             with jax.set_mesh(mesh):

@@ -199,7 +199,12 @@ def tokenized(
 
 def cache_root(cfg: TrainConfig) -> Path:
     """The folder of tokenised data, made where it is missing."""
-    root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+    try:
+        root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "there is no home directory for tokenized data; give data.cache_dir"
+        ) from None
     try:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -223,6 +223,18 @@ def test_notes_are_counted_by_source(tmp_path, tokenizer):
     assert found.notes == {OPEN_END: 3}
 
 
+def test_without_a_home_directory_the_cache_must_be_named(tmp_path, tokenizer, monkeypatch):
+    def expanduser(self):
+        if str(self).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return self
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    file = write_lines(tmp_path / "a.jsonl", [SHORT])
+    with pytest.raises(ValueError, match=r"no home directory .* give data\.cache_dir"):
+        read(file, config(tmp_path, "sft", cache_dir=None), tokenizer)
+
+
 def test_a_date_changes_tokens_of_templates_that_write_it_alone(tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y') }}" + DROPS)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])

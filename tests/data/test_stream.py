@@ -137,7 +137,7 @@ def test_a_streamed_source_keeps_its_share_of_a_mixture(tmp_path, shards, tokeni
         assert sum("z" in text for text in letters) == 30
     lines = summarize(data.manifest)
     assert f"train: {shards}: 6 files, streamed" in lines
-    assert len(data.train) > 2**40  # a number, though nobody knows it
+    assert len(data.train) > 2**40  # stands for an unknown length
     json.dumps(data.manifest)
 
 
@@ -177,7 +177,7 @@ def test_a_bad_record_is_named_when_its_file_is_read(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "nobody knows how many rows a streamed source has; give steps"),
+        ({"steps": 0}, "a streamed source has no known length; give steps"),
         ({"data": {"eval_fraction": 0.5}}, "eval_fraction needs data that is read whole"),
         ({"max_samples": 3}, "max_samples does not go with streaming"),
         ({"more": Source("b")}, "a streamed source beside others needs a weight"),
