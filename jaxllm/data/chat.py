@@ -210,7 +210,7 @@ class _Renderer:
             notes = self._left_out(chat, turn, text, spans) | (set() if each else {OWN_EXAMPLE})
             weights = dict.fromkeys(spans, weight)
             found.append((turn, self._example(chat, text, weights, rest, turn + 1, notes)))
-        if inside or not found or rest:
+        if inside or not found:
             spans = {span: wanted[turn] for turn, parts in inside.items() for span in parts}
             upto = len(chat.messages)
             apart = [turn for turn, _ in found]

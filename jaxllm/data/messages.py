@@ -32,7 +32,7 @@ WEIGHTS += ("train", "training", "trainable")
 # Keys that say so in another way than one number for the message, or that tools disagree about.
 UNREAD_WEIGHTS = ("train_detail", "training_detail", "mask", "masked")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 # What chat templates read of a message beside what is brought into one form here.
 _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_plan"}
@@ -169,7 +169,7 @@ def _thought(value: Any, name: str, reading: Reading) -> str:
 
 def _reasoning(turn: dict, thoughts: list[str], reading: Reading) -> dict[str, str]:
     """{"reasoning_content": …} of what a turn says it thought, or {}; takes its keys out."""
-    given = {name: _thought(turn.pop(name), name, reading) for name in _REASONING if name in turn}
+    given = {name: _thought(turn.pop(name), name, reading) for name in REASONING if name in turn}
     if thoughts:
         given["content"] = "".join(thoughts)
     given = {name: text for name, text in given.items() if text}

@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
-from jaxllm.data.messages import words
+from jaxllm.data.messages import REASONING, words
 from jaxllm.tokenizer import load_tokenizer
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
@@ -29,7 +29,6 @@ TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("temp
 _USER_TEMPLATE = re.compile(r'^\{%- set user_template = ("(?:[^"\\]|\\.)*") %\}')
 # The directives of strftime that name no time of day.
 _DIRECTIVES = ("a", "A", "b", "B", "d", "-d", "e", "j", "m", "-m", "U", "w", "W", "x", "y", "Y")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
@@ -220,7 +219,7 @@ class ChatTemplate:
         if out["role"] == "developer" and not self._names("developer"):
             out["role"] = "system"
         if (thought := out.get("reasoning_content")) is not None:
-            out |= {name: thought for name in _REASONING if self._names(name)}
+            out |= {name: thought for name in REASONING if self._names(name)}
         content = out.get("content")
         if isinstance(content, list) and not self._reads_parts:
             out["content"] = "".join(part["text"] for part in content)
