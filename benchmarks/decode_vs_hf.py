@@ -44,7 +44,7 @@ def jaxllm_step(a):
     from jaxllm.config import MeshSection
     from jaxllm.hf import load_hf
     from jaxllm.mesh import make_mesh
-    from jaxllm.rollout import Sampling, completions
+    from jaxllm.sampling import Sampling, completions
 
     mesh = make_mesh(MeshSection())
     graph, weights = nnx.split(load_hf(a.model, dtype=a.dtype))

@@ -62,7 +62,6 @@ def jaxllm_step(a):
     from flax import nnx
 
     from jaxllm import reference
-    from jaxllm.checks import resolve_align
     from jaxllm.config import (
         DataSection,
         ModelSection,
@@ -71,6 +70,7 @@ def jaxllm_step(a):
         Source,
         TrainConfig,
     )
+    from jaxllm.config.checks import resolve_align
     from jaxllm.data.batch import Batch
     from jaxllm.data.loader import load_data, make_loader
     from jaxllm.hf import load_hf

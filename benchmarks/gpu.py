@@ -228,9 +228,9 @@ def jaxllm(a, task: str) -> dict:
     from jaxllm.config import OptimSection, PeftSection
     from jaxllm.data.batch import Batch
     from jaxllm.model import attention as module
+    from jaxllm.model.adapter import PLAIN
     from jaxllm.model.decoder import Decoder, merge
     from jaxllm.model.families import from_hf
-    from jaxllm.model.layers import PLAIN
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
     from jaxllm.peft import lora

@@ -70,7 +70,7 @@ def torch_step(a):
 
 def lora(a, targets: str):
     from jaxllm.config import PeftSection
-    from jaxllm.hf import read_config
+    from jaxllm.hf_config import read_config
     from jaxllm.model.families import from_hf
     from jaxllm.peft.interop import plan_of
 
@@ -138,7 +138,7 @@ def compiled(a, plan, remat: str, unroll: int = 1, chunk: int = 512):
     import jax
     from flax import nnx
 
-    from jaxllm.hf import read_config
+    from jaxllm.hf_config import read_config
     from jaxllm.model.decoder import Decoder
     from jaxllm.model.families import from_hf
 
@@ -155,7 +155,7 @@ def gflop(a, plan, remat: str, layers: int) -> float:
     and of `few` is what the layers have that it left out. (All layers in one body, which compiles
     three times longer, gives SmolLM2 0.5 % less: the first layer's input needs no gradient there.)
     The loss is one chunk and attention one block, their loops one round."""
-    from jaxllm.model import attention
+    from jaxllm.ops import attention
 
     attention.BLOCK = a.length
     few = next(n for n in range(2, layers + 1) if layers % n == 0)
@@ -197,7 +197,7 @@ def speed(a) -> None:
 
 
 def flops(a) -> None:
-    from jaxllm.model.layers import PLAIN
+    from jaxllm.model.adapter import PLAIN
 
     plan = lora(a, "q,v")
     layers = len(plan.targets[0].ranks[0])
@@ -208,7 +208,7 @@ def flops(a) -> None:
 
 
 def memory(a) -> None:
-    from jaxllm.model.layers import Peft
+    from jaxllm.model.adapter import Peft
 
     class Scales(Peft):
         frozen = True

@@ -8,9 +8,7 @@ module when it is first used.
 from __future__ import annotations
 
 import logging
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,14 +27,15 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
+    from jaxllm.errors import UserError
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
     from jaxllm.hf import load_hf, save_adapter, save_hf
     from jaxllm.peft.interop import choose
     from jaxllm.peft.lora import merged
-    from jaxllm.rollout import Sampling, generate, generate_text
+    from jaxllm.sampling import Sampling, generate, generate_text
     from jaxllm.tokenizer import load_tokenizer, train_tokenizer
-    from jaxllm.train import train
+    from jaxllm.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,6 +52,7 @@ __all__ = [
     "SaveSection",
     "Source",
     "TrainConfig",
+    "UserError",
     "choose",
     "evaluate_files",
     "export",
@@ -69,13 +69,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
     "hf": ("load_hf", "save_adapter", "save_hf"),
     "peft.interop": ("choose",),
     "peft.lora": ("merged",),
-    "rollout": ("Sampling", "generate", "generate_text"),
+    "sampling": ("Sampling", "generate", "generate_text"),
     "tokenizer": ("load_tokenizer", "train_tokenizer"),
+    "training": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -83,36 +85,11 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")
-    if name == "train":
-        return import_module("jaxllm.train")
     return getattr(import_module(f"jaxllm.{_HOME.get(name, 'config')}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _TrainModule(ModuleType):
-    """`jaxllm.train`, which is both the module and, called, its function of that name."""
-
-    def __call__(self, cfg: TrainConfig) -> Any:
-        return self.train(cfg)
-
-
-class _Package(ModuleType):
-    """Python binds `jaxllm.train` to the module whoever imports it first; it is made callable here.
-
-    So `jaxllm.train(cfg)`, `from jaxllm import train`, `from jaxllm.train import train` and
-    `import jaxllm.train as module` all mean the same thing in any order.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "train" and type(value) is ModuleType:
-            value.__class__ = _TrainModule
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def _of_torch(record: logging.LogRecord) -> bool:

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import xxhash
 
 from jaxllm.config import TrainConfig, to_dict
+from jaxllm.errors import UserError
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
 AMENDED = "amended.json"  # in some: what `amend` was told
@@ -136,7 +137,7 @@ class Checkpoints:
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         disk = shutil.disk_usage(self.directory)
         if disk.total and disk.free < need:  # some network file systems report 0 of 0
-            raise ValueError(
+            raise UserError(
                 f"disk full: a checkpoint takes {need / 2**30:.2f} GiB and {self.directory} has "
                 f"{disk.free / 2**30:.2f} GiB left; make room and start again, the checkpoints "
                 "already saved are whole"
@@ -157,7 +158,7 @@ class Checkpoints:
             # what the disk says comes as an OSError, or as text from tensorstore
             said = [os.strerror(code) in str(error) for code in FULL]
             if any(said) or getattr(error, "errno", None) in FULL:
-                raise ValueError(
+                raise UserError(
                     f"disk full: checkpoint {step} could not be written to {self.directory}; make "
                     "room and start again, the checkpoints already saved are whole"
                 ) from error
@@ -183,7 +184,7 @@ class Checkpoints:
         steps = sorted(self.manager.all_steps(), reverse=True)
         found = next((step for step in steps if self._whole(step)), None)
         if steps and found is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory}: none of the checkpoints {', '.join(map(str, steps))} is whole; "
                 "move them away to start anew"
             )
@@ -220,15 +221,15 @@ class Checkpoints:
         self.wait()
         if step not in self.manager.all_steps():
             steps = ", ".join(map(str, self.manager.all_steps())) or "none"
-            raise ValueError(f"{self.directory} has no checkpoint {step}; it has {steps}")
+            raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps}")
         if not self._whole(step):
             problem = self._problems[step]
-            raise ValueError(f"{self.directory / str(step)} is broken ({problem}); use another")
+            raise UserError(f"{self.directory / str(step)} is broken ({problem}); use another")
         saved = _by_name(self.manager.item_metadata(step)["state"].tree)
         for name, leaf in _by_name(like).items():
             shape = saved[name].shape if name in saved else None
             if shape != leaf.shape:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory / str(step)} is of another model or optimizer: {name} has "
                     f"shape {leaf.shape} now and {shape or 'is not there'} in the checkpoint"
                 )
@@ -324,7 +325,7 @@ def _read_config(run: Path) -> dict[str, Any] | None:
     if not run.exists():
         return None
     if not run.is_dir():
-        raise ValueError(f"output_dir {run} is a file; choose another place")
+        raise UserError(f"output_dir {run} is a file; choose another place")
     if not any(run.iterdir()):
         return None
     try:
@@ -333,7 +334,7 @@ def _read_config(run: Path) -> dict[str, Any] | None:
             return config
     except (OSError, ValueError, AttributeError):
         pass  # a HF directory has a config.json too
-    raise ValueError(f"output_dir {run} holds something that is no run; choose another place")
+    raise UserError(f"output_dir {run} holds something that is no run; choose another place")
 
 
 def guard(cfg: TrainConfig) -> bool:
@@ -353,21 +354,21 @@ def guard(cfg: TrainConfig) -> bool:
         for path in filter(None, reads):
             place = Path(path).expanduser()
             if place.exists() and place.resolve().is_relative_to(run.resolve()):
-                raise ValueError(
+                raise UserError(
                     f"overwrite would delete {path}, which this run reads; change output_dir"
                 )
     if before is not None and not cfg.overwrite:
         metrics = run / "metrics.jsonl"
         saved = any((run / "checkpoints").glob("[0-9]*"))
         if saved and not cfg.resume:
-            raise ValueError(f"{run} has checkpoints; resume them, or say --overwrite true")
+            raise UserError(f"{run} has checkpoints; resume them, or say --overwrite true")
         if saved or (metrics.is_file() and metrics.stat().st_size):
             was, now = _fixed(before), _fixed(config)
             differ = [key for key in now if key in was and now[key] != was[key]]
             if differ:
                 what = "; ".join(f"{k} was {was[k]!r}, is {now[k]!r}" for k in differ[:3])
                 more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-                raise ValueError(
+                raise UserError(
                     f"{run} belongs to another run ({what}{more}); "
                     "change output_dir or say --overwrite true"
                 )
@@ -400,7 +401,7 @@ def same_base(saves: Checkpoints, step: int, base: dict[str, Any] | None) -> Non
     before = saves.meta(step).get("base") or {}
     base = base or {}
     if {key: before.get(key) for key in base} != base:
-        raise ValueError(
+        raise UserError(
             f"{saves.directory / str(step)} was trained over another model: {before}, now {base}; "
             "put it back, or change output_dir"
         )
@@ -420,7 +421,7 @@ def same_data(run: Path, manifest: dict[str, Any]) -> None:
     if before["tokenizer"] != manifest["tokenizer"]:
         changed.append("the tokenizer")
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(changed)} changed since {run} began, so it cannot go on exactly; put the "
             "data back, or change output_dir"
         )

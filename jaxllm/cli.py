@@ -7,19 +7,17 @@ import argparse
 import difflib
 import errno
 import json
-import linecache
 import os
-import re
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from jaxllm import __version__, aliases, checks, config
+from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
-from jaxllm.config import Leaf, TrainConfig, leaves, load_config, value_of
+from jaxllm.config import Leaf, TrainConfig, aliases, checks, leaves, load_config, value_of
+from jaxllm.errors import UserError
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,7 +42,7 @@ def training(verb: str, args: list[str]) -> int:
         print(explanation(cfg, provenance))
         return DONE
     checks.check(cfg)  # before the seconds that the imports of train take
-    from jaxllm.train import train
+    from jaxllm.training import train
 
     result = train(cfg)
     for name, values in result.evals.items():
@@ -166,14 +164,14 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (`{self.prog} --help` shows the flags)")
+        raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
 
     def read(self, args: list[str]) -> argparse.Namespace:
         """The arguments. A list's flag given twice raises ValueError: it would lose the first."""
         flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
         for flag in (name for action in self._actions for name in action.option_strings):
             if flags.count(flag) > 1 and self._option_string_actions[flag].nargs == "+":
-                raise ValueError(f"{flag} is given twice; give all its values after one {flag}")
+                raise UserError(f"{flag} is given twice; give all its values after one {flag}")
         return self.parse_args(args)
 
 
@@ -230,7 +228,7 @@ def _adapters(options: argparse.Namespace) -> dict[str, str]:
         alone = len(options.adapter) == 1 and not equals
         name = name if equals else "default" if alone else Path(path).name
         if name in named:
-            raise ValueError(f"--adapter: two are called {name}; say NAME=DIR")
+            raise UserError(f"--adapter: two are called {name}; say NAME=DIR")
         named[name] = aliases.home(path)
     return named
 
@@ -245,7 +243,7 @@ def _need_chat(options: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for a flag that nothing reads without --chat."""
     for name in names:
         if getattr(options, name) is not None and not options.chat:
-            raise ValueError(f"--{name} goes with --chat")
+            raise UserError(f"--{name} goes with --chat")
 
 
 def _sampling_options(parser: _Parser) -> None:
@@ -266,7 +264,7 @@ def _sampling_options(parser: _Parser) -> None:
 
 
 def _sampling(options: argparse.Namespace) -> Any:
-    from jaxllm.rollout import Sampling
+    from jaxllm.sampling import Sampling
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
@@ -280,7 +278,7 @@ def tokenizer(verb: str, args: list[str]) -> int:
             print("usage: jaxllm tokenizer train FILE ... --out DIR [--vocab_size N]")
             return DONE
         seen = repr(args[0]) if args else "nothing"
-        raise ValueError(f"jaxllm tokenizer: seen {seen}; there is `tokenizer train`")
+        raise UserError(f"jaxllm tokenizer: seen {seen}; there is `tokenizer train`")
     parser = _Parser("tokenizer train")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="text files")
@@ -366,13 +364,13 @@ def generate(verb: str, args: list[str]) -> int:
     options = parser.read(args)
     _need_chat(options, "system", "template")
     if (options.best_of > 1) != (options.reward is not None):
-        raise ValueError("--best_of N and --reward DIR go together")
+        raise UserError("--best_of N and --reward DIR go together")
     if options.reward and not (options.chat and options.temperature > 0):
-        raise ValueError("--best_of goes with --chat and a --temperature over 0, so answers differ")
+        raise UserError("--best_of goes with --chat and a --temperature over 0, so answers differ")
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
-        raise ValueError("no prompt: give --prompt TEXT, or lines on standard input")
-    from jaxllm.rollout import generate_text
+        raise UserError("no prompt: give --prompt TEXT, or lines on standard input")
+    from jaxllm.sampling import generate_text
 
     use_cache()
     use = _uses(options.use)
@@ -390,7 +388,7 @@ def generate(verb: str, args: list[str]) -> int:
     )
     kept = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=False)]
     if options.reward:
-        from jaxllm.scoring import best_of
+        from jaxllm.rl.rewards import best_of
 
         kept = best_of(options.reward, prompts, texts, system=options.system, dtype=options.dtype)
     for one in kept:
@@ -404,7 +402,7 @@ def chat(verb: str, args: list[str]) -> int:
     _sampling_options(parser)
     _use_option(parser)
     options = parser.read(args)
-    from jaxllm.rollout import chat_loop
+    from jaxllm.sampling import chat_loop
 
     use_cache()
     chat_loop(
@@ -491,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-            raise ValueError(f"unknown verb {verb}; {hint}")
+            raise UserError(f"unknown verb {verb}; {hint}")
         return VERBS[verb][0](verb, args)
     except BrokenPipeError:  # `jaxllm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -524,8 +522,7 @@ def _usage() -> str:
 def mistake(error: BaseException) -> str | None:
     """The line to show when `error` is the user's to mend, None when it is a bug.
 
-    That is a file that is missing, unreadable or does not fit on the disk, and a ValueError that
-    a `raise` in this package made. One out of a library, or out of an expression of ours, is a bug.
+    That is a UserError, and a file that is missing, unreadable or does not fit on the disk.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -536,16 +533,7 @@ def mistake(error: BaseException) -> str | None:
     files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
     if isinstance(error, (*files, PermissionError)):
         return _one_line(error)
-    return _one_line(error) if isinstance(error, ValueError) and _raised_here(error) else None
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` statement of this package made the error, here or in a worker process."""
-    frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-    frames += re.findall(r'File "(.+?)", line (\d+)', str(error.__cause__))  # a worker's traceback
-    file, line = frames[-1] if frames else ("", 0)
-    statement = linecache.getline(file, int(line or 0)).strip()
-    return Path(__file__).parent in Path(file).parents and statement.startswith("raise")
+    return _one_line(error) if isinstance(error, UserError) else None
 
 
 def _one_line(error: BaseException) -> str:

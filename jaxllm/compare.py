@@ -21,9 +21,17 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from jaxllm import aliases
-from jaxllm.checks import TUNES, check, resolve_date, resolve_rate
-from jaxllm.config import SECTIONS, MeshSection, PeftSection, TrainConfig, load_config, to_dict
+from jaxllm.config import (
+    SECTIONS,
+    MeshSection,
+    PeftSection,
+    TrainConfig,
+    aliases,
+    load_config,
+    to_dict,
+)
+from jaxllm.config.checks import TUNES, check, resolve_date, resolve_rate
+from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
 METHODS = {"full": "none", "lora": "lora", "adapter": "adapter"}
@@ -102,7 +110,7 @@ def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
     given = aliases.read_args(args[1:] if path else args)
     named = [one.value for one in given if one.name == "methods"]
     if len(named) > 1:
-        raise ValueError("--methods is given twice; give all of them after one --methods")
+        raise UserError("--methods is given twice; give all of them after one --methods")
     methods = _known(named[0] if named else DEFAULT)
     rest: list[str] = []
     for one in given:
@@ -120,14 +128,14 @@ def _known(methods: Sequence[str]) -> list[str]:
     """`methods` as they are. Raises ValueError for one that is not known, one twice, and none."""
     known = ", ".join(METHODS)
     if not methods:
-        raise ValueError(f"--methods names none; there are {known}")
+        raise UserError(f"--methods names none; there are {known}")
     for method in methods:
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {known}"
-            raise ValueError(f"--methods: unknown method {method}; {hint}")
+            raise UserError(f"--methods: unknown method {method}; {hint}")
         if methods.count(method) > 1:
-            raise ValueError(f"--methods: {method} is given twice")
+            raise UserError(f"--methods: {method} is given twice")
     return list(methods)
 
 
@@ -146,24 +154,22 @@ def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
 def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
     """Raises ValueError for what makes no comparison, before the first run is begun."""
     if cfg.objective not in ("pretrain", "sft"):
-        raise ValueError(
-            f"objective is {cfg.objective!r}; compared are runs of pretrain and of sft"
-        )
+        raise UserError(f"objective is {cfg.objective!r}; compared are runs of pretrain and of sft")
     if not cfg.data.eval and not cfg.data.eval_fraction:
-        raise ValueError("nothing held out to compare by; give data.eval or data.eval_fraction")
+        raise UserError("nothing held out to compare by; give data.eval or data.eval_fraction")
     if cfg.peft.path:
-        raise ValueError("peft.path starts one method ahead of the others; leave it out")
+        raise UserError("peft.path starts one method ahead of the others; leave it out")
     read = {f"peft.{name}" for method in methods for name in _reads(method)}
     for key, at in where.items():
         if key.startswith("peft.") and at.startswith("--") and key not in read:
-            raise ValueError(f"{at} is read by none of {', '.join(methods)}; leave it out")
+            raise UserError(f"{at} is read by none of {', '.join(methods)}; leave it out")
     for method in methods:
         run = Path(cfg.output_dir) / method
         metrics = run / "metrics.jsonl"
         begun = any((run / "checkpoints").glob("[0-9]*"))
         begun |= metrics.is_file() and metrics.stat().st_size > 0
         if begun and not cfg.overwrite:
-            raise ValueError(f"{run} holds a run; change output_dir or say --overwrite")
+            raise UserError(f"{run} holds a run; change output_dir or say --overwrite")
 
 
 def _plan(cfg: TrainConfig) -> Any:

@@ -23,6 +23,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
 from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import chat_tokenizer
+from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track
@@ -169,7 +170,7 @@ def judged(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
             if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in values:
                 return values[metric.removeprefix(f"{name}_")]
     known = sorted({metric for values in evals.values() for metric in values})
-    raise ValueError(
+    raise UserError(
         f"eval.metric {section.metric!r} is not logged by evaluations; there are "
         f"{', '.join(known)}, and NAME_METRIC for one of {', '.join(evals)}"
     )
@@ -180,7 +181,7 @@ def _pairs(source: Source) -> bool:
     with TemporaryDirectory() as folder:
         table = read(locate(source, held_out=True), Path(folder))
         if not len(table):
-            raise ValueError(f"{source.path}: holds no examples")
+            raise UserError(f"{source.path}: holds no examples")
         _, record = next(records(table[:1], [0], source.path))
     given = {name for name, value in record.items() if value is not None}
     return bool({"chosen", "rejected"} & (given | source.columns.keys()))
@@ -268,10 +269,10 @@ def evaluate_files(
     Raises ValueError or FileNotFoundError for what is not there or unfit.
     """
     if not data:
-        raise ValueError("there is nothing to evaluate on; name a file")
+        raise UserError("there is nothing to evaluate on; name a file")
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise UserError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
     from jaxllm.peft.interop import choose, tokenizer_of
     from jaxllm.tokenizer import check_vocabulary

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxllm.checkpoint import Checkpoints, same_base
 from jaxllm.config import DataSection, MeshSection, OptimSection, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
+from jaxllm.errors import UserError
 from jaxllm.files import DTYPES, read_json
 from jaxllm.hf import (
     START,
@@ -56,7 +57,7 @@ def export(
         folder, step = folder.parent.parent, int(folder.name)
     if is_adapter(str(folder)) or _is_model(run, folder):
         if step is not None:
-            raise ValueError(f"{run} is a model; it has no checkpoint {step}")
+            raise UserError(f"{run} is a model; it has no checkpoint {step}")
         if is_adapter(str(folder)):
             model, tokenizer = load_hf(str(folder)), load_tokenizer(tokenizer_of(str(folder)))
         else:
@@ -73,7 +74,7 @@ def export(
     elif not model.peft.frozen:
         save_hf(model, out, dtype, tokenizer)
     elif dtype not in (None, "float32"):
-        raise ValueError("an adapter is kept in float32; --dtype goes with --merge")
+        raise UserError("an adapter is kept in float32; --dtype goes with --merge")
     else:
         save_adapter(model, out, tokenizer)
     return out
@@ -81,7 +82,7 @@ def export(
 
 def _is_model(run: str, folder: Path) -> bool:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{run} is no run folder (nor a HF directory): it has no config.json")
+        raise UserError(f"{run} is no run folder (nor a HF directory): it has no config.json")
     return "model_type" in read_json(folder / "config.json")
 
 
@@ -101,21 +102,21 @@ def _load_run(
         section = replace(section, overrides={})
         start = replace(cfg, model=section, data=DataSection())  # its template has all of data's
     if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"{run} has no checkpoints/")
+        raise UserError(f"{run} has no checkpoints/")
     saves = Checkpoints(folder / "checkpoints")
     known = saves.manager.all_steps()
     if step == "best" and (step := saves.best()) is None:
-        raise ValueError(
+        raise UserError(
             f"{run} kept no best checkpoint: it has no evaluation, or not save.keep_best"
         )
     best = saves.best() if step is None and cfg.save.load_best else None
     step = best if best is not None and saves.is_good(best) else step
     if step is not None and step not in known:
         there = ", ".join(map(str, known)) or "none"
-        raise ValueError(f"{run} has no checkpoint {step}; it has {there}")
+        raise UserError(f"{run} has no checkpoint {step}; it has {there}")
     step = saves.latest() if step is None else step
     if step is None:
-        raise ValueError(f"{run} has no good checkpoint yet")
+        raise UserError(f"{run} has no good checkpoint yet")
     print(f"exporting checkpoint {step}", file=sys.stderr)
     own = replace(cfg, output_dir=str(folder), overwrite=False)
     mesh, plan = make_mesh(MeshSection()), plan_of(model_config(start)[0], started_from(own))

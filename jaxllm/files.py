@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.tokenizer import hub_id
+from jaxllm.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +35,12 @@ OWN_FILES = (
 ).split()
 
 
+def hub_id(path: str) -> bool:
+    """Whether a path that is not there can name something on the hub: OWNER/NAME, and no typo in
+    the name of something in a directory that is there."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
+
+
 def resolve(path: str) -> Path:
     """A directory as it is; anything else is a hub id, fetched or found in the hub's cache."""
     folder = Path(path).expanduser()
@@ -41,7 +48,7 @@ def resolve(path: str) -> Path:
         return folder
     if not hub_id(path):
         why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
-        raise ValueError(f"{path} is not a directory (nor a hub id like owner/name){why}")
+        raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -50,18 +57,18 @@ def resolve(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is no directory, nor could the hub be asked: {reason}") from None
+        raise UserError(f"{path} is no directory, nor could the hub be asked: {reason}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error.reason}") from None
+        raise UserError(f"{file} is no UTF-8 text: {error.reason}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}; a JSON object is expected")
+        raise UserError(f"{file} holds {type(value).__name__}; a JSON object is expected")
     return value
 
 
@@ -73,19 +80,19 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / INDEX).is_file():
         mapping = read_json(folder / INDEX).get("weight_map")
         if not isinstance(mapping, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map; it is no index of tensors")
+            raise UserError(f"{folder / INDEX} has no weight_map; it is no index of tensors")
         files = {name: folder / file for name, file in mapping.items()}
         if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
-            raise ValueError(f"{folder / INDEX} names {missing[0]}, which is not there")
+            raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there")
         return files
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
-        raise ValueError(
+        raise UserError(
             f"{folder / pickles[0]} is a pickle, which can run code and is not read. Convert it "
             'where you trust it: python -c "from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
-    raise ValueError(f"{folder} has no {SINGLE} (nor {INDEX})")
+    raise UserError(f"{folder} has no {SINGLE} (nor {INDEX})")
 
 
 def opened(file: Path) -> Any:
@@ -94,7 +101,7 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 def header(file: Path) -> tuple[int, dict[str, Any]]:
@@ -130,7 +137,7 @@ def place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.
 
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -169,13 +176,13 @@ def _check_target(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"{out} is a file; choose another place")
+        raise UserError(f"{out} is a file; choose another place")
     entries = sorted(out.iterdir())
     strange = [e.name for e in entries if e.is_dir() or not any(map(e.match, OWN_FILES))]
     ours = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if strange or (entries and not ours):
         what = f"holds {strange[0]}" if strange else "is not empty"
-        raise ValueError(f"{out} {what}, so it is not replaced; choose another place or empty it")
+        raise UserError(f"{out} {what}, so it is not replaced; choose another place or empty it")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.errors import UserError
 from jaxllm.files import header
 
 # Under either name; the second is that of older compressed-tensors.
@@ -82,7 +83,7 @@ def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8
         what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
         if method == "fp8":
             what += ", and no weight_block_size says which of them share a scale (null: all of one)"
-        raise ValueError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIGS[0]}")
+        raise UserError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIGS[0]}")
     return rest, scheme
 
 
@@ -179,7 +180,7 @@ def tensor(
     scale = where.get(name + scheme.suffix) if scheme else None
     if part.get_dtype() != STORED:
         if scale:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name} is stored as {part.get_dtype()}, not {STORED}, and has a scale"
             )
         return part
@@ -189,11 +190,11 @@ def tensor(
             if scheme
             else f"no {CONFIGS[0]} is there"
         )
-        raise ValueError(f"{file}: {name} is stored as {STORED}, quantised, but {lacks}")
+        raise UserError(f"{file}: {name} is stored as {STORED}, quantised, but {lacks}")
     weight, values = _mapped(file, stored), np.asarray(_mapped(*scale), np.float32)
     want = scheme.grid(weight.shape) if weight.ndim == 2 else None
     if want is None or (values.shape != want and not values.size == int(np.prod(want)) == 1):
-        raise ValueError(
+        raise UserError(
             f"{scale[0]}: {scale[1]} has shape {values.shape}; by {CONFIGS[0]} a weight of "
             f"{weight.shape} has scales {want}"
         )
@@ -206,7 +207,7 @@ def _mapped(file: Path, name: str) -> np.ndarray:
     start, tensors = header(file)
     entry = tensors[name]
     if entry["dtype"] not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"{file}: {name} is stored as {entry['dtype']}, which is no scale of {STORED}"
         )
     first, end = entry["data_offsets"]

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import fp8
 from jaxllm.config import MeshSection, PeftSection, TrainConfig
-from jaxllm.configs import source_config, written_configs
+from jaxllm.errors import UserError
 from jaxllm.files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -44,12 +44,13 @@ from jaxllm.files import (
     write_file,
     write_json,
 )
+from jaxllm.hf_config import source_config, written_configs
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
+from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
-from jaxllm.model.layers import PLAIN, Peft
-from jaxllm.model.quantized import quantize
+from jaxllm.ops.quantized import quantize
 from jaxllm.peft import interop
 from jaxllm.tokenizer import save_tokenizer
 
@@ -70,7 +71,7 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
     shape = from_hf(config)
     if shape.scores and cfg.objective != "reward":
-        raise ValueError(f"{source} is a reward model; {cfg.objective} trains one that writes")
+        raise UserError(f"{source} is a reward model; {cfg.objective} trains one that writes")
     return shape, config
 
 
@@ -138,7 +139,7 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
             hint += "is missing: restore it" if scheme is None else "describes others"
         what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
         what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
-        raise ValueError(f"{folder}: by its config the checkpoint {' and '.join(what)}{hint}")
+        raise UserError(f"{folder}: by its config the checkpoint {' and '.join(what)}{hint}")
 
 
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
@@ -146,9 +147,9 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     want = shape[::-1] if key.transpose else shape
     want = (fused, *want[1:]) if key.rows else want
     if tuple(part.get_shape()) != want:
-        raise ValueError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
+        raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise ValueError(
+        raise UserError(
             f"{name} is stored as {part.get_dtype()}, quantised, which is not read here"
         )
 
@@ -423,9 +424,9 @@ def save_hf(
     kept = str(model.embed.embedding.get_value().dtype) if dtype is None else dtype
     check_dtype(kept)
     if model.peft.frozen:
-        raise ValueError("save_hf writes plain models; use save_adapter, or save merged(model)")
+        raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
-        raise ValueError("the weights are quantised; load the model without quantize_base to save")
+        raise UserError("the weights are quantised; load the model without quantize_base to save")
     config, generation = _configs(model, kept, tokenizer)
     with new_folder(path) as part:
         _write_weights(model, part, kept, max_shard_bytes)
@@ -443,7 +444,7 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     Raises ValueError for a model without an adapter or with several.
     """
     if not model.peft.frozen:
-        raise ValueError("the model has no adapter; save_hf writes it whole")
+        raise UserError("the model has no adapter; save_hf writes it whole")
     found = [Tensor(name, v.shape, lambda v=v: v) for name, v in interop.pack(model).items()]
     root = interop.root(model.peft)
     for t in hf_tensors(model, model.peft.saved):

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import MeshSection
+from jaxllm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -49,7 +50,7 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     processes: stopping and saving together is yet to be built.
     """
     if jax.process_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"this is one of {jax.process_count()} processes, and a run is one for now; "
             "start it without jax.distributed, it uses all devices of its host"
         )
@@ -57,13 +58,13 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     sizes = {axis: getattr(section, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"mesh: only one axis may be -1, seen {' and '.join(free)}")
+        raise UserError(f"mesh: only one axis may be -1, seen {' and '.join(free)}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(len(devices) // fixed, 1)
     if math.prod(sizes.values()) != len(devices):
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
-        raise ValueError(f"mesh: {shape or 'one device'} does not make {len(devices)} devices")
+        raise UserError(f"mesh: {shape or 'one device'} does not make {len(devices)} devices")
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
@@ -80,11 +81,11 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, drop: 
     entries: list[Any] = []
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in RULES:
-            raise ValueError(f"logical axis {name!r} has no rule; known: {', '.join(RULES)}")
+            raise UserError(f"logical axis {name!r} has no rule; known: {', '.join(RULES)}")
         want = tuple(a for a in RULES[name] if a != drop) if name else ()
         want = tuple(a for a in want if mesh.shape[a] > 1)
         if used & set(want):
-            raise ValueError(f"axes {axes}: mesh axis {used & set(want)} is asked for twice")
+            raise UserError(f"axes {axes}: mesh axis {used & set(want)} is asked for twice")
         used |= set(want)
         fits = size % math.prod(mesh.shape[a] for a in want) == 0
         entries.append(want if want and fits else None)

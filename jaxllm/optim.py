@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 from jaxllm.config import OptimSection
+from jaxllm.errors import UserError
 
 # Whether weight decay pulls a leaf of that name to zero. A weight of another name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
@@ -48,14 +49,14 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     """
     warmup, floor = _span(optim.warmup, total_steps), optim.final
     if warmup > total_steps:
-        raise ValueError(
+        raise UserError(
             f"optim.warmup is {warmup} steps and the run has {total_steps}; "
             "lower it, or give a share below 1"
         )
     rest = max(total_steps - warmup, 1)
     decay = max(_span(optim.decay, total_steps), 1)
     if optim.schedule == "wsd" and decay > rest:
-        raise ValueError(
+        raise UserError(
             f"optim.decay is {decay} steps and {total_steps - warmup} are left after the warm-up; "
             "lower one of them"
         )
@@ -75,9 +76,9 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     }
     if optim.schedule not in shapes:
         known = ", ".join(shapes)
-        raise ValueError(f"optim.schedule {optim.schedule!r} is not known; known: {known}")
+        raise UserError(f"optim.schedule {optim.schedule!r} is not known; known: {known}")
     if floor and optim.schedule in ("constant", "inverse_sqrt", "warmup_log"):
-        raise ValueError(
+        raise UserError(
             f"optim.final {floor} goes with cosine, linear and wsd; {optim.schedule} has no end"
         )
     shape, peak = shapes[optim.schedule], optim.learning_rate
@@ -166,12 +167,12 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: Any):
     if optim.schedule not in ("constant", "warmup_log"):
-        raise ValueError(
+        raise UserError(
             f"optim.schedule {optim.schedule} with schedule_free_adamw, which replaces the decay "
             "of the learning rate; set optim.schedule to constant"
         )
     if optim.b1 == 0:
-        raise ValueError("optim.b1 is 0; schedule_free_adamw's average needs it above 0, 0.9 say")
+        raise UserError("optim.b1 is 0; schedule_free_adamw's average needs it above 0, 0.9 say")
     base = optax.chain(
         optax.scale_by_rms(optim.b2, optim.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
@@ -235,16 +236,16 @@ def make_optimizer(
     option that is not known.
     """
     if optim.name not in OPTIMIZERS:
-        raise ValueError(f"optim.name {optim.name!r} is not known; known: {', '.join(OPTIMIZERS)}")
+        raise UserError(f"optim.name {optim.name!r} is not known; known: {', '.join(OPTIMIZERS)}")
     make, accepted, unread = OPTIMIZERS[optim.name]
     for key in unread:
         if getattr(optim, key) != getattr(OptimSection(), key):
-            raise ValueError(f"optim.{key} is not read by {optim.name}; leave it out")
+            raise UserError(f"optim.{key} is not read by {optim.name}; leave it out")
     for key in optim.options:
         if key in vars(optim):
-            raise ValueError(f"optim.options.{key}: give it as optim.{key}")
+            raise UserError(f"optim.options.{key}: give it as optim.{key}")
         if key not in accepted:
-            raise ValueError(
+            raise UserError(
                 f"optim.options.{key} is no option of {optim.name}; it has {', '.join(accepted)}"
             )
     inner = _in_float32(make(schedule, optim, **optim.options))

@@ -30,8 +30,8 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
+from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.decoder import Decoder, merge
-from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.dpo import answer_logps
 from jaxllm.objectives.table import loss_chunk

@@ -6,12 +6,14 @@ from __future__ import annotations
 import copy
 import io
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from jaxllm.errors import UserError
+from jaxllm.files import hub_id
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 
@@ -28,12 +30,6 @@ _PIECES = (
     r"'(?i:s|t|d|m|re|ve|ll)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-def hub_id(path: str) -> bool:
-    """Whether a path that is not there can name something on the hub: OWNER/NAME, and no typo in
-    the name of something in a directory that is there."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -57,14 +53,14 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # tokenizers raises bare Exceptions for broken files
         reason = str(error).strip().split("\n")[0]
         where = "" if place.is_dir() else "no such directory, and the hub's "
-        raise ValueError(f"{path}: {where}tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"{path}: {where}tokenizer cannot be loaded: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(
+        raise UserError(
             f"{path}: {type(tokenizer).__name__} is a slow tokenizer; convert it to one with a "
             "tokenizer.json, for only that kind says which characters a token was made of"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: the tokenizer names no token for the end of a text; "
             "set eos_token in tokenizer_config.json"
         )
@@ -81,10 +77,10 @@ def _check_holds_one(folder: Path, path: str | Path) -> None:
         config = None
     own = isinstance(config, dict) and {"objective", "optim", "data"} <= config.keys()
     if own or (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder} is a run folder; its model is {folder / 'final'}")
+        raise UserError(f"{folder} is a run folder; its model is {folder / 'final'}")
     is_file = Path(path).expanduser().is_file()
     lacks = "is a file, and beside it is no tokenizer" if is_file else "holds no tokenizer"
-    raise ValueError(
+    raise UserError(
         f"{path}: {lacks} ({', '.join(_VOCABULARIES[:2])}); name a directory that has one"
     )
 
@@ -93,7 +89,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Raises ValueError when the tokenizer can make an id that the model has no row for."""
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer's ids go up to {highest}, but the model's vocab_size is {vocab_size}; "
             "use the model's own tokenizer, or a model with a larger vocab_size"
         )
@@ -148,11 +144,11 @@ def _model_ends(file: Path) -> set[int]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from None
+        raise UserError(f"{file}: not JSON: {error}") from None
     eos = config.get("eos_token_id") if isinstance(config, dict) else config
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(one) is int for one in ids):
-        raise ValueError(f"{file}: eos_token_id is {eos!r}; it is a number or a list of numbers")
+        raise UserError(f"{file}: eos_token_id is {eos!r}; it is a number or a list of numbers")
     return set(ids)
 
 
@@ -187,7 +183,7 @@ def train_tokenizer(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = list(dict.fromkeys([END, PAD, *special_tokens]))
     if vocab_size < len(alphabet) + len(names):
-        raise ValueError(
+        raise UserError(
             f"vocab_size {vocab_size} has no room for {len(alphabet)} bytes and {len(names)} "
             "special tokens"
         )
@@ -232,9 +228,9 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
 def _check_target(out: Path) -> None:
     """Raises ValueError unless `out` is new, empty, or holds nothing but a tokenizer of ours."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose another place")
+        raise UserError(f"{out} is a file; choose another place")
     if out.is_dir() and (strange := sorted({e.name for e in out.iterdir()} - _OWN_FILES)):
-        raise ValueError(
+        raise UserError(
             f"{out} holds {strange[0]}, so no tokenizer is written into it; choose another place"
         )
 
@@ -246,7 +242,7 @@ def _counted(texts: Iterable[str]) -> Iterator[str]:
         seen = seen or bool(text)
         yield text
     if not seen:
-        raise ValueError("there is no text to train a tokenizer on")
+        raise UserError("there is no text to train a tokenizer on")
 
 
 def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
@@ -255,7 +251,7 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
 
     files = list(files)
     if folders := [file for file in files if file.is_dir()]:
-        raise ValueError(f"{folders[0]} is a directory; name its files, as {folders[0]}/*.txt does")
+        raise UserError(f"{folders[0]} is a directory; name its files, as {folders[0]}/*.txt does")
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{missing[0]}: no such file")
     for file in files:
@@ -268,7 +264,7 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
                 while text := lines.read(size) + lines.readline():
                     yield text
             except UnicodeDecodeError as error:
-                raise ValueError(f"{file}: is not UTF-8 text: {error.reason}") from None
+                raise UserError(f"{file}: is not UTF-8 text: {error.reason}") from None
 
 
 def _records(file: Path) -> Iterator[str]:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from jaxllm import aliases
-from jaxllm.checks import check, resolve_batch
 from jaxllm.config import (
     OptimSection,
     Source,
+    aliases,
     leaves,
     load_config,
     value_of,
 )
+from jaxllm.config.checks import check, resolve_batch
 
 
 def load(*args, path=None):

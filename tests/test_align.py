@@ -17,15 +17,15 @@ from runs import arguments, killed, lines_of, refused
 from safetensors.numpy import load_file
 from steps import V, decoder, plain
 
-from jaxllm.align import Rollouts, trained_by
-from jaxllm.checks import resolve_align
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
+from jaxllm.config.checks import resolve_align
 from jaxllm.data.loader import Rows
 from jaxllm.mesh import make_mesh
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
-from jaxllm.scoring import Reward, RewardModel
-from jaxllm.train import due
+from jaxllm.rl.online import Rollouts, trained_by
+from jaxllm.rl.rewards import Reward, RewardModel
+from jaxllm.training import due
 
 # ---- a rollout
 

@@ -139,7 +139,7 @@ class one_device(pytest.MonkeyPatch):
     """Runs inside are on one device, which compiles sooner."""
 
     def __enter__(self):
-        module = importlib.import_module("jaxllm.train")
+        module = importlib.import_module("jaxllm.training")
         self.setattr(module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
 
     def __exit__(self, *_):

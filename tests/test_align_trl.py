@@ -138,7 +138,7 @@ def ours(place, objective, file, **align):
         align=AlignSection(**align),
     )
     with pytest.MonkeyPatch.context() as patch:
-        module = importlib.import_module("jaxllm.train")
+        module = importlib.import_module("jaxllm.training")
         patch.setattr(module, "make_mesh", lambda section: make_mesh(section, jax.devices()[:1]))
         before = np.roll(np.arange(COUNT), 1)  # TRL lends the answer of the record before
         patch.setattr(Judged, "lenders", lambda self, epoch: before)

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxllm import aliases, checks
-from jaxllm.checks import check, resolve_batch, resolve_date
 from jaxllm.config import (
     SHORT_FORMS,
     DataSection,
@@ -21,6 +19,8 @@ from jaxllm.config import (
     SaveSection,
     Source,
     TrainConfig,
+    aliases,
+    checks,
     from_dict,
     json_schema,
     leaves,
@@ -29,6 +29,7 @@ from jaxllm.config import (
     to_dict,
     value_of,
 )
+from jaxllm.config.checks import check, resolve_batch, resolve_date
 
 
 def load(*args, verb="pretrain", path=None):

@@ -15,9 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.align import add_critic
-from jaxllm.checks import check, resolve_align, resolve_batch
 from jaxllm.config import ONLINE, load_config
+from jaxllm.config.checks import check, resolve_align, resolve_batch
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
 from jaxllm.model.decoder import Decoder, merge
@@ -25,6 +24,7 @@ from jaxllm.model.families import as_reward, from_hf
 from jaxllm.objectives.ppo import ValueParam
 from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.rl.online import add_critic
 from jaxllm.step import TrainState, make_step, state_shardings
 
 ROOT = Path(__file__).parents[1]

@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jaxllm import configs, hf
+from jaxllm import hf
+from jaxllm import hf_config as configs
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
-from jaxllm.configs import read_config
 from jaxllm.exports import export
 from jaxllm.files import resolve
 from jaxllm.hf import (
@@ -35,11 +35,12 @@ from jaxllm.hf import (
     save_hf,
     save_start,
 )
+from jaxllm.hf_config import read_config
 from jaxllm.mesh import axes_of, make_mesh, spec
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import EMBED, HEAD
-from jaxllm.rollout import Sampling, generate
+from jaxllm.sampling import Sampling, generate
 from jaxllm.tokenizer import load_tokenizer, train_tokenizer
 
 MESHES = {

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm import rollout
+from jaxllm import sampling as rollout
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.peft.interop import plan_of
 from jaxllm.peft.lora import merged
-from jaxllm.rollout import (
+from jaxllm.sampling import (
     Completions,
     Sampling,
     completions,
@@ -142,7 +142,7 @@ def test_logits_are_not_rounded_to_bfloat16(model):
 
 
 def test_decoding_compiles_once_for_prompts_of_one_bucket(model):
-    from jaxllm.rollout import decode
+    from jaxllm.sampling import decode
 
     generate(model, [[1, 2, 3]], Sampling(max_new_tokens=20))
     before = decode._cache_size()

@@ -22,7 +22,7 @@ from steps import ragged_rows, trajectory, unpacked
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, RlSection, TrainConfig
-from jaxllm.train import due, interval, updates
+from jaxllm.training import due, interval, updates
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_a_run_that_stopped_early_is_complete(early, capsys):
 
 def evaluating(monkeypatch, at, action):
     """Calls `action` before the evaluation number `at` of a run."""
-    from jaxllm import train as module
+    from jaxllm import training as module
 
     calls, real = itertools.count(1), module.evaluate
 
@@ -317,7 +317,7 @@ def test_a_best_checkpoint_that_is_gone_is_named_before_the_first_step(project, 
 @pytest.fixture
 def slow_compiler(monkeypatch):
     """Compiling the step takes a thousand seconds more, to whoever looks at the clock."""
-    from jaxllm import train as module
+    from jaxllm import training as module
 
     more, now, compiled = [0.0], time.perf_counter, module.compiled
 
@@ -461,7 +461,7 @@ def test_a_run_whose_text_changed_does_not_go_on(project, capsys):
 
 def test_an_error_in_the_loop_leaves_the_checkpoint_before_it_whole(project, monkeypatch):
     """Saving goes on in the background when the loop ends, however that comes."""
-    from jaxllm import train as module
+    from jaxllm import training as module
 
     def fail(*_, **__):
         raise RuntimeError("no evaluation today")

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.errors import UserError
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def make_row(
     """
     total = sum(len(tokens) for tokens, _ in segments)
     if total > length:
-        raise ValueError(f"segments of {total} tokens do not fit a row of {length}")
+        raise UserError(f"segments of {total} tokens do not fit a row of {length}")
     row = empty_row(length)
     start = 0
     for index, (tokens, learn) in enumerate(segments, 1):

@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxllm.data.template import ChatTemplate, chat_tokenizer, strings, template_of
 from jaxllm.data.turns import Conversation, Span, Turns
+from jaxllm.errors import UserError
 from jaxllm.tokenizer import special_tokens
 
 __all__ = ["Example", "chat_tokenizer", "end_tokens", "prompt_tokens", "render"]
@@ -71,9 +72,9 @@ def render(
     conversation, leaves out what a message says, or ends an answer with what is no special token.
     """
     if learn not in ("all", "last", "each"):
-        raise ValueError(f"learn is {learn!r}; it can be all, last or each")
+        raise UserError(f"learn is {learn!r}; it can be all, last or each")
     if learn == "each" and train_on_prompt:
-        raise ValueError("data.learn each learns one turn an example; data.train_on_prompt all")
+        raise UserError("data.learn each learns one turn an example; data.train_on_prompt all")
     renderer = _renderer(tokenizer, tools, date)
     chat = renderer.conversation(messages, tools)
     rest = float(train_on_prompt)
@@ -117,7 +118,7 @@ def _weight(message: dict[str, Any]) -> float:
         return 1.0
     if isinstance(weight, (int, float)) and 0 <= weight <= float(np.finfo(np.float32).max):
         return float(weight)
-    raise ValueError(f"a message's weight is {weight!r}; it is a number from 0 on")
+    raise UserError(f"a message's weight is {weight!r}; it is a number from 0 on")
 
 
 def _renderer(tokenizer: Any, tools: Any, date: str | None) -> _Renderer:
@@ -158,11 +159,11 @@ class _Renderer:
     def conversation(self, messages: list[dict[str, Any]], tools: Any) -> Conversation:
         """Checks what is to be rendered, and hides the special tokens' names in it."""
         if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
-            raise ValueError("a conversation is a list of messages, at least one, each with a role")
+            raise UserError("a conversation is a list of messages, at least one, each with a role")
         template = self.turns.template
         for name, given in ("tools", tools), ("tool_calls", any(map(_calls, messages))):
             if given and name not in template.source:
-                raise ValueError(_no_place(name))
+                raise UserError(_no_place(name))
         plain = template.prepared(messages)
         said = list(strings([plain, tools]))
         unused = (c for c in _PRIVATE if not any(c in text for text in said))
@@ -187,7 +188,7 @@ class _Renderer:
         wanted: {assistant turn: its weight}, where that is not the weight of the `rest`.
         """
         if wanted and (unknown := self.turns.unknown_end):
-            raise ValueError(
+            raise UserError(
                 f"the chat template ends an answer with {unknown!r}, which is neither the "
                 "tokenizer's eos nor a special token of it; add it to the tokenizer, or set "
                 "data.template to a template of this tokenizer"
@@ -201,7 +202,7 @@ class _Renderer:
                 left_out |= self._left_out(chat, turn, whole.text, inside[turn])
                 continue
             if rest:
-                raise ValueError(
+                raise UserError(
                     f"message {turn + 1}: the chat template renders it differently once the "
                     "conversation goes on, so data.train_on_prompt cannot learn the conversation "
                     "as one text; leave train_on_prompt out, or set data.reasoning to drop"
@@ -257,16 +258,16 @@ class _Renderer:
             said = " ".join(strings(message.get("content"))).strip()
             words = re.findall(r"\w+", said)
             if words and said not in text and not any(word in text for word in words):
-                raise ValueError(
+                raise UserError(
                     f"message {i + 1}: the chat template leaves out what the {message['role']} "
                     "says; set data.template to one that has a place for it"
                 )
             if not all(call["function"]["name"] in text for call in _calls(message) or ()):
-                raise ValueError(_no_place("tool_calls"))
+                raise UserError(_no_place("tool_calls"))
         functions = [tool.get("function", tool) for tool in chat.tools or ()]
         names = [one["name"] for one in functions if isinstance(one.get("name"), str)]
         if names and not any(name in text for name in names):
-            raise ValueError(_no_place("tools"))
+            raise UserError(_no_place("tools"))
 
     def _left_out(self, chat: Conversation, turn: int, text: str, spans: list[Span]) -> set[str]:
         """What to tell of an answer of which a rendering has only a part.
@@ -276,7 +277,7 @@ class _Renderer:
         message = chat.messages[turn]
         learned = "".join(text[start:end] for start, end in spans)
         if (thought := _thought(message)) and thought.strip() not in learned:
-            raise ValueError(
+            raise UserError(
                 f"message {turn + 1} has reasoning_content, for which the chat template has no "
                 "place; set data.reasoning to drop to leave it out, or data.template to one that "
                 "has"

@@ -27,6 +27,7 @@ from jaxllm.data.messages import (
     words,
 )
 from jaxllm.data.sources import loads, short
+from jaxllm.errors import UserError
 
 CONVERSATIONS = (
     "messages (role, content), conversations (from, value), prompt + completion, "
@@ -51,7 +52,7 @@ def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
     """The document of a record, exactly as it stands; "" when it is null."""
     record = _renamed(record, columns, at)
     if "text" not in record:
-        raise ValueError(
+        raise UserError(
             f"{at}: found the columns {', '.join(record) or 'none'}; pretraining reads a column "
             "text (name another with columns: {text: NAME})"
         )
@@ -66,7 +67,7 @@ def _by_line(read: Callable[..., _Read]) -> Callable[..., _Read]:
         try:
             return read(record, source, data, at)
         except RecursionError:
-            raise ValueError(f"{at}: the record is nested too deeply") from None
+            raise UserError(f"{at}: the record is nested too deeply") from None
 
     return guarded
 
@@ -94,7 +95,7 @@ def conversation_of(record: dict, source: Source, data: DataSection, at: str) ->
         turns = _said("user", found["question"]) + _said("assistant", found["answer"])
         messages = _messages(turns, reading)
     else:
-        raise ValueError(
+        raise UserError(
             f"{at}: found the columns {', '.join(found) or 'none'}; a conversation needs "
             f"{CONVERSATIONS} (name others with columns: {{prompt: NAME, …}})"
         )
@@ -136,13 +137,13 @@ def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
     found, reading = _opened(record, source, data, at)
     for side in ("chosen", "rejected"):
         if side not in found:
-            raise ValueError(
+            raise UserError(
                 f"{at}: {side} is missing; found the columns {', '.join(found) or 'none'}, and a "
                 "pair needs chosen and rejected (name others with columns: {chosen: NAME, …})"
             )
     margin = _cell(found.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
-        raise ValueError(f"{at}: margin is {brief(margin)}; it is a number")
+        raise UserError(f"{at}: margin is {brief(margin)}; it is a number")
     sides = [found["chosen"], found["rejected"]]
     asked = _asked(found, at)
     if asked is None and all(isinstance(side, str) for side in sides):
@@ -165,10 +166,10 @@ def feedback_of(
     found, _ = _opened(record, source, data, at)
     label = _cell(found.get("label", found.get("kto_tag")))
     if label not in (True, False):
-        raise ValueError(f"{at}: label is {brief(label)}; an answer needs a label true or false")
+        raise UserError(f"{at}: label is {brief(label)}; an answer needs a label true or false")
     chat = conversation_of(record, source, data, at)
     if chat["messages"][-1]["role"] != "assistant":
-        raise ValueError(f"{at}: the last message is not the assistant's; that is what is judged")
+        raise UserError(f"{at}: the last message is not the assistant's; that is what is judged")
     return chat, bool(label)
 
 
@@ -192,7 +193,7 @@ def prompt_of(record: dict, source: Source, data: DataSection, at: str) -> Promp
     found, reading = _opened(record, source, data, at)
     asked = _asked(found, at)
     if asked is None:
-        raise ValueError(
+        raise UserError(
             f"{at}: found the columns {', '.join(found) or 'none'}; a prompt is {ASKED} "
             "(name others with columns: {prompt: NAME, …})"
         )
@@ -200,7 +201,7 @@ def prompt_of(record: dict, source: Source, data: DataSection, at: str) -> Promp
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise ValueError(f"{at}: the prompt holds nothing but the assistant's words")
+        raise UserError(f"{at}: the prompt holds nothing but the assistant's words")
     messages = _conversation(messages, found, reading)
     text = next((found[n] for n in ("prompt", "question") if isinstance(found.get(n), str)), None)
     columns = _kept(record, source, data, at)
@@ -219,7 +220,7 @@ def _opened(
     found = {k: v for k, v in _kept(record, source, data, at).items() if v is not None}
     for name in MEDIA:
         if holds(found.get(name)):
-            raise ValueError(
+            raise UserError(
                 f"{at}: the column {name} holds something, and only text is read; train on the "
                 f"text alone with data.drop_columns: [{name}], or leave such records out"
             )
@@ -237,7 +238,7 @@ def _kept(record: dict, source: Source, data: DataSection, at: str) -> dict[str,
 def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
     for name, column in columns.items():
         if column not in record:
-            raise ValueError(
+            raise UserError(
                 f"{at}: columns maps {name} to {column}, which is not among "
                 f"{', '.join(record) or 'no columns'}"
             )
@@ -259,7 +260,7 @@ def _string(record: dict, name: str, at: str) -> str:
     if isinstance(value := record.get(name, ""), str):
         return value
     kind = type(value).__name__
-    raise ValueError(f"{at}: {name} is {kind}, not a string: {short(str(value))}")
+    raise UserError(f"{at}: {name} is {kind}, not a string: {short(str(value))}")
 
 
 def _parsed(value: Any, what: str, at: str) -> Any:
@@ -290,7 +291,7 @@ def _history(value: Any, at: str) -> list[dict]:
     """The turns before an instruction."""
     pairs = _parsed(value, "history", at)
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise ValueError(f"{at}: history is pairs [question, answer]; saw {short(str(pairs))}")
+        raise UserError(f"{at}: history is pairs [question, answer]; saw {short(str(pairs))}")
     return [turn for q, a in pairs for turn in (*_said("user", q), *_said("assistant", a))]
 
 
@@ -460,7 +461,7 @@ def _empty(side: Any) -> bool:
 def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str) -> None:
     user = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if user is None:
-        raise ValueError(f"{at}: user_template rewrites the last user message, but there is none")
+        raise UserError(f"{at}: user_template rewrites the last user message, but there is none")
     values = {"question": words(user)} | {
         name: "\n\n".join(value) if isinstance(value, list) and _all_text(value) else value
         for name, value in found.items()
@@ -468,7 +469,7 @@ def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str
     try:
         user["content"] = template.format_map(values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{at}: user_template {short(template)} does not fit: {error!r}; "
             f"the columns are {', '.join(found)}"
         ) from None

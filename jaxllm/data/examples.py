@@ -39,6 +39,7 @@ from jaxllm.data.conversations import (
 )
 from jaxllm.data.sources import Located, content_hash, locate, read, records
 from jaxllm.data.template import fields_of, template_of, user_template_of, with_settings
+from jaxllm.errors import UserError
 
 # The code that decides about tokens is an input too: a cache must not outlive its rules.
 _CODE_FILES = ("formats", "sources", "messages", "conversations", "template", "turns", "chat")
@@ -154,7 +155,7 @@ def tokenize(
     several splits. Raises ValueError for an empty source and for records that do not fit.
     """
     if source.streaming:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: streaming is for data.train of pretrain; what is held out, or of "
             "another objective, is read whole: leave it out"
         )
@@ -202,13 +203,13 @@ def cache_root(cfg: TrainConfig) -> Path:
     try:
         root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
     except RuntimeError:
-        raise ValueError(
+        raise UserError(
             "there is no home directory for tokenized data; give data.cache_dir"
         ) from None
     try:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"data.cache_dir: {root} is a file, or lies in one") from None
+        raise UserError(f"data.cache_dir: {root} is a file, or lies in one") from None
     return root
 
 
@@ -256,7 +257,7 @@ def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path)
     0 is one a core, and at most as many as have 2,000 examples each, or starting them takes longer.
     """
     if not len(raw):
-        raise ValueError(f"{source.path}: holds no examples")
+        raise UserError(f"{source.path}: holds no examples")
     each = READERS[cfg.objective]
     workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
     with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
@@ -393,7 +394,7 @@ def _reasoned(messages: list[dict[str, Any]], data: DataSection) -> list[dict[st
 
 def _at(at: str, error: ValueError | RecursionError) -> ValueError:
     why = error if isinstance(error, ValueError) else "the record is nested too deeply"
-    return ValueError(f"{at}: {why}")
+    return UserError(f"{at}: {why}")
 
 
 def _cut(tokens: np.ndarray, learn: np.ndarray, cfg: TrainConfig) -> _Cut:
@@ -460,7 +461,7 @@ def _answered(
     chat = {"messages": prompt + answer, "tools": pair.tools}
     cuts = _rendered(chat, cfg, tokenizer, at, learn="all")
     if len(cuts) > 1:
-        raise ValueError(
+        raise UserError(
             f"{at}: an answer has several assistant turns, which the chat template renders "
             "differently once the conversation goes on; leave its last turn in the answer and put "
             "the others into the prompt, or set data.template to one that keeps them"

@@ -16,6 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from jaxllm.errors import UserError
+
 FORMATS = {
     ".txt": "text",
     ".json": "json",
@@ -58,7 +60,7 @@ def opened(file: Path) -> Iterator[Any]:
         try:
             yield io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
         except OSError as error:
-            raise ValueError(f"{file}: not readable as {codec}: {reason(error)}") from None
+            raise UserError(f"{file}: not readable as {codec}: {reason(error)}") from None
 
 
 def text_records(file: Path) -> Records:
@@ -100,16 +102,16 @@ def csv_records(file: Path) -> Records:
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise ValueError(f"{at}: malformed {'TSV' if tabs else 'CSV'}: {error}") from None
+                raise UserError(f"{at}: malformed {'TSV' if tabs else 'CSV'}: {error}") from None
             if row is None:
                 return
             if not header:
                 header = row
                 if twice := {name for name in header if header.count(name) > 1}:
-                    raise ValueError(f"{at}: the header names {min(twice)!r} twice; rename one")
+                    raise UserError(f"{at}: the header names {min(twice)!r} twice; rename one")
             elif row:
                 if len(row) != len(header):
-                    raise ValueError(
+                    raise UserError(
                         f"{at}: {len(row)} cells under a header of {len(header)}; a cell with a "
                         "separator or a line break stands in double quotes"
                     )
@@ -127,9 +129,9 @@ def array_records(file: Path) -> Records:
             at = f"{file}, record {index}"
             yield source[index].decode(), at
     except UnicodeDecodeError:
-        raise ValueError(f"{at}: not UTF-8; a record here is a JSON object") from None
+        raise UserError(f"{at}: not UTF-8; a record here is a JSON object") from None
     except RuntimeError as error:
-        raise ValueError(f"{at}: not readable as array_record: {reason(error)}") from None
+        raise UserError(f"{at}: not readable as array_record: {reason(error)}") from None
 
 
 READERS = {
@@ -156,7 +158,7 @@ def loads(text: str, at: str, what: str = "malformed JSON") -> Any:
         why = f"{error.object[error.start]!a} is half of a character (a lone surrogate)"
     except (ValueError, RecursionError) as error:
         why = _unreadable(error)
-    raise ValueError(f"{at}: {what}: {why}; saw {short(text)}")
+    raise UserError(f"{at}: {what}: {why}; saw {short(text)}")
 
 
 def _unreadable(error: ValueError | RecursionError) -> str:
@@ -173,7 +175,7 @@ def _decoded(data: bytes, at: str, *, start: bool) -> str:
     except UnicodeDecodeError as error:
         utf_16 = start and data.startswith((b"\xff\xfe", b"\xfe\xff"))
         why = "it is UTF-16" if utf_16 else str(error)
-        raise ValueError(f"{at}: not UTF-8: {why}; save it as UTF-8") from None
+        raise UserError(f"{at}: not UTF-8: {why}; save it as UTF-8") from None
 
 
 def _lines(file: Path, stream: Any) -> Iterator[str]:
@@ -203,7 +205,7 @@ def _whole(file: Path) -> Records:
             yield text[at:stop], f"{file}:{line}"
     except json.JSONDecodeError as error:
         seen = error.doc[error.pos : error.pos + 60] or "the end of the file"
-        raise ValueError(
+        raise UserError(
             f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
             f"saw {short(seen)}"
         ) from None
@@ -254,7 +256,7 @@ def _holds_records(value: Any, file: Path) -> bool:
             return True
     if all(nested):
         names = ", ".join(list(value)[:5]) + (", …" if len(value) > 5 else "")
-        raise ValueError(
+        raise UserError(
             f"{file}: one object whose keys ({names}) hold lists or objects is no record; write "
             "the records as a list [{…}, …], or one a line"
         )

@@ -30,6 +30,7 @@ from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.packing import one_per_row, pack
 from jaxllm.data.preference import Judged, Pairs, Prompts, share_slots
 from jaxllm.data.stream import ENDLESS, Stream
+from jaxllm.errors import UserError
 
 Row = dict[str, np.ndarray]  # fields of Batch, without the batch dim
 
@@ -206,7 +207,7 @@ def make_loader(
     `prefetch` batches are made ahead of need, each in a thread of its own.
     """
     if batch_size % micro_batches:
-        raise ValueError(f"{batch_size} rows do not divide into {micro_batches} micro-batches")
+        raise UserError(f"{batch_size} rows do not divide into {micro_batches} micro-batches")
     batches = _batches(rows, seed, batch_size, micro_batches)[start_step:]
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
     return iter(batches.to_iter_dataset(options))
@@ -249,7 +250,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     """
     data = cfg.data
     if not data.train and not data.eval:
-        raise ValueError("data.train names no source; give a file, folder or dataset")
+        raise UserError("data.train names no source; give a file, folder or dataset")
     fraction = 0.0 if data.eval else data.eval_fraction
     tokenizer_hash = fingerprint(tokenizer)
     train, held_out = [], []
@@ -332,7 +333,7 @@ def _split(
     shuffled = rng.permutation(np.unique(records))
     count = round(fraction * len(shuffled))
     if not 0 < count < len(shuffled):
-        raise ValueError(
+        raise UserError(
             f"{examples.name}: eval_fraction {fraction} holds out {count} of {len(shuffled)} "
             "records; change it, or name a held-out set in data.eval"
         )
@@ -376,10 +377,10 @@ def _lay_out(parts: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
             laid_out.append(part)
             continue
         if not len(part.chosen):
-            raise ValueError(_why_empty(part.examples, cfg))
+            raise UserError(_why_empty(part.examples, cfg))
         rows = _rows_of(part, cfg, held_out, index)
         if not len(rows):
-            raise ValueError(
+            raise UserError(
                 f"{part.source.path}: {part.examples.lengths[part.chosen].sum()} tokens fill no "
                 f"row of max_length + 1 = {data.max_length + 1}; give more text or a smaller "
                 "data.max_length"
@@ -391,7 +392,7 @@ def _lay_out(parts: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
     if held_out or not weights:
         return Rows(tuple(laid_out), None, laid_out[0].length)
     if len(weights) < len(parts):
-        raise ValueError("data.train: some sources have a weight and some do not; give all or none")
+        raise UserError("data.train: some sources have a weight and some do not; give all or none")
     return Rows(tuple(laid_out), weights, laid_out[0].length)
 
 

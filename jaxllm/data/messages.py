@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxllm.config import DataSection
 from jaxllm.data.sources import loads, short
+from jaxllm.errors import UserError
 
 # Roles in use elsewhere, in lower case and with "_" for "-"; data.roles names further ones.
 ROLES = {
@@ -51,7 +52,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
     def error(self, what: str) -> ValueError:
-        return ValueError(f"{self.at}: {what}")
+        return UserError(f"{self.at}: {what}")
 
     def note(self, what: str) -> None:
         if what not in self.notes:
@@ -120,7 +121,7 @@ def tools_of(value: Any, name: str, at: str) -> list[Any] | None:
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{at}: {name} is a list of JSON schemas; saw {short(str(tools))}")
+        raise UserError(f"{at}: {name} is a list of JSON schemas; saw {short(str(tools))}")
     return [_function(_schema(tool)) for tool in tools] or None
 
 

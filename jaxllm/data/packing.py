@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxllm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,7 +34,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Plan:
     """
     lengths = np.asarray(lengths, np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_length:
-        raise ValueError(
+        raise UserError(
             f"lengths {lengths.min()}..{lengths.max()} do not fit rows of {row_length} tokens"
         )
     order = np.argsort(-lengths, kind="stable")

@@ -18,6 +18,7 @@ import xxhash
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
 from jaxllm.data.packing import one_per_row, pack
+from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], learn float32 [n])
 
@@ -107,7 +108,7 @@ class Judged(_Packed):
         asked = (examples.tokens(i)[:n].tobytes() for i, n in zip(chosen, prompt, strict=True))
         self._asked = np.array([xxhash.xxh3_64_intdigest(tokens) for tokens in asked], np.uint64)
         if len(self._asked) and (self._asked == self._asked[0]).all():
-            raise ValueError(
+            raise UserError(
                 f"{examples.name}: all of its answers ({len(chosen)}) have the same prompt; kto "
                 "compares with answers to other prompts, so give some"
             )

@@ -25,7 +25,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
 from jaxllm.data.formats import ACCEPTED, COMPRESSED, READERS, format_of, loads, reason, short
-from jaxllm.tokenizer import hub_id
+from jaxllm.errors import UserError
+from jaxllm.files import hub_id
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -99,16 +100,16 @@ def _of_files(files: list[Path], path: str) -> Located:
         unknown = files[formats.index(None)]
         packed = unknown.suffix.lower() in COMPRESSED
         suffix = "".join(unknown.suffixes[-2:] if packed else unknown.suffixes[-1:])
-        raise ValueError(
+        raise UserError(
             f"{unknown}: the format of {suffix or 'a file without suffix'} is not known; accepted "
             f"are {ACCEPTED}"
         )
     kinds = sorted({f for f in formats if f})
     if len(kinds) > 1:
-        raise ValueError(f"{path}: holds {' and '.join(kinds)} files; name one kind by a glob")
+        raise UserError(f"{path}: holds {' and '.join(kinds)} files; name one kind by a glob")
     for file in files:
         if file.suffix.lower() in COMPRESSED and file.with_suffix("") in files:
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds {file.name} beside {file.stem}, the same records twice; name one "
                 "kind by a glob"
             )
@@ -121,12 +122,12 @@ def _chosen(splits: Iterable[str], source: Source, held_out: bool) -> str:
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted is None and held_out:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: has the splits {', '.join(names)}; name the held-out one: "
             f"{{path: {source.path}, split: NAME}}"
         )
     if (wanted := wanted or "train") not in names:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: no split {wanted!r}; it has {', '.join(names)}: name one by split"
         )
     return wanted
@@ -143,7 +144,7 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if format_of(f))
     files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
-        raise ValueError(f"{folder}: no data files; accepted are {ACCEPTED}")
+        raise UserError(f"{folder}: no data files; accepted are {ACCEPTED}")
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file.relative_to(folder)), []).append(file)
@@ -151,7 +152,7 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     if not splits:  # names say nothing of splits: all of it is what was asked for
         return _of_files(unnamed, str(folder))
     if unnamed:
-        raise ValueError(
+        raise UserError(
             f"{folder}: file names give the splits {', '.join(splits)}, but "
             f"{unnamed[0]} is in none; name the files by a glob"
         )
@@ -174,7 +175,7 @@ def _locate_hub(source: Source, held_out: bool) -> Located:
     try:
         loaded = datasets.load_dataset(name, subset or None, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
             f"could not be loaded: {reason(error)}"
         ) from error
@@ -187,12 +188,12 @@ def _locate_remote(name: str, subset: str | None, source: Source) -> Located:
         listed = datasets.load_dataset_builder(name, subset).config.data_files or {}
         files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
             f"could not be opened: {reason(error)}"
         ) from error
     if not files:
-        raise ValueError(f"{source.path}: the hub's dataset lists no files to stream")
+        raise UserError(f"{source.path}: the hub's dataset lists no files to stream")
     split = _chosen(files, source, held_out=False)
     remote = tuple(files[split])
     found = _of_files([Path(address) for address in remote], source.path)
@@ -216,7 +217,7 @@ def _locate_tfds(source: Source, held_out: bool) -> Located:
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"{source.path}: tensorflow-datasets is not installed; pip install 'jaxllm[tfds]'"
         ) from None
     name = source.path.removeprefix("tfds:")
@@ -225,7 +226,7 @@ def _locate_tfds(source: Source, held_out: bool) -> Located:
         builder.download_and_prepare(file_format="array_record")
         loaded = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
     except (tfds.core.DatasetNotFoundError, OSError, ValueError) as error:
-        raise ValueError(f"{source.path}: could not be loaded: {reason(error)}") from error
+        raise UserError(f"{source.path}: could not be loaded: {reason(error)}") from error
     opened, split = _taken(loaded, source, held_out)
     files = sorted(f for f in Path(builder.data_dir).iterdir() if f.is_file())
     return Located("tfds", tuple(files), opened, split)
@@ -252,7 +253,7 @@ def read(located: Located, folder: Path, first: int | None = None) -> Any:
             except (DatasetGenerationError, pa.ArrowInvalid) as error:
                 where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
                 why = reason(error.__cause__ or error)
-                raise ValueError(f"{where}: not readable as {located.format}: {why}") from error
+                raise UserError(f"{where}: not readable as {located.format}: {why}") from error
             return _first(table, first)
         case "tfds":
             pairs = _tfds_records(located.opened)
@@ -275,7 +276,7 @@ def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterato
     for text, at in zip(batch[_RECORD], batch[_AT], strict=True):
         record = loads(text, at)
         if not isinstance(record, dict):
-            raise ValueError(f"{at}: a record is a JSON object {{…}}; saw {short(text)}")
+            raise UserError(f"{at}: a record is a JSON object {{…}}; saw {short(text)}")
         yield at, record
 
 

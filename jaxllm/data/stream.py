@@ -29,6 +29,7 @@ import xxhash
 from jaxllm.config import Source, TrainConfig
 from jaxllm.data.examples import Examples, cache_key, cache_root, tokenized
 from jaxllm.data.sources import Located, locate
+from jaxllm.errors import UserError
 
 ENDLESS = 2**40  # rows of a stream: as good as endless, and within what len() and grain count
 
@@ -61,7 +62,7 @@ class Stream:
         self._located = locate(source)
         self.files = self._located.remote or tuple(map(str, self._located.files))
         if self._located.format in ("dataset", "tfds"):
-            raise ValueError(
+            raise UserError(
                 f"{source.path}: streaming reads files (Parquet, JSON lines, text, …), one after "
                 "another; this is one dataset"
             )
@@ -88,7 +89,7 @@ class Stream:
             epoch, file = self._stretches[at]
             rows = self._rows(file)
             if len(rows) != self._counts[self._ids[file]]:
-                raise ValueError(
+                raise UserError(
                     f"{self.files[file]}: has {len(rows):,} rows and had others when "
                     f"{self._index} counted them; delete that file to count them again"
                 )
@@ -103,7 +104,7 @@ class Stream:
             self._stretches.append((epoch, file))
             self._starts.append(self._starts[-1] + self._count(file))
             if at + 1 == len(self.files) and not self._starts[-1]:
-                raise ValueError(
+                raise UserError(
                     f"{self.source.path}: no file has the {self.length + 1} tokens that fill a "
                     "row; give larger files or a smaller data.max_length"
                 )
@@ -165,7 +166,7 @@ def _fetched(file: str, folder: Path) -> Path:
         with fsspec.open(file, "rb") as stream, open(path, "wb") as out:
             shutil.copyfileobj(stream, out, 1 << 22)  # type: ignore[arg-type]
     except OSError as error:
-        raise ValueError(f"{file}: could not be read: {error}") from error
+        raise UserError(f"{file}: could not be read: {error}") from error
     return path
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, words
+from jaxllm.errors import UserError
 from jaxllm.tokenizer import load_tokenizer
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
@@ -40,16 +41,16 @@ def template_of(tokenizer: Any, template: str | None = None, tools: Any = None) 
     if template is not None:
         file = TEMPLATES.get(template, Path(template))
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"the chat template {template!r} is neither a file nor built in "
                 f"({', '.join(TEMPLATES)})"
             )
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: the chat template is not UTF-8 text: {error}") from None
+            raise UserError(f"{file}: the chat template is not UTF-8 text: {error}") from None
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             "the tokenizer has no chat template; set data.template to a file or to one of "
             f"{', '.join(TEMPLATES)}"
         )
@@ -80,7 +81,7 @@ def with_settings(tokenizer: Any, data: DataSection) -> Any:
         template = ChatTemplate(template_of(tokenizer), tokenizer.special_tokens_map, None)
         user = template.prepared([{"role": "user", "content": "?"}])
         if not template.renders(user, data.system.strip()):
-            raise ValueError("data.system: the chat template has no place for a system message")
+            raise UserError("data.system: the chat template has no place for a system message")
     return tokenizer
 
 
@@ -121,7 +122,7 @@ def _with_settings(source: str, data: DataSection, special_tokens: dict[str, Any
         head = f"{{%- set user_template = {text} %}}"
     for name, value in data.template_kwargs.items():
         if not name.isidentifier():
-            raise ValueError(f"data.template_kwargs: {name!r} cannot be the name of a variable")
+            raise UserError(f"data.template_kwargs: {name!r} cannot be the name of a variable")
         lines.append(f"{{%- set {name} = {name} if {name} is defined else {_literal(value)} %}}")
     if data.system is not None:
         none = "not messages | selectattr('role', 'in', ['system', 'developer']) | list"
@@ -192,10 +193,10 @@ class ChatTemplate:
                 **given,
             )
         except TemplateSyntaxError as error:
-            raise ValueError(f"the chat template, line {error.lineno}: {error.message}") from None
+            raise UserError(f"the chat template, line {error.lineno}: {error.message}") from None
         except Exception as error:  # a template is a program of the user's: 1/0, endless recursion
             why = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"the chat template refuses the conversation: {why}") from None
+            raise UserError(f"the chat template refuses the conversation: {why}") from None
         texts, spans = rendered
         return texts[0], spans[0] if marks else []
 

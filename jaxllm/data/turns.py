@@ -19,6 +19,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jaxllm.data.template import ChatTemplate
+from jaxllm.errors import UserError
 from jaxllm.tokenizer import special_tokens
 
 Span = tuple[int, int]
@@ -214,7 +215,7 @@ class Turns:
         if self.template.has_marks:
             marked = self._marked(chat, last)
             if turn not in marked:
-                raise ValueError(
+                raise UserError(
                     f"message {turn + 1}: the chat template puts no {{% generation %}} block "
                     "around what the assistant says there"
                 )
@@ -280,7 +281,7 @@ class Turns:
             try:
                 return self.rendering(chat, turn, generation_prompt=True).text
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     f"message {turn + 1}: the conversation up to here cannot be rendered alone "
                     f"({error}), so the assistant's words cannot be told from the rest; put "
                     "{% generation %} … {% endgeneration %} around them in the template "
@@ -293,7 +294,7 @@ class Turns:
         try:
             return self.rendering(chat, 0, generation_prompt=True).text
         except ValueError:
-            raise ValueError("message 1: the chat template does not show what it says") from None
+            raise UserError("message 1: the chat template does not show what it says") from None
 
     @cached_property
     def _header(self) -> str:

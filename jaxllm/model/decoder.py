@@ -17,25 +17,16 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
-from jaxllm.model.attention import EVERYWHERE, attention
+from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.block import Block
 from jaxllm.model.cache import Cache, written
-from jaxllm.model.config import LayerKind, ModelConfig
-from jaxllm.model.layers import (
-    MLP,
-    PLAIN,
-    Embed,
-    Linear,
-    Peft,
-    RMSNorm,
-    fused,
-    kept,
-    product,
-    rope_table,
-    rotate,
-    softcapped,
-    text_lengths,
-)
-from jaxllm.model.quantized import Quantized
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.layers import Embed, Linear, RMSNorm
+from jaxllm.model.rope import rope_table, text_lengths
+from jaxllm.ops.attention import EVERYWHERE
+from jaxllm.ops.matmul import product, softcapped
+from jaxllm.ops.quantized import Quantized
+from jaxllm.ops.residuals import kept
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -46,106 +37,6 @@ REMAT: dict[str, Any] = {
 
 HEAD_AXES = ("embed", "vocab")
 SCORE_AXES: Any = ("embed", None)
-
-
-class Attention(nnx.Module):
-    """Projections, optional q/k norms, rotary positions, softmax attention."""
-
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
-        D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        inner = partial(Linear, cfg, bias=cfg.qkv_bias, **keys)
-        self.q = inner("layers.attn.q", ("embed", "heads"), (D, Q))
-        self.k = inner("layers.attn.k", ("embed", "kv_heads"), (D, KV))
-        self.v = inner("layers.attn.v", ("embed", "kv_heads"), (D, KV))
-        self.o = Linear(cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **keys)
-        self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
-        if cfg.qk_norm != "none":
-            full = cfg.qk_norm == "full"
-            self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)
-            self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
-        self.cfg = cfg
-
-    def heads(self, x: jax.Array, at: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, H, K], k and v [B, T, N, K], normalised where the family does."""
-        cfg = self.cfg
-        q, k, v = fused(self.qkv, x, (self.q, self.k, self.v), at)
-        if cfg.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (q, k, v))
-        if cfg.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-    def __call__(self, x: jax.Array, at: Any, kind: Any, kv: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D]; `at` tells where the tokens stand; kv is the layer's cache, or with `prefix`
-        in `at` what stands before each text, [1, P, N, K]."""
-        cfg = self.cfg
-        q, k, v = self.heads(x, at)
-
-        def mix(layer: LayerKind, q, k, v, kv):
-            table = None if layer.rope is None else at["ropes"][layer.rope]
-            q, k = rotate(q, table), rotate(k, table)
-            if kv is not None and at["prefix"]:
-                k, v = (
-                    jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[1:])), y], 1)
-                    for p, y in zip(kv, (k, v), strict=True)
-                )
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            segments, offset = at["key_segments"], at["offset"]
-            if kv is not None and not at["prefix"]:
-                kv = written(kv, k, v, offset)
-                k, v = kv[0].swapaxes(2, 3), kv[1]
-                if isinstance(offset, int):  # how much is held is known: empty slots are left out
-                    held = offset + q.shape[1]
-                    k, v = (x[:, :, :held].astype(q.dtype) for x in (k, v))
-                    segments = segments[:, :held]
-            out = attention(
-                q,
-                k,
-                v,
-                at["segments"],
-                segments,
-                at["positions"],
-                offset=offset,
-                window=layer.window,
-                softcap=cfg.attention_softcap,
-                scale=cfg.query_scale or cfg.head_dim**-0.5,
-            )
-            return out, None if at["prefix"] else kv
-
-        forms = [partial(mix, layer) for layer in cfg.kinds]
-        if isinstance(kind, int) or len(forms) == 1:
-            out, kv = forms[kind if isinstance(kind, int) else 0](q, k, v, kv)
-        else:
-            out, kv = lax.switch(kind, forms, q, k, v, kv)
-        return self.o(out.reshape(*out.shape[:2], -1), at), kv
-
-
-class Block(nnx.Module):
-    """x + attention, x + MLP, with norms before, after, or on both sides of each."""
-
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, cfg, cfg.hidden_size, dtype=dtype)
-        before = cfg.norm_placement in ("pre", "sandwich")
-        after = cfg.norm_placement in ("post", "sandwich")
-        self.attn = Attention(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.attn_norm = norm() if before else None
-        self.attn_post_norm = norm() if after else None
-        self.mlp_norm = norm() if before else None
-        self.mlp_post_norm = norm() if after else None
-        self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
-        self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
-
-    def __call__(self, x: jax.Array, at: Any, kind: Any, kv: Any) -> tuple[jax.Array, Any]:
-        h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), at, kind, kv)
-        h = h if self.attn_post_norm is None else self.attn_post_norm(h)
-        x = x + (h if self.attn_adapter is None else self.attn_adapter(h))
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), at)
-        h = h if self.mlp_post_norm is None else self.mlp_post_norm(h)
-        x = x + (h if self.mlp_adapter is None else self.mlp_adapter(h))
-        return constrain(x, "batch", "length", "features"), kv
 
 
 class Decoder(nnx.Module):

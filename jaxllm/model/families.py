@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from jaxllm.errors import UserError
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 
 ACTIVATIONS = {
@@ -35,7 +36,7 @@ def _same(value: Any) -> Any:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+        raise UserError(f"activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -212,11 +213,11 @@ def _read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
     """One set of `rope_parameters` in transformers' full spelling; `c` is the whole config."""
     kind = p["rope_type"]
     if kind not in ROPE_KEYS:
-        raise ValueError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
+        raise UserError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
     partial = p.get("partial_rotary_factor")
     partial = 1.0 if partial is None else float(partial)
     if partial != 1.0 and not FAMILIES[c["model_type"]].partial_rope:
-        raise ValueError(f"partial_rotary_factor {partial} is not supported for {c['model_type']}")
+        raise UserError(f"partial_rotary_factor {partial} is not supported for {c['model_type']}")
     p = dict(p)
     if kind in ("yarn", "longrope") and p.get("attention_factor") is None:
         p["attention_factor"] = _stretch_scale(p, c["max_position_embeddings"])
@@ -278,7 +279,7 @@ def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
     if family.window in ("typed", "switched"):
         types = c["layer_types"]
     if strange := set(types) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layer_types {', '.join(sorted(strange))} are not supported")
+        raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope = c["rope_parameters"]
     names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
     ropes = tuple(_read_rope(rope[n] if family.rope_by_type else rope, c) for n in names)
@@ -323,7 +324,7 @@ def _write_layers(cfg: ModelConfig) -> dict[str, Any]:
 def _family(config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -337,20 +338,18 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
 
     family = _family(config)
     if config.get("quantization_config"):
-        raise ValueError(
-            "the weights are quantised (quantization_config); load_hf dequantises some"
-        )
+        raise UserError("the weights are quantised (quantization_config); load_hf dequantises some")
     if config.get("is_causal") is False:
-        raise ValueError("is_causal is false; only causal attention is supported")
+        raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
     kind = keep.pop("model_type")
     try:
         c = AutoConfig.for_model(kind, **keep).to_dict()
     except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"config of a {kind} model: {str(error).strip()}") from error
+        raise UserError(f"config of a {kind} model: {str(error).strip()}") from error
     for key, reason in family.refused.items():
         if c.get(key):
-            raise ValueError(f"{key} is {c[key]!r}: {reason}")
+            raise UserError(f"{key} is {c[key]!r}: {reason}")
     c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     return c
 
@@ -377,12 +376,12 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
     kind = {"family": c["model_type"], "scores": is_reward(config)}
     if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
-        raise ValueError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
+        raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
     cfg = ModelConfig(**kind, **values, **family.fixed, **_read_layers(c))
     if cfg.num_layers < 1:
-        raise ValueError(f"num_hidden_layers is {cfg.num_layers}; it must be at least 1")
+        raise UserError(f"num_hidden_layers is {cfg.num_layers}; it must be at least 1")
     if cfg.num_heads % cfg.num_kv_heads:
-        raise ValueError(
+        raise UserError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "
             f"num_key_value_heads {cfg.num_kv_heads}"
         )
@@ -401,7 +400,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     config = as_reward(config) if cfg.scores else config
     back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may lie outside the vocabulary
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
-        raise ValueError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
+        raise UserError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
     return config
 
 

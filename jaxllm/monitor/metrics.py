@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxllm.errors import UserError
 from jaxllm.monitor.flops import Flops
 
 COMPILING = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")  # events of jax
@@ -125,7 +126,7 @@ class Metrics:
     ):
         unknown = [name for name in report_to if name not in TRACKERS]
         if unknown:
-            raise ValueError(f"log.report_to {unknown[0]!r}: known are {', '.join(TRACKERS)}")
+            raise UserError(f"log.report_to {unknown[0]!r}: known are {', '.join(TRACKERS)}")
         self.run = Path(run)
         self.on = jax.process_index() == 0
         self.trackers: dict[str, Tracker] = {}
@@ -221,7 +222,7 @@ def total(steps: list[tuple[int, Any]], sums: dict[str, list[float]]) -> dict[st
     ):
         for name, (value, weight) in metrics.items():
             if name in ("loss", "grad_norm") and not np.isfinite(value):
-                raise ValueError(
+                raise UserError(
                     f"step {step}: {name} is {value}; the last good checkpoint is kept. A lower "
                     "optim.learning_rate, a longer optim.warmup or optim.clip may help"
                 )

@@ -23,10 +23,11 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.data.batch import Experience
+from jaxllm.model.adapter import PeftParam
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.layers import PeftParam
 from jaxllm.objectives.grpo import clipped_terms
-from jaxllm.objectives.lm import Head, Metrics, token_logps
+from jaxllm.objectives.lm import Metrics
+from jaxllm.ops.cross_entropy import Head, token_logps
 
 
 class ValueParam(PeftParam):

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import PeftSection
+from jaxllm.model.adapter import Peft, PeftParam, score_of
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.layers import Peft, PeftParam, dot, score_of
+from jaxllm.ops.matmul import dot
 
 
 class AdapterParam(PeftParam):

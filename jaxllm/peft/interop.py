@@ -18,17 +18,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxllm.checks import TUNES
 from jaxllm.config import PeftSection, validated
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, opened, read_json, resolve
+from jaxllm.config.checks import TUNES
+from jaxllm.errors import UserError
+from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, opened, read_json, resolve
+from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
-from jaxllm.model.layers import PLAIN, Peft
 from jaxllm.peft import adapter, lora, prefix
 from jaxllm.peft.adapter import AdapterParam, AdapterPeft
 from jaxllm.peft.lora import EMBED, LoraPeft, Target
 from jaxllm.peft.prefix import PrefixPeft, Prompt
-from jaxllm.tokenizer import hub_id
 
 # Which of a model's adapters: one, none, or a weighted sum.
 Choice = str | Mapping[str, float] | None
@@ -82,9 +82,9 @@ def find(path: str, weights: bool = True) -> Saved:
     """The adapter in a directory or hub id. Raises ValueError where there is none."""
     folder = resolve(path)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
+        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
     if weights and not (folder / ADAPTER).is_file():
-        raise ValueError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
+        raise UserError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
     return Saved(folder, read_json(folder / ADAPTER_CONFIG))
 
 
@@ -97,12 +97,12 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     if not is_adapter(path):
         return path, dict(named)
     if "default" in named:
-        raise ValueError(f"{path} is an adapter too; name the other: NAME={named['default']}")
+        raise UserError(f"{path} is an adapter too; name the other: NAME={named['default']}")
     base = find(path).config.get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{path} does not say which model it is an adapter of; give that one too")
+        raise UserError(f"{path} does not say which model it is an adapter of; give that one too")
     if not Path(base).expanduser().is_dir() and not hub_id(base):
-        raise ValueError(f"{path} is an adapter of {base}, which is not there; give its place too")
+        raise UserError(f"{path} is an adapter of {base}, which is not there; give its place too")
     return base, {"default": path, **named}
 
 
@@ -120,7 +120,7 @@ def plan_of(cfg: ModelConfig, section: PeftSection) -> Peft:
         saved = find(section.path, weights=False)
         plan, other = read_plan(cfg, {"default": saved}), method_of(saved.config)
         if other != section.method:
-            raise ValueError(f"{section.path} is of method {other}, peft.method {section.method}")
+            raise UserError(f"{section.path} is of method {other}, peft.method {section.method}")
         if isinstance(plan, LoraPeft):
             plan = replace(plan, dropout=section.lora_dropout)
         return plan
@@ -134,7 +134,7 @@ def method_of(config: dict[str, Any]) -> str:
         if name == kind:
             return method
     known = ", ".join(name for _, name in METHODS.values())
-    raise ValueError(f"{ADAPTER_CONFIG}: peft_type {kind!r} is not known; known: {known}")
+    raise UserError(f"{ADAPTER_CONFIG}: peft_type {kind!r} is not known; known: {known}")
 
 
 def section_of(config: dict[str, Any]) -> PeftSection:
@@ -145,12 +145,12 @@ def section_of(config: dict[str, Any]) -> PeftSection:
         return _section({k: config[k] for k in TUNES[method] if k in config} | {"method": method})
     for key in REFUSED:
         if config.get(key):
-            raise ValueError(f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not done here")
+            raise UserError(f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not done here")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{ADAPTER_CONFIG}: bias is {config['bias']!r}; only none is done here")
+        raise UserError(f"{ADAPTER_CONFIG}: bias is {config['bias']!r}; only none is done here")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(("olora", "corda", "loftq", "lora_ga", "pissa_niter")):
-        raise ValueError(
+        raise UserError(
             f"{ADAPTER_CONFIG}: init_lora_weights {init} changed the base; convert the adapter "
             "with peft's path_initial_model_for_weight_conversion"
         )
@@ -175,7 +175,7 @@ def _section(values: dict[str, Any]) -> PeftSection:
     try:
         return validated({"peft": values}, {}).peft
     except ValueError as error:
-        raise ValueError(f"{ADAPTER_CONFIG}: {error}") from None
+        raise UserError(f"{ADAPTER_CONFIG}: {error}") from None
 
 
 def read_plan(cfg: ModelConfig, adapters: Mapping[str, Saved]) -> Peft:
@@ -184,7 +184,7 @@ def read_plan(cfg: ModelConfig, adapters: Mapping[str, Saved]) -> Peft:
     for saved in adapters.values():
         section = section_of(saved.config)
         if cfg.tied_head and "lm_head" in _ends(section.target_modules + section.modules_to_save):
-            raise ValueError(_untie(saved, "adapts lm_head, which is the token table here"))
+            raise UserError(_untie(saved, "adapts lm_head, which is the token table here"))
         plan = METHODS[section.method][0](cfg, section, strict=False)
         if isinstance(plan, LoraPeft):
             _check_tied(cfg, saved, plan)
@@ -195,7 +195,7 @@ def read_plan(cfg: ModelConfig, adapters: Mapping[str, Saved]) -> Peft:
     for name, plan in zip(adapters, plans, strict=True):
         lone = not isinstance(plan, LoraPeft) or plan.dora or plan.saved or plan.init == "pissa"
         if lone:
-            raise ValueError(
+            raise UserError(
                 f"adapter {name} cannot stand beside another: only plain LoRA can, without DoRA, "
                 "PiSSA or modules_to_save"
             )
@@ -223,7 +223,7 @@ def _check_tied(cfg: ModelConfig, saved: Saved, plan: LoraPeft) -> None:
     tied = bool(saved.config.get("ensure_weight_tying"))
     if cfg.tied_head and ((whole and not tied) or (adapted and tied)):
         what = f"has ensure_weight_tying {str(tied).lower()}, so that embed_tokens and the head, "
-        raise ValueError(_untie(saved, f"{what}which are one here, would differ"))
+        raise UserError(_untie(saved, f"{what}which are one here, would differ"))
 
 
 def _ends(modules: tuple[str, ...]) -> set[str]:
@@ -246,14 +246,14 @@ def shares(plan: Peft, chosen: Choice) -> tuple[float, ...]:
     adapter is always on.
     """
     if not isinstance(plan, LoraPeft):
-        raise ValueError("only LoRA adapters are chosen among; the model has none")
+        raise UserError("only LoRA adapters are chosen among; the model has none")
     weights = {} if chosen is None else {chosen: 1.0} if isinstance(chosen, str) else chosen
     for name in weights:
         if name not in plan.names:
-            raise ValueError(f"there is no adapter {name}; there are {', '.join(plan.names)}")
+            raise UserError(f"there is no adapter {name}; there are {', '.join(plan.names)}")
     if (plan.dora or plan.saved) and set(weights.values()) != {1.0}:
         what = "DoRA" if plan.dora else "modules_to_save"
-        raise ValueError(f"an adapter with {what} is on or not loaded; it has no weight")
+        raise UserError(f"an adapter with {what} is on or not loaded; it has no weight")
     return tuple(float(weights.get(name, 0.0)) for name in plan.names)
 
 
@@ -267,7 +267,7 @@ def parse_choice(text: str) -> Choice:
     try:
         return {name: float(weight) for name, _, weight in pairs}
     except ValueError:
-        raise ValueError(f"{text} is not a name, nor name:weight,name:weight") from None
+        raise UserError(f"{text} is not a name, nor name:weight,name:weight") from None
 
 
 def choose(model: Any, chosen: Choice) -> None:
@@ -284,7 +284,7 @@ def room(cfg: ModelConfig, plan: Peft, length: int, new: int = 0) -> int:
         asked = f"data.max_length {length} is"
         if new:
             asked = f"data.max_length {length} and rl.max_new_tokens {new} together are"
-        raise ValueError(
+        raise UserError(
             f"{asked} over the model's limit of {left} positions{beside}; lower "
             + ("one" if new else "it")
         )
@@ -327,7 +327,7 @@ def pack(model: Any) -> dict[str, np.ndarray]:
             for layer, name in enumerate(_bottleneck_names(leaf, model.cfg.num_layers))
         }
     if len(plan.names) > 1:
-        raise ValueError(f"there are the adapters {', '.join(plan.names)}; load the one to write")
+        raise UserError(f"there are the adapters {', '.join(plan.names)}; load the one to write")
     out: dict[str, np.ndarray] = {}
     hosts: dict[str, dict[str, np.ndarray]] = {}
     for target, layer, r, name in _lora_tensors(plan, 0):
@@ -368,12 +368,12 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
 
     def fill(variable: Any, index: Any, name: str, turn: bool) -> None:
         if name not in found:
-            raise ValueError(f"{saved.folder / ADAPTER} has no {name}, which its config asks for")
+            raise UserError(f"{saved.folder / ADAPTER} has no {name}, which its config asks for")
         tensor = found.pop(name)
         _, value = values.setdefault(id(variable), (variable, np.array(variable.get_value())))
         tensor = tensor.T if turn else tensor
         if value[index].shape != tensor.shape:
-            raise ValueError(
+            raise UserError(
                 f"{saved.folder / ADAPTER}: {name} does not fit the model: its shape is "
                 f"{tensor.shape}, {value[index].shape} is asked for"
             )
@@ -395,18 +395,18 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
         fill(model.prefix.embeddings, ..., PROMPT, False)
     else:
         if PROMPT not in found:
-            raise ValueError(f"{saved.folder / ADAPTER} has no {PROMPT}")
+            raise UserError(f"{saved.folder / ADAPTER} has no {PROMPT}")
         keys, both = model.prefix.keys, model.prefix.values
         L, P, N, K = keys.get_value().shape
         if found[PROMPT].shape != (P, 2 * L * N * K):
-            raise ValueError(f"{saved.folder / ADAPTER}: {PROMPT} does not fit the model")
+            raise UserError(f"{saved.folder / ADAPTER}: {PROMPT} does not fit the model")
         split = found.pop(PROMPT).reshape(P, L, 2, N, K).transpose(1, 2, 0, 3, 4)
         values = {0: (keys, split[:, 0]), 1: (both, split[:, 1])}
     whole = trained_tensors(model.cfg, plan, {"": saved})
     tied = {"lm_head.weight"} if model.head is None else set()  # a second copy of the table
     names = [n for n in found if not n.endswith(".base_layer.weight")]
     if strange := [n for n in names if n.removeprefix(root(plan)) not in whole.keys() | tied]:
-        raise ValueError(
+        raise UserError(
             f"{saved.folder / ADAPTER} has {strange[0]}, which its config does not name"
         )
     for variable, value in values.values():
@@ -432,7 +432,7 @@ def trained_tensors(
     for one in saved.values() if names else ():
         with opened(one.folder / ADAPTER) as file:
             if missing := {root(plan) + name for name in names} - set(file.keys()):
-                raise ValueError(
+                raise UserError(
                     f"{one.folder / ADAPTER} has no {min(missing)}, which its config asks for"
                 )
     return {n: (one.folder / ADAPTER, root(plan) + n) for n in names for one in saved.values()}

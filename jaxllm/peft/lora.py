@@ -31,11 +31,14 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.config import PeftSection
+from jaxllm.errors import UserError
+from jaxllm.model.adapter import Peft, PeftParam, score_of
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.decoder import HEAD_AXES, Decoder
+from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import key_table
-from jaxllm.model.layers import Peft, PeftParam, dot, score_of
-from jaxllm.model.quantized import Quantized, dense
+from jaxllm.ops.cross_entropy import HEAD_AXES
+from jaxllm.ops.matmul import dot
+from jaxllm.ops.quantized import Quantized, dense
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"
@@ -233,7 +236,7 @@ class Lora(nnx.Module):
         """A, B = U √S / √s, √S V / √s of the R largest singular values of W."""
         R = self.a[...].shape[-1]
         if R > min(kernel.shape[-2:]):
-            raise ValueError(
+            raise UserError(
                 f"peft: pissa of rank {R}, but {self.target.module} has {min(kernel.shape[-2:])} "
                 "singular values; give it less by rank_pattern"
             )
@@ -323,7 +326,7 @@ def fold(model: Any, sign: int = 1) -> None:
     """
     plan: LoraPeft = model.peft
     if plan.dora and sign < 0:
-        raise ValueError("a folded DoRA adapter cannot be taken away: the columns' norms are gone")
+        raise UserError("a folded DoRA adapter cannot be taken away: the columns' norms are gone")
     for target in plan.targets:
         lora, kernels = lora_of(model, target.path), kernels_of(model, target.path)
         delta = lora.delta()
@@ -347,9 +350,9 @@ def merged(model: Decoder) -> Decoder:
     """
     plan = model.peft
     if model.quantized:
-        raise ValueError("the base is quantised; load it without quantize_base to merge")
+        raise UserError("the base is quantised; load it without quantize_base to merge")
     if not isinstance(plan, LoraPeft) or len(plan.names) > 1:
-        raise ValueError("only one LoRA adapter can be merged into the weights; export the adapter")
+        raise UserError("only one LoRA adapter can be merged into the weights; export the adapter")
     graph, state = nnx.split(model)
     whole = nnx.merge(graph, jax.tree.map(lambda x: x, state))
     table = whole.embed.embedding[...]
@@ -389,7 +392,7 @@ def _matches(entry: str, name: str) -> bool:
     try:
         return re.fullmatch(entry, name) is not None
     except re.error as error:
-        raise ValueError(f"peft: {entry!r} is neither a module nor a pattern: {error}") from None
+        raise UserError(f"peft: {entry!r} is neither a module nor a pattern: {error}") from None
 
 
 def _names(cfg: ModelConfig, module: str) -> list[str]:
@@ -404,7 +407,7 @@ def _check_named(cfg: ModelConfig, key: str, entries: Iterable[str], form: str =
         if not any(_matches(form.format(entry), name) for name in there):
             known = dict.fromkeys(name.rpartition(".")[2] for name in there)
             tied = " (the head is the token table: embed_tokens)" if cfg.tied_head else ""
-            raise ValueError(
+            raise UserError(
                 f"peft.{key}: {entry!r} matches nothing; the model has {', '.join(known)}{tied}, "
                 f"or say {ALL_LINEAR}"
             )
@@ -429,7 +432,7 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Lora
         _check_named(cfg, "alpha_pattern", section.alpha_pattern, r"(.*\.)?({})")
     for layer in section.layers_to_transform:
         if layer >= cfg.num_layers:
-            raise ValueError(
+            raise UserError(
                 f"peft.layers_to_transform: there is no layer {layer}, the model has "
                 f"{cfg.num_layers} (0 to {cfg.num_layers - 1})"
             )
@@ -456,12 +459,12 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Lora
         if max(ranks):
             targets.append(Target(path, module, (ranks,), (alphas,)))
     if not targets:
-        raise ValueError("peft: nothing is left to adapt; see target_modules and exclude_modules")
+        raise UserError("peft: nothing is left to adapt; see target_modules and exclude_modules")
     paths = {t.path for t in targets}
     if section.use_dora and HEAD in paths:
-        raise ValueError("peft.use_dora does not go with lm_head; exclude it")
+        raise UserError("peft.use_dora does not go with lm_head; exclude it")
     if section.init_lora_weights == "pissa" and EMBED in paths:
-        raise ValueError("peft.init_lora_weights pissa does not go with embed_tokens; exclude it")
+        raise UserError("peft.init_lora_weights pissa does not go with embed_tokens; exclude it")
     return LoraPeft(
         targets=tuple(targets),
         rslora=(section.use_rslora,),
@@ -481,13 +484,13 @@ def saved_paths(cfg: ModelConfig, names: Sequence[str]) -> tuple[str, ...]:
             module = key.name.rpartition(".")[0]
             hits = [name.endswith(entry) for name in _names(cfg, module)]
             if any(hits) and not all(hits):
-                raise ValueError(
+                raise UserError(
                     f"peft.modules_to_save: {entry} is some layers of a stack; name all or none"
                 )
             found += [key.path] if all(hits) else []
         if not found:
             there = dict.fromkeys(k.name.split(".")[-2] for k in key_table(cfg))
-            raise ValueError(
+            raise UserError(
                 f"peft.modules_to_save: {entry!r} matches nothing; the model has {', '.join(there)}"
             )
         paths |= dict.fromkeys(found)

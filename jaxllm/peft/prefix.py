@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import PeftSection
+from jaxllm.errors import UserError
+from jaxllm.model.adapter import Peft, PeftParam, score_of
 from jaxllm.model.cache import Cache
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.layers import Peft, PeftParam, score_of
 
 
 class PrefixParam(PeftParam):
@@ -103,7 +104,7 @@ def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Pref
     """The virtual tokens that a configuration describes. Raises ValueError for too many."""
     length = section.num_virtual_tokens
     if length >= cfg.max_positions:
-        raise ValueError(
+        raise UserError(
             f"peft.num_virtual_tokens {length} leaves nothing of the model's "
             f"{cfg.max_positions} positions; lower it"
         )

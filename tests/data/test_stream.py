@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from jaxllm.checks import check
 from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
+from jaxllm.config.checks import check
 from jaxllm.data import stream
 from jaxllm.data.loader import batch_at, load_data, make_loader, summarize
 from jaxllm.data.stream import Stream

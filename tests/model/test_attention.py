@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from jaxllm.mesh import MeshSection, batch_sharding, make_mesh
-from jaxllm.model import attention
-from jaxllm.model.attention import EVERYWHERE
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
+from jaxllm.ops import attention
+from jaxllm.ops.attention import EVERYWHERE
 
 B, T, H, N, K = 2, 37, 4, 2, 8
 CFG = ModelConfig(

@@ -44,9 +44,9 @@ from jaxllm.hf import hf_tensors, load_hf, save_hf
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import FAMILIES, from_hf, to_hf
-from jaxllm.model.layers import rope_frequencies
+from jaxllm.model.rope import rope_frequencies
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.rollout import Sampling, generate
+from jaxllm.sampling import Sampling, generate
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,8 @@ from jaxllm.objectives.dpo import (
     dpo_baseline,
     dpo_loss,
 )
-from jaxllm.objectives.lm import Head, segment_sums, token_logps
+from jaxllm.objectives.lm import segment_sums
+from jaxllm.ops.cross_entropy import Head, token_logps
 
 # ---- the log-probability of each token
 

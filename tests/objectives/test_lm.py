@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.objectives.lm import Head, cross_entropy
+from jaxllm.ops.cross_entropy import Head, cross_entropy
 
 B, T, D, V = 2, 37, 16, 103
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from steps import assert_same_update, batch_of, decoder, descent, experience, plain
 
-from jaxllm.align import trained_by
 from jaxllm.objectives.ppo import (
     KlController,
     Value,
@@ -21,6 +20,7 @@ from jaxllm.objectives.ppo import (
     value_terms,
     whiten,
 )
+from jaxllm.rl.online import trained_by
 
 
 def ragged(seed=0, count=9, length=20):

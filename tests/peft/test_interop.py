@@ -349,7 +349,7 @@ def test_one_of_several_none_or_a_weighted_sum(tmp_path):
 
 
 def test_rows_of_a_batch_use_adapters_of_their_own(tmp_path):
-    from jaxllm.rollout import Sampling, generate
+    from jaxllm.sampling import Sampling, generate
 
     base, places = two_adapters(tmp_path)
     model = load_hf(base, adapter=places, mesh=one_device())

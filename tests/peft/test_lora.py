@@ -231,7 +231,7 @@ def test_a_prefix_longer_than_the_context_is_refused():
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "adapter", "lora"])
 def test_generation_with_a_cache_equals_the_whole_pass(name):
-    from jaxllm.rollout import Sampling, generate
+    from jaxllm.sampling import Sampling, generate
 
     model = decoder(SECTIONS[name])
     noise = iter(jax.random.split(jax.random.key(3), 100))

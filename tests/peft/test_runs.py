@@ -17,7 +17,7 @@ from jaxllm.cli import main
 from jaxllm.config import MeshSection
 from jaxllm.hf import load_hf
 from jaxllm.mesh import make_mesh
-from jaxllm.model.quantized import Quantized, dense, quantize
+from jaxllm.ops.quantized import Quantized, dense, quantize
 
 LORA = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "q_proj", "down_proj")
 LORA += ("--peft.lora_dropout", "0.1")

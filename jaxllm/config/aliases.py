@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jaxllm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Given:
@@ -72,20 +74,20 @@ def read_yaml(path: str, sections: Sequence[str]) -> list[Given]:
             return loader.construct_object(node, deep=True)
         except ValueError:
             at = f"{path}:{node.start_mark.line + 1}"
-            raise ValueError(f"{at}: seen {node.value!r}, which is no YAML value") from None
+            raise UserError(f"{at}: seen {node.value!r}, which is no YAML value") from None
 
     def walk(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a config"
             seen = value_of(node)
-            raise ValueError(
+            raise UserError(
                 f"{path}:{node.start_mark.line + 1}: {name} has keys of its own, seen {seen!r}"
             )
         names: set[str] = set()
         for key, value in node.value:
             name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
             if name in names:
-                raise ValueError(f"{at}: {name} is given twice; keep one")
+                raise UserError(f"{at}: {name} is given twice; keep one")
             names.add(name)
             scalar = isinstance(value, yaml.ScalarNode)
             if name in sections and not (scalar and name in TRANSLATED):
@@ -99,9 +101,9 @@ def read_yaml(path: str, sections: Sequence[str]) -> list[Given]:
         return list(walk(node, "")) if node else []
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError):
-        raise ValueError(f"{path}: not a text file; a config is YAML") from None
+        raise UserError(f"{path}: not a text file; a config is YAML") from None
 
 
 def read_args(args: Sequence[str]) -> list[Given]:
@@ -114,7 +116,7 @@ def read_args(args: Sequence[str]) -> list[Given]:
         elif given:
             given[-1].value.append(arg)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{arg!r} follows no --key; a config file comes first, then --section.key"
             )
     return given
@@ -263,13 +265,13 @@ Flags = dict[str, Given]  # the other names of the same file or command line
 
 def _is_true(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"seen {value!r}; it is true or false")
+        raise UserError(f"seen {value!r}; it is true or false")
     return value
 
 
 def _choose(value: Any, table: dict[str, Any]) -> Any:
     if not isinstance(value, str) or value not in table:
-        raise ValueError(f"{value!r} is not known; known: {', '.join(table)}")
+        raise UserError(f"{value!r} is not known; known: {', '.join(table)}")
     return table[value]
 
 
@@ -284,7 +286,7 @@ def _dtype(value: Any, flags: Flags) -> dict[str, Any]:
 
 def _fp16(value: Any, flags: Flags) -> dict[str, Any]:
     if _is_true(value):
-        raise ValueError("float16 would need loss scaling; use --bf16")
+        raise UserError("float16 would need loss scaling; use --bf16")
     return {}
 
 
@@ -292,7 +294,7 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
     if value == "constant" and any(
         n in flags and flags[n].value for n in ("warmup_steps", "warmup_ratio")
     ):
-        raise ValueError(
+        raise UserError(
             "constant has no warm-up; use constant_with_warmup, or leave the warm-up out"
         )
     return {"optim.schedule": _choose(value, SCHEDULES)}
@@ -300,13 +302,13 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
 
 def _percent(value: Any, flags: Flags) -> dict[str, Any]:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"seen {value!r}; it is a number below 100")
+        raise UserError(f"seen {value!r}; it is a number below 100")
     return {"data.eval_fraction": value / 100}
 
 
 def _deepspeed(value: Any, flags: Flags) -> dict[str, Any]:
     if not isinstance(value, str):
-        raise ValueError("give the path of a DeepSpeed JSON file")
+        raise UserError("give the path of a DeepSpeed JSON file")
     return {"deepspeed": home(value)}
 
 
@@ -436,7 +438,7 @@ def _check_twice(one: Given) -> None:
     flag = one.where.startswith("--")
     if not flag or RENAMED.get(one.name, one.name) in MANY:
         way = f"give all its values after one {one.where}" if flag else "keep one"
-        raise ValueError(f"{_at(one)} is given twice; {way}")
+        raise UserError(f"{_at(one)} is given twice; {way}")
 
 
 def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
@@ -451,10 +453,10 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
             _check_twice(one)
         flags[one.name] = one
         if one.name in REFUSED and one.value not in OFF:
-            raise ValueError(f"{_at(one)}: {REFUSED[one.name]}")
+            raise UserError(f"{_at(one)}: {REFUSED[one.name]}")
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
     if overwrite and resume and overwrite.value and resume.value:
-        raise ValueError(
+        raise UserError(
             "--overwrite_output_dir deletes what --resume_from_checkpoint goes on from; keep one"
         )
     ignored = IGNORED | {STEPS[n] for n in STEPS.keys() & flags if flags[n].value != "steps"}
@@ -470,11 +472,11 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
                 else {RENAMED.get(one.name, one.name): one.value}
             )
         except ValueError as error:
-            raise ValueError(f"{_at(one)}: {error}") from None
+            raise UserError(f"{_at(one)}: {error}") from None
         for key, value in pairs.items():
             before = out.get(key)
             if before and before.value != value:
-                raise ValueError(
+                raise UserError(
                     f"{key} is given twice: {before.value!r} by {before.where}, {value!r} by "
                     f"{one.where}; keep one"
                 )
@@ -490,7 +492,7 @@ def resume_path(given: dict[str, Given]) -> dict[str, Given]:
     run = Path(str(given["output_dir"].value) if "output_dir" in given else "run").resolve()
     checkpoint = Path(home(one.value)).resolve()
     if run not in (checkpoint, *checkpoint.parents):
-        raise ValueError(
+        raise UserError(
             f"{one.where}: {one.value} is not in output_dir {run.name}; a run goes on from the "
             "newest checkpoint of its own output_dir"
         )

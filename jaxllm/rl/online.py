@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch, Experience, make_row
 from jaxllm.data.loader import Rows, ordered
+from jaxllm.errors import UserError
 from jaxllm.mesh import put
+from jaxllm.model.adapter import Peft
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.layers import Peft
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import (
     KlController,
@@ -37,8 +38,8 @@ from jaxllm.objectives.ppo import (
     whiten,
 )
 from jaxllm.objectives.table import loss_chunk
-from jaxllm.rollout import Completions, Sampling, bucketed, completions
-from jaxllm.scoring import Completion, Reward
+from jaxllm.rl.rewards import Completion, Reward
+from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
 from jaxllm.tokenizer import stop_ids
 
@@ -181,7 +182,7 @@ class Rollouts:
         total = self._total(scores) - rl.missing_eos_penalty * made.truncated
         if self.cfg.objective == "ppo" and np.isnan(total).any():
             at = asked[int(np.isnan(total).argmax())]["at"]
-            raise ValueError(f"rl.rewards gave no reward at all at {at}; ppo needs one each")
+            raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one each")
         rows = self._rows(tokens, made)
         judged = self._judged(trainable, rows)
         learned, seen = self._learn(rows, judged, total, made)

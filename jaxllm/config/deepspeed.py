@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.aliases import Given
+from jaxllm.config.aliases import Given
+from jaxllm.errors import UserError
 
 CARRIED = {
     "zero_optimization.stage": "mesh.zero",
@@ -49,11 +50,11 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         block = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
+        raise UserError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
     if not isinstance(block, dict):
-        raise ValueError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
+        raise UserError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
     return block
 
 
@@ -72,12 +73,12 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
             return
         other, before = asked.setdefault(key, (theirs, value))
         if before != value:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {other} is {before!r} but {theirs} is {value!r}; make them agree"
             )
 
     if rest.pop("fp16.enabled", False) is True:
-        raise ValueError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
+        raise UserError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
     rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
     if "zero_optimization" in block:
         rest.setdefault("zero_optimization.stage", 0)
@@ -96,7 +97,7 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
             continue
         if key == "batch_size" and 0 in (one.value, value):  # made of the micro-batches
             continue
-        raise ValueError(
+        raise UserError(
             f"{path}: {theirs} is {value!r} but {one.where} makes {key} {one.value!r}; "
             'make them agree, or write "auto" in the file'
         )
@@ -119,7 +120,7 @@ def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], N
     betas = rest.pop("optimizer.params.betas", "auto")
     if betas != "auto":
         if not isinstance(betas, list) or len(betas) != 2:
-            raise ValueError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
+            raise UserError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
         ask("optim.b1", "optimizer.params.betas", betas[0])
         ask("optim.b2", "optimizer.params.betas", betas[1])
 
@@ -149,7 +150,7 @@ def _scheduler(
     if steps and total == steps.value:
         del rest[f"{params}total_num_steps"]
     elif steps and steps.value and isinstance(total, int):
-        raise ValueError(
+        raise UserError(
             f"{path}: {params}total_num_steps is {total} but {steps.where} makes {steps.value}; "
             'make them agree, or write "auto" in the file'
         )
@@ -158,5 +159,5 @@ def _scheduler(
 def _known(path: str, key: str, value: Any, table: dict[str, str]) -> str:
     names = {name.lower(): ours for name, ours in table.items()}
     if str(value).lower() not in names:
-        raise ValueError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
+        raise UserError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
     return names[str(value).lower()]

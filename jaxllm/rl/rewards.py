@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from jaxllm.config import MeshSection
 from jaxllm.data.chat import render
 from jaxllm.data.template import chat_tokenizer
+from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.peft.interop import tokenizer_of
-from jaxllm.rollout import bucketed
+from jaxllm.sampling import bucketed
 from jaxllm.tokenizer import check_vocabulary
 
 ROWS = 8  # texts that a device scores at a time
@@ -48,7 +49,7 @@ class RewardModel:
 
         model = load_hf(path, dtype, mesh=mesh)
         if not model.cfg.scores:
-            raise ValueError(f"{path} is no reward model; it is a model that writes")
+            raise UserError(f"{path} is no reward model; it is a model that writes")
         tokenizer = chat_tokenizer(tokenizer_of(path))
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         graph, params = nnx.split(model)
@@ -154,7 +155,7 @@ def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
     try:
         call = getattr(_module(place), function)
     except Exception as error:  # whatever the user's module does while it is imported
-        raise ValueError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
+        raise UserError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
     return Reward(function, lambda made: _called(name, call, made))
 
 
@@ -188,11 +189,11 @@ def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> 
     except Exception as error:  # whatever the user's code raises is the user's to mend
         one = next((c for c in made if _fails(run, c)), made[0])
         what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"reward {name} failed at {one.prompt['at']}: {what}") from error
+        raise UserError(f"reward {name} failed at {one.prompt['at']}: {what}") from error
     if not isinstance(found, list | tuple | np.ndarray) or len(found) != len(made):
         seen = f"{len(found)} rewards" if hasattr(found, "__len__") else repr(found)
         first = made[0].prompt["at"]
-        raise ValueError(
+        raise UserError(
             f"reward {name} returned {seen} for {len(made)} completions, from {first} on; it "
             "returns a list with one number (or None) for each"
         )
@@ -201,7 +202,7 @@ def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> 
             isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
         )
         if not good:
-            raise ValueError(
+            raise UserError(
                 f"reward {name} returned {value!r} at {one.prompt['at']}; a reward is a number, or "
                 "None for no opinion"
             )

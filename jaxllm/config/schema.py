@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Gt
 
-from jaxllm import aliases
-from jaxllm.aliases import Given
-from jaxllm.deepspeed import read_deepspeed
-from jaxllm.sections import (
+from jaxllm.config import aliases
+from jaxllm.config.aliases import Given
+from jaxllm.config.deepspeed import read_deepspeed
+from jaxllm.config.sections import (
     AlignSection,
     Count,
     DataSection,
@@ -39,6 +39,7 @@ from jaxllm.sections import (
     Seed,
     Source,
 )
+from jaxllm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,9 @@ def _unknown(key: str, where: str = "") -> ValueError:
     hint = f"did you mean {'--' * flag}{names[near[0]]}?" if near else "--help lists all keys"
     if flag and key in SECTIONS:
         hint = hint if key in USUAL else "--help lists them"
-        return ValueError(f"{where}: {key} has keys of its own; {hint}")
+        return UserError(f"{where}: {key} has keys of its own; {hint}")
     shown = f"unknown flag {where}" if flag else f"{where}: unknown key {key}".removeprefix(": ")
-    return ValueError(f"{shown}; {hint}")
+    return UserError(f"{shown}; {hint}")
 
 
 # ---- checking
@@ -215,13 +216,13 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
     flat = {k: v for k, v in tree.items() if k not in SECTIONS}
     for section in SECTIONS.keys() & tree.keys():
         if not isinstance(tree[section], dict):
-            raise ValueError(f"{section} has keys of its own, seen {tree[section]!r}")
+            raise UserError(f"{section} has keys of its own, seen {tree[section]!r}")
         flat |= {f"{section}.{k}": v for k, v in tree[section].items()}
     for key, value in flat.items():
         if (leaf := leaves().get(key)) is None:
             raise _unknown(key)
         if isinstance(value, bool) and bool not in (leaf.type, *get_args(leaf.type)):
-            raise ValueError(f"{_at(key, where)} needs a value, seen {str(value).lower()}")
+            raise UserError(f"{_at(key, where)} needs a value, seen {str(value).lower()}")
     try:
         return _adapter().validate_python(tree)
     except ValidationError as error:
@@ -233,15 +234,15 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[key.count(".") + 1 :]
     )
     if Literal["epoch"] in get_args(leaves()[key].type):  # else each member of the union complains
-        raise ValueError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
+        raise UserError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
     at = _at(key, where) + inside
     if first["type"] == unexpected:
         known = ", ".join(f.name for f in fields(Source))
-        raise ValueError(f"{at} is not known; a source has {known}") from None
+        raise UserError(f"{at} is not known; a source has {known}") from None
     if first["type"] in ("missing", "missing_argument"):
-        raise ValueError(f"{at} is missing; seen {seen!r}") from None
+        raise UserError(f"{at} is missing; seen {seen!r}") from None
     wanted = first["msg"].removeprefix("Input ").removeprefix("Value ")
-    raise ValueError(f"{at} is {seen!r}; it {wanted}") from None
+    raise UserError(f"{at} is {seen!r}; it {wanted}") from None
 
 
 def _at(key: str, where: Mapping[str, str]) -> str:
@@ -315,7 +316,7 @@ def _typed(one: Given) -> Given:
         return aliases.parse(text)
 
     if len(texts) > 1 and leaf and not many:
-        raise ValueError(f"{one.where} takes one value, seen {' '.join(texts)}")
+        raise UserError(f"{one.where} takes one value, seen {' '.join(texts)}")
     return Given(name, value(texts[0]) if len(texts) == 1 else [value(t) for t in texts], one.where)
 
 
@@ -375,7 +376,7 @@ def load_config(
         print(f"jaxllm: ignored, no meaning here: {', '.join(ignored)}", file=sys.stderr)
     verb = given.setdefault("objective", Given("objective", objective, "the verb"))
     if verb.value != objective:
-        raise ValueError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
+        raise UserError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
     given = {
         k: replace(one, value=READ[k](one.value)) if k in READ else one for k, one in given.items()
     }
@@ -388,7 +389,7 @@ def load_config(
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{one.where}: {parent} is {node!r}, which has no entries")
+                raise UserError(f"{one.where}: {parent} is {node!r}, which has no entries")
         node[name] = one.value
     origin = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
     return validated(tree, origin), {key: origin.get(key, "default") for key in leaves()}

@@ -24,9 +24,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import align, hf, reference
+from jaxllm import hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
-from jaxllm.checks import (
+from jaxllm.compilation import use_cache
+from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
+from jaxllm.config.checks import (
     check,
     check_groups,
     resolve_align,
@@ -35,22 +37,21 @@ from jaxllm.checks import (
     resolve_rate,
     warnings,
 )
-from jaxllm.compilation import use_cache
-from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
 from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
-from jaxllm.model import kernels
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.metrics import Meter, Metrics, Progress
 from jaxllm.objectives.table import OBJECTIVES
+from jaxllm.ops import attention_gpu as kernels
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of, room
-from jaxllm.rollout import Sampling, check_prompts, generate
-from jaxllm.scoring import load_reward
+from jaxllm.rl import online as align
+from jaxllm.rl.rewards import load_reward
+from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config import (
+from jaxllm.config.schema import (
     JUDGING,
     ONLINE,
     TrainConfig,
@@ -20,6 +20,7 @@ from jaxllm.config import (
     validated,
     value_of,
 )
+from jaxllm.errors import UserError
 
 # What each method reads of the peft section, beside method, path and quantize_base.
 LORA = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
@@ -49,9 +50,9 @@ def check(cfg: TrainConfig) -> None:
     valid = validated(to_dict(cfg), {})
     for key in leaves():
         if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
-            raise ValueError(f"{key} is {ours!r}; write {right!r}")
+            raise UserError(f"{key} is {ours!r}; write {right!r}")
     for message in _contradictions(cfg):
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def warnings(cfg: TrainConfig) -> Iterator[str]:
@@ -137,7 +138,7 @@ def check_groups(cfg: TrainConfig) -> None:
     """Raises ValueError for a batch that is no whole groups, once batch_size is resolved."""
     size, rl = cfg.rl.group_size or 1, cfg.rl
     if cfg.objective in ONLINE and cfg.batch_size * rl.minibatches % size:
-        raise ValueError(
+        raise UserError(
             f"batch_size {cfg.batch_size} x rl.minibatches {rl.minibatches} completions are no "
             f"whole groups of rl.group_size {size}; change one"
         )
@@ -236,24 +237,24 @@ def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
     if batch % data_devices:
         down = batch // data_devices * data_devices
         near = f"{down} or {down + data_devices}" if down else f"{data_devices}"
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch} does not divide over {data_devices} devices (data x fsdp); "
             f"use {near}"
         )
     rows = batch // data_devices
     if count and micro and micro * count != rows:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch} is not micro_batch_size {micro} x accumulation {count} x "
             f"{data_devices} devices = {micro * count * data_devices}; leave one of them out"
         )
     if count and rows % count:
-        raise ValueError(
+        raise UserError(
             f"{rows} rows per device do not divide into accumulation {count}; change one"
         )
     micro = min(micro or rows // (count or 1), rows)
     if rows % micro:
         fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        raise ValueError(
+        raise UserError(
             f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
             f"use one of {fits}"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm import fp8
+from jaxllm.errors import UserError
 from jaxllm.files import INDEX, SINGLE, opened, read_json, resolve, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
@@ -37,10 +38,10 @@ def read_config(path: str) -> dict[str, Any]:
     if not file.is_file():
         file = resolve(path) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
+        raise UserError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
     config = read_json(file)
     if {"objective", "optim", "data"} <= config.keys():
-        raise ValueError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
+        raise UserError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
     return config
 
 
@@ -83,7 +84,7 @@ def _changed(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"model.overrides.{key} is no key of a {kind} config{hint}")
+            raise UserError(f"model.overrides.{key} is no key of a {kind} config{hint}")
     if "rope_parameters" in overrides or overrides.keys() & set(OLD_ROPE):
         # Of two spellings in a file transformers reads some keys of one and some of the other.
         both = rope_keys(normalised(config))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import qwix
 from flax import struct
 
+from jaxllm.errors import UserError
 from jaxllm.mesh import gathered
 
 TILE = 64
@@ -57,7 +58,7 @@ def _tile(inputs: int) -> int:
     """The even divisor of the inputs nearest to TILE."""
     fits = [size for size in range(16, 129, 2) if inputs % size == 0]
     if not fits:
-        raise ValueError(
+        raise UserError(
             f"peft.quantize_base nf4 wants inputs that divide by 16 to 128, seen {inputs}; use int8"
         )
     return min(fits, key=lambda size: abs(size - TILE))

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder, apart
@@ -47,15 +48,15 @@ class Sampling:
     def check(self) -> None:
         """Raises ValueError for a value outside its range."""
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+            raise UserError(f"min_p is {self.min_p}; it must lie in [0, 1]")
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
@@ -168,9 +169,9 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
     sampling.check()
     lengths = [len(p) for p in prompts]
     if min(lengths, default=0) == 0:
-        raise ValueError("a prompt has no tokens; give it some text")
+        raise UserError("a prompt has no tokens; give it some text")
     if max(lengths) + sampling.max_new_tokens > positions:
-        raise ValueError(
+        raise UserError(
             f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones pass the model's "
             f"{positions} positions; shorten the prompt or make fewer"
         )
@@ -378,7 +379,7 @@ class TextModel:
         model = load_hf(path, dtype=dtype, adapter=adapter or None)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         if model.cfg.scores:
-            raise ValueError(f"{path} is a reward model; it scores texts and writes none")
+            raise UserError(f"{path} is a reward model; it scores texts and writes none")
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -416,9 +417,7 @@ def generate_text(
     """
     loaded = TextModel.load(model, dtype, template, adapter)
     if len(use) not in (0, 1, len(prompts)):
-        raise ValueError(
-            f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each"
-        )
+        raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
     use = list(use) * len(prompts) if len(use) == 1 else use
     before = [{"role": "system", "content": system}] if system else []
     if chat:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user writes, as one frozen TrainConfig.
+
+`sections` and `schema` hold the fields, `checks` tests what several fields must agree on, `aliases`
+and `deepspeed` translate other names. Imports nothing of jaxllm but `errors`.
+"""
+
+from jaxllm.config.schema import (
+    JUDGING,
+    ONLINE,
+    PATHS,
+    READ,
+    READS,
+    SECTIONS,
+    SHORT_FORMS,
+    USUAL,
+    Leaf,
+    TrainConfig,
+    from_dict,
+    json_schema,
+    leaf_of,
+    leaves,
+    load_config,
+    read_sources,
+    to_dict,
+    tokenizer_path,
+    unread,
+    validated,
+    value_of,
+)
+from jaxllm.config.sections import (
+    AlignSection,
+    DataSection,
+    EvalSection,
+    LogSection,
+    MeshSection,
+    ModelSection,
+    OptimSection,
+    PeftSection,
+    RlSection,
+    SaveSection,
+    Source,
+)
+
+__all__ = [
+    "AlignSection",
+    "DataSection",
+    "EvalSection",
+    "JUDGING",
+    "Leaf",
+    "LogSection",
+    "MeshSection",
+    "ModelSection",
+    "ONLINE",
+    "OptimSection",
+    "PATHS",
+    "PeftSection",
+    "READ",
+    "READS",
+    "RlSection",
+    "SECTIONS",
+    "SHORT_FORMS",
+    "SaveSection",
+    "Source",
+    "TrainConfig",
+    "USUAL",
+    "from_dict",
+    "json_schema",
+    "leaf_of",
+    "leaves",
+    "load_config",
+    "read_sources",
+    "to_dict",
+    "tokenizer_path",
+    "unread",
+    "validated",
+    "value_of",
+]

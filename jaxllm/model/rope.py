@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embeddings.
+
+Dims: B rows, T tokens, H heads, K head_dim, R rotated features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.model.config import Rope
+
+
+def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:
+    """Angle per position of each rotated pair, float32 [R/2], and what cos and sin are scaled by.
+
+    `length` (tokens in the text or the cache) chooses between longrope's short and long factors.
+    linear: positions / factor. llama3: long wavelengths / factor, a ramp between. yarn
+    (arXiv:2309.00071): the same by rotations over the original length. longrope (arXiv:2402.13753).
+    Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
+    """
+    rotated = int(head_dim * rope.partial)
+    exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    base = (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
+    inverse = 1 / base
+    if rope.kind == "linear":
+        inverse = inverse / rope.factor
+    elif rope.kind == "llama3":
+        # torch divides a number by a tensor as reciprocal times number: two roundings.
+        wavelength = (1 / inverse) * (2 * math.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip(((1 / wavelength) * rope.original_length - low) / (high - low), 0, 1)
+        inverse = (1 - smooth) * inverse / rope.factor + smooth * inverse
+    elif rope.kind == "yarn":
+
+        def pair_of(rotations: float) -> float:
+            span = rope.original_length / (rotations * 2 * math.pi)
+            return rotated * math.log(span) / (2 * math.log(rope.theta))
+
+        low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotated - 1)
+        place = np.arange(rotated // 2, dtype=np.float32)
+        kept = 1 - np.clip((place - low) / (high - low or 1e-3), 0, 1)
+        inverse = 1 / (rope.factor * base) * (1 - kept) + inverse * kept
+    elif rope.kind == "longrope":
+        stretched = length > rope.original_length
+        factors = rope.long_factor if stretched else rope.short_factor
+        inverse = 1 / (np.asarray(factors, np.float32) * base)
+    assert inverse.dtype == np.float32
+    return inverse, rope.mscale
+
+
+def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
+    """Of each token, the tokens of the text it lies in, int32 [B, T]."""
+    T = segments.shape[1]
+    last = jnp.diff(segments, axis=1, append=segments[:, -1:] - 1) != 0
+    end = lax.cummin(jnp.where(last, jnp.arange(T), T), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, 1) + 1
+
+
+def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
+    """cos and sin of positions [...], float32 [..., 1, R/2]. lengths: `length` of rope_frequencies,
+    or int32 [...]: that of each token's text."""
+    known = isinstance(lengths, int)
+    inverse, mscale = rope_frequencies(rope, head_dim, lengths if known else 0)
+    if not known and rope.kind == "longrope":
+        stretched, _ = rope_frequencies(rope, head_dim, rope.original_length + 1)
+        long = lengths[..., None, None] > rope.original_length
+        inverse = jnp.where(long, stretched, inverse)
+    angle = positions.astype(jnp.float32)[..., None, None] * inverse
+    return jnp.cos(angle) * mscale, jnp.sin(angle) * mscale
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Rotates the two halves of x [B, T, H, K] (its first R features) by the table's angles."""
+    return x if table is None else _rotate(x, *table)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    half = cos.shape[-1]
+    wide = x.astype(jnp.float32)
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+# The gradient turns back: the transpose of a rotation, in the forward pass's own fast form.
+_rotate.defvjp(
+    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
+    lambda table, g: (_rotate(g, table[0], -table[1]), None, None),
+)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online reinforcement learning: rollouts and rewards."""
