@@ -450,15 +450,7 @@ def comparison(verb: str, args: list[str]) -> int:
 
 
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
-    "pretrain": (training, "train on text, from random weights or from a model"),
-    "sft": (training, "fine-tune on conversations"),
-    "reward": (training, "train a reward model on pairs of answers"),
-    "dpo": (training, "prefer the chosen answers of pairs: DPO and its relatives"),
-    "kto": (training, "learn from answers judged good or bad"),
-    "orpo": (training, "fine-tune on pairs without a reference: ORPO"),
-    "simpo": (training, "prefer chosen answers without a reference: SimPO"),
-    "ppo": (training, "learn online from rewards, with a critic: PPO"),
-    "grpo": (training, "learn online from rewards, within groups of completions: GRPO"),
+    **{name: (training, verb.about) for name, verb in config.VERBS.items()},
     "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
     "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
     "eval": (evaluate, "loss and perplexity of a model on files, or a reward model's scores"),

@@ -67,10 +67,10 @@ SCORE = "score.weight"
 def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     """The shape of a run's model and the HF config it is read from."""
     source = cfg.model.path or str(cfg.model.config)
-    scores, weights = cfg.objective == "reward", cfg.model.path is not None
+    scores, weights = cfg.verb.head == "score", cfg.model.path is not None
     config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
     shape = from_hf(config)
-    if shape.scores and cfg.objective != "reward":
+    if shape.scores and cfg.verb.head != "score":
         raise UserError(f"{source} is a reward model; {cfg.objective} trains one that writes")
     return shape, config
 
@@ -329,7 +329,7 @@ def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
     if cfg.model.path:
         more: dict[str, Any] = {"overrides": cfg.model.overrides, "seed": cfg.seed}
         more |= {"quantize_base": cfg.peft.quantize_base, "adapter": cfg.peft.path}
-        more["scores"] = cfg.objective == "reward"
+        more["scores"] = cfg.verb.head == "score"
         return load_hf(cfg.model.path, mesh=mesh, **more, **options)
     shape, config = model_config(cfg)
     graph, state = _blank(shape, mesh, **options)

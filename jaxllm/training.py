@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm import hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
 from jaxllm.compilation import use_cache
-from jaxllm.config import ONLINE, TrainConfig, to_dict, tokenizer_path
+from jaxllm.config import TrainConfig, to_dict, tokenizer_path
 from jaxllm.config.checks import (
     check,
     check_groups,
@@ -72,7 +72,7 @@ class Result:
 
 def sample_prompts(cfg: TrainConfig, tokenizer: Any) -> list[list[int]]:
     """Tokens of `log.samples`: texts to continue, or of what chats, questions to answer."""
-    if cfg.objective == "pretrain":
+    if cfg.verb.data == "text":
         return [tokenizer(text).input_ids for text in cfg.log.samples]
     chats = [[{"role": "user", "content": text}] for text in cfg.log.samples]
     date = cfg.data.date
@@ -110,7 +110,7 @@ class LoadedBatches:
 def updates(cfg: TrainConfig, rows: int) -> tuple[int, int]:
     """(updates of a run over so many rows, how many of them at a time: it is saved and stopped
     between these only). Every row is learned: the last update goes on into the next epoch."""
-    if cfg.objective in ONLINE:
+    if cfg.verb.online:
         return align.online_steps(cfg, rows), align.updates_per_rollout(cfg)
     return cfg.steps or math.ceil(Fraction(str(cfg.epochs)) * rows / cfg.batch_size), 1
 
@@ -120,7 +120,7 @@ def interval(cfg: TrainConfig, every: int | str, rows: int) -> int | Fraction:
     within a step."""
     if every != "epoch":
         return int(every)
-    if cfg.objective in ONLINE:
+    if cfg.verb.online:
         made = Fraction(rows * (cfg.rl.group_size or 1), cfg.batch_size * cfg.rl.minibatches)
         return made * align.updates_per_rollout(cfg)
     return Fraction(rows, cfg.batch_size)
@@ -216,7 +216,7 @@ def train(cfg: TrainConfig) -> Result:
     tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
-    online = cfg.objective in ONLINE
+    online = cfg.verb.online
     positions = room(model_cfg, peft, cfg.data.max_length, online * cfg.rl.max_new_tokens)
     sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
@@ -259,7 +259,7 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- optimizer, state, the step
     say(*peft.summary(model))
-    if cfg.objective == "ppo":
+    if cfg.verb.critic:
         align.add_critic(model, cfg, load)
     graph, weights, rest = nnx.split(model, align.trained_by(peft), ...)
     frozen_lay = weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.config import ONLINE, load_config
+from jaxllm.config import load_config
 from jaxllm.config.checks import check, resolve_align, resolve_batch
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
@@ -79,7 +79,7 @@ def shape_of(source: str) -> dict:
 
 def batch_of(cfg, mesh) -> Batch:
     """The shapes of an update's batch, [A, B, T] and of pairs [A, B, P]."""
-    online, paired = cfg.objective in ONLINE, cfg.objective in ("reward", "dpo")
+    online, paired = cfg.verb.online, cfg.objective in ("reward", "dpo")
     count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     length = cfg.data.max_length * (2 if paired else 1) + online * cfg.rl.max_new_tokens
     fields = dict.fromkeys(TEXT, length)

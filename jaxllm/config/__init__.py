@@ -6,11 +6,8 @@ and `deepspeed` translate other names. Imports nothing of jaxllm but `errors`.
 """
 
 from jaxllm.config.schema import (
-    JUDGING,
-    ONLINE,
     PATHS,
     READ,
-    READS,
     SECTIONS,
     SHORT_FORMS,
     USUAL,
@@ -24,7 +21,6 @@ from jaxllm.config.schema import (
     read_sources,
     to_dict,
     tokenizer_path,
-    unread,
     validated,
     value_of,
 )
@@ -41,22 +37,20 @@ from jaxllm.config.sections import (
     SaveSection,
     Source,
 )
+from jaxllm.config.verbs import VERBS, Verb, unread
 
 __all__ = [
     "AlignSection",
     "DataSection",
     "EvalSection",
-    "JUDGING",
     "Leaf",
     "LogSection",
     "MeshSection",
     "ModelSection",
-    "ONLINE",
     "OptimSection",
     "PATHS",
     "PeftSection",
     "READ",
-    "READS",
     "RlSection",
     "SECTIONS",
     "SHORT_FORMS",
@@ -70,9 +64,11 @@ __all__ = [
     "leaves",
     "load_config",
     "read_sources",
+    "unread",
+    "VERBS",
+    "Verb",
     "to_dict",
     "tokenizer_path",
-    "unread",
     "validated",
     "value_of",
 ]

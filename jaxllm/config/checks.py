@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config.schema import (
-    JUDGING,
-    ONLINE,
     TrainConfig,
     leaves,
     to_dict,
-    unread,
     validated,
     value_of,
 )
+from jaxllm.config.verbs import JUDGING, unread
 from jaxllm.errors import UserError
 
 # What each method reads of the peft section, beside method, path and quantize_base.
@@ -35,13 +33,6 @@ TUNES = {
 }
 # Peak learning rates of runs that do not say theirs: little is trained, and starts from nothing.
 RATES = {"none": 1e-4, "lora": 5e-4, "adapter": 5e-4, "prefix": 1e-2, "prompt": 1e-2}
-# What is aligned was taught before and is moved a little; a reward model begins a new thing.
-SLOWER = {"reward": 0.1, "orpo": 0.1} | dict.fromkeys(("dpo", "kto", "simpo", "ppo", "grpo"), 0.01)
-BETAS = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "ppo": 0.05, "grpo": 0.0}
-ONLINE_DEFAULTS = {
-    "ppo": {"group_size": 1, "iterations": 4, "kl": "k1"},
-    "grpo": {"group_size": 8, "iterations": 1, "kl": "k3"},
-}
 RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
 
 
@@ -101,9 +92,9 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "rl.kl_target with align.beta 0: a weight of 0 stays 0; give another to begin with"
     if not align.loss:
         yield "align.loss names no loss; give sigmoid, or another"
-    if cfg.objective == "reward" and cfg.log.samples:
+    if cfg.verb.head == "score" and cfg.log.samples:
         yield "log.samples has no meaning for reward, which writes nothing; leave it out"
-    if cfg.objective not in ONLINE:
+    if not cfg.verb.online:
         return
     size = resolve_align(cfg).rl.group_size
     if not rl.rewards:
@@ -137,7 +128,7 @@ def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
 def check_groups(cfg: TrainConfig) -> None:
     """Raises ValueError for a batch that is no whole groups, once batch_size is resolved."""
     size, rl = cfg.rl.group_size or 1, cfg.rl
-    if cfg.objective in ONLINE and cfg.batch_size * rl.minibatches % size:
+    if cfg.verb.online and cfg.batch_size * rl.minibatches % size:
         raise UserError(
             f"batch_size {cfg.batch_size} x rl.minibatches {rl.minibatches} completions are no "
             f"whole groups of rl.group_size {size}; change one"
@@ -147,10 +138,10 @@ def check_groups(cfg: TrainConfig) -> None:
 def resolve_align(cfg: TrainConfig) -> TrainConfig:
     """Fixes what align and rl left to the objective."""
     align = cfg.align
-    if align.beta is None and cfg.objective in BETAS:
-        align = replace(align, beta=BETAS[cfg.objective])
+    if align.beta is None:
+        align = replace(align, beta=cfg.verb.beta)
     given = {k: v for k, v in asdict(cfg.rl).items() if v is not None}
-    rl = replace(cfg.rl, **(ONLINE_DEFAULTS.get(cfg.objective, {}) | given))
+    rl = replace(cfg.rl, **{**cfg.verb.rl, **given})
     return replace(cfg, align=align, rl=rl)
 
 
@@ -218,7 +209,7 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
 
 def resolve_rate(cfg: TrainConfig) -> TrainConfig:
     """Fixes optim.learning_rate where it was left out: by what is trained, and for what."""
-    usual = RATES[cfg.peft.method] * SLOWER.get(cfg.objective, 1.0)
+    usual = RATES[cfg.peft.method] * cfg.verb.rate
     rate = cfg.optim.learning_rate or usual
     return replace(cfg, optim=replace(cfg.optim, learning_rate=rate))
 

@@ -39,6 +39,7 @@ from jaxllm.config.sections import (
     Seed,
     Source,
 )
+from jaxllm.config.verbs import VERBS, Verb
 from jaxllm.errors import UserError
 
 
@@ -83,6 +84,11 @@ class TrainConfig:
     align: AlignSection = field(default_factory=AlignSection)
     rl: RlSection = field(default_factory=RlSection)
 
+    @property
+    def verb(self) -> Verb:
+        """The row of `verbs.VERBS` of this run."""
+        return VERBS[self.objective]
+
 
 SECTIONS: dict[str, type] = {
     "model": ModelSection,
@@ -97,36 +103,6 @@ SECTIONS: dict[str, type] = {
     "rl": RlSection,
 }
 USUAL = {"model": "model.path", "data": "data.train"}  # what someone who writes --model means
-_CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.system")
-_CHAT += ("data.date", "data.reasoning", "data.roles", "data.drop_columns")
-# What judges a run by its evaluations; online runs have none.
-JUDGING = ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best")
-_ANSWERS = (*_CHAT, *JUDGING, "data.packing", "data.too_long")
-_COMPARED = ("align.beta", "align.reference")
-_ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")
-_ONLINE += ("rl.temperature", "rl.top_k", "rl.top_p", "rl.min_p", "rl.minibatches")
-_ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos_penalty")
-# What each objective reads of the keys that not all do.
-READS: dict[str, tuple[str, ...]] = {
-    "pretrain": (*JUDGING, "data.segment", "model.z_loss"),
-    "sft": (*_ANSWERS, "data.learn", "data.train_on_prompt", "model.z_loss"),
-    "reward": (*_ANSWERS, "align.centering"),
-    "dpo": (*_ANSWERS, *_COMPARED, "align.loss", "align.loss_weights", "align.label_smoothing")
-    + ("align.length_normalized", "align.gamma"),
-    "kto": (*_ANSWERS, *_COMPARED, "align.desirable_weight", "align.undesirable_weight"),
-    "orpo": (*_ANSWERS, "align.beta"),
-    "simpo": (*_ANSWERS, "align.beta", "align.gamma", "align.label_smoothing"),
-    "ppo": (*_CHAT, *_ONLINE, "rl.kl_target", "rl.discount", "rl.gae_lambda", "rl.clip_value")
-    + ("rl.value_weight", "rl.critic"),
-    "grpo": (*_CHAT, *_ONLINE, "rl.scale_rewards", "rl.normalizer", "rl.mask_truncated"),
-}
-ONLINE = ("ppo", "grpo")  # what is learned from is made by the model itself
-_CHOSEN = frozenset(key for keys in READS.values() for key in keys)
-
-
-def unread(objective: str) -> list[str]:
-    """Keys that the objective does not read and others do."""
-    return sorted(_CHOSEN - set(READS[objective]))
 
 
 # ---- the fields as a table

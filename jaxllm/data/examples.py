@@ -231,7 +231,7 @@ def fingerprint(tokenizer: Any) -> str:
 
 def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """The settings that change tokens."""
-    if cfg.objective == "pretrain":
+    if cfg.verb.data == "text":
         return {"objective": "pretrain"}
     data = cfg.data
     templates = [template_of(tokenizer, tools=tools) for tools in (None, [{}])]

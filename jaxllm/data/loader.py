@@ -255,7 +255,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     tokenizer_hash = fingerprint(tokenizer)
     train, held_out = [], []
     for index, source in enumerate(data.train):
-        if source.streaming and cfg.objective == "pretrain":
+        if source.streaming and cfg.verb.data == "text":
             chosen = partial(_whole_file, length=data.max_length, segment=data.segment)
             stream = Stream(source, cfg, tokenizer, tokenizer_hash, chosen, (cfg.seed, index))
             train.append(stream)
@@ -354,14 +354,14 @@ def _free_name(stem: str, taken: dict[str, Any]) -> str:
 
 def _rows_of(part: _Part, cfg: TrainConfig, held_out: bool, index: int) -> Any:
     data, args = cfg.data, (part.examples, part.chosen, cfg.data.max_length)
-    if cfg.objective == "pretrain":
+    if cfg.verb.data == "text":
         return Windows(*args, segment=data.segment, tail=held_out)
-    if cfg.objective in ("ppo", "grpo"):
+    if cfg.verb.online:
         return Prompts(*args)
-    if cfg.objective == "kto":  # evaluations keep one draw, so that they compare
+    if cfg.verb.data == "judged":  # evaluations keep one draw, so that they compare
         seed = (0 if held_out else cfg.seed, index)
         return Judged(*args, packing=data.packing, seed=seed)
-    return (Conversations if cfg.objective == "sft" else Pairs)(*args, packing=data.packing)
+    return (Conversations if cfg.verb.data == "chat" else Pairs)(*args, packing=data.packing)
 
 
 def _whole_file(examples: Examples, length: int, segment: bool) -> Windows:
@@ -397,7 +397,7 @@ def _lay_out(parts: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
 
 
 def _why_empty(examples: Examples, cfg: TrainConfig) -> str:
-    if cfg.objective == "pretrain":
+    if cfg.verb.data == "text":
         return f"{examples.name}: all {len(examples)} documents are empty"
     fates = (TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE)
     long, nothing, untold = (int((examples.fate == f).sum()) for f in fates)

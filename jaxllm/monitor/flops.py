@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.config import ONLINE, TrainConfig
+from jaxllm.config import TrainConfig
 from jaxllm.model.config import ModelConfig
 
 # Dense bfloat16 peak in FLOP/s of what jax calls a device, by words of its device_kind; the longest
@@ -96,14 +96,14 @@ def run_flops(
     """
     weights, attention, head = forward_flops(model, length)
     again = 1 / (cfg.rl.iterations or 1)  # a rollout's work, in each update that learns from it
-    if cfg.objective in ONLINE:
+    if cfg.verb.online:
         more = (2 + compares) * again
     else:
         reads = compares and cfg.align.reference == "model"
         more = reads + baseline * (1 + reads)
     once = 2 if frozen else 3
     layers = (once + more) * weights + (3 + more) * attention
-    if cfg.objective == "ppo" and cfg.rl.critic == "separate":
+    if cfg.verb.critic and cfg.rl.critic == "separate":
         layers += (once + again) * weights + (3 + again) * attention
     return Flops(layers, (once + more) * head)
 

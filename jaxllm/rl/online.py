@@ -180,7 +180,7 @@ class Rollouts:
         each = [Completion(p, text) for p, text in zip(asked, texts, strict=True)]
         scores = {name: r.score(each) for name, r in self.rewards.items()}
         total = self._total(scores) - rl.missing_eos_penalty * made.truncated
-        if self.cfg.objective == "ppo" and np.isnan(total).any():
+        if self.cfg.verb.critic and np.isnan(total).any():
             at = asked[int(np.isnan(total).argmax())]["at"]
             raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one each")
         rows = self._rows(tokens, made)
@@ -238,7 +238,7 @@ class Rollouts:
         """The fields of Experience that rewards make of rows, and what is logged of them."""
         rl, weights = self.cfg.rl, rows["weights"]
         out = rows | {"old_logps": judged["logps"]}
-        if self.cfg.objective == "grpo":
+        if not self.cfg.verb.critic:
             left = np.isnan(total) | (made.truncated if rl.mask_truncated else False)
             advantages = group_advantages(total, self.group, scale=rl.scale_rewards)
             kept = np.logical_not(left)[:, None]
