@@ -111,13 +111,13 @@ def test_contradictions_are_found_before_anything_heavy_is_imported(monkeypatch,
 
 
 def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, capsys):
-    calls = stand_in("train", "train", lambda cfg: result())
+    calls = stand_in("training", "train", lambda cfg: result())
     assert cli.main(["sft", *RUN, "--steps", "3"]) == 0
     ((cfg,), _) = calls[0]
     assert (cfg.objective, cfg.steps, cfg.data.train) == ("sft", 3, (Source("d.txt"),))
     said = capsys.readouterr().out
     assert "model in run/final" in said and "best: step 2, loss 0.5000\n" in said
-    stand_in("train", "train", lambda cfg: result(stopped=True))
+    stand_in("training", "train", lambda cfg: result(stopped=True))
     assert cli.main(["pretrain", *RUN]) == 75
 
 
@@ -125,10 +125,10 @@ def test_a_bug_keeps_its_traceback(stand_in):
     def library_error(cfg):
         return int("no number")  # a ValueError that no `raise` of ours made
 
-    stand_in("train", "train", library_error)
+    stand_in("training", "train", library_error)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["pretrain", *RUN])
-    stand_in("train", "train", lambda cfg: cfg.no_such_field)
+    stand_in("training", "train", lambda cfg: cfg.no_such_field)
     with pytest.raises(AttributeError):
         cli.main(["pretrain", *RUN])
 
@@ -143,19 +143,19 @@ def test_a_full_disk_and_a_missing_file_are_the_users_to_mend(stand_in, capsys):
     def missing(cfg):
         Path("not/there.jsonl").read_text()
 
-    stand_in("train", "train", full)
+    stand_in("training", "train", full)
     assert cli.main(["pretrain", *RUN]) == 2
     assert (
         "the disk is full (run/checkpoints/5: No space left on device)" in capsys.readouterr().err
     )
-    stand_in("train", "train", missing)
+    stand_in("training", "train", missing)
     assert cli.main(["pretrain", *RUN]) == 2
     assert capsys.readouterr().err == "jaxllm: error: not/there.jsonl: No such file or directory\n"
 
 
 def test_a_file_in_the_way_is_the_users_to_mend(stand_in, capsys, tmp_path):
     (tmp_path / "run").write_text("")
-    stand_in("train", "train", lambda cfg: (tmp_path / "run").mkdir())
+    stand_in("training", "train", lambda cfg: (tmp_path / "run").mkdir())
     assert cli.main(["pretrain", *RUN]) == 2
     assert capsys.readouterr().err == f"jaxllm: error: {tmp_path}/run: File exists\n"
 
@@ -164,7 +164,7 @@ def test_ctrl_c_is_status_130_without_a_traceback(stand_in, capsys):
     def interrupted(cfg):
         raise KeyboardInterrupt
 
-    stand_in("train", "train", interrupted)
+    stand_in("training", "train", interrupted)
     assert cli.main(["pretrain", *RUN]) == 130
     assert capsys.readouterr() == ("", "")
 
@@ -297,7 +297,7 @@ def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
 
 def test_generate_passes_prompts_and_sampling(stand_in, capsys):
     sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
-    calls = stand_in("rollout", "generate_text", lambda m, p, **k: ["A", "B"], Sampling=sampling)
+    calls = stand_in("sampling", "generate_text", lambda m, p, **k: ["A", "B"], Sampling=sampling)
     args = ["generate", "--model", "m", "--prompt", "x", "--prompt", "y", "--chat", "--top_k", "5"]
     assert cli.main([*args, "--stop", "END"]) == 0
     assert capsys.readouterr().out == "A\nB\n"
@@ -310,7 +310,7 @@ def test_generate_passes_prompts_and_sampling(stand_in, capsys):
 
 def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
     sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
-    chats = stand_in("rollout", "chat_loop", Sampling=sampling)
+    chats = stand_in("sampling", "chat_loop", Sampling=sampling)
     assert cli.main(["chat", "--model", "m", "--system", "Be brief."]) == 0
     assert chats[0][0] == ("m",) and chats[0][1]["system"] == "Be brief."
     trained = stand_in("tokenizer", "train_tokenizer")

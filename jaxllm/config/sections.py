@@ -48,8 +48,8 @@ class ModelSection:
     remat: Literal["none", "full", "dots", "names"] = "full"
     """the backward pass recomputes nothing, all, all but dots and attention, all but attention"""
     attention: Literal["auto", "xla", "mosaic", "triton"] = "auto"
-    """attention kernel: auto takes the fastest that was measured on this platform; mosaic and triton
-    need an NVIDIA GPU and the tokamax package"""
+    """attention kernel; auto: the fastest one measured on this platform; mosaic and triton need an
+    NVIDIA GPU and tokamax"""
     scan_unroll: Size = 1
     """layers per iteration of the scan over layers (more = longer compile and more memory)"""
     loss_chunk: Count = 0
