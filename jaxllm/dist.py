@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of a run: who writes, where they meet, and values on which they agree.
 
-Every write, stop and device-to-host copy of a sharded array goes through here, so that a run over
-several processes is a matter of this file and the loader. With one process each function is trivial.
+Every write, stop and device-to-host copy of a sharded array goes through here, so that running
+several processes is a matter of this file and the loader. With one process each function is a line.
 """
 
 from __future__ import annotations
