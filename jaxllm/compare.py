@@ -22,6 +22,7 @@ from statistics import fmean, median
 from typing import Any
 
 from jaxllm.config import (
+    PEFT_METHODS,
     SECTIONS,
     MeshSection,
     PeftSection,
@@ -30,12 +31,11 @@ from jaxllm.config import (
     load_config,
     to_dict,
 )
-from jaxllm.config.checks import TUNES, check, resolve_date, resolve_rate
+from jaxllm.config.checks import check, resolve_date, resolve_rate
 from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
-METHODS = {"full": "none", "lora": "lora", "adapter": "adapter"}
-METHODS |= {"prefix": "prefix", "prompt": "prompt"}
+METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
 DEFAULT = ("full", "lora", "adapter", "prefix")
 TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, beside the runs
 HELP = f"""\
@@ -142,7 +142,7 @@ def _known(methods: Sequence[str]) -> list[str]:
 def _reads(method: str) -> tuple[str, ...]:
     """The names of the peft section that a method reads."""
     kind = METHODS[method]
-    return () if kind == "none" else (*TUNES[kind], "quantize_base")
+    return () if kind == "none" else (*PEFT_METHODS[kind].keys, "quantize_base")
 
 
 def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
@@ -175,11 +175,12 @@ def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
 def _plan(cfg: TrainConfig) -> Any:
     """What a run adds to its model. Raises ValueError for what the model has no place for."""
     from jaxllm import hf
-    from jaxllm.peft.interop import plan_of, room
+    from jaxllm.peft.files import make_adapter
+    from jaxllm.peft.virtual_tokens import context_length
 
     shape, _ = hf.model_config(cfg)
-    plan = plan_of(shape, cfg.peft)
-    room(shape, plan, cfg.data.max_length)
+    plan = make_adapter(shape, cfg.peft)
+    context_length(shape, plan, cfg.data.max_length)
     return plan
 
 
@@ -243,7 +244,7 @@ def _sizes(cfg: TrainConfig, plan: Any) -> tuple[int, int, int]:
     total = sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param)))
     _, weights, _ = nnx.split(model, plan.trains, ...)
     # A state's shapes do not depend on the learning rate.
-    optimizer = make_optimizer(cfg.optim, lambda _: 0.0, {"b": cfg.peft.loraplus_lr_ratio})
+    optimizer = make_optimizer(cfg.optim, lambda _: 0.0, plan.learning_rate_ratios)
     state = jax.eval_shape(optimizer.init, nnx.to_pure_dict(weights))
     kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     return plan.count(model), total, kept

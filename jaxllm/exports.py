@@ -32,8 +32,9 @@ from jaxllm.hf import (
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
-from jaxllm.peft.interop import is_adapter, plan_of, tokenizer_of
-from jaxllm.peft.lora import LoraStart, merged
+from jaxllm.peft.files import is_adapter, make_adapter, tokenizer_of
+from jaxllm.peft.lora import LoraStart
+from jaxllm.peft.merge import merged
 from jaxllm.tokenizer import load_tokenizer
 
 
@@ -119,7 +120,7 @@ def _load_run(
         raise UserError(f"{run} has no good checkpoint yet")
     print(f"exporting checkpoint {step}", file=sys.stderr)
     own = replace(cfg, output_dir=str(folder), overwrite=False)
-    mesh, plan = make_mesh(MeshSection()), plan_of(model_config(start)[0], started_from(own))
+    mesh, plan = make_mesh(MeshSection()), make_adapter(model_config(start)[0], started_from(own))
     if plan.frozen and (whole or plan.needs_base):
         same_base(saves, step, identity(cfg))
         cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # its values are the checkpoint's

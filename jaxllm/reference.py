@@ -30,7 +30,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.dpo import answer_logps
@@ -55,7 +55,7 @@ def beside(
     """
     plan = model.peft
     fresh = plan.frozen and not plan.saved and not cfg.peft.path
-    other, like = _bare(model, PLAIN if fresh else plan)
+    other, like = _bare(model, NO_ADAPTER if fresh else plan)
     own: Any = {}
     if not fresh:
         copied = _common(layout, like)
@@ -69,7 +69,7 @@ def beside(
     return models, {"weights": frozen, "reference": own}
 
 
-def _bare(model: Decoder, plan: Peft) -> tuple[Any, Any]:
+def _bare(model: Decoder, plan: Adapter) -> tuple[Any, Any]:
     """The graph of the model with what `plan` adds and nothing else, and its variables' shapes."""
 
     def make() -> Decoder:

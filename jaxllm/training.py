@@ -48,7 +48,8 @@ from jaxllm.monitor.metrics import Meter, Metrics, Progress
 from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.ops import attention_gpu as kernels
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
-from jaxllm.peft.interop import plan_of, room
+from jaxllm.peft.files import make_adapter
+from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.rl import online as align
 from jaxllm.rl.rewards import load_reward
 from jaxllm.sampling import Sampling, check_prompts, generate
@@ -212,12 +213,12 @@ def train(cfg: TrainConfig) -> Result:
     cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
     check_groups(cfg)
     model_cfg = hf.model_config(cfg)[0]
-    peft = plan_of(model_cfg, hf.started_from(cfg))
+    peft = make_adapter(model_cfg, hf.started_from(cfg))
     tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
     tokenizer = padded(tokenizer) if model_cfg.scores else tokenizer
     check_vocabulary(tokenizer, model_cfg.vocab_size)
     online = cfg.verb.online
-    positions = room(model_cfg, peft, cfg.data.max_length, online * cfg.rl.max_new_tokens)
+    positions = context_length(model_cfg, peft, cfg.data.max_length, online * cfg.rl.max_new_tokens)
     sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
     prompts = sample_prompts(cfg, tokenizer)
     if prompts:
@@ -232,7 +233,7 @@ def train(cfg: TrainConfig) -> Result:
     rows = len(data.train)
     steps, each = updates(cfg, rows)
     schedule = make_schedule(cfg.optim, steps)
-    optimizer = make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
+    optimizer = make_optimizer(cfg.optim, schedule, peft.learning_rate_ratios)
 
     # ---- the model: sharded arrays, or their shapes alone where a checkpoint will fill them
     run = Path(cfg.output_dir)

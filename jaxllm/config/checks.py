@@ -17,22 +17,10 @@ from jaxllm.config.schema import (
     validated,
     value_of,
 )
+from jaxllm.config.sections import PEFT_METHODS
 from jaxllm.config.verbs import JUDGING, unread
 from jaxllm.errors import UserError
 
-# What each method reads of the peft section, beside method, path and quantize_base.
-LORA = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
-LORA += ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
-LORA += ("use_rslora", "use_dora")
-TUNES = {
-    "none": (),
-    "lora": (*LORA, "lora_dropout", "loraplus_lr_ratio"),
-    "adapter": ("bottleneck", "placement"),
-    "prefix": ("num_virtual_tokens",),
-    "prompt": ("num_virtual_tokens",),
-}
-# Peak learning rates of runs that do not say theirs: little is trained, and starts from nothing.
-RATES = {"none": 1e-4, "lora": 5e-4, "adapter": 5e-4, "prefix": 1e-2, "prompt": 1e-2}
 RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
 
 
@@ -57,7 +45,7 @@ def warnings(cfg: TrainConfig) -> Iterator[str]:
 
 
 def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
-    peft = cfg.peft
+    peft, method = cfg.peft, PEFT_METHODS[cfg.peft.method]
     given = [
         key.removeprefix("peft.")
         for key, leaf in leaves().items()
@@ -68,9 +56,9 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
             continue
         if peft.method == "none":
             yield f"peft.{name} has no meaning without peft.method; say lora, or another"
-        elif name not in (*TUNES[peft.method], "path", "quantize_base"):
+        elif name not in (*method.keys, "path", "quantize_base"):
             yield f"peft.{name} has no meaning for {peft.method}; leave it out"
-        elif peft.path and name in (*LORA, *TUNES["adapter"], *TUNES["prefix"]):
+        elif peft.path and name in method.shape:
             yield f"peft.{name} is what the adapter of peft.path was made with; leave it out"
     if peft.path and cfg.model.config:
         yield "peft.path is an adapter of some model; give that by model.path"
@@ -209,7 +197,7 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
 
 def resolve_rate(cfg: TrainConfig) -> TrainConfig:
     """Fixes optim.learning_rate where it was left out: by what is trained, and for what."""
-    usual = RATES[cfg.peft.method] * cfg.verb.rate
+    usual = PEFT_METHODS[cfg.peft.method].learning_rate * cfg.verb.rate
     rate = cfg.optim.learning_rate or usual
     return replace(cfg, optim=replace(cfg.optim, learning_rate=rate))
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import Cache, written
 from jaxllm.model.config import ModelConfig
@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         compute_dtype: Any = None,
         remat: str = "none",
         scan_unroll: int = 1,
-        peft: Peft = PLAIN,
+        peft: Adapter = NO_ADAPTER,
     ):
         @nnx.split_rngs(splits=cfg.num_layers)
         @partial(nnx.vmap, in_axes=0, out_axes=0)
@@ -123,8 +123,8 @@ class Decoder(nnx.Module):
 
     def outer(self, rng: jax.Array | None, mix: jax.Array | None) -> dict[str, Any]:
         """What an adapter outside the layers is told."""
-        if mix is None and self.peft.mix:
-            mix = jnp.asarray([self.peft.mix])
+        if mix is None and self.peft.adapter_weights:
+            mix = jnp.asarray([self.peft.adapter_weights])
         return {"layer": 0, "rng": rng, "mix": mix}
 
     def run(

@@ -25,7 +25,7 @@ from jaxllm.data.batch import Batch, Experience, make_row
 from jaxllm.data.loader import Rows, ordered
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import (
@@ -75,7 +75,7 @@ def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) ->
     model.value = Value(model.cfg.hidden_size, trunk)
 
 
-def trained_by(peft: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
+def trained_by(peft: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
     """Whether a variable is trained, those of a critic among them."""
 
     def trains(path: tuple[Any, ...], variable: Any) -> bool:

@@ -12,10 +12,11 @@ from steps import TINY, decoder, ragged_rows, trajectory, unpacked
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import axes_of, make_mesh, spec
+from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
-from jaxllm.peft.interop import METHODS, plan_of
-from jaxllm.peft.lora import LoraParam
+from jaxllm.peft.files import make_adapter
+from jaxllm.peft.methods import METHODS
 
 SECTIONS = {
     "lora": PeftSection(method="lora", r=4),
@@ -151,7 +152,7 @@ QWEN_1_5B = dict(
 
 def shapes(config, section):
     cfg = from_hf(config)
-    plan = plan_of(cfg, section)
+    plan = make_adapter(cfg, section)
     return nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan))
 
 
@@ -160,11 +161,11 @@ def test_parameters_of_qwen2_5_1_5b():
     model = shapes(QWEN_1_5B, section)
     assert model.peft.count(model) == 1_089_536
     assert (
-        sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(model, LoraParam)))
+        sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(model, AdapterParam)))
         == 1_089_536
     )
     assert model.peft.summary(model) == [
-        "trainable: 1,089,536 parameters beside 1,543,714,304 (0.07%)"
+        "trainable: 1,089,536 parameters (0.07% of 1,543,714,304)"
     ]
     section = PeftSection(method="lora", r=8, target_modules=("q_proj", "o_proj"))
     model = shapes(QWEN_1_5B, section)
@@ -202,7 +203,7 @@ def test_a_and_b_lie_as_their_base_does():
         (dict(target_modules=("q_prj",)), "q_prj.*matches nothing.*q_proj, k_proj.*all-linear"),
         (dict(target_modules=("q_proj[",)), "neither a module nor a pattern"),
         (dict(exclude_modules=("z",)), "exclude_modules: 'z'"),
-        (dict(exclude_modules=(r".*proj",)), "nothing is left"),
+        (dict(exclude_modules=(r".*proj",)), "no module is left"),
         (dict(layers_to_transform=(28,)), "no layer 28.*0 to 27"),
         (dict(rank_pattern={"z_proj": 4}), "rank_pattern"),
         (dict(modules_to_save=("score",)), "modules_to_save: 'score'.*embed_tokens"),
@@ -213,7 +214,7 @@ def test_a_and_b_lie_as_their_base_does():
 )
 def test_what_the_model_does_not_have_is_refused(keys, words):
     with pytest.raises(ValueError, match=words):
-        plan_of(from_hf(QWEN_1_5B), PeftSection(method="lora", **keys))
+        make_adapter(from_hf(QWEN_1_5B), PeftSection(method="lora", **keys))
 
 
 def test_pissa_of_more_than_a_matrix_has_is_refused():
@@ -224,7 +225,7 @@ def test_pissa_of_more_than_a_matrix_has_is_refused():
 
 def test_a_prefix_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="num_virtual_tokens 64 leaves nothing"):
-        plan_of(TINY, PeftSection(method="prefix", num_virtual_tokens=64))
+        make_adapter(TINY, PeftSection(method="prefix", num_virtual_tokens=64))
     model = decoder(SECTIONS["prefix"])
     assert "3 virtual tokens leave each text 61 of 64 positions" in model.peft.summary(model)
 
