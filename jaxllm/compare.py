@@ -31,11 +31,7 @@ from jaxllm.config import (
     load_config,
     to_dict,
 )
-<<<<<<< HEAD
-from jaxllm.config.checks import check, resolve_date, resolve_rate
-=======
 from jaxllm.config.checks import check, resolve
->>>>>>> house
 from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
