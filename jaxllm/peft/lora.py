@@ -34,6 +34,7 @@ from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Peft, PeftParam, score_of
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.context import Context
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import key_table
 from jaxllm.ops.cross_entropy import HEAD_AXES
@@ -173,7 +174,9 @@ class Lora(nnx.Module):
         self.magnitude = LoraParam(jnp.ones(outputs), axes=axes[1:]) if plan.dora else None
         self.target, self.rslora, self.dropout = target, plan.rslora, plan.dropout
 
-    def inner(self, x: jax.Array, at: Any, start: bool = False, dtype: Any = None) -> jax.Array:
+    def inner(
+        self, x: jax.Array, ctx: Context, start: bool = False, dtype: Any = None
+    ) -> jax.Array:
         """s · dropout(x) A, [..., R] in x's dtype (`dtype` where x are tokens); `start`: with the A
         that PiSSA began with, without dropout."""
         a: Any = self.a0 if start else self.a
@@ -181,43 +184,51 @@ class Lora(nnx.Module):
         if jnp.issubdtype(x.dtype, jnp.integer):
             h = jnp.take(a[...], x, axis=0, mode="clip").astype(dtype)
         else:
-            if self.dropout and at["rng"] is not None and not start:
-                key = jax.random.fold_in(at["rng"], zlib.crc32(self.target.path.encode()))
-                kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            if self.dropout and ctx.rng is not None and not start:
+                kept = self.dropout_mask(ctx.rng, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
             h = dot(x, a[...], a.get_metadata("axes")[-2:])
-        return (self.scale(at, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
+        return (self.scale(ctx, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
-    def scale(self, at: Any, ndim: int) -> jax.Array:
+    def dropout_mask(self, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """bool [B, ...], True where an input is kept. rng: typed keys [B], a mask from each."""
+
+        def row(key: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(key, zlib.crc32(self.target.path.encode()))
+            return jax.random.bernoulli(key, 1 - self.dropout, shape[1:])
+
+        return jax.vmap(row)(rng)
+
+    def scale(self, ctx: Context, ndim: int) -> jax.Array:
         """s of each rank in this layer, and of each row where rows mix adapters: [(B, 1,) R]."""
         scales = self.target.scales(self.rslora)
         same = (scales == scales[0]).all()
-        scale = jnp.asarray(scales[0]) if same else jnp.asarray(scales)[at["layer"]]
-        if at["mix"] is None:
+        scale = jnp.asarray(scales[0]) if same else jnp.asarray(scales)[ctx.layer]
+        if ctx.adapter_weights is None:
             return scale
         owner = np.repeat(np.arange(len(self.target.ranks)), self.target.widths())
-        mix = at["mix"][:, owner]
+        mix = ctx.adapter_weights[:, owner]
         return scale * mix.reshape(mix.shape[0], *(1,) * (ndim - 2), mix.shape[1])
 
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, at: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         axes = self.b.get_metadata("axes")[-2:]
-        added: Any = dot(self.inner(x, at, dtype=y.dtype), self.b[...], axes)
+        added: Any = dot(self.inner(x, ctx, dtype=y.dtype), self.b[...], axes)
         if self.b0 is not None:
-            began: Any = dot(self.inner(x, at, start=True), self.b0[...], axes)
+            began: Any = dot(self.inner(x, ctx, start=True), self.b0[...], axes)
             added = added - began
         y = y + added
         if self.magnitude is None:
             return y
-        scale = self.scale(at | {"mix": None}, 1)
+        scale = self.scale(replace(ctx, adapter_weights=None), 1)
         norm = column_norms(kernel(), self.a[...], scale[:, None] * self.b[...])
         factor = self.magnitude[...] / jax.lax.stop_gradient(norm)
         return (y * jnp.where(jnp.any(scale > 0), factor, 1.0)).astype(y.dtype)
 
-    def terms(self, x: jax.Array, at: Any) -> list[tuple[jax.Array, jax.Array]]:
+    def terms(self, x: jax.Array, ctx: Context) -> list[tuple[jax.Array, jax.Array]]:
         """[(x' [..., R], w [R, O])], whose products add up to what the branch adds."""
-        found = [(self.inner(x, at), self.b[...])]
+        found = [(self.inner(x, ctx), self.b[...])]
         if self.b0 is not None:
-            found.append((-self.inner(x, at, start=True), self.b0[...]))
+            found.append((-self.inner(x, ctx, start=True), self.b0[...]))
         return found
 
     # ---- over all layers at once, outside a step

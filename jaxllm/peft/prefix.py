@@ -90,7 +90,7 @@ class Prompt(nnx.Module):
         x = self.embeddings[...].astype(model.compute_dtype)[None]
         cache = Cache.empty(model.cfg, 1, self.length, model.compute_dtype)
         ones = jnp.ones((1, self.length), jnp.int32)
-        _, cache = model.run(x, ones, None, cache, model.outer(None, None))
+        _, cache = model.run(x, ones, None, cache, model.context())
         return cache.k.transpose(0, 1, 4, 2, 3), cache.v.swapaxes(2, 3)
 
     def begin(self, model: Any) -> None:
