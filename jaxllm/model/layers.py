@@ -18,6 +18,7 @@ from jax import lax
 from jaxllm.mesh import constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.context import Context
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import dense
 from jaxllm.ops.residuals import kept
@@ -49,11 +50,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
         self.lora = peft.linear(path, axes, shape, rngs)
 
-    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
         y = kept(dot(x, self.kernel.get_value(), axes), "dot")
         if self.lora is not None:
-            y = self.lora(x, y, self.dense, at)
+            y = self.lora(x, y, self.dense, ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense(self) -> jax.Array:
@@ -73,10 +74,10 @@ class Embed(nnx.Module):
         self.embedding = nnx.Param(table.astype(dtype), axes=axes)
         self.lora = peft.linear("embed", axes, shape, rngs)
 
-    def __call__(self, tokens: jax.Array, dtype: Any, at: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: Any, ctx: Context) -> jax.Array:
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
         if self.lora is not None:
-            x = self.lora(tokens, x, lambda: self.embedding[...], at)
+            x = self.lora(tokens, x, lambda: self.embedding[...], ctx)
         return constrain(x, "batch", "length", "features")
 
 
@@ -106,14 +107,14 @@ class MLP(nnx.Module):
         self.gate_up = peft.linear("layers.mlp.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
-        gate, up = fused(self.gate_up, x, (self.gate, self.up), at)
-        return self.down(ACTIVATIONS[self.activation](gate) * up, at)
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        gate, up = fused(self.gate_up, x, (self.gate, self.up), ctx)
+        return self.down(ACTIVATIONS[self.activation](gate) * up, ctx)
 
 
-def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[jax.Array]:
+def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], ctx: Context) -> list[jax.Array]:
     """Each part's result; `lora` changes all of them as one, where HF keeps them in one tensor."""
-    ys = [part(x, at) for part in parts]
+    ys = [part(x, ctx) for part in parts]
     if lora is None:
         return ys
     ends = np.cumsum([y.shape[-1] for y in ys])[:-1]
@@ -121,4 +122,4 @@ def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[j
     def kernel() -> jax.Array:
         return jnp.concatenate([part.dense() for part in parts], -1)
 
-    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, at), ends, -1)
+    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, ctx), ends, -1)

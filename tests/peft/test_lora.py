@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxllm.model.context import Context
 from steps import TINY, decoder, ragged_rows, trajectory, unpacked
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import axes_of, make_mesh, param_sharding, spec
 from jaxllm.model.adapter import AdapterParam
+from jaxllm.model.context import Context
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
 from jaxllm.peft.files import make_adapter
