@@ -23,6 +23,7 @@ from statistics import fmean, median
 from typing import Any
 
 from jaxllm.config import (
+    PEFT_METHODS,
     SECTIONS,
     MeshSection,
     PeftSection,
@@ -31,12 +32,11 @@ from jaxllm.config import (
     load_config,
     to_dict,
 )
-from jaxllm.config.checks import TUNES, check, resolve
+from jaxllm.config.checks import check, has_results, resolve
 from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
-METHODS = {"full": "none", "lora": "lora", "adapter": "adapter"}
-METHODS |= {"prefix": "prefix", "prompt": "prompt"}
+METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
 DEFAULT = ("full", "lora", "adapter", "prefix")
 TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, beside the runs
 HELP = f"""\
@@ -143,7 +143,7 @@ def _known(methods: Sequence[str]) -> list[str]:
 def _reads(method: str) -> tuple[str, ...]:
     """The names of the peft section that a method reads."""
     kind = METHODS[method]
-    return () if kind == "none" else (*TUNES[kind], "quantize_base")
+    return () if kind == "none" else (*PEFT_METHODS[kind].keys, "quantize_base")
 
 
 def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
@@ -167,7 +167,9 @@ def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
     for method in methods:
         folder = Path(cfg.output_dir) / method
         if has_results(folder) and not cfg.overwrite:
-            raise UserError(f"{folder} has the results of a run; change output_dir or say --overwrite")
+            raise UserError(
+                f"{folder} has the results of a run; change output_dir or say --overwrite"
+            )
 
 
 def _program(cfg: TrainConfig) -> Any:
@@ -175,11 +177,11 @@ def _program(cfg: TrainConfig) -> Any:
     import jax
 
     from jaxllm.mesh import make_mesh
-    from jaxllm.peft.interop import room
+    from jaxllm.peft.virtual_tokens import context_length
     from jaxllm.program import build
 
-    program = build(resolve(cfg, 1), make_mesh(MeshSection(), jax.devices("cpu")[:1]))
-    room(program.shape, program.adapter, cfg.data.max_length)
+    program = build(resolve(cfg), make_mesh(MeshSection(), jax.devices("cpu")[:1]))
+    context_length(program.shape, program.adapter, cfg.data.max_length)
     return program
 
 

@@ -31,8 +31,9 @@ from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
-from jaxllm.peft.interop import is_adapter, tokenizer_of
-from jaxllm.peft.lora import LoraStart, merged
+from jaxllm.peft.files import is_adapter, tokenizer_of
+from jaxllm.peft.lora import LoraStart
+from jaxllm.peft.merge import merged
 from jaxllm.program import build, load_model
 from jaxllm.run import START, check_same_origin, origin
 from jaxllm.tokenizer import load_tokenizer
@@ -102,9 +103,8 @@ def _load_run(
     if (folder / START).is_dir():
         section = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
         section = replace(section, overrides={})
-        start = replace(
-            start, model=section, data=DataSection()
-        )  # its template has data's settings
+        # The saved template has the settings of the data section.
+        start = replace(start, model=section, data=DataSection())
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoints/")
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:

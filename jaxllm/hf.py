@@ -45,12 +45,12 @@ from jaxllm.files import (
 )
 from jaxllm.hf_config import source_config, written_configs
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
 from jaxllm.ops.quantized import quantize
-from jaxllm.peft import interop
+from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
 # Buffers that old files carry and nobody reads.
@@ -147,7 +147,7 @@ def load_hf(
     remat: str = "none",
     scan_unroll: int = 1,
     overrides: dict[str, Any] | None = None,
-    peft: Peft = PLAIN,
+    peft: Adapter = NO_ADAPTER,
     quantize_base: str = "none",
     scores: bool = False,
     seed: int = 0,
@@ -155,7 +155,7 @@ def load_hf(
     """A HF directory (or hub id) as a Decoder, its weights cast to `dtype` and laid over `mesh`.
 
     mesh None = all devices along fsdp when there are several. adapter: a directory in peft's
-    format, or {name: directory} of several, of which the first is in use (interop.choose). A `path`
+    format, or {name: directory} of several, of which the first is in use (jaxllm.choose). A `path`
     that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
     that of activations. overrides: keys of its config to change (another RoPE scaling, say);
     tie_word_embeddings false lets the head of a tied model begin as its token table.
@@ -168,13 +168,13 @@ def load_hf(
     """
     for name in (dtype, compute_dtype or dtype):
         check_dtype(name)
-    path, named = interop.with_base(path, adapter)
-    folder, saved = resolve(path), {name: interop.find(one) for name, one in named.items()}
-    scores = scores or interop.is_reward(saved)
+    path, named = adapter_files.with_base(path, adapter)
+    folder, saved = resolve(path), {n: adapter_files.find(one) for n, one in named.items()}
+    scores = scores or adapter_files.is_reward(saved)
     config, scheme = source_config(str(folder), overrides or {}, scores=scores)
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
-    plan = interop.read_plan(cfg, saved) if saved and not peft.frozen else peft
+    plan = adapter_files.read_adapter(cfg, saved) if saved and not peft.frozen else peft
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
     options["scan_unroll"] = scan_unroll
     graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
@@ -188,7 +188,7 @@ def load_hf(
     elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
         where.setdefault(HEAD, where[EMBED])  # lm_head is initialised from the embedding
     _check_names(folder, cfg, set(where), scheme)
-    where |= interop.trained_tensors(cfg, plan, saved)
+    where |= adapter_files.saved_tensors(cfg, plan, saved)
     if cfg.scores and SCORE not in where:
         del weights["score", "kernel"]
 
@@ -204,7 +204,7 @@ def load_hf(
     model.base = path
     plan.begin(model)
     for which, one in enumerate(saved.values()):
-        interop.unpack(model, one, which)
+        adapter_files.load_weights(model, one, which)
     return model
 
 
@@ -227,7 +227,7 @@ def _draw(variables: dict[Any, Any], make: Callable[..., Decoder], seed: int) ->
         variable.set_value(value)
 
 
-def _is_quantized(peft: Peft, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
+def _is_quantized(peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
     """True for the layers' frozen kernels, if the base model is to be quantised."""
     trained = peft.frozen and peft.trains(path, variable)
     return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
@@ -291,7 +291,7 @@ def abstract_model(
     *,
     base: str = "",
     quantize_base: str = "none",
-    peft: Peft = PLAIN,
+    peft: Adapter = NO_ADAPTER,
     **options: Any,
 ) -> Decoder:
     """A model with ShapeDtypeStructs, which carry shardings, for weights. options: of Decoder."""
@@ -321,7 +321,7 @@ def random_model(
     *,
     seed: int = 0,
     quantize_base: str = "none",
-    peft: Peft = PLAIN,
+    peft: Adapter = NO_ADAPTER,
     **options: Any,
 ) -> Decoder:
     """A model with random weights, sharded over `mesh`. options: of Decoder."""
@@ -438,15 +438,16 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     """
     if not model.peft.frozen:
         raise UserError("the model has no adapter; save_hf writes it whole")
-    found = [Tensor(name, v.shape, lambda v=v: v) for name, v in interop.pack(model).items()]
-    root = interop.root(model.peft)
-    for t in hf_tensors(model, model.peft.saved):
+    adapter: Any = model.peft
+    found = [Tensor(n, v.shape, lambda v=v: v) for n, v in adapter.tensors(model).items()]
+    root = adapter.root
+    for t in hf_tensors(model, adapter.saved):
         found.append(replace(t, name=root + t.name))
         if t.name == EMBED and model.cfg.tied_head:
             found.append(replace(t, name=root + HEAD))  # as peft has the tie
     with new_folder(path) as part:
         write_file(part / ADAPTER, found, "float32")
-        write_json(part / ADAPTER_CONFIG, interop.config_of(model))
+        write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
         if tokenizer is not None:
             save_tokenizer(tokenizer, part)
 

@@ -24,7 +24,7 @@ from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
 from jaxllm.mesh import batch_sharding, data_parallel
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
@@ -32,7 +32,7 @@ from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import OBJECTIVES, Objective
 from jaxllm.ops import attention_gpu
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.peft.interop import plan_of
+from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
 from jaxllm.step import Models, TrainState, make_step, state_shardings, weight_shardings
 
@@ -64,7 +64,7 @@ class Program:
         return self.policy.cfg
 
     @property
-    def adapter(self) -> Peft:
+    def adapter(self) -> Adapter:
         return self.policy.peft
 
     @property
@@ -101,7 +101,7 @@ class Program:
         update = make_step(
             self.models,
             self.objective.loss,
-            optimizer_of(self.cfg, schedule),
+            make_optimizer(self.cfg.optim, schedule, self.adapter.learning_rate_ratios),
             schedule,
             baseline=self.objective.baseline,
             max_norm=self.cfg.optim.clip,
@@ -167,7 +167,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     Raises UserError for a model, a module or a combination that does not exist.
     """
     shape, hf_config = model_config(cfg)
-    adapter = plan_of(shape, started_from(cfg))
+    adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, adapter)
     policy, model = make(hf_config), make(hf_config)
     if cfg.verb.critic:
@@ -176,7 +176,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
 
     # ---- what is trained, what is frozen, and where they are
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
-    optimizer = optimizer_of(cfg, lambda _: 0.0)
+    optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
     weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)
     trained_shapes = _shapes(nnx.to_pure_dict(trained), weights)
     frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, cfg.mesh.zero < 3))
@@ -191,7 +191,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     if objective.compares:
         # The base model without new adapter weights is the reference, and shares every weight.
         shares = adapter.frozen and not adapter.saved and not cfg.peft.path
-        plain = abstract_model(cfg, mesh, shape, PLAIN if shares else adapter, hf_config)
+        plain = abstract_model(cfg, mesh, shape, NO_ADAPTER if shares else adapter, hf_config)
         reference_graph, variables = nnx.split(plain)
         shapes = nnx.to_pure_dict(variables)
         if not shares:
@@ -244,7 +244,7 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     return shape, config
 
 
-def _options(cfg: TrainConfig, adapter: Peft) -> dict[str, Any]:
+def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
     model = cfg.model
     return {
         "dtype": model.weight_dtype,
@@ -257,14 +257,14 @@ def _options(cfg: TrainConfig, adapter: Peft) -> dict[str, Any]:
 
 
 def abstract_model(
-    cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Peft, hf_config: dict[str, Any]
+    cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter, hf_config: dict[str, Any]
 ) -> Decoder:
     """A run's model with ShapeDtypeStructs for weights."""
     base = cfg.model.path or ""
     return hf.abstract_model(shape, mesh, hf_config, base=base, **_options(cfg, adapter))
 
 
-def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Peft) -> Decoder:
+def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter) -> Decoder:
     """The model a run starts with: that of model.path (and peft.path), or random weights."""
     options = _options(cfg, adapter) | {"seed": cfg.seed}
     if cfg.model.path:
@@ -294,7 +294,7 @@ def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) ->
     model.value = Value(model.cfg.hidden_size, trunk)
 
 
-def trained_by(adapter: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
+def trained_by(adapter: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
     """An nnx filter of the variables that are trained, including a critic's."""
 
     def trains(path: tuple[Any, ...], variable: Any) -> bool:
@@ -303,10 +303,6 @@ def trained_by(adapter: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
         return isinstance(variable, ValueParam) or adapter.trains(path[2:], variable)
 
     return trains
-
-
-def optimizer_of(cfg: TrainConfig, schedule: Callable[[Any], Any]) -> Any:
-    return make_optimizer(cfg.optim, schedule, {"b": cfg.peft.loraplus_lr_ratio})
 
 
 # ---- trees of shapes

@@ -18,11 +18,12 @@ from typing import Any
 from jaxllm import dist
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import PeftSection, TrainConfig, to_dict
+from jaxllm.config.checks import has_results
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, resolve, tensor_files
+from jaxllm.files import ADAPTER_CONFIG, resolve, tensor_files
 from jaxllm.hf import save_configs, weights_hash
 from jaxllm.model.decoder import Decoder
-from jaxllm.peft import interop
+from jaxllm.peft.files import find
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
 # What a resumed run may change: it keeps the data, the model and the optimizer. Another length
@@ -34,25 +35,6 @@ FREE = {
     "eval": ("patience", "min_delta"),
 }
 FREE_SECTIONS = ("mesh", "log", "save")
-
-
-def has_results(folder: Path) -> bool:
-    """True if a run folder has a checkpoint or a line of metrics."""
-    metrics = folder / "metrics.jsonl"
-    saved = any((folder / "checkpoints").glob("[0-9]*"))
-    return saved or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def recorded_config(cfg: TrainConfig) -> dict[str, Any]:
-    """config.json of the run that `cfg` resumes; {} if it resumes none."""
-    folder = Path(cfg.output_dir)
-    if cfg.overwrite or not has_results(folder):
-        return {}
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):  # RunFolder names it
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 class RunFolder:
@@ -204,7 +186,7 @@ def origin(cfg: TrainConfig, *, adapter: bool = False) -> dict[str, Any]:
     weights = tensor_files(resolve(cfg.model.path)).values()
     found = {"path": cfg.model.path, "hash": weights_hash(weights)}
     if adapter and cfg.peft.path:
-        found["adapter"] = weights_hash([interop.find(cfg.peft.path).folder / ADAPTER])
+        found["adapter"] = weights_hash([find(cfg.peft.path).weights])
     return found
 
 

@@ -25,7 +25,7 @@ from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict, tokenizer_path
-from jaxllm.config.checks import check, resolve, warnings
+from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Data, Rows, load_data, make_loader, summarize
@@ -35,11 +35,11 @@ from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.metrics import Meter, Metrics, Progress
 from jaxllm.optim import eval_params
-from jaxllm.peft.interop import room
+from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
-from jaxllm.run import RunFolder, recorded_config
+from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
@@ -366,7 +366,7 @@ class Samples:
     def __init__(self, program: Program, tokenizer: Any):
         cfg, self.tokenizer, self.texts = program.cfg, tokenizer, program.cfg.log.samples
         new = cfg.rl.max_new_tokens if cfg.verb.online else 0
-        context = room(program.shape, program.adapter, cfg.data.max_length, new)
+        context = context_length(program.shape, program.adapter, cfg.data.max_length, new)
         self.sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
         if cfg.verb.data == "text":
             self.prompts = [tokenizer(text).input_ids for text in self.texts]
