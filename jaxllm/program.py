@@ -168,10 +168,11 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     """
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
-    make = partial(abstract_model, cfg, mesh, shape, adapter)
-    policy, model = make(hf_config), make(hf_config)
+    make = partial(abstract_model, cfg, mesh, shape, adapter, hf_config)
+    policy = model = make()
     if cfg.verb.critic:
-        add_critic(model, cfg, partial(make, hf_config))
+        model = make()
+        add_critic(model, cfg, make)
     objective = OBJECTIVES[cfg.objective](cfg)
 
     # ---- what is trained, what is frozen, and where they are
@@ -179,7 +180,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
     weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)
     trained_shapes = _shapes(nnx.to_pure_dict(trained), weights)
-    frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, cfg.mesh.zero < 3))
+    frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3))
     opt_state = _shapes(jax.eval_shape(optimizer.init, trained_shapes), moments)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     state = TrainState(step, trained_shapes, opt_state)

@@ -76,8 +76,7 @@ def make_step(
 
     def loss_of(trainable, frozen, batch, rng):
         model, reference = models(trainable, frozen)
-        rows = jax.random.split(rng, len(batch.tokens))  # a key per row
-        loss, weight, metrics = objective(model, batch, rows, reference)
+        loss, weight, metrics = objective(model, batch, rng, reference)
         metrics = {"loss": (loss, weight)} | metrics
         real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
         learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
