@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of every key into docs/config.md, from the fields' own docstrings.
+"""Generates the key reference at the end of docs/config.md from the config dataclasses.
 
-python docs/reference.py
+    python docs/reference.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MARK = "<!-- made by docs/reference.py: do not edit below -->\n"
 
 
 def reference() -> str:
-    """Markdown: a table a section of each key: type, default, meaning, transformers' name."""
+    """Returns Markdown with one table per section: key, type, default, meaning, HF aliases."""
     others = aliases.spellings()
     lines: list[str] = []
     section = None
