@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates the key reference at the end of docs/config.md from the config dataclasses.
 
-    python docs/reference.py
+python docs/reference.py
 """
 
 from __future__ import annotations
