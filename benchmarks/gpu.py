@@ -85,9 +85,9 @@ def shape(a) -> dict:
 
 
 def rows(a, seed: int) -> dict:
-    """Packed rows as numpy arrays [B, T]: a.segments documents of random tokens per row, and padding
-    in every second row. `weights` is 0 where the next token belongs to another document. For DPO,
-    segments 1, 3, … are chosen and 2, 4, … rejected."""
+    """Packed rows as numpy arrays [B, T]: a.segments documents of random tokens per row, with
+    padding in every second row. `weights` is 0 where the next token belongs to another document.
+    For DPO, segments 1, 3, … are chosen and 2, 4, … rejected."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
