@@ -380,8 +380,8 @@ def dpo_torch(a, model, inputs):
     def loss(i: int):
         ids = segments[i][:, 1:]
         with torch.no_grad(), model.disable_adapter():
-            held = forward(**inputs[i])
-        delta = forward(**inputs[i]) - held
+            reference = forward(**inputs[i])
+        delta = forward(**inputs[i]) - reference
         h = [torch.where(ids == n, delta, 0).sum(1) for n in range(1, a.segments + 1)]
         h = torch.stack([c - r for c, r in zip(h[::2], h[1::2], strict=True)])
         return -logsigmoid(BETA * h).mean()

@@ -178,12 +178,12 @@ def reserved(a, plan) -> tuple[float, float]:
 
     step, state = compiled(a, plan, a.remat, a.scan_unroll)
     m = step.memory_analysis()
-    whole = m.argument_size_in_bytes + m.temp_size_in_bytes
-    whole += m.output_size_in_bytes - m.alias_size_in_bytes
+    total = m.argument_size_in_bytes + m.temp_size_in_bytes
+    total += m.output_size_in_bytes - m.alias_size_in_bytes
     kept = jax.tree.leaves((state.trainable, state.opt_state))
     own = sum(x.size * x.dtype.itemsize for x in kept)
     own += sum(4 * x.size for x in jax.tree.leaves(state.trainable))  # float32 gradients
-    return whole / 2**20, own / 2**20
+    return total / 2**20, own / 2**20
 
 
 def speed(a) -> None:
@@ -209,8 +209,8 @@ def flops(a) -> None:
     layers = len(plan.targets[0].ranks[0])
     print("GFLOP per update, remat    LoRA q,v   full train  ratio (<= 0.72)")
     for remat in (a.remat,) if a.quick else ("none", "dots", "full"):
-        ours, whole = (gflop(a, p, remat, layers) for p in (plan, PLAIN))
-        print(f"{remat:<26} {ours:>8.1f} {whole:>12.1f} {ours / whole:>16.3f}", flush=True)
+        ours, full = (gflop(a, p, remat, layers) for p in (plan, PLAIN))
+        print(f"{remat:<26} {ours:>8.1f} {full:>12.1f} {ours / full:>16.3f}", flush=True)
 
 
 def memory(a) -> None:
@@ -222,12 +222,12 @@ def memory(a) -> None:
         def trains(self, path, variable):
             return path[0] == "layers" and path[-1] == "scale"
 
-    whole, own = reserved(a, Scales())
-    base = whole - own
+    total, own = reserved(a, Scales())
+    base = total - own
     print(f"MiB above baseline {base:,.0f}  reserved  eval_shape  ratio (<= 1.10)")
     for targets in TARGETS:
-        whole, own = reserved(a, lora(a, targets))
-        above = whole - base
+        total, own = reserved(a, lora(a, targets))
+        above = total - base
         print(f"{targets:<24} {above:>9.2f} {own:>11.2f} {above / own:>16.3f}", flush=True)
 
 
