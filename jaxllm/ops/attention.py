@@ -91,7 +91,8 @@ def _per_shard(attend: Callable[..., Any], q, k, v, *per_token: jax.Array) -> ja
     parts, (B, _, H, _), N = mesh.shape["tensor"], q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
         k, v = (jnp.repeat(x, parts // N, axis=1) for x in (k, v))
-    heads = "tensor" if H % parts == k.shape[1] % parts == 0 else None
+        N = parts
+    heads = "tensor" if H % parts == 0 and N % parts == 0 else None
     # The gradient of an input is summed over the axes that its spec leaves out. Axes of size 1 are
     # named, so that these sums do not become all-reduces of one device each.
     split = RULES["batch"] if B % data_parallel(mesh) == 0 else ()
