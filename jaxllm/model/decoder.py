@@ -27,7 +27,7 @@ from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
-from jaxllm.ops.residuals import kept
+from jaxllm.ops.residuals import saveable
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -164,7 +164,7 @@ class Decoder(nnx.Module):
             params, kind, layer, kv = scanned
             block = nnx.merge(graph, params)
             rng = None if at["rng"] is None else jax.random.fold_in(at["rng"], layer)
-            return block(kept(x, "layer"), at | {"layer": layer, "rng": rng}, kind, kv)
+            return block(saveable(x, "layer"), at | {"layer": layer, "rng": rng}, kind, kv)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
