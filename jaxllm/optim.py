@@ -19,13 +19,12 @@ from optax import contrib
 
 from jaxllm.config import OptimSection
 from jaxllm.errors import UserError
+from jaxllm.peft.methods import METHODS
 
 # Whether weight decay pulls a leaf of that name to zero. A weight of another name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
-# Those that a PEFT method adds.
-DECAYED |= {"a": True, "b": True, "magnitude": False}
-DECAYED |= {"down": True, "up": True, "down_bias": False, "up_bias": False}
-DECAYED |= {"keys": False, "values": False, "embeddings": False}
+for adapter in METHODS.values():
+    DECAYED |= adapter.decayed
 
 
 # ---- schedules
@@ -84,7 +83,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     shape, peak = shapes[optim.schedule], optim.learning_rate
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
-        assert peak is not None  # checks.resolve_rate
+        assert peak is not None  # checks.resolve
         at = jnp.asarray(step, jnp.float32)
         rise = at / max(warmup, 1)
         if optim.schedule == "warmup_log":

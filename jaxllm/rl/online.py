@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,13 +25,9 @@ from jaxllm.data.batch import Batch, Experience, make_row
 from jaxllm.data.loader import Rows, ordered
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
-from jaxllm.model.adapter import Peft
-from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import (
     KlController,
-    Value,
-    ValueParam,
     act,
     gae,
     token_rewards,
@@ -61,31 +57,6 @@ def updates_per_rollout(cfg: TrainConfig) -> int:
     return cfg.rl.minibatches * (cfg.rl.iterations or 1)
 
 
-def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) -> None:
-    """Gives a policy its `Value`; a separate one's trunk is loaded, and shares what is frozen."""
-    trunk = None
-    if cfg.rl.critic == "separate":
-        trunk = load()
-        ours = {path: v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
-        theirs = [(path, v) for path, v in nnx.iter_graph(trunk) if isinstance(v, nnx.Variable)]
-        for path, variable in theirs:
-            if not model.peft.trains(path, variable):
-                *parents, name = map(str, path)
-                setattr(reduce(getattr, parents, trunk), name, ours[path])
-    model.value = Value(model.cfg.hidden_size, trunk)
-
-
-def trained_by(peft: Peft) -> Callable[[tuple[Any, ...], Any], bool]:
-    """Whether a variable is trained, those of a critic among them."""
-
-    def trains(path: tuple[Any, ...], variable: Any) -> bool:
-        if path[0] != "value":
-            return peft.trains(path, variable)
-        return isinstance(variable, ValueParam) or peft.trains(path[2:], variable)
-
-    return trains
-
-
 class Rollouts:
     """The batches of an online run, made from the weights as they are: `rollouts(step, trainable)`.
 
@@ -94,7 +65,7 @@ class Rollouts:
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
         rl = cfg.rl
-        assert rl.group_size and cfg.align.beta is not None  # resolve_align
+        assert rl.group_size and cfg.align.beta is not None  # resolve
         self.cfg, self.mesh, self.count = cfg, mesh, count
         self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
         self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
