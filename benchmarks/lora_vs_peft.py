@@ -161,9 +161,9 @@ def gflop(a, plan, remat: str, layers: int) -> float:
     that their loops have one iteration. (Unrolling all layers compiles three times longer and gives
     0.5 % less for SmolLM2, because the input of the first layer then needs no gradient.)
     """
-    from jaxllm.ops import attention
+    from jaxllm.ops import attention_blocks
 
-    attention.BLOCK = a.length
+    attention_blocks.CPU_BLOCK = a.length
     few = next(n for n in range(2, layers + 1) if layers % n == 0)
     one, more = (
         compiled(a, plan, remat, n, a.batch * a.length)[0].cost_analysis()["flops"] / 1e9
