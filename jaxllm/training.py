@@ -38,8 +38,10 @@ from jaxllm.config.checks import (
     warnings,
 )
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import prompt_tokens
-from jaxllm.data.loader import Rows, load_data, make_loader, summarize
+from jaxllm.data.chat import padded, prompt_tokens, stop_ids
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import make_loader
+from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
@@ -53,7 +55,7 @@ from jaxllm.rl import online as align
 from jaxllm.rl.rewards import load_reward
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,18 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxllm.config import DataSection
 from jaxllm.data import chat
-from jaxllm.data.chat import LEFT_OUT, OPEN_END, OWN_EXAMPLE, end_tokens, prompt_tokens
+from jaxllm.data.chat import (
+    CONTENT_DROPPED,
+    EOS_APPENDED,
+    SEPARATE_EXAMPLE,
+    end_tokens,
+    prompt_tokens,
+)
 from jaxllm.data.template import (
     TEMPLATES,
     apply_user_template,
-    template_of,
-    user_template_of,
+    template_source,
+    embedded_user_template,
     with_settings,
 )
 from jaxllm.tokenizer import stop_ids, train_tokenizer
@@ -87,13 +93,13 @@ def of_style(trained):
 def render(tokenizer, messages, **options) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, learn) of a conversation that is one example."""
     (example,) = chat.render(tokenizer, messages, **options)
-    return example.tokens, example.learn
+    return example.tokens, example.loss_weights
 
 
 def learned_texts(tokenizer, messages, **options) -> list[str]:
     """What is learned of each example of a conversation."""
     examples = chat.render(tokenizer, messages, **options)
-    return [tokenizer.decode(example.tokens[example.learn > 0]) for example in examples]
+    return [tokenizer.decode(example.tokens[example.loss_weights > 0]) for example in examples]
 
 
 def learned_text(tokenizer, messages, **options) -> str:
@@ -265,9 +271,9 @@ def test_a_template_carries_the_user_template(of_style):
     given = 'Q: {question}\n"{context}" \\'
     data = DataSection(user_template=given, template_kwargs={"a": 1})
     tokenizer = with_settings(of_style(), data)
-    assert user_template_of(tokenizer) == given
-    assert user_template_of(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
-    assert user_template_of(of_style()) is None
+    assert embedded_user_template(tokenizer) == given
+    assert embedded_user_template(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
+    assert embedded_user_template(of_style()) is None
     messages = [*turns("a", "b"), *turns("c")]
     assert apply_user_template(tokenizer, messages) == messages  # it names a column
     simple = with_settings(of_style(), DataSection(user_template="Q: {question}"))
@@ -443,7 +449,7 @@ def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_sty
     own, whole = chat.render(tokenizer, chats)
     first = "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nb"
     assert tokenizer.decode(own.tokens) == first + "<|im_end|>\n"
-    assert own.notes == (OWN_EXAMPLE,) and not whole.notes
+    assert own.notes == (SEPARATE_EXAMPLE,) and not whole.notes
     assert tokenizer.decode(whole.tokens) == tokenizer.apply_chat_template(chats, tokenize=False)
     learned = ["<think>\nwhy\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
     assert learned_texts(tokenizer, chats) == learned
@@ -466,7 +472,7 @@ def test_each_makes_every_turn_an_example_of_its_own(of_style):
     assert tokenizer.decode(first.tokens) == text and not first.notes
     whole = render(tokenizer, CHAT, learn="last")
     assert second.tokens.tolist() == whole[0].tolist()
-    assert second.learn.tolist() == whole[1].tolist()
+    assert second.loss_weights.tolist() == whole[1].tolist()
 
 
 def test_reasoning_goes_to_templates_under_the_name_that_they_read(of_style):
@@ -487,7 +493,7 @@ def test_a_part_of_an_answer_that_the_template_drops_is_told(of_style):
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (example,) = chat.render(of_style(source=source), turns("a", "<think>why</think>b"))
-    assert example.notes == (LEFT_OUT,)
+    assert example.notes == (CONTENT_DROPPED,)
     (example,) = chat.render(of_style(source=source), turns("a", "b"))
     assert not example.notes
 
@@ -503,7 +509,7 @@ def test_an_answer_follows_a_prompt_that_no_rendered_turn_begins_with(of_style):
         prompt = tokenizer.decode(prompt_tokens(tokenizer, chats[:upto]))
         answer = chats[upto]["content"] + "<|im_end|>"
         assert tokenizer.decode(one.tokens) == f"{prompt}{answer}\n"
-        assert tokenizer.decode(one.tokens[one.learn > 0]) == answer
+        assert tokenizer.decode(one.tokens[one.loss_weights > 0]) == answer
 
 
 def test_each_answer_follows_a_system_message_that_moves(of_style):
@@ -613,9 +619,9 @@ def test_a_last_answer_that_the_template_leaves_open_gets_eos(of_style):
     tokenizer = of_style(source=SHAPES["glm"][0])
     (example,) = chat.render(tokenizer, turns("a", "b"))
     assert tokenizer.decode(example.tokens) == "<|user|>a<|assistant|>b<|endoftext|>"
-    assert example.notes == (OPEN_END,)
+    assert example.notes == (EOS_APPENDED,)
     (example,) = chat.render(tokenizer, turns("a", "b", "c"))
-    assert tokenizer.decode(example.tokens[example.learn > 0]) == "b<|user|>"
+    assert tokenizer.decode(example.tokens[example.loss_weights > 0]) == "b<|user|>"
 
 
 @pytest.mark.parametrize("source", ["own", "chatml"])
@@ -932,8 +938,8 @@ def test_tokens_say_the_rendered_text_and_the_learned_ones_the_answers(
 
 def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_path):
     tokenizer = of_style("smollm2")
-    assert template_of(tokenizer) == tokenizer.chat_template
-    assert "human" in template_of(tokenizer, "seed-qwen")
+    assert template_source(tokenizer) == tokenizer.chat_template
+    assert "human" in template_source(tokenizer, "seed-qwen")
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
     own = with_settings(of_style("smollm2"), DataSection(template=str(file)))
@@ -942,15 +948,15 @@ def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_pa
     with pytest.raises(
         ValueError, match="'nosuch' is neither a file nor built in .*chatml.*seed-qwen"
     ):
-        template_of(tokenizer, "nosuch")
+        template_source(tokenizer, "nosuch")
     file.write_bytes("{# größer #}".encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.jinja: the chat template is not UTF-8 text"):
-        template_of(tokenizer, str(file))
+        template_source(tokenizer, str(file))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template; set data.template"):
         render(tokenizer, CHAT)
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
-    assert (template_of(tokenizer), template_of(tokenizer, tools=TOOLS)) == ("a", "b")
+    assert (template_source(tokenizer), template_source(tokenizer, tools=TOOLS)) == ("a", "b")
 
 
 def test_a_template_sees_tokens_added_after_its_first_use(of_style):

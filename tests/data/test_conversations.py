@@ -8,10 +8,10 @@ import pytest
 from jaxllm.config import DataSection, Source
 from jaxllm.data.conversations import (
     USER_TEMPLATES,
-    conversation_of,
-    feedback_of,
-    pair_of,
-    prompt_of,
+    parse_conversation,
+    parse_judged,
+    parse_pair,
+    parse_prompt,
 )
 
 AT = "a.jsonl:7"
@@ -30,7 +30,7 @@ def says(text):
 
 
 def chat(record, columns=None, **data):
-    return conversation_of(record, Source("", columns=columns or {}), DataSection(**data), AT)
+    return parse_conversation(record, Source("", columns=columns or {}), DataSection(**data), AT)
 
 
 def messages(record, **data):
@@ -102,8 +102,8 @@ def test_columns_are_renamed():
         ),
     ],
 )
-def test_a_record_that_is_no_conversation_says_what_was_found(record, words):
-    with pytest.raises(ValueError, match=f"^{AT}: {words}"):
+def test_a_record_that_is_no_conversation_says_what_was_found(record, message_text):
+    with pytest.raises(ValueError, match=f"^{AT}: {message_text}"):
         chat(record)
 
 
@@ -138,7 +138,7 @@ def test_a_dropped_column_is_as_if_it_were_not_there():
     assert messages(both, drop_columns=("messages", "none")) == Q_A
     with pytest.raises(ValueError, match="columns maps prompt to x, which is not among completion"):
         chat({"x": "q", "completion": "a"}, columns={"prompt": "x"}, drop_columns=("x",))
-    found = prompt_of(
+    found = parse_prompt(
         {"prompt": "q", "x": 1, "y": 2}, Source(""), DataSection(drop_columns=("x",)), AT
     )
     assert found.columns == {"y": 2}
@@ -224,7 +224,7 @@ def test_a_user_template_that_does_not_fit_names_the_record(template):
 
 
 def pair(record, columns=None, **data):
-    return pair_of(record, Source("", columns=columns or {}), DataSection(**data), AT)
+    return parse_pair(record, Source("", columns=columns or {}), DataSection(**data), AT)
 
 
 SIDES = {
@@ -257,7 +257,9 @@ def test_every_layout_is_the_same_pair(asked, sides):
     found = pair(asked | sides)
     assert [m["content"].strip() for m in found.prompt] == ["why?"]
     assert (found.chosen, found.rejected) == ([says("yes")], [says("no")])
-    assert found.tells and found.margin == 0.0 and found.tools is None and found.notes == []
+    assert (
+        found.has_preference and found.margin == 0.0 and found.tools is None and found.notes == []
+    )
 
 
 def test_history_system_input_tools_margin_and_renamed_columns():
@@ -323,7 +325,7 @@ def test_whole_conversations_have_their_common_beginning_as_prompt(chosen, rejec
         found = pair({"chosen": chosen, "rejected": rejected} | beside)
         assert found.prompt == prompt
         assert found.prompt + found.chosen == chosen and found.prompt + found.rejected == rejected
-        assert found.tells == (chosen != rejected)
+        assert found.has_preference == (chosen != rejected)
 
 
 def test_an_answer_beside_the_pair_is_told():
@@ -363,8 +365,8 @@ def test_an_answer_beside_the_pair_is_told():
         ),
     ],
 )
-def test_places_that_contradict_each_other_about_what_was_asked_are_named(record, words):
-    with pytest.raises(ValueError, match=f"^{AT}: {words}"):
+def test_places_that_contradict_each_other_about_what_was_asked_are_named(record, message_text):
+    with pytest.raises(ValueError, match=f"^{AT}: {message_text}"):
         pair(record)
 
 
@@ -406,23 +408,23 @@ BOTH = {"chosen": "yes", "rejected": "no"}
         ({"chosen": YES[0], "rejected": NO[0]}, "chosen and rejected begin with no common"),
     ],
 )
-def test_a_pair_that_does_not_fit_names_its_line(record, words):
-    with pytest.raises(ValueError, match=f"^{AT}: {words}"):
+def test_a_pair_that_does_not_fit_names_its_line(record, message_text):
+    with pytest.raises(ValueError, match=f"^{AT}: {message_text}"):
         pair(record)
 
 
 def test_an_answer_that_only_calls_or_thinks_says_something():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
     thought = {"role": "assistant", "content": "", "reasoning": "r"}
-    assert pair({"prompt": "q", "chosen": call, "rejected": thought}).tells
-    assert not pair({"prompt": "q", "chosen": call, "rejected": says(None)}).tells
+    assert pair({"prompt": "q", "chosen": call, "rejected": thought}).has_preference
+    assert not pair({"prompt": "q", "chosen": call, "rejected": says(None)}).has_preference
 
 
 # ---- judged answers and prompts
 
 
 def feedback(record, **data):
-    return feedback_of(record, Source(""), DataSection(**data), AT)
+    return parse_judged(record, Source(""), DataSection(**data), AT)
 
 
 @pytest.mark.parametrize(
@@ -457,8 +459,8 @@ def test_what_was_asked_of_a_judged_answer_stands_once():
         ({"label": True, "messages": [user("a")]}, "the last message is not the assistant's"),
     ],
 )
-def test_a_label_that_is_none_names_its_line(change, words):
-    with pytest.raises(ValueError, match=f"^{AT}: {words}"):
+def test_a_label_that_is_none_names_its_line(change, message_text):
+    with pytest.raises(ValueError, match=f"^{AT}: {message_text}"):
         feedback({"prompt": "why?", "completion": "yes"} | change)
 
 
@@ -468,16 +470,16 @@ PROMPTS = {name: asked for name, asked in ASKED.items() if not name.startswith("
 @pytest.mark.parametrize("asked", PROMPTS.values(), ids=PROMPTS.keys())
 def test_prompts_of_every_layout_and_without_their_answer(asked):
     def prompt(record):
-        return prompt_of(record, Source(""), DataSection(), AT)
+        return parse_prompt(record, Source(""), DataSection(), AT)
 
     found = prompt(asked | {"answer": "42"})
     assert found.messages == [user("why?")] and found.columns["answer"] == "42"
     text = isinstance(asked.get("prompt", asked.get("question")), str)
-    assert found.said == ("why?" if text else [user("why?")])
+    assert found.text == ("why?" if text else [user("why?")])
     assert prompt({"messages": [user("why?"), says("so")]}).messages == [user("why?")]
     assert prompt({"system": "be short", "prompt": [S, U]}).messages == [S, U]
     assert prompt({"prompt": [U | {"id": 1}]}).notes
     with pytest.raises(ValueError, match=rf"^{AT}: found the columns answer; a prompt is"):
         prompt({"answer": "42"})
     with pytest.raises(ValueError, match=rf"^{AT}: the prompt holds nothing but the assistant's"):
-        prompt_of({"prompt": [says("so")]}, Source(""), DataSection(), AT)
+        parse_prompt({"prompt": [says("so")]}, Source(""), DataSection(), AT)

@@ -221,9 +221,9 @@ def test_an_epoch_of_a_mixture_has_every_row_of_the_largest(weights, sizes):
         seen = firsts[:epochs].ravel()
         counts = Counter(seen[seen // 1000 == largest].tolist())
         assert sorted(counts) == stored and min(counts.values()) >= epochs
-    assert sum(rows.shares) == pytest.approx(1)
+    assert sum(rows.fractions) == pytest.approx(1)
     shares = np.bincount(firsts.ravel() // 1000) / firsts.size
-    np.testing.assert_allclose(shares, rows.shares, atol=3 / firsts.size)
+    np.testing.assert_allclose(shares, rows.fractions, atol=3 / firsts.size)
 
 
 def test_no_source_of_a_mixture_is_dropped(tmp_path, tokenizer):

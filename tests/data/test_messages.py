@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from jaxllm.config import DataSection, Source
-from jaxllm.data.conversations import conversation_of
-from jaxllm.data.messages import words
+from jaxllm.data.conversations import parse_conversation
+from jaxllm.data.messages import message_text
 from jaxllm.data.sources import locate, read, records
 
 USER = {"role": "user", "content": "q"}
@@ -17,7 +17,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 
 def chat(*messages, tools=None, **data):
     record = {"messages": list(messages)} | ({} if tools is None else {"tools": tools})
-    return conversation_of(record, Source(""), DataSection(**data), "f:1")
+    return parse_conversation(record, Source(""), DataSection(**data), "f:1")
 
 
 def message(given, **data):
@@ -25,8 +25,8 @@ def message(given, **data):
     return chat(USER, given, ANSWER, **data)["messages"][1]
 
 
-def refused(given, words, **data):
-    with pytest.raises(ValueError, match=rf"^f:1: .*{words}"):
+def refused(given, message_text, **data):
+    with pytest.raises(ValueError, match=rf"^f:1: .*{message_text}"):
         message(given, **data)
 
 
@@ -155,7 +155,7 @@ def test_parts_of_text_stay_parts_and_a_string_a_string():
     ]
     got = message({"role": "user", "content": given})
     assert got == {"role": "user", "content": parts}
-    assert words(got) == "two parts" and words(USER) == "q"
+    assert message_text(got) == "two parts" and message_text(USER) == "q"
     assert message({"role": "user", "content": []})["content"] == ""
 
 
@@ -232,7 +232,7 @@ def test_the_older_function_call_is_a_tool_call():
             assert got == {"role": "assistant", "content": "", "tool_calls": want}
     refused(ANSWER | {"function_call": CALL, "tool_calls": [CALL]}, "calls in tool_calls and funct")
     record = {"messages": [USER, ANSWER], "functions": [{"name": "get", "parameters": {}}]}
-    found = conversation_of(record, Source(""), DataSection(), "f:1")["tools"]
+    found = parse_conversation(record, Source(""), DataSection(), "f:1")["tools"]
     assert found == [{"type": "function", "function": {"name": "get", "parameters": {}}}]
 
 
@@ -289,7 +289,7 @@ def test_nulls_of_a_table_are_dropped_in_every_container(form, tmp_path):
     source = Source(str(file))
     table = read(locate(source), tmp_path)
     at, found = next(records(table[:1], [0], str(file)))
-    got = conversation_of(found, source, DataSection(), at)
+    got = parse_conversation(found, source, DataSection(), at)
     function = {"name": "get", "arguments": {"unit": None, "more": [{"x": 1}, None]}}
     assert got["messages"][1]["tool_calls"] == [{"type": "function", "function": function}]
     assert got["messages"][1].keys() == {"role", "content", "tool_calls"}

@@ -171,7 +171,7 @@ class Answers:
 
     def __init__(self, answers):
         self.made = [np.array([prompt] * n + [9] * m, np.int32) for prompt, n, m in answers]
-        self.first = np.array([n for _, n, _ in answers], np.int32)
+        self.boundary = np.array([n for _, n, _ in answers], np.int32)
         self.lengths = np.array([len(tokens) for tokens in self.made], np.int64)
         self.value = np.ones(len(answers), np.float32)
 
@@ -179,7 +179,7 @@ class Answers:
         return self.made[index]
 
     def learn(self, index):
-        return (np.arange(len(self.made[index])) >= self.first[index]).astype(np.float32)
+        return (np.arange(len(self.made[index])) >= self.boundary[index]).astype(np.float32)
 
 
 @settings(max_examples=40)
@@ -194,15 +194,15 @@ def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more
     rows = Judged(examples, np.arange(len(answers)), 16, packing=packing)
     prompts = np.array([p for p, _, _ in answers])
     for epoch in range(3):
-        lenders = rows.lenders(epoch)
+        lenders = rows.donors(epoch)
         assert (prompts[lenders] != prompts).all()
         if 2 * np.bincount(prompts).max() <= len(prompts):
             assert sorted(lenders) == list(range(len(prompts)))  # each lends once
         found = [rows.row(i, epoch) for i in range(len(rows))]
         assert sum((row["unpaired_segment"] > 0).sum() for row in found) == len(answers)
         learned = sum((row["weights"] > 0).sum() for row in found)
-        mine = examples.lengths - examples.first
-        lent = np.minimum(mine[lenders], 16 - examples.first)  # cut at max_length alone
+        mine = examples.lengths - examples.boundary
+        lent = np.minimum(mine[lenders], 16 - examples.boundary)  # cut at max_length alone
         assert learned == mine.sum() + lent.sum()
 
 
@@ -278,11 +278,13 @@ def test_pairs_that_tell_nothing_are_dropped_and_counted(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(("objective", "words"), [("dpo", "rejected"), ("kto", "label")])
-def test_what_is_missing_in_a_file_names_file_and_line(tmp_path, tokenizer, objective, words):
+def test_what_is_missing_in_a_file_names_file_and_line(
+    tmp_path, tokenizer, objective, message_text
+):
     whole = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     whole |= {"completion": "yes", "label": True}
-    lacking = {k: v for k, v in whole.items() if k != words}
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {words} is"):
+    lacking = {k: v for k, v in whole.items() if k != message_text}
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {message_text} is"):
         load(tmp_path, tokenizer, objective, write(tmp_path, [whole, lacking]))
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from jaxllm.config import Source
-from jaxllm.data.conversations import text_of
+from jaxllm.data.conversations import parse_text
 from jaxllm.data.sources import content_hash, locate, read, records
 
 ROWS = [{"text": "one\n"}, {"text": "zwei\u2028ü"}, {"text": "<eos> three"}]
@@ -265,8 +265,8 @@ def test_records_of_an_array_keep_their_lines(tmp_path):
 
 
 def test_text_comes_from_the_mapped_column():
-    assert text_of({"content": "a", "text": "b"}, {"text": "content"}, "f:1") == "a"
-    assert text_of({"text": None}, {}, "f:1") == ""
+    assert parse_text({"content": "a", "text": "b"}, {"text": "content"}, "f:1") == "a"
+    assert parse_text({"text": None}, {}, "f:1") == ""
 
 
 @pytest.mark.parametrize(
@@ -279,4 +279,4 @@ def test_text_comes_from_the_mapped_column():
 )
 def test_wrong_text_columns_say_what_was_found(record, columns, message):
     with pytest.raises(ValueError, match=message):
-        text_of(record, columns, "f:1")
+        parse_text(record, columns, "f:1")

@@ -122,7 +122,7 @@ def test_the_disk_holds_few_files_and_nothing_stays(tmp_path, shards, tokenizer,
         most = max(most, len(mapped() - before))
         (left,) = (tmp_path / "cache").iterdir()
         assert left.name.startswith("rows-") and len(json.loads(left.read_text())) <= FILES
-    assert len(made) > FILES and 1 <= most <= Stream.HELD
+    assert len(made) > FILES and 1 <= most <= Stream.CACHED
 
 
 def test_a_streamed_source_keeps_its_share_of_a_mixture(tmp_path, shards, tokenizer):
