@@ -146,8 +146,9 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
     for answer in ("chosen", "rejected"):
         if answer not in columns:
             raise UserError(
-                f"{location}: found the columns {', '.join(columns) or 'none'}, but {answer} is missing; "
-                "a pair needs chosen and rejected (map others with columns: {chosen: NAME, …})"
+                f"{location}: {answer} is missing; found the columns "
+                f"{', '.join(columns) or 'none'}; a pair needs chosen and rejected (map others "
+                "with columns: {chosen: NAME, …})"
             )
     margin = _parse_cell(columns.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:

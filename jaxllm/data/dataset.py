@@ -176,8 +176,8 @@ def _make_rows(subsets: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
         if not len(rows):
             raise UserError(
                 f"{subset.source.path}: {subset.examples.lengths[subset.indices].sum()} tokens "
-                f"fill no row of max_length + 1 = {data.max_length + 1}; give more text or a smaller "
-                "data.max_length"
+                f"fill no row of max_length + 1 = {data.max_length + 1}; give more text or a "
+                "smaller data.max_length"
             )
         parts.append(rows)
     if cfg.verb.data in ("pairs", "judged"):

@@ -277,7 +277,7 @@ def _head(table: Any, count: int | None) -> Any:
 
 def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterator[tuple[str, dict]]:
     """The (location, record) pairs of a batch of `read`'s dataset."""
-    if not batch:
+    if indices and not batch:
         raise UserError(f"{path}: the table has no columns")
     if _RECORD not in batch:
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):

@@ -62,8 +62,8 @@ class Stream:
         self.files = self._located.urls or tuple(map(str, self._located.files))
         if self._located.format in ("dataset", "tfds"):
             raise UserError(
-                f"{source.path}: streaming needs files (Parquet, JSON lines, text, …), but this is a "
-                "dataset; remove streaming"
+                f"{source.path}: streaming needs files (Parquet, JSON lines, text, …), but this is "
+                "a dataset; remove streaming"
             )
         self.split = self._located.split
         self._ids = [_file_id(file) for file in self.files]

@@ -87,7 +87,7 @@ class _TextOffsets(NamedTuple):
     ends: dict[int, int]
 
     def has(self, texts: Iterable[int]) -> bool:
-        return all(k in self.starts and k in self.end_tokens for k in texts)
+        return all(k in self.starts and k in self.ends for k in texts)
 
 
 class Rendering:

@@ -19,15 +19,16 @@ from jaxllm.data.chat import (
     SEPARATE_EXAMPLE,
     end_tokens,
     prompt_tokens,
+    stop_ids,
 )
 from jaxllm.data.template import (
     TEMPLATES,
     apply_user_template,
-    template_source,
     embedded_user_template,
+    template_source,
     with_settings,
 )
-from jaxllm.tokenizer import stop_ids, train_tokenizer
+from jaxllm.data.tokenizer_training import train_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"

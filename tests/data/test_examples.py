@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import json
 import os
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import datasets
@@ -10,15 +12,10 @@ import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data import examples as examples_module
+from jaxllm.data import tokenization
 from jaxllm.data.chat import EOS_APPENDED, SEPARATE_EXAMPLE
-from jaxllm.data.examples import (
-    COMPLETE,
-    NOTHING_TO_LEARN,
-    TOO_LONG,
-    TRUNCATED,
-    fingerprint,
-    tokenize,
-)
+from jaxllm.data.examples import fingerprint, tokenize
+from jaxllm.data.tokenization import COMPLETE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 
 BOS, EOS = 0, 1
 
@@ -132,7 +129,7 @@ def test_a_null_document_of_a_table_is_dropped_and_counted(tmp_path, tokenizer):
 
 def test_an_empty_source_is_named(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl: holds no examples"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: has no records"):
         read(tmp_path / "a.jsonl", config(tmp_path), tokenizer)
 
 
@@ -140,7 +137,7 @@ def test_an_empty_source_is_named(tmp_path, tokenizer):
 def test_a_cache_that_cannot_be_a_directory_is_named(place, tmp_path, tokenizer):
     file = write_lines(tmp_path / "file", [])
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=f"data.cache_dir: {tmp_path / place} is a file, or lies"):
+    with pytest.raises(ValueError, match=f"data.cache_dir: {tmp_path / place} is a file, or is"):
         read(source, config(tmp_path, cache_dir=str(tmp_path / place)), tokenizer)
     assert file.read_text() == ""
 
@@ -241,7 +238,7 @@ def test_without_a_home_directory_the_cache_must_be_named(tmp_path, tokenizer, m
 
     monkeypatch.setattr(Path, "expanduser", expanduser)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
-    with pytest.raises(ValueError, match=r"no home directory .* give data\.cache_dir"):
+    with pytest.raises(ValueError, match=r"no home directory .* set data\.cache_dir"):
         read(file, config(tmp_path, "sft", cache_dir=None), tokenizer)
 
 
@@ -286,7 +283,7 @@ def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, toke
 def test_a_template_that_fails_names_the_record(template, tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(template)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template refuses"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template rejects"):
         read(file, config(tmp_path, "sft", template=str(tmp_path / "t.jinja")), tokenizer)
 
 
@@ -294,7 +291,7 @@ def test_a_record_nested_too_deeply_to_render_is_named(tmp_path, tokenizer, monk
     def render(*_, **__):
         raise RecursionError
 
-    monkeypatch.setattr(examples_module, "render", render)
+    monkeypatch.setattr(tokenization, "render", render)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is nested too deeply"):
         read(file, config(tmp_path, "sft"), tokenizer)
@@ -327,3 +324,38 @@ def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokeni
     write_lines(file, [SHORT, SHORT])
     seen.add(read(file, cfg, tokenizer).fingerprint)
     assert len(seen) == 10
+
+
+def test_every_module_that_decides_tokens_is_in_the_caches_key():
+    """All modules of the package that encoding a record imports, directly or not."""
+    package = Path(examples_module.__file__).parents[1]
+    found, todo = set(), [package / "data" / "tokenization.py", package / "data" / "examples.py"]
+    while todo:
+        file = todo.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxllm."):
+                todo.append(package.parent / (node.module.replace(".", "/") + ".py"))
+    # Config values are in the key. Errors and the finding of files do not change tokens.
+    ignored = {package / "errors.py", package / "files.py"}
+    assert found - ignored == set(examples_module._CODE)
+
+
+@pytest.mark.parametrize("name", ["tokenizers", "transformers", "datasets", "pyarrow"])
+def test_another_version_of_a_package_changes_the_caches_key(name, monkeypatch):
+    before = examples_module.cache_key({})
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: "0" if n == name else version(n))
+    assert examples_module.cache_key({}) != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chat", "tokenization"])
+def test_another_code_changes_the_caches_key(name, monkeypatch, tmp_path):
+    before = examples_module.cache_key({})
+    (file,) = (f for f in examples_module._CODE if f.stem == name)
+    (tmp_path / file.name).write_text(file.read_text(encoding="utf-8") + "# changed\n")
+    code = [tmp_path / f.name if f == file else f for f in examples_module._CODE]
+    monkeypatch.setattr(examples_module, "_CODE", code)
+    assert examples_module.cache_key({}) != before

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data.loader import batch_at, eval_batches, load_data, summarize
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import batch_at, eval_batches
 from jaxllm.data.preference import Judged
 from jaxllm.objectives.table import OBJECTIVES
 
@@ -178,7 +179,7 @@ class Answers:
     def tokens(self, index):
         return self.made[index]
 
-    def learn(self, index):
+    def loss_weights(self, index):
         return (np.arange(len(self.made[index])) >= self.boundary[index]).astype(np.float32)
 
 
@@ -208,9 +209,7 @@ def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more
 
 def test_judged_answers_to_one_prompt_are_refused(tmp_path, tokenizer):
     source = write(tmp_path, [{"prompt": "q", "completion": a, "label": True} for a in "abc"])
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl: all of its answers .3. have the same prompt; kto"
-    ):
+    with pytest.raises(ValueError, match=r"a\.jsonl: all 3 answers have the same prompt; kto"):
         load(tmp_path, tokenizer, "kto", source)
 
 
@@ -273,18 +272,16 @@ def test_pairs_that_tell_nothing_are_dropped_and_counted(tmp_path, tokenizer):
     assert entry["dropped_too_long"] == 1  # they differ beyond the cut
     line = summarize(data.manifest)[0]
     assert "4 dropped as empty or equal pairs" in line and "1 of 6 examples" in line
-    with pytest.raises(ValueError, match="4 pairs with an empty side or two equal ones"):
+    with pytest.raises(ValueError, match="4 pairs with an empty answer or equal answers"):
         load(tmp_path, tokenizer, "dpo", write(tmp_path, records[1:], "b.jsonl"))
 
 
 @pytest.mark.parametrize(("objective", "words"), [("dpo", "rejected"), ("kto", "label")])
-def test_what_is_missing_in_a_file_names_file_and_line(
-    tmp_path, tokenizer, objective, message_text
-):
+def test_what_is_missing_in_a_file_names_file_and_line(tmp_path, tokenizer, objective, words):
     whole = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     whole |= {"completion": "yes", "label": True}
-    lacking = {k: v for k, v in whole.items() if k != message_text}
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {message_text} is"):
+    lacking = {k: v for k, v in whole.items() if k != words}
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {words} is"):
         load(tmp_path, tokenizer, objective, write(tmp_path, [whole, lacking]))
 
 

@@ -223,9 +223,9 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
     for message in chat:
         said = (message["content"] or "").rpartition("</think>")[2].strip()
         if message["role"] == "assistant":
-            for message_text in (said, message.get("reasoning_content", "")):
-                if message_text not in learned:
-                    return "wrong", f"{message_text!r} is not learned: {learned!r}"
+            for words in (said, message.get("reasoning_content", "")):
+                if words not in learned:
+                    return "wrong", f"{words!r} is not learned: {learned!r}"
         elif len(said) > 3 and said in learned:
             return "wrong", f"{said!r} is learned: {learned!r}"
     eos, asked = tokenizer.eos_token, reference(tokenizer, TURNS[:3], None) or ""
@@ -273,8 +273,8 @@ def test_what_a_template_is_said_to_lack_is_not_in_its_rendering(zoo, outcomes):
         # An answer's reasoning, as its last turn has it; the tools' description; an argument.
         turn = int(why.split()[1]) if lack[1] == "reasoning_content" else len(chat)
         text = reference(zoo[name], as_object(chat[:turn]), tools) or ""
-        message_text = {"tools": "The weather in a city.", "tool_calls": "Oslo"}
-        assert message_text.get(lack[1], chat[turn - 1].get("reasoning_content")) not in text, (
+        words = {"tools": "The weather in a city.", "tool_calls": "Oslo"}
+        assert words.get(lack[1], chat[turn - 1].get("reasoning_content")) not in text, (
             name,
             key,
         )
