@@ -359,7 +359,7 @@ class Turns:
 
     def _marked_end(self, text: str, start: int, end: int) -> int:
         stop = start + len(text[start:end].rstrip())
-        if self.end_tokens_with_special(text, (start, stop)):
+        if self.ends_with_special(text, (start, stop)):
             return stop
         match = self._closing_pattern.match(text, stop)
         return match.end() if match and match[1] in self.end_tokens else stop

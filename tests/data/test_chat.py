@@ -214,7 +214,7 @@ def test_tools_are_told_to_the_model(of_style):
 
 @pytest.mark.parametrize(("options", "name"), [({"tools": TOOLS}, "tools"), ({}, "tool_calls")])
 def test_tools_that_the_template_would_drop_are_refused(options, name, of_style):
-    with pytest.raises(ValueError, match=f"has {name}, for which the chat template has no place"):
+    with pytest.raises(ValueError, match=f"has {name}, which the chat template does not render"):
         render(of_style("smollm2"), TOOL_CHAT if name == "tool_calls" else CHAT, **options)
 
 
@@ -259,12 +259,12 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
     ):
         own = with_settings(of_style(source=source), DataSection(system="Be brief 😀"))
         assert own.decode(prompt_tokens(own, turns("x"))).startswith(said)
-    with pytest.raises(ValueError, match=r"template_kwargs: 'x-y' cannot be the name"):
+    with pytest.raises(ValueError, match=r"template_kwargs: 'x-y' is not a valid"):
         with_settings(of_style(), DataSection(template_kwargs={"x-y": 1}))
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     for source in (refuses, drops):
-        with pytest.raises(ValueError, match=r"data\.system: .* no place for a system message"):
+        with pytest.raises(ValueError, match=r"data\.system: .* does not render a system message"):
             with_settings(of_style(source=source), DataSection(system="Be brief."))
 
 
@@ -313,9 +313,9 @@ def test_a_conversation_may_begin_with_the_assistant(of_style):
 
 def test_a_message_whose_words_are_not_rendered_is_refused(of_style):
     source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+    with pytest.raises(ValueError, match="message 1: .* drops the content of the system"):
         render(of_style(source=source), CHAT[:3])
-    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+    with pytest.raises(ValueError, match="message 1: .* drops the content of the system"):
         prompt_tokens(of_style(source=source), CHAT[:2])
 
 
@@ -459,10 +459,10 @@ def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_sty
 
 def test_learning_all_of_a_conversation_needs_it_in_one_text(of_style):
     tokenizer, chats = of_style(source=QWEN3), said(("why", "b"), ("so", "d"))
-    with pytest.raises(ValueError, match="message 2: .*train_on_prompt cannot learn .* one text"):
+    with pytest.raises(ValueError, match="message 2: .*train_on_prompt cannot train .* one text"):
         render(tokenizer, chats, train_on_prompt=True)
     assert render(tokenizer, turns("a", "b", "c", "d"), train_on_prompt=True)[1].all()
-    with pytest.raises(ValueError, match=r"data\.learn each .* data\.train_on_prompt"):
+    with pytest.raises(ValueError, match=r"data\.learn: each .* data\.train_on_prompt"):
         render(tokenizer, chats, train_on_prompt=True, learn="each")
 
 
@@ -484,7 +484,9 @@ def test_reasoning_goes_to_templates_under_the_name_that_they_read(of_style):
 
 @pytest.mark.parametrize("style", ["qwen2.5", "llama-3", "chatml"])
 def test_reasoning_that_the_template_would_drop_is_refused(style, of_style):
-    with pytest.raises(ValueError, match="message 2 has reasoning_content, for .* no place.*drop"):
+    with pytest.raises(
+        ValueError, match="message 2 has reasoning_content, which .* does not render.*drop"
+    ):
         render(of_style(style), said(("why", "b")))
 
 
@@ -703,9 +705,9 @@ def test_a_call_without_content_is_null_for_templates_that_ask_for_that(of_style
 
 def test_calls_that_the_template_names_and_does_not_render_are_refused(of_style):
     source = SHAPES["phi"][0] + "{# tool_calls and tools #}"
-    with pytest.raises(ValueError, match="has tool_calls, for which the chat template has no"):
+    with pytest.raises(ValueError, match="has tool_calls, which the chat template does not"):
         render(of_style(source=source), TOOL_CHAT)
-    with pytest.raises(ValueError, match="has tools, for which the chat template has no place"):
+    with pytest.raises(ValueError, match="has tools, which the chat template does not render"):
         render(of_style(source=source), turns("a", "b"), tools=TOOLS)
 
 
@@ -741,7 +743,7 @@ def test_a_template_that_needs_the_whole_conversation_is_refused_with_the_reason
         "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}"
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(ValueError, match="message 2.*cannot be rendered alone.*too short"):
+    with pytest.raises(ValueError, match="message 2.*cannot be rendered.*too short"):
         render(of_style(source=source), turns("a", "b", "c", "d"))
 
 
@@ -946,9 +948,7 @@ def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_pa
     own = with_settings(of_style("smollm2"), DataSection(template=str(file)))
     assert learned_text(own, turns("a", "b")) == "b<|end|>"
     assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
-    with pytest.raises(
-        ValueError, match="'nosuch' is neither a file nor built in .*chatml.*seed-qwen"
-    ):
+    with pytest.raises(ValueError, match="'nosuch' is neither a file nor one of chatml.*seed-qwen"):
         template_source(tokenizer, "nosuch")
     file.write_bytes("{# größer #}".encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.jinja: the chat template is not UTF-8 text"):
@@ -972,7 +972,7 @@ def test_a_template_sees_tokens_added_after_its_first_use(of_style):
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [
-        ([], {}, "at least one"),
+        ([], {}, "non-empty list"),
         ([{"content": "a"}], {}, "each with a role"),
         (turns("a", "b"), {"learn": "first"}, "learn is 'first'"),
         ([*turns("a"), {"role": "assistant", "content": "b", "weight": -1}], {}, "weight is -1"),
@@ -985,7 +985,7 @@ def test_a_template_sees_tokens_added_after_its_first_use(of_style):
             "weight is 1",
         ),
         *(
-            (turns("a", "b"), {"source": source}, f"refuses the conversation: {error}")
+            (turns("a", "b"), {"source": source}, f"rejects the conversation: {error}")
             for source, error in (
                 ("{{ messages[0].content + 1 }}", "TypeError"),
                 ("{{ 1/0 }}", "ZeroDivisionError"),

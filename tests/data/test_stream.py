@@ -171,7 +171,7 @@ def test_a_bad_record_is_named_when_its_file_is_read(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="short: no file has the 9 tokens of a row"):
         load(tmp_path, tmp_path / "short", tokenizer)
     datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="saved: streaming reads files"):
+    with pytest.raises(ValueError, match="saved: streaming needs files"):
         load(tmp_path, tmp_path / "saved", tokenizer)
 
 

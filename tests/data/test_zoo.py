@@ -237,7 +237,7 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
 
 
 # What a template lacks is said, and no fault of the renderer's.
-LACKS = re.compile(r"has (reasoning_content|tools|tool_calls), for which the chat template has no")
+LACKS = re.compile(r"has (reasoning_content|tools|tool_calls), which the chat template does not")
 
 
 @pytest.fixture(scope="module")
