@@ -24,14 +24,14 @@ def trl_side(a) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from jaxllm.data.conversations import pair_of
+    from jaxllm.data.conversations import parse_pair
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     pairs = [
         {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-        for p in examples(a.data, pair_of)
+        for p in examples(a.data, parse_pair)
     ]
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -72,7 +72,8 @@ def jaxllm_step(a):
     )
     from jaxllm.config.checks import resolve
     from jaxllm.data.batch import Batch
-    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.data.dataset import load_data
+    from jaxllm.data.loader import make_loader
     from jaxllm.hf import load_hf
     from jaxllm.objectives.table import OBJECTIVES
     from jaxllm.optim import make_optimizer, make_schedule

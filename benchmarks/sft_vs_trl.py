@@ -24,12 +24,12 @@ def trl_side(a) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from jaxllm.data.conversations import conversation_of
+    from jaxllm.data.conversations import parse_conversation
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    chats = [found["messages"] for found in examples(a.data, conversation_of)]
+    chats = [found["messages"] for found in examples(a.data, parse_conversation)]
     rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in chats]
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -55,7 +55,8 @@ def jaxllm_step(a):
 
     from jaxllm.config import DataSection, ModelSection, OptimSection, Source, TrainConfig
     from jaxllm.data.batch import Batch
-    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.data.dataset import load_data
+    from jaxllm.data.loader import make_loader
     from jaxllm.hf import load_hf
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule

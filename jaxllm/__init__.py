@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
+    from jaxllm.data.tokenizer_training import train_tokenizer
     from jaxllm.errors import UserError
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from jaxllm.peft.combine import choose
     from jaxllm.peft.merge import merged
     from jaxllm.sampling import Sampling, generate, generate_text
-    from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+    from jaxllm.tokenizer import load_tokenizer
     from jaxllm.training import train
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "data.tokenizer_training": ("train_tokenizer",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
@@ -76,7 +78,7 @@ _HOMES = {
     "peft.combine": ("choose",),
     "peft.merge": ("merged",),
     "sampling": ("Sampling", "generate", "generate_text"),
-    "tokenizer": ("load_tokenizer", "train_tokenizer"),
+    "tokenizer": ("load_tokenizer",),
     "training": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

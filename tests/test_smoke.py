@@ -51,7 +51,7 @@ def test_pretrain_then_load_then_generate_then_lora(tmp_path):
         Source,
         TrainConfig,
     )
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten\n" * 400)
