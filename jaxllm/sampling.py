@@ -23,6 +23,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder, apart
+from jaxllm.ops.decoding import argmax, prefers_unstacked
 from jaxllm.peft.interop import Choice, shares
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
@@ -81,10 +82,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array) -> jax.Array:
     """Next tokens int32 [B]; randomness is a function of (key, row, step) alone."""
     if sampling.temperature == 0:
-        # The first of the greatest; a CPU's argmax takes ten times as long.
-        places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        most = logits == jnp.max(logits, -1, keepdims=True)
-        return jnp.min(jnp.where(most, places, logits.shape[-1] - 1), -1)
+        return argmax(logits)
     key = jax.random.fold_in(key, step)
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
@@ -98,10 +96,8 @@ def _apart(graph: Any, params: Any) -> tuple[Any, Any]:
 def ready(graph: Any, params: Any) -> tuple[Any, Any]:
     """(graph, params) as decoding reads them fastest: as they are, but a CPU's in bfloat16, which
     are copied once into the form of `apart`."""
-    if jax.default_backend() != "cpu":
-        return graph, params
-    narrow = nnx.merge(graph, params).compute_dtype == jnp.bfloat16
-    return _apart(graph, params) if narrow else (graph, params)
+    unstacked = prefers_unstacked(nnx.merge(graph, params).compute_dtype)
+    return _apart(graph, params) if unstacked else (graph, params)
 
 
 def _read(model: Decoder, tokens: Any, segments: Any, slots: int, mix: Any = None):

@@ -24,6 +24,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
 from jaxllm.ops.attention import EVERYWHERE
+from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import kept
@@ -189,12 +190,7 @@ class Decoder(nnx.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
         P = 0 if self.prefix is None else self.prefix.length
-        # float32 on a CPU: of a bfloat16 array it writes a slot by way of a float32 copy of the
-        # whole, and of its bits it would make a copy to read them.
-        narrow = jax.default_backend() != "cpu"
-        cache = Cache.empty(
-            self.cfg, rows, P + slots, self.compute_dtype if narrow else jnp.float32
-        )
+        cache = Cache.empty(self.cfg, rows, P + slots, cache_dtype(self.compute_dtype))
         k, v, segments = cache.k, cache.v, cache.segments
         if self.prefix is not None:
             before = (y.swapaxes(2, 3) for y in self.prefix.kv(self))

@@ -44,7 +44,7 @@ def test_whole_rows_of_bfloat16_go_to_the_kernel_and_others_do_not(monkeypatch, 
 
     monkeypatch.setattr(attention, "GPU_KERNEL", "mosaic")
     monkeypatch.setattr(kernels, "attend", attend)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
     attention.attention(q, k, v, segments, segments, segments, scale=144**-0.5)
     heads = tuple((3, 16, n, 8) for n in (4, 2, 2))
     assert seen == ([("mosaic", *heads)] if fused else [])
