@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the table of every key into docs/config.md, from the fields' own docstrings.
+"""Write the table of all keys into docs/config.md, from the fields' docstrings.
 
 python docs/reference.py
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxllm.cli import kind_of, plain
 from jaxllm.config import SECTIONS, aliases, leaves
+from jaxllm.config.describe import kind_of, plain
 
 PAGE = Path(__file__).with_name("config.md")
 MARK = "<!-- made by docs/reference.py: do not edit below -->\n"
 
 
 def reference() -> str:
-    """Markdown: a table a section of each key: type, default, meaning, transformers' name."""
+    """Markdown: one table per section with type, default, meaning and HF names of each key."""
     others = aliases.spellings()
     lines: list[str] = []
     section = None

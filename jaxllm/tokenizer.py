@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if place.is_dir():
         _check_holds_one(place, path)
     elif not hub_id(str(path)):
-        raise FileNotFoundError(f"{path}: no such directory (nor a hub id like OWNER/NAME)")
+        raise MissingFile(f"{path}: no such directory (nor a hub id like OWNER/NAME)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(place if place.is_dir() else path), trust_remote_code=False
@@ -253,7 +253,7 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     if folders := [file for file in files if file.is_dir()]:
         raise UserError(f"{folders[0]} is a directory; name its files, as {folders[0]}/*.txt does")
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]}: no such file")
+        raise MissingFile(f"{missing[0]}: no such file")
     for file in files:
         if (format_of(file) or "text") != "text":
             yield from _records(file)

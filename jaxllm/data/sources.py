@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
 from jaxllm.data.formats import ACCEPTED, COMPRESSED, READERS, format_of, loads, reason, short
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
 
 _SPLITS = {
@@ -73,10 +73,10 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     if glob.has_magic(path):
         found = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         if not found:
-            raise FileNotFoundError(f"{source.path}: no file matches")
+            raise MissingFile(f"{source.path}: no file matches")
         return _of_files(found, source.path)
     if not hub_id(path.partition(":")[0]) or format_of(path):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{source.path}: no such file or directory (nor a hub id like OWNER/NAME)"
         )
     return _locate_hub(source, held_out)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.config import PeftSection, validated
-from jaxllm.config.checks import TUNES
+from jaxllm.config.sections import PEFT_METHODS
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, opened, read_json, resolve
 from jaxllm.model.adapter import PLAIN, Peft
@@ -142,7 +142,9 @@ def section_of(config: dict[str, Any]) -> PeftSection:
     method = method_of(config)
     config = {key: value for key, value in config.items() if value is not None}
     if method != "lora":
-        return _section({k: config[k] for k in TUNES[method] if k in config} | {"method": method})
+        return _section(
+            {k: config[k] for k in PEFT_METHODS[method].keys if k in config} | {"method": method}
+        )
     for key in REFUSED:
         if config.get(key):
             raise UserError(f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not done here")
