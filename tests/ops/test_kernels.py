@@ -2,7 +2,6 @@
 """What a GPU's attention kernels are told of a row's segments; the kernels run on a GPU alone
 (benchmarks/gpu.py compares their results)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
