@@ -29,7 +29,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
-from jaxllm.objectives.table import OBJECTIVES, Objective
+from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention_gpu
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
@@ -173,7 +173,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     if cfg.verb.critic:
         model = make()
         add_critic(model, cfg, make)
-    objective = OBJECTIVES[cfg.objective](cfg)
+    objective = make_objective(cfg)
 
     # ---- what is trained, what is frozen, and where they are
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)

@@ -22,7 +22,7 @@ from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import as_reward, from_hf
 from jaxllm.objectives.ppo import ValueParam
-from jaxllm.objectives.table import OBJECTIVES
+from jaxllm.objectives.table import make_objective
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.rl.online import add_critic
 from jaxllm.step import TrainState, make_step, state_shardings
@@ -154,7 +154,7 @@ def test_a_config_lowers_over_eight_devices(path):
         moment_layout,
     )
     batch = batch_of(cfg, mesh)
-    objective = OBJECTIVES[cfg.objective](cfg)
+    objective = make_objective(cfg)
 
     def models(trainable, frozen):
         model = merge(graph, trainable, frozen)
