@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
-sections   the fields of each section: type, range, unit, short forms, documentation
+annotations  ranges, units and short forms of fields
+sections   the fields of each section, with their documentation
 verbs      the training verbs: what each reads, and its defaults
 aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
 schema     TrainConfig; its fields as a table; validation; conversion from and to dicts

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
+from jaxllm.config.annotations import home, sources
 from jaxllm.config.deepspeed import read_deepspeed
 from jaxllm.config.schema import (
     SECTIONS,
@@ -26,7 +27,7 @@ from jaxllm.config.schema import (
     unknown_key,
     validated,
 )
-from jaxllm.config.sections import Source, home, sources
+from jaxllm.config.sections import Source
 from jaxllm.errors import MissingFile, UserError
 
 # ---- YAML and flags
