@@ -75,7 +75,7 @@ def jaxllm_step(a):
     from jaxllm.data.dataset import load_data
     from jaxllm.data.loader import make_loader
     from jaxllm.hf import load_hf
-    from jaxllm.objectives.table import OBJECTIVES
+    from jaxllm.objectives.table import make_objective
     from jaxllm.optim import make_optimizer, make_schedule
     from jaxllm.peft.files import make_adapter
     from jaxllm.step import TrainState, make_step
@@ -96,7 +96,7 @@ def jaxllm_step(a):
     optim = OptimSection(learning_rate=5e-5, schedule="constant")
     schedule = make_schedule(optim, 10_000)
     optimizer = make_optimizer(optim, schedule)
-    loss = OBJECTIVES["dpo"](cfg).loss
+    loss = make_objective(cfg).loss
     update = jax.jit(make_step(models, loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
 

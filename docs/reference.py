@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxllm.cli import kind_of, plain
 from jaxllm.config import SECTIONS, aliases, leaves
+from jaxllm.config.describe import kind_of, plain
 
 PAGE = Path(__file__).with_name("config.md")
 MARK = "<!-- made by docs/reference.py: do not edit below -->\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: a verb calls one function; a user's mistake is one line and exit status 2."""
+"""The command line: one function per verb, exit statuses, and one-line errors."""
 
 from __future__ import annotations
 
@@ -9,151 +9,83 @@ import errno
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
-from jaxllm.config import Leaf, TrainConfig, aliases, checks, leaves, load_config, value_of
+from jaxllm.config import TrainConfig, checks, describe, load_config
+from jaxllm.config.annotations import home
+from jaxllm.config.loading import parse
 from jaxllm.errors import UserError
 
-DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-# ---- pretrain, sft
+# ---- the training verbs
 
 
 def training(verb: str, args: list[str]) -> int:
-    """A run described by a YAML file and flags (config.load_config)."""
+    """A training run from a YAML file and flags."""
     if {"-h", "--help"} & set(args):
-        print(training_help(verb))
+        print(describe.training_help(verb))
         return DONE
     if "--schema" in args:
-        print(json.dumps(config.json_schema(), indent=2))
+        print(json.dumps(describe.json_schema(), indent=2))
         return DONE
     explain = "--explain" in args
     args = [arg for arg in args if arg != "--explain"]
     path = args.pop(0) if args and not args[0].startswith("-") else None
-    cfg, provenance = load_config(verb, path, args)
+    cfg, origins = load_config(verb, path, args)
     if explain:
-        print(explanation(cfg, provenance))
+        print(describe.explanation(cfg, origins))
         return DONE
-    checks.check(cfg)  # before the seconds that the imports of train take
+    checks.check(cfg)  # before the import below, which takes seconds
     from jaxllm.training import train
 
-    result = train(cfg)
+    return _report(cfg, train(cfg))
+
+
+def _report(cfg: TrainConfig, result: Any) -> int:
+    """Print how a run ended; returns the exit status."""
     for name, values in result.evals.items():
-        print(f"{name}: {_shown(values)}")
-    best, named = result.best, cfg.eval.metric
+        print(f"{name}: {_metrics_text(values)}")
+    best, metric = result.best, cfg.eval.metric
     if best.step not in (None, result.step):
-        here = "; final/ is that one" if cfg.save.load_best and result.final else ""
-        loss = "" if named.endswith("loss") or best.loss is None else f", loss {best.loss:.4f}"
-        print(f"best: step {best.step}, {named} {best.value:.4f}{loss}{here}")
+        exported = " (exported to final/)" if cfg.save.load_best and result.final else ""
+        loss = "" if metric.endswith("loss") or best.loss is None else f", loss {best.loss:.4f}"
+        print(f"best: step {best.step}, {metric} {best.value:.4f}{loss}{exported}")
     if result.early:
-        by = f" of more than {cfg.eval.min_delta:g}" if cfg.eval.min_delta else ""
+        more = f" by more than {cfg.eval.min_delta:g}" if cfg.eval.min_delta else ""
         print(
-            f"stopped early: no improvement of {named}{by} in {best.waited} evaluations "
+            f"stopped early: {metric} has not improved{more} in {best.waited} evaluations "
             "(eval.patience)"
         )
     if result.stopped:
-        print(
-            f"stopped at step {result.step}; the same command goes on from there", file=sys.stderr
-        )
+        print(f"stopped at step {result.step}; run the same command to resume", file=sys.stderr)
         return STOPPED
     print(f"done: {result.step} steps" + (f", model in {result.final}" if result.final else ""))
     return DONE
 
 
-# Of an evaluation, what is printed beside its loss where it has it.
+# Metrics of an evaluation to print after its loss.
 SHOWN = {"perplexity": ".2f", "accuracy": ".4f", "margin": ".4f", "reward_mean": ".4f"}
 
 
-def _shown(values: dict[str, float]) -> str:
-    named = {k: f for k, f in SHOWN.items() if k in values}
-    if "perplexity" in named:
-        named = {"perplexity": named["perplexity"]}
-    parts = [f"{k} {values[k]:{f}}" for k, f in ({"loss": ".4f"} | named).items()]
-    return "  ".join(parts)
-
-
-def training_help(verb: str) -> str:
-    """Every key of a run: its type, default, docstring and transformers' name."""
-    others = {m: [f"--{name}" for name in names] for m, names in aliases.spellings().items()}
-    lines = [
-        f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
-        "",
-        f"{VERBS[verb][1]}.",
-        "",
-        "Keys are the same in the YAML file and as flags; a flag beats the file. A list takes",
-        "several values, a dict YAML ({a: 1}) or --section.key.a 1; --key and --no-key are true",
-        "and false.",
-        "",
-        "  --explain   print the resolved config and where each value came from, and end",
-        "  --schema    print the JSON schema of the YAML file, for editors, and end",
-    ]
-    section = None
-    for leaf in leaves().values():
-        if leaf.key == "objective":
-            continue
-        prefix = leaf.key.rpartition(".")[0]
-        if prefix != section:
-            about = config.SECTIONS.get(prefix, TrainConfig).__doc__
-            lines += ["", about or ""]
-            section = prefix
-        also = f" (also {', '.join(others.pop(leaf.key))})" if leaf.key in others else ""
-        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]")
-        lines += textwrap.wrap(
-            f"{leaf.doc}{also}", 92, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
-    lines += ["", "Other names of transformers, and what they set:"]
-    lines += [f"  {', '.join(flags)}: {meaning}" for meaning, flags in others.items()]
-    return "\n".join(lines)
-
-
-def kind_of(leaf: Leaf) -> str:
-    """The type of a key as help shows it."""
-    if isinstance(leaf.default, dict):
-        return "{KEY: VALUE}"
-    names = {bool: "true|false", int: "INT", float: "FLOAT"}
-
-    def words(kind: Any) -> list[str]:
-        inner = [one for one in get_args(kind) if one not in (type(None), ...)]
-        if get_origin(kind) is Literal:
-            return [str(value) for value in inner]
-        if get_origin(kind) is Annotated:
-            return words(inner[0])
-        return [w for one in inner for w in words(one)] or [names.get(kind, "TEXT")]
-
-    found = words(leaf.type)
-    many = isinstance(leaf.default, tuple) and len(found) == 1
-    return "|".join(found) + (" ..." if many else "")
-
-
-def plain(value: Any) -> str:
-    """A value as YAML would have it."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return (
-        json.dumps(value, default=vars, ensure_ascii=False) if not isinstance(value, str) else value
-    )
-
-
-def explanation(cfg: TrainConfig, provenance: dict[str, str]) -> str:
-    """Key, value and origin of every field, in columns."""
-    rows = [(key, plain(value_of(cfg, key)), provenance[key]) for key in leaves()]
-    left = max(len(key) for key, _, _ in rows)
-    middle = min(max(len(value) for _, value, _ in rows), 40)
-    return "\n".join(f"{key:<{left}}  {value:<{middle}}  {at}" for key, value, at in rows)
+def _metrics_text(values: dict[str, float]) -> str:
+    shown = {name: form for name, form in SHOWN.items() if name in values}
+    if "perplexity" in shown:
+        shown = {"perplexity": shown["perplexity"]}
+    return "  ".join(f"{k} {values[k]:{form}}" for k, form in ({"loss": ".4f"} | shown).items())
 
 
 # ---- the other verbs
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one line."""
+    """An argparse parser that raises UserError."""
 
     def __init__(self, verb: str):
         super().__init__(
@@ -167,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
 
     def read(self, args: list[str]) -> argparse.Namespace:
-        """The arguments. A list's flag given twice raises ValueError: it would lose the first."""
+        """Parse the arguments. Raises UserError for a list flag given twice."""
         flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
         for flag in (name for action in self._actions for name in action.option_strings):
             if flags.count(flag) > 1 and self._option_string_actions[flag].nargs == "+":
@@ -175,14 +107,14 @@ class _Parser(argparse.ArgumentParser):
         return self.parse_args(args)
 
 
-def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of a flag: a whole number from low to high."""
+def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Type of a flag: an integer from low to high."""
 
     def number(text: str) -> int:
-        value = aliases.parse(text)
+        value = parse(text)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"seen {text}; it is a whole number from {low} to {high}"
+                f"seen {text}; must be an integer from {low} to {high}"
             )
         return value
 
@@ -193,43 +125,46 @@ def _model_options(parser: _Parser, dtype: str = "float32") -> None:
     parser.add_argument(
         "--model",
         required=True,
-        type=aliases.home,
+        type=home,
         metavar="DIR",
-        help="HF directory or hub id, or an adapter's",
+        help="HF directory or hub id, of a model or an adapter",
     )
     parser.add_argument(
         "--adapter",
         nargs="+",
         default=[],
         metavar="[NAME=]DIR",
-        help="adapters in peft's format beside the model; the first is used",
+        help="adapters in peft's format to load; the first one is active",
     )
     parser.add_argument(
-        "--dtype", default=dtype, choices=("float32", "bfloat16"), help="of the arithmetic"
+        "--dtype", default=dtype, choices=("float32", "bfloat16"), help="compute dtype"
     )
     parser.add_argument(
         "--template",
-        type=aliases.home,
-        help="chat template: a file or a built-in name; default: the model's",
+        type=home,
+        help="chat template: a file or a built-in name; default: the tokenizer's",
     )
 
 
 def _use_option(parser: _Parser, **keys: Any) -> None:
     parser.add_argument(
-        "--use", metavar="NAME", help="adapter to use: a name, none, or NAME:0.7,NAME:0.3", **keys
+        "--use",
+        metavar="NAME",
+        help="active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3",
+        **keys,
     )
 
 
 def _adapters(options: argparse.Namespace) -> dict[str, str]:
-    """{name: directory}; one without a name is called after its directory, `default` if alone."""
+    """{name: directory} of --adapter; the default name is the directory's, or `default` for one."""
     named: dict[str, str] = {}
     for text in options.adapter:
         name, equals, path = text.rpartition("=")
-        alone = len(options.adapter) == 1 and not equals
-        name = name if equals else "default" if alone else Path(path).name
+        if not equals:
+            name = "default" if len(options.adapter) == 1 else Path(path).name
         if name in named:
-            raise UserError(f"--adapter: two are called {name}; say NAME=DIR")
-        named[name] = aliases.home(path)
+            raise UserError(f"--adapter: two adapters are named {name}; write NAME=DIR")
+        named[name] = home(path)
     return named
 
 
@@ -240,27 +175,39 @@ def _uses(texts: Sequence[str]) -> list[Any]:
 
 
 def _need_chat(options: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for a flag that nothing reads without --chat."""
+    """Raise UserError for a flag that is used only with --chat."""
     for name in names:
         if getattr(options, name) is not None and not options.chat:
-            raise UserError(f"--{name} goes with --chat")
+            raise UserError(f"--{name} requires --chat")
 
 
 def _sampling_options(parser: _Parser) -> None:
     add = parser.add_argument
     add("--system", help="system message of the chat")
-    add("--max_new_tokens", type=_whole(1), default=256, help="tokens of an answer at most")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top_k", type=_whole(0), default=0, help="draw from this many likeliest tokens; 0 = all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
+    add(
+        "--max_new_tokens",
+        type=_integer(1),
+        default=256,
+        help="maximum length of an answer in tokens",
+    )
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
+    add(
+        "--top_k", type=_integer(0), default=0, help="sample from the k most likely tokens; 0 = all"
+    )
+    add(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens whose probabilities sum to top_p",
+    )
     add(
         "--min_p",
         type=float,
         default=0.0,
-        help="leave out tokens below this share of the likeliest",
+        help="exclude tokens less likely than min_p times the most likely one",
     )
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
-    add("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the draws")
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeatable")
+    add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of the sampling")
 
 
 def _sampling(options: argparse.Namespace) -> Any:
@@ -278,12 +225,12 @@ def tokenizer(verb: str, args: list[str]) -> int:
             print("usage: jaxllm tokenizer train FILE ... --out DIR [--vocab_size N]")
             return DONE
         seen = repr(args[0]) if args else "nothing"
-        raise UserError(f"jaxllm tokenizer: seen {seen}; there is `tokenizer train`")
+        raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
     parser = _Parser("tokenizer train")
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="text files")
-    add("--out", required=True, type=aliases.home, metavar="DIR", help="directory to write")
-    add("--vocab_size", type=_whole(1), default=32_000, help="tokens in all")
+    add("--out", required=True, type=home, metavar="DIR", help="output directory")
+    add("--vocab_size", type=_integer(1), default=32_000, help="size of the vocabulary")
     options = parser.read(args[1:])
     from jaxllm.data.tokenizer_training import train_tokenizer
 
@@ -300,14 +247,19 @@ def evaluate(verb: str, args: list[str]) -> int:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="files or data sets, or {path, split, columns} as in data.eval",
+        help="files or datasets, or {path, split, columns} as in data.eval",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="chats: count the assistant's tokens only"
+        "--chat", action="store_true", help="evaluate chats, on the assistant's tokens only"
     )
-    parser.add_argument("--max_length", type=_whole(2), default=1024, help="tokens in a row")
     parser.add_argument(
-        "--batch_size", type=_whole(1), default=8, help="rows at a time (a memory knob)"
+        "--max_length", type=_integer(2), default=1024, help="context length of a row, in tokens"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=_integer(1),
+        default=8,
+        help="rows per batch; smaller values save memory",
     )
     _use_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -347,26 +299,33 @@ def generate(verb: str, args: list[str]) -> int:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="repeatable; default: lines of standard input",
+        help="text to complete; repeatable; default: the lines of standard input",
     )
-    parser.add_argument("--chat", action="store_true", help="a prompt is a user's message")
+    parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
     _sampling_options(parser)
     _use_option(parser, action="append", default=[])
     parser.add_argument(
-        "--best_of", type=_whole(1), default=1, metavar="N", help="answers drawn; the best is kept"
+        "--best_of",
+        type=_integer(1),
+        default=1,
+        metavar="N",
+        help="sample N answers per prompt and keep the best",
     )
     parser.add_argument(
-        "--reward", type=aliases.home, metavar="DIR", help="reward model that --best_of asks"
+        "--reward",
+        type=home,
+        metavar="DIR",
+        help="reward model that scores the answers of --best_of",
     )
     parser.add_argument(
-        "--json", action="store_true", help='print {"prompt", "text"} a line, and "score"'
+        "--json", action="store_true", help='print one {"prompt", "text", "score"} per line'
     )
     options = parser.read(args)
     _need_chat(options, "system", "template")
     if (options.best_of > 1) != (options.reward is not None):
-        raise UserError("--best_of N and --reward DIR go together")
+        raise UserError("--best_of N requires --reward DIR, and the other way round")
     if options.reward and not (options.chat and options.temperature > 0):
-        raise UserError("--best_of goes with --chat and a --temperature over 0, so answers differ")
+        raise UserError("--best_of requires --chat and --temperature > 0, so that answers differ")
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT, or lines on standard input")
@@ -420,17 +379,21 @@ def chat(verb: str, args: list[str]) -> int:
 
 def export(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
-    parser.add_argument("run", type=aliases.home, metavar="RUN", help="run folder")
-    parser.add_argument("out", type=aliases.home, metavar="OUT", help="directory to write")
+    parser.add_argument("run", type=home, metavar="RUN", help="run folder")
+    parser.add_argument("out", type=home, metavar="OUT", help="output directory")
     parser.add_argument(
         "--step",
-        type=lambda text: text if text == "best" else _whole(0)(text),
-        help="checkpoint, or best: that of the best evaluation; default: best for a run with "
-        "save.load_best, else the newest good one",
+        type=lambda text: text if text == "best" else _integer(0)(text),
+        help="checkpoint to export: a step, or best (evaluation); default: best with "
+        "save.load_best, else the latest valid one",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
     parser.add_argument(
-        "--merge", action="store_true", help="fold a LoRA adapter into the model and write that"
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; default: as trained"
+    )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="merge a LoRA adapter into the base model and export a standalone model",
     )
     options = parser.read(args)
     from jaxllm.exports import export as write
@@ -451,23 +414,23 @@ def comparison(verb: str, args: list[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
-    "compare": (comparison, "the same run with full, LoRA, adapter and prefix tuning, as a table"),
-    "tokenizer": (tokenizer, "tokenizer train: make a byte-level BPE from text files"),
-    "eval": (evaluate, "loss and perplexity of a model on files, or a reward model's scores"),
-    "generate": (generate, "continue texts, or answer messages"),
-    "chat": (chat, "talk to a model in the terminal"),
-    "export": (export, "a run's checkpoint, or an adapter, as a HuggingFace directory"),
+    "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
+    "tokenizer": (tokenizer, "tokenizer train: train a byte-level BPE tokenizer on text files"),
+    "eval": (evaluate, "compute a model's loss and perplexity, or a reward model's scores"),
+    "generate": (generate, "complete texts or answer messages"),
+    "chat": (chat, "chat with a model in the terminal"),
+    "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
 }
 
 
-# ---- what every verb goes through
+# ---- entry point
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one line), 75 stopped with a checkpoint saved,
-    130 ended by Ctrl-C.
+    """Run one command; returns the exit status.
 
-    Anything else is a bug and leaves as an exception.
+    0 done, 2 a user's mistake (one line), 75 stopped with a checkpoint saved, 130 interrupted by
+    Ctrl-C. Any other exception is a bug and propagates.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -480,13 +443,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = args.pop(0)
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
             raise UserError(f"unknown verb {verb}; {hint}")
         return VERBS[verb][0](verb, args)
     except BrokenPipeError:  # `jaxllm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except KeyboardInterrupt:  # a training run takes Ctrl-C itself, once it has begun
+    except KeyboardInterrupt:  # before the training loop, which handles Ctrl-C itself
         return INTERRUPTED
     except Exception as error:
         line = mistake(error)
@@ -498,34 +461,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     width = max(map(len, VERBS))
-    return "\n".join(
-        [
-            "usage: jaxllm VERB [...]",
-            "",
-            "Train language models with JAX, from HuggingFace directory to HuggingFace directory.",
-            "",
-            *(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items()),
-            "",
-            "`jaxllm VERB --help` shows everything that can be set.",
-        ]
-    )
+    verbs = "\n".join(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items())
+    return f"""\
+usage: jaxllm VERB [...]
+
+Train language models with JAX, from HuggingFace directory to HuggingFace directory.
+
+{verbs}
+
+`jaxllm VERB --help` shows all options of a verb."""
+
+
+# Errors of a path that a user can fix.
+PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+PATH_ERRORS += (PermissionError,)
 
 
 def mistake(error: BaseException) -> str | None:
-    """The line to show when `error` is the user's to mend, None when it is a bug.
+    """The line to print if the user can fix `error`, else None: it is a bug.
 
-    That is a UserError, and a file that is missing, unreadable or does not fit on the disk.
+    The user can fix a UserError, a path that is missing or not accessible, and a full disk.
     """
     cause: BaseException | None = error
-    while cause is not None:
-        full = isinstance(cause, OSError) and cause.errno in FULL
+    while cause is not None:  # libraries wrap the OSError of a full disk
+        full = isinstance(cause, OSError) and cause.errno in DISK_FULL
         if full or "No space left" in str(cause):
-            return f"the disk is full ({_one_line(cause)}); what was saved before is kept"
+            return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
         cause = cause.__cause__ or cause.__context__
-    files = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-    if isinstance(error, (*files, PermissionError)):
-        return _one_line(error)
-    return _one_line(error) if isinstance(error, UserError) else None
+    return _one_line(error) if isinstance(error, (UserError, *PATH_ERRORS)) else None
 
 
 def _one_line(error: BaseException) -> str:

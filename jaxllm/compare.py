@@ -24,12 +24,11 @@ from typing import Any
 
 from jaxllm.config import (
     PEFT_METHODS,
-    SECTIONS,
     MeshSection,
     PeftSection,
     TrainConfig,
-    aliases,
     load_config,
+    loading,
     to_dict,
 )
 from jaxllm.config.checks import check, has_results, resolve
@@ -108,7 +107,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
     """The config that the methods share, where its keys came from, and the methods."""
     path = args[0] if args and not args[0].startswith("-") else None
-    given = aliases.read_args(args[1:] if path else args)
+    given = loading.read_args(args[1:] if path else args)
     named = [one.value for one in given if one.name == "methods"]
     if len(named) > 1:
         raise UserError("--methods is given twice; give all of them after one --methods")
@@ -118,7 +117,7 @@ def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
         if one.name != "methods":
             first = [f"{one.where}={one.value[0]}"] if one.value else [one.where]
             rest += first + one.value[1:]
-    file = aliases.read_yaml(path, tuple(SECTIONS)) if path else []
+    file = loading.read_yaml(path) if path else []
     said: list[Any] = [one.value for one in file if one.name == "objective"]
     said += [one.value[0] if one.value else True for one in given if one.name == "objective"]
     cfg, where = load_config(said[-1] if said else "pretrain", path, rest)
@@ -154,7 +153,7 @@ def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
 
 def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
     """Raises ValueError for what makes no comparison, before the first run is begun."""
-    if cfg.objective not in ("pretrain", "sft"):
+    if cfg.verb.data not in ("text", "chat"):
         raise UserError(f"objective is {cfg.objective!r}; compared are runs of pretrain and of sft")
     if not cfg.data.eval and not cfg.data.eval_fraction:
         raise UserError("nothing held out to compare by; give data.eval or data.eval_fraction")

@@ -29,7 +29,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
-from jaxllm.objectives.table import OBJECTIVES, Objective
+from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
@@ -176,7 +176,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
-    return assemble(cfg, mesh, make, adapter, OBJECTIVES[cfg.objective](cfg))
+    return assemble(cfg, mesh, make, adapter, make_objective(cfg))
 
 
 def assemble(

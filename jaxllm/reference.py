@@ -29,7 +29,6 @@ from jaxllm.mesh import data_parallel, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track
 from jaxllm.objectives.dpo import answer_logps
-from jaxllm.objectives.table import loss_chunk
 
 # A pair's segments, and where a batch has their log-probabilities under the reference.
 KEPT = {
@@ -74,7 +73,7 @@ def precomputed(
             model(trainable, held),
             batch,
             [getattr(batch, s) for s in segments],
-            chunk=loss_chunk(cfg),
+            chunk=cfg.model.loss_chunk,
         )
         return dict(zip([KEPT[s] for s in segments], found, strict=True))
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
 
 # A directory with none of these can still "load", as an empty tokenizer.
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if is_local:
         _check_has_tokenizer(folder, path)
     elif not hub_id(str(path)):
-        raise FileNotFoundError(f"{path}: no such directory, and not a hub id (OWNER/NAME)")
+        raise MissingFile(f"{path}: no such directory, and not a hub id (OWNER/NAME)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder if is_local else path), trust_remote_code=False

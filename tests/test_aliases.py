@@ -190,7 +190,7 @@ def test_every_name_that_is_translated_is_tested():
     assert set(aliases.meanings()) == tested - {"output_dir", "seed"}  # these two are ours too
 
 
-def test_bf16_beside_torch_dtype_sets_the_compute_dtype_alone():
+def test_bf16_with_torch_dtype_sets_only_the_compute_dtype():
     model = load("--torch_dtype", "float32", "--bf16").model
     assert (model.weight_dtype, model.compute_dtype) == ("float32", "bfloat16")
 
@@ -206,12 +206,12 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
     ("args", "message"),
     [
         (["--lora_r", "0"], "--lora_r: peft.r is 0; it should be greater than 0"),
-        (["--fp16"], "--fp16: float16 would need loss scaling; use --bf16"),
+        (["--fp16"], "--fp16: float16 is not supported, since it needs loss scaling; use --bf16"),
         (
             ["--torch_dtype", "float16"],
             "--torch_dtype: 'float16' is not known; known: float32, bfloat16",
         ),
-        (["--bf16", "maybe"], "--bf16: seen 'maybe'; it is true or false"),
+        (["--bf16", "maybe"], "--bf16: seen 'maybe'; must be true or false"),
         (["--lr_scheduler_type", "polynomial"], "known: cosine, linear, constant"),
         (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "use constant_with_warmup"),
         (["--eval_strategy", "best"], "--eval_strategy: 'best' is not known; known: steps, epoch"),
@@ -237,13 +237,16 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         (["--eval_strategy", "{a: 1}"], "--eval_strategy: {'a': 1} is not known; known: steps"),
         (
             ["--validation_split_percentage", "abc"],
-            "--validation_split_percentage: seen 'abc'; it is a number below 100",
+            "--validation_split_percentage: seen 'abc'; must be a number below 100",
         ),
-        (["--validation_split_percentage"], "seen True; it is a number below 100"),
+        (["--validation_split_percentage"], "seen True; must be a number below 100"),
         (["--deepspeed"], "--deepspeed: give the path of a DeepSpeed JSON file"),
         (["--train_sampling_strategy", "sequential"], "'sequential' is not known; known: random"),
-        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor: labels are not smoothed"),
-        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: embeddings get no noise here"),
+        (
+            ["--label_smoothing_factor", "0.1"],
+            "--label_smoothing_factor: label smoothing is not supported",
+        ),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: NEFTune is not supported"),
         (["--lr_scheduler_kwargs", "{a: 1}"], "--lr_scheduler_kwargs: use optim.decay"),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "True"], "keep one"),
         (
@@ -252,7 +255,7 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         ),
     ],
 )
-def test_what_is_refused_of_transformers(args, message):
+def test_unsupported_arguments_of_transformers_are_refused(args, message):
     assert message in refused(*args)
 
 
@@ -266,7 +269,7 @@ def test_what_is_refused_of_transformers(args, message):
     ],
 )
 @pytest.mark.parametrize("value", ["no", "epoch", "best", "steps"])
-def test_steps_beside_another_strategy_are_not_read(strategy, steps, key, value):
+def test_steps_are_ignored_unless_the_strategy_is_steps(strategy, steps, key, value):
     known = ["epoch", "steps"] + ["no"] * (key != "log.every") + ["best"] * (key == "save.every")
     if value not in known:
         return
@@ -282,13 +285,13 @@ def test_a_checkpoint_inside_output_dir_means_resume():
     assert load("--output_dir", "o", "--resume_from_checkpoint", "o/checkpoints/9").resume is True
 
 
-def test_what_is_refused_may_be_switched_off(capsys):
+def test_unsupported_arguments_may_be_switched_off(capsys):
     off = ("--use_peft", "False", "--label_smoothing_factor", "0.0", "--neftune_noise_alpha")
     assert load(*off, "null") == load()
     assert capsys.readouterr().err == ""
 
 
-def test_every_field_of_training_arguments_is_read_listed_or_refused():
+def test_every_field_of_training_arguments_is_translated_ignored_or_refused():
     transformers = pytest.importorskip("transformers")
     pins = (Path(__file__).parents[1] / "constraints.txt").read_text()
     if f"\ntransformers=={transformers.__version__} " not in pins:
@@ -300,10 +303,10 @@ def test_every_field_of_training_arguments_is_read_listed_or_refused():
         assert not one & other
 
 
-def test_names_without_a_meaning_are_listed(capsys):
+def test_ignored_names_are_listed(capsys):
     load("--do_train", "--tf32", "True", "--logging_dir", "logs")
     assert capsys.readouterr().err == (
-        "jaxllm: ignored, no meaning here: --do_train, --tf32, --logging_dir\n"
+        "jaxllm: ignored, no effect here: --do_train, --tf32, --logging_dir\n"
     )
 
 
@@ -336,7 +339,7 @@ def test_the_chapters_launch_line(deepspeed, capsys):
     assert cfg.model.compute_dtype == "bfloat16" and cfg.model.remat == "full"
     assert cfg.mesh.zero == 2 and cfg.log.report_to == ("wandb",) and cfg.data.max_length == 2048
     assert capsys.readouterr().err == (
-        "jaxllm: ignored, no meaning here: --do_train, --logging_dir, "
+        "jaxllm: ignored, no effect here: --do_train, --logging_dir, "
         f"{path}: zero_optimization.overlap_comm, zero_optimization.reduce_scatter, "
         "steps_per_print\n"
     )
@@ -386,7 +389,7 @@ STEPS = {"warmup_num_steps": 5}
 def test_deepspeed_schedules(deepspeed, kind, params, wanted, capsys):
     optim = load(*deepspeed(scheduler={"type": kind, "params": params})).optim
     assert (optim.schedule, optim.warmup, optim.final) == wanted
-    log = "warmup_type log (the warm-up is linear)" in capsys.readouterr().err
+    log = "warmup_type log (the warmup is linear)" in capsys.readouterr().err
     assert log == (kind != "WarmupLR")
 
 
@@ -430,12 +433,12 @@ def test_deepspeed_auto_takes_the_flags(deepspeed):
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
             ["--learning_rate", "1e-4"],
-            "optimizer.params.lr is 0.001 but --learning_rate makes optim.learning_rate 0.0001",
+            "optimizer.params.lr is 0.001 but --learning_rate sets optim.learning_rate to 0.0001",
         ),
         (
             {"zero_optimization": {"stage": 2}},
             ["--mesh.zero", "3"],
-            "stage is 2 but --mesh.zero makes",
+            "stage is 2 but --mesh.zero sets",
         ),
         ({"gradient_clipping": 1.0}, ["--max_grad_norm", "0.5"], "gradient_clipping is 1.0"),
         ({"train_micro_batch_size_per_gpu": 8}, ["--per_device_train_batch_size", "4"], "is 8 but"),
@@ -449,7 +452,7 @@ def test_deepspeed_auto_takes_the_flags(deepspeed):
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}},
             ["--max_steps", "8"],
-            "total_num_steps is 9 but --max_steps makes 8",
+            "total_num_steps is 9 but --max_steps sets 8",
         ),
         (
             {
@@ -459,13 +462,17 @@ def test_deepspeed_auto_takes_the_flags(deepspeed):
             [],
             "make them agree",
         ),
-        ({"fp16": {"enabled": True}}, [], "fp16 would need loss scaling; enable bf16 instead"),
+        (
+            {"fp16": {"enabled": True}},
+            [],
+            "fp16 is not supported, since it needs loss scaling; enable bf16",
+        ),
         (
             {"optimizer": {"type": "OneBitAdam"}},
             [],
             "'OneBitAdam' is not known; known: Adam, AdamW",
         ),
-        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, [], "it is two numbers"),
+        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, [], "must be two numbers"),
         ({"scheduler": {"type": "OneCycle"}}, [], "'OneCycle' is not known; known: WarmupLR"),
         (
             {"zero_optimization": {"stage": 7}},
@@ -480,7 +487,7 @@ def test_contradictions_with_a_deepspeed_file_are_refused(deepspeed, block, args
 
 def test_a_deepspeed_file_may_not_contradict_the_yaml_file(deepspeed, yaml):
     flags = deepspeed(zero_optimization={"stage": 2})
-    assert "run.yaml:2 makes mesh.zero 3" in refused(*flags, path=yaml("mesh:\n  zero: 3\n"))
+    assert "run.yaml:2 sets mesh.zero to 3" in refused(*flags, path=yaml("mesh:\n  zero: 3\n"))
 
 
 def test_deepspeed_offload_is_listed_unless_it_is_none(deepspeed, capsys):
@@ -497,17 +504,19 @@ def test_a_deepspeed_micro_batch_alone_makes_the_batch(deepspeed):
     assert resolve(cfg, 8).batch_size == 64
 
 
-def test_a_deepspeed_batch_that_the_flags_do_not_make_is_refused(deepspeed):
+def test_a_deepspeed_batch_that_contradicts_the_flags_is_refused(deepspeed):
     cfg = load("--per_device_train_batch_size", "4", *deepspeed(train_batch_size=64))
     with pytest.raises(ValueError, match=r"do not divide|is not micro_batch_size|does not divide"):
         resolve(load("--gradient_accumulation_steps", "3", *deepspeed(train_batch_size=64)), 8)
     assert resolve(cfg, 8).batch_size == 64
 
 
-def test_a_deepspeed_file_that_is_no_json_names_the_line(tmp_path):
+def test_an_invalid_deepspeed_file_names_the_line(tmp_path):
     (tmp_path / "ds.json").write_text('{"a": 1,\n]')
     assert re.search(r"ds\.json:2: not JSON", refused("--deepspeed", str(tmp_path / "ds.json")))
     (tmp_path / "ds.json").write_bytes(b'{"a": "caf\xe9"}')
     assert "ds.json: not UTF-8 text" in refused("--deepspeed", str(tmp_path / "ds.json"))
     (tmp_path / "ds.json").write_text("[1]")
-    assert "a DeepSpeed file is a JSON object" in refused("--deepspeed", str(tmp_path / "ds.json"))
+    assert "a DeepSpeed file must be a JSON object" in refused(
+        "--deepspeed", str(tmp_path / "ds.json")
+    )

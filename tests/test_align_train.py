@@ -20,7 +20,7 @@ from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, PeftSection, TrainConfig
 from jaxllm.mesh import make_mesh
 from jaxllm.model.adapter import AdapterParam
-from jaxllm.objectives.table import OBJECTIVES
+from jaxllm.objectives.table import make_objective
 from jaxllm.reference import beside
 
 # ---- the step
@@ -33,7 +33,7 @@ ALIGN = {
 
 
 def steps_of(name, rows=None, **form):
-    objective = OBJECTIVES[name](TrainConfig(objective=name, align=ALIGN[name]))
+    objective = make_objective(TrainConfig(objective=name, align=ALIGN[name]))
     rows = rows_of(name) if rows is None else rows
     found = trajectory(rows, objective=objective, scores=name == "reward", **form)
     return np.stack(found[:2])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's values come from, what is refused, and how it is said."""
+"""Loading, merging and validating a config, and the messages of its errors."""
 
 import json
 import re
@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from jaxllm.config import (
-    SHORT_FORMS,
     DataSection,
     EvalSection,
     LogSection,
@@ -65,7 +64,7 @@ def yaml(tmp_path):
 # ---- the file and the flags
 
 
-def test_what_is_said_of_a_key_is_one_line():
+def test_the_documentation_of_a_key_is_one_line():
     assert not [key for key, leaf in leaves().items() if "\n" in leaf.doc or "  " in leaf.doc]
 
 
@@ -116,7 +115,7 @@ def test_flag_beats_file_beats_default_and_provenance_says_so(yaml):
         (["--log.samples", "Once: upon", "def "], "log.samples", ("Once: upon", "def ")),
     ],
 )
-def test_flags_are_read_as_their_field_wants(args, key, value):
+def test_flags_are_parsed_by_the_type_of_their_field(args, key, value):
     assert value_of(load(*args), key) == value
 
 
@@ -130,18 +129,20 @@ def test_yaml_reads_sources_in_every_form_and_hf_names_and_json(yaml):
     assert load(path=path) == cfg
 
 
-def test_a_home_folder_is_written_out_wherever_a_path_is_given(yaml, monkeypatch, tmp_path):
+def test_the_home_folder_is_expanded_in_every_path(yaml, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = yaml("output_dir: ~/run\nmodel:\n  path: ~/m\ndata:\n  cache_dir: ~/c\n")
     cfg = load("--data.template=~/t.jinja", "--resume_from_checkpoint=~/run/9", path=path)
     assert cfg.output_dir == f"{tmp_path}/run" and cfg.resume is True
     assert cfg.model.path == f"{tmp_path}/m" and cfg.data.cache_dir == f"{tmp_path}/c"
     assert cfg.data.template == f"{tmp_path}/t.jinja"
-    with pytest.raises(ValueError, match=r"output_dir is ~/x; write the home folder out"):
+    with pytest.raises(
+        ValueError, match=r"output_dir is ~/x; ~ is not expanded here, write the full path"
+    ):
         check(good(output_dir="~/x"))
 
 
-def test_what_json_has_no_word_for_is_text_or_no_yaml(yaml):
+def test_yaml_types_that_json_lacks_are_strings_or_refused(yaml):
     dates = load(path=yaml("model:\n  overrides: {day: 2020-01-01}\n")).model.overrides
     assert dates == {"day": "2020-01-01"}
     assert load("--model.overrides", "{day: 2020-01-01}").model.overrides == dates
@@ -149,7 +150,7 @@ def test_what_json_has_no_word_for_is_text_or_no_yaml(yaml):
         assert "run.yaml:2: not YAML" in refused(path=yaml(f"model:\n  overrides: {{a: {tag}}}\n"))
 
 
-def test_sources_are_read_as_those_of_training():
+def test_sources_of_a_flag_are_parsed_like_training_sources():
     found = read_sources(["a.txt", "{path: b, split: test}"], "--data")
     assert found == (Source("a.txt"), Source("b", split="test"))
     with pytest.raises(
@@ -158,7 +159,7 @@ def test_sources_are_read_as_those_of_training():
         read_sources(["{pth: b}"], "--data")
 
 
-def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
+def test_dotted_flags_extend_a_dict_of_the_file(yaml):
     path = yaml("model:\n  overrides: {a: 1, b: 2}\n")
     assert load("--model.overrides.b", "3", path=path).model.overrides == {"a": 1, "b": 3}
 
@@ -174,8 +175,8 @@ def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
         ("learning_rates: 1\n", r"run\.yaml:1: .* did you mean learning_rate\?"),
         ("clip: 1\n", r"unknown key clip; did you mean optim\.clip\?"),
         ("optim: 3\n", r"run\.yaml:1: optim: 3 is not known; known: adamw_torch"),
-        ("mesh: 8\n", r"run\.yaml:1: mesh has keys of its own, seen 8"),
-        ("- a\n", r"run\.yaml:1: a config has keys of its own"),
+        ("mesh: 8\n", r"run\.yaml:1: mesh must be a mapping, seen 8"),
+        ("- a\n", r"run\.yaml:1: a config must be a mapping"),
         ("steps: 1\nsteps: 2\n", r"run\.yaml:2: steps is given twice"),
         ("steps: [1\nseed: 2\n", r"run\.yaml:2: not YAML"),
         ("steps: many\n", r"run\.yaml:1: steps is 'many'; it should be a valid integer"),
@@ -194,7 +195,7 @@ def test_entries_of_a_dict_are_added_by_dotted_flags_to_those_of_the_file(yaml):
             r"data\.train\[0\]\.weight is 0; it should be greater than 0",
         ),
         ("seed: 2020-99-99\n", r"run\.yaml:1: seed is '2020-99-99'; it should be a valid integer"),
-        ("seed: 0x_\n", r"run\.yaml:1: seen '0x_', which is no YAML value"),
+        ("seed: 0x_\n", r"run\.yaml:1: '0x_' is not a YAML value"),
         (
             "optim:\n  clip: .nan\n",
             r"run\.yaml:2: optim\.clip is nan; it should be a finite number",
@@ -230,7 +231,7 @@ def test_mistakes_in_the_file_name_the_line(yaml, text, message):
         (["--steps"], "steps needs a value"),
         (["--data.train"], "data.train needs a value"),
         (["--steps", "1", "2"], "--steps takes one value, seen 1 2"),
-        (["8", "--steps"], "'8' follows no --key"),
+        (["8", "--steps"], "unexpected argument '8'; write [CONFIG.yaml] first"),
         (
             ["--data.train", "a", "--data.train", "b"],
             "--data.train is given twice; give all its values after one --data.train",
@@ -239,9 +240,9 @@ def test_mistakes_in_the_file_name_the_line(yaml, text, message):
             ["--train_file", "a", "--train_file", "b"],
             "--train_file is given twice; give all its values after one --train_file",
         ),
-        (["--model", "m"], "--model: model has keys of its own; did you mean --model.path?"),
-        (["--data", "d"], "--data: data has keys of its own; did you mean --data.train?"),
-        (["--mesh", "8"], "--mesh: mesh has keys of its own; --help lists them"),
+        (["--model", "m"], "--model: model is a section with keys; did you mean --model.path?"),
+        (["--data", "d"], "--data: data is a section with keys; did you mean --data.train?"),
+        (["--mesh", "8"], "--mesh: mesh is a section with keys; --help lists them"),
         (["--modle", "m"], "unknown flag --modle; did you mean --model.path?"),
         (
             ["--model.overrides", "3", "--model.overrides.a", "1"],
@@ -334,8 +335,8 @@ def test_resuming_on_other_devices_keeps_the_batch_and_changes_accumulation(tmp_
     assert not recorded_config(TrainConfig(**flags, overwrite=True))
 
 
-def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
-    """So that the tokens of a template that asks for the date do not change with the day."""
+def test_a_resumed_run_keeps_the_date_of_its_first_day(tmp_path, monkeypatch):
+    """So the tokens of a template that shows the date do not change on resume."""
 
     def on(day, **keys):
         today = SimpleNamespace(date=SimpleNamespace(today=lambda: date.fromisoformat(day)))
@@ -345,7 +346,7 @@ def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
 
     assert on("2026-11-27") == "2026-11-27"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"date": "2026-11-27"}}))
-    assert on("2026-11-28") == "2026-11-28"  # nothing was done yet
+    assert on("2026-11-28") == "2026-11-28"  # the run has no results yet
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert on("2026-11-29") == "2026-11-27"
     assert on("2026-11-29", overwrite=True) == "2026-11-29"
@@ -359,7 +360,7 @@ def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
 # ---- checking, dumping
 
 
-def test_check_accepts_a_sound_config():
+def test_check_accepts_a_valid_config():
     check(good())
     check(good(optim=OptimSection(warmup=0.1), steps=5))
     check(
@@ -376,7 +377,10 @@ def test_check_accepts_a_sound_config():
         ({"model": ModelSection()}, "no model: give model.path"),
         ({"model": ModelSection(path="a", config="b")}, "are both given; keep one"),
         ({"model": ModelSection(path="a", overrides={"x": 1})}, "model.overrides"),
-        ({"model": ModelSection(config="c/config.json")}, "model.tokenizer must say"),
+        (
+            {"model": ModelSection(config="c/config.json")},
+            "a file without a tokenizer; set model.tokenizer",
+        ),
         ({"data": DataSection()}, "no data: give data.train"),
         (
             {"data": DataSection(train=(Source("a"),), eval=(Source("b"),), eval_fraction=0.1)},
@@ -385,48 +389,51 @@ def test_check_accepts_a_sound_config():
         ({"data": DataSection(train=(Source("a"),), eval_fraction=1.0)}, "should be less than 1"),
         (
             {"data": DataSection(train=(Source("a"),), template="chatml")},
-            "data.template has no meaning",
+            "data.template is not used by pretrain; remove it",
         ),
         (
             {"objective": "sft", "data": DataSection(train=(Source("a"),), segment=False)},
             "data.segment",
         ),
-        ({"eval_every": 5}, "eval_every without data.eval"),
+        ({"eval_every": 5}, "eval_every requires data.eval"),
         (
             {"eval": EvalSection(metric="accuracy")},
-            "eval.metric without data.eval or data.eval_fraction",
+            "eval.metric requires data.eval or data.eval_fraction",
         ),
-        ({"save": SaveSection(load_best=True)}, "save.load_best without data.eval"),
-        ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience needs eval_every"),
+        ({"save": SaveSection(load_best=True)}, "save.load_best requires data.eval"),
+        ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience requires eval_every"),
         (
             {"data": HELD_OUT, "eval": EvalSection(min_delta=0.1)},
-            "eval.min_delta goes with eval.patience",
+            "eval.min_delta requires eval.patience",
         ),
         (
             {"data": HELD_OUT, "save": SaveSection(load_best=True, keep_best=False)},
-            "save.load_best needs save.keep_best",
+            "save.load_best requires save.keep_best",
         ),
-        ({"objective": "grpo", "save": SaveSection(load_best=True)}, "no meaning for grpo"),
-        ({"objective": "ppo", "eval": EvalSection(patience=2)}, "no meaning for ppo"),
-        ({"data": STREAMED, "steps": 9, "eval_every": "epoch"}, "eval_every epoch: a streamed"),
+        ({"objective": "grpo", "save": SaveSection(load_best=True)}, "not used by grpo"),
+        ({"objective": "ppo", "eval": EvalSection(patience=2)}, "not used by ppo"),
+        (
+            {"data": STREAMED, "steps": 9, "eval_every": "epoch"},
+            "eval_every is epoch, but a streamed",
+        ),
         (
             {"data": STREAMED, "steps": 9, "save": SaveSection(every="epoch")},
-            "save.every epoch: a streamed source has no known epoch; give a number of steps",
+            "save.every is epoch, but a streamed source has no known length; use steps",
         ),
         (
             {"data": STREAMED, "steps": 9, "log": LogSection(every="epoch")},
-            "log.every epoch: a streamed",
+            "log.every is epoch, but a streamed",
         ),
         ({"data": DataSection(train=(Source("a"),), date="27.11.2026")}, "write it as YYYY-MM-DD"),
         ({"data": DataSection(train=(Source("a"),), date="20261127")}, "write it as YYYY-MM-DD"),
-        ({"batch_size": 0}, "micro_batch_size must be given"),
+        ({"batch_size": 0}, "batch_size is 0, which requires micro_batch_size"),
         ({"batch_size": -1}, "batch_size is -1; it should be greater than or equal to 0"),
-        ({"mesh": MeshSection(data=0)}, "mesh.data is 0; it is 1 or more"),
-        ({"mesh": MeshSection(data=-1)}, "mesh: only one axis may be -1"),
-        ({"mesh": MeshSection(expert=2)}, "mesh.expert is 2; nothing is split along it yet"),
+        ({"mesh": MeshSection(data=0)}, "mesh.data is 0; it must be 1 or more"),
+        ({"mesh": MeshSection(data=-1)}, "mesh: only one axis can be -1"),
+        ({"mesh": MeshSection(expert=2)}, "mesh.expert is 2; this axis is not supported yet"),
         (
             {"steps": 5, "optim": OptimSection(warmup=6)},
-            "optim.warmup is 6 steps, longer than the run's 5",
+            "optim.warmup is 6 steps, more than the run's 5",
         ),
         ({"steps": 5, "optim": OptimSection(schedule="wsd", decay=6)}, "optim.decay is 6 steps"),
         ({"optim": OptimSection(schedule="cosin")}, "optim.schedule is 'cosin'"),
@@ -451,10 +458,10 @@ def test_dump_and_load_are_inverse_through_json():
     assert from_dict(json.loads(json.dumps(to_dict(cfg)))) == cfg
 
 
-def test_from_dict_refuses_unknown_keys_and_sections_of_another_kind():
+def test_from_dict_refuses_unknown_keys_and_sections_that_are_not_mappings():
     with pytest.raises(ValueError, match=r"unknown key optim\.lr"):
         from_dict({"optim": {"lr": 1}})
-    with pytest.raises(ValueError, match="optim has keys of its own, seen 3"):
+    with pytest.raises(ValueError, match="optim must be a mapping, seen 3"):
         from_dict({"optim": 3})
 
 
@@ -465,10 +472,13 @@ def test_schema_describes_every_key_and_allows_what_yaml_allows():
         part = schema["$defs"][f"{section.title()}Section"] if section else schema
         assert part["properties"][name]["description"] == leaf.doc
         assert part["additionalProperties"] is False
-    for key in SHORT_FORMS:
-        section, _, name = key.partition(".")
-        part = schema["$defs"][f"{section.title()}Section"]["properties"][name]
-        assert {"type": "string"} in part["anyOf"] and "type" not in part
+    for leaf in leaves().values():
+        section, _, name = leaf.key.partition(".")
+        if isinstance(leaf.default, tuple):
+            part = schema["$defs"][f"{section.title()}Section"]["properties"][name]
+            item, array = part["anyOf"][0], part["anyOf"][-1]
+            assert item["type"] in ("string", "number", "integer") and "type" not in part
+            assert array["type"] == "array" and item in array["items"]["anyOf"]
     assert {"type": "string"} in schema["properties"]["optim"]["anyOf"]
     assert schema["properties"].keys() >= {name for name in aliases.NAMES if "." not in name}
     assert schema["properties"]["label_smoothing_factor"]["enum"][:2] == (None, False)

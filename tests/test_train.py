@@ -203,7 +203,7 @@ def test_a_run_stops_after_its_patience_and_says_why(early):
     last = max(losses)
     assert last == best + 3 < 12 and list(lines_of(run)) == list(range(1, last + 1))
     assert f"best: step {best}, loss {losses[best]:.4f}; final/ is that one" in said
-    assert "stopped early: no improvement of loss in 3 evaluations (eval.patience)" in said
+    assert "stopped early: loss has not improved in 3 evaluations (eval.patience)" in said
     assert f"done: {last} steps" in said
 
 

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes, as one frozen TrainConfig.
+"""The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
-`sections` and `schema` hold the fields, `checks` tests what several fields must agree on, `aliases`
-and `deepspeed` translate other names. Imports nothing of jaxllm but `errors`.
+annotations  ranges, units and short forms of fields
+sections   the fields of each section, with their documentation
+verbs      the training verbs: what each reads, and its defaults
+aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
+schema     TrainConfig; its fields as a table; validation; conversion from and to dicts
+loading    YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
+checks     contradictions between fields; defaults that depend on other fields
+describe   --help, --explain, --schema
+
+Imports nothing of jaxllm but `errors`; every other module may import it.
 """
 
+from jaxllm.config.describe import json_schema
+from jaxllm.config.loading import load_config, read_sources
 from jaxllm.config.schema import (
-    PATHS,
-    READ,
     SECTIONS,
-    SHORT_FORMS,
-    USUAL,
     Leaf,
     TrainConfig,
     from_dict,
-    json_schema,
     leaf_of,
     leaves,
-    load_config,
-    read_sources,
     to_dict,
     tokenizer_path,
     validated,
@@ -49,28 +52,24 @@ __all__ = [
     "MeshSection",
     "ModelSection",
     "OptimSection",
-    "PATHS",
     "PEFT_METHODS",
     "PeftSection",
-    "READ",
     "RlSection",
     "SECTIONS",
-    "SHORT_FORMS",
     "SaveSection",
     "Source",
     "TrainConfig",
-    "USUAL",
+    "VERBS",
+    "Verb",
     "from_dict",
     "json_schema",
     "leaf_of",
     "leaves",
     "load_config",
     "read_sources",
-    "unread",
-    "VERBS",
-    "Verb",
     "to_dict",
     "tokenizer_path",
+    "unread",
     "validated",
     "value_of",
 ]

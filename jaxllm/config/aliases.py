@@ -1,135 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes (YAML, flags, the names of transformers and TRL) in terms of our keys.
+"""Names of transformers and TRL, translated to our keys.
 
-Nothing is swallowed: a name is translated, refused, or listed as having no meaning here.
+Every name is translated, refused, or reported as ignored.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+from jaxllm.config.annotations import home
 from jaxllm.errors import UserError
 
 
 @dataclass(frozen=True)
 class Given:
-    """A value under the name it was written with, and where: a file:line or a flag."""
+    """A value with the name it was given by and its origin: file:line or the flag."""
 
     name: str
     value: Any
     where: str
 
 
-# ---- YAML and flags
-
-
-@cache
-def _yaml_loader() -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """PyYAML's safe YAML 1.1, in which 1e-4 is a number and a date is text, as in JSON."""
-
-    other = ("timestamp", "binary", "set", "omap", "pairs")  # what JSON has no word for
-    tags = tuple(f"tag:yaml.org,2002:{kind}" for kind in other)
-    Loader.yaml_constructors = {t: f for t, f in Loader.yaml_constructors.items() if t not in tags}
-    Loader.yaml_implicit_resolvers = {
-        first: [one for one in resolvers if one[0] not in tags]
-        for first, resolvers in Loader.yaml_implicit_resolvers.items()
-    }
-    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader
-
-
-def parse(text: str) -> Any:
-    """The YAML value of a flag; text that is no YAML stands for itself."""
-    import yaml
-
-    try:
-        return yaml.load(text, _yaml_loader())
-    except (yaml.YAMLError, ValueError):  # a ValueError for digits that make no number, as 0x_
-        return text
-
-
-def read_yaml(path: str, sections: Sequence[str]) -> list[Given]:
-    """The keys of a YAML (or JSON) file, those of sections dotted, each with its file:line.
-
-    Raises FileNotFoundError, or ValueError for what is no YAML, no section, or given twice.
-    """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-
-    def value_of(node: Any) -> Any:
-        try:
-            return loader.construct_object(node, deep=True)
-        except ValueError:
-            at = f"{path}:{node.start_mark.line + 1}"
-            raise UserError(f"{at}: seen {node.value!r}, which is no YAML value") from None
-
-    def walk(node: Any, prefix: str) -> Iterator[Given]:
-        if not isinstance(node, yaml.MappingNode):
-            name = prefix.rstrip(".") or "a config"
-            seen = value_of(node)
-            raise UserError(
-                f"{path}:{node.start_mark.line + 1}: {name} has keys of its own, seen {seen!r}"
-            )
-        names: set[str] = set()
-        for key, value in node.value:
-            name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
-            if name in names:
-                raise UserError(f"{at}: {name} is given twice; keep one")
-            names.add(name)
-            scalar = isinstance(value, yaml.ScalarNode)
-            if name in sections and not (scalar and name in TRANSLATED):
-                yield from walk(value, f"{name}.")
-            else:
-                yield Given(name, value_of(value), at)
-
-    try:
-        loader = _yaml_loader()(file.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        return list(walk(node, "")) if node else []
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
-    except (UnicodeDecodeError, yaml.reader.ReaderError):
-        raise UserError(f"{path}: not a text file; a config is YAML") from None
-
-
-def read_args(args: Sequence[str]) -> list[Given]:
-    """`--key value …`, `--key=value` and bare `--key`, in order; a value is its list of texts."""
-    given: list[Given] = []
-    for arg in args:
-        if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            given.append(Given(name.replace("-", "_"), [text] if equals else [], f"--{name}"))
-        elif given:
-            given[-1].value.append(arg)
-        else:
-            raise UserError(
-                f"{arg!r} follows no --key; a config file comes first, then --section.key"
-            )
-    return given
-
-
-# ---- transformers and TRL
-
-# Keys of several values.
-MANY = ("data.train", "data.eval", "log.samples", "log.report_to")
-MANY += ("model.overrides", "optim.options", "data.template_kwargs")
-MANY += ("peft.target_modules", "peft.exclude_modules", "peft.layers_to_transform")
-MANY += ("peft.modules_to_save", "peft.rank_pattern", "peft.alpha_pattern")
-MANY += ("align.loss", "align.loss_weights", "rl.rewards", "rl.reward_weights")
 RENAMED = {
     "model_name_or_path": "model.path",
     "config_name": "model.config",
@@ -249,23 +142,23 @@ IGNORED = frozenset({
     "use_liger_kernel",
 })
 # fmt: on
-# What would change the result and is not done: refused, unless it is switched off.
+# Not supported, and ignoring them would change the result: refused unless switched off.
 REFUSED = {
-    "ignore_data_skip": "a resumed run goes on where it was in its data; leave it out",
-    "label_smoothing_factor": "labels are not smoothed here; leave it out",
+    "ignore_data_skip": "a resumed run continues at its position in the data; remove it",
+    "label_smoothing_factor": "label smoothing is not supported for language modeling; remove it",
     "lr_scheduler_kwargs": "use optim.decay and optim.final",
-    "neftune_noise_alpha": "embeddings get no noise here; leave it out",
+    "neftune_noise_alpha": "NEFTune is not supported; remove it",
     "optim_args": "use optim.options",
-    "optim_target_modules": "every weight is trained; leave it out",
+    "optim_target_modules": "all weights are optimized the same way; remove it",
 }
 OFF = (None, False, 0, "", [], {})
 
-Flags = dict[str, Given]  # the other names of the same file or command line
+Flags = dict[str, Given]  # all names of the same file or command line
 
 
 def _is_true(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise UserError(f"seen {value!r}; it is true or false")
+        raise UserError(f"seen {value!r}; must be true or false")
     return value
 
 
@@ -286,7 +179,7 @@ def _dtype(value: Any, flags: Flags) -> dict[str, Any]:
 
 def _fp16(value: Any, flags: Flags) -> dict[str, Any]:
     if _is_true(value):
-        raise UserError("float16 would need loss scaling; use --bf16")
+        raise UserError("float16 is not supported, since it needs loss scaling; use --bf16")
     return {}
 
 
@@ -294,15 +187,13 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
     if value == "constant" and any(
         n in flags and flags[n].value for n in ("warmup_steps", "warmup_ratio")
     ):
-        raise UserError(
-            "constant has no warm-up; use constant_with_warmup, or leave the warm-up out"
-        )
+        raise UserError("constant has no warmup; use constant_with_warmup, or remove the warmup")
     return {"optim.schedule": _choose(value, SCHEDULES)}
 
 
 def _percent(value: Any, flags: Flags) -> dict[str, Any]:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"seen {value!r}; it is a number below 100")
+        raise UserError(f"seen {value!r}; must be a number below 100")
     return {"data.eval_fraction": value / 100}
 
 
@@ -324,7 +215,7 @@ def _quantized(kind: str) -> Callable[[Any, Flags], dict[str, Any]]:
     return lambda value, _: {"peft.quantize_base": kind} if _is_true(value) else {}
 
 
-# Names that another one decides about: its steps are read for `steps` alone, as by the Trainer.
+# Strategy -> its number of steps, which the Trainer reads only for strategy `steps`.
 STEPS = {
     "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps",
@@ -347,7 +238,7 @@ def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]
     return translate
 
 
-# name -> (value and other names -> our keys and values, what it is here)
+# name -> (function of the value and all flags that returns our keys and values, help)
 TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "bf16": (
         lambda v, _: {"model.compute_dtype": "bfloat16" if _is_true(v) else "float32"},
@@ -370,7 +261,7 @@ TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
     "save_strategy": (_strategy("save.every", "save_steps"), "save.every"),
     "logging_strategy": (_strategy("log.every", "logging_steps"), "log.every"),
     "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
-    "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random, as always"),
+    "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random: the only order"),
     "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
     "use_peft": (lambda v, _: {"peft.method": "lora"} if _is_true(v) else {}, "peft.method lora"),
@@ -385,79 +276,35 @@ NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(REFUSED)
 
 
 def meanings() -> dict[str, str]:
-    """{name in transformers: what it sets here}."""
+    """{transformers name: what it sets}."""
     return RENAMED | {name: meaning for name, (_, meaning) in TRANSLATED.items()}
 
 
 def spellings() -> dict[str, list[str]]:
-    """{what is set here: its names in transformers}: `meanings` the other way round."""
-    found: dict[str, list[str]] = {}
+    """{what is set: its transformers names}, the inverse of `meanings`."""
+    names: dict[str, list[str]] = {}
     for name, meaning in meanings().items():
-        found.setdefault(meaning, []).append(name)
-    return found
-
-
-# ---- what may be written for a value
-
-
-def trackers(value: Any) -> Any:
-    """report_to's none, all, a name, names with commas, or a list of these -> a list of names."""
-    if value in (None, False):
-        return []
-    if isinstance(value, str):
-        return {"none": [], "all": ["wandb", "tensorboard"]}.get(value, value.split(","))
-    if not isinstance(value, list):
-        return value
-    return [n for one in value for n in (trackers(one) if isinstance(one, str) else [one])]
-
-
-def sources(value: Any) -> Any:
-    """A path, a source, or a list of them -> a list of sources."""
-    many = [value] if isinstance(value, str | dict) else value
-    if not isinstance(many, list):
-        return value
-    return [{"path": v} if isinstance(v, str) else v for v in many]
-
-
-def listed(value: Any) -> Any:
-    """A text or number, or a list of them -> a list."""
-    return [value] if isinstance(value, str | int | float) else value
-
-
-def home(value: Any) -> Any:
-    """~ as the home folder: a shell sees to it in `--key ~/x`, not in `--key=~/x` nor in YAML."""
-    return os.path.expanduser(value) if isinstance(value, str) else value
+        names.setdefault(meaning, []).append(name)
+    return names
 
 
 def _at(one: Given) -> str:
     return one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
 
 
-def _check_twice(one: Given) -> None:
-    """A flag's later value counts, as everywhere; but of several values it would lose the rest."""
-    flag = one.where.startswith("--")
-    if not flag or RENAMED.get(one.name, one.name) in MANY:
-        way = f"give all its values after one {one.where}" if flag else "keep one"
-        raise UserError(f"{_at(one)} is given twice; {way}")
-
-
 def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
-    """Our keys from the names of one file or command line, and the names that mean nothing here.
+    """Translate the names of one file or command line; returns (our keys, ignored names).
 
-    A list's flag or a file's key given twice, two names for one key that differ, and names of what
-    is not done here raise ValueError.
+    Raises UserError for a refused name and for two names that set one key differently.
     """
-    flags: Flags = {}
-    for one in layer:
-        if one.name in flags:
-            _check_twice(one)
-        flags[one.name] = one
+    flags: Flags = {one.name: one for one in layer}
+    for one in flags.values():
         if one.name in REFUSED and one.value not in OFF:
             raise UserError(f"{_at(one)}: {REFUSED[one.name]}")
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
     if overwrite and resume and overwrite.value and resume.value:
         raise UserError(
-            "--overwrite_output_dir deletes what --resume_from_checkpoint goes on from; keep one"
+            "--overwrite_output_dir deletes what --resume_from_checkpoint resumes from; keep one"
         )
     ignored = IGNORED | {STEPS[n] for n in STEPS.keys() & flags if flags[n].value != "steps"}
     out: dict[str, Given] = {}
@@ -482,18 +329,3 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
                 )
             out[key] = Given(key, value, one.where)
     return out, [one.where for one in flags.values() if one.name in ignored]
-
-
-def resume_path(given: dict[str, Given]) -> dict[str, Given]:
-    """transformers' checkpoint path as `resume: true`; one outside output_dir raises ValueError."""
-    one = given.get("resume")
-    if one is None or not isinstance(one.value, str):
-        return given
-    run = Path(str(given["output_dir"].value) if "output_dir" in given else "run").resolve()
-    checkpoint = Path(home(one.value)).resolve()
-    if run not in (checkpoint, *checkpoint.parents):
-        raise UserError(
-            f"{one.where}: {one.value} is not in output_dir {run.name}; a run goes on from the "
-            "newest checkpoint of its own output_dir"
-        )
-    return given | {"resume": Given("resume", True, one.where)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several fields of a run must agree on, and those that follow from others."""
+"""Checks of fields against each other, and defaults that depend on other fields."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jaxllm.config.sections import PEFT_METHODS
 from jaxllm.config.verbs import JUDGING, unread
 from jaxllm.errors import UserError
 
-RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
+RANKS = range(4, 65)  # usual ranks; others are often a mistake
 
 
 def check(cfg: TrainConfig) -> None:
-    """Raises ValueError for a value of a wrong type or range, and where fields contradict."""
+    """Raise UserError for an invalid value, or for fields that contradict each other."""
     valid = validated(to_dict(cfg), {})
     for key in leaves():
         if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
@@ -35,35 +35,36 @@ def check(cfg: TrainConfig) -> None:
 
 
 def warnings(cfg: TrainConfig) -> Iterator[str]:
-    """What is allowed and yet unusual, one line each."""
+    """One line for each setting that is valid but unusual."""
     if cfg.peft.method != "none" and cfg.model.config:
-        yield "warning: the adapter is trained over random weights; `export --merge` keeps both"
+        yield "warning: the adapter is trained on random base weights; `export --merge` saves both"
     ranks = {cfg.peft.r, *cfg.peft.rank_pattern.values()}
     for r in sorted(ranks) if cfg.peft.method == "lora" and not cfg.peft.path else ():
         if r not in RANKS:
             yield f"warning: peft: rank {r} is outside the usual {RANKS[0]} to {RANKS[-1]}"
 
 
+def _changed(cfg: TrainConfig) -> list[str]:
+    """Keys whose value is not the default."""
+    return [key for key, leaf in leaves().items() if value_of(cfg, key) != leaf.default]
+
+
 def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
     peft, method = cfg.peft, PEFT_METHODS[cfg.peft.method]
-    given = [
-        key.removeprefix("peft.")
-        for key, leaf in leaves().items()
-        if key.startswith("peft.") and value_of(cfg, key) != leaf.default
-    ]
-    for name in given:
-        if name == "method":
+    for key in _changed(cfg):
+        name = key.removeprefix("peft.")
+        if name == key or name == "method":
             continue
         if peft.method == "none":
-            yield f"peft.{name} has no meaning without peft.method; say lora, or another"
+            yield f"peft.{name} requires a peft.method: lora, or another one"
         elif name not in (*method.keys, "path", "quantize_base"):
-            yield f"peft.{name} has no meaning for {peft.method}; leave it out"
+            yield f"peft.{name} is not used by {peft.method}; remove it"
         elif peft.path and name in method.shape:
-            yield f"peft.{name} is what the adapter of peft.path was made with; leave it out"
+            yield f"peft.{name} is given by the adapter in peft.path; remove it"
     if peft.path and cfg.model.config:
-        yield "peft.path is an adapter of some model; give that by model.path"
+        yield "peft.path requires model.path, the model that the adapter was trained on"
     if peft.loraplus_lr_ratio != 1 and cfg.optim.name == "schedule_free_adamw":
-        yield "peft.loraplus_lr_ratio does not go with schedule_free_adamw"
+        yield "peft.loraplus_lr_ratio is not supported with schedule_free_adamw"
 
 
 def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
@@ -73,60 +74,63 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"align.loss_weights has {count} weights for {len(align.loss)} losses; give one each"
     smoothed = ("sigmoid", "robust", "exo", "simpo")
     readers = (("align.gamma", ("simpo",)), ("align.label_smoothing", smoothed))
-    for key, names in readers if cfg.objective == "dpo" else ():
-        if value_of(cfg, key) != leaves()[key].default and not set(names) & set(align.loss):
-            yield f"{key} is read by the losses {', '.join(names)} alone; leave it out"
-    if cfg.rl.kl_target and align.beta == 0:
-        yield "rl.kl_target with align.beta 0: a weight of 0 stays 0; give another to begin with"
+    for key, names in readers if "align.loss" in cfg.verb.reads else ():
+        if key in _changed(cfg) and not set(names) & set(align.loss):
+            yield f"{key} is used only by the losses {', '.join(names)}; remove it"
+    if rl.kl_target and align.beta == 0:
+        yield "rl.kl_target scales align.beta, which is 0; set align.beta to another initial value"
     if not align.loss:
-        yield "align.loss names no loss; give sigmoid, or another"
+        yield "align.loss is empty; give sigmoid, or another loss"
     if cfg.verb.head == "score" and cfg.log.samples:
-        yield "log.samples has no meaning for reward, which writes nothing; leave it out"
+        yield f"log.samples is not used by {cfg.objective}, which generates no text; remove it"
     if not cfg.verb.online:
         return
-    size = resolve(cfg).rl.group_size
+    size = resolve(cfg).rl.group_size or 1
     if not rl.rewards:
-        yield "no reward: give rl.rewards (a reward model's directory, or module:function)"
+        yield "no reward: give rl.rewards (directory of a reward model, or module:function)"
     if len(set(rl.rewards)) < len(rl.rewards):
-        yield "rl.rewards names a reward twice; give it a weight instead"
+        yield "rl.rewards names a reward twice; use rl.reward_weights instead"
     if rl.reward_weights and len(rl.reward_weights) != len(rl.rewards):
         count = len(rl.reward_weights)
         yield f"rl.reward_weights has {count} weights for {len(rl.rewards)} rewards; give one each"
-    if cfg.objective == "grpo" and size == 1:
-        yield "rl.group_size is 1; grpo compares completions of one prompt, so give 2 or more"
+    if size < cfg.verb.min_group:
+        yield (
+            f"rl.group_size is {size}; {cfg.objective} compares the completions of a prompt, so it "
+            f"needs {cfg.verb.min_group} or more"
+        )
     if cfg.data.eval or cfg.data.eval_fraction:
-        yield f"data.eval is not read by {cfg.objective}; its rewards are logged as it trains"
+        yield f"data.eval is not used by {cfg.objective}, which logs rewards instead; remove it"
 
 
 def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
     held_out = bool(cfg.data.eval or cfg.data.eval_fraction)
     if cfg.eval_every and not (held_out or cfg.log.samples):
-        yield "eval_every without data.eval, data.eval_fraction or log.samples; give one of them"
-    for key in JUDGING:
-        if value_of(cfg, key) != leaves()[key].default and not held_out:
-            yield f"{key} without data.eval or data.eval_fraction; give one of them"
+        yield "eval_every requires data.eval, data.eval_fraction or log.samples"
+    for key in () if held_out else JUDGING:
+        if key in _changed(cfg):
+            yield f"{key} requires data.eval or data.eval_fraction"
     if cfg.eval.patience and not cfg.eval_every:
-        yield "eval.patience needs eval_every: a number of steps, or epoch"
+        yield "eval.patience requires eval_every: a number of steps, or epoch"
     if cfg.eval.min_delta and not cfg.eval.patience:
-        yield "eval.min_delta goes with eval.patience; give that too"
+        yield "eval.min_delta requires eval.patience"
     if cfg.save.load_best and not cfg.save.keep_best:
-        yield "save.load_best needs save.keep_best"
+        yield "save.load_best requires save.keep_best"
 
 
 def _stream_contradictions(cfg: TrainConfig) -> Iterator[str]:
     data = cfg.data
     for source in (s for s in data.train if s.streaming):
         if data.eval_fraction:
-            yield f"{source.path}: eval_fraction needs data that is read whole; give data.eval"
+            yield f"{source.path}: eval_fraction cannot split a streamed source; use data.eval"
         if not cfg.steps:
-            yield f"{source.path}: a streamed source has no known length; give steps"
+            yield f"{source.path}: a streamed source has no known length; set steps"
         for key in ("eval_every", "save.every", "log.every"):
             if value_of(cfg, key) == "epoch":
-                yield f"{key} epoch: a streamed source has no known epoch; give a number of steps"
+                yield f"{key} is epoch, but a streamed source has no known length; use steps"
         if source.max_samples:
-            yield f"{source.path}: max_samples does not go with streaming; name fewer files"
+            yield f"{source.path}: max_samples is not supported with streaming; give fewer files"
         if len(data.train) > 1 and source.weight is None:
-            yield f"{source.path}: a streamed source beside others needs a weight; give all one"
+            yield f"{source.path}: streamed with other sources; give each source a weight"
 
 
 def _contradictions(cfg: TrainConfig) -> Iterator[str]:
@@ -137,12 +141,12 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if model.path and model.config:
         yield "model.path and model.config are both given; keep one"
     if model.overrides and not model.config:
-        yield "model.overrides change the shape of random weights; they go with model.config"
+        yield "model.overrides requires model.config, since pretrained weights fix the shape"
     if (model.config or "").endswith(".json") and not model.tokenizer:
-        yield "model.config is a file, so model.tokenizer must say where the tokenizer lies"
+        yield "model.config is a file without a tokenizer; set model.tokenizer"
 
-    if cfg.output_dir.startswith("~"):  # from Python; load_config knows what ~ means
-        yield f"output_dir is {cfg.output_dir}; write the home folder out"
+    if cfg.output_dir.startswith("~"):  # from Python; load_config expands it
+        yield f"output_dir is {cfg.output_dir}; ~ is not expanded here, write the full path"
     if not data.train:
         yield "no data: give data.train"
     yield from _stream_contradictions(cfg)
@@ -151,28 +155,28 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if data.eval and data.eval_fraction:
         yield "data.eval and data.eval_fraction are both given; keep one"
     for key in unread(cfg.objective):
-        if value_of(cfg, key) != leaves()[key].default:
-            yield f"{key} has no meaning for {cfg.objective}; leave it out"
+        if key in _changed(cfg):
+            yield f"{key} is not used by {cfg.objective}; remove it"
     yield from _eval_contradictions(cfg)
     yield from _align_contradictions(cfg)
 
     if not cfg.batch_size and not cfg.micro_batch_size:
-        yield "batch_size is 0, so micro_batch_size must be given"
+        yield "batch_size is 0, which requires micro_batch_size"
     sizes = asdict(cfg.mesh)
     sizes.pop("zero")
     for axis, size in sizes.items():
         if size < 1 and size != -1:
-            yield f"mesh.{axis} is {size}; it is 1 or more, or -1 for what is left"
+            yield f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the remaining devices"
         if size != 1 and axis in ("expert", "context"):
-            yield f"mesh.{axis} is {size}; nothing is split along it yet, leave it at 1"
+            yield f"mesh.{axis} is {size}; this axis is not supported yet, leave it at 1"
     if list(sizes.values()).count(-1) > 1:
-        yield "mesh: only one axis may be -1"
+        yield "mesh: only one axis can be -1"
 
     steps = cfg.steps
     if steps and optim.warmup > max(steps, 1):
-        yield f"optim.warmup is {optim.warmup:g} steps, longer than the run's {steps}; lower it"
+        yield f"optim.warmup is {optim.warmup:g} steps, more than the run's {steps}; lower it"
     if steps and optim.schedule == "wsd" and optim.decay >= 1 and optim.decay > steps:
-        yield f"optim.decay is {optim.decay:g} steps, longer than the run's {steps}; lower it"
+        yield f"optim.decay is {optim.decay:g} steps, more than the run's {steps}; lower it"
 
 
 def resolve(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DeepSpeed JSON file in our keys: translated, refused, or listed as having no meaning."""
+"""Keys of a DeepSpeed JSON file: each is translated, refused, or reported as ignored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config.aliases import Given
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 
 CARRIED = {
     "zero_optimization.stage": "mesh.zero",
@@ -30,7 +30,7 @@ DEEPSPEED_SCHEDULES = {
     "WarmupDecayLR": "linear",
     "WarmupCosineLR": "cosine",
 }
-# transformers' --lr_scheduler_type for a WarmupLR; the file decides how the warm-up goes.
+# WarmupLR is `constant` in transformers; the DeepSpeed file decides the shape of the warmup.
 AGREE = {("optim.schedule", "constant", "warmup_log")}
 UNSET = (None, False, "auto", "none")
 
@@ -46,23 +46,24 @@ def _flat(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _read_json(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such DeepSpeed file")
+        raise MissingFile(f"{path}: no such DeepSpeed file")
     try:
         block = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; a DeepSpeed file is JSON") from None
+        raise UserError(f"{path}: not UTF-8 text; a DeepSpeed file must be JSON") from None
     if not isinstance(block, dict):
-        raise UserError(f"{path}: a DeepSpeed file is a JSON object, seen {block!r}")
+        raise UserError(f"{path}: a DeepSpeed file must be a JSON object, seen {block!r}")
     return block
 
 
 def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given], list[str]]:
-    """Our keys from a DeepSpeed JSON file, and what in it means nothing here.
+    """Translate a DeepSpeed JSON file; returns (our keys, ignored keys).
 
-    "auto" leaves a key to `given`, what else was written, which the file may not contradict.
-    Raises ValueError for that, for fp16, and for an optimizer or a schedule that is not known.
+    given: the keys that the config file and flags set; "auto" leaves a key to them. Raises
+    UserError if the file contradicts `given`, enables fp16, or names an unknown optimizer or
+    schedule.
     """
     block = _read_json(path)
     rest = dict(_flat(block))
@@ -78,7 +79,7 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
             )
 
     if rest.pop("fp16.enabled", False) is True:
-        raise UserError(f"{path}: fp16 would need loss scaling; enable bf16 instead")
+        raise UserError(f"{path}: fp16 is not supported, since it needs loss scaling; enable bf16")
     rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
     if "zero_optimization" in block:
         rest.setdefault("zero_optimization.stage", 0)
@@ -95,18 +96,18 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
         one = given.get(key)
         if one is None or one.value == value or (key, one.value, value) in AGREE:
             continue
-        if key == "batch_size" and 0 in (one.value, value):  # made of the micro-batches
+        if key == "batch_size" and 0 in (one.value, value):  # given by the micro-batches
             continue
         raise UserError(
-            f"{path}: {theirs} is {value!r} but {one.where} makes {key} {one.value!r}; "
+            f"{path}: {theirs} is {value!r} but {one.where} sets {key} to {one.value!r}; "
             'make them agree, or write "auto" in the file'
         )
     for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
         if rest.get(f"{part}.device") in UNSET:
             rest = {k: v for k, v in rest.items() if not k.startswith(f"{part}.")}
     spare = [key for key, value in rest.items() if not any(value is u or value == u for u in UNSET)]
-    found = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
-    return found, [f"{path}: {', '.join(spare)}"] if spare else []
+    ours = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
+    return ours, [f"{path}: {', '.join(spare)}"] if spare else []
 
 
 def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None]) -> None:
@@ -115,12 +116,12 @@ def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], N
         return
     name = _known(path, "optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
     if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
-        name = "adam"  # decay in the gradient
+        name = "adam"  # weight decay is added to the gradient
     ask("optim.name", "optimizer.type", name)
     betas = rest.pop("optimizer.params.betas", "auto")
     if betas != "auto":
         if not isinstance(betas, list) or len(betas) != 2:
-            raise UserError(f"{path}: optimizer.params.betas is {betas!r}; it is two numbers")
+            raise UserError(f"{path}: optimizer.params.betas is {betas!r}; must be two numbers")
         ask("optim.b1", "optimizer.params.betas", betas[0])
         ask("optim.b2", "optimizer.params.betas", betas[1])
 
@@ -137,7 +138,7 @@ def _scheduler(
     if warmup == "log" and schedule == "constant":
         schedule = "warmup_log"
     elif warmup == "log":
-        rest[f"{params}warmup_type log (the warm-up is linear)"] = True
+        rest[f"{params}warmup_type log (the warmup is linear)"] = True
     ask("optim.schedule", "scheduler.type", schedule)
     if "optim.warmup" not in given:
         rest.setdefault(f"{params}warmup_num_steps", 1000)  # DeepSpeed's own default
@@ -151,7 +152,7 @@ def _scheduler(
         del rest[f"{params}total_num_steps"]
     elif steps and steps.value and isinstance(total, int):
         raise UserError(
-            f"{path}: {params}total_num_steps is {total} but {steps.where} makes {steps.value}; "
+            f"{path}: {params}total_num_steps is {total} but {steps.where} sets {steps.value}; "
             'make them agree, or write "auto" in the file'
         )
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row per training verb: what it reads and what it assumes where the user says nothing."""
+"""The training verbs: one row each, with the keys it reads and its defaults.
+
+Only this file and `objectives/table.py` name an objective.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, Literal
 
 _CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.system")
 _CHAT += ("data.date", "data.reasoning", "data.roles", "data.drop_columns")
-# Early stopping and the best checkpoint, which need evaluations.
+# Keys of early stopping and the best checkpoint, which require evaluations.
 JUDGING = ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best")
 _ANSWERS = (*_CHAT, *JUDGING, "data.packing", "data.too_long")
 _COMPARED = ("align.beta", "align.reference")
@@ -25,29 +28,31 @@ class Verb:
     about: str
     """one line of help"""
     data: Literal["text", "chat", "pairs", "judged", "prompts"]
-    """what a training example is"""
+    """form of a training example"""
     reads: tuple[str, ...] = ()
-    """the keys it reads that not every verb reads"""
+    """keys it reads that some other verb does not"""
     rate: float = 1.0
     """multiplies the PEFT method's default learning rate"""
     beta: float | None = None
     """default of align.beta"""
     head: Literal["vocab", "score"] = "vocab"
-    """what the model predicts: the next token, or a score (a reward model)"""
+    """output of the model: logits of the next token, or the score of a reward model"""
     critic: bool = False
-    """also trains a value head"""
+    """true if it also trains a value head"""
     rl: Mapping[str, Any] = field(default_factory=dict)
     """defaults of the rl section"""
+    min_group: int = 1
+    """smallest rl.group_size"""
 
     @property
     def online(self) -> bool:
-        """True if the model generates what it learns from."""
+        """True if it trains on completions sampled during training."""
         return self.data == "prompts"
 
 
 VERBS: dict[str, Verb] = {
     "pretrain": Verb(
-        "train on text, from random weights or from a model",
+        "train on text, from random or pretrained weights",
         "text",
         (*JUDGING, "data.segment", "model.z_loss"),
     ),
@@ -79,21 +84,21 @@ VERBS: dict[str, Verb] = {
         beta=0.1,
     ),
     "orpo": Verb(
-        "fine-tune on preference pairs without a reference model: ORPO",
+        "fine-tune on preference pairs with ORPO (no reference model)",
         "pairs",
         (*_ANSWERS, "align.beta"),
         rate=0.1,
         beta=0.1,
     ),
     "simpo": Verb(
-        "train on preference pairs without a reference model: SimPO",
+        "train on preference pairs with SimPO (no reference model)",
         "pairs",
         (*_ANSWERS, "align.beta", "align.gamma", "align.label_smoothing"),
         rate=0.01,
         beta=2.0,
     ),
     "ppo": Verb(
-        "train online against rewards, with a critic: PPO",
+        "train on sampled completions and their rewards with PPO (learned critic)",
         "prompts",
         (*_CHAT, *_ONLINE, "rl.kl_target", "rl.discount", "rl.gae_lambda", "rl.clip_value")
         + ("rl.value_weight", "rl.critic"),
@@ -103,17 +108,18 @@ VERBS: dict[str, Verb] = {
         rl={"group_size": 1, "iterations": 4, "kl": "k1"},
     ),
     "grpo": Verb(
-        "train online against rewards, relative to a group of completions: GRPO",
+        "train on sampled completions and their rewards with GRPO (no critic)",
         "prompts",
         (*_CHAT, *_ONLINE, "rl.scale_rewards", "rl.normalizer", "rl.mask_truncated"),
         rate=0.01,
         beta=0.0,
         rl={"group_size": 8, "iterations": 1, "kl": "k3"},
+        min_group=2,
     ),
 }
 _SPECIFIC = frozenset(key for verb in VERBS.values() for key in verb.reads)
 
 
 def unread(objective: str) -> list[str]:
-    """Keys that other verbs read and this one does not."""
+    """Keys that other verbs read but this one does not."""
     return sorted(_SPECIFIC - set(VERBS[objective].reads))

@@ -33,7 +33,7 @@ from jaxllm.data.formats import (
     format_of,
     parse_json,
 )
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
 
 _SPLITS = {
@@ -81,10 +81,10 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     if glob.has_magic(path):
         found = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
         if not found:
-            raise FileNotFoundError(f"{source.path}: no file matches")
+            raise MissingFile(f"{source.path}: no file matches")
         return _from_files(found, source.path)
     if not hub_id(path.partition(":")[0]) or format_of(path):
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{source.path}: no such file or directory, and not a hub id (OWNER/NAME)"
         )
     return _locate_hub(source, held_out)

@@ -16,7 +16,7 @@ from jaxllm.data.formats import format_of, open_file
 from jaxllm.data.messages import MEDIA, message_text
 from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import template_source
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.tokenizer import save_tokenizer
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -120,7 +120,7 @@ def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     if folders := [file for file in files if file.is_dir()]:
         raise UserError(f"{folders[0]} is a directory; give its files, such as {folders[0]}/*.txt")
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]}: no such file")
+        raise MissingFile(f"{missing[0]}: no such file")
     for file in files:
         if (format_of(file) or "text") != "text":
             yield from _record_texts(file)

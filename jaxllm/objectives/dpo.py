@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct alignment from pairs: DPO and its relatives as rows of one table.
+"""Direct alignment on preference pairs: DPO and its variants as rows of one table.
 
-Of a pair, let c and r be log π(answer | prompt) of the chosen and the rejected answer (sums over
-the answer's tokens), c' and r' the same under the reference, Δc = c - c', Δr = r - r' and
-h = Δc - Δr. A bar (as in c̄) is the mean over the answer's tokens. ε is the label smoothing.
+Notation: c and r are log π(answer | prompt) of the chosen and the rejected answer, summed over the
+answer's tokens; c' and r' are the same under the reference model; Δc = c - c', Δr = r - r' and
+h = Δc - Δr. A bar (c̄) is the mean over the answer's tokens. ε is the label smoothing.
+
+Dims: B rows, T tokens, P pairs per row.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
 
 @dataclass(frozen=True)
 class Options:
-    """The constants of the losses."""
+    """Hyperparameters of the losses: β, ε and γ."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -34,11 +36,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities of pairs of answers, float32 [...] each, and what a loss may need beside.
+    """Log-probabilities of pairs of answers, summed over their tokens; float32 [...] each.
 
-    Each is the sum over an answer's tokens; `chosen_tokens`, `rejected_tokens`: how many there are
-    (1 where DPO is told to normalise by length: the sums are means then). baseline: the mean of
-    β Δ over all answers of the update (BCO).
+    chosen_tokens, rejected_tokens: the numbers of tokens (1 if length_normalized, which makes the
+    sums means). baseline: mean of β Δ over all answers of the update (BCO).
     """
 
     chosen: Any
@@ -94,21 +95,21 @@ def hinge(a: Answers, o: Options) -> Any:
 
 
 def ipo(a: Answers, o: Options) -> Any:
-    """(Δc / |c| - Δr / |r| - 1 / 2β)²: arXiv:2310.12036, eq. 17, of means over the tokens, as its
-    authors ran it: a sum would let the length decide."""
+    """(Δc / |c| - Δr / |r| - 1 / 2β)²: arXiv:2310.12036, eq. 17, with means over the tokens, as in
+    the authors' experiments, since sums would depend on the length."""
     h = a.delta_chosen / a.chosen_tokens - a.delta_rejected / a.rejected_tokens
     return jnp.square(h - 1 / (2 * o.beta))
 
 
 def exo(a: Answers, o: Options) -> Any:
-    """KL(σ(±β h) ‖ (1 - ε, ε)), the reverse one: arXiv:2402.00856, eq. 16; ε of at least 0.001."""
+    """KL(σ(±β h) ‖ (1 - ε, ε)), the reverse KL: arXiv:2402.00856, eq. 16; ε = 0 becomes 0.001."""
     z, e = o.beta * a.h, o.label_smoothing or 1e-3
-    up = sigmoid(z) * (log_sigmoid(z) - math.log(1 - e))
-    return up + sigmoid(-z) * (log_sigmoid(-z) - math.log(e))
+    chosen = sigmoid(z) * (log_sigmoid(z) - math.log(1 - e))
+    return chosen + sigmoid(-z) * (log_sigmoid(-z) - math.log(e))
 
 
 def nca(a: Answers, o: Options) -> Any:
-    """-log σ(β Δc) - (log σ(-β Δc) + log σ(-β Δr)) / 2: arXiv:2402.05369, with pairs."""
+    """-log σ(β Δc) - (log σ(-β Δc) + log σ(-β Δr)) / 2: arXiv:2402.05369, for pairs."""
     c, r = o.beta * a.delta_chosen, o.beta * a.delta_rejected
     return -log_sigmoid(c) - 0.5 * (log_sigmoid(-c) + log_sigmoid(-r))
 
@@ -120,24 +121,24 @@ def sppo(a: Answers, o: Options) -> Any:
 
 
 def bco(a: Answers, o: Options) -> Any:
-    """-log σ(β Δc - δ) - log σ(δ - β Δr): arXiv:2404.04656, eq. 7; δ is the update's mean."""
+    """-log σ(β Δc - δ) - log σ(δ - β Δr): arXiv:2404.04656, eq. 7; δ is the baseline."""
     c, r = o.beta * a.delta_chosen, o.beta * a.delta_rejected
     return -log_sigmoid(c - a.baseline) - log_sigmoid(a.baseline - r)
 
 
 def apo_zero(a: Answers, o: Options) -> Any:
-    """1 - σ(β Δc) + σ(β Δr): arXiv:2408.06266, eq. 9, for chosen answers better than the model's
-    own."""
+    """1 - σ(β Δc) + σ(β Δr): arXiv:2408.06266, eq. 9, for chosen answers that are better than
+    the model's."""
     return 1 - sigmoid(o.beta * a.delta_chosen) + sigmoid(o.beta * a.delta_rejected)
 
 
 def apo_down(a: Answers, o: Options) -> Any:
-    """σ(β Δc) + 1 - σ(β h): arXiv:2408.06266, eq. 10, for chosen answers worse than its own."""
+    """σ(β Δc) + 1 - σ(β h): arXiv:2408.06266, eq. 10, for chosen answers that are worse."""
     return sigmoid(o.beta * a.delta_chosen) + 1 - sigmoid(o.beta * a.h)
 
 
 def sft(a: Answers, o: Options) -> Any:
-    """-c̄: the likelihood of the chosen answer, to be mixed with another loss."""
+    """-c̄: negative log-likelihood of the chosen answer, to add to another loss."""
     return -a.chosen_mean
 
 
@@ -156,7 +157,7 @@ def orpo(a: Answers, o: Options) -> Any:
 
 
 def simpo(a: Answers, o: Options) -> Any:
-    """-log σ(β (c̄ - r̄) - γ): arXiv:2405.14734, eq. 6; smoothed by ε as DPO is."""
+    """-log σ(β (c̄ - r̄) - γ): arXiv:2405.14734, eq. 6; ε smooths the labels as in DPO."""
     z, e = o.beta * (a.chosen_mean - a.rejected_mean) - o.gamma, o.label_smoothing
     return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
 
@@ -176,28 +177,31 @@ LOSSES: dict[str, Callable[[Answers, Options], Any]] = {
     "orpo": orpo,
     "simpo": simpo,
 }
-ALONE = ("sft", "orpo", "simpo")  # these compare with no reference
+REFERENCE_FREE = ("sft", "orpo", "simpo")
 
 
 def answer_logps(
-    model: Decoder | None, batch: Batch, segments: Sequence[Any], rng: Any = None, chunk: int = 512
+    model: Decoder | None, batch: Batch, segments: Sequence[Any], rng: Any = None, chunk: int = 0
 ) -> tuple[list[jax.Array], jax.Array]:
-    """(Σ log p of the answer's tokens in each of some segments, float32 [B, P] each; entropy [B,
-    T]) under a model; zeros without one."""
+    """Log-probabilities of answers; all zeros without a model.
+
+    segments: arrays of segment ids [B, P]. Returns (an array of Σ log p, float32 [B, P], for each
+    of them; entropy [B, T]).
+    """
     if model is None:
         return [jnp.zeros(s.shape, jnp.float32) for s in segments], jnp.zeros(batch.tokens.shape)
-    each, entropy = logps(model, batch, rng, chunk=chunk)
-    return [segment_sums(each, batch.segment_ids, s) for s in segments], entropy
+    logps_BT, entropy_BT = logps(model, batch, rng, chunk=chunk)
+    return [segment_sums(logps_BT, batch.segment_ids, s) for s in segments], entropy_BT
 
 
 def answer_lengths(batch: Batch, segments: Any) -> jax.Array:
-    """Tokens of each segment's answer, at least 1; float32 [B, P]."""
+    """Number of tokens of each segment's answer, at least 1; float32 [B, P]."""
     learned = jnp.float32(batch.weights > 0)
     return jnp.maximum(segment_sums(learned, batch.segment_ids, segments), 1.0)
 
 
-def reference_logps(reference: Decoder | None, batch: Batch, chunk: int = 512) -> list[jax.Array]:
-    """Those of chosen and rejected under the reference: as the batch has them, or computed."""
+def reference_logps(reference: Decoder | None, batch: Batch, chunk: int = 0) -> list[jax.Array]:
+    """[chosen, rejected] log-probabilities under the reference, from the batch or computed."""
     if batch.chosen_logps is not None:
         return [batch.chosen_logps, batch.rejected_logps]
     segments = [batch.chosen_segment, batch.rejected_segment]
@@ -212,44 +216,48 @@ def dpo_loss(
     *,
     losses: Sequence[tuple[str, float]] = (("sigmoid", 1.0),),
     length_normalized: bool = False,
-    chunk: int = 512,
+    chunk: int = 0,
     **options: float,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ over pairs of the weighted losses, pairs, metrics).
+    """Returns (Σ over pairs of the weighted losses, number of pairs, metrics).
 
-    losses: (name in LOSSES, weight); options: fields of `Options`. With `length_normalized` sums
-    are divided by the answers' tokens, the reference's too. Metrics: rewards are β Δ, a tie counts
-    as wrong.
+    losses: (name in LOSSES, weight); options: fields of `Options`. length_normalized: divide the
+    log-probabilities of policy and reference by the answers' tokens. Metrics: rewards are β Δ; in
+    the accuracy a tie counts as wrong.
     """
     o = Options(**options)
     segments = [batch.chosen_segment, batch.rejected_segment]
-    sums, entropy = answer_logps(model, batch, segments, rng, chunk)
+    sums, entropy_BT = answer_logps(model, batch, segments, rng, chunk)
     lengths = [answer_lengths(batch, s) for s in segments]
-    compared = any(name not in ALONE for name, _ in losses)
-    held = reference_logps(reference if compared else None, batch, chunk)
+    uses_reference = any(name not in REFERENCE_FREE for name, _ in losses)
+    reference_sums = reference_logps(reference if uses_reference else None, batch, chunk)
     tokens = lengths
     if length_normalized:
-        sums, held = ([x / n for x, n in zip(xs, lengths, strict=True)] for xs in (sums, held))
+        sums, reference_sums = (
+            [x / n for x, n in zip(xs, lengths, strict=True)] for xs in (sums, reference_sums)
+        )
         tokens = [1.0, 1.0]
     baseline = 0.0 if batch.baseline is None else batch.baseline
-    a = Answers(*sums, *held, *tokens, baseline)  # type: ignore[call-issue]
-    here = batch.chosen_segment > 0
-    pairs = jnp.sum(here).astype(jnp.float32)
+    a = Answers(*sums, *reference_sums, *tokens, baseline)  # type: ignore[call-issue]
+    mask_BP = batch.chosen_segment > 0
+    pairs = jnp.sum(mask_BP).astype(jnp.float32)
 
-    def total(x: Any) -> jax.Array:
-        return jnp.sum(jnp.where(here, x, 0.0))
+    def total(x_BP: Any) -> jax.Array:
+        return jnp.sum(jnp.where(mask_BP, x_BP, 0.0))
 
-    loss = total(sum(weight * LOSSES[name](a, o) for name, weight in losses))
-    learned = batch.weights > 0
+    with jax.named_scope("loss"):
+        loss = total(sum(weight * LOSSES[name](a, o) for name, weight in losses))
+    preference = a.h if uses_reference else a.chosen_mean - a.rejected_mean
+    learned_BT = batch.weights > 0
     metrics: Metrics = {
-        "accuracy": (total((a.h if compared else a.chosen_mean - a.rejected_mean) > 0), pairs),
+        "accuracy": (total(preference > 0), pairs),
         "margin": (total(o.beta * a.h), pairs),
         "reward_chosen": (total(o.beta * a.delta_chosen), pairs),
         "reward_rejected": (total(o.beta * a.delta_rejected), pairs),
         "logp_chosen": (total(sums[0]), pairs),
         "logp_rejected": (total(sums[1]), pairs),
         "nll_chosen": (total(-a.chosen_mean * lengths[0]), total(lengths[0])),
-        "entropy": (jnp.sum(entropy * learned), jnp.sum(learned).astype(jnp.float32)),
+        "entropy": (jnp.sum(entropy_BT * learned_BT), jnp.sum(learned_BT).astype(jnp.float32)),
     }
     return loss, pairs, jax.lax.stop_gradient(metrics)
 
@@ -261,15 +269,15 @@ def dpo_baseline(
     *,
     beta: float,
     length_normalized: bool = False,
-    chunk: int = 512,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(Σ, count) whose mean is BCO's δ: β Δ of every answer of the update's rows."""
+    """Returns (Σ β Δ, count) over all answers; their ratio is BCO's δ."""
     segments = [batch.chosen_segment, batch.rejected_segment]
     sums, _ = answer_logps(model, batch, segments, chunk=chunk)
-    held = reference_logps(reference, batch, chunk)
-    here = batch.chosen_segment > 0
-    apart = [x - y for x, y in zip(sums, held, strict=True)]
+    reference_sums = reference_logps(reference, batch, chunk)
+    mask_BP = batch.chosen_segment > 0
+    deltas = [x - y for x, y in zip(sums, reference_sums, strict=True)]
     if length_normalized:
-        apart = [x / answer_lengths(batch, s) for x, s in zip(apart, segments, strict=True)]
-    deltas = [jnp.where(here, x, 0.0) for x in apart]
-    return beta * jnp.sum(jnp.stack(deltas)), 2.0 * jnp.sum(here)
+        deltas = [x / answer_lengths(batch, s) for x, s in zip(deltas, segments, strict=True)]
+    deltas = [jnp.where(mask_BP, x, 0.0) for x in deltas]
+    return beta * jnp.sum(jnp.stack(deltas)), 2.0 * jnp.sum(mask_BP)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GRPO: completions of one prompt compared with one another (arXiv:2402.03300, eq. 3 and 4).
+"""GRPO: advantages relative to a group of completions (arXiv:2402.03300, eq. 3 and 4).
 
     A_i  = (r_i - mean(r)) / std(r)                       over the group of completion i
     loss = -min(ρ A, clip(ρ, 1 - ε, 1 + ε') A) + β KL     of each token, ρ = π / π_old
 
-Without the division it is Dr. GRPO's advantage (arXiv:2503.20783); ε' > ε is DAPO's clip-higher and
-the mean over all tokens its normaliser (arXiv:2503.14476).
+Without the division by std(r) this is Dr. GRPO's advantage (arXiv:2503.20783). ε' > ε is DAPO's
+clip-higher, and the mean over all tokens is DAPO's normalizer (arXiv:2503.14476).
+
+Dims: B rows, T tokens, N completions.
 """
 
 from __future__ import annotations
@@ -24,47 +26,48 @@ STD_FLOOR = 1e-4  # added to the standard deviation of a group's rewards
 
 
 def group_advantages(rewards: np.ndarray, group_size: int, *, scale: bool = True) -> np.ndarray:
-    """Advantages float32 [N] of rewards [N], groups one after another; NaN is no reward.
+    """Advantages float32 [N] of rewards [N], in consecutive groups; NaN = no reward.
 
-    The standard deviation is that of a sample (n - 1). A completion without a reward, or alone in
-    its group with one, has advantage 0.
+    Uses the sample standard deviation (n - 1). The advantage is 0 for a completion without a reward
+    and for the only completion of its group that has one.
     """
     r = np.asarray(rewards, np.float64).reshape(-1, group_size)
-    known = ~np.isnan(r)
-    count = known.sum(1, keepdims=True)
-    mean = np.where(known, r, 0).sum(1, keepdims=True) / np.maximum(count, 1)
-    away = np.where(known, r - mean, 0.0)
+    valid = ~np.isnan(r)
+    count = valid.sum(1, keepdims=True)
+    mean = np.where(valid, r, 0).sum(1, keepdims=True) / np.maximum(count, 1)
+    advantages = np.where(valid, r - mean, 0.0)
     if scale:
-        std = np.sqrt(np.square(away).sum(1, keepdims=True) / np.maximum(count - 1, 1))
-        away = away / (std + STD_FLOOR)
-    return np.where(count > 1, away, 0.0).reshape(-1).astype(np.float32)
+        std = np.sqrt(np.square(advantages).sum(1, keepdims=True) / np.maximum(count - 1, 1))
+        advantages = advantages / (std + STD_FLOOR)
+    return np.where(count > 1, advantages, 0.0).reshape(-1).astype(np.float32)
 
 
 def clipped_terms(
     logp: Any, old: Any, advantage: Any, *, clip: float, clip_high: float
 ) -> tuple[Any, Any]:
-    """(-min(ρ A, clip(ρ) A), whether the clipped one counts and differs) of each token."""
+    """Returns (-min(ρ A, clip(ρ) A), True where clipping changes the minimum) per token."""
     ratio = jnp.exp(logp - old)
-    held = jnp.clip(ratio, 1 - clip, 1 + clip_high)
-    return -jnp.minimum(ratio * advantage, held * advantage), held * advantage < ratio * advantage
+    plain, clipped = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip_high) * advantage
+    return -jnp.minimum(plain, clipped), clipped < plain
 
 
 def kl_terms(logp: Any, reference: Any, kind: Literal["k1", "k3"]) -> Any:
-    """Estimates of KL(π ‖ π') from a draw of π, each token's: k1 = log π - log π', and
-    k3 = π'/π - 1 - log(π'/π), never negative (http://joschu.net/blog/kl-approx.html)."""
-    ahead = logp - reference
-    return ahead if kind == "k1" else jnp.exp(-ahead) - 1 + ahead
+    """Per-token estimates of KL(π ‖ π') on samples of π: k1 = log π - log π', and
+    k3 = π'/π - 1 - log(π'/π), which is never negative (http://joschu.net/blog/kl-approx.html)."""
+    log_ratio = logp - reference
+    return log_ratio if kind == "k1" else jnp.exp(-log_ratio) - 1 + log_ratio
 
 
 def token_weights(
-    weights: jax.Array, normalizer: Literal["tokens", "sequence", "constant"], most: int
+    mask_BT: jax.Array, normalizer: Literal["tokens", "sequence", "constant"], max_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(weight of each token, float32 [B, T]; what their sum is divided by) from 1 or 0 [B, T]."""
-    lengths = jnp.sum(weights, 1, keepdims=True)
-    rows = jnp.sum(lengths > 0).astype(jnp.float32)
+    """Returns (weight of each token, float32 [B, T]; divisor of the sum). mask: 0 or 1."""
+    lengths_B1 = jnp.sum(mask_BT, 1, keepdims=True)
+    completions = jnp.sum(lengths_B1 > 0).astype(jnp.float32)
     if normalizer == "tokens":
-        return weights, jnp.sum(weights)
-    return weights / (jnp.maximum(lengths, 1.0) if normalizer == "sequence" else most), rows
+        return mask_BT, jnp.sum(mask_BT)
+    divisor = jnp.maximum(lengths_B1, 1.0) if normalizer == "sequence" else max_tokens
+    return mask_BT / divisor, completions
 
 
 def grpo_loss(
@@ -78,23 +81,28 @@ def grpo_loss(
     beta: float = 0.0,
     kl: Literal["k1", "k3"] = "k3",
     normalizer: Literal["tokens", "sequence", "constant"] = "tokens",
-    most: int = 1,
+    max_tokens: int = 1,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ loss, weight, metrics) of completions of at most `most` tokens. Dropout is off, for with
-    it the ratio would not begin at 1."""
-    logp, entropy = logps(model, batch, None, chunk=chunk, temperature=temperature)
-    terms, clipped = clipped_terms(
-        logp, batch.old_logps, batch.advantages, clip=clip, clip_high=clip_high
-    )
-    if beta:
-        terms = terms + beta * kl_terms(logp, batch.reference_logps, kl)
-    each, weight = token_weights(batch.weights, normalizer, most)
-    tokens = jnp.sum(batch.weights)
+    """Returns (Σ loss, weight, metrics). max_tokens: the longest completion, for `constant`.
+
+    Dropout is off, since with dropout the ratio would not start at 1.
+    """
+    logp_BT, entropy_BT = logps(model, batch, None, chunk=chunk, temperature=temperature)
+    old_BT, mask_BT = batch.old_logps, batch.weights
+    with jax.named_scope("loss"):
+        terms_BT, clipped_BT = clipped_terms(
+            logp_BT, old_BT, batch.advantages, clip=clip, clip_high=clip_high
+        )
+        if beta:
+            terms_BT = terms_BT + beta * kl_terms(logp_BT, batch.reference_logps, kl)
+        weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens)
+        loss = jnp.sum(terms_BT * weights_BT)
+    tokens = jnp.sum(mask_BT)
     metrics: Metrics = {
-        "entropy": (jnp.sum(entropy * batch.weights), tokens),
-        "clip_fraction": (jnp.sum(clipped * batch.weights), tokens),
-        "update_kl": (jnp.sum((batch.old_logps - logp) * batch.weights), tokens),
+        "entropy": (jnp.sum(entropy_BT * mask_BT), tokens),
+        "clip_fraction": (jnp.sum(clipped_BT * mask_BT), tokens),
+        "update_kl": (jnp.sum((old_BT - logp_BT) * mask_BT), tokens),
     }
-    return jnp.sum(terms * each), weight, jax.lax.stop_gradient(metrics)
+    return loss, weight, jax.lax.stop_gradient(metrics)

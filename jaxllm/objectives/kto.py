@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KTO: answers judged good or bad, one at a time (arXiv:2402.01306, eq. 7 and 8).
+"""KTO: answers labelled good or bad, without pairs (arXiv:2402.01306, eq. 7 and 8).
 
     loss = λ_D (1 - σ(β (Δ - z)))   of a good answer
            λ_U (1 - σ(β (z - Δ)))   of a bad one,
 
-Δ = log π(answer | prompt) - log π'(answer | prompt) with the reference π'. z is how far the model
-is from the reference: the mean over the update of Δ on prompts with answers to other prompts, not
-below 0, and without a gradient.
+Δ = log π(answer | prompt) - log π'(answer | prompt) with the reference π'. z estimates the KL
+divergence from the reference: the mean over the update of Δ for prompts with the answers to other
+prompts, clipped at 0, without a gradient.
+
+Dims: B rows, T tokens, P answers per row.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jaxllm.objectives.lm import Metrics
 def answer_terms(
     delta: Any, z: Any, good: Any, *, beta: float, desirable: float, undesirable: float
 ):
-    """The loss of each answer: delta float32 and good bool [...]; z not below 0."""
+    """The loss of each answer. delta: float32 [...]; good: bool [...]; z ≥ 0, a scalar."""
     signed = jnp.where(good, delta - z, z - delta)
     return jnp.where(good, desirable, undesirable) * (1 - jax.nn.sigmoid(beta * signed))
 
@@ -39,39 +41,42 @@ def kto_loss(
     beta: float = 0.1,
     desirable: float = 1.0,
     undesirable: float = 1.0,
-    chunk: int = 512,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ loss, answers, metrics). `batch.baseline` is the mean that `kto_baseline` is of."""
+    """Returns (Σ loss, number of answers, metrics). batch.baseline: the mean of `kto_baseline`."""
     segments = [batch.chosen_segment, batch.rejected_segment]
     sums, _ = answer_logps(model, batch, segments, rng, chunk)
-    held = reference_logps(reference, batch, chunk)
-    good, bad = (s > 0 for s in segments)
-    delta = jnp.where(good, sums[0] - held[0], sums[1] - held[1])
+    reference_sums = reference_logps(reference, batch, chunk)
+    good_BP, bad_BP = (s > 0 for s in segments)
+    deltas = [x - y for x, y in zip(sums, reference_sums, strict=True)]
+    delta_BP = jnp.where(good_BP, *deltas)
     z = jnp.maximum(batch.baseline, 0.0)
-    terms = answer_terms(delta, z, good, beta=beta, desirable=desirable, undesirable=undesirable)
-    counts = [jnp.sum(x).astype(jnp.float32) for x in (good, bad)]
+    counts = [jnp.sum(x).astype(jnp.float32) for x in (good_BP, bad_BP)]
+    answers = counts[0] + counts[1]
 
-    def total(x: Any, where: Any) -> jax.Array:
-        return jnp.sum(jnp.where(where, x, 0.0))
+    def total(x_BP: Any, mask_BP: Any) -> jax.Array:
+        return jnp.sum(jnp.where(mask_BP, x_BP, 0.0))
 
-    judged = counts[0] + counts[1]
+    with jax.named_scope("loss"):
+        constants = {"beta": beta, "desirable": desirable, "undesirable": undesirable}
+        loss = total(answer_terms(delta_BP, z, good_BP, **constants), good_BP | bad_BP)
     metrics: Metrics = {
-        "kl": (jnp.mean(z) * judged, judged),
-        "reward_chosen": (total(beta * delta, good), counts[0]),
-        "reward_rejected": (total(beta * delta, bad), counts[1]),
-        "logp_chosen": (total(sums[0], good), counts[0]),
-        "logp_rejected": (total(sums[1], bad), counts[1]),
+        "kl": (jnp.mean(z) * answers, answers),
+        "reward_chosen": (total(beta * delta_BP, good_BP), counts[0]),
+        "reward_rejected": (total(beta * delta_BP, bad_BP), counts[1]),
+        "logp_chosen": (total(sums[0], good_BP), counts[0]),
+        "logp_rejected": (total(sums[1], bad_BP), counts[1]),
     }
-    return total(terms, good | bad), judged, jax.lax.stop_gradient(metrics)
+    return loss, answers, jax.lax.stop_gradient(metrics)
 
 
 def kto_baseline(
-    model: Decoder, reference: Any, batch: Batch, *, chunk: int = 512
+    model: Decoder, reference: Any, batch: Batch, *, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """(Σ, count) of Δ on prompts with another one's answer, over the rows at hand."""
+    """Returns (Σ Δ, count) over prompts with the answer to another prompt."""
     segments = [batch.unpaired_segment]
-    (ours,), _ = answer_logps(model, batch, segments, chunk=chunk)
-    theirs = batch.unpaired_logps
-    if theirs is None:
-        (theirs,), _ = answer_logps(reference, batch, segments, chunk=chunk)
-    return jnp.sum(ours - theirs), jnp.sum(batch.unpaired_segment > 0).astype(jnp.float32)
+    (logps_BP,), _ = answer_logps(model, batch, segments, chunk=chunk)
+    reference_BP = batch.unpaired_logps
+    if reference_BP is None:
+        (reference_BP,), _ = answer_logps(reference, batch, segments, chunk=chunk)
+    return jnp.sum(logps_BP - reference_BP), jnp.sum(batch.unpaired_segment > 0).astype(jnp.float32)

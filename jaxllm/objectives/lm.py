@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Next-token prediction.
+"""Next-token prediction: loss = -Σ w log p(target), over all tokens with weight w.
 
-Dims: B rows, T tokens, S segments.
+Dims: B rows, T tokens, D model width, S segments.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ def lm_loss(
     reference: Any = None,
     *,
     z_loss: float = 0.0,
-    chunk: int = 512,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}), float32 scalars."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
-    h = constrain(h, "batch", "length", "features")
+    """Returns (Σ loss, Σ weight, {metric: (sum, weight)}), float32 scalars.
+
+    rng: keys for dropout; None = no dropout. z_loss: coefficient of (log Z)². chunk: tokens whose
+    logits exist at one time; 0 = the platform's default. These mean the same in every objective.
+    """
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    x_BTD = constrain(x_BTD, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, z_loss, chunk)
-    sums: Any = cross_entropy(model.head_terms(h, rng), batch.targets, batch.weights, head)
+    sums: Any = cross_entropy(model.head_terms(x_BTD, rng), batch.targets, batch.weights, head)
     weight = jnp.sum(batch.weights)
     metrics = {"nll": sums[1], "accuracy": sums[2], "entropy": sums[3]}
     return sums[0], weight, {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}
 
 
 def logps(
-    model: Decoder, batch: Batch, rng: Any = None, *, chunk: int = 512, temperature: float = 1.0
+    model: Decoder, batch: Batch, rng: Any = None, *, chunk: int = 0, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """(log p(target), entropy) of each learned token of a batch under the model, float32 [B, T]; 0
-    of the others."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
-    h = constrain(h, "batch", "length", "features")
+    """Returns (log p(target), entropy), float32 [B, T]; 0 at tokens without a loss weight."""
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    x_BTD = constrain(x_BTD, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
-    found: Any = token_logps(model.head_terms(h, rng), batch.targets, batch.weights, head)
-    return found
+    terms: Any = token_logps(model.head_terms(x_BTD, rng), batch.targets, batch.weights, head)
+    return terms
 
 
-def segment_sums(x: jax.Array, segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
-    """Σ of x [B, T] over the tokens of each of `segments` [B, S] (0 = none: 0); float32 [B, S]."""
-    here = (segment_ids[:, None, :] == segments[..., None]) & (segments[..., None] > 0)
-    return jnp.sum(jnp.where(here, x[:, None, :], 0.0), -1)
+def segment_sums(x_BT: jax.Array, segment_ids_BT: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """Sum x over the tokens of each segment id in `segments`, float32 [B, S]; 0 for segment 0."""
+    ids_BS1 = segments_BS[..., None]
+    mask_BST = (segment_ids_BT[:, None, :] == ids_BS1) & (ids_BS1 > 0)
+    return jnp.sum(jnp.where(mask_BST, x_BT[:, None, :], 0.0), -1)

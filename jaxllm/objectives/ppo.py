@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO for language models (arXiv:1707.06347, arXiv:2203.02155), in the words of reinforcement
-learning:
+"""PPO for language models (arXiv:1707.06347, arXiv:2203.02155).
 
-    state s_t     the prompt and the completion so far, tokens[: t + 1]
-    action a_t    the next token, targets[t]
+    state s_t     prompt and completion so far, tokens[: t + 1]
+    action a_t    next token, targets[t]
     policy π      the model: log π(a_t | s_t)
-    value V(s_t)  what the rest is expected to earn, read from a head with one output
-    reward r_t    -β KL_t, and at the completion's last token its score too
+    value V(s_t)  expected return from s_t on, from a head with one output
+    reward r_t    -β KL_t, plus the completion's score at its last token
 
     A_t  = Σ_k (γ λ)^k δ_{t+k},  δ_t = r_t + γ V(s_{t+1}) - V(s_t)         (arXiv:1506.02438)
     loss = -min(ρ A, clip(ρ) A) + c/2 max((V - R)², (clip(V) - R)²),  R_t = A_t + V_old(s_t)
+
+Dims: B rows, T tokens, D model width.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from jaxllm.ops.cross_entropy import Head, token_logps
 
 
 class ValueParam(nnx.Variable):
-    """A weight of the value's head."""
+    """A weight of the value head."""
 
 
 class Value(nnx.Module):
-    """The critic: V(s_t) = h_t · w + b, of the policy's hidden states or of its own `trunk`'s.
+    """The critic: V(s_t) = h_t · w + b, on hidden states of the policy or of a separate `trunk`.
 
-    It begins at 0 everywhere: nothing is expected before anything was seen.
+    Its weights start at 0.
     """
 
     def __init__(self, size: int, trunk: Decoder | None = None):
@@ -44,18 +45,18 @@ class Value(nnx.Module):
         self.bias = ValueParam(jnp.zeros(1), axes=(None,))
         self.trunk = trunk
 
-    def __call__(self, batch: Experience, hidden: jax.Array) -> jax.Array:
-        """float32 [B, T] from the policy's hidden states [B, T, D]."""
+    def __call__(self, batch: Experience, x_BTD: jax.Array) -> jax.Array:
+        """Values, float32 [B, T], from the policy's hidden states."""
         if self.trunk is not None:
-            hidden = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions)
-        wide = hidden.astype(jnp.float32)
-        return jnp.einsum("btd,do->bt", wide, self.kernel[...]) + self.bias[...]
+            x_BTD = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions)
+        x_BTD = x_BTD.astype(jnp.float32)
+        return jnp.einsum("btd,do->bt", x_BTD, self.kernel[...]) + self.bias[...]
 
 
 def token_rewards(
     kl: np.ndarray, scores: np.ndarray, weights: np.ndarray, beta: float
 ) -> np.ndarray:
-    """r_t, float32 [B, T]: -β KL_t of each token of the completion, at the last its score [B]."""
+    """r_t, float32 [B, T]: -β KL_t at each token of the completion, plus scores [B] at the last."""
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, 1)
     rewards = -beta * kl * weights
     rewards[np.arange(len(scores)), last] += np.where(weights.any(1), scores, 0.0)
@@ -65,46 +66,46 @@ def token_rewards(
 def gae(
     rewards: np.ndarray, values: np.ndarray, weights: np.ndarray, discount: float, decay: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(advantages, returns), float32 [B, T], 0 outside the completion, whose end is worth 0."""
-    here = weights > 0
+    """Returns (advantages, returns), float32 [B, T]; 0 outside the completion, V = 0 after it."""
+    mask_BT = weights > 0
     advantages = np.zeros(rewards.shape, np.float64)
-    ahead = later = np.zeros(len(rewards))
+    advantage = next_value = np.zeros(len(rewards))
     for t in range(rewards.shape[1] - 1, -1, -1):
-        delta = rewards[:, t] + discount * later - values[:, t]
-        ahead = np.where(here[:, t], delta + discount * decay * ahead, 0.0)
-        later = np.where(here[:, t], values[:, t], 0.0)
-        advantages[:, t] = ahead
-    returns = np.where(here, advantages + values, 0.0)
+        delta = rewards[:, t] + discount * next_value - values[:, t]
+        advantage = np.where(mask_BT[:, t], delta + discount * decay * advantage, 0.0)
+        next_value = np.where(mask_BT[:, t], values[:, t], 0.0)
+        advantages[:, t] = advantage
+    returns = np.where(mask_BT, advantages + values, 0.0)
     return advantages.astype(np.float32), returns.astype(np.float32)
 
 
 def whiten(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(x - mean) / std over the tokens with a weight, 0 elsewhere; float32."""
-    here = weights > 0
-    found = np.asarray(x, np.float64)[here]
-    if not len(found):
+    """(x - mean) / std over tokens with a weight, 0 elsewhere; float32."""
+    mask = weights > 0
+    values = np.asarray(x, np.float64)[mask]
+    if not len(values):
         return np.zeros_like(x, np.float32)
-    apart = (x - found.mean()) / np.sqrt(found.var() + 1e-8)
-    return np.where(here, apart, 0.0).astype(np.float32)
+    whitened = (x - values.mean()) / np.sqrt(values.var() + 1e-8)
+    return np.where(mask, whitened, 0.0).astype(np.float32)
 
 
 def value_terms(values: Any, old: Any, returns: Any, clip: float) -> tuple[Any, Any]:
-    """(max((V - R)², (clip(V) - R)²) / 2, whether the clipped one counts) of each token."""
-    held = old + jnp.clip(values - old, -clip, clip)
-    plain, other = jnp.square(values - returns), jnp.square(held - returns)
-    return 0.5 * jnp.maximum(plain, other), other > plain
+    """Returns (max((V - R)², (clip(V) - R)²) / 2, True where the clipped one is larger)."""
+    clipped_values = old + jnp.clip(values - old, -clip, clip)
+    plain, clipped = jnp.square(values - returns), jnp.square(clipped_values - returns)
+    return 0.5 * jnp.maximum(plain, clipped), clipped > plain
 
 
 @dataclass
 class KlController:
-    """β of the KL in the reward; with a target it follows it (arXiv:1909.08593, eq. 3 ff.)."""
+    """KL coefficient β of the reward; with a target it adapts (arXiv:1909.08593, eq. 3 ff.)."""
 
     beta: float
     target: float = 0.0
     horizon: float = 10_000.0
 
     def update(self, kl: float, completions: int) -> None:
-        """After a rollout of some completions whose mean KL was `kl` nats each."""
+        """Adapt β after a rollout. kl: mean KL per completion, in nats."""
         if self.target:
             error = float(np.clip(kl / self.target - 1, -0.2, 0.2))
             self.beta *= 1 + error * completions / self.horizon
@@ -121,38 +122,43 @@ def ppo_loss(
     clip_value: float = 0.2,
     value_weight: float = 0.1,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """(Σ loss, tokens, metrics) of a policy with a `Value`. Dropout is off."""
-    logp, entropy, values = act(model, batch, temperature=temperature, chunk=chunk)
-    policy, clipped = clipped_terms(
-        logp, batch.old_logps, batch.advantages, clip=clip, clip_high=clip_high
-    )
-    value, held = value_terms(values, batch.old_values, batch.returns, clip_value)
+    """Returns (Σ loss, number of tokens, metrics) of a policy with a `Value`. Dropout is off."""
+    logp_BT, entropy_BT, values_BT = act(model, batch, temperature=temperature, chunk=chunk)
     tokens = jnp.sum(batch.weights)
 
-    def total(x: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.sum(x * batch.weights), tokens
+    def total(x_BT: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(x_BT * batch.weights), tokens
 
+    with jax.named_scope("loss"):
+        policy_BT, clipped_BT = clipped_terms(
+            logp_BT, batch.old_logps, batch.advantages, clip=clip, clip_high=clip_high
+        )
+        value_BT, value_clipped_BT = value_terms(
+            values_BT, batch.old_values, batch.returns, clip_value
+        )
+        loss, _ = total(policy_BT + value_weight * value_BT)
     metrics: Metrics = {
-        "policy_loss": total(policy),
-        "value_loss": total(value),
-        "entropy": total(entropy),
-        "clip_fraction": total(clipped),
-        "value_clip_fraction": total(held),
-        "update_kl": total(batch.old_logps - logp),
+        "policy_loss": total(policy_BT),
+        "value_loss": total(value_BT),
+        "entropy": total(entropy_BT),
+        "clip_fraction": total(clipped_BT),
+        "value_clip_fraction": total(value_clipped_BT),
+        "update_kl": total(batch.old_logps - logp_BT),
     }
-    loss, _ = total(policy + value_weight * value)
     return loss, tokens, jax.lax.stop_gradient(metrics)
 
 
 def act(
-    model: Any, batch: Experience, *, temperature: float = 1.0, chunk: int = 512
+    model: Any, batch: Experience, *, temperature: float = 1.0, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T]; no critic: V is 0. The
-    first two are of the completions' tokens alone, else 0."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    """Returns (log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T].
+
+    The first two are 0 outside the completion; V is 0 without a critic.
+    """
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
-    found: Any = token_logps(model.head_terms(h), batch.targets, batch.weights, head)
-    values = jnp.zeros(batch.tokens.shape) if model.value is None else model.value(batch, h)
-    return *found, values
+    terms: Any = token_logps(model.head_terms(x_BTD), batch.targets, batch.weights, head)
+    no_critic = model.value is None
+    return *terms, jnp.zeros(batch.tokens.shape) if no_critic else model.value(batch, x_BTD)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each verb minimises: a row of one table."""
+"""The objective of each verb: one row per verb, made from a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from jaxllm.config import TrainConfig
-from jaxllm.objectives.dpo import ALONE, dpo_baseline, dpo_loss
+from jaxllm.errors import UserError
+from jaxllm.objectives.dpo import REFERENCE_FREE, dpo_baseline, dpo_loss
 from jaxllm.objectives.grpo import grpo_loss
 from jaxllm.objectives.kto import kto_baseline, kto_loss
 from jaxllm.objectives.lm import lm_loss
@@ -19,24 +20,27 @@ from jaxllm.objectives.reward import reward_loss
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises."""
+    """The functions of an objective, with its hyperparameters bound."""
 
     loss: Callable[..., Any]
     """(model, batch, rng, reference) -> (Σ loss, weight, {metric: (Σ, weight)})"""
     compares: bool = False
-    """whether it needs the reference"""
+    """true if the loss needs the reference model"""
     baseline: Callable[..., Any] | None = None
-    """(model, reference, batch) -> (Σ, weight) of a mean over all rows of an update that the loss
-    reads as `batch.baseline`, so that it does not depend on how they are divided"""
+    """(model, reference, batch) -> (Σ, weight), a mean over all rows of an update; the loss reads
+    it as `batch.baseline`, so that it does not depend on the division into micro-batches"""
 
 
-def loss_chunk(cfg: TrainConfig) -> int:
-    """Tokens whose logits exist at one time; 0: `ops.cross_entropy` chooses for the platform."""
-    return cfg.model.loss_chunk
+def make_objective(cfg: TrainConfig) -> Objective:
+    """The objective of a resolved config. Raises UserError for one without a row."""
+    if cfg.objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise UserError(f"objective {cfg.objective!r} is not known; known: {known}")
+    return OBJECTIVES[cfg.objective](cfg)
 
 
 def _language(cfg: TrainConfig) -> Objective:
-    return Objective(partial(lm_loss, z_loss=cfg.model.z_loss, chunk=loss_chunk(cfg)))
+    return Objective(partial(lm_loss, z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk))
 
 
 def _reward(cfg: TrainConfig) -> Objective:
@@ -44,7 +48,7 @@ def _reward(cfg: TrainConfig) -> Objective:
 
 
 def _dpo(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, loss_chunk(cfg)
+    align, chunk = cfg.align, cfg.model.loss_chunk
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
     assert align.beta is not None  # resolve
@@ -59,11 +63,11 @@ def _dpo(cfg: TrainConfig) -> Objective:
     )
     shared = {"beta": align.beta, "length_normalized": align.length_normalized, "chunk": chunk}
     baseline = partial(dpo_baseline, **shared) if "bco" in names else None
-    return Objective(loss, not set(names) <= set(ALONE), baseline)
+    return Objective(loss, not set(names) <= set(REFERENCE_FREE), baseline)
 
 
 def _kto(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, loss_chunk(cfg)
+    align, chunk = cfg.align, cfg.model.loss_chunk
     assert align.beta is not None  # resolve
     loss = partial(
         kto_loss,
@@ -79,21 +83,21 @@ def _online(cfg: TrainConfig) -> dict[str, Any]:
     rl = cfg.rl
     clip_high = rl.clip if rl.clip_high is None else rl.clip_high
     shared = {"clip": rl.clip, "clip_high": clip_high, "temperature": rl.temperature}
-    return shared | {"chunk": loss_chunk(cfg)}
+    return shared | {"chunk": cfg.model.loss_chunk}
 
 
 def _ppo(cfg: TrainConfig) -> Objective:
     rl = cfg.rl
-    value = {"clip_value": rl.clip_value, "value_weight": rl.value_weight}
-    return Objective(partial(ppo_loss, **_online(cfg), **value), compares=True)
+    options = {"clip_value": rl.clip_value, "value_weight": rl.value_weight}
+    return Objective(partial(ppo_loss, **_online(cfg), **options), compares=True)
 
 
 def _grpo(cfg: TrainConfig) -> Objective:
     rl, beta = cfg.rl, cfg.align.beta
-    own = {"beta": beta, "kl": rl.kl, "normalizer": rl.normalizer, "most": rl.max_new_tokens}
-    # Without a KL in the loss it is measured where that costs no second copy of the weights.
-    compares = bool(beta) or cfg.peft.method != "none"
-    return Objective(partial(grpo_loss, **_online(cfg), **own), compares)
+    options = {"beta": beta, "kl": rl.kl, "normalizer": rl.normalizer}
+    loss = partial(grpo_loss, **_online(cfg), **options, max_tokens=rl.max_new_tokens)
+    # The KL is logged even if beta is 0, if the reference is the base model of an adapter.
+    return Objective(loss, bool(beta) or cfg.peft.method != "none")
 
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {

@@ -35,7 +35,6 @@ from jaxllm.objectives.ppo import (
     token_rewards,
     whiten,
 )
-from jaxllm.objectives.table import loss_chunk
 from jaxllm.rl.rewards import Completion, Reward
 from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
@@ -93,7 +92,7 @@ class Rollouts:
         self.sampling = Sampling(
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
-        look = partial(act, temperature=rl.temperature, chunk=loss_chunk(self.cfg))
+        look = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
 
         def judge(trainable: Any, frozen: Any, rows: Experience) -> Any:
             """What policy, critic and reference think of rows [A, B, T]."""

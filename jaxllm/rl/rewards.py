@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxllm.config import MeshSection
 from jaxllm.data.chat import render
 from jaxllm.data.template import chat_tokenizer
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import bucketed
@@ -166,7 +166,7 @@ def _module(place: str) -> Any:
         return importlib.import_module(place)
     file = Path(place).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {place}")
+        raise MissingFile(f"there is no file {place}")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

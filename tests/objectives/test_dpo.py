@@ -11,8 +11,8 @@ from steps import decoder, pair_rows
 
 from jaxllm.data.batch import Batch
 from jaxllm.objectives.dpo import (
-    ALONE,
     LOSSES,
+    REFERENCE_FREE,
     Answers,
     Options,
     answer_lengths,
@@ -244,7 +244,7 @@ def test_losses_are_weighed_added_and_averaged_over_pairs(rows, normalized):
         assert float(count) == 2 * here.sum()
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", REFERENCE_FREE)
 def test_losses_without_a_reference_read_none(rows, name):
     model = decoder()
     loss, _, _ = dpo_loss(model, rows, None, None, losses=((name, 1.0),))

@@ -116,7 +116,7 @@ def test_normalizers(normalizer):
     [
         {},
         {"clip_high": 0.28, "normalizer": "sequence"},
-        {"beta": 0.3, "kl": "k3", "normalizer": "constant", "most": 16},
+        {"beta": 0.3, "kl": "k3", "normalizer": "constant", "max_tokens": 16},
         {"beta": 0.3, "kl": "k1", "temperature": 0.7},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())) or "default",

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import VERBS
 from jaxllm.ops.cross_entropy import Head, cross_entropy
 
 B, T, D, V = 2, 37, 16, 103
@@ -181,3 +182,15 @@ def test_adamw_trajectory_equals_a_plain_torch_loop(tmp_path, count):
         loss, weight = metrics["loss"]
         got.append((float(loss / weight), float(metrics["grad_norm"][0])))
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_an_objective_without_a_row_is_an_error_that_names_the_known_ones():
+    from jaxllm import TrainConfig, UserError
+    from jaxllm.objectives.table import OBJECTIVES, make_objective
+
+    assert set(OBJECTIVES) == set(VERBS)
+    cfg = TrainConfig(objective="dop")
+    with pytest.raises(UserError, match="objective 'dop' is not known; known: pretrain, sft"):
+        make_objective(cfg)
+    with pytest.raises(UserError, match="objective 'dop' is not known; known: pretrain, sft"):
+        _ = cfg.verb

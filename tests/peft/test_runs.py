@@ -173,7 +173,7 @@ def test_training_goes_on_from_an_adapter(straight, capsys):
     assert main(tuning(straight, "from-gone", *gone, "--steps", "3")) == 0
     args = tuning(straight, "wrong", "--peft.method", "prefix", "--peft.path", start)
     refused(capsys, args, "of method lora", "prefix")
-    refused(capsys, tuning(straight, "wrong", *more, "--peft.r", "3"), "peft.r", "leave it out")
+    refused(capsys, tuning(straight, "wrong", *more, "--peft.r", "3"), "peft.r", "remove it")
 
 
 @pytest.mark.parametrize("method", ["adapter", "prefix", "prompt"])

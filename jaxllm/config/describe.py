@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fields of a config as text: --help, --explain and --schema."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+from jaxllm.config import aliases
+from jaxllm.config.schema import (
+    SECTIONS,
+    Leaf,
+    TrainConfig,
+    field_docs,
+    leaves,
+    members,
+    type_adapter,
+    value_of,
+)
+from jaxllm.config.sections import Source
+from jaxllm.config.verbs import VERBS
+
+
+def training_help(verb: str) -> str:
+    """The text of `jaxllm VERB --help`: every key with type, unit, default and HF names."""
+    names = {meaning: [f"--{n}" for n in ns] for meaning, ns in aliases.spellings().items()}
+    lines = [
+        f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
+        "",
+        f"{VERBS[verb].about}.",
+        "",
+        "Each key can be set in the YAML file or by a flag; flags take precedence. A list takes",
+        "several values; a dict takes YAML ({a: 1}) or --section.key.a 1; --key sets true and",
+        "--no-key false.",
+        "",
+        "  --explain   print the config and the origin of each value, then exit",
+        "  --schema    print the JSON schema of the YAML file (for editors), then exit",
+    ]
+    section = None
+    for leaf in leaves().values():
+        if leaf.key == "objective":
+            continue
+        prefix = leaf.key.rpartition(".")[0]
+        if prefix != section:
+            lines += ["", SECTIONS.get(prefix, TrainConfig).__doc__ or ""]
+            section = prefix
+        also = f" (also {', '.join(names.pop(leaf.key))})" if leaf.key in names else ""
+        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]")
+        indent = " " * 6
+        lines += textwrap.wrap(leaf.doc + also, 92, initial_indent=indent, subsequent_indent=indent)
+    lines += ["", "Other transformers and TRL names, and what they set:"]
+    lines += [f"  {', '.join(flags)}: {meaning}" for meaning, flags in names.items()]
+    return "\n".join(lines)
+
+
+def kind_of(leaf: Leaf) -> str:
+    """Type and unit of a key as help shows them, e.g. `INT|epoch (steps)`."""
+    if isinstance(leaf.default, dict):
+        return "{KEY: VALUE}"
+    names = {
+        bool: "true|false",
+        int: "INT",
+        float: "FLOAT",
+        str: "PATH" if leaf.is_path else "TEXT",
+    }
+
+    def words(kind: Any) -> list[str]:
+        inner = get_args(kind)
+        if get_origin(kind) is Literal:
+            return [str(value) for value in inner]
+        if get_origin(kind) is tuple:
+            return [f"{'|'.join(w for one in members(inner[0]) for w in words(one))} ..."]
+        return [names.get(kind, "TEXT")]
+
+    text = "|".join(word for kind in members(leaf.annotation) for word in words(kind))
+    return f"{text} ({leaf.unit})" if leaf.unit else text
+
+
+def plain(value: Any) -> str:
+    """A value in YAML syntax."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=vars, ensure_ascii=False)
+
+
+def explanation(cfg: TrainConfig, origins: dict[str, str]) -> str:
+    """Key, value and origin of every field, in columns."""
+    rows = [(key, plain(value_of(cfg, key)), origins[key]) for key in leaves()]
+    left = max(len(key) for key, _, _ in rows)
+    middle = min(max(len(value) for _, value, _ in rows), 40)
+    return "\n".join(f"{key:<{left}}  {value:<{middle}}  {origin}" for key, value, origin in rows)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the YAML file, for editors: documentation, ranges and HF names."""
+    schema = type_adapter().json_schema()
+    parts = {name: schema["$defs"][kind.__name__] for name, kind in SECTIONS.items()}
+    parts |= {"": schema, "source": schema["$defs"]["Source"]}
+    for name, part in parts.items():
+        kind = (SECTIONS | {"": TrainConfig, "source": Source})[name]
+        part |= {"additionalProperties": False, "description": inspect.getdoc(kind)}
+        for key, doc in field_docs(kind).items():
+            part["properties"][key]["description"] = doc
+    for leaf in leaves().values():
+        if isinstance(leaf.default, tuple):
+            section, _, name = leaf.key.rpartition(".")
+            _allow_one_item(parts[section]["properties"][name])
+    keys = schema["properties"]
+    keys["resume"]["type"] = ["boolean", "string"]  # a checkpoint's path, as in transformers
+    keys["optim"] = {"anyOf": [{"type": "string"}, keys["optim"]]}  # optim: NAME in transformers
+    names: dict[str, Any] = {
+        n: {"description": f"transformers' name of {m}"}
+        for n, m in aliases.meanings().items()
+        if "." not in n
+    }
+    names |= {n: {"description": "ignored: no effect here"} for n in sorted(aliases.IGNORED)}
+    names |= {n: {"enum": aliases.OFF, "description": why} for n, why in aliases.REFUSED.items()}
+    schema["properties"] = names | keys
+    return schema
+
+
+def _allow_one_item(array: dict[str, Any]) -> None:
+    """Change the schema of a list so that it also accepts a single item; text has short forms."""
+    item = array.pop("items")
+    text = [] if item.get("type") in ("number", "integer") else [{"type": "string"}]
+    one = text + [item] * (item not in text)
+    array["anyOf"] = [*one, {"type": array.pop("type"), "items": {"anyOf": one}}]

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a training config from a YAML file, flags and a DeepSpeed file.
+
+`load_config` translates each source to our keys, merges them by precedence, validates the result
+and returns it with the origin of every value.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import aliases
+from jaxllm.config.aliases import Given
+from jaxllm.config.annotations import home, sources
+from jaxllm.config.deepspeed import read_deepspeed
+from jaxllm.config.schema import (
+    SECTIONS,
+    TrainConfig,
+    leaf_of,
+    leaves,
+    unknown_key,
+    validated,
+)
+from jaxllm.config.sections import Source
+from jaxllm.errors import MissingFile, UserError
+
+# ---- YAML and flags
+
+
+@cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """PyYAML's SafeLoader (YAML 1.1), except that 1e-4 is a number and a date is a string."""
+
+    other = ("timestamp", "binary", "set", "omap", "pairs")  # not representable in JSON
+    tags = tuple(f"tag:yaml.org,2002:{kind}" for kind in other)
+    Loader.yaml_constructors = {t: f for t, f in Loader.yaml_constructors.items() if t not in tags}
+    Loader.yaml_implicit_resolvers = {
+        first: [one for one in resolvers if one[0] not in tags]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
+    number = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
+
+
+def parse(text: str) -> Any:
+    """Parse a flag's text as YAML; text that is not valid YAML stays a string."""
+    import yaml
+
+    try:
+        return yaml.load(text, _yaml_loader())
+    except (yaml.YAMLError, ValueError):  # ValueError: malformed numbers such as 0x_
+        return text
+
+
+def read_yaml(path: str) -> list[Given]:
+    """The keys of a YAML (or JSON) file in dotted form, each with its file:line.
+
+    Raises MissingFile, or UserError for invalid YAML, a section that is no mapping and a key given
+    twice.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise MissingFile(f"{path}: no such config file")
+
+    def value_of(node: Any) -> Any:
+        try:
+            return loader.construct_object(node, deep=True)
+        except ValueError:
+            at = f"{path}:{node.start_mark.line + 1}"
+            raise UserError(f"{at}: {node.value!r} is not a YAML value") from None
+
+    def walk(node: Any, prefix: str) -> Iterator[Given]:
+        if not isinstance(node, yaml.MappingNode):
+            name = prefix.rstrip(".") or "a config"
+            seen = value_of(node)
+            raise UserError(
+                f"{path}:{node.start_mark.line + 1}: {name} must be a mapping, seen {seen!r}"
+            )
+        names: set[str] = set()
+        for key, value in node.value:
+            name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+            if name in names:
+                raise UserError(f"{at}: {name} is given twice; keep one")
+            names.add(name)
+            scalar = isinstance(value, yaml.ScalarNode)
+            if name in SECTIONS and not (scalar and name in aliases.TRANSLATED):
+                yield from walk(value, f"{name}.")
+            else:
+                yield Given(name, value_of(value), at)
+
+    try:
+        loader = _yaml_loader()(file.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        return list(walk(node, "")) if node else []
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+    except (UnicodeDecodeError, yaml.reader.ReaderError):
+        raise UserError(f"{path}: not a text file; a config is YAML") from None
+
+
+def read_args(args: Sequence[str]) -> list[Given]:
+    """Split `--key value …`, `--key=value` and bare `--key`; each value is a list of strings."""
+    given: list[Given] = []
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            given.append(Given(name.replace("-", "_"), [text] if equals else [], f"--{name}"))
+        elif given:
+            given[-1].value.append(arg)
+        else:
+            raise UserError(
+                f"unexpected argument {arg!r}; write [CONFIG.yaml] first, then --section.key value"
+            )
+    return given
+
+
+def _parsed(flag: Given) -> Given:
+    """Convert a flag's strings to a value: strings for a string field, else YAML; bare = True."""
+    name, texts = flag.name, flag.value
+    if not texts:
+        positive = name.removeprefix("no_")
+        if leaf_of(name):
+            return replace(flag, value=True)
+        return Given(positive, positive == name, flag.where)
+    leaf = leaves().get(aliases.RENAMED.get(name, name))
+    is_list = leaf is not None and isinstance(leaf.default, tuple)
+    is_text = leaf is not None and (is_list or leaf.types == {str})
+
+    def value(text: str) -> Any:
+        if not is_text or (is_list and text.startswith(("[", "{"))):
+            return parse(text)
+        return None if not is_list and text in ("null", "none") else text
+
+    if len(texts) > 1 and leaf and not is_list:
+        raise UserError(f"{flag.where} takes one value, seen {' '.join(texts)}")
+    return replace(flag, value=value(texts[0]) if len(texts) == 1 else [value(t) for t in texts])
+
+
+def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
+    """Parse data sources given as the values of `flag`. Raises UserError if one is invalid."""
+    value = sources(_parsed(Given("data.eval", list(texts), flag)).value)
+    return validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
+
+
+# ---- the config
+
+
+def load_config(
+    objective: str, path: str | None = None, args: Sequence[str] = ()
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Load a config from a YAML file and command-line arguments, with HF names in both.
+
+    Precedence: arguments over the file over defaults. A DeepSpeed file sets keys that neither
+    gives and must not contradict them. Flags and DeepSpeed keys that have no effect here are listed
+    on stderr. Also returns the origin of each dotted key: "default", file:line or the flag.
+
+    Raises UserError for an unknown key (naming the nearest one), an invalid value, a contradiction
+    or a missing file.
+    """
+    given: dict[str, Given] = {}
+    ignored: list[str] = []
+    file = read_yaml(path) if path else []
+    for layer in (file, [_parsed(flag) for flag in read_args(args)]):
+        for one in layer:
+            if leaf_of(one.name) is None and one.name not in aliases.NAMES:
+                raise unknown_key(one.name, one.where)
+        _check_repeated(layer)
+        values, without_effect = aliases.translate(layer)
+        given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
+        ignored += without_effect
+    if (deepspeed := given.pop("deepspeed", None)) is not None:
+        values, without_effect = read_deepspeed(str(deepspeed.value), given)
+        given |= values
+        ignored += without_effect
+    if ignored:
+        print(f"jaxllm: ignored, no effect here: {', '.join(ignored)}", file=sys.stderr)
+    verb = given.setdefault("objective", Given("objective", objective, "the verb"))
+    if verb.value != objective:
+        raise UserError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
+    for key, one in given.items():
+        if leaf := leaves().get(key):
+            given[key] = replace(one, value=leaf.read(one.value))
+    given = _resume_flag(given)
+    origins = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
+    cfg = validated(_tree(given), origins)
+    return cfg, {key: origins.get(key, "default") for key in leaves()}
+
+
+def _check_repeated(layer: Sequence[Given]) -> None:
+    """Raise UserError for a repeated key of a file, or flag of a list or dict.
+
+    Of other flags the last one counts; a second list would silently replace the first.
+    """
+    seen: set[str] = set()
+    for one in layer:
+        leaf = leaves().get(aliases.RENAMED.get(one.name, one.name))
+        flag = one.where.startswith("--")
+        several = leaf is not None and isinstance(leaf.default, tuple | dict)
+        if one.name in seen and (several or not flag):
+            name = one.where if flag else f"{one.where}: {one.name}"
+            hint = f"give all its values after one {one.where}" if flag else "keep one"
+            raise UserError(f"{name} is given twice; {hint}")
+        seen.add(one.name)
+
+
+def _tree(given: dict[str, Given]) -> dict[str, Any]:
+    """Dotted keys -> nested dicts."""
+    tree: dict[str, Any] = {}
+    for key, one in sorted(given.items()):
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{one.where}: {parent} is {node!r}, which has no entries")
+        node[name] = one.value
+    return tree
+
+
+def _resume_flag(given: dict[str, Given]) -> dict[str, Given]:
+    """transformers' checkpoint path -> `resume: true`; UserError if it is outside output_dir."""
+    one = given.get("resume")
+    if one is None or not isinstance(one.value, str):
+        return given
+    run = Path(str(given["output_dir"].value) if "output_dir" in given else "run").resolve()
+    checkpoint = Path(home(one.value)).resolve()
+    if run not in (checkpoint, *checkpoint.parents):
+        raise UserError(
+            f"{one.where}: {one.value} is not in output_dir {run.name}; a run resumes from the "
+            "latest checkpoint of its own output_dir"
+        )
+    return given | {"resume": replace(one, value=True)}
