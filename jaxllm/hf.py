@@ -36,15 +36,15 @@ from jaxllm.files import (
     Tensor,
     check_dtype,
     header,
+    local_dir,
+    make_sharded,
     new_folder,
-    opened,
-    place,
-    resolve,
+    open_tensors,
     tensor_files,
     write_file,
     write_json,
 )
-from jaxllm.hf_config import source_config, written_configs
+from jaxllm.hf_config import source_config, updated_configs
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.config import ModelConfig
@@ -101,7 +101,7 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
     """What tells a run's frozen model from another: where it lies, and a hash of its weights."""
     if not cfg.model.path:
         return {"config": cfg.model.config, "seed": cfg.seed}
-    found = tensor_files(resolve(cfg.model.path)).values()
+    found = tensor_files(local_dir(cfg.model.path)).values()
     return {"path": cfg.model.path, "hash": _hash(found)}
 
 
@@ -123,7 +123,7 @@ def _names(key: Key, cfg: ModelConfig) -> list[str]:
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     wanted = {name for key in key_table(cfg) for name in _names(key, cfg)}
     missing = sorted(wanted - found)
-    spare = sorted(n for n in fp8.spare(found, wanted, scheme) if not n.endswith(HARMLESS))
+    spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(HARMLESS))
     if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
         spare.remove(HEAD)  # a second copy of the embedding; of no use to a score
     if cfg.scores and SCORE in missing:
@@ -134,8 +134,8 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
             return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
         hint = ""
-        if any(name.endswith(fp8.MARKS) for name in spare):
-            hint = f"; they are of quantised weights, and {fp8.CONFIGS[0]} in config.json "
+        if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
+            hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
             hint += "is missing: restore it" if scheme is None else "describes others"
         what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
         what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
@@ -208,7 +208,7 @@ def load_hf(
     for name in (dtype, compute_dtype or dtype):
         check_dtype(name)
     path, named = interop.with_base(path, adapter)
-    folder, saved = resolve(path), {name: interop.find(one) for name, one in named.items()}
+    folder, saved = local_dir(path), {name: interop.find(one) for name, one in named.items()}
     scores = scores or interop.is_reward(saved)
     config, scheme = source_config(str(folder), overrides or {}, scores=scores)
     cfg = from_hf(config)
@@ -283,7 +283,9 @@ def _read_weights(
     keys = key_table(cfg)
     fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
     with ExitStack() as stack:
-        files = {f: stack.enter_context(opened(f)) for f in sorted({f for f, _ in where.values()})}
+        files = {
+            f: stack.enter_context(open_tensors(f)) for f in sorted({f for f, _ in where.values()})
+        }
         for key in keys:
             variable = weights.get(tuple(key.path.split(".")))
             if variable is None:
@@ -304,7 +306,7 @@ def _read_weights(
                     out[place] = _read(part, key, index[1:])
                 return out
 
-            variable.set_value(held(key.path, variable, place(like, read)))
+            variable.set_value(held(key.path, variable, make_sharded(like, read)))
 
 
 def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
@@ -403,7 +405,7 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
         config = json.loads(model.hf_config)
     else:
         config = to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
-    return written_configs(config, dtype, model.cfg.vocab_size, tokenizer)
+    return updated_configs(config, dtype, model.cfg.vocab_size, tokenizer)
 
 
 def save_hf(
@@ -471,4 +473,4 @@ def save_start(model: Decoder, folder: Path, tokenizer: Any, adapter: str | None
     write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
     if adapter:
-        shutil.copy(resolve(adapter) / ADAPTER_CONFIG, folder)
+        shutil.copy(local_dir(adapter) / ADAPTER_CONFIG, folder)

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxllm.config import PeftSection, validated
 from jaxllm.config.checks import TUNES
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, opened, read_json, resolve
+from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensors, read_json
 from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
@@ -62,13 +62,13 @@ class Saved:
 
 def is_adapter(path: str) -> bool:
     """Whether a directory or hub id holds an adapter and no model."""
-    folder = resolve(path) if hub_id(path) else Path(path).expanduser()
+    folder = local_dir(path) if hub_id(path) else Path(path).expanduser()
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def tokenizer_of(path: str) -> str:
     """Where the tokenizer lies: an adapter's own place, or where its model is."""
-    if not is_adapter(path) or (resolve(path) / "tokenizer.json").is_file():
+    if not is_adapter(path) or (local_dir(path) / "tokenizer.json").is_file():
         return path
     return with_base(path, None)[0]
 
@@ -80,7 +80,7 @@ def is_reward(saved: Mapping[str, Saved]) -> bool:
 
 def find(path: str, weights: bool = True) -> Saved:
     """The adapter in a directory or hub id. Raises ValueError where there is none."""
-    folder = resolve(path)
+    folder = local_dir(path)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
     if weights and not (folder / ADAPTER).is_file():
@@ -361,7 +361,7 @@ def unpack(model: Any, saved: Saved, which: int = 0) -> None:
 
     Raises ValueError for tensors that are missing, unexpected or of another shape.
     """
-    with opened(saved.folder / ADAPTER) as file:
+    with open_tensors(saved.folder / ADAPTER) as file:
         found = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
     plan = model.peft
     values: dict[int, tuple[Any, np.ndarray]] = {}  # a copy of each weight, to be filled
@@ -430,7 +430,7 @@ def trained_tensors(
         for i in (layers if key.stacked else (0,))
     ]
     for one in saved.values() if names else ():
-        with opened(one.folder / ADAPTER) as file:
+        with open_tensors(one.folder / ADAPTER) as file:
             if missing := {root(plan) + name for name in names} - set(file.keys()):
                 raise UserError(
                     f"{one.folder / ADAPTER} has no {min(missing)}, which its config asks for"
