@@ -70,7 +70,7 @@ def jaxllm_step(a):
         Source,
         TrainConfig,
     )
-    from jaxllm.config.checks import resolve_align
+    from jaxllm.config.checks import resolve
     from jaxllm.data.batch import Batch
     from jaxllm.data.loader import load_data, make_loader
     from jaxllm.hf import load_hf
@@ -84,7 +84,7 @@ def jaxllm_step(a):
     section = DataSection(train=(Source(a.data),), max_length=a.length, cache_dir=cache, workers=1)
     peft = PeftSection(method="lora", r=a.r)
     shape = ModelSection(path=a.model, compute_dtype=a.dtype)
-    cfg = resolve_align(TrainConfig(objective="dpo", model=shape, data=section, peft=peft))
+    cfg = resolve(TrainConfig(objective="dpo", model=shape, data=section, peft=peft))
     data = load_data(cfg, load_tokenizer(a.model))
     loader = make_loader(data.train, batch_size=a.rows)
     plan = plan_of(load_hf(a.model).cfg, peft)

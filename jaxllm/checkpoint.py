@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 import xxhash
 
+from jaxllm import dist
 from jaxllm.config import TrainConfig, to_dict
 from jaxllm.errors import UserError
 
@@ -93,7 +94,7 @@ class Checkpoints:
 
     def amend(self, step: int, meta: dict[str, Any], best: int | None) -> None:
         """Changes entries of checkpoint `step`'s meta, and its best, after it was written."""
-        if jax.process_index() == 0:
+        if dist.is_main():
             new = self.directory / str(step) / f"{AMENDED}.new"
             new.write_text(json.dumps({"meta": meta, "best": best}))
             new.replace(new.with_suffix(""))
@@ -121,7 +122,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Before the first save: drops what a killed run left, moves broken checkpoints aside."""
-        if jax.process_index() == 0:
+        if dist.is_main():
             for path in self.directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
             for step in [step for step, problem in self._problems.items() if problem]:
@@ -166,7 +167,7 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Writes files.json into a checkpoint that is written but has not got its name yet."""
-        if jax.process_index() != 0:
+        if not dist.is_main():
             return
         folder = self.directory / f"{self._saving}{UNFINISHED}"
         files = [p for item in ("state", "meta") for p in (folder / item).rglob("*") if p.is_file()]
@@ -256,7 +257,7 @@ class Checkpoints:
 
     def _found_broken(self, step: int, problem: str) -> None:
         self._problems[step] = problem.strip().split("\n")[0] or "unreadable"
-        if jax.process_index() == 0:
+        if dist.is_main():
             print(
                 f"jaxllm: checkpoint {step} is broken and passed over: {self._problems[step]}",
                 file=sys.stderr,
@@ -285,7 +286,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 def _digest(path: Path) -> str | None:
     """xxh3 of a file. None in a multi-process run, whose checkpoints no process reads whole."""
-    if jax.process_count() > 1:
+    if dist.count() > 1:
         return None
     hasher = xxhash.xxh3_64()
     with path.open("rb") as file:
@@ -383,7 +384,7 @@ def claim(cfg: TrainConfig, empty: bool = False) -> None:
     To be called when nothing can be wrong with the new run any more.
     """
     run = Path(cfg.output_dir)
-    if jax.process_index() == 0:
+    if dist.is_main():
         run.mkdir(parents=True, exist_ok=True)
         for path in run.iterdir() if empty else ():  # the folder itself may be a link or a mount
             if path.is_dir() and not path.is_symlink():

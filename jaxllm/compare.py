@@ -30,7 +30,7 @@ from jaxllm.config import (
     load_config,
     to_dict,
 )
-from jaxllm.config.checks import TUNES, check, resolve_date, resolve_rate
+from jaxllm.config.checks import TUNES, check, resolve
 from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
@@ -212,7 +212,7 @@ def _row(method: str, cfg: TrainConfig, plan: Any, seconds: float) -> Row:
     speeds = [line["tokens_per_second"] for line in trained[1:]]
     saved = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
     trainable, total, optimizer_bytes = _sizes(cfg, plan)
-    rate = resolve_rate(cfg).optim.learning_rate
+    rate = resolve(cfg).optim.learning_rate
     assert rate is not None
     return Row(
         method=method,
@@ -306,7 +306,8 @@ def compare(args: list[str]) -> int:
     """
     cfg, where, methods = _read(args)
     _check(cfg, where, methods)
-    cfg = resolve_date(cfg)  # one for all, though midnight passes
+    date = resolve(cfg).data.date  # the same for all runs, even if one starts after midnight
+    cfg = replace(cfg, data=replace(cfg.data, date=date))
     configs = {method: _config_of(cfg, method) for method in methods}
     for one in configs.values():
         check(one)  # all of them before the seconds that _plan's imports take

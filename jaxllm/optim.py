@@ -84,7 +84,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     shape, peak = shapes[optim.schedule], optim.learning_rate
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
-        assert peak is not None  # checks.resolve_rate
+        assert peak is not None  # checks.resolve
         at = jnp.asarray(step, jnp.float32)
         rise = at / max(warmup, 1)
         if optim.schedule == "warmup_log":

@@ -28,15 +28,7 @@ from jaxllm import hf, reference
 from jaxllm.checkpoint import Checkpoints, claim, guard, same_base, same_data
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict, tokenizer_path
-from jaxllm.config.checks import (
-    check,
-    check_groups,
-    resolve_align,
-    resolve_batch,
-    resolve_date,
-    resolve_rate,
-    warnings,
-)
+from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
@@ -208,9 +200,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- validate the run folder, devices, tokenizer and data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve_date(cfg)
-    cfg = resolve_align(resolve_rate(resolve_batch(cfg, data_parallel(mesh))))
-    check_groups(cfg)
+    cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))
     model_cfg = hf.model_config(cfg)[0]
     peft = plan_of(model_cfg, hf.started_from(cfg))
     tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)

@@ -17,7 +17,7 @@ from jaxllm.config import (
     load_config,
     value_of,
 )
-from jaxllm.config.checks import check, resolve_batch
+from jaxllm.config.checks import check, resolve
 
 
 def load(*args, path=None):
@@ -331,7 +331,7 @@ def test_the_chapters_launch_line(deepspeed, capsys):
     flag, path = deepspeed(**AUTO)
     cfg = load(*LAUNCH_LINE, flag, path)
     check(cfg)
-    cfg = resolve_batch(cfg, 8)
+    cfg = resolve(cfg, 8)
     assert (cfg.batch_size, cfg.micro_batch_size, cfg.epochs, cfg.seed) == (512, 16, 1.0, 12)
     assert cfg.model.compute_dtype == "bfloat16" and cfg.model.remat == "full"
     assert cfg.mesh.zero == 2 and cfg.log.report_to == ("wandb",) and cfg.data.max_length == 2048
@@ -494,16 +494,14 @@ def test_deepspeed_offload_is_listed_unless_it_is_none(deepspeed, capsys):
 
 def test_a_deepspeed_micro_batch_alone_makes_the_batch(deepspeed):
     cfg = load(*deepspeed(train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2))
-    assert resolve_batch(cfg, 8).batch_size == 64
+    assert resolve(cfg, 8).batch_size == 64
 
 
 def test_a_deepspeed_batch_that_the_flags_do_not_make_is_refused(deepspeed):
     cfg = load("--per_device_train_batch_size", "4", *deepspeed(train_batch_size=64))
     with pytest.raises(ValueError, match=r"do not divide|is not micro_batch_size|does not divide"):
-        resolve_batch(
-            load("--gradient_accumulation_steps", "3", *deepspeed(train_batch_size=64)), 8
-        )
-    assert resolve_batch(cfg, 8).batch_size == 64
+        resolve(load("--gradient_accumulation_steps", "3", *deepspeed(train_batch_size=64)), 8)
+    assert resolve(cfg, 8).batch_size == 64
 
 
 def test_a_deepspeed_file_that_is_no_json_names_the_line(tmp_path):

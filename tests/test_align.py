@@ -19,7 +19,7 @@ from steps import V, decoder, plain
 
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
-from jaxllm.config.checks import resolve_align
+from jaxllm.config.checks import resolve
 from jaxllm.data.loader import Rows
 from jaxllm.mesh import make_mesh
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
@@ -67,7 +67,7 @@ class Online:
         rl = {"group_size": 4, "minibatches": 2, "max_new_tokens": 6} | rl
         names = tuple(r.name for r in rewards)
         cfg = TrainConfig(objective=verb, batch_size=8, align=AlignSection(beta=beta))
-        self.cfg = resolve_align(replace(cfg, rl=RlSection(rewards=names, **rl)))
+        self.cfg = resolve(replace(cfg, rl=RlSection(rewards=names, **rl)))
         self.policy, self.other = decoder(), decoder()
         state = nnx.state(self.other)
         nnx.update(self.other, jax.tree.map(lambda x: 1.05 * x, state))

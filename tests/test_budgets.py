@@ -23,7 +23,7 @@ MODULES = {
 FLOORS = (
     ("errors",),
     ("config",),
-    ("compilation", "mesh", "files"),
+    ("compilation", "dist", "mesh", "files"),
     ("ops",),
     ("model",),
     ("peft", "data", "tokenizer", "fp8", "hf_config", "monitor"),

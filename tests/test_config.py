@@ -29,7 +29,7 @@ from jaxllm.config import (
     to_dict,
     value_of,
 )
-from jaxllm.config.checks import check, resolve_batch, resolve_date
+from jaxllm.config.checks import check, recorded_config, resolve
 
 
 def load(*args, verb="pretrain", path=None):
@@ -290,9 +290,9 @@ def test_missing_files_are_named(tmp_path):
     ],
 )
 def test_batch_is_resolved_for_the_devices(given, devices, wanted, tmp_path):
-    cfg = resolve_batch(TrainConfig(output_dir=str(tmp_path), **given), devices)
+    cfg = resolve(TrainConfig(output_dir=str(tmp_path), **given), devices)
     assert (cfg.batch_size, cfg.micro_batch_size) == wanted
-    assert resolve_batch(cfg, devices) == cfg
+    assert resolve(cfg, devices) == cfg
 
 
 @pytest.mark.parametrize(
@@ -319,19 +319,19 @@ def test_batch_is_resolved_for_the_devices(given, devices, wanted, tmp_path):
 )
 def test_batches_that_do_not_divide_are_refused(given, devices, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve_batch(TrainConfig(**given), devices)
+        resolve(TrainConfig(**given), devices)
 
 
 def test_resuming_on_other_devices_keeps_the_batch_and_changes_accumulation(tmp_path):
     flags = {"output_dir": str(tmp_path), "batch_size": 0, "micro_batch_size": 4, "accumulation": 2}
-    first = resolve_batch(TrainConfig(**flags), 8)
+    first = resolve(TrainConfig(**flags), 8)
     assert first.batch_size == 64
     (tmp_path / "config.json").write_text(json.dumps(to_dict(first)))
-    assert resolve_batch(TrainConfig(**flags), 4).batch_size == 32  # nothing saved yet: a new run
+    assert not recorded_config(TrainConfig(**flags))  # nothing saved yet: a new run
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    again = resolve_batch(TrainConfig(**flags), 4)
+    again = resolve(TrainConfig(**flags), 4, recorded_config(TrainConfig(**flags)))
     assert (again.batch_size, again.micro_batch_size) == (64, 4)
-    assert resolve_batch(TrainConfig(**flags, overwrite=True), 4).batch_size == 32
+    assert not recorded_config(TrainConfig(**flags, overwrite=True))
 
 
 def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
@@ -340,7 +340,8 @@ def test_the_date_is_that_of_the_runs_first_day(tmp_path, monkeypatch):
     def on(day, **keys):
         today = SimpleNamespace(date=SimpleNamespace(today=lambda: date.fromisoformat(day)))
         monkeypatch.setattr(checks, "datetime", today)
-        return resolve_date(good(objective="sft", output_dir=str(tmp_path), **keys)).data.date
+        cfg = good(objective="sft", output_dir=str(tmp_path), **keys)
+        return resolve(cfg, recorded=recorded_config(cfg)).data.date
 
     assert on("2026-11-27") == "2026-11-27"
     (tmp_path / "config.json").write_text(json.dumps({"data": {"date": "2026-11-27"}}))

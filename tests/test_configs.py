@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import load_config
-from jaxllm.config.checks import check, resolve_align, resolve_batch
+from jaxllm.config.checks import check, resolve
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
 from jaxllm.model.decoder import Decoder, merge
@@ -118,7 +118,7 @@ def test_a_config_says_what_it_takes_and_gives(path):
 def test_a_config_lowers_over_eight_devices(path):
     cfg = load(path)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve_align(resolve_batch(cfg, data_parallel(mesh)))
+    cfg = resolve(cfg, data_parallel(mesh))
     config = shape_of(str(cfg.model.path or cfg.model.config)) | cfg.model.overrides
     shape = from_hf(as_reward(config) if cfg.objective == "reward" else config)
     assert cfg.data.max_length <= shape.max_positions

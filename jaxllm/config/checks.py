@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "log.samples has no meaning for reward, which writes nothing; leave it out"
     if not cfg.verb.online:
         return
-    size = resolve_align(cfg).rl.group_size
+    size = resolve(cfg).rl.group_size
     if not rl.rewards:
         yield "no reward: give rl.rewards (a reward model's directory, or module:function)"
     if len(set(rl.rewards)) < len(rl.rewards):
@@ -123,26 +123,6 @@ def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "eval.min_delta goes with eval.patience; give that too"
     if cfg.save.load_best and not cfg.save.keep_best:
         yield "save.load_best needs save.keep_best"
-
-
-def check_groups(cfg: TrainConfig) -> None:
-    """Raises ValueError for a batch that is no whole groups, once batch_size is resolved."""
-    size, rl = cfg.rl.group_size or 1, cfg.rl
-    if cfg.verb.online and cfg.batch_size * rl.minibatches % size:
-        raise UserError(
-            f"batch_size {cfg.batch_size} x rl.minibatches {rl.minibatches} completions are no "
-            f"whole groups of rl.group_size {size}; change one"
-        )
-
-
-def resolve_align(cfg: TrainConfig) -> TrainConfig:
-    """Fixes what align and rl left to the objective."""
-    align = cfg.align
-    if align.beta is None:
-        align = replace(align, beta=cfg.verb.beta)
-    given = {k: v for k, v in asdict(cfg.rl).items() if v is not None}
-    rl = replace(cfg.rl, **{**cfg.verb.rl, **given})
-    return replace(cfg, align=align, rl=rl)
 
 
 def _stream_contradictions(cfg: TrainConfig) -> Iterator[str]:
@@ -207,59 +187,85 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"optim.decay is {optim.decay:g} steps, longer than the run's {steps}; lower it"
 
 
-def resolve_rate(cfg: TrainConfig) -> TrainConfig:
-    """Fixes optim.learning_rate where it was left out: by what is trained, and for what."""
-    usual = RATES[cfg.peft.method] * cfg.verb.rate
-    rate = cfg.optim.learning_rate or usual
-    return replace(cfg, optim=replace(cfg.optim, learning_rate=rate))
+def resolve(
+    cfg: TrainConfig, data_parallel: int | None = None, recorded: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Fill in the defaults that depend on other fields: learning rate, beta, rl, date and batch.
 
-
-def resolve_batch(cfg: TrainConfig, data_devices: int) -> TrainConfig:
-    """Fixes batch_size and micro_batch_size for the devices that share the rows (data x fsdp).
-
-    With batch_size 0 it is micro_batch_size x accumulation x devices, once: a run that is resumed
-    on other devices keeps the batch_size of its config.json and changes its accumulation. Raises
-    ValueError when the batch does not divide.
+    data_parallel: devices that share the rows (mesh axes data x fsdp); None leaves the batch as it
+    is. recorded: `config.json` of the run that is resumed, whose date and batch size are kept: a
+    run resumed on other devices changes its accumulation. Resolving twice changes nothing. Raises
+    UserError if the batch does not divide.
     """
-    batch, micro, count = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
-    if not batch and (recorded := _recorded(cfg).get("batch_size")):
-        batch, count = recorded, 0
-    batch = batch or micro * (count or 1) * data_devices
-    if batch % data_devices:
-        down = batch // data_devices * data_devices
-        near = f"{down} or {down + data_devices}" if down else f"{data_devices}"
+    recorded, verb = recorded or {}, cfg.verb
+    rate = cfg.optim.learning_rate or RATES[cfg.peft.method] * verb.rate
+    beta = verb.beta if cfg.align.beta is None else cfg.align.beta
+    rl = {name: value for name, value in verb.rl.items() if getattr(cfg.rl, name) is None}
+    date = cfg.data.date
+    if date is None and "data.date" not in unread(cfg.objective):
+        date = recorded.get("data", {}).get("date") or datetime.date.today().isoformat()
+    cfg = replace(
+        cfg,
+        optim=replace(cfg.optim, learning_rate=rate),
+        align=replace(cfg.align, beta=beta),
+        rl=replace(cfg.rl, **rl),
+        data=replace(cfg.data, date=date),
+    )
+    return cfg if data_parallel is None else _with_batch(cfg, data_parallel, recorded)
+
+
+def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any]) -> TrainConfig:
+    """Set batch_size and micro_batch_size, so that accumulation follows from them."""
+    batch, micro, accumulation = cfg.batch_size, cfg.micro_batch_size, cfg.accumulation
+    if not batch and recorded.get("batch_size"):
+        batch, accumulation = recorded["batch_size"], 0
+    batch = batch or micro * (accumulation or 1) * data_parallel
+    if batch % data_parallel:
+        down = batch // data_parallel * data_parallel
+        near = f"{down} or {down + data_parallel}" if down else f"{data_parallel}"
         raise UserError(
-            f"batch_size {batch} does not divide over {data_devices} devices (data x fsdp); "
+            f"batch_size {batch} does not divide over {data_parallel} devices (data x fsdp); "
             f"use {near}"
         )
-    rows = batch // data_devices
-    if count and micro and micro * count != rows:
+    rows = batch // data_parallel
+    if accumulation and micro and micro * accumulation != rows:
         raise UserError(
-            f"batch_size {batch} is not micro_batch_size {micro} x accumulation {count} x "
-            f"{data_devices} devices = {micro * count * data_devices}; leave one of them out"
+            f"batch_size {batch} is not micro_batch_size {micro} x accumulation {accumulation} x "
+            f"{data_parallel} devices = {micro * accumulation * data_parallel}; leave one of them "
+            "out"
         )
-    if count and rows % count:
+    if accumulation and rows % accumulation:
         raise UserError(
-            f"{rows} rows per device do not divide into accumulation {count}; change one"
+            f"{rows} rows per device do not divide into accumulation {accumulation}; change one"
         )
-    micro = min(micro or rows // (count or 1), rows)
+    micro = min(micro or rows // (accumulation or 1), rows)
     if rows % micro:
-        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
         raise UserError(
             f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
-            f"use one of {fits}"
+            f"use one of {divisors}"
+        )
+    size, rl = cfg.rl.group_size or 1, cfg.rl
+    if cfg.verb.online and batch * rl.minibatches % size:
+        raise UserError(
+            f"batch_size {batch} x rl.minibatches {rl.minibatches} completions do not divide into "
+            f"groups of rl.group_size {size}; change one"
         )
     return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
 
 
-def resolve_date(cfg: TrainConfig) -> TrainConfig:
-    """Fixes data.date where it is read and was left out: what the run that goes on has recorded,
-    else today."""
-    if "data.date" in unread(cfg.objective):
-        return cfg
-    date = cfg.data.date or _recorded(cfg).get("data", {}).get("date")
-    date = date or datetime.date.today().isoformat()
-    return replace(cfg, data=replace(cfg.data, date=date))
+def recorded_config(cfg: TrainConfig) -> dict[str, Any]:
+    """`config.json` of the run that `cfg` resumes; {} if it resumes none."""
+    run = Path(cfg.output_dir)
+    file, metrics = run / "config.json", run / "metrics.jsonl"
+    started = any(run.glob("checkpoints/[0-9]*")) or (
+        metrics.is_file() and metrics.stat().st_size > 0
+    )
+    try:
+        values = json.loads(file.read_text()) if started and not cfg.overwrite else {}
+    except (OSError, ValueError):  # reported when the run folder is checked
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _is_date(text: str) -> bool:
@@ -267,15 +273,3 @@ def _is_date(text: str) -> bool:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def _recorded(cfg: TrainConfig) -> dict[str, Any]:
-    """config.json of the run in output_dir whose results this one goes on with; {} when none."""
-    run = Path(cfg.output_dir)
-    file, metrics = run / "config.json", run / "metrics.jsonl"
-    begun = any(run.glob("checkpoints/[0-9]*")) or (metrics.is_file() and metrics.stat().st_size)
-    try:
-        found = json.loads(file.read_text()) if begun and not cfg.overwrite else {}
-    except (OSError, ValueError):  # checkpoint.guard names it
-        return {}
-    return found if isinstance(found, dict) else {}

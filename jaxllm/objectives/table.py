@@ -49,7 +49,7 @@ def _dpo(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, loss_chunk(cfg)
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
-    assert align.beta is not None  # resolve_align
+    assert align.beta is not None  # resolve
     loss = partial(
         dpo_loss,
         losses=tuple(zip(names, weights, strict=True)),
@@ -66,7 +66,7 @@ def _dpo(cfg: TrainConfig) -> Objective:
 
 def _kto(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, loss_chunk(cfg)
-    assert align.beta is not None  # resolve_align
+    assert align.beta is not None  # resolve
     loss = partial(
         kto_loss,
         beta=align.beta,

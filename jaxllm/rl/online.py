@@ -94,7 +94,7 @@ class Rollouts:
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
         rl = cfg.rl
-        assert rl.group_size and cfg.align.beta is not None  # resolve_align
+        assert rl.group_size and cfg.align.beta is not None  # resolve
         self.cfg, self.mesh, self.count = cfg, mesh, count
         self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
         self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
