@@ -26,7 +26,7 @@ from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
-from jaxllm.monitor.metrics import track
+from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.step import Models, alone, with_baseline
 

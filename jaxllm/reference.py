@@ -32,7 +32,7 @@ from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.adapter import PLAIN, Peft
 from jaxllm.model.decoder import Decoder, merge
-from jaxllm.monitor.metrics import track
+from jaxllm.monitor.progress import track
 from jaxllm.objectives.dpo import answer_logps
 from jaxllm.objectives.table import loss_chunk
 from jaxllm.step import Models

@@ -36,7 +36,9 @@ from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
-from jaxllm.monitor.metrics import Meter, Metrics, Progress
+from jaxllm.monitor.meter import Meter
+from jaxllm.monitor.metrics import Metrics
+from jaxllm.monitor.progress import Progress
 from jaxllm.objectives.table import OBJECTIVES
 from jaxllm.ops import attention_gpu as kernels
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
