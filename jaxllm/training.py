@@ -33,7 +33,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens
 from jaxllm.data.loader import Rows, load_data, make_loader, summarize
 from jaxllm.data.template import apply_user_template, with_settings
-from jaxllm.evaluate import Best, Eval, evaluate, judged, make_eval, metric_names
+from jaxllm.evaluate import Best, Eval, evaluate, make_eval, metric_names, metric_value
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
@@ -134,7 +134,7 @@ def check_metric(
             name: dict.fromkeys(metric_names(eval_fn, trainable, frozen, rows, 1), 0.0)
             for name, rows in evals.items()
         }
-        judged(names, cfg.eval)
+        metric_value(names, cfg.eval)
 
 
 def begin(optimizer: Any, params: Any, lay: Any, saves: Checkpoints, at: int | None) -> TrainState:

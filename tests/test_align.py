@@ -483,7 +483,7 @@ def test_a_reward_model_and_a_function_judge_together(straight, judge, capsys):
     refused(
         capsys,
         online(straight, "grpo", "wrong", rewards=[str(straight / "grpo" / "final")]),
-        "no reward model",
+        "is not a reward model",
     )
 
 
