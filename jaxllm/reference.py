@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a policy is compared with: the one it began as.
+"""The reference model that a policy is compared with: the policy at the start of the run.
 
-Beside new LoRA branches that is the frozen base without them, the same buffers in a plain model. In
-every other case what is trained is copied before the first update, sharded as the weights are. Or
-its log-probabilities are computed once and read with the rows.
+With a new adapter it is the frozen base: the same buffers in a model without the adapter. Otherwise
+the trained weights are copied before the first update. Or its log-probabilities are computed once,
+cached, and read with the rows.
+
+Dims: B rows of a batch, P answers of a row at most.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm import hf
+from jaxllm import dist, hf
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.examples import cache_root
@@ -37,134 +38,175 @@ from jaxllm.objectives.dpo import answer_logps
 from jaxllm.objectives.table import loss_chunk
 from jaxllm.step import Models
 
-# A pair's segments, and where a batch has their log-probabilities under the reference.
-KEPT = {
+# A batch's field with the segments of answers -> the field with their log-probabilities.
+LOGPS = {
     "chosen_segment": "chosen_logps",
     "rejected_segment": "rejected_logps",
     "unpaired_segment": "unpaired_logps",
 }
 
 
-def beside(
-    cfg: TrainConfig, model: Decoder, graph: Any, trained: Any, frozen: Any, layout: Any
+def with_reference(
+    cfg: TrainConfig, model: Decoder, graph: Any, trained: Any, frozen: Any, shardings: Any
 ) -> tuple[Models, dict[str, Any]]:
-    """(models, frozen) of steps that compare the model with what it is now.
+    """(models, frozen) of a step that compares the policy with `model` as it is now.
 
     graph, trained, frozen: nnx.split of the model, the latter two as nested dicts of arrays;
-    layout: the NamedShardings of a copy of what is trained.
+    shardings: the NamedShardings of the reference's copy of `trained`.
     """
-    plan = model.peft
-    fresh = plan.frozen and not plan.saved and not cfg.peft.path
-    other, like = _bare(model, PLAIN if fresh else plan)
-    own: Any = {}
-    if not fresh:
-        copied = _common(layout, like)
-        own = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=copied)(_common(trained, like))
+    peft = model.peft
+    new_adapter = peft.frozen and not peft.saved and not cfg.peft.path
+    reference_graph, shapes = _abstract(model, PLAIN if new_adapter else peft)
+    copies: Any = {}
+    if not new_adapter:
+        copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=_select(shardings, shapes))
+        copies = copy(_select(trained, shapes))
 
-    def models(trainable: Any, held: Any) -> tuple[Any, Any]:
-        shared = held["weights"]
-        policy = merge(graph, trainable, shared)
-        return policy, merge(other, held["reference"], _common(shared, like))
+    def models(trainable: Any, frozen: Any) -> tuple[Any, Any]:
+        base = frozen["weights"]
+        policy = merge(graph, trainable, base)
+        return policy, merge(reference_graph, frozen["reference"], _select(base, shapes))
 
-    return models, {"weights": frozen, "reference": own}
+    return models, {"weights": frozen, "reference": copies}
 
 
-def _bare(model: Decoder, plan: Peft) -> tuple[Any, Any]:
-    """The graph of the model with what `plan` adds and nothing else, and its variables' shapes."""
+def _abstract(model: Decoder, peft: Peft) -> tuple[Any, Any]:
+    """(graph, shapes as a nested dict) of the same model with another PEFT config."""
 
     def make() -> Decoder:
-        keys: dict[str, Any] = {"compute_dtype": model.compute_dtype, "remat": model.remat}
-        keys["peft"] = plan
-        return Decoder(model.cfg, rngs=nnx.Rngs(0), scan_unroll=model.scan_unroll, **keys)
+        options: dict[str, Any] = {"compute_dtype": model.compute_dtype, "remat": model.remat}
+        options |= {"scan_unroll": model.scan_unroll, "peft": peft}
+        return Decoder(model.cfg, rngs=nnx.Rngs(0), **options)
 
     graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
 
 
-def _common(tree: Any, like: Any) -> Any:
-    """Those leaves of a nested dict that `like` has too."""
+def _select(tree: Any, like: Any) -> Any:
+    """The leaves of a nested dict at the paths that `like` has too."""
     both = {k: (tree[k], v) for k, v in like.items() if k in tree}
-    return {k: _common(t, v) if isinstance(v, dict) else t for k, (t, v) in both.items()}
+    return {k: _select(t, v) if isinstance(v, dict) else t for k, (t, v) in both.items()}
 
 
-# ---- computed once
+# ---- log-probabilities computed once
 
 
 @dataclass(frozen=True)
-class Known:
-    """Rows of pairs with what the reference thinks of them."""
+class RowsWithLogps:
+    """The rows of a source with the reference's log-probabilities of their answers."""
 
     part: Any
-    logps: dict[str, np.ndarray]  # float32 [rows, P] each
+    logps: dict[str, np.ndarray]
+    """fields of `Batch`, float32 [rows, P] each"""
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        return self.part[row] | {name: each[row] for name, each in self.logps.items()}
+        return self.part[row] | {name: logps[row] for name, logps in self.logps.items()}
 
 
 def precomputed(
     cfg: TrainConfig, data: Data, models: Models, trained: Any, frozen: Any, mesh: Mesh
 ) -> Data:
-    """The data with the reference's log-probabilities in its rows, from the cache where it has
-    them: it knows them by the rows, the model, and how that is held and computed."""
-    segments = [name for name in KEPT if name in _first(data)]
+    """`data` with the reference's log-probabilities in its rows.
 
-    def run(trainable: Any, held: Any, batch: Batch) -> Any:
-        _, reference = models(trainable, held)
-        found, _ = answer_logps(
-            reference, batch, [getattr(batch, s) for s in segments], chunk=loss_chunk(cfg)
-        )
-        return dict(zip([KEPT[s] for s in segments], found, strict=True))
-
-    jitted = jax.jit(run)
-    each = cfg.micro_batch_size * data_parallel(mesh)
-    held = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
-    model = json.dumps([hf.beginning(cfg), hf.model_config(cfg)[1], *held])
-
-    def known(rows: Rows) -> Rows:
-        return replace(rows, parts=tuple(map(known_part, rows.parts)))
-
-    def known_part(part: Any) -> Known:
-        key = _key(part, model)
-        file = cache_root(cfg) / f"reference-{key}.npz"
-        if not file.is_file():
-            one = Rows((part,), None, part.length)
-            with jax.set_mesh(mesh):
-                batches = eval_batches(one, each)
-                if cfg.log.progress:
-                    batches = track(batches, "reference", -(-len(part) // each))
-                made = [
-                    jax.device_get(jitted(trained, frozen, Batch(**put(mesh, b)))) for b in batches
-                ]
-            _save(file, {n: np.concatenate([m[n] for m in made])[: len(part)] for n in made[0]})
-        with np.load(file, allow_pickle=False) as found:
-            return Known(part, dict(found))
-
-    evals = {name: known(rows) for name, rows in data.evals.items()}
-    return replace(data, train=None if data.train is None else known(data.train), evals=evals)
-
-
-def _first(data: Data) -> dict[str, np.ndarray]:
+    They are cached in data.cache_dir, in one file for each reference model, its dtypes and its
+    quantisation. The key of an answer is a hash of its tokens, so that another packing, or data
+    with more examples, reuses what is there.
+    """
     assert data.train is not None
-    return data.train.parts[0][0]
+    fields = [name for name in LOGPS if name in data.train.parts[0][0]]
+
+    def logps_of(trainable: Any, frozen: Any, batch: Batch) -> list[jax.Array]:
+        _, reference = models(trainable, frozen)
+        segments = [getattr(batch, name) for name in fields]
+        return answer_logps(reference, batch, segments, chunk=loss_chunk(cfg))[0]
+
+    jitted = jax.jit(logps_of)
+    size = cfg.micro_batch_size * data_parallel(mesh)
+    dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
+    model = json.dumps([hf.beginning(cfg), hf.model_config(cfg)[1], *dtypes])
+    file = cache_root(cfg) / f"reference-{xxhash.xxh3_128_hexdigest(model.encode())}.npz"
+    cache = _Cache.load(file)
+
+    def compute(part: Any, rows: np.ndarray) -> np.ndarray:
+        """float32 [fields, rows, P] of some rows of a source."""
+        starts: Any = range(0, len(rows), size)
+        if cfg.log.progress:
+            starts = track(starts, "reference", len(starts))
+        found = []
+        for start in starts:
+            some = [part[row] for row in rows[start : start + size]]
+            batch = Batch(**put(mesh, next(eval_batches(Rows((some,), None, part.length), size))))
+            found.append(np.stack(dist.gather(jitted(trained, frozen, batch)))[:, : len(some)])
+        return np.concatenate(found, 1)
+
+    def add(part: Any) -> RowsWithLogps:
+        nonlocal cache
+        keys = _answer_keys(part, fields)
+        rows = np.flatnonzero(cache.lacks(keys).any((0, 2)))
+        if len(rows):
+            with jax.set_mesh(mesh):
+                cache = cache.extended(keys[:, rows], compute(part, rows))
+            if dist.is_main():
+                cache.save(file)
+        return RowsWithLogps(part, dict(zip([LOGPS[f] for f in fields], cache[keys], strict=True)))
+
+    def with_logps(rows: Rows) -> Rows:
+        return replace(rows, parts=tuple(add(part) for part in rows.parts))
+
+    evals = {name: with_logps(rows) for name, rows in data.evals.items()}
+    return replace(data, train=with_logps(data.train), evals=evals)
 
 
-def _key(part: Any, model: str) -> str:
-    hasher = xxhash.xxh3_128(model.encode())
-    for row in _rows(part):
-        for name in sorted(row):
-            hasher.update(name.encode() + np.ascontiguousarray(row[name]).tobytes())
-    return hasher.hexdigest()
+def _answer_keys(part: Any, fields: list[str]) -> np.ndarray:
+    """uint64 [fields, rows, P]: a hash of each answer's tokens, its prompt's, and which of them are
+    learned; 0 where a slot has no answer."""
+
+    def key(row: dict[str, np.ndarray], segment: int) -> int:
+        if segment == 0:
+            return 0
+        here = row["segment_ids"] == segment
+        hasher = xxhash.xxh3_64(row["tokens"][here].tobytes())
+        hasher.update((row["weights"][here] > 0).tobytes())
+        return hasher.intdigest()
+
+    rows = (part[index] for index in range(len(part)))
+    keys = [[[key(row, segment) for segment in row[f]] for f in fields] for row in rows]
+    return np.asarray(keys, np.uint64).swapaxes(0, 1)
 
 
-def _rows(part: Any) -> Iterator[dict[str, np.ndarray]]:
-    return (part[row] for row in range(len(part)))
+@dataclass(frozen=True)
+class _Cache:
+    """Log-probabilities of answers by key."""
 
+    keys: np.ndarray  # uint64 [N], ascending
+    logps: np.ndarray  # float32 [N]
 
-def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz that appears whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
-        np.savez(part, **arrays)  # type: ignore[arg-type]
-    os.replace(part.name, file)
+    @staticmethod
+    def load(file: Path) -> _Cache:
+        if not file.is_file():
+            return _Cache(np.zeros(0, np.uint64), np.zeros(0, np.float32))
+        with np.load(file, allow_pickle=False) as arrays:
+            return _Cache(arrays["keys"], arrays["logps"])
+
+    def lacks(self, keys: np.ndarray) -> np.ndarray:
+        """bool: True for the answers that are not cached."""
+        return (keys > 0) & ~np.isin(keys, self.keys)
+
+    def extended(self, keys: np.ndarray, logps: np.ndarray) -> _Cache:
+        """With further answers; those that are cached already stay as they are."""
+        new = self.lacks(keys)
+        unique, first = np.unique(np.concatenate([self.keys, keys[new]]), return_index=True)
+        return _Cache(unique, np.concatenate([self.logps, logps[new]])[first])
+
+    def __getitem__(self, keys: np.ndarray) -> np.ndarray:
+        """float32 of the shape of `keys`, which are all cached; 0 for no answer."""
+        return np.where(keys > 0, self.logps[np.searchsorted(self.keys, keys)], np.float32(0))
+
+    def save(self, file: Path) -> None:
+        """Writes the file atomically."""
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
+            np.savez(part, keys=self.keys, logps=self.logps)
+        os.replace(part.name, file)

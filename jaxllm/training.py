@@ -261,7 +261,7 @@ def train(cfg: TrainConfig) -> Result:
     models = alone(graph)
     if objective.compares:
         copied = weight_shardings(weights, mesh, whole=False)
-        models, frozen = reference.beside(cfg, model, graph, params, frozen, copied)
+        models, frozen = reference.with_reference(cfg, model, graph, params, frozen, copied)
     if objective.compares and cfg.align.reference == "precomputed":
         data = reference.precomputed(cfg, data, models, params, frozen, mesh)
         models, frozen = alone(graph), frozen["weights"]

@@ -21,7 +21,7 @@ from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.table import Objective
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of
-from jaxllm.reference import beside
+from jaxllm.reference import with_reference
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 
 V, T = 97, 32
@@ -159,7 +159,9 @@ def trajectory(
         frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
         models = alone(graph)
         if objective.compares:
-            models, frozen = beside(TrainConfig(peft=section), made, graph, params, frozen, lay)
+            models, frozen = with_reference(
+                TrainConfig(peft=section), made, graph, params, frozen, lay
+            )
         opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
         state = TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
         step = make_step(
