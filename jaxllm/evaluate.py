@@ -208,7 +208,8 @@ def evaluate_files(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
-    from jaxllm.peft.interop import choose, tokenizer_of
+    from jaxllm.peft.combine import choose
+    from jaxllm.peft.files import tokenizer_of
     from jaxllm.tokenizer import check_vocabulary
 
     mesh = make_mesh(MeshSection())

@@ -70,6 +70,17 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     )
 
 
+def platform() -> str:
+    """The platform that is compiled for: "cpu", "gpu" or "tpu".
+
+    It is read from the mesh in context, which is part of jit's cache key, so a function is traced
+    again for another platform. The mesh may be abstract, of devices that are not attached. Without
+    a mesh it is the platform of the first device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return "gpu" if device.platform == "cuda" else device.platform
+
+
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
     """The PartitionSpec of a tensor with logical `axes`; mesh axis `drop` is left out.
 

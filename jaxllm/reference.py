@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference model that a policy is compared with: the policy at the start of the run.
+"""Log-probabilities of answers under the reference model, computed once and read with the rows.
 
-With a new adapter it is the frozen base: the same buffers in a model without the adapter. Otherwise
-the trained weights are copied before the first update. Or its log-probabilities are computed once,
-cached, and read with the rows.
+The reference is the policy at the start of the run (program.Program.reference).
 
-Dims: B rows of a batch, P answers of a row at most.
+Dims: P answers of a row at most.
 """
 
 from __future__ import annotations
@@ -13,30 +11,26 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xxhash
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm import dist, hf
+from jaxllm import dist
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import Data, Rows, eval_batches
 from jaxllm.mesh import data_parallel, put
-from jaxllm.model.adapter import PLAIN, Peft
-from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
 from jaxllm.objectives.dpo import answer_logps
 from jaxllm.objectives.table import loss_chunk
-from jaxllm.step import Models
 
 # A batch's field with the segments of answers -> the field with their log-probabilities.
 LOGPS = {
@@ -44,51 +38,6 @@ LOGPS = {
     "rejected_segment": "rejected_logps",
     "unpaired_segment": "unpaired_logps",
 }
-
-
-def with_reference(
-    cfg: TrainConfig, model: Decoder, graph: Any, trained: Any, frozen: Any, shardings: Any
-) -> tuple[Models, dict[str, Any]]:
-    """(models, frozen) of a step that compares the policy with `model` as it is now.
-
-    graph, trained, frozen: nnx.split of the model, the latter two as nested dicts of arrays;
-    shardings: the NamedShardings of the reference's copy of `trained`.
-    """
-    peft = model.peft
-    new_adapter = peft.frozen and not peft.saved and not cfg.peft.path
-    reference_graph, shapes = _abstract(model, PLAIN if new_adapter else peft)
-    copies: Any = {}
-    if not new_adapter:
-        copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=_select(shardings, shapes))
-        copies = copy(_select(trained, shapes))
-
-    def models(trainable: Any, frozen: Any) -> tuple[Any, Any]:
-        base = frozen["weights"]
-        policy = merge(graph, trainable, base)
-        return policy, merge(reference_graph, frozen["reference"], _select(base, shapes))
-
-    return models, {"weights": frozen, "reference": copies}
-
-
-def _abstract(model: Decoder, peft: Peft) -> tuple[Any, Any]:
-    """(graph, shapes as a nested dict) of the same model with another PEFT config."""
-
-    def make() -> Decoder:
-        options: dict[str, Any] = {"compute_dtype": model.compute_dtype, "remat": model.remat}
-        options |= {"scan_unroll": model.scan_unroll, "peft": peft}
-        return Decoder(model.cfg, rngs=nnx.Rngs(0), **options)
-
-    graph, state = nnx.split(nnx.eval_shape(make))
-    return graph, nnx.to_pure_dict(state)
-
-
-def _select(tree: Any, like: Any) -> Any:
-    """The leaves of a nested dict at the paths that `like` has too."""
-    both = {k: (tree[k], v) for k, v in like.items() if k in tree}
-    return {k: _select(t, v) if isinstance(v, dict) else t for k, (t, v) in both.items()}
-
-
-# ---- log-probabilities computed once
 
 
 @dataclass(frozen=True)
@@ -107,27 +56,33 @@ class RowsWithLogps:
 
 
 def precomputed(
-    cfg: TrainConfig, data: Data, models: Models, trained: Any, frozen: Any, mesh: Mesh
+    cfg: TrainConfig,
+    data: Data,
+    reference: Callable[[Any, Any], Decoder],
+    origin: Any,
+    trainable: Any,
+    frozen: Any,
+    mesh: Mesh,
 ) -> Data:
-    """`data` with the reference's log-probabilities in its rows.
+    """`data` with the log-probabilities under `reference(trainable, frozen)` in its rows.
 
-    They are cached in data.cache_dir, in one file for each reference model, its dtypes and its
-    quantisation. The key of an answer is a hash of its tokens, so that another packing, or data
-    with more examples, reuses what is there.
+    They are cached in data.cache_dir, in one file for each `origin` of the weights (a JSON value),
+    dtype and quantisation. The key of an answer is a hash of its tokens, so another packing, or
+    data with more examples, reuses what is there.
     """
     assert data.train is not None
     fields = [name for name in LOGPS if name in data.train.parts[0][0]]
 
     def logps_of(trainable: Any, frozen: Any, batch: Batch) -> list[jax.Array]:
-        _, reference = models(trainable, frozen)
         segments = [getattr(batch, name) for name in fields]
-        return answer_logps(reference, batch, segments, chunk=loss_chunk(cfg))[0]
+        model = reference(trainable, frozen)
+        return answer_logps(model, batch, segments, chunk=loss_chunk(cfg))[0]
 
     jitted = jax.jit(logps_of)
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
-    model = json.dumps([hf.beginning(cfg), hf.model_config(cfg)[1], *dtypes])
-    file = cache_root(cfg) / f"reference-{xxhash.xxh3_128_hexdigest(model.encode())}.npz"
+    model_key = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
+    file = cache_root(cfg) / f"reference-{model_key}.npz"
     cache = _Cache.load(file)
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
@@ -139,7 +94,7 @@ def precomputed(
         for start in starts:
             some = [part[row] for row in rows[start : start + size]]
             batch = Batch(**put(mesh, next(eval_batches(Rows((some,), None, part.length), size))))
-            found.append(np.stack(dist.gather(jitted(trained, frozen, batch)))[:, : len(some)])
+            found.append(np.stack(dist.gather(jitted(trainable, frozen, batch)))[:, : len(some)])
         return np.concatenate(found, 1)
 
     def add(part: Any) -> RowsWithLogps:

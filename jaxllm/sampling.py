@@ -23,7 +23,8 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder, apart
-from jaxllm.peft.interop import Choice, shares
+from jaxllm.ops.decoding import argmax, prefers_unstacked
+from jaxllm.peft.combine import Choice, choice_weights
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 CHUNK = 16  # tokens decoded between two looks of the host
@@ -81,10 +82,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array) -> jax.Array:
     """Next tokens int32 [B]; randomness is a function of (key, row, step) alone."""
     if sampling.temperature == 0:
-        # The first of the greatest; a CPU's argmax takes ten times as long.
-        places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-        most = logits == jnp.max(logits, -1, keepdims=True)
-        return jnp.min(jnp.where(most, places, logits.shape[-1] - 1), -1)
+        return argmax(logits)
     key = jax.random.fold_in(key, step)
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
@@ -98,26 +96,30 @@ def _apart(graph: Any, params: Any) -> tuple[Any, Any]:
 def ready(graph: Any, params: Any) -> tuple[Any, Any]:
     """(graph, params) as decoding reads them fastest: as they are, but a CPU's in bfloat16, which
     are copied once into the form of `apart`."""
-    if jax.default_backend() != "cpu":
-        return graph, params
-    narrow = nnx.merge(graph, params).compute_dtype == jnp.bfloat16
-    return _apart(graph, params) if narrow else (graph, params)
+    unstacked = prefers_unstacked(nnx.merge(graph, params).compute_dtype)
+    return _apart(graph, params) if unstacked else (graph, params)
 
 
-def _read(model: Decoder, tokens: Any, segments: Any, slots: int, mix: Any = None):
+def _read(model: Decoder, tokens: Any, segments: Any, slots: int, adapter_weights: Any = None):
     """Left-padded prompts [B, P] -> (logits of the next token [B, V], cache of `slots`)."""
     cache = model.empty_cache(tokens.shape[0], slots)
     positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    hidden, cache = model.hidden(tokens, segments, positions, cache, mix=mix)
-    return model.logits(hidden[:, -1], mix), replace(cache, length=jnp.int32(cache.length))
+    hidden, cache = model.hidden(
+        tokens, segments, positions, cache, adapter_weights=adapter_weights
+    )
+    return model.logits(hidden[:, -1], adapter_weights), replace(
+        cache, length=jnp.int32(cache.length)
+    )
 
 
-def _next(model: Decoder, cache: Cache, token: jax.Array, mix: Any = None):
+def _next(model: Decoder, cache: Cache, token: jax.Array, adapter_weights: Any = None):
     """One more token [B] of each row -> (logits of the next one [B, V], cache)."""
     positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
     ones = jnp.ones((token.shape[0], 1), jnp.int32)
-    hidden, cache = model.hidden(token[:, None], ones, positions, cache, mix=mix)
-    return model.logits(hidden[:, 0], mix), cache
+    hidden, cache = model.hidden(
+        token[:, None], ones, positions, cache, adapter_weights=adapter_weights
+    )
+    return model.logits(hidden[:, 0], adapter_weights), cache
 
 
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
@@ -129,11 +131,11 @@ def prefill(
     key: jax.Array,
     slots: int,
     sampling: Sampling,
-    mix: jax.Array | None = None,
+    adapter_weights: jax.Array | None = None,
 ):
     """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
     model: Decoder = nnx.merge(graph, params)
-    logits, cache = _read(model, tokens, segments, slots, mix)
+    logits, cache = _read(model, tokens, segments, slots, adapter_weights)
     return sample(logits, sampling, key, jnp.int32(0)), cache
 
 
@@ -147,14 +149,14 @@ def decode(
     step: jax.Array,
     count: int,
     sampling: Sampling,
-    mix: jax.Array | None = None,
+    adapter_weights: jax.Array | None = None,
 ):
     """Feeds `token` [B] and `count` - 1 of its successors: (next tokens [B, count], cache)."""
     model: Decoder = nnx.merge(graph, params)
 
     def one(carry, index):
         cache, token = carry
-        logits, cache = _next(model, cache, token, mix)
+        logits, cache = _next(model, cache, token, adapter_weights)
         token = sample(logits, sampling, key, step + index)
         return (cache, token), token
 
@@ -295,7 +297,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
 
-    adapters: of each row, which of the model's to use (interop.shares); empty: as the model does.
+    adapters: of each row, which of the model's to use (combine.choice_weights); empty: as the
+    model does.
     Raises ValueError as `check_prompts` does.
     """
     check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
@@ -305,15 +308,17 @@ def stream(
     slots = width + bucketed(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
-    rows = [shares(model.peft, chosen) for chosen in adapters]
+    rows = [choice_weights(model.peft, chosen) for chosen in adapters]
     assert not rows or len(rows) == len(prompts)
-    mix = jnp.asarray(rows, jnp.float32) if rows else None
-    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, mix)
+    adapter_weights = jnp.asarray(rows, jnp.float32) if rows else None
+    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, adapter_weights)
     yield np.asarray(token)[:, None]
     made = 1
     while made < sampling.max_new_tokens:
         count = min(chunk, slots - width - made + 1)
-        new, cache = decode(graph, params, cache, token, key, jnp.int32(made), count, fixed, mix)
+        new, cache = decode(
+            graph, params, cache, token, key, jnp.int32(made), count, fixed, adapter_weights
+        )
         token, made = new[:, -1], made + count
         yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
 
@@ -372,7 +377,7 @@ class TextModel:
         from jaxllm.data.template import chat_tokenizer
         from jaxllm.files import local_dir
         from jaxllm.hf import load_hf
-        from jaxllm.peft.interop import tokenizer_of
+        from jaxllm.peft.files import tokenizer_of
         from jaxllm.tokenizer import check_vocabulary, stop_ids
 
         tokenizer = chat_tokenizer(tokenizer_of(path), template)

@@ -2,7 +2,7 @@
 """The reference of a policy: which weights are copied, and what the cache of its log-probabilities
 reuses."""
 
-import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +10,26 @@ import numpy as np
 import pytest
 from flax import nnx
 from steps import T, decoder, judged_rows, pair_rows, unpacked_slots
-from tiny import hf_config
 
 from jaxllm import reference
 from jaxllm.config import (
     DataSection,
     LogSection,
     MeshSection,
-    ModelSection,
     PeftSection,
     TrainConfig,
 )
 from jaxllm.data.batch import Batch
 from jaxllm.data.loader import Data, Rows
+from jaxllm.hf import abstract_model
 from jaxllm.mesh import make_mesh
+from jaxllm.model.adapter import AdapterParam
+from jaxllm.model.decoder import merge
 from jaxllm.objectives.dpo import answer_logps
-from jaxllm.peft.lora import LoraParam
-from jaxllm.reference import precomputed, with_reference
-from jaxllm.step import alone
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.objectives.table import Objective
+from jaxllm.program import assemble
+from jaxllm.reference import precomputed
 
 LORA = PeftSection(method="lora", r=4, target_modules=("all-linear",))
 SECTIONS = {
@@ -44,23 +46,26 @@ def test_the_reference_is_the_start_and_only_trained_weights_are_copied(name):
     if section.path:
         model = decoder(PeftSection(method="lora", r=4))
         for _, variable in nnx.iter_graph(model):
-            if isinstance(variable, LoraParam):
+            if isinstance(variable, AdapterParam):
                 variable.set_value(variable.get_value() + 0.1)
     else:
         model = decoder(section)
     tokens = np.arange(12)[None]
     before = np.asarray(model(tokens))
-    graph, trained, rest = nnx.split(model, model.peft.trains, ...)
-    params, frozen = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    models, both = with_reference(
-        TrainConfig(peft=section), model, graph, params, frozen, shardings
-    )
-    assert both["weights"] is frozen  # the frozen weights are shared
-    assert bool(both["reference"]) == copied
+    _, trained, rest = nnx.split(model, model.peft.trains, ...)
+    params, weights = nnx.to_pure_dict(trained), nnx.to_pure_dict(rest)
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
+
+    def make(adapter):
+        return abstract_model(model.cfg, mesh, {}, peft=adapter)
+
+    program = assemble(TrainConfig(peft=section), mesh, make, model.peft, Objective(lm_loss, True))
+    frozen = program.with_reference(params, weights)
+    assert frozen["weights"] is weights  # shared, not copied
+    assert bool(frozen["reference"]) == copied
     moved = jax.tree.map(lambda x: x + 0.1, params)
     jax.tree.map(lambda x: x.delete(), params)  # as a step does that donates them
-    policy, reference = models(moved, both)
+    policy, reference = program.models(moved, frozen)
     np.testing.assert_allclose(reference(tokens), before, atol=1e-6)
     assert float(jnp.abs(policy(tokens) - before).max()) > 0.1
     assert (reference.peft.frozen, policy.peft.frozen) == (
@@ -82,14 +87,12 @@ class Part(list):
 def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
     tmp_path, monkeypatch, make
 ):
-    (tmp_path / "config.json").write_text(json.dumps(hf_config("llama")))
-    shape = ModelSection(config=str(tmp_path / "config.json"))
     folder = DataSection(cache_dir=str(tmp_path / "cache"))
     quiet = LogSection(progress=False)
-    cfg = TrainConfig(objective="dpo", model=shape, data=folder, log=quiet, micro_batch_size=4)
+    cfg = TrainConfig(objective="dpo", data=folder, log=quiet, micro_batch_size=4)
     model, mesh = decoder(), make_mesh(MeshSection(), jax.devices()[:1])
     graph, weights = nnx.split(model)
-    models = lambda trained, frozen: (None, alone(graph)(trained, frozen)[0])  # noqa: E731
+    params = nnx.to_pure_dict(weights)
     computed = []
 
     def eval_batches(rows, size, *, original=reference.eval_batches):
@@ -100,7 +103,7 @@ def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
 
     def logps_of(rows):
         data = Data(Rows((Part(rows),), None, T), {}, {})
-        data = precomputed(cfg, data, models, nnx.to_pure_dict(weights), {}, mesh)
+        data = precomputed(cfg, data, partial(merge, graph), "tiny", params, {}, mesh)
         return data.train.parts[0].logps
 
     packed = make(16)

@@ -10,16 +10,17 @@ import jax
 from flax import nnx
 
 from jaxllm.mesh import constrain
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.context import Context
 from jaxllm.model.layers import MLP, RMSNorm
 
 
 class Block(nnx.Module):
     """x + attention, x + MLP, with norms before, after, or on both sides of each."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         norm = partial(RMSNorm, cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
         after = cfg.norm_placement in ("post", "sandwich")
@@ -32,11 +33,13 @@ class Block(nnx.Module):
         self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
         self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
 
-    def __call__(self, x: jax.Array, at: Any, kind: Any, kv: Any) -> tuple[jax.Array, Any]:
-        h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), at, kind, kv)
+    def __call__(
+        self, x: jax.Array, ctx: Context, kind: Any, kv: Any, prefix: bool
+    ) -> tuple[jax.Array, Any]:
+        h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), ctx, kind, kv, prefix)
         h = h if self.attn_post_norm is None else self.attn_post_norm(h)
         x = x + (h if self.attn_adapter is None else self.attn_adapter(h))
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), at)
+        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), ctx)
         h = h if self.mlp_post_norm is None else self.mlp_post_norm(h)
         x = x + (h if self.mlp_adapter is None else self.mlp_adapter(h))
         return constrain(x, "batch", "length", "features"), kv

@@ -7,6 +7,7 @@ the vocabulary, S texts in a row.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,15 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import Cache, written
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.context import Context
 from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
 from jaxllm.ops.attention import EVERYWHERE
+from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import kept
@@ -60,7 +63,7 @@ class Decoder(nnx.Module):
         compute_dtype: Any = None,
         remat: str = "none",
         scan_unroll: int = 1,
-        peft: Peft = PLAIN,
+        peft: Adapter = NO_ADAPTER,
     ):
         @nnx.split_rngs(splits=cfg.num_layers)
         @partial(nnx.vmap, in_axes=0, out_axes=0)
@@ -105,30 +108,32 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         *,
         rng: jax.Array | None = None,
-        mix: jax.Array | None = None,
+        adapter_weights: jax.Array | None = None,
     ) -> Any:
         """Last hidden states after the final norm, [B, T, D] in compute_dtype.
 
         tokens, segment_ids (default: one segment, no padding) and positions (default: 0, 1, …) are
         int32 [B, T]. With a cache the tokens are written into its next slots and attend to what it
-        holds; returns (hidden, cache) then. rng: key of the dropout, None = none of it. mix:
-        float32 [B, adapters], how much of each adapter a row gets (default: peft's own).
+        holds; returns (hidden, cache) then. rng: typed keys [B] for dropout, None = no
+        dropout. adapter_weights: float32 [B, adapters], how much of each adapter a row gets (default: peft's own).
         """
         segments = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
-        outer = self.outer(rng, mix)
-        x = self.embed(tokens, self.compute_dtype, outer)
+        ctx = self.context(rng, adapter_weights)
+        x = self.embed(tokens, self.compute_dtype, ctx)
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
-        return self.run(x, segments, positions, cache, outer)
+        return self.run(x, segments, positions, cache, ctx)
 
-    def outer(self, rng: jax.Array | None, mix: jax.Array | None) -> dict[str, Any]:
-        """What an adapter outside the layers is told."""
-        if mix is None and self.peft.mix:
-            mix = jnp.asarray([self.peft.mix])
-        return {"layer": 0, "rng": rng, "mix": mix}
+    def context(
+        self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
+    ) -> Context:
+        """The context of the embedding and the head."""
+        if adapter_weights is None and self.peft.adapter_weights:
+            adapter_weights = jnp.asarray([self.peft.adapter_weights])
+        return Context(rng=rng, adapter_weights=adapter_weights)
 
     def run(
-        self, x: jax.Array, segments: jax.Array, positions: Any, cache: Cache | None, outer: Any
+        self, x: jax.Array, segments: jax.Array, positions: Any, cache: Cache | None, ctx: Context
     ) -> Any:
         """`hidden` from the embeddings on."""
         cfg = self.cfg
@@ -152,18 +157,24 @@ class Decoder(nnx.Module):
             slots = cache.segments.shape[1]
             tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
             ropes = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
-        at = {"segments": segments, "key_segments": keys, "positions": positions, "ropes": ropes}
-        at |= {"offset": offset, "prefix": cache is None and kv is not None, **outer}
+        ctx = replace(
+            ctx,
+            segment_ids=segments,
+            key_segment_ids=keys,
+            positions=positions,
+            rope_tables=ropes,
+            offset=offset,
+        )
+        prefix = cache is None and kv is not None
         if isinstance(self.layers, nnx.List):
             assert cache is not None
-            return self.through(x, cache, at)
+            return self.through(x, cache, ctx)
         graph, stacked = nnx.split(self.layers)
 
         def body(x, scanned):
             params, kind, layer, kv = scanned
             block = nnx.merge(graph, params)
-            rng = None if at["rng"] is None else jax.random.fold_in(at["rng"], layer)
-            return block(kept(x, "layer"), at | {"layer": layer, "rng": rng}, kind, kv)
+            return block(kept(x, "layer"), ctx.at_layer(layer), kind, kv, prefix)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
@@ -173,28 +184,23 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T).laid())
 
-    def through(self, x: jax.Array, cache: Cache, at: dict[str, Any]) -> tuple[jax.Array, Cache]:
+    def through(self, x: jax.Array, cache: Cache, ctx: Context) -> tuple[jax.Array, Cache]:
         """The rest of `run` with a cache, one layer after another where they are `apart`."""
         kinds = self.cfg.layer_kinds or (0,) * self.cfg.num_layers
         ks, vs = [], []
         for layer, (block, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             kv = cache.k[layer], cache.v[layer]
-            x, (k, v) = block(x, at | {"layer": layer}, kind, kv)
+            x, (k, v) = block(x, ctx.at_layer(layer), kind, kv, False)
             ks.append(k)
             vs.append(v)
         gather = tuple if isinstance(cache.k, tuple) else jnp.stack
-        made = Cache(gather(ks), gather(vs), at["key_segments"], cache.length + x.shape[1])
+        made = Cache(gather(ks), gather(vs), ctx.key_segment_ids, cache.length + x.shape[1])
         return self.norm(x), made.laid()
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache of `slots` for texts, which holds what the model puts before each of them."""
         P = 0 if self.prefix is None else self.prefix.length
-        # float32 on a CPU: of a bfloat16 array it writes a slot by way of a float32 copy of the
-        # whole, and of its bits it would make a copy to read them.
-        narrow = jax.default_backend() != "cpu"
-        cache = Cache.empty(
-            self.cfg, rows, P + slots, self.compute_dtype if narrow else jnp.float32
-        )
+        cache = Cache.empty(self.cfg, rows, P + slots, cache_dtype(self.compute_dtype))
         k, v, segments = cache.k, cache.v, cache.segments
         if self.prefix is not None:
             before = (y.swapaxes(2, 3) for y in self.prefix.kv(self))
@@ -209,15 +215,15 @@ class Decoder(nnx.Module):
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def head_terms(
-        self, hidden: jax.Array, rng: jax.Array | None = None, mix: jax.Array | None = None
+        self, hidden: jax.Array, rng: jax.Array | None = None, adapter_weights: Any = None
     ) -> list[tuple[jax.Array, jax.Array]]:
         """[(x [..., K], w [K, V])], whose products add up to the logits: the head's, and LoRA's."""
         terms = [(hidden, self.head_kernel())]
         if self.head is not None and self.head.lora is not None:
-            terms += self.head.lora.terms(hidden, self.outer(rng, mix))
+            terms += self.head.lora.terms(hidden, self.context(rng, adapter_weights))
         return terms
 
-    def logits(self, hidden: jax.Array, mix: jax.Array | None = None) -> jax.Array:
+    def logits(self, hidden: jax.Array, adapter_weights: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
         if self.head is None:  # a CPU has a bfloat16 kernel for the table as it lies alone
             table = gathered(self.embed.embedding[...].astype(hidden.dtype), HEAD_AXES[::-1])
@@ -225,7 +231,7 @@ class Decoder(nnx.Module):
             return softcapped(logits, self.cfg.logit_softcap)
         raw = [
             product(x, gathered(w.astype(x.dtype), HEAD_AXES), (x.ndim - 1, 0), jnp.float32)
-            for x, w in self.head_terms(hidden, mix=mix)
+            for x, w in self.head_terms(hidden, adapter_weights=adapter_weights)
         ]
         return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)
 

@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.mesh import constrain
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.context import Context
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import dense
 from jaxllm.ops.residuals import kept
@@ -39,7 +40,7 @@ class Linear(nnx.Module):
         axes: tuple[str, str],
         shape: tuple[int, int],
         *,
-        peft: Peft,
+        peft: Adapter,
         bias: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -49,11 +50,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
         self.lora = peft.linear(path, axes, shape, rngs)
 
-    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
         y = kept(dot(x, self.kernel.get_value(), axes), "dot")
         if self.lora is not None:
-            y = self.lora(x, y, self.dense, at)
+            y = self.lora(x, y, self.dense, ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense(self) -> jax.Array:
@@ -65,16 +66,18 @@ class Linear(nnx.Module):
 class Embed(nnx.Module):
     """Token table [V, D]."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: ModelConfig, *, peft: Adapter, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
         shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.embedding = nnx.Param(table.astype(dtype), axes=axes)
         self.lora = peft.linear("embed", axes, shape, rngs)
 
-    def __call__(self, tokens: jax.Array, dtype: Any, at: Any) -> jax.Array:
+    def __call__(self, tokens: jax.Array, dtype: Any, ctx: Context) -> jax.Array:
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
         if self.lora is not None:
-            x = self.lora(tokens, x, lambda: self.embedding[...], at)
+            x = self.lora(tokens, x, lambda: self.embedding[...], ctx)
         return constrain(x, "batch", "length", "features")
 
 
@@ -95,7 +98,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) · up x)."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, F = cfg.hidden_size, cfg.intermediate_size
         keys: dict[str, Any] = dict(peft=peft, bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate = Linear(cfg, "layers.mlp.gate", ("embed", "mlp"), (D, F), **keys)
@@ -104,14 +107,14 @@ class MLP(nnx.Module):
         self.gate_up = peft.linear("layers.mlp.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array, at: Any) -> jax.Array:
-        gate, up = fused(self.gate_up, x, (self.gate, self.up), at)
-        return self.down(ACTIVATIONS[self.activation](gate) * up, at)
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        gate, up = fused(self.gate_up, x, (self.gate, self.up), ctx)
+        return self.down(ACTIVATIONS[self.activation](gate) * up, ctx)
 
 
-def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[jax.Array]:
+def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], ctx: Context) -> list[jax.Array]:
     """Each part's result; `lora` changes all of them as one, where HF keeps them in one tensor."""
-    ys = [part(x, at) for part in parts]
+    ys = [part(x, ctx) for part in parts]
     if lora is None:
         return ys
     ends = np.cumsum([y.shape[-1] for y in ys])[:-1]
@@ -119,4 +122,4 @@ def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], at: Any) -> list[j
     def kernel() -> jax.Array:
         return jnp.concatenate([part.dense() for part in parts], -1)
 
-    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, at), ends, -1)
+    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, ctx), ends, -1)

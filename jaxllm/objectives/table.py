@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
-
 from jaxllm.config import TrainConfig
 from jaxllm.objectives.dpo import ALONE, dpo_baseline, dpo_loss
 from jaxllm.objectives.grpo import grpo_loss
@@ -33,8 +31,8 @@ class Objective:
 
 
 def loss_chunk(cfg: TrainConfig) -> int:
-    """model.loss_chunk, or what was measured to be fast."""
-    return cfg.model.loss_chunk or (512 if jax.default_backend() == "cpu" else 4096)
+    """Tokens whose logits exist at one time; 0: `ops.cross_entropy` chooses for the platform."""
+    return cfg.model.loss_chunk
 
 
 def _language(cfg: TrainConfig) -> Objective:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxllm.mesh import platform
 from jaxllm.ops import attention_gpu as kernels
 from jaxllm.ops.matmul import softcapped
 from jaxllm.ops.residuals import kept, named
@@ -82,7 +83,7 @@ def attention(
         scale=scale,
     )
     kernel = kernels.best() if GPU_KERNEL == "best" else GPU_KERNEL
-    if not (kernel != "xla" and jax.default_backend() == "gpu" and own):
+    if not (kernel != "xla" and platform() == "gpu" and own):
         return plain()
     if q_BTHK.dtype != jnp.bfloat16 or jax.sharding.get_abstract_mesh().size > 1:
         return plain()
@@ -128,7 +129,7 @@ def _plain(
 
 def _block_size(length: int) -> int:
     """Tokens in a block of a row of `length`."""
-    size = BLOCK if jax.default_backend() == "cpu" else GPU_BLOCK
+    size = BLOCK if platform() == "cpu" else GPU_BLOCK
     while length > MOST_BLOCKS * size:
         size *= 2
     return min(size, length)

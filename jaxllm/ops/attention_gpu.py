@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.mesh import platform
+
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
 
 
@@ -28,7 +30,7 @@ IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's name
 def best() -> str:
     """The fastest that was measured (benchmarks/results): mosaic on Hopper where tokamax is
     installed, else xla, which is none of these."""
-    if jax.default_backend() != "gpu" or find_spec("tokamax") is None:
+    if platform() != "gpu" or find_spec("tokamax") is None:
         return "xla"
     capability = getattr(jax.devices()[0], "compute_capability", "0")
     return "mosaic" if capability.startswith("9.") else "xla"
@@ -36,7 +38,7 @@ def best() -> str:
 
 def notes(devices: int) -> list[str]:
     """What a user of a GPU is told of its attention."""
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         return []
     kernel = best() if devices == 1 else "xla"
     hint = "" if kernel != "xla" else " (no fused kernel; one Hopper GPU with tokamax has one)"

@@ -15,10 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxllm.mesh import constrain, data_parallel, gathered
+from jaxllm.mesh import constrain, data_parallel, gathered, platform
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
+
+
+def default_chunk() -> int:
+    """Tokens whose logits exist at one time: the fastest sizes measured. A CPU's cache wants small
+    ones, an accelerator large products."""
+    return 512 if platform() == "cpu" else 4096
 
 
 def _parts(rows: int) -> int:
@@ -43,8 +49,8 @@ class Head(NamedTuple):
     """logits are within (-softcap, softcap); 0 = as they are"""
     z_loss: float = 0.0
     """coefficient of the squared log-partition"""
-    chunk: int = 512
-    """tokens of a device whose logits exist at a time"""
+    chunk: int = 0
+    """tokens of a device whose logits exist at a time; 0 = `default_chunk`"""
     temperature: float = 1.0
     """logits are divided by it"""
 
@@ -88,7 +94,7 @@ def _over_chunks(terms, targets, weights, head: Head, wanted: list[bool] | None 
     hs = [h for h, _ in terms]
     B, T, _ = hs[0].shape
     parts = _parts(B)
-    size = min(T, max(head.chunk * parts // B, 1))
+    size = min(T, max((head.chunk or default_chunk()) * parts // B, 1))
     count = math.ceil(T / size)
     ws = [gathered(w.astype(h.dtype), HEAD_AXES) for h, w in terms]
     needed = weights != 0

@@ -15,6 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxllm.mesh import platform
 from jaxllm.ops.quantized import dense
 
 
@@ -26,7 +27,7 @@ def transposed(x: jax.Array) -> jax.Array:
     layout is not divided among several.
     """
     alone = jax.sharding.get_abstract_mesh().size <= 1
-    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16 and alone:
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and alone:
         return with_layout_constraint(x.T, Layout((0, 1)))
     return x.T
 
@@ -36,7 +37,7 @@ def product(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -
     dims = (((contract[0],), (contract[1],)), ((), ()))
     # A CPU multiplies bfloat16 fast only when asked for float32 results; others keep the sum in
     # float32 inside and write the short form.
-    wide = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    wide = jnp.float32 if platform() == "cpu" else dtype
     return lax.dot_general(x, w, dims, preferred_element_type=wide).astype(dtype)
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxllm.mesh import platform
+
 
 def named(x: jax.Array, name: str) -> jax.Array:
     """x under a name that a policy of decoder.REMAT may keep for the backward pass; without a
@@ -19,7 +21,7 @@ def named(x: jax.Array, name: str) -> jax.Array:
     Of what it keeps of its layers a scan writes slot by slot, and of bfloat16 a CPU does so by way
     of a float32 copy of the whole: there the bits are kept.
     """
-    if jax.default_backend() != "cpu" or x.dtype != jnp.bfloat16:
+    if platform() != "cpu" or x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
     bits = checkpoint_name(lax.bitcast_convert_type(x, jnp.uint16), name)
     return lax.bitcast_convert_type(bits, x.dtype)

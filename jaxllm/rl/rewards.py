@@ -29,7 +29,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
-from jaxllm.peft.interop import tokenizer_of
+from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import bucketed
 from jaxllm.tokenizer import check_vocabulary
 

@@ -23,7 +23,8 @@ from jaxllm.config.checks import resolve
 from jaxllm.data.loader import Rows
 from jaxllm.mesh import make_mesh
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
-from jaxllm.rl.online import Rollouts, trained_by
+from jaxllm.program import trained_by
+from jaxllm.rl.online import Rollouts
 from jaxllm.rl.rewards import Reward, RewardModel
 from jaxllm.training import due
 

@@ -2,7 +2,6 @@
 """What a GPU's attention kernels are told of a row's segments; the kernels run on a GPU alone
 (benchmarks/gpu.py compares their results)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def test_whole_rows_of_bfloat16_go_to_the_kernel_and_others_do_not(monkeypatch, 
 
     monkeypatch.setattr(attention, "GPU_KERNEL", "mosaic")
     monkeypatch.setattr(kernels, "attend", attend)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
     attention.attention(q, k, v, segments, segments, segments, scale=144**-0.5)
     heads = tuple((3, 16, n, 8) for n in (4, 2, 2))
     assert seen == ([("mosaic", *heads)] if fused else [])

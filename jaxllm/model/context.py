@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs of a layer besides the residual stream x_BTD.
+
+Dims: B rows, T tokens, S keys (cached or virtual ones, then the T tokens), R rotated features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer reads besides x_BTD, the same for all layers but `layer` and `rng`.
+
+    The embedding and the head get one with `layer` 0 in which only `rng` and `adapter_weights` are
+    set. PEFT branches read `layer`, `rng` and `adapter_weights`.
+    """
+
+    layer: Any = 0  # int, or int32 scalar under a scan
+    rng: Any = None  # typed keys [B], one per row: dropout; None = no dropout
+    adapter_weights: Any = None  # float32 [B or 1, adapters]; None = every adapter has weight 1
+    segment_ids: Any = None  # int32 [B, T]
+    positions: Any = None  # int32 [B, T]
+    key_segment_ids: Any = None  # int32 [B, S]
+    offset: Any = 0  # index of the first token among the keys; a Python int where it is static
+    rope_tables: Any = ()  # (cos, sin) of each of ModelConfig.ropes, float32 [B, T, 1, R/2]
+
+    def at_layer(self, layer: Any) -> Context:
+        """This context for one layer, whose dropout keys are folded in per row."""
+        rng = self.rng
+        if rng is not None:
+            rng = jax.vmap(jax.random.fold_in, (0, None))(rng, layer)
+        return replace(self, layer=layer, rng=rng)
