@@ -20,7 +20,7 @@ from jaxllm.objectives.ppo import (
     value_terms,
     whiten,
 )
-from jaxllm.rl.online import trained_by
+from jaxllm.program import trained_by
 
 
 def ragged(seed=0, count=9, length=20):
