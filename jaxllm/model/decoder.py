@@ -29,7 +29,7 @@ from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
-from jaxllm.ops.residuals import kept
+from jaxllm.ops.residuals import saveable
 
 # What the backward pass may keep; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -174,7 +174,7 @@ class Decoder(nnx.Module):
         def body(x, scanned):
             params, kind, layer, kv = scanned
             block = nnx.merge(graph, params)
-            return block(kept(x, "layer"), ctx.at_layer(layer), kind, kv, prefix)
+            return block(saveable(x, "layer"), ctx.at_layer(layer), kind, kv, prefix)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
