@@ -92,7 +92,7 @@ def jaxllm_step(a):
     model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat, peft=plan)
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
-    models, frozen = reference.beside(cfg, model, graph, params, frozen, None)
+    models, frozen = reference.with_reference(cfg, model, graph, params, frozen, None)
     optim = OptimSection(learning_rate=5e-5, schedule="constant")
     schedule = make_schedule(optim, 10_000)
     optimizer = make_optimizer(optim, schedule)

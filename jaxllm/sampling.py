@@ -376,7 +376,7 @@ class TextModel:
         """
         from jaxllm.data.chat import stop_ids
         from jaxllm.data.template import chat_tokenizer
-        from jaxllm.files import resolve
+        from jaxllm.files import local_dir
         from jaxllm.hf import load_hf
         from jaxllm.peft.files import tokenizer_of
         from jaxllm.tokenizer import check_vocabulary
@@ -386,7 +386,7 @@ class TextModel:
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         if model.cfg.scores:
             raise UserError(f"{path} is a reward model; it scores texts and writes none")
-        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, local_dir(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens up to where the assistant begins to answer."""

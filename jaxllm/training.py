@@ -32,10 +32,12 @@ from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
-from jaxllm.evaluate import Best, evaluate, judged, metric_names
+from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
-from jaxllm.monitor.metrics import Meter, Metrics, Progress
+from jaxllm.monitor.meter import Meter
+from jaxllm.monitor.metrics import Metrics
+from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
@@ -208,7 +210,7 @@ def check_metric(program: Program, data: Data) -> None:
         return
     args = program.evaluate, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
-    judged({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
+    metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:

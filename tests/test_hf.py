@@ -26,7 +26,7 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
 from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.exports import export
-from jaxllm.files import resolve
+from jaxllm.files import local_dir
 from jaxllm.hf import (
     START,
     load_hf,
@@ -527,7 +527,7 @@ def test_broken_directories_are_named(tmp_path):
     write_model(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
         load_hf(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors"):
@@ -546,10 +546,10 @@ def test_broken_directories_are_named(tmp_path):
 
 def test_a_hub_id_without_a_hub_is_one_clear_line():
     with pytest.raises(ValueError, match="nobody/nothing is no directory, nor could the hub") as e:
-        resolve("nobody/nothing")
+        local_dir("nobody/nothing")
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="is not a directory"):
-        resolve("./nothing/here")
+        local_dir("./nothing/here")
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward models: what a score depends on, and the way to transformers and peft and back."""
+"""Reward models: what a score depends on, and round trips through transformers and peft."""
 
 import copy
 import json
