@@ -38,7 +38,7 @@ from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.metrics import Meter, Metrics, Progress
 from jaxllm.objectives.table import OBJECTIVES
-from jaxllm.ops import attention_gpu as kernels
+from jaxllm.ops import attention
 from jaxllm.optim import eval_params, make_optimizer, make_schedule
 from jaxllm.peft.interop import plan_of, room
 from jaxllm.rl import online as align
@@ -216,7 +216,13 @@ def train(cfg: TrainConfig) -> Result:
     use_cache(cfg.log.compile_cache)
     data = load_data(cfg, tokenizer)
     assert data.train is not None  # check() has seen data.train
-    say(*summarize(data.manifest), *warnings(cfg), *kernels.notes(mesh.size))
+    kernel = attention.notes(
+        mesh,
+        cfg.model.attention,
+        dtype=cfg.model.compute_dtype,
+        softcap=model_cfg.attention_softcap,
+    )
+    say(*summarize(data.manifest), *warnings(cfg), *kernel)
     count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
     objective = OBJECTIVES[cfg.objective](cfg)
     rows = len(data.train)

@@ -29,11 +29,12 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         inner = partial(Linear, cfg, bias=cfg.qkv_bias, **keys)
-        self.q = inner("layers.attn.q", ("embed", "heads"), (D, Q))
-        self.k = inner("layers.attn.k", ("embed", "kv_heads"), (D, KV))
-        self.v = inner("layers.attn.v", ("embed", "kv_heads"), (D, KV))
-        self.o = Linear(cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **keys)
+        self.q = inner("layers.attn.q", ("embed", heads), (D, Q))
+        self.k = inner("layers.attn.k", ("embed", kv_heads), (D, KV))
+        self.v = inner("layers.attn.v", ("embed", kv_heads), (D, KV))
+        self.o = Linear(cfg, "layers.attn.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **keys)
         self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
@@ -82,7 +83,7 @@ class Attention(nnx.Module):
                 k,
                 v,
                 ctx.segment_ids,
-                segments,
+                None if kv is None else segments,
                 ctx.positions,
                 offset=offset,
                 window=layer.window,
