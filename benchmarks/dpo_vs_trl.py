@@ -76,7 +76,7 @@ def jaxllm_step(a):
     from jaxllm.hf import load_hf
     from jaxllm.objectives.table import OBJECTIVES
     from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.peft.interop import plan_of
+    from jaxllm.peft.files import make_adapter
     from jaxllm.step import TrainState, make_step
     from jaxllm.tokenizer import load_tokenizer
 
@@ -87,7 +87,7 @@ def jaxllm_step(a):
     cfg = resolve(TrainConfig(objective="dpo", model=shape, data=section, peft=peft))
     data = load_data(cfg, load_tokenizer(a.model))
     loader = make_loader(data.train, batch_size=a.rows)
-    plan = plan_of(load_hf(a.model).cfg, peft)
+    plan = make_adapter(load_hf(a.model).cfg, peft)
     model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat, peft=plan)
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)

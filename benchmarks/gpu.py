@@ -225,18 +225,18 @@ def jaxllm(a, task: str) -> dict:
 
     from jaxllm.config import OptimSection, PeftSection
     from jaxllm.data.batch import Batch
-    from jaxllm.model.adapter import PLAIN
+    from jaxllm.model.adapter import NO_ADAPTER
     from jaxllm.model.decoder import Decoder, merge
     from jaxllm.model.families import from_hf
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.peft import lora
+    from jaxllm.peft.files import make_adapter
     from jaxllm.step import TrainState, alone, make_step
 
     began = time.perf_counter()
     cfg = from_hf(shape(a))
     section = PeftSection(method="lora", r=8, lora_alpha=16.0, target_modules=("all-linear",))
-    plan = PLAIN if task == "full" else lora.resolve(cfg, section)
+    plan = NO_ADAPTER if task == "full" else make_adapter(cfg, section)
     dtype = jnp.float32 if task == "full" else jnp.bfloat16
     options: dict = dict(dtype=dtype, compute_dtype="bfloat16", remat=a.remat, attention=a.kernel)
     model = nnx.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan, **options))()

@@ -72,12 +72,12 @@ def lora(a, targets: str):
     from jaxllm.config import PeftSection
     from jaxllm.hf_config import read_config
     from jaxllm.model.families import from_hf
-    from jaxllm.peft.interop import plan_of
+    from jaxllm.peft.files import make_adapter
 
     modules = TARGETS[targets]
     names = (modules,) if isinstance(modules, str) else tuple(modules)
     section = PeftSection(method="lora", r=8, lora_alpha=16.0, target_modules=names)
-    return plan_of(from_hf(read_config(a.model)), section)
+    return make_adapter(from_hf(read_config(a.model)), section)
 
 
 def program(a, model, chunk: int):
@@ -197,20 +197,20 @@ def speed(a) -> None:
 
 
 def flops(a) -> None:
-    from jaxllm.model.adapter import PLAIN
+    from jaxllm.model.adapter import NO_ADAPTER
 
     plan = lora(a, "q,v")
     layers = len(plan.targets[0].ranks[0])
     print("GFLOP of an update, remat  LoRA q,v  all weights  ratio (<= 0.72)")
     for remat in (a.remat,) if a.quick else ("none", "dots", "full"):
-        ours, whole = (gflop(a, p, remat, layers) for p in (plan, PLAIN))
+        ours, whole = (gflop(a, p, remat, layers) for p in (plan, NO_ADAPTER))
         print(f"{remat:<26} {ours:>8.1f} {whole:>12.1f} {ours / whole:>16.3f}", flush=True)
 
 
 def memory(a) -> None:
-    from jaxllm.model.adapter import Peft
+    from jaxllm.model.adapter import Adapter
 
-    class Scales(Peft):
+    class Scales(Adapter):
         frozen = True
 
         def trains(self, path, variable):

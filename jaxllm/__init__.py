@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
     from jaxllm.hf import load_hf, save_adapter, save_hf
-    from jaxllm.peft.interop import choose
-    from jaxllm.peft.lora import merged
+    from jaxllm.peft.combine import choose
+    from jaxllm.peft.merge import merged
     from jaxllm.sampling import Sampling, generate, generate_text
     from jaxllm.tokenizer import load_tokenizer, train_tokenizer
     from jaxllm.training import train
@@ -73,8 +73,8 @@ _HOMES = {
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
     "hf": ("load_hf", "save_adapter", "save_hf"),
-    "peft.interop": ("choose",),
-    "peft.lora": ("merged",),
+    "peft.combine": ("choose",),
+    "peft.merge": ("merged",),
     "sampling": ("Sampling", "generate", "generate_text"),
     "tokenizer": ("load_tokenizer", "train_tokenizer"),
     "training": ("train",),

@@ -234,7 +234,7 @@ def _adapters(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _uses(texts: Sequence[str]) -> list[Any]:
-    from jaxllm.peft.interop import parse_choice
+    from jaxllm.peft.combine import parse_choice
 
     return [parse_choice(text) for text in texts]
 

@@ -265,7 +265,7 @@ def evaluate_files(
 
     `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text. All
     files are one set. A reward model scores pairs or conversations (`evaluate_rewards`). adapter:
-    {name: directory} beside the model; use: which of them (default the first; interop.choose).
+    {name: directory} beside the model; use: which of them (default the first; jaxllm.choose).
     Raises ValueError or FileNotFoundError for what is not there or unfit.
     """
     if not data:
@@ -274,7 +274,8 @@ def evaluate_files(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     from jaxllm.hf import load_hf
-    from jaxllm.peft.interop import choose, tokenizer_of
+    from jaxllm.peft.combine import choose
+    from jaxllm.peft.files import tokenizer_of
     from jaxllm.tokenizer import check_vocabulary
 
     mesh = make_mesh(MeshSection())

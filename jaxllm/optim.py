@@ -19,13 +19,12 @@ from optax import contrib
 
 from jaxllm.config import OptimSection
 from jaxllm.errors import UserError
+from jaxllm.peft.methods import METHODS
 
 # Whether weight decay pulls a leaf of that name to zero. A weight of another name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
-# Those that a PEFT method adds.
-DECAYED |= {"a": True, "b": True, "magnitude": False}
-DECAYED |= {"down": True, "up": True, "down_bias": False, "up_bias": False}
-DECAYED |= {"keys": False, "values": False, "embeddings": False}
+for adapter in METHODS.values():
+    DECAYED |= adapter.decayed
 
 
 # ---- schedules

@@ -24,7 +24,7 @@ from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder, apart
 from jaxllm.ops.decoding import argmax, prefers_unstacked
-from jaxllm.peft.interop import Choice, shares
+from jaxllm.peft.combine import Choice, choice_weights
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 CHUNK = 16  # tokens decoded between two looks of the host
@@ -297,7 +297,8 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
 
-    adapters: of each row, which of the model's to use (interop.shares); empty: as the model does.
+    adapters: of each row, which of the model's to use (combine.choice_weights); empty: as the
+    model does.
     Raises ValueError as `check_prompts` does.
     """
     check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
@@ -307,7 +308,7 @@ def stream(
     slots = width + bucketed(sampling.max_new_tokens)
     key = jax.random.key(sampling.seed)
     fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
-    rows = [shares(model.peft, chosen) for chosen in adapters]
+    rows = [choice_weights(model.peft, chosen) for chosen in adapters]
     assert not rows or len(rows) == len(prompts)
     adapter_weights = jnp.asarray(rows, jnp.float32) if rows else None
     token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, adapter_weights)
@@ -376,7 +377,7 @@ class TextModel:
         from jaxllm.data.template import chat_tokenizer
         from jaxllm.files import resolve
         from jaxllm.hf import load_hf
-        from jaxllm.peft.interop import tokenizer_of
+        from jaxllm.peft.files import tokenizer_of
         from jaxllm.tokenizer import check_vocabulary, stop_ids
 
         tokenizer = chat_tokenizer(tokenizer_of(path), template)

@@ -20,7 +20,7 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.table import Objective
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.peft.interop import plan_of
+from jaxllm.peft.files import make_adapter
 from jaxllm.reference import beside
 from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
 
@@ -48,7 +48,9 @@ WHOLE = PeftSection()  # every weight is trained
 def decoder(section=WHOLE, *, scores=False, **options):
     """A random model of TINY's shape with what a peft section adds."""
     cfg = replace(TINY, scores=scores)
-    model = Decoder(cfg, rngs=nnx.Rngs(params=1, peft=2), peft=plan_of(cfg, section), **options)
+    model = Decoder(
+        cfg, rngs=nnx.Rngs(params=1, peft=2), peft=make_adapter(cfg, section), **options
+    )
     model.peft.begin(model)
     return model
 

@@ -19,8 +19,8 @@ from steps import decoder, judged_rows, pair_rows, trajectory, unpacked_slots
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, PeftSection, TrainConfig
 from jaxllm.mesh import make_mesh
+from jaxllm.model.adapter import AdapterParam
 from jaxllm.objectives.table import OBJECTIVES
-from jaxllm.peft.lora import LoraParam
 from jaxllm.reference import beside
 
 # ---- the step
@@ -86,7 +86,7 @@ def test_the_reference_is_the_start_and_copied_only_where_that_is_trained(name):
     if section.path:
         model = decoder(PeftSection(method="lora", r=4))
         for _, variable in nnx.iter_graph(model):
-            if isinstance(variable, LoraParam):
+            if isinstance(variable, AdapterParam):
                 variable.set_value(variable.get_value() + 0.1)
     else:
         model = decoder(section)

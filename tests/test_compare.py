@@ -290,7 +290,7 @@ def test_a_killed_run_gives_the_shells_status(project, stand_in, tmp_path, capfd
         (["--peft.method", "lora"], "--peft.method is read by none of full, lora, adapter, prefix"),
         (
             ["--data.max_length", "60"],
-            "60 is over the model's limit of 58 positions beside 6 virtual tokens",
+            "60 is over the model's limit of 58 positions besides 6 virtual tokens",
         ),
         (["--data.max_length", "65"], "65 is over the model's limit of 64 positions"),
         (["--peft.target_modules", "q_prj"], "'q_prj' matches nothing"),

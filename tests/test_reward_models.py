@@ -20,7 +20,7 @@ from jaxllm.config import PeftSection
 from jaxllm.data.batch import make_row
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.model.families import FAMILIES, from_hf
-from jaxllm.peft.interop import plan_of
+from jaxllm.peft.files import make_adapter
 
 EOS, PAD = 7, 3
 LENGTHS = (5, 9, 3)
@@ -204,7 +204,7 @@ SECTIONS = {
 def trained(base, section):
     """A reward model with an adapter, as if trained: nothing at its start, the score too."""
     cfg = from_hf(json.loads((Path(base) / "config.json").read_text()))
-    plan = plan_of(cfg, section)
+    plan = make_adapter(cfg, section)
     model = load_hf(base, mesh=one_device(), scores=True, peft=plan)
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     leaves, tree = jax.tree.flatten(weights)

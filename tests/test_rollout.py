@@ -12,8 +12,8 @@ from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.peft.interop import plan_of
-from jaxllm.peft.lora import merged
+from jaxllm.peft.files import make_adapter
+from jaxllm.peft.merge import merged
 from jaxllm.sampling import (
     Completions,
     Sampling,
@@ -251,7 +251,7 @@ def test_completions_end_when_every_row_has(model):
 
 
 def test_lora_branches_complete_as_the_merged_model_does(model):
-    plan = plan_of(CFG, PeftSection(method="lora", r=3))
+    plan = make_adapter(CFG, PeftSection(method="lora", r=3))
     tuned = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=plan)
     rest = nnx.state(tuned, lambda path, v: plan.trains(path, v))
     noise = iter(jax.random.split(jax.random.key(0), 99))
@@ -265,7 +265,7 @@ def test_lora_branches_complete_as_the_merged_model_does(model):
 @pytest.mark.parametrize("method", ["none", "lora", "adapter", "prefix", "prompt"])
 def test_layers_apart_are_the_same_model(method, monkeypatch):
     section = PeftSection(method=method, target_modules=("all-linear",), num_virtual_tokens=5)
-    model = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=plan_of(CFG, section))
+    model = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=make_adapter(CFG, section))
     model.peft.begin(model)
     whole = completed(model, RAGGED, WARM)
     monkeypatch.setattr(rollout, "ready", rollout._apart)

@@ -25,6 +25,7 @@ from jaxllm.config.schema import (
     value_of,
 )
 from jaxllm.config.sections import (
+    PEFT_METHODS,
     AlignSection,
     DataSection,
     EvalSection,
@@ -49,6 +50,7 @@ __all__ = [
     "ModelSection",
     "OptimSection",
     "PATHS",
+    "PEFT_METHODS",
     "PeftSection",
     "READ",
     "RlSection",

@@ -17,22 +17,10 @@ from jaxllm.config.schema import (
     validated,
     value_of,
 )
+from jaxllm.config.sections import PEFT_METHODS
 from jaxllm.config.verbs import JUDGING, unread
 from jaxllm.errors import UserError
 
-# What each method reads of the peft section, beside method, path and quantize_base.
-LORA = ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
-LORA += ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
-LORA += ("use_rslora", "use_dora")
-TUNES = {
-    "none": (),
-    "lora": (*LORA, "lora_dropout", "loraplus_lr_ratio"),
-    "adapter": ("bottleneck", "placement"),
-    "prefix": ("num_virtual_tokens",),
-    "prompt": ("num_virtual_tokens",),
-}
-# Peak learning rates of runs that do not say theirs: little is trained, and starts from nothing.
-RATES = {"none": 1e-4, "lora": 5e-4, "adapter": 5e-4, "prefix": 1e-2, "prompt": 1e-2}
 RANKS = range(4, 65)  # in use; outside them is a slip more often than a wish
 
 
@@ -57,7 +45,7 @@ def warnings(cfg: TrainConfig) -> Iterator[str]:
 
 
 def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
-    peft = cfg.peft
+    peft, method = cfg.peft, PEFT_METHODS[cfg.peft.method]
     given = [
         key.removeprefix("peft.")
         for key, leaf in leaves().items()
@@ -68,9 +56,9 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
             continue
         if peft.method == "none":
             yield f"peft.{name} has no meaning without peft.method; say lora, or another"
-        elif name not in (*TUNES[peft.method], "path", "quantize_base"):
+        elif name not in (*method.keys, "path", "quantize_base"):
             yield f"peft.{name} has no meaning for {peft.method}; leave it out"
-        elif peft.path and name in (*LORA, *TUNES["adapter"], *TUNES["prefix"]):
+        elif peft.path and name in method.shape:
             yield f"peft.{name} is what the adapter of peft.path was made with; leave it out"
     if peft.path and cfg.model.config:
         yield "peft.path is an adapter of some model; give that by model.path"
@@ -198,7 +186,7 @@ def resolve(
     UserError if the batch does not divide.
     """
     recorded, verb = recorded or {}, cfg.verb
-    rate = cfg.optim.learning_rate or RATES[cfg.peft.method] * verb.rate
+    rate = cfg.optim.learning_rate or PEFT_METHODS[cfg.peft.method].learning_rate * verb.rate
     beta = verb.beta if cfg.align.beta is None else cfg.align.beta
     rl = {name: value for name, value in verb.rl.items() if getattr(cfg.rl, name) is None}
     date = cfg.data.date
@@ -256,16 +244,21 @@ def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any
 
 def recorded_config(cfg: TrainConfig) -> dict[str, Any]:
     """`config.json` of the run that `cfg` resumes; {} if it resumes none."""
-    run = Path(cfg.output_dir)
-    file, metrics = run / "config.json", run / "metrics.jsonl"
-    started = any(run.glob("checkpoints/[0-9]*")) or (
-        metrics.is_file() and metrics.stat().st_size > 0
-    )
+    folder = Path(cfg.output_dir)
+    if cfg.overwrite or not has_results(folder):
+        return {}
     try:
-        values = json.loads(file.read_text()) if started and not cfg.overwrite else {}
+        values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):  # reported when the run folder is checked
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def has_results(folder: Path) -> bool:
+    """True if a run folder has a checkpoint or a line of metrics."""
+    metrics = folder / "metrics.jsonl"
+    saved = any((folder / "checkpoints").glob("[0-9]*"))
+    return saved or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _is_date(text: str) -> bool:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a PEFT method may add to a model, and which of its weights are trained."""
+"""The interface between a model and a PEFT method.
+
+A model asks its adapter at each place where a method may add something. The methods are subclasses
+of Adapter in jaxllm/peft.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,35 +18,44 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.ops.quantized import Quantized
 
 
-class PeftParam(nnx.Variable):
-    """A weight that a PEFT method adds, float32. No nnx.Param: who asks for the model's own weights
-    does not get it, in whatever order they ask."""
+class AdapterParam(nnx.Variable):
+    """A float32 weight of an adapter. Not an nnx.Param, so filtering on nnx.Param never returns
+    adapter weights."""
 
 
 @dataclass(frozen=True)
-class Peft:
-    """What is trained, and what a PEFT method adds where the model asks: here all, and nothing.
+class Adapter:
+    """What a PEFT method adds to a model, and which weights are trained.
 
-    `path` names a place in the model's tree, the layers as one ("layers.attn.q"). Must be hashable:
-    it is part of the model's graph. `mix` is how much of each of several adapters a row gets.
+    This class adds nothing and trains every weight. An adapter must be hashable, because it is a
+    static part of the model's graph. `path` is a dotted path in the model, without layer indices
+    ("layers.attn.q").
     """
 
-    method = "none"  # its row in interop.METHODS
-    mix = ()
-    saved = ()  # paths of the model's own weights that are trained beside what is added
+    method = "none"  # the value of peft.method
+    names = ()  # of the LoRA adapters that rows can choose among
+    adapter_weights = ()  # default weight of each of them; empty = 1 each
+    combinable = False  # True if it can be combined with other adapters
+    always_on = ""  # what keeps it from being turned off or weighted
+    saved = ()  # paths of the base model's weights that are trained and saved with the adapter
     length = 0  # virtual tokens before each text
-    needs_base = False  # whether what was trained means nothing without them
+    needs_base = False  # True if the trained weights cannot be exported without the base weights
 
     @property
     def frozen(self) -> bool:
-        """Whether the model's own weights stay as they are, but those `saved`."""
+        """True if the base model's weights are frozen, except for `saved`."""
         return self.method != "none"
 
+    @property
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        """{leaf name: its learning rate as a multiple of the others'}."""
+        return {}
+
     def begin(self, model: Any) -> None:
-        """Sets those of the added weights that depend on the model's own, once it has these."""
+        """Initializes the adapter weights that depend on the base model's weights."""
 
     def count(self, model: Any) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(
             v.get_value().size
             for path, v in nnx.to_flat_state(nnx.state(model))
@@ -49,13 +63,13 @@ class Peft:
         )
 
     def summary(self, model: Any) -> list[str]:
-        """What a user is told of it when a run begins."""
+        """Lines that a run prints at the start."""
         if not self.frozen:
             return []
-        held = [v.get_value() for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))]
-        total, trained = sum(math.prod(x.shape) for x in held), self.count(model)
-        lines = [f"trainable: {trained:,} parameters beside {total:,} ({trained / total:.2%})"]
-        if packed := [x for x in held if isinstance(x, Quantized)]:
+        base = [v.get_value() for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+        total, trained = sum(math.prod(x.shape) for x in base), self.count(model)
+        lines = [f"trainable: {trained:,} parameters ({trained / total:.2%} of {total:,})"]
+        if packed := [x for x in base if isinstance(x, Quantized)]:
             half = sum(math.prod(x.shape) for x in packed) * 2 / 2**20
             lines.append(
                 f"base: the layers' kernels as {packed[0].kind} take "
@@ -65,27 +79,27 @@ class Peft:
         return lines
 
     def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
-        """Whether a weight of the model is trained; the rest is frozen."""
+        """True if a variable of the model is trained; the others are frozen."""
         return isinstance(variable, nnx.Param)
 
     def linear(
         self, path: str, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
     ) -> Any:
-        """None, or `f(x, y, kernel, at)`: y, the result of a Linear (before its bias) or of Embed,
-        changed; x came in (Embed: tokens), `at` tells layer, dropout key and mix of adapters,
-        `kernel()` is the weight."""
+        """None, or a module `f(x, y, kernel, context) -> y` that changes the output of a Linear
+        (before its bias) or of Embed. x: the input (Embed: tokens). `kernel()`: the weight, float32
+        [I, O]. context: a model.context.Context."""
 
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Any:
-        """None, or `f(h)`: what attention or MLP adds to the residual, changed."""
+        """None, or a module `f(h) -> h` that changes what attention or MLP adds to the residual."""
 
     def prefix(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Any:
-        """None, or an object whose `length` is a number of virtual tokens before each text and
-        whose `kv(decoder)` gives their keys and values, [L, 1, length, N, K] each."""
+        """None, or a module with `length`, the number of virtual tokens before each text, and
+        `kv(decoder)`, their keys and values, each [L, 1, length, N, K]."""
 
 
-PLAIN = Peft()
+NO_ADAPTER = Adapter()
 
 
-def score_of(cfg: ModelConfig) -> tuple[str, ...]:
-    """Paths of a reward model's head, which every method trains: no base has it."""
+def score_paths(cfg: ModelConfig) -> tuple[str, ...]:
+    """Paths of a reward model's head, which every method trains: no base model has one."""
     return ("score.kernel",) if cfg.scores else ()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.cache import written
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
@@ -26,7 +26,7 @@ from jaxllm.ops.attention import attention
 class Attention(nnx.Module):
     """Projections, optional q/k norms, rotary positions, softmax attention."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)

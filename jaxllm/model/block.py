@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from jaxllm.mesh import constrain
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
@@ -20,7 +20,7 @@ from jaxllm.model.layers import MLP, RMSNorm
 class Block(nnx.Module):
     """x + attention, x + MLP, with norms before, after, or on both sides of each."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         norm = partial(RMSNorm, cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
         after = cfg.norm_placement in ("post", "sandwich")

@@ -18,7 +18,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxllm.mesh import constrain, gathered
-from jaxllm.model.adapter import PLAIN, Peft
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import Cache, written
 from jaxllm.model.config import ModelConfig
@@ -63,7 +63,7 @@ class Decoder(nnx.Module):
         compute_dtype: Any = None,
         remat: str = "none",
         scan_unroll: int = 1,
-        peft: Peft = PLAIN,
+        peft: Adapter = NO_ADAPTER,
     ):
         @nnx.split_rngs(splits=cfg.num_layers)
         @partial(nnx.vmap, in_axes=0, out_axes=0)
@@ -128,8 +128,8 @@ class Decoder(nnx.Module):
         self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
     ) -> Context:
         """The context of the embedding and the head."""
-        if adapter_weights is None and self.peft.mix:
-            adapter_weights = jnp.asarray([self.peft.mix])
+        if adapter_weights is None and self.peft.adapter_weights:
+            adapter_weights = jnp.asarray([self.peft.adapter_weights])
         return Context(rng=rng, adapter_weights=adapter_weights)
 
     def run(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.mesh import Axes, constrain
-from jaxllm.model.adapter import Peft
+from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.ops.matmul import dot
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
         axes: Axes,
         shape: tuple[int, int],
         *,
-        peft: Peft,
+        peft: Adapter,
         bias: bool = False,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
@@ -66,7 +66,9 @@ class Linear(nnx.Module):
 class Embed(nnx.Module):
     """Token table [V, D]."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: ModelConfig, *, peft: Adapter, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
         shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.embedding = nnx.Param(table.astype(dtype), axes=axes)
@@ -96,7 +98,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """Gated feed-forward: down(act(gate x) · up x)."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Peft, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, F = cfg.hidden_size, cfg.intermediate_size
         keys: dict[str, Any] = dict(peft=peft, bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate = Linear(cfg, "layers.mlp.gate", ("embed", "mlp"), (D, F), **keys)

@@ -23,14 +23,13 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.data.batch import Experience
-from jaxllm.model.adapter import PeftParam
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import clipped_terms
 from jaxllm.objectives.lm import Metrics
 from jaxllm.ops.cross_entropy import Head, token_logps
 
 
-class ValueParam(PeftParam):
+class ValueParam(nnx.Variable):
     """A weight of the value's head."""
 
 

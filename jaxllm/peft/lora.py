@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA (arXiv:2106.09685): a low-rank branch beside a frozen weight, y = xW + s·dropout(x)·A·B.
+"""LoRA (arXiv:2106.09685): a low-rank branch next to a frozen weight, y = xW + s·dropout(x)·A·B.
 
 s = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / √r. DoRA (arXiv:2402.09353) scales each column
-of the sum to a trained magnitude. PiSSA (arXiv:2404.02948) starts from W's r largest singular
-directions, whose product is subtracted again, so W itself stays as it is. W + s·AB is never formed
-but to export (`fold`).
+of W + s·AB to a trained norm. PiSSA (arXiv:2404.02948) initializes A and B from W's r largest
+singular values; the initial product is subtracted in the forward pass, so W does not change.
+W + s·AB is formed only for export (merge.py).
 
-Ranks may differ from layer to layer though the layers are one stack: A and B are as wide as the
-widest, and s is 0 where a layer has less, which keeps what is beyond from being seen or trained.
-Several adapters are one that is wider: their ranks lie side by side, and s carries how much of each
-a row gets.
+Ranks may differ between the layers of one stack: A and B have the largest rank of all layers, and
+s is 0 beyond a layer's own rank, so the surplus columns neither act nor get a gradient. Several
+adapters are one with the sum of their ranks, and s includes the weight of each adapter in a row.
 
-Dims: B rows, T tokens, I in, O out, R ranks of all adapters together, L layers.
+Dims: B rows, T tokens, I inputs, O outputs, R ranks of all adapters, L layers.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,126 +31,230 @@ from flax import nnx
 
 from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
-from jaxllm.model.adapter import Peft, PeftParam, score_of
+from jaxllm.files import ADAPTER_CONFIG
+from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import key_table
-from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
+from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value
+from jaxllm.peft.targets import EMBED, HEAD, Target, find_targets, saved_paths
 
-ALL_LINEAR = "all-linear"
-EMBED, HEAD = "embed", "head"
-
-
-class LoraParam(PeftParam):
-    """A, B, or a DoRA magnitude."""
+# Modules that peft saves with an adapter for sequence classification, present or not.
+SCORE_MODULES = ("classifier", "score")
+# Options of peft's LoraConfig that change the computation and are not supported, unless empty.
+UNSUPPORTED = (
+    "fan_in_fan_out lora_bias use_qalora layer_replication target_parameters "
+    "alora_invocation_tokens trainable_token_indices use_bdlora arrow_config kasa_config "
+    "velora_config monteclora_config"
+).split()
 
 
 class LoraStart(nnx.Variable):
-    """A and B as PiSSA set them: made from the base again whenever it is loaded, never trained."""
+    """The initial A or B of PiSSA: computed again whenever the base is loaded, never trained."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """One adapted weight, all layers of it.
-
-    path: where it lies in our model; parts that HF keeps in one tensor are one target.
-    module: its name in HF's model, `{i}` for the layer.
-    ranks, alphas: [adapters][layers]; rank 0 = that layer is not adapted.
-    """
-
-    path: str
-    module: str
-    ranks: tuple[tuple[int, ...], ...]
-    alphas: tuple[tuple[float, ...], ...]
-
-    def widths(self) -> list[int]:
-        """Columns of A that each adapter has."""
-        return [max(ranks) for ranks in self.ranks]
-
-    def scales(self, rslora: Sequence[bool]) -> np.ndarray:
-        """s of each rank of each layer, float32 [L, R]; 0 beyond a layer's rank."""
-        parts = []
-        for ranks, alphas, root in zip(self.ranks, self.alphas, rslora, strict=True):
-            r, alpha = np.asarray(ranks)[:, None], np.asarray(alphas)[:, None]
-            s = alpha / np.maximum(np.sqrt(r) if root else r, 1)
-            parts.append(np.where(np.arange(max(ranks)) < r, s, 0.0))
-        return np.concatenate(parts, 1).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class LoraPeft(Peft):
-    """LoRA on some weights. `names`: the adapters'; `saved`: weights trained as they are (their
-    paths); `mix`: how much of each adapter a row gets if it does not say, empty = all of it."""
+class LoraAdapter(PeftAdapter):
+    """LoRA branches on `targets`. rslora: of each adapter in `names`."""
 
     method = "lora"
+    peft_type = "LORA"
+    decayed = {"a": True, "b": True, "magnitude": False}
     targets: tuple[Target, ...]
     names: tuple[str, ...] = ("default",)
     rslora: tuple[bool, ...] = (False,)
     saved: tuple[str, ...] = ()
-    dropout: float = 0.0
     init: str = "kaiming"
     dora: bool = False
-    mix: tuple[float, ...] = ()
+    adapter_weights: tuple[float, ...] = ()
+    lora_dropout: float = 0.0
+    loraplus_lr_ratio: float = 1.0
+
+    # ---- configs
+
+    @classmethod
+    def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
+        saved = saved_paths(cfg, section.modules_to_save)
+        targets = find_targets(cfg, section, strict)
+        paths = {t.path for t in targets}
+        if section.use_dora and HEAD in paths:
+            raise UserError("peft.use_dora does not go with lm_head; exclude it")
+        if section.init_lora_weights == "pissa" and EMBED in paths:
+            raise UserError(
+                "peft.init_lora_weights pissa does not go with embed_tokens; exclude it"
+            )
+        return cls(
+            targets,
+            rslora=(section.use_rslora,),
+            saved=saved,
+            init=section.init_lora_weights,
+            dora=section.use_dora,
+            lora_dropout=section.lora_dropout,
+            loraplus_lr_ratio=section.loraplus_lr_ratio,
+        )
+
+    @classmethod
+    def section_values(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for key in UNSUPPORTED:
+            if config.get(key):
+                raise UserError(
+                    f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not supported"
+                )
+        if config.get("bias", "none") != "none":
+            raise UserError(f"{ADAPTER_CONFIG}: bias is {config['bias']!r}; only none is supported")
+        init = str(config.get("init_lora_weights", True)).lower()
+        if init.startswith(("olora", "corda", "loftq", "lora_ga", "pissa_niter")):
+            raise UserError(
+                f"{ADAPTER_CONFIG}: init_lora_weights {init} changed the base; convert the adapter "
+                "with peft's path_initial_model_for_weight_conversion"
+            )
+        values = {"r": 8, "lora_alpha": 8} | super().section_values(config)  # peft's defaults
+        for key in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+            values[key] = _listed(config, key)
+        if config.get("task_type") == SEQUENCE_CLASSIFICATION:
+            modules = values["modules_to_save"]
+            values["modules_to_save"] = [name for name in modules if name not in SCORE_MODULES]
+        return values | {"init_lora_weights": "pissa" if init == "pissa" else "kaiming"}
+
+    @classmethod
+    def from_config(cls, cfg: ModelConfig, config: dict[str, Any], file: Path) -> Self:
+        names = _listed(config, "target_modules") + _listed(config, "modules_to_save")
+        if cfg.tied_head and any(str(n).rpartition(".")[2] == "lm_head" for n in names):
+            raise _untied(config, file, "adapts lm_head, which is the token table in this model")
+        adapter = super().from_config(cfg, config, file)
+        # peft would change the token table and not the tied head, or both where we adapt the table.
+        saved = "embed.embedding" in adapter.saved
+        adapted = any(t.path == EMBED for t in adapter.targets)
+        tied = bool(config.get("ensure_weight_tying"))
+        if cfg.tied_head and ((saved and not tied) or (adapted and tied)):
+            reason = "so that embed_tokens and the head, which are tied in this model, would differ"
+            raise _untied(config, file, f"has ensure_weight_tying {str(tied).lower()}, {reason}")
+        return adapter
+
+    def to_config(self, model: Any) -> dict[str, Any]:
+        cfg, config = model.cfg, super().to_config(model)
+        twice = 2 if self.init == "pissa" else 1  # see `tensors`
+        ranks: dict[str, dict[int, int]] = {}
+        alphas: dict[str, dict[int, float]] = {}
+        for target in self.targets:
+            for layer, r in target.adapted_layers(0):
+                alpha = target.alphas[0][layer] * (math.sqrt(twice) if self.rslora[0] else twice)
+                ranks.setdefault(target.module, {})[layer] = r * twice
+                alphas.setdefault(target.module, {})[layer] = alpha
+        r, rank_pattern = _common(ranks)
+        alpha, alpha_pattern = _common(alphas)
+        config |= {
+            "r": r,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": _module_names(ranks, cfg),
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "use_rslora": self.rslora[0],
+            "use_dora": self.dora,
+            "init_lora_weights": True,
+            "bias": "none",
+            "fan_in_fan_out": False,
+        }
+        if cfg.tied_head and "embed.embedding" in self.saved:
+            config["ensure_weight_tying"] = True
+        return config
+
+    # ---- in the model
 
     @property
     def needs_base(self) -> bool:
         return self.init == "pissa"
 
-    def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
-        return isinstance(variable, LoraParam) or ".".join(map(str, path)) in self.saved
+    @property
+    def combinable(self) -> bool:
+        return not (self.always_on or self.init == "pissa")
+
+    @property
+    def always_on(self) -> str:
+        return "DoRA" if self.dora else "modules_to_save" if self.saved else ""
+
+    @property
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        return {"b": self.loraplus_lr_ratio}  # LoRA+ (arXiv:2402.12354)
 
     def linear(
         self, path: str, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
-    ) -> Lora | None:
+    ) -> LoraBranch | None:
         target = next((t for t in self.targets if t.path == path), None)
-        return None if target is None else Lora(self, target, axes, shape, rngs)
-
-    def count(self, model: Any) -> int:
-        sizes = {}
-        for target in self.targets:
-            lora = lora_of(model, target.path)
-            inputs, outputs = lora.a.get_value().shape[-2], lora.b.get_value().shape[-1]
-            ranks = np.asarray(target.ranks)
-            lengths = outputs * (ranks > 0).sum() if self.dora else 0
-            sizes[target.path] = int(ranks.sum() * (inputs + outputs) + lengths)
-        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        saved = [v.get_value().size for path, v in state if self.trains(path, v)]
-        return sum(sizes.values()) + sum(saved)
-
-    def _branches(self, model: Any) -> list[Lora]:
-        return [lora_of(model, target.path) for target in self.targets]
-
-    def summary(self, model: Any) -> list[str]:
-        """Beside the count the usual formula, where every adapted matrix is d x d and of rank r."""
-        shapes = [(b.a.get_value().shape, b.b.get_value().shape) for b in self._branches(model)]
-        sizes = {n for a, b in shapes for n in (a[-2], b[-1])}
-        ranks = {r for t in self.targets for r in t.ranks[0] if r}
-        lines = super().summary(model)
-        if len(sizes) == len(ranks) == 1 and not (self.saved or self.dora):
-            matrices = sum(r > 0 for t in self.targets for r in t.ranks[0])
-            d, r = sizes.pop(), ranks.pop()
-            lines[0] += f" = 2·L·d·r = 2 · {matrices} · {d:,} · {r}"
-        return lines
+        return None if target is None else LoraBranch(self, target, axes, shape, rngs)
 
     def begin(self, model: Any) -> None:
         for target in self.targets:
-            lora, kernel = lora_of(model, target.path), whole_kernel(model, target.path)
+            branch, kernel = branch_of(model, target.path), dense_kernel(model, target.path)
             if self.init == "pissa":
-                lora.begin_pissa(kernel)
-            if self.dora:
-                norm = lora.each_layer(column_norms, kernel, lora.a[...], lora.scaled_b())
-                _set(lora.magnitude, norm)
+                branch.begin_pissa(kernel)
+            if branch.magnitude is not None:
+                norm = branch.map_layers(column_norms, kernel, branch.a[...], branch.scaled_b())
+                set_value(branch.magnitude, norm)
+
+    def count(self, model: Any) -> int:
+        total = 0
+        for target in self.targets:
+            branch, ranks = branch_of(model, target.path), np.asarray(target.ranks)
+            inputs, outputs = branch.a.get_value().shape[-2], branch.b.get_value().shape[-1]
+            norms = outputs * (ranks > 0).sum() if self.dora else 0
+            total += int(ranks.sum() * (inputs + outputs) + norms)
+        weights = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return total + sum(v.get_value().size for path, v in weights if self.trains(path, v))
+
+    def summary(self, model: Any) -> list[str]:
+        """Adds the usual formula if every adapted matrix is d x d and of rank r."""
+        branches = [branch_of(model, target.path) for target in self.targets]
+        shapes = [(b.a.get_value().shape, b.b.get_value().shape) for b in branches]
+        sizes = {n for a, b in shapes for n in (a[-2], b[-1])}
+        ranks = [r for t in self.targets for r in t.ranks[0] if r]
+        lines = super().summary(model)
+        if len(sizes) == len(set(ranks)) == 1 and not (self.saved or self.dora):
+            lines[0] += f" = 2·L·d·r = 2 · {len(ranks)} · {sizes.pop():,} · {ranks[0]}"
+        return lines
+
+    # ---- tensors
+
+    def slots(self, model: Any, which: int = 0, initial: bool = False) -> Iterator[Slot]:
+        """initial: the A and B that PiSSA started from."""
+        for target in self.targets:
+            branch, widths = branch_of(model, target.path), target.widths()
+            start = sum(widths[:which])
+            embedding = target.path == EMBED
+            for layer, r in target.adapted_layers(which):
+                prefix = f"{self.root}{target.module.format(i=layer)}.lora_"
+                stack = (layer,) if target.stacked else ()
+                a, b = (branch.a0, branch.b0) if initial else (branch.a, branch.b)
+                ranks = slice(start, start + r)
+                name = "embedding_A" if embedding else "A.weight"
+                yield Slot(prefix + name, a, (*stack, slice(None), ranks), transpose=True)
+                name = "embedding_B" if embedding else "B.weight"
+                yield Slot(prefix + name, b, (*stack, ranks), transpose=True)
+                if branch.magnitude is not None and not initial:
+                    yield Slot(prefix + "magnitude_vector", branch.magnitude, stack or ...)
+
+    def tensors(self, model: Any) -> dict[str, np.ndarray]:
+        """PiSSA's A and B have twice the rank, [A, A0] and [B, -B0], which is their change of the
+        base's own weights."""
+        if len(self.names) > 1:
+            names = ", ".join(self.names)
+            raise UserError(f"the model has the adapters {names}; load only the one to save")
+        tensors = super().tensors(model)
+        if self.init == "pissa":
+            for name, initial in read_slots(self.slots(model, initial=True)).items():
+                sign, dim = (1, 0) if name.endswith("_A.weight") else (-1, 1)
+                tensors[name] = np.concatenate([tensors[name], sign * initial], dim)
+        return tensors
 
 
-class Lora(nnx.Module):
-    """The branch of one target. `a` [I, R], `b` [R, O]; of an embedding I is the vocabulary."""
+class LoraBranch(nnx.Module):
+    """A [I, R] and B [R, O] of one target; I of an embedding is the vocabulary."""
 
     def __init__(
         self,
-        plan: LoraPeft,
+        adapter: LoraAdapter,
         target: Target,
         axes: tuple[str, str],
         shape: tuple[int, int],
@@ -162,347 +265,208 @@ class Lora(nnx.Module):
         a, b = jnp.zeros((inputs, width)), jnp.zeros((width, outputs))
         if target.path == EMBED:
             b = jax.random.normal(key, b.shape)
-        elif plan.init == "gaussian":
+        elif adapter.init == "gaussian":
             a = jax.random.normal(key, a.shape) / width
         else:
             a = jax.random.uniform(key, a.shape, minval=-1, maxval=1) / math.sqrt(inputs)
-        into, out = (axes[0], None), (None, axes[1])
-        self.a, self.b = LoraParam(a, axes=into), LoraParam(b, axes=out)
-        pissa = plan.init == "pissa"
-        self.a0: Any = LoraStart(a, axes=into) if pissa else None
-        self.b0: Any = LoraStart(b, axes=out) if pissa else None
-        self.magnitude = LoraParam(jnp.ones(outputs), axes=axes[1:]) if plan.dora else None
-        self.target, self.rslora, self.dropout = target, plan.rslora, plan.dropout
+        a_axes, b_axes = (axes[0], None), (None, axes[1])
+        self.a, self.b = AdapterParam(a, axes=a_axes), AdapterParam(b, axes=b_axes)
+        pissa = adapter.init == "pissa"
+        self.a0: Any = LoraStart(a, axes=a_axes) if pissa else None
+        self.b0: Any = LoraStart(b, axes=b_axes) if pissa else None
+        self.magnitude = AdapterParam(jnp.ones(outputs), axes=axes[1:]) if adapter.dora else None
+        self.target, self.rslora, self.dropout = target, adapter.rslora, adapter.lora_dropout
+
+    def __call__(self, x: jax.Array, y_BTO: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
+        """y plus the branch of x, [B, T, I] or tokens [B, T]. kernel() is W, float32 [I, O]."""
+        axes = self.b.get_metadata("axes")[-2:]
+        added_BTO: Any = dot(self.inner(x, ctx, dtype=y_BTO.dtype), self.b[...], axes)
+        if self.b0 is not None:
+            initial_BTO: Any = dot(self.inner(x, ctx, initial=True), self.b0[...], axes)
+            added_BTO = added_BTO - initial_BTO
+        y_BTO = y_BTO + added_BTO
+        if self.magnitude is None:
+            return y_BTO
+        scale_R = self.scale(replace(ctx, adapter_weights=None), 1)
+        norm_O = column_norms(kernel(), self.a[...], scale_R[:, None] * self.b[...])
+        factor_O = self.magnitude[...] / jax.lax.stop_gradient(norm_O)
+        return (y_BTO * jnp.where(jnp.any(scale_R > 0), factor_O, 1.0)).astype(y_BTO.dtype)
 
     def inner(
-        self, x: jax.Array, ctx: Context, start: bool = False, dtype: Any = None
+        self, x: jax.Array, ctx: Context, initial: bool = False, dtype: Any = None
     ) -> jax.Array:
-        """s · dropout(x) A, [..., R] in x's dtype (`dtype` where x are tokens); `start`: with the A
-        that PiSSA began with, without dropout."""
-        a: Any = self.a0 if start else self.a
+        """s · dropout(x) A, [B, T, R] in x's dtype (for tokens: in `dtype`). initial: with PiSSA's
+        initial A and without dropout."""
+        a: Any = self.a0 if initial else self.a
         h: Any
         if jnp.issubdtype(x.dtype, jnp.integer):
             h = jnp.take(a[...], x, axis=0, mode="clip").astype(dtype)
         else:
-            if self.dropout and ctx.rng is not None and not start:
-                kept = self.dropout_mask(ctx.rng, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
+            if self.dropout and ctx.rng is not None and not initial:
+                mask = self.dropout_mask(ctx.rng, x.shape)
+                x = jnp.where(mask, x / (1 - self.dropout), 0).astype(x.dtype)
             h = dot(x, a[...], a.get_metadata("axes")[-2:])
         return (self.scale(ctx, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
-    def dropout_mask(self, rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """bool [B, ...], True where an input is kept. rng: typed keys [B], a mask from each."""
+    def dropout_mask(self, rng_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """bool `shape`, False where an input is dropped. Each row's mask depends on its own key and
+        on the target, so it is the same in every micro-batch and on every mesh."""
+        target = zlib.crc32(self.target.path.encode())
 
         def row(key: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(key, zlib.crc32(self.target.path.encode()))
-            return jax.random.bernoulli(key, 1 - self.dropout, shape[1:])
+            return jax.random.bernoulli(
+                jax.random.fold_in(key, target), 1 - self.dropout, shape[1:]
+            )
 
-        return jax.vmap(row)(rng)
+        return jax.vmap(row)(rng_B)
 
     def scale(self, ctx: Context, ndim: int) -> jax.Array:
-        """s of each rank in this layer, and of each row where rows mix adapters: [(B, 1,) R]."""
-        scales = self.target.scales(self.rslora)
-        same = (scales == scales[0]).all()
-        scale = jnp.asarray(scales[0]) if same else jnp.asarray(scales)[ctx.layer]
+        """s of each rank in this layer, [R]; with adapter weights [B, 1, R], of `ndim` dims."""
+        scales_LR = self.target.scales(self.rslora)
+        same = (scales_LR == scales_LR[0]).all()
+        scale_R = jnp.asarray(scales_LR[0]) if same else jnp.asarray(scales_LR)[ctx.layer]
         if ctx.adapter_weights is None:
-            return scale
-        owner = np.repeat(np.arange(len(self.target.ranks)), self.target.widths())
-        mix = ctx.adapter_weights[:, owner]
-        return scale * mix.reshape(mix.shape[0], *(1,) * (ndim - 2), mix.shape[1])
-
-    def __call__(self, x: jax.Array, y: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
-        axes = self.b.get_metadata("axes")[-2:]
-        added: Any = dot(self.inner(x, ctx, dtype=y.dtype), self.b[...], axes)
-        if self.b0 is not None:
-            began: Any = dot(self.inner(x, ctx, start=True), self.b0[...], axes)
-            added = added - began
-        y = y + added
-        if self.magnitude is None:
-            return y
-        scale = self.scale(replace(ctx, adapter_weights=None), 1)
-        norm = column_norms(kernel(), self.a[...], scale[:, None] * self.b[...])
-        factor = self.magnitude[...] / jax.lax.stop_gradient(norm)
-        return (y * jnp.where(jnp.any(scale > 0), factor, 1.0)).astype(y.dtype)
+            return scale_R
+        adapter_of_rank = np.repeat(np.arange(len(self.target.ranks)), self.target.widths())
+        weights_BR = ctx.adapter_weights[:, adapter_of_rank]
+        return scale_R * weights_BR.reshape(len(weights_BR), *(1,) * (ndim - 2), -1)
 
     def terms(self, x: jax.Array, ctx: Context) -> list[tuple[jax.Array, jax.Array]]:
-        """[(x' [..., R], w [R, O])], whose products add up to what the branch adds."""
-        found = [(self.inner(x, ctx), self.b[...])]
+        """[(x' [..., R], w [R, O])]: the branch's output is the sum of the products x' w."""
+        terms = [(self.inner(x, ctx), self.b[...])]
         if self.b0 is not None:
-            found.append((-self.inner(x, ctx, start=True), self.b0[...]))
-        return found
+            terms.append((-self.inner(x, ctx, initial=True), self.b0[...]))
+        return terms
 
-    # ---- over all layers at once, outside a step
+    # ---- all layers at once, outside the training step
+
+    def _scales(self) -> jax.Array:
+        """s of each rank, float32 [L, R], or [R] without a stack."""
+        scales_LR = jnp.asarray(self.target.scales(self.rslora))
+        return scales_LR if self.a[...].ndim == 3 else scales_LR[0]
 
     def scaled_b(self) -> jax.Array:
-        """s·B, float32 [R, O] or [L, R, O]."""
-        scales = jnp.asarray(self.target.scales(self.rslora))
-        b = self.b[...]
-        return (scales if b.ndim == 3 else scales[0])[..., None] * b
+        """s·B, float32 [(L,) R, O]."""
+        return self._scales()[..., None] * self.b[...]
 
-    def each_layer(self, f: Any, *arrays: jax.Array) -> jax.Array:
-        """f on the arrays of one layer after another, stacked; at once where there is no stack."""
+    def map_layers(self, f: Any, *arrays: jax.Array) -> Any:
+        """f of the arrays of each layer, stacked; without a stack f(*arrays)."""
         return jax.lax.map(lambda x: f(*x), arrays) if self.a[...].ndim == 3 else f(*arrays)
 
     def begin_pissa(self, kernel: jax.Array) -> None:
-        """A, B = U √S / √s, √S V / √s of the R largest singular values of W."""
+        """A, B = U √S / √s, √S V / √s of W's R largest singular values. kernel: [(L,) I, O]."""
         R = self.a[...].shape[-1]
         if R > min(kernel.shape[-2:]):
             raise UserError(
                 f"peft: pissa of rank {R}, but {self.target.module} has {min(kernel.shape[-2:])} "
-                "singular values; give it less by rank_pattern"
+                "singular values; lower its rank with rank_pattern"
             )
-        scales = jnp.asarray(self.target.scales(self.rslora))
-        scales = scales if kernel.ndim == 3 else scales[0]
 
-        def halves(w: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
-            u, values, v = jnp.linalg.svd(w, full_matrices=False)
-            root = jnp.sqrt(values[:R] / jnp.where(s > 0, s, 1.0))
-            return u[:, :R] * root, root[:, None] * v[:R]
+        def factors(w_IO: jax.Array, s_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+            u, values, v = jnp.linalg.svd(w_IO, full_matrices=False)
+            root_R = jnp.sqrt(values[:R] / jnp.where(s_R > 0, s_R, 1.0))
+            return u[:, :R] * root_R, root_R[:, None] * v[:R]
 
-        a, b = self.each_layer(halves, kernel, scales)
-        # Buffers of their own: a and b are donated to the first step.
-        starts = ((self.a0, jnp.copy(a)), (self.b0, jnp.copy(b)))
-        for variable, value in ((self.a, a), (self.b, b), *starts):
-            _set(variable, value)
+        a, b = self.map_layers(factors, kernel, self._scales())
+        # a0 and b0 need their own buffers, because a and b are donated to the first step.
+        initial = ((self.a0, jnp.copy(a)), (self.b0, jnp.copy(b)))
+        for variable, value in ((self.a, a), (self.b, b), *initial):
+            set_value(variable, value)
 
     def delta(self) -> jax.Array:
-        """s·AB, less what PiSSA began with: float32 [I, O] or [L, I, O]."""
-        scales = jnp.asarray(self.target.scales(self.rslora))
-        scales = (scales if self.a[...].ndim == 3 else scales[0])[..., None, :]
-        whole = _exact(self.a[...] * scales, self.b[...])
-        return whole if self.a0 is None else whole - _exact(self.a0[...] * scales, self.b0[...])
+        """s·AB, minus PiSSA's initial product: float32 [(L,) I, O]."""
+        scales = self._scales()[..., None, :]
+        delta = _matmul(self.a[...] * scales, self.b[...])
+        return delta if self.a0 is None else delta - _matmul(self.a0[...] * scales, self.b0[...])
 
 
-def _set(variable: Any, value: jax.Array) -> None:
-    """Gives a weight another value, laid out as the one before."""
-    variable.set_value(jax.device_put(value, variable.get_value().sharding))
+# float32 products, even where a GPU or TPU would round the inputs.
+_matmul = partial(jnp.matmul, precision="highest")
 
 
-def column_norms(w: jax.Array, a: jax.Array, scaled_b: jax.Array) -> jax.Array:
-    """‖W + sAB‖ of each column, float32 [O], without the sum: W·W + 2 (WᵀA)·sB + sB·(AᵀA)sB."""
-    w = w.astype(jnp.float32)
-    square = jnp.sum(w * w, 0)
-    square += 2 * jnp.sum(_exact(a.T, w) * scaled_b, 0)
-    square += jnp.sum(scaled_b * _exact(_exact(a.T, a), scaled_b), 0)
-    return jnp.sqrt(jnp.maximum(square, 0))
+def column_norms(w_IO: jax.Array, a_IR: jax.Array, scaled_b_RO: jax.Array) -> jax.Array:
+    """Norm of each column of W + sAB, float32 [O], without forming it: the square is
+    W·W + 2 (WᵀA)·sB + sB·(AᵀA)sB."""
+    w_IO = w_IO.astype(jnp.float32)
+    square_O = jnp.sum(w_IO * w_IO, 0)
+    square_O += 2 * jnp.sum(_matmul(a_IR.T, w_IO) * scaled_b_RO, 0)
+    square_O += jnp.sum(scaled_b_RO * _matmul(_matmul(a_IR.T, a_IR), scaled_b_RO), 0)
+    return jnp.sqrt(jnp.maximum(square_O, 0))
 
 
-# float32 products, not the shorter form that a GPU or TPU takes by itself.
-_exact = partial(jnp.matmul, precision="highest")
+# ---- a target's modules in a model
 
 
-# ---- where the targets lie in a model
-
-
-def _owner(model: Any, path: str) -> tuple[Any, str]:
-    """The module that holds what lies at a path, and its name there."""
+def _parent(model: Any, path: str) -> tuple[Any, str]:
+    """The module that contains a path, and its name there."""
     *parents, last = path.split(".")
     for name in parents:
         model = getattr(model, name)
     return model, last
 
 
-def lora_of(model: Any, path: str) -> Lora:
+def branch_of(model: Any, path: str) -> LoraBranch:
     """The branch of a target."""
-    owner, last = _owner(model, path)
-    found = getattr(owner, last)
-    return found if isinstance(found, Lora) else found.lora
+    parent, last = _parent(model, path)
+    module = getattr(parent, last)
+    return module if isinstance(module, LoraBranch) else module.lora
 
 
 def kernels_of(model: Any, path: str) -> list[Any]:
-    """The weights that a target adapts, in HF's order."""
+    """The variables of the weights that a target adapts, in HF's order."""
     if path == EMBED:
         return [model.embed.embedding]
-    owner, last = _owner(model, path)
+    parent, last = _parent(model, path)
     parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
-    return [getattr(owner, part).kernel for part in parts]
+    return [getattr(parent, part).kernel for part in parts]
 
 
-def whole_kernel(model: Any, path: str) -> jax.Array:
-    """The weights that a target adapts as one, float32 [(L,) I, O]."""
+def dense_kernel(model: Any, path: str) -> jax.Array:
+    """The weight that a target adapts, dequantized and with fused parts joined, float32
+    [(L,) I, O]."""
 
-    def wide(value: Any) -> jax.Array:
+    def to_float32(value: Any) -> jax.Array:
         if not isinstance(value, Quantized):
             return value.astype(jnp.float32)
         return jax.lax.map(lambda w: dense(w, (None, None), jnp.float32), value)
 
-    return jnp.concatenate([wide(k.get_value()) for k in kernels_of(model, path)], -1)
+    return jnp.concatenate([to_float32(k.get_value()) for k in kernels_of(model, path)], -1)
 
 
-def fold(model: Any, sign: int = 1) -> None:
-    """Adds every adapter to the weights it stands beside (sign -1: takes it away), in float32.
-
-    The branches themselves stay. The weights must not be quantised. Raises ValueError for what
-    cannot be taken away.
-    """
-    plan: LoraPeft = model.peft
-    if plan.dora and sign < 0:
-        raise UserError("a folded DoRA adapter cannot be taken away: the columns' norms are gone")
-    for target in plan.targets:
-        lora, kernels = lora_of(model, target.path), kernels_of(model, target.path)
-        delta = lora.delta()
-        if plan.dora:
-            whole = whole_kernel(model, target.path)
-            norm = lora.each_layer(column_norms, whole, lora.a[...], lora.scaled_b())
-            assert lora.magnitude is not None
-            factor = (lora.magnitude[...] / norm)[..., None, :]
-            delta = (whole + delta) * factor - whole
-        ends = np.cumsum([k[...].shape[-1] for k in kernels])[:-1]
-        for kernel, part in zip(kernels, jnp.split(delta, ends, -1), strict=True):
-            value = kernel[...]
-            _set(kernel, (value.astype(jnp.float32) + sign * part).astype(value.dtype))
+# ---- adapter_config.json
 
 
-def merged(model: Decoder) -> Decoder:
-    """The plain model that computes what `model` does: its adapter folded, in the weights' dtype.
-
-    A tied head is untied where the token table alone was adapted. Raises ValueError for an adapter
-    that is not of the weights.
-    """
-    plan = model.peft
-    if model.quantized:
-        raise UserError("the base is quantised; load it without quantize_base to merge")
-    if not isinstance(plan, LoraPeft) or len(plan.names) > 1:
-        raise UserError("only one LoRA adapter can be merged into the weights; export the adapter")
-    graph, state = nnx.split(model)
-    whole = nnx.merge(graph, jax.tree.map(lambda x: x, state))
-    table = whole.embed.embedding[...]
-    fold(whole)
-    cfg, weights = model.cfg, nnx.state(whole, nnx.Param)
-    if cfg.tied_head and any(t.path == EMBED for t in plan.targets):
-        cfg = replace(cfg, tie_embeddings=False)
-        weights["head"] = nnx.State({"kernel": nnx.Param(table.T, axes=HEAD_AXES)})
-    options: Any = dict(compute_dtype=model.compute_dtype, remat=model.remat)
-    plain = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), dtype=table.dtype, **options))
-    out = nnx.merge(nnx.graphdef(plain), weights)
-    if model.hf_config:
-        config = json.loads(model.hf_config) | {"tie_word_embeddings": cfg.tie_embeddings}
-        out.hf_config = json.dumps(config)
-    return out
+def _listed(config: dict[str, Any], key: str) -> list[Any]:
+    value = config.get(key)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
-# ---- which modules a configuration names
-
-
-def modules(cfg: ModelConfig) -> dict[str, str]:
-    """{path of ours: HF's module, `{i}` for the layer} of every weight LoRA can stand beside."""
-    found: dict[str, str] = {}
-    for key in key_table(cfg):
-        path, _, leaf = key.path.rpartition(".")
-        module = key.name.removesuffix(".weight")
-        if key.rows:  # a part of a fused tensor
-            path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        if leaf in ("kernel", "embedding") and key.path not in score_of(cfg):
-            found[path] = module
-    return found
-
-
-def _matches(entry: str, name: str) -> bool:
-    if name == entry or name.endswith(f".{entry}"):
-        return True
-    try:
-        return re.fullmatch(entry, name) is not None
-    except re.error as error:
-        raise UserError(f"peft: {entry!r} is neither a module nor a pattern: {error}") from None
-
-
-def _names(cfg: ModelConfig, module: str) -> list[str]:
-    """A module's name in each layer."""
-    return [module.format(i=i) for i in range(cfg.num_layers if "{i}" in module else 1)]
-
-
-def _check_named(cfg: ModelConfig, key: str, entries: Iterable[str], form: str = "{}") -> None:
-    """Raises ValueError for an entry that, in the pattern `form`, names no module."""
-    there = [name for module in modules(cfg).values() for name in _names(cfg, module)]
-    for entry in entries:
-        if not any(_matches(form.format(entry), name) for name in there):
-            known = dict.fromkeys(name.rpartition(".")[2] for name in there)
-            tied = " (the head is the token table: embed_tokens)" if cfg.tied_head else ""
-            raise UserError(
-                f"peft.{key}: {entry!r} matches nothing; the model has {', '.join(known)}{tied}, "
-                f"or say {ALL_LINEAR}"
-            )
-
-
-def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a module's name, as peft reads them."""
-    fits = (value for key, value in patterns.items() if _matches(rf"(.*\.)?({key})", name))
-    return next(fits, default)
-
-
-def resolve(cfg: ModelConfig, section: PeftSection, strict: bool = True) -> LoraPeft:
-    """The LoRA that a configuration describes. Raises ValueError for a module that is not there
-    (with `strict`) and for what cannot be combined."""
-    saved = (*saved_paths(cfg, section.modules_to_save), *score_of(cfg))
-    saved = tuple(dict.fromkeys(saved))
-    if strict:
-        named = [e for e in section.target_modules if e != ALL_LINEAR]
-        _check_named(cfg, "target_modules", named)
-        _check_named(cfg, "exclude_modules", section.exclude_modules)
-        _check_named(cfg, "rank_pattern", section.rank_pattern, r"(.*\.)?({})")
-        _check_named(cfg, "alpha_pattern", section.alpha_pattern, r"(.*\.)?({})")
-    for layer in section.layers_to_transform:
-        if layer >= cfg.num_layers:
-            raise UserError(
-                f"peft.layers_to_transform: there is no layer {layer}, the model has "
-                f"{cfg.num_layers} (0 to {cfg.num_layers - 1})"
-            )
-
-    def rank(path: str, name: str) -> int:
-        if any(_matches(entry, name) for entry in section.exclude_modules):
-            return 0
-        if name.endswith(tuple(section.modules_to_save)):
-            return 0
-        chosen = any(
-            path not in (EMBED, HEAD) if entry == ALL_LINEAR else _matches(entry, name)
-            for entry in section.target_modules
-        )
-        layer = re.search(r"\.(\d+)\.", name)
-        if section.layers_to_transform:
-            chosen &= layer is not None and int(layer[1]) in section.layers_to_transform
-        return int(_pattern(section.rank_pattern, name, section.r)) if chosen else 0
-
-    targets = []
-    for path, module in modules(cfg).items():
-        names = _names(cfg, module)
-        ranks = tuple(rank(path, name) for name in names)
-        alphas = tuple(float(_pattern(section.alpha_pattern, n, section.lora_alpha)) for n in names)
-        if max(ranks):
-            targets.append(Target(path, module, (ranks,), (alphas,)))
-    if not targets:
-        raise UserError("peft: nothing is left to adapt; see target_modules and exclude_modules")
-    paths = {t.path for t in targets}
-    if section.use_dora and HEAD in paths:
-        raise UserError("peft.use_dora does not go with lm_head; exclude it")
-    if section.init_lora_weights == "pissa" and EMBED in paths:
-        raise UserError("peft.init_lora_weights pissa does not go with embed_tokens; exclude it")
-    return LoraPeft(
-        targets=tuple(targets),
-        rslora=(section.use_rslora,),
-        saved=saved,
-        dropout=section.lora_dropout,
-        init=section.init_lora_weights,
-        dora=section.use_dora,
+def _untied(config: dict[str, Any], file: Path, problem: str) -> UserError:
+    base = config.get("base_model_name_or_path")
+    return UserError(
+        f"{file} {problem}; load it over an untied copy: "
+        f"jaxllm.save_hf(jaxllm.load_hf({base!r}, overrides={{'tie_word_embeddings': False}}), "
+        "'untied')"
     )
 
 
-def saved_paths(cfg: ModelConfig, names: Sequence[str]) -> tuple[str, ...]:
-    """The weights of `modules_to_save`, as peft reads them: modules whose name ends so."""
-    paths: dict[str, None] = {}
-    for entry in names:
-        found = []
-        for key in key_table(cfg):
-            module = key.name.rpartition(".")[0]
-            hits = [name.endswith(entry) for name in _names(cfg, module)]
-            if any(hits) and not all(hits):
-                raise UserError(
-                    f"peft.modules_to_save: {entry} is some layers of a stack; name all or none"
-                )
-            found += [key.path] if all(hits) else []
-        if not found:
-            there = dict.fromkeys(k.name.split(".")[-2] for k in key_table(cfg))
-            raise UserError(
-                f"peft.modules_to_save: {entry!r} matches nothing; the model has {', '.join(there)}"
-            )
-        paths |= dict.fromkeys(found)
-    return tuple(paths)
+def _common(values: dict[str, dict[int, Any]]) -> tuple[Any, dict[str, Any]]:
+    """The most common value of {module: {layer: value}}, and a pattern for the others."""
+    common = Counter(v for layers in values.values() for v in layers.values()).most_common(1)[0][0]
+    pattern: dict[str, Any] = {}
+    for module, layers in values.items():
+        if set(layers.values()) == {common}:
+            continue
+        if len(set(layers.values())) == 1:
+            pattern[module.rpartition("{i}.")[2]] = next(iter(layers.values()))
+        else:
+            pattern |= {module.format(i=i): v for i, v in layers.items() if v != common}
+    return common, pattern
+
+
+def _module_names(ranks: dict[str, dict[int, int]], cfg: ModelConfig) -> list[str]:
+    """target_modules: suffixes if each matches adapted modules only, else full names."""
+    layers_of = {m: cfg.num_layers if "{i}" in m else 1 for m in ranks}
+    if all(len(layers) == layers_of[module] for module, layers in ranks.items()):
+        return [module.rpartition(".")[2] for module in ranks]
+    return [module.format(i=i) for module, layers in ranks.items() for i in layers]

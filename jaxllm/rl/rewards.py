@@ -22,7 +22,7 @@ from jaxllm.data.chat import render
 from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
-from jaxllm.peft.interop import tokenizer_of
+from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import bucketed
 from jaxllm.tokenizer import check_vocabulary
 

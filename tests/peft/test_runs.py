@@ -258,5 +258,5 @@ def test_what_is_told_and_what_is_refused(straight, capsys):
     refused(
         capsys,
         tuning(straight, "wrong", "--peft.method", "prompt", "--peft.num_virtual_tokens", "4"),
-        "60 positions beside 4 virtual tokens",
+        "60 positions besides 4 virtual tokens",
     )

@@ -23,8 +23,10 @@ from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.peft.interop import choose, find, method_of, plan_of
-from jaxllm.peft.lora import fold, merged
+from jaxllm.peft.combine import choose
+from jaxllm.peft.files import find, make_adapter
+from jaxllm.peft.merge import fold, merged
+from jaxllm.peft.methods import method_of
 from jaxllm.step import TrainState, alone, make_step
 
 LLAMA = CASES["llama"]
@@ -247,7 +249,7 @@ def steps_of_both(tmp_path, base, config, ratio=1.0):
     start = str(tmp_path / "start")
     section = PeftSection(method=method_of(find(start).config), path=start)
     cfg = TrainConfig(model=ModelSection(path=base), peft=section)
-    plan = plan_of(model_config(cfg)[0], section)
+    plan = make_adapter(model_config(cfg)[0], section)
     ours = load_model(cfg, one_device(), peft=plan)
     (got, trained), want = our_steps(ours, ratio=ratio), torch_steps(theirs.train(), ratio=ratio)
     assert want[-1][0] < want[0][0] - 1e-3
@@ -438,7 +440,7 @@ def test_what_is_always_on_is_not_weighed_nor_written_plain(tmp_path):
         want = logits_of(model, some_tokens())
         choose(model, "default")
         np.testing.assert_allclose(logits_of(model, some_tokens()), want, atol=1e-5)
-        with pytest.raises(ValueError, match="is on or not loaded"):
+        with pytest.raises(ValueError, match="cannot be turned off"):
             choose(model, None)
         with pytest.raises(ValueError, match="use save_adapter"):
             save_hf(model, str(tmp_path / "plain"))

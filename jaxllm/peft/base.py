@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of the PEFT methods, and the exchange of weights with an adapter file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax
+import numpy as np
+
+from jaxllm.config import PEFT_METHODS, PeftSection, validated
+from jaxllm.errors import UserError
+from jaxllm.files import ADAPTER_CONFIG
+from jaxllm.model.adapter import Adapter, AdapterParam
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.families import key_table
+
+SEQUENCE_CLASSIFICATION = "SEQ_CLS"  # peft's task_type of a reward model
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of an adapter file and where the model has it: `variable[index]`."""
+
+    name: str
+    variable: Any
+    index: Any = ...
+    transpose: bool = False  # True if the file has the transpose, as torch's Linear does
+
+
+def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
+    """{name in the file: float32 array}, from the model."""
+    arrays: dict[int, np.ndarray] = {}
+    tensors = {}
+    for slot in slots:
+        if id(slot.variable) not in arrays:
+            arrays[id(slot.variable)] = jax.device_get(slot.variable.get_value())
+        value = arrays[id(slot.variable)][slot.index]
+        tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
+    return tensors
+
+
+def write_slots(slots: Iterable[Slot], tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Copies the tensors of a file to the model and removes them from `tensors`.
+
+    Raises UserError if one is missing or has another shape.
+    """
+    arrays: dict[int, tuple[Any, np.ndarray]] = {}
+    for slot in slots:
+        if slot.name not in tensors:
+            raise UserError(f"{file} has no {slot.name}, which its config asks for")
+        tensor = tensors.pop(slot.name)
+        tensor = tensor.T if slot.transpose else tensor
+        variable = slot.variable
+        _, array = arrays.setdefault(id(variable), (variable, np.array(variable.get_value())))
+        if array[slot.index].shape != tensor.shape:
+            raise UserError(
+                f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
+                f"model's is {array[slot.index].shape}"
+            )
+        array[slot.index] = tensor
+    for variable, array in arrays.values():
+        set_value(variable, array)
+
+
+def set_value(variable: Any, value: Any) -> None:
+    """Replaces a variable's value and keeps its sharding."""
+    variable.set_value(jax.device_put(value, variable.get_value().sharding))
+
+
+@dataclass(frozen=True)
+class PeftAdapter(Adapter):
+    """The adapter of a PEFT method. A subclass is everything that is known of its method, except
+    for its config keys and default learning rate (config.PEFT_METHODS)."""
+
+    peft_type: ClassVar[str]  # peft's name of the method
+    decayed: ClassVar[Mapping[str, bool]]  # {leaf name: True if weight decay applies}
+    root: ClassVar[str] = "base_model.model."  # what peft puts before the name of an HF tensor
+
+    @classmethod
+    def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
+        """The adapter that a peft section describes. Raises UserError for what the model does not
+        have; with strict False, names that match no module are ignored, as in peft."""
+        raise NotImplementedError
+
+    @classmethod
+    def section_values(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The keys of the peft section that an adapter_config.json gives.
+
+        Raises UserError for an option that jaxllm does not support.
+        """
+        return {key: config[key] for key in PEFT_METHODS[cls.method].shape if key in config}
+
+    @classmethod
+    def from_config(cls, cfg: ModelConfig, config: dict[str, Any], file: Path) -> Self:
+        """The adapter that the adapter_config.json `file` describes, without dropout."""
+        given = {key: value for key, value in config.items() if value is not None}
+        values = {"method": cls.method} | cls.section_values(given)
+        try:
+            section = validated({"peft": values}, {}).peft
+        except ValueError as error:
+            raise UserError(f"{ADAPTER_CONFIG}: {error}") from None
+        return cls.from_section(cfg, section, strict=False)
+
+    def to_config(self, model: Any) -> dict[str, Any]:
+        """The adapter_config.json of the model's adapter."""
+        cfg = model.cfg
+        config: dict[str, Any] = {
+            "peft_type": self.peft_type,
+            "task_type": SEQUENCE_CLASSIFICATION if cfg.scores else "CAUSAL_LM",
+            "base_model_name_or_path": model.base or None,
+            "inference_mode": True,
+        }
+        if self.saved:
+            names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in self.saved]
+            modules = {n.rpartition(".")[2] if "{i}" in n else n for n in names}
+            config["modules_to_save"] = sorted(modules)
+        return config
+
+    def trains(self, path: tuple[Any, ...], variable: Any) -> bool:
+        return isinstance(variable, AdapterParam) or ".".join(map(str, path)) in self.saved
+
+    def slots(self, model: Any, which: int = 0) -> Iterator[Slot]:
+        """The tensors of the adapter's file, of the `which`th adapter if there are several."""
+        raise NotImplementedError
+
+    def tensors(self, model: Any) -> dict[str, np.ndarray]:
+        """{name in the adapter's file: float32 array}, without modules_to_save."""
+        return read_slots(self.slots(model))
+
+    def load(self, model: Any, tensors: dict[str, np.ndarray], file: Path, which: int = 0) -> None:
+        """Copies the tensors of a file to the model's adapter and removes them from `tensors`.
+
+        Raises UserError if one is missing or has another shape.
+        """
+        write_slots(self.slots(model, which), tensors, file)

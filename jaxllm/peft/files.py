@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter directories in peft's format: adapter_config.json and adapter_model.safetensors.
+
+Methods that peft does not have (bottlenecks) use the same two files. Nothing but JSON and
+safetensors is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import PEFT_METHODS, PeftSection
+from jaxllm.errors import UserError
+from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, opened, read_json, resolve
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.families import key_table
+from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
+from jaxllm.peft.combine import combine
+from jaxllm.peft.methods import METHODS, method_of
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's directory and its adapter_config.json."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / ADAPTER
+
+
+# ---- finding them
+
+
+def is_adapter(path: str) -> bool:
+    """True if a directory or hub id has an adapter and no model."""
+    folder = resolve(path) if hub_id(path) else Path(path).expanduser()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def tokenizer_of(path: str) -> str:
+    """Where the tokenizer of a model or adapter is: there, or with the adapter's base model."""
+    if not is_adapter(path) or (resolve(path) / "tokenizer.json").is_file():
+        return path
+    return with_base(path, None)[0]
+
+
+def is_reward(adapters: Mapping[str, AdapterFiles]) -> bool:
+    """True if the adapters belong to a reward model."""
+    return any(a.config.get("task_type") == SEQUENCE_CLASSIFICATION for a in adapters.values())
+
+
+def find(path: str, weights: bool = True) -> AdapterFiles:
+    """The adapter in a directory or hub id. Raises UserError if there is none; weights False: its
+    config is enough."""
+    folder = resolve(path)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
+    if weights and not (folder / ADAPTER).is_file():
+        raise UserError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
+    return AdapterFiles(folder, read_json(folder / ADAPTER_CONFIG))
+
+
+def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, dict[str, str]]:
+    """(path of the base model, {name: path of an adapter}); `path` may itself be an adapter.
+
+    Raises UserError if an adapter does not name its base model.
+    """
+    named = {} if adapter is None else {"default": adapter} if isinstance(adapter, str) else adapter
+    if not is_adapter(path):
+        return path, dict(named)
+    if "default" in named:
+        raise UserError(f"{path} is an adapter too; name the other: NAME={named['default']}")
+    base = find(path).config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{path} does not say which model it is an adapter of; give that one too")
+    if not Path(base).expanduser().is_dir() and not hub_id(base):
+        raise UserError(
+            f"{path} is an adapter of {base}, which does not exist; give the base model's path too"
+        )
+    return base, {"default": path, **named}
+
+
+# ---- making an adapter
+
+
+def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
+    """The adapter that a run trains.
+
+    Raises UserError for a module, layer or combination that the model does not have.
+    """
+    if section.method == "none":
+        return NO_ADAPTER
+    if not section.path:
+        return METHODS[section.method].from_section(cfg, section)
+    files = find(section.path, weights=False)
+    method = method_of(files.config)
+    if method != section.method:
+        raise UserError(
+            f"{section.path} is of method {method}, but peft.method is {section.method}"
+        )
+    adapter = read_adapter(cfg, {"default": files})
+    training = {key: getattr(section, key) for key in PEFT_METHODS[method].training}
+    return replace(adapter, **training)
+
+
+def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
+    """The adapter that one adapter_config.json describes, or several of LoRA."""
+    found = {
+        name: METHODS[method_of(files.config)].from_config(
+            cfg, files.config, files.folder / ADAPTER_CONFIG
+        )
+        for name, files in adapters.items()
+    }
+    return next(iter(found.values())) if len(found) == 1 else combine(cfg, found)
+
+
+# ---- the weights
+
+
+def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
+    """Loads a directory's weights, except for modules_to_save, into the model's `which`th adapter.
+
+    Raises UserError for tensors that are missing, unexpected or of another shape.
+    """
+    with opened(files.weights) as file:
+        tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+    adapter: PeftAdapter = model.peft
+    adapter.load(model, tensors, files.weights, which)
+    expected = set(saved_tensors(model.cfg, adapter, {"": files}))
+    if model.head is None:
+        expected.add("lm_head.weight")  # a second copy of the token table
+    for name in tensors:
+        base = name.endswith(".base_layer.weight")
+        if not base and name.removeprefix(adapter.root) not in expected:
+            raise UserError(f"{files.weights} has {name}, which its config does not name")
+
+
+def saved_tensors(
+    cfg: ModelConfig, adapter: Any, adapters: Mapping[str, AdapterFiles]
+) -> dict[str, tuple[Path, str]]:
+    """{HF tensor of modules_to_save: (the adapter's file, its name in it)}."""
+    layers = range(cfg.num_layers)
+    names = [
+        key.name.format(i=i)
+        for key in key_table(cfg)
+        if key.path in adapter.saved
+        for i in (layers if key.stacked else (0,))
+    ]
+    if not names:
+        return {}
+    for files in adapters.values():
+        with opened(files.weights) as file:
+            if missing := {adapter.root + name for name in names} - set(file.keys()):
+                raise UserError(f"{files.weights} has no {min(missing)}, which its config asks for")
+    return {n: (files.weights, adapter.root + n) for n in names for files in adapters.values()}
