@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxllm.chat import generate_text
     from jaxllm.config import (
         AlignSection,
         DataSection,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jaxllm.hf import load_hf, save_adapter, save_hf
     from jaxllm.peft.combine import choose
     from jaxllm.peft.merge import merged
-    from jaxllm.sampling import Sampling, generate, generate_text
+    from jaxllm.sampling import Sampling, generate
     from jaxllm.tokenizer import load_tokenizer, train_tokenizer
     from jaxllm.training import train
 
@@ -69,13 +70,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chat": ("generate_text",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
     "hf": ("load_hf", "save_adapter", "save_hf"),
     "peft.combine": ("choose",),
     "peft.merge": ("merged",),
-    "sampling": ("Sampling", "generate", "generate_text"),
+    "sampling": ("Sampling", "generate"),
     "tokenizer": ("load_tokenizer", "train_tokenizer"),
     "training": ("train",),
 }

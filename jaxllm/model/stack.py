@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stack of layers with equal weights' shapes: a scan, or a loop once they are unstacked.
 
-Dims: B rows, T tokens, D model width, L layers, G layers of a group.
+Dims: B rows, T tokens, D model width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +30,6 @@ REMAT: dict[str, Any] = {
     "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
     "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
 }
-MAX_PERIOD = 8  # layers in the body of a scan, whose compile time grows with them
 
 
 def make_stack(cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -> Block:
@@ -45,24 +43,17 @@ def make_stack(cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -
     return make(rngs)
 
 
-def period(kinds: tuple[LayerKind, ...]) -> int:
-    """Length of the shortest sequence of kinds that repeats to give `kinds`; 0 if there is none."""
-    for length in range(1, min(MAX_PERIOD, max(len(kinds) // 2, 1)) + 1):
-        if len(kinds) % length == 0 and kinds == kinds[:length] * (len(kinds) // length):
-            return length
-    return 0
-
-
 @dataclass(frozen=True)
 class Stack:
     """The layers of a stack, which are called alike in training and in decoding.
 
-    A scan's body runs one period of layers, each of a static kind. Kinds without a period (Gemma 3
-    with 26 layers, say) run one layer in the body, and `lax.switch` selects its attention.
+    A scan's body is one layer. Where kinds differ, `lax.switch` selects that layer's attention. (A
+    body of one period of kinds would need no switch, but XLA:CPU then copies the stacked weights:
+    +50 % of memory with a period of 2, measured on SmolLM2's widths.)
 
     blocks: a Block whose weights have a leading dim L, or one Block per layer (`unstack`).
     kinds: of each layer. remat: a key of REMAT, or none. unroll: layers in an iteration of the
-    scan, at least a period.
+    scan.
     """
 
     blocks: Any
@@ -80,8 +71,10 @@ class Stack:
         return self.scan(x_BTD, ctx, past)
 
     def loop(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        pasts = past if isinstance(past, tuple) else _split(past, len(self.kinds))
-        new = []
+        new, pasts = [], past
+        if not isinstance(past, tuple):
+            count = len(self.kinds)
+            pasts = [jax.tree.map(lambda x, i=i: x[i], past) for i in range(count)]
         for layer, (block, kind) in enumerate(zip(self.blocks, self.kinds, strict=True)):
             x_BTD, after = block(x_BTD, ctx.at_layer(layer, (kind,)), pasts[layer])
             new.append(after)
@@ -89,48 +82,18 @@ class Stack:
 
     def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         graph, weights = nnx.split(self.blocks)
-        distinct = tuple(dict.fromkeys(self.kinds))
-        size = period(self.kinds)
-        # The kinds that a layer at each position of the body may be of.
-        positions = [(kind,) for kind in self.kinds[:size]] if size else [distinct]
-        size = size or 1
-        indices = jnp.arange(len(self.kinds))
-        choices = jnp.asarray([distinct.index(kind) for kind in self.kinds], jnp.int32)
+        kinds = tuple(dict.fromkeys(self.kinds))
 
-        def layer(kinds, x, weights, index, choice, past):
-            x = kept(x, "layer")
-            return nnx.merge(graph, weights)(x, ctx.at_layer(index, kinds, choice), past)
+        def layer(x_BTD, inputs):
+            weights, index, choice, past = inputs
+            x_BTD = kept(x_BTD, "layer")
+            return nnx.merge(graph, weights)(x_BTD, ctx.at_layer(index, kinds, choice), past)
 
-        layers: list[Callable[..., Any]] = [partial(layer, kinds) for kinds in positions]
         if self.remat != "none" and not isinstance(past, LayerCache):
-            policy = REMAT[self.remat]
-            layers = [jax.checkpoint(f, policy=policy, prevent_cse=False) for f in layers]
-
-        def body(x, group):
-            new = []
-            for run, inputs in zip(layers, _split(group, size), strict=True):
-                x, after = run(x, *inputs)
-                new.append(after)
-            return x, _join(new)
-
-        inputs = weights, indices, choices, past
-        groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), inputs)
-        x_BTD, new = lax.scan(body, x_BTD, groups, unroll=max(self.unroll // size, 1))
-        return x_BTD, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), new)
-
-
-def _split(tree: Any, count: int) -> list[Any]:
-    """The `count` parts of a tree along the leading dim of its leaves, which they lose.
-
-    Unlike indexing, whose gradient is a sum of padded arrays, lax.split has a concatenation.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    parts = [[y[0] for y in lax.split(x, (1,) * count)] for x in leaves]
-    return [treedef.unflatten([leaf[i] for leaf in parts]) for i in range(count)]
-
-
-def _join(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        choices = jnp.asarray([kinds.index(kind) for kind in self.kinds], jnp.int32)
+        inputs = weights, jnp.arange(len(self.kinds)), choices, past
+        return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
 
 
 def unstack(model: Any) -> Any:
