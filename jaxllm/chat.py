@@ -14,14 +14,14 @@ from jaxllm.sampling import Sampling, generate, stream
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """`text` before the first of the stop strings, and whether there was one."""
+    """(`text` up to its first stop string, True if it has one)."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A HF directory ready to answer: model, tokenizer and what ends a text."""
+    """A model with its tokenizer and stop ids."""
 
     model: Decoder
     tokenizer: Any
@@ -36,7 +36,7 @@ class TextModel:
     ) -> TextModel:
         """From a HF directory or hub id; `template` as data.template, `adapter` as in load_hf.
 
-        Raises ValueError or FileNotFoundError for what is not there or unfit.
+        Raises UserError or FileNotFoundError if it is missing or cannot generate text.
         """
         from jaxllm.data.template import chat_tokenizer
         from jaxllm.files import resolve
@@ -48,18 +48,18 @@ class TextModel:
         model = load_hf(path, dtype=dtype, adapter=adapter or None)
         check_vocabulary(tokenizer, model.cfg.vocab_size)
         if model.cfg.scores:
-            raise UserError(f"{path} is a reward model; it scores texts and writes none")
+            raise UserError(f"{path} is a reward model; it scores texts and generates none")
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokens up to where the assistant begins to answer."""
+        """Tokens of the rendered messages with the generation prompt."""
         from jaxllm.data.chat import prompt_tokens
         from jaxllm.data.template import apply_user_template
 
         return prompt_tokens(self.tokenizer, apply_user_template(self.tokenizer, messages)).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Decoded, without the tokens that end it."""
+        """Decoded tokens without stop ids."""
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
 
 
@@ -78,11 +78,11 @@ def generate_text(
 ) -> list[str]:
     """Continues texts, or answers them as user messages through the chat template.
 
-    adapter: {name: directory} beside the model; use: which of them each prompt gets, or one for
-    all.
+    adapter: {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for
+    all prompts.
 
-    Rows end at the model's own stop tokens, those of `sampling`, and before the strings `stop`.
-    Raises ValueError as `check_prompts` does.
+    Rows end at the model's stop ids and those of `sampling`, and before the strings `stop`.
+    Raises UserError as `check_prompts` does.
     """
     loaded = TextModel.load(model, dtype, template, adapter)
     if len(use) not in (0, 1, len(prompts)):
@@ -133,7 +133,7 @@ def chat_loop(
             for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1, use):
                 tokens.append(int(new[0, 0]))
                 text, ended = cut(loaded.text(tokens), stop)
-                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
                     write(text[len(shown) :])
                     shown = text
                 if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: prefill, then decode with a KV cache, batched; the same code for samples and chat.
+"""Sampling and batched generation: a prefill, then one decode loop with a key/value cache.
 
-Dims: B rows, P prompt slots, S cache slots, V vocabulary.
+The same loop serves streams, batches, and completions of online runs with their log-probabilities.
+
+Dims: B rows, P tokens of the padded prompts, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ from jaxllm.model.stack import unstack
 from jaxllm.ops.decoding import argmax, prefers_unstacked
 from jaxllm.peft.combine import Choice, choice_weights
 
-BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-CHUNK = 16  # tokens decoded between two looks of the host
+BUCKET = 64  # lengths are padded to a multiple of this, so that few shapes are compiled
+CHUNK = 16  # tokens that are decoded before the host reads them
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
+    """How the next token is selected. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
 
     Filters apply in the order temperature, top_k, top_p, min_p. `stop_ids` end a row (the id itself
     is part of the result).
@@ -48,7 +50,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for a value outside its range."""
+        """Raises UserError for a value outside its range."""
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
@@ -56,13 +58,13 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise UserError(f"top_p is {self.top_p}; it must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+            raise UserError(f"min_p is {self.min_p}; it must be in [0, 1]")
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] after temperature and filters; what may not be drawn is -inf."""
+    """Logits [B, V] after temperature and filters; -inf for tokens that are filtered out."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -70,8 +72,8 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
         probs = jax.nn.softmax(ordered, -1)
-        kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # the token that crosses stays
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        in_nucleus = jnp.cumsum(probs, -1) - probs < sampling.top_p  # with the token that crosses
+        least = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.min_p > 0:
         probs = jax.nn.softmax(logits, -1)
@@ -180,8 +182,8 @@ def decode(
 
 
 def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
-    """The longest prompt's length. Raises ValueError for what cannot be continued: an empty prompt,
-    one that passes the model's positions with its new tokens, a value of `sampling` out of range.
+    """Length of the longest prompt. Raises UserError for an empty prompt, a prompt that exceeds the
+    model's positions with its new tokens, and a value of `sampling` out of range.
     """
     sampling.check()
     lengths = [len(p) for p in prompts]
@@ -189,21 +191,22 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
         raise UserError("a prompt has no tokens; give it some text")
     if max(lengths) + sampling.max_new_tokens > positions:
         raise UserError(
-            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones pass the model's "
-            f"{positions} positions; shorten the prompt or make fewer"
+            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the model's "
+            f"{positions} positions; shorten the prompt or generate fewer"
         )
     return max(lengths)
 
 
 def bucketed(length: int) -> int:
+    """The length rounded up to a multiple of BUCKET."""
     return -(-length // BUCKET) * BUCKET
 
 
 def left_padded(
     prompts: Sequence[Sequence[int]], rows: int, longest: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the bucket of the longest
-    of them, or of `longest`."""
+    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the length of the longest
+    one, or `longest`, rounded up to a bucket."""
     width = bucketed(max(longest, *map(len, prompts)))
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -214,12 +217,12 @@ def left_padded(
 
 @dataclass(frozen=True)
 class Completions:
-    """What a model wrote after prompts, on the host; N is the most tokens there may be."""
+    """Completions of prompts, on the host; N is `max_new_tokens`."""
 
     tokens: np.ndarray  # int32 [B, N]
-    logps: np.ndarray  # float32 [B, N]: under softmax(logits / temperature), before any filter
-    lengths: np.ndarray  # int32 [B]: tokens up to and with the one that ends the row, or N
-    truncated: np.ndarray  # bool [B]: no token ended it
+    logps: np.ndarray  # float32 [B, N], under softmax(logits / temperature) before any filter
+    lengths: np.ndarray  # int32 [B]: tokens up to and including the stop id, or N
+    truncated: np.ndarray  # bool [B]: True if there is no stop id
 
 
 def completions(
@@ -295,8 +298,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, up to and including its first stop id.
 
-    `stopped(new tokens of a row)` ends a row early too; it is asked once a chunk. adapters: which
-    of the model's each row uses, as in `stream`.
+    `stopped(new tokens of a row)` ends a row early too; it is called once per chunk. adapters: as in
+    `stream`.
     """
     out: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
