@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
+    from jaxllm.data.tokenizer_training import train_tokenizer
     from jaxllm.errors import UserError
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from jaxllm.peft.combine import choose
     from jaxllm.peft.merge import merged
     from jaxllm.sampling import Sampling, generate
-    from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+    from jaxllm.tokenizer import load_tokenizer
     from jaxllm.training import train
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ __all__ = [
 
 _HOMES = {
     "chat": ("generate_text",),
+    "data.tokenizer_training": ("train_tokenizer",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
@@ -78,7 +80,7 @@ _HOMES = {
     "peft.combine": ("choose",),
     "peft.merge": ("merged",),
     "sampling": ("Sampling", "generate"),
-    "tokenizer": ("load_tokenizer", "train_tokenizer"),
+    "tokenizer": ("load_tokenizer",),
     "training": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

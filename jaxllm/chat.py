@@ -38,11 +38,12 @@ class TextModel:
 
         Raises UserError or FileNotFoundError if it is missing or cannot generate text.
         """
+        from jaxllm.data.chat import stop_ids
         from jaxllm.data.template import chat_tokenizer
         from jaxllm.files import resolve
         from jaxllm.hf import load_hf
         from jaxllm.peft.files import tokenizer_of
-        from jaxllm.tokenizer import check_vocabulary, stop_ids
+        from jaxllm.tokenizer import check_vocabulary
 
         tokenizer = chat_tokenizer(tokenizer_of(path), template)
         model = load_hf(path, dtype=dtype, adapter=adapter or None)

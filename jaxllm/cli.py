@@ -285,7 +285,7 @@ def tokenizer(verb: str, args: list[str]) -> int:
     add("--out", required=True, type=aliases.home, metavar="DIR", help="directory to write")
     add("--vocab_size", type=_whole(1), default=32_000, help="tokens in all")
     options = parser.read(args[1:])
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
     print(options.out)

@@ -20,7 +20,9 @@ from jax.sharding import Mesh
 
 from jaxllm.config import DataSection, EvalSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import eval_batches
+from jaxllm.data.rows import Rows
 from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import UserError

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm import fp8
+from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError
 from jaxllm.files import INDEX, SINGLE, opened, read_json, resolve, tensor_files
 from jaxllm.model.families import (
@@ -25,7 +26,6 @@ from jaxllm.model.families import (
     normalised,
     rope_keys,
 )
-from jaxllm.tokenizer import stop_ids
 
 # Inside a model's hf_config: what generation_config.json said.
 GENERATION = "generation_config"

@@ -21,8 +21,10 @@ from jax.sharding import Mesh
 
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
+from jaxllm.data.dataset import Data
 from jaxllm.data.examples import cache_root
-from jaxllm.data.loader import Data, Rows, eval_batches
+from jaxllm.data.loader import eval_batches
+from jaxllm.data.rows import Rows
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.metrics import track

@@ -191,8 +191,8 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
         raise UserError("a prompt has no tokens; give it some text")
     if max(lengths) + sampling.max_new_tokens > positions:
         raise UserError(
-            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the model's "
-            f"{positions} positions; shorten the prompt or generate fewer"
+            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the "
+            f"model's {positions} positions; shorten the prompt or generate fewer"
         )
     return max(lengths)
 
@@ -298,8 +298,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, up to and including its first stop id.
 
-    `stopped(new tokens of a row)` ends a row early too; it is called once per chunk. adapters: as in
-    `stream`.
+    `stopped(new tokens of a row)` ends a row early too; it is called once per chunk. adapters: as
+    in `stream`.
     """
     out: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)

@@ -27,8 +27,10 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict, tokenizer_path
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import prompt_tokens
-from jaxllm.data.loader import Data, Rows, load_data, make_loader, summarize
+from jaxllm.data.chat import padded, prompt_tokens, stop_ids
+from jaxllm.data.dataset import Data, load_data, summarize
+from jaxllm.data.loader import make_loader
+from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, evaluate, judged, metric_names
 from jaxllm.mesh import data_parallel, make_mesh, put
@@ -42,7 +44,7 @@ from jaxllm.rl.rewards import load_reward
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)

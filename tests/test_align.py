@@ -20,10 +20,11 @@ from steps import V, decoder, plain
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
 from jaxllm.config.checks import resolve
-from jaxllm.data.loader import Rows
+from jaxllm.data.rows import Rows
 from jaxllm.mesh import make_mesh
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
-from jaxllm.rl.online import Rollouts, trained_by
+from jaxllm.program import trained_by
+from jaxllm.rl.online import Rollouts
 from jaxllm.rl.rewards import Reward, RewardModel
 from jaxllm.training import due
 

@@ -311,7 +311,7 @@ def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
     chats = stand_in("chat", "chat_loop")
     assert cli.main(["chat", "--model", "m", "--system", "Be brief."]) == 0
     assert chats[0][0] == ("m",) and chats[0][1]["system"] == "Be brief."
-    trained = stand_in("tokenizer", "train_tokenizer")
+    trained = stand_in("data.tokenizer_training", "train_tokenizer")
     assert cli.main(["tokenizer", "train", "a", "b", "--out", "t", "--vocab_size", "300"]) == 0
     assert trained == [((["a", "b"], "t"), {"vocab_size": 300})]
     written = stand_in("exports", "export", lambda run, out, *_: out)

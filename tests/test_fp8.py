@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from jaxllm.config import MeshSection, ModelSection, TrainConfig
 from jaxllm.fp8 import Dequantised
-from jaxllm.hf import blank_model, load_hf, save_hf
+from jaxllm.hf import load_hf, save_hf
 from jaxllm.mesh import make_mesh
+from jaxllm.program import build
 
 F8 = torch.float8_e4m3fn
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -147,7 +148,7 @@ def test_logits_are_those_of_transformers_dequantisation(tmp_path, monkeypatch):
 
 def test_a_runs_model_has_no_quantization(blocks):
     cfg = TrainConfig(objective="sft", model=ModelSection(path=str(blocks[0])))
-    model = blank_model(cfg, make_mesh(MeshSection()))
+    model = build(cfg, make_mesh(MeshSection())).policy
     assert "quantization_config" not in json.loads(model.hf_config)
 
 
@@ -250,7 +251,7 @@ def test_a_shape_alone_is_taken_from_a_quantised_model(tmp_path, blocks):
     save_file(head, tmp_path / "model.safetensors", {"format": "pt"})
     for place in (tmp_path / "config.json", tmp_path):
         cfg = TrainConfig(model=ModelSection(config=str(place)))
-        model = blank_model(cfg, make_mesh(MeshSection(), jax.devices()[:1]))
+        model = build(cfg, make_mesh(MeshSection(), jax.devices()[:1])).policy
         assert "quantization_config" not in model.hf_config
         assert model.cfg.tie_embeddings
 

@@ -24,6 +24,7 @@ from jaxllm import hf
 from jaxllm import hf_config as configs
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
+from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.exports import export
 from jaxllm.files import resolve
 from jaxllm.hf import (
@@ -41,7 +42,7 @@ from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import EMBED, HEAD
 from jaxllm.sampling import Sampling, generate
-from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+from jaxllm.tokenizer import load_tokenizer
 
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),

@@ -22,7 +22,7 @@ from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.ops.quantized import Quantized
-from jaxllm.ops.residuals import kept
+from jaxllm.ops.residuals import saveable
 
 # Residuals that the backward pass reads; it recomputes the rest of each layer.
 REMAT: dict[str, Any] = {
@@ -86,7 +86,7 @@ class Stack:
 
         def layer(x_BTD, inputs):
             weights, index, choice, past = inputs
-            x_BTD = kept(x_BTD, "layer")
+            x_BTD = saveable(x_BTD, "layer")
             return nnx.merge(graph, weights)(x_BTD, ctx.at_layer(index, kinds, choice), past)
 
         if self.remat != "none" and not isinstance(past, LayerCache):

@@ -20,7 +20,7 @@ from jaxllm.mesh import RULES, data_parallel, platform
 from jaxllm.ops import attention_blocks as blocks
 from jaxllm.ops import attention_gpu as gpu
 from jaxllm.ops.attention_mask import EVERYWHERE
-from jaxllm.ops.residuals import kept
+from jaxllm.ops.residuals import saveable
 
 __all__ = ["EVERYWHERE", "attention", "notes"]
 
@@ -67,7 +67,7 @@ def attention(
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                 return gpu.run(name, q, k, v, segments, **options)
 
-            return kept(_per_shard(fused, q_BTHK, k_BNSK, v_BNSV, q_segments), "attention")
+            return saveable(_per_shard(fused, q_BTHK, k_BNSK, v_BNSV, q_segments), "attention")
         k_segments = q_segments
     # A cache of unknown length, or one with empty slots, is read in one block.
     in_blocks = isinstance(offset, int) and T + offset == S
@@ -104,15 +104,13 @@ def _per_shard(attend: Callable[..., Any], q, k, v, *per_token: jax.Array) -> ja
     return run(q, k, v, *per_token)
 
 
-def notes(
-    mesh: Mesh, kernel: str, *, dtype: Any, softcap: float, head_dims: tuple[int, int] = (0, 0)
-) -> list[str]:
+def notes(mesh: Mesh, kernel: str, **facts: Any) -> list[str]:
     """What train() prints: the kernel that attention runs on an accelerator, and why.
 
-    Raises UserError if `kernel` cannot run on the mesh.
+    facts: keyword arguments of `attention_gpu.choose`. Raises UserError if `kernel` cannot run.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        name, reason = gpu.choose(kernel, dtype=dtype, softcap=softcap, head_dims=head_dims)
+        name, reason = gpu.choose(kernel, **facts)
         if platform() == "cpu":
             return []
     return [f"attention: {name}" + (f" ({reason})" if reason else "")]

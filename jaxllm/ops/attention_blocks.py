@@ -22,7 +22,7 @@ from jax import lax
 from jaxllm.mesh import platform
 from jaxllm.ops.attention_mask import EVERYWHERE, NOWHERE, visible
 from jaxllm.ops.matmul import softcapped
-from jaxllm.ops.residuals import named
+from jaxllm.ops.residuals import saveable_in_vjp
 
 # Tokens in a block: the fastest sizes measured. Smaller ones skip more pairs, larger ones make
 # larger products.
@@ -180,8 +180,8 @@ def _forward(q, k, v, where, scale: float, window: int | None, softcap: float):
         zeros = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
         start = (zeros + MASKED, zeros, jnp.zeros((*q.shape[:-1], V), jnp.float32))
         top, total, weighted = _over_pairs(visit, start, where, window)
-    out = named((weighted / total).astype(v.dtype), "attention")
-    lse = named((jnp.log(total) + top)[..., 0], "attention")
+    out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
+    lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
     return out, (q, k, v, where, out, lse)
 
 

@@ -28,28 +28,36 @@ TOKAMAX_VERSIONS = ("0.0.17",)
 
 
 def choose(
-    kernel: str, *, dtype: Any, softcap: float, head_dims: tuple[int, int]
+    kernel: str,
+    *,
+    dtype: Any,
+    softcap: float,
+    head_dims: tuple[int, int] = (0, 0),
+    prefix: bool = False,
 ) -> tuple[str, str]:
     """(kernel to run, why it is not a faster one) for `kernel` = auto | xla | mosaic | triton.
 
-    dtype is that of q, head_dims those of (q, v). The platform is that of the mesh in context.
-    "auto" is mosaic on Hopper, the fastest one in benchmarks/results, and xla where mosaic cannot
-    run. Raises UserError if a kernel is requested that cannot run.
+    dtype is that of q, head_dims those of (q, v); prefix: keys precede each text. The platform is
+    that of the mesh in context. "auto" is mosaic on Hopper, the fastest kernel there in
+    benchmarks/results, and xla where mosaic cannot run. Raises UserError for a requested kernel
+    that cannot run.
     """
     if kernel == "xla":
         return "xla", ""
-    auto = kernel == "auto"
-    reason = _obstacle("mosaic" if auto else kernel, dtype, softcap, head_dims)
-    if not reason and auto and not jax.devices()[0].compute_capability.startswith("9."):
+    name = "mosaic" if kernel == "auto" else kernel
+    reason = _obstacle(name, dtype, softcap, head_dims, prefix)
+    if not reason and kernel == "auto" and jax.devices()[0].compute_capability[:2] != "9.":
         reason = "mosaic is the fastest kernel on Hopper only"
     if not reason:
-        return ("mosaic" if auto else kernel), ""
-    if auto:
+        return name, ""
+    if kernel == "auto":
         return "xla", reason
     raise UserError(f"model.attention: {kernel} cannot run: {reason}; set it to auto or xla")
 
 
-def _obstacle(kernel: str, dtype: Any, softcap: float, head_dims: tuple[int, int]) -> str:
+def _obstacle(
+    kernel: str, dtype: Any, softcap: float, head_dims: tuple[int, int], prefix: bool
+) -> str:
     """Why the kernel cannot run; empty if it can."""
     if platform() != "gpu":
         return f"it needs an NVIDIA GPU, and this program is for a {platform().upper()}"
@@ -67,7 +75,7 @@ def _obstacle(kernel: str, dtype: Any, softcap: float, head_dims: tuple[int, int
         return "it has no soft cap, and this model has one"
     if head_dims[0] != head_dims[1]:
         return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
-    return ""
+    return "keys of a prefix precede each text" if prefix else ""
 
 
 def run(

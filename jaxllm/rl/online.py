@@ -22,7 +22,9 @@ from jax.sharding import Mesh
 
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch, Experience, make_row
-from jaxllm.data.loader import Rows, ordered
+from jaxllm.data.chat import stop_ids
+from jaxllm.data.loader import ordered
+from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
@@ -37,7 +39,6 @@ from jaxllm.objectives.table import loss_chunk
 from jaxllm.rl.rewards import Completion, Reward
 from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
-from jaxllm.tokenizer import stop_ids
 
 Sums = dict[str, tuple[float, float]]  # metrics, each (Σ, weight)
 SHOWN = 4  # completions of a rollout that samples.jsonl gets

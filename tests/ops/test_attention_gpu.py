@@ -69,6 +69,7 @@ def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
         ("mosaic", {"dtype": jnp.float32}, {}, "model.compute_dtype bfloat16, not float32"),
         ("triton", {"softcap": 30.0}, {}, "no soft cap"),
         ("mosaic", {"head_dims": (8, 4)}, {}, "head_dim is 8 for queries and 4 for values"),
+        ("mosaic", {"prefix": True}, {}, "keys of a prefix precede each text"),
         ("mosaic", {}, {"version": "0.0.1"}, "tokamax 0.0.1 is not one of the tested versions"),
         ("mosaic", {}, {"device": SimpleNamespace(platform="cpu")}, "that is no GPU"),
     ],
@@ -192,7 +193,7 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(monkeypatch, sizes, rows, 
 
 def test_the_mesh_and_not_this_machine_decides(monkeypatch):
     mesh = make_mesh(MeshSection(), jax.devices()[:1]).abstract_mesh
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
         assert "tokamax asks the attached device" in attention_gpu.choose("auto", **FACTS)[1]
         with pytest.raises(UserError, match="that is no GPU"):

@@ -40,7 +40,7 @@ ONE, EIGHT = (1, 1, 1, 1, 1), (2, 2, 1, 1, 2)
 
 def mesh_of(name, sizes=ONE):
     """A mesh of devices that are not attached."""
-    device = AbstractDevice(KINDS[name], None, name)
+    device = AbstractDevice(device_kind=KINDS[name], num_cores=None, platform=name)
     types = (AxisType.Auto,) * len(AXES)
     return AbstractMesh(sizes, AXES, axis_types=types, abstract_device=device)
 
