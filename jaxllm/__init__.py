@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxllm.chat import generate_text
     from jaxllm.config import (
         AlignSection,
         DataSection,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from jaxllm.hf import load_hf, save_adapter, save_hf
     from jaxllm.peft.combine import choose
     from jaxllm.peft.merge import merged
-    from jaxllm.sampling import Sampling, generate, generate_text
+    from jaxllm.sampling import Sampling, generate
     from jaxllm.tokenizer import load_tokenizer
     from jaxllm.training import train
 
@@ -70,6 +71,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chat": ("generate_text",),
     "data.tokenizer_training": ("train_tokenizer",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
@@ -77,7 +79,7 @@ _HOMES = {
     "hf": ("load_hf", "save_adapter", "save_hf"),
     "peft.combine": ("choose",),
     "peft.merge": ("merged",),
-    "sampling": ("Sampling", "generate", "generate_text"),
+    "sampling": ("Sampling", "generate"),
     "tokenizer": ("load_tokenizer",),
     "training": ("train",),
 }
