@@ -17,8 +17,8 @@ from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.context import Context
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
+from jaxllm.peft import METHODS
 from jaxllm.peft.files import make_adapter
-from jaxllm.peft.methods import METHODS
 
 SECTIONS = {
     "lora": PeftSection(method="lora", r=4),
