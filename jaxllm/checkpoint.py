@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: asynchronous, atomic, the last few and the best; and whose folder it is."""
+"""Checkpoints of training state: asynchronous, atomic, the last few and the best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 import xxhash
 
 from jaxllm import dist
-from jaxllm.config import TrainConfig, to_dict
 from jaxllm.errors import UserError
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
@@ -293,136 +292,3 @@ def _digest(path: Path) -> str | None:
         while chunk := file.read(1 << 24):
             hasher.update(chunk)
     return hasher.hexdigest()
-
-
-# ---- the run folder
-
-# What a resumed run may change: it keeps the data, the model and the optimizer. Another length
-# (epochs, steps) reshapes what is left of the schedule.
-FREE = {
-    "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
-    "model": ("remat", "scan_unroll", "loss_chunk"),
-    "data": ("workers", "cache_dir"),
-    "eval": ("patience", "min_delta"),
-}
-FREE_SECTIONS = ("mesh", "log", "save")
-
-
-def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a config that another run of the same folder must share."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in FREE_SECTIONS or key in FREE[""]:
-            continue
-        if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in value.items() if k not in FREE.get(key, ())}
-        else:
-            flat[key] = value
-    return flat
-
-
-def _read_config(run: Path) -> dict[str, Any] | None:
-    """config.json of a run folder, None where nothing is. Raises ValueError for anything else."""
-    if not run.exists():
-        return None
-    if not run.is_dir():
-        raise UserError(f"output_dir {run} is a file; choose another place")
-    if not any(run.iterdir()):
-        return None
-    try:
-        config = json.loads((run / "config.json").read_text())
-        if {"objective", "optim", "data"} <= config.keys():
-            return config
-    except (OSError, ValueError, AttributeError):
-        pass  # a HF directory has a config.json too
-    raise UserError(f"output_dir {run} holds something that is no run; choose another place")
-
-
-def guard(cfg: TrainConfig) -> bool:
-    """Makes a new run folder, or checks that the one there is this run's or may be overwritten.
-
-    Returns whether there is a run for `claim` to delete. Raises ValueError when the folder holds
-    results of another config, naming the keys, or anything that is no run, and when `overwrite`
-    would delete what the run reads.
-    """
-    run = Path(cfg.output_dir)
-    config = to_dict(cfg)
-    before = _read_config(run)
-    if before is not None and cfg.overwrite:
-        reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer, cfg.peft.path]
-        reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache]
-        reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
-        for path in filter(None, reads):
-            place = Path(path).expanduser()
-            if place.exists() and place.resolve().is_relative_to(run.resolve()):
-                raise UserError(
-                    f"overwrite would delete {path}, which this run reads; change output_dir"
-                )
-    if before is not None and not cfg.overwrite:
-        metrics = run / "metrics.jsonl"
-        saved = any((run / "checkpoints").glob("[0-9]*"))
-        if saved and not cfg.resume:
-            raise UserError(f"{run} has checkpoints; resume them, or say --overwrite true")
-        if saved or (metrics.is_file() and metrics.stat().st_size):
-            was, now = _fixed(before), _fixed(config)
-            differ = [key for key in now if key in was and now[key] != was[key]]
-            if differ:
-                what = "; ".join(f"{k} was {was[k]!r}, is {now[k]!r}" for k in differ[:3])
-                more = f"; and {len(differ) - 3} more" if len(differ) > 3 else ""
-                raise UserError(
-                    f"{run} belongs to another run ({what}{more}); "
-                    "change output_dir or say --overwrite true"
-                )
-    if before is None:
-        claim(cfg)
-    return before is not None and cfg.overwrite
-
-
-def claim(cfg: TrainConfig, empty: bool = False) -> None:
-    """Writes the run's config.json; `empty`: deletes what is in its folder first.
-
-    To be called when nothing can be wrong with the new run any more.
-    """
-    run = Path(cfg.output_dir)
-    if dist.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        for path in run.iterdir() if empty else ():  # the folder itself may be a link or a mount
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        new = run / "config.json.new"
-        new.write_text(json.dumps(to_dict(cfg), indent=2) + "\n")
-        new.replace(run / "config.json")
-
-
-def same_base(saves: Checkpoints, step: int, base: dict[str, Any] | None) -> None:
-    """Raises ValueError when `step` was trained over another frozen model than `base`, as far as
-    that says."""
-    before = saves.meta(step).get("base") or {}
-    base = base or {}
-    if {key: before.get(key) for key in base} != base:
-        raise UserError(
-            f"{saves.directory / str(step)} was trained over another model: {before}, now {base}; "
-            "put it back, or change output_dir"
-        )
-
-
-def same_data(run: Path, manifest: dict[str, Any]) -> None:
-    """Raises ValueError when a run's data.json tells of other training data than `manifest`."""
-    file = run / "data.json"
-    if not file.is_file():
-        return
-    before = json.loads(file.read_text())
-    changed = [
-        now["path"]
-        for was, now in zip(before["train"]["sources"], manifest["train"]["sources"], strict=True)
-        if any(was[key] != now[key] for key in ("content", "examples", "tokens"))
-    ]
-    if before["tokenizer"] != manifest["tokenizer"]:
-        changed.append("the tokenizer")
-    if changed:
-        raise UserError(
-            f"{', '.join(changed)} changed since {run} began, so it cannot go on exactly; put the "
-            "data back, or change output_dir"
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from jaxllm.config import (
     load_config,
     to_dict,
 )
-from jaxllm.config.checks import check, resolve
+from jaxllm.config.checks import check, has_results, resolve
 from jaxllm.errors import UserError
 
 # The methods by the chapter's names -> peft.method.
@@ -164,24 +165,24 @@ def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
         if key.startswith("peft.") and at.startswith("--") and key not in read:
             raise UserError(f"{at} is read by none of {', '.join(methods)}; leave it out")
     for method in methods:
-        run = Path(cfg.output_dir) / method
-        metrics = run / "metrics.jsonl"
-        begun = any((run / "checkpoints").glob("[0-9]*"))
-        begun |= metrics.is_file() and metrics.stat().st_size > 0
-        if begun and not cfg.overwrite:
-            raise UserError(f"{run} holds a run; change output_dir or say --overwrite")
+        folder = Path(cfg.output_dir) / method
+        if has_results(folder) and not cfg.overwrite:
+            raise UserError(
+                f"{folder} has the results of a run; change output_dir or say --overwrite"
+            )
 
 
-def _plan(cfg: TrainConfig) -> Any:
-    """What a run adds to its model. Raises ValueError for what the model has no place for."""
-    from jaxllm import hf
-    from jaxllm.peft.files import make_adapter
+def _program(cfg: TrainConfig) -> Any:
+    """A run's program on one CPU device. Raises UserError if the model does not fit the method."""
+    import jax
+
+    from jaxllm.mesh import make_mesh
     from jaxllm.peft.virtual_tokens import context_length
+    from jaxllm.program import build
 
-    shape, _ = hf.model_config(cfg)
-    plan = make_adapter(shape, cfg.peft)
-    context_length(shape, plan, cfg.data.max_length)
-    return plan
+    program = build(resolve(cfg), make_mesh(MeshSection(), jax.devices("cpu")[:1]))
+    context_length(program.shape, program.adapter, cfg.data.max_length)
+    return program
 
 
 # ---- the runs
@@ -192,8 +193,9 @@ def _run(cfg: TrainConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(to_dict(cfg), ensure_ascii=False), encoding="utf-8")
-        process = subprocess.Popen([sys.executable, "-m", "jaxllm", cfg.objective, str(file)])
-        # The run stops at a step and saves; this process waits for it.
+        command = [sys.executable, "-m", "jaxllm", cfg.objective, str(file)]
+        # In a session of its own the run gets Ctrl-C from this process alone, and saves once.
+        process = subprocess.Popen(command, start_new_session=True)
         names = (signal.SIGTERM, signal.SIGINT)
         before = {name: signal.signal(name, lambda *_: process.terminate()) for name in names}
         try:
@@ -203,17 +205,17 @@ def _run(cfg: TrainConfig) -> int:
                 signal.signal(name, handler)
 
 
-def _row(method: str, cfg: TrainConfig, plan: Any, seconds: float) -> Row:
-    """What there is to know of a run that has ended."""
-    run = Path(cfg.output_dir)
+def _row(method: str, program: Any, seconds: float) -> Row:
+    """The line of a run that has ended."""
+    run = Path(program.cfg.output_dir)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     held_out = [line for line in lines if line["kind"] == "eval"]
     losses = [float(line["loss"]) for line in held_out if line["step"] == held_out[-1]["step"]]
     speeds = [line["tokens_per_second"] for line in trained[1:]]
     saved = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
-    trainable, total, optimizer_bytes = _sizes(cfg, plan)
-    rate = resolve(cfg).optim.learning_rate
+    trainable, total, optimizer_bytes = _sizes(program)
+    rate = program.cfg.optim.learning_rate
     assert rate is not None
     return Row(
         method=method,
@@ -230,24 +232,18 @@ def _row(method: str, cfg: TrainConfig, plan: Any, seconds: float) -> Row:
     )
 
 
-def _sizes(cfg: TrainConfig, plan: Any) -> tuple[int, int, int]:
-    """(numbers trained, numbers of the model itself, bytes of the optimizer's state), of shapes."""
+def _sizes(program: Any) -> tuple[int, int, int]:
+    """(trained parameters, parameters of the base model, bytes of the optimizer state)."""
     import jax
     from flax import nnx
 
-    from jaxllm import hf
-    from jaxllm.mesh import make_mesh
-    from jaxllm.optim import make_optimizer
-
-    mesh = make_mesh(MeshSection(), jax.devices("cpu")[:1])
-    model = hf.blank_model(cfg, mesh, peft=plan)
-    total = sum(v.get_value().size for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    _, weights, _ = nnx.split(model, plan.trains, ...)
-    # A state's shapes do not depend on the learning rate.
-    optimizer = make_optimizer(cfg.optim, lambda _: 0.0, plan.learning_rate_ratios)
-    state = jax.eval_shape(optimizer.init, nnx.to_pure_dict(weights))
-    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    return plan.count(model), total, kept
+    base = nnx.to_flat_state(nnx.state(program.policy, nnx.Param))
+    optimizer = jax.tree.leaves(program.state.opt_state)
+    return (
+        program.adapter.count(program.policy),
+        sum(math.prod(v.get_value().shape) for _, v in base),
+        sum(x.size * x.dtype.itemsize for x in optimizer),
+    )
 
 
 # ---- the table
@@ -316,7 +312,7 @@ def compare(args: list[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the accelerator is the runs'
-    plans = {method: _plan(one) for method, one in configs.items()}
+    programs = {method: _program(one) for method, one in configs.items()}
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -332,7 +328,7 @@ def compare(args: list[str]) -> int:
             break
         ended[method] = time.perf_counter() - began
     if ended:
-        rows = [_row(method, configs[method], plans[method], s) for method, s in ended.items()]
+        rows = [_row(method, programs[method], s) for method, s in ended.items()]
         notes = _notes(cfg, where, rows)
         (out / OBJECTS).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
         (out / TABLE).write_text(_markdown(rows, notes), encoding="utf-8")

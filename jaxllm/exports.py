@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run, an adapter or a model as a directory that others load."""
+"""Export: a run, an adapter or a model as a directory that transformers, peft and vLLM load."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,28 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoint import Checkpoints, same_base
-from jaxllm.config import DataSection, MeshSection, OptimSection, from_dict, tokenizer_path
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import (
+    DataSection,
+    MeshSection,
+    OptimSection,
+    TrainConfig,
+    from_dict,
+    tokenizer_path,
+)
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
 from jaxllm.files import DTYPES, read_json
-from jaxllm.hf import (
-    START,
-    blank_model,
-    identity,
-    load_hf,
-    load_model,
-    model_config,
-    save_adapter,
-    save_hf,
-    started_from,
-)
+from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
-from jaxllm.peft.files import is_adapter, make_adapter, tokenizer_of
+from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.peft.merge import merged
+from jaxllm.program import build, load_model
+from jaxllm.run import START, check_same_origin, origin
 from jaxllm.tokenizer import load_tokenizer
 
 
@@ -45,13 +46,15 @@ def export(
     step: int | Literal["best"] | None = None,
     merge: bool = False,
 ) -> str:
-    """A run as a HF directory, or as an adapter where that is what it trained; its path returned.
+    """Writes a run as a HF directory, or as an adapter if that is what it trained; returns `out`.
 
-    run: a run folder (its checkpoint `step`; `best`: that of the best evaluation; default: best for
-    a run with save.load_best, else the newest good one; stderr says which), one checkpoint of it
-    (RUN/checkpoints/STEP), a HF directory (to change the dtype), or an adapter. dtype default: the
-    run's `save.dtype`, else the weights' own. merge: fold the adapter into the model, in float32
-    whatever the base was held in, and say on stderr by how much the logits change.
+    run: a run folder, one of its checkpoints (RUN/checkpoints/STEP), a HF directory (to change the
+    dtype) or an adapter. step: the checkpoint, or `best` for the best evaluation; default: the best
+    one of a run with save.load_best, else the latest valid one. dtype: of the written weights;
+    default: the run's save.dtype, else that of the weights. merge: merge the adapter into the base
+    model in float32, and print how much the logits change.
+
+    Raises UserError for something that does not exist or does not fit together.
     """
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
@@ -67,15 +70,15 @@ def export(
             model = load_hf(str(folder), stored if stored in DTYPES else "float32")
             tokenizer = load_tokenizer(str(folder))
     else:
-        model, tokenizer, kept = _load_run(run, folder, step, merge)
+        model, tokenizer, save_dtype = _load_run(run, folder, step, merge)
         if merge or not model.peft.frozen:
-            dtype = dtype or kept
+            dtype = dtype or save_dtype
     if merge:
         save_hf(_merge_and_compare(model, dtype), out, dtype, tokenizer)
     elif not model.peft.frozen:
         save_hf(model, out, dtype, tokenizer)
     elif dtype not in (None, "float32"):
-        raise UserError("an adapter is kept in float32; --dtype goes with --merge")
+        raise UserError("an adapter is always written in float32; --dtype needs --merge")
     else:
         save_adapter(model, out, tokenizer)
     return out
@@ -83,91 +86,101 @@ def export(
 
 def _is_model(run: str, folder: Path) -> bool:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{run} is no run folder (nor a HF directory): it has no config.json")
+        raise UserError(f"{run} is neither a run folder nor a HF directory: it has no config.json")
     return "model_type" in read_json(folder / "config.json")
 
 
 def _load_run(
-    run: str, folder: Path, step: int | Literal["best"] | None, whole: bool
+    run: str, folder: Path, step: int | Literal["best"] | None, merge: bool
 ) -> tuple[Decoder, Any, str | None]:
     """(model, tokenizer, save.dtype) of a run's checkpoint.
 
-    A frozen base is loaded when `whole`, or where what was trained depends on it; else its weights
-    are shapes.
+    A frozen base model is loaded if it is to be merged, or if the trained weights depend on it;
+    otherwise its weights are ShapeDtypeStructs.
     """
     cfg = from_dict(read_json(folder / "config.json"))
-    base = cfg.model.path or ""
-    start = cfg
+    start = replace(cfg, output_dir=str(folder), overwrite=False)
     if (folder / START).is_dir():
         section = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
         section = replace(section, overrides={})
-        start = replace(cfg, model=section, data=DataSection())  # its template has all of data's
+        # The saved template has the settings of the data section.
+        start = replace(start, model=section, data=DataSection())
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoints/")
-    saves = Checkpoints(folder / "checkpoints")
-    known = saves.manager.all_steps()
-    if step == "best" and (step := saves.best()) is None:
-        raise UserError(
-            f"{run} kept no best checkpoint: it has no evaluation, or not save.keep_best"
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        step = _chosen_step(run, checkpoints, step, cfg)
+        print(f"exporting checkpoint {step}", file=sys.stderr)
+        mesh = make_mesh(MeshSection())
+        program = build(start, mesh)
+        model, adapter = program.policy, program.adapter
+        if adapter.frozen and (merge or adapter.needs_base):
+            check_same_origin(checkpoints, step, origin(cfg))
+            cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # the checkpoint has its values
+            load = partial(load_model, mesh=mesh, shape=program.shape, adapter=adapter)
+            # PiSSA started from the base weights in the dtype and quantisation of training.
+            pissa = nnx.state(load(cfg), LoraStart) if adapter.needs_base else {}
+            section = replace(cfg.peft, quantize_base="none")
+            wide = replace(cfg.model, weight_dtype="float32")
+            model = load(replace(cfg, peft=section, model=wide))
+            nnx.update(model, pissa)
+        model.base = cfg.model.path or ""
+        graph, trained, rest = nnx.split(model, adapter.trains, ...)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            nnx.to_pure_dict(trained),
         )
-    best = saves.best() if step is None and cfg.save.load_best else None
-    step = best if best is not None and saves.is_good(best) else step
-    if step is not None and step not in known:
-        there = ", ".join(map(str, known)) or "none"
-        raise UserError(f"{run} has no checkpoint {step}; it has {there}")
-    step = saves.latest() if step is None else step
-    if step is None:
-        raise UserError(f"{run} has no good checkpoint yet")
-    print(f"exporting checkpoint {step}", file=sys.stderr)
-    own = replace(cfg, output_dir=str(folder), overwrite=False)
-    mesh, plan = make_mesh(MeshSection()), make_adapter(model_config(start)[0], started_from(own))
-    if plan.frozen and (whole or plan.needs_base):
-        same_base(saves, step, identity(cfg))
-        cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # its values are the checkpoint's
-        # PiSSA began with the weights as they were held in training.
-        began = nnx.state(load_model(cfg, mesh, peft=plan), LoraStart) if plan.needs_base else {}
-        wide = replace(cfg.model, weight_dtype="float32")
-        section = replace(cfg.peft, quantize_base="none")
-        model = load_model(replace(cfg, peft=section, model=wide), mesh, peft=plan)
-        nnx.update(model, began)
-    else:
-        model = blank_model(start, mesh, peft=plan)
-    model.base = base
-    graph, trained, rest = nnx.split(model, plan.trains, ...)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        nnx.to_pure_dict(trained),
-    )
-    nnx.replace_by_pure_dict(trained, _trained(saves, step, like, cfg.optim))
-    saves.close()
+        weights = _trained_weights(checkpoints, step, like, cfg.optim)
+        nnx.replace_by_pure_dict(trained, weights)
     tokenizer = with_settings(load_tokenizer(tokenizer_path(start)), start.data)
     return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
 
 
+def _chosen_step(
+    run: str, checkpoints: Checkpoints, step: int | Literal["best"] | None, cfg: TrainConfig
+) -> int:
+    """The checkpoint to export. Raises UserError if it does not exist."""
+    steps = checkpoints.manager.all_steps()
+    if step == "best" and (step := checkpoints.best()) is None:
+        raise UserError(
+            f"{run} has no best checkpoint: it was not evaluated, or save.keep_best is false"
+        )
+    if step is None and cfg.save.load_best:
+        best = checkpoints.best()
+        step = best if best is not None and checkpoints.is_good(best) else None
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{run} has no checkpoint {step}; it has {there}")
+    step = checkpoints.latest() if step is None else step
+    if step is None:
+        raise UserError(f"{run} has no checkpoint yet")
+    return step
+
+
 def _merge_and_compare(model: Decoder, dtype: str | None) -> Decoder:
-    """The merged model; says how far its logits are from the unmerged one's, on random tokens."""
+    """The merged model; prints how much its logits differ from those of the adapter, on random
+    tokens."""
     plain = merged(model)
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, model.cfg.vocab_size)
-    want = np.asarray(model(tokens))
-    apart = float(np.abs(np.asarray(plain(tokens)) - want).max())
-    said = f"merged: the logits differ by at most {apart:.1e} in float32"
+    logits = np.asarray(model(tokens))
+    difference = float(np.abs(np.asarray(plain(tokens)) - logits).max())
+    line = f"merged: the logits differ by at most {difference:.1e} in float32"
     if dtype not in (None, "float32"):
         graph, state = nnx.split(plain)
         rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), state)
-        apart = float(np.abs(np.asarray(nnx.merge(graph, rounded)(tokens)) - want).max())
-        said += f", by {apart:.1e} once rounded to {dtype}"
-    print(f"{said} (the largest of them is {np.abs(want).max():.1f})", file=sys.stderr)
+        difference = float(np.abs(np.asarray(nnx.merge(graph, rounded)(tokens)) - logits).max())
+        line += f", by {difference:.1e} when rounded to {dtype}"
+    print(f"{line} (the largest logit is {np.abs(logits).max():.1f})", file=sys.stderr)
     return plain
 
 
-def _trained(saves: Any, step: int, like: Any, optim: OptimSection) -> Any:
+def _trained_weights(checkpoints: Any, step: int, like: Any, optim: OptimSection) -> Any:
     """The weights of a checkpoint that are evaluated and exported (see `eval_params`)."""
     if optim.name != "schedule_free_adamw":
-        return saves.restore_part(step, {"trainable": like})["trainable"]
+        return checkpoints.restore_part(step, {"trainable": like})["trainable"]
     opt_state = jax.eval_shape(make_optimizer(optim, lambda _: 0.0).init, like)
-    lay = opt_state_shardings(opt_state, like, jax.tree.map(lambda x: x.sharding, like))
+    shardings = opt_state_shardings(opt_state, like, jax.tree.map(lambda x: x.sharding, like))
     opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, lay
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, shardings
     )
-    state = saves.restore_part(step, {"trainable": like, "opt_state": opt_state})
+    state = checkpoints.restore_part(step, {"trainable": like, "opt_state": opt_state})
     return eval_params(state["opt_state"], state["trainable"])

@@ -8,7 +8,6 @@ as soon as it is gathered: host memory holds one shard, or one tensor of one lay
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import fp8
-from jaxllm.config import MeshSection, PeftSection, TrainConfig
+from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 from jaxllm.files import (
     ADAPTER,
@@ -54,62 +53,24 @@ from jaxllm.ops.quantized import quantize
 from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
-# In a run folder: what the run is of, beside its weights (see save_start).
-START = "model"
 # Buffers that old files carry and nobody reads.
 HARMLESS = ("rotary_emb.inv_freq",)
 SCORE = "score.weight"
 
 
-# ---- a directory and its config
-
-
-def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape of a run's model and the HF config it is read from."""
-    source = cfg.model.path or str(cfg.model.config)
-    scores, weights = cfg.verb.head == "score", cfg.model.path is not None
-    config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
-    shape = from_hf(config)
-    if shape.scores and cfg.verb.head != "score":
-        raise UserError(f"{source} is a reward model; {cfg.objective} trains one that writes")
-    return shape, config
-
-
-def started_from(cfg: TrainConfig) -> PeftSection:
-    """A run's peft section, whose path is the copy of the adapter's config that the run keeps."""
-    kept = Path(cfg.output_dir) / START
-    if cfg.peft.path and not cfg.overwrite and (kept / ADAPTER_CONFIG).is_file():
-        return replace(cfg.peft, path=str(kept))
-    return cfg.peft
-
-
-def _hash(files: Iterable[Path]) -> str:
-    """Of safetensors files: their tensors' names and places, the first and middle bytes of each."""
+def weights_hash(files: Iterable[Path]) -> str:
+    """A hash that identifies safetensors files: tensor names and offsets, and 4 KiB at the start
+    and in the middle of each tensor."""
     hasher = xxhash.xxh3_64()
     for file in sorted(set(files)):
-        start, places = header(file)
+        start, tensors = header(file)
         with file.open("rb") as data:
             hasher.update(data.read(start)[8:])
-            for first, end in (tensor["data_offsets"] for tensor in places.values()):
-                for at in (first, (first + end) // 2):
-                    data.seek(start + at)
-                    hasher.update(data.read(min(4096, end - at)))
+            for first, end in (tensor["data_offsets"] for tensor in tensors.values()):
+                for offset in (first, (first + end) // 2):
+                    data.seek(start + offset)
+                    hasher.update(data.read(min(4096, end - offset)))
     return hasher.hexdigest()
-
-
-def identity(cfg: TrainConfig) -> dict[str, Any]:
-    """What tells a run's frozen model from another: where it lies, and a hash of its weights."""
-    if not cfg.model.path:
-        return {"config": cfg.model.config, "seed": cfg.seed}
-    found = tensor_files(resolve(cfg.model.path)).values()
-    return {"path": cfg.model.path, "hash": _hash(found)}
-
-
-def beginning(cfg: TrainConfig) -> dict[str, Any]:
-    """`identity`, and that of the adapter a run starts from: together, what a reference is."""
-    if not cfg.peft.path:
-        return identity(cfg)
-    return identity(cfg) | {"adapter": _hash([adapter_files.find(cfg.peft.path).weights])}
 
 
 # ---- reading
@@ -164,7 +125,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     return value.T if key.transpose else value
 
 
-def _blank(cfg: ModelConfig, mesh: Mesh, **options: Any) -> tuple[Any, Any]:
+def _abstract(cfg: ModelConfig, mesh: Mesh, **options: Any) -> tuple[Any, Any]:
     """(graph, state) of a decoder whose weights are ShapeDtypeStructs with their shardings."""
 
     def lay(variable: Any) -> Any:
@@ -216,7 +177,7 @@ def load_hf(
     plan = adapter_files.read_adapter(cfg, saved) if saved and not peft.frozen else peft
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
     options["scan_unroll"] = scan_unroll
-    graph, state = _blank(cfg, mesh, dtype=dtype, **options)
+    graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
     flat = dict(nnx.to_flat_state(state))
     weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
     keys, found = key_table(cfg), tensor_files(folder)
@@ -230,7 +191,13 @@ def load_hf(
     where |= adapter_files.saved_tensors(cfg, plan, saved)
     if cfg.scores and SCORE not in where:
         del weights["score", "kernel"]
-    _read_weights(cfg, weights, where, scheme, partial(_held, plan, quantize_base))
+
+    def stored(path: tuple[str, ...], variable: Any, value: jax.Array) -> Any:
+        if not _is_quantized(plan, quantize_base, path, variable):
+            return value
+        return _quantized(quantize_base, variable, value)
+
+    _read_weights(cfg, weights, where, scheme, stored)
     added = {name: v for name, v in flat.items() if name not in weights}
     _draw(added, partial(Decoder, cfg, dtype=dtype, **options), seed)
     model = _merged(graph, nnx.from_flat_state(weights | added), config)
@@ -260,15 +227,16 @@ def _draw(variables: dict[Any, Any], make: Callable[..., Decoder], seed: int) ->
         variable.set_value(value)
 
 
-def _held(plan: Adapter, kind: str, path: str, variable: Any, value: jax.Array) -> Any:
-    """A weight as a model holds it: a layer's frozen kernel quantised, when that is asked for."""
-    kernel = path.startswith("layers.") and path.endswith(".kernel")
-    learned = plan.frozen and plan.trains(tuple(path.split(".")), variable)
-    if kind == "none" or not kernel or learned:
-        return value
-    axes, lay = axes_of(variable), value.sharding
-    assert isinstance(lay, NamedSharding) and isinstance(lay.mesh, Mesh)
-    mesh = lay.mesh
+def _is_quantized(peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
+    """True for the layers' frozen kernels, if the base model is to be quantised."""
+    trained = peft.frozen and peft.trains(path, variable)
+    return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
+
+
+def _quantized(kind: str, variable: Any, value: jax.Array) -> Any:
+    axes, sharding = axes_of(variable), value.sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    mesh = sharding.mesh
     return quantize(value, kind, lambda x: jax.device_put(x, param_sharding(mesh, axes, x.shape)))
 
 
@@ -277,9 +245,10 @@ def _read_weights(
     weights: dict[Any, Any],
     where: dict[str, tuple[Path, str]],
     scheme: fp8.Fp8 | None,
-    held: Callable[..., Any],
+    stored: Callable[..., Any],
 ) -> None:
-    """Fills `weights` (ShapeDtypeStructs); `where`: {HF tensor: (file, its name there)}."""
+    """Fills `weights` (ShapeDtypeStructs). where: {HF tensor: (file, its name in the file)};
+    stored: (path, variable, array) -> what the model stores, the array or its quantised form."""
     keys = key_table(cfg)
     fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
     with ExitStack() as stack:
@@ -304,7 +273,9 @@ def _read_weights(
                     out[place] = _read(part, key, index[1:])
                 return out
 
-            variable.set_value(held(key.path, variable, place(like, read)))
+            value = place(like, read)
+            path = tuple(key.path.split("."))
+            variable.set_value(stored(path, variable, value))
 
 
 def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
@@ -313,33 +284,55 @@ def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
     return model
 
 
-def blank_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
-    """A run's model with shapes and shardings (ShapeDtypeStruct) in place of weights."""
-    shape, config = model_config(cfg)
-    graph, state = _blank(shape, mesh, dtype=cfg.model.weight_dtype, **options)
-    model = _merged(graph, state, config)
-    model.base = cfg.model.path or ""
+def abstract_model(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    hf_config: dict[str, Any],
+    *,
+    base: str = "",
+    quantize_base: str = "none",
+    peft: Adapter = NO_ADAPTER,
+    **options: Any,
+) -> Decoder:
+    """A model with ShapeDtypeStructs, which carry shardings, for weights. options: of Decoder."""
+    graph, state = _abstract(cfg, mesh, peft=peft, **options)
+    flat = dict(nnx.to_flat_state(state))
+    for path, variable in flat.items():
+        if _is_quantized(peft, quantize_base, path, variable):
+            value, axes = variable.get_value(), axes_of(variable)
+            shapes = jax.eval_shape(partial(quantize, kind=quantize_base, place=lambda x: x), value)
+            variable.set_value(
+                jax.tree.map(
+                    lambda x, axes=axes: jax.ShapeDtypeStruct(
+                        x.shape, x.dtype, sharding=param_sharding(mesh, axes, x.shape)
+                    ),
+                    shapes,
+                )
+            )
+    model = _merged(graph, nnx.from_flat_state(flat), hf_config)
+    model.base = base
     return model
 
 
-def load_model(cfg: TrainConfig, mesh: Mesh, **options: Any) -> Decoder:
-    """The model a run starts from: that of `model.path`, or a random one of `model.config`, and
-    what its peft section adds, as `peft.path` has it or random."""
-    options = {"dtype": cfg.model.weight_dtype, "peft": NO_ADAPTER} | options
-    if cfg.model.path:
-        more: dict[str, Any] = {"overrides": cfg.model.overrides, "seed": cfg.seed}
-        more |= {"quantize_base": cfg.peft.quantize_base, "adapter": cfg.peft.path}
-        more["scores"] = cfg.verb.head == "score"
-        return load_hf(cfg.model.path, mesh=mesh, **more, **options)
-    shape, config = model_config(cfg)
-    graph, state = _blank(shape, mesh, **options)
+def random_model(
+    cfg: ModelConfig,
+    mesh: Mesh,
+    hf_config: dict[str, Any],
+    *,
+    seed: int = 0,
+    quantize_base: str = "none",
+    peft: Adapter = NO_ADAPTER,
+    **options: Any,
+) -> Decoder:
+    """A model with random weights, sharded over `mesh`. options: of Decoder."""
+    graph, state = _abstract(cfg, mesh, peft=peft, **options)
     flat = dict(nnx.to_flat_state(state))
-    _draw(flat, partial(Decoder, shape, **options), cfg.seed)
+    _draw(flat, partial(Decoder, cfg, peft=peft, **options), seed)
     for path, variable in flat.items():
-        held = partial(_held, options["peft"], cfg.peft.quantize_base, ".".join(map(str, path)))
-        variable.set_value(held(variable, variable.get_value()))
-    model = _merged(graph, nnx.from_flat_state(flat), config)
-    options["peft"].begin(model)
+        if _is_quantized(peft, quantize_base, path, variable):
+            variable.set_value(_quantized(quantize_base, variable, variable.get_value()))
+    model = _merged(graph, nnx.from_flat_state(flat), hf_config)
+    peft.begin(model)
     return model
 
 
@@ -459,17 +452,9 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
             save_tokenizer(tokenizer, part)
 
 
-def save_start(model: Decoder, folder: Path, tokenizer: Any, adapter: str | None = None) -> None:
-    """Writes what a run is of beside its weights: a HF directory of configs and tokenizer, and the
-    config of the adapter it started from.
-
-    So its checkpoints can be exported when what it started from is gone.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def save_configs(model: Decoder, folder: Path, tokenizer: Any) -> None:
+    """Writes config.json, generation_config.json and the tokenizer of a model into a directory."""
     config, generation = _configs(model, str(model.embed.embedding.get_value().dtype), tokenizer)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     save_tokenizer(tokenizer, folder)
-    if adapter:
-        shutil.copy(resolve(adapter) / ADAPTER_CONFIG, folder)

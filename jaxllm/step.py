@@ -66,14 +66,17 @@ def make_step(
 
     baseline: (model, reference, batch [B, T]) -> (Σ, weight), whose mean over all of the update's
     rows the objective reads as `batch.baseline`, before there is any gradient. max_norm: the
-    gradient's largest global norm, 0 = any. seed: an objective's key is folded from it, the step
-    and the micro-batch. gradient_shardings: where gradients lie while they add up.
+    gradient's largest global norm, 0 = any. seed: a row's dropout key is folded from the seed, the
+    step and the row's index in the update, so it does not depend on micro-batches or the mesh.
+    gradient_shardings: shardings of the accumulated gradients.
+
+    If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
+    they were.
     """
 
     def loss_of(trainable, frozen, batch, rng):
         model, reference = models(trainable, frozen)
-        rows = jax.random.split(rng, len(batch.tokens))  # a key per row
-        loss, weight, metrics = objective(model, batch, rows, reference)
+        loss, weight, metrics = objective(model, batch, rng, reference)
         metrics = {"loss": (loss, weight)} | metrics
         real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
         learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
@@ -90,8 +93,13 @@ def make_step(
         return grads, metrics
 
     def step(state: TrainState, frozen: Any, batch: Batch):
+        count, rows = batch.tokens.shape[:2]
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        count = batch.tokens.shape[0]
+
+        def row_keys(index: Any) -> jax.Array:
+            """One key per row of a micro-batch, [B]."""
+            return jax.vmap(partial(jax.random.fold_in, rng))(index * rows + jnp.arange(rows))
+
         if baseline is not None:
             with jax.named_scope("baseline"):
                 each = partial(baseline, *models(state.trainable, frozen))
@@ -101,16 +109,14 @@ def make_step(
             first = jax.tree.map(lambda x: x[0], batch)
             run = partial(micro_batch, state.trainable, frozen)
             if count == 1:
-                grads, metrics = run(first, jax.random.fold_in(rng, 0))
+                grads, metrics = run(first, row_keys(0))
             else:
 
                 def add(carry, xs):
-                    index, rows = xs
-                    return jax.tree.map(
-                        jnp.add, carry, run(rows, jax.random.fold_in(rng, index))
-                    ), None
+                    index, micro = xs
+                    return jax.tree.map(jnp.add, carry, run(micro, row_keys(index))), None
 
-                shapes = jax.eval_shape(run, first, rng)
+                shapes = jax.eval_shape(run, first, row_keys(0))
                 zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
                 (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
         with jax.named_scope("update"):
@@ -120,6 +126,12 @@ def make_step(
             grads = clip(grads, norm, max_norm, scale)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = optax.apply_updates(state.trainable, updates)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+            trainable, opt_state = jax.tree.map(
+                partial(jnp.where, finite),
+                (trainable, opt_state),
+                (state.trainable, state.opt_state),
+            )
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
         return TrainState(state.step + 1, trainable, opt_state), metrics

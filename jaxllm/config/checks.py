@@ -244,16 +244,21 @@ def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any
 
 def recorded_config(cfg: TrainConfig) -> dict[str, Any]:
     """`config.json` of the run that `cfg` resumes; {} if it resumes none."""
-    run = Path(cfg.output_dir)
-    file, metrics = run / "config.json", run / "metrics.jsonl"
-    started = any(run.glob("checkpoints/[0-9]*")) or (
-        metrics.is_file() and metrics.stat().st_size > 0
-    )
+    folder = Path(cfg.output_dir)
+    if cfg.overwrite or not has_results(folder):
+        return {}
     try:
-        values = json.loads(file.read_text()) if started and not cfg.overwrite else {}
+        values = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):  # reported when the run folder is checked
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def has_results(folder: Path) -> bool:
+    """True if a run folder has a checkpoint or a line of metrics."""
+    metrics = folder / "metrics.jsonl"
+    saved = any((folder / "checkpoints").glob("[0-9]*"))
+    return saved or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _is_date(text: str) -> bool:

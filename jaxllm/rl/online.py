@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,13 +25,9 @@ from jaxllm.data.batch import Batch, Experience, make_row
 from jaxllm.data.loader import Rows, ordered
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
-from jaxllm.model.adapter import Adapter
-from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import (
     KlController,
-    Value,
-    ValueParam,
     act,
     gae,
     token_rewards,
@@ -59,31 +55,6 @@ def online_steps(cfg: TrainConfig, prompts: int) -> int:
 def updates_per_rollout(cfg: TrainConfig) -> int:
     """Updates between two rollouts: a run stops, saves and goes on there alone."""
     return cfg.rl.minibatches * (cfg.rl.iterations or 1)
-
-
-def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) -> None:
-    """Gives a policy its `Value`; a separate one's trunk is loaded, and shares what is frozen."""
-    trunk = None
-    if cfg.rl.critic == "separate":
-        trunk = load()
-        ours = {path: v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
-        theirs = [(path, v) for path, v in nnx.iter_graph(trunk) if isinstance(v, nnx.Variable)]
-        for path, variable in theirs:
-            if not model.peft.trains(path, variable):
-                *parents, name = map(str, path)
-                setattr(reduce(getattr, parents, trunk), name, ours[path])
-    model.value = Value(model.cfg.hidden_size, trunk)
-
-
-def trained_by(peft: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
-    """Whether a variable is trained, those of a critic among them."""
-
-    def trains(path: tuple[Any, ...], variable: Any) -> bool:
-        if path[0] != "value":
-            return peft.trains(path, variable)
-        return isinstance(variable, ValueParam) or peft.trains(path[2:], variable)
-
-    return trains
 
 
 class Rollouts:

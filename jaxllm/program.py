@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as shapes: mesh, models, state, and the jitted functions that the loop calls.
+
+`build` allocates no array, so a Program can also be lowered for devices that are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxllm import hf
+from jaxllm.config import TrainConfig
+from jaxllm.data.batch import TEXT, Batch, Experience
+from jaxllm.errors import UserError
+from jaxllm.evaluate import Eval, make_eval
+from jaxllm.hf_config import source_config
+from jaxllm.mesh import batch_sharding, data_parallel
+from jaxllm.model.adapter import NO_ADAPTER, Adapter
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.families import from_hf
+from jaxllm.objectives.ppo import Value, ValueParam
+from jaxllm.objectives.table import OBJECTIVES, Objective
+from jaxllm.ops import attention_gpu
+from jaxllm.optim import make_optimizer, make_schedule
+from jaxllm.peft.files import make_adapter
+from jaxllm.run import origin, started_from
+from jaxllm.step import Models, TrainState, make_step, state_shardings, weight_shardings
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `build` makes of a config. Arrays are ShapeDtypeStructs with shardings."""
+
+    cfg: TrainConfig
+    mesh: Mesh
+    policy: Decoder
+    """the model that is trained, without a critic"""
+    objective: Objective
+    models: Models
+    """(trainable, frozen) -> (policy with its critic, reference or None)"""
+    reference: Callable[[Any, Any], Decoder] | None
+    """(trainable, frozen weights) of step 0 -> the reference; None if the objective has none"""
+    copied: Any
+    """the trainable weights that the reference copies; {} if it shares every weight"""
+    state: TrainState
+    frozen: Any
+    gradient_shardings: Any
+    begin: Callable[[Any], TrainState]
+    """jitted: trainable weights, which are donated -> the state of step 0"""
+    evaluate: Eval
+
+    @property
+    def shape(self) -> ModelConfig:
+        return self.policy.cfg
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.policy.peft
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in an update."""
+        return self.cfg.batch_size // (self.cfg.micro_batch_size * data_parallel(self.mesh))
+
+    @property
+    def precomputes_reference(self) -> bool:
+        """True if a step reads the reference's log-probabilities with the batch."""
+        return self.reference is not None and self.cfg.align.reference == "precomputed"
+
+    @property
+    def keeps_reference(self) -> bool:
+        """True if the reference model stays in memory during training."""
+        return self.reference is not None and not self.precomputes_reference
+
+    def origin(self) -> dict[str, Any] | None:
+        """What identifies the weights that a checkpoint depends on; None if it has all of them."""
+        if self.reference is None and not self.adapter.frozen:
+            return None
+        return origin(self.cfg, adapter=self.reference is not None)
+
+    def summary(self) -> list[str]:
+        """Lines that a run prints at the start."""
+        return [*attention_gpu.notes(self.mesh.size), *self.adapter.summary(self.policy)]
+
+    def step(self, steps: int) -> Callable[..., Any]:
+        """Jitted `(state, frozen, batch [A, B, T]) -> (state, metrics)` of a run of `steps` steps.
+
+        The state is donated.
+        """
+        schedule = make_schedule(self.cfg.optim, steps)
+        update = make_step(
+            self.models,
+            self.objective.loss,
+            make_optimizer(self.cfg.optim, schedule, self.adapter.learning_rate_ratios),
+            schedule,
+            baseline=self.objective.baseline,
+            max_norm=self.cfg.optim.clip,
+            seed=self.cfg.seed,
+            gradient_shardings=self.gradient_shardings if self.mesh.size > 1 else None,
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+    def batch(self, length: int, pairs: int = 1) -> Batch:
+        """Shapes of an update's batch with rows of `length` tokens and at most `pairs` pairs."""
+        verb = self.cfg.verb
+        fields = dict.fromkeys(TEXT, length)
+        if verb.data in ("pairs", "judged"):
+            third = "margin" if verb.data == "pairs" else "unpaired_segment"
+            fields |= dict.fromkeys(("chosen_segment", "rejected_segment", third), pairs)
+        online = Experience.__dataclass_fields__.keys() - Batch.__dataclass_fields__.keys()
+        fields |= dict.fromkeys(online if verb.online else (), length)
+        floats = {"weights", "margin", *online}
+
+        def field(name: str, size: int) -> jax.ShapeDtypeStruct:
+            dims = (self.micro_batches, self.cfg.batch_size // self.micro_batches, size)
+            dtype = jnp.float32 if name in floats else jnp.int32
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=batch_sharding(self.mesh, dims))
+
+        kind = Experience if verb.online else Batch
+        return kind(**{name: field(name, size) for name, size in fields.items()})
+
+    def load(self, step: int | None = None) -> tuple[Any, Any]:
+        """(trainable, frozen) arrays that the run starts with: those of its adapter (peft.path), of
+        its HF directory (model.path), or random ones.
+
+        step: of the checkpoint that replaces the trainable weights; if nothing else is needed from
+        the model's files they are not read, and (None, the empty `frozen`) is returned.
+        """
+        resumed = step is not None and self.reference is None
+        if resumed and not self.adapter.frozen:
+            return None, {}
+        cfg = replace(self.cfg, peft=replace(self.cfg.peft, path=None)) if resumed else self.cfg
+        load = partial(load_model, cfg, self.mesh, self.shape, self.adapter)
+        model = load()
+        if cfg.verb.critic:
+            add_critic(model, cfg, load)
+        _, trained, rest = nnx.split(model, trained_by(self.adapter), ...)
+        shapes = self.frozen["weights"] if self.keeps_reference else self.frozen
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        trained_shardings = jax.tree.map(lambda x: x.sharding, self.state.trainable)
+        trained = jax.device_put(nnx.to_pure_dict(trained), trained_shardings)
+        return trained, jax.device_put(nnx.to_pure_dict(rest), shardings)
+
+    def with_reference(self, trainable: Any, frozen: Any) -> Any:
+        """The `frozen` argument of a step: the frozen weights, and what the reference copies."""
+        if not self.keeps_reference:
+            return frozen
+        shardings = jax.tree.map(lambda x: x.sharding, self.copied)
+        copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
+        return {"weights": frozen, "reference": copy(_common(trainable, self.copied))}
+
+
+def build(cfg: TrainConfig, mesh: Mesh) -> Program:
+    """The program of a resolved config.
+
+    Raises UserError for a model, a module or a combination that does not exist.
+    """
+    shape, hf_config = model_config(cfg)
+    adapter = make_adapter(shape, started_from(cfg))
+    make = partial(abstract_model, cfg, mesh, shape, adapter, hf_config)
+    policy = model = make()
+    if cfg.verb.critic:
+        model = make()
+        add_critic(model, cfg, make)
+    objective = OBJECTIVES[cfg.objective](cfg)
+
+    # ---- what is trained, what is frozen, and where they are
+    graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
+    optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
+    weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)
+    trained_shapes = _shapes(nnx.to_pure_dict(trained), weights)
+    frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3))
+    opt_state = _shapes(jax.eval_shape(optimizer.init, trained_shapes), moments)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    state = TrainState(step, trained_shapes, opt_state)
+
+    # ---- the models of a step
+    reference: Callable[[Any, Any], Decoder] | None = None
+    copied: Any = {}
+    models: Models = lambda trainable, frozen: (merge(graph, trainable, frozen), None)  # noqa: E731
+    if objective.compares:
+        # The base model without new adapter weights is the reference, and shares every weight.
+        shares = adapter.frozen and not adapter.saved and not cfg.peft.path
+        plain = abstract_model(cfg, mesh, shape, NO_ADAPTER if shares else adapter, hf_config)
+        reference_graph, variables = nnx.split(plain)
+        shapes = nnx.to_pure_dict(variables)
+        if not shares:
+            split = _shapes(trained_shapes, weight_shardings(trained, mesh, whole=False))
+            copied = _common(split, shapes)
+
+        def reference(trainable: Any, frozen: Any) -> Decoder:
+            parts = _common(trainable, copied), _common(frozen, shapes)
+            return merge(reference_graph, *parts)
+
+        if cfg.align.reference == "model":
+            frozen = {"weights": frozen, "reference": copied}
+
+            def models(trainable: Any, frozen: Any) -> tuple[Decoder, Decoder]:
+                policy = merge(graph, trainable, frozen["weights"])
+                return policy, reference(frozen["reference"], frozen["weights"])
+
+    def begin(weights: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
+
+    return Program(
+        cfg=cfg,
+        mesh=mesh,
+        policy=policy,
+        objective=objective,
+        models=models,
+        reference=reference,
+        copied=copied,
+        state=state,
+        frozen=frozen,
+        gradient_shardings=gradients,
+        begin=jax.jit(
+            begin, out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0
+        ),
+        evaluate=make_eval(models, objective.loss, objective.baseline),
+    )
+
+
+# ---- models
+
+
+def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    """The shape of a run's model, and the HF config that describes it."""
+    source = cfg.model.path or str(cfg.model.config)
+    scores, weights = cfg.verb.head == "score", cfg.model.path is not None
+    config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
+    shape = from_hf(config)
+    if shape.scores and not scores:
+        raise UserError(f"{source} is a reward model; {cfg.objective} trains a language model")
+    return shape, config
+
+
+def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
+    model = cfg.model
+    return {
+        "dtype": model.weight_dtype,
+        "compute_dtype": model.compute_dtype,
+        "remat": model.remat,
+        "scan_unroll": model.scan_unroll,
+        "peft": adapter,
+        "quantize_base": cfg.peft.quantize_base,
+    }
+
+
+def abstract_model(
+    cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter, hf_config: dict[str, Any]
+) -> Decoder:
+    """A run's model with ShapeDtypeStructs for weights."""
+    base = cfg.model.path or ""
+    return hf.abstract_model(shape, mesh, hf_config, base=base, **_options(cfg, adapter))
+
+
+def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter) -> Decoder:
+    """The model a run starts with: that of model.path (and peft.path), or random weights."""
+    options = _options(cfg, adapter) | {"seed": cfg.seed}
+    if cfg.model.path:
+        return hf.load_hf(
+            cfg.model.path,
+            mesh=mesh,
+            adapter=cfg.peft.path,
+            overrides=cfg.model.overrides,
+            scores=shape.scores,
+            **options,
+        )
+    return hf.random_model(shape, mesh, model_config(cfg)[1], **options)
+
+
+def add_critic(model: Decoder, cfg: TrainConfig, load: Callable[[], Decoder]) -> None:
+    """Gives a policy its `Value`. A separate critic has a trunk of its own, made by `load`, which
+    shares the policy's frozen weights."""
+    trunk = None
+    if cfg.rl.critic == "separate":
+        trunk = load()
+        policy = {path: v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
+        critic = [(path, v) for path, v in nnx.iter_graph(trunk) if isinstance(v, nnx.Variable)]
+        for path, variable in critic:
+            if not model.peft.trains(path, variable):
+                *parents, name = map(str, path)
+                setattr(reduce(getattr, parents, trunk), name, policy[path])
+    model.value = Value(model.cfg.hidden_size, trunk)
+
+
+def trained_by(adapter: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
+    """An nnx filter of the variables that are trained, including a critic's."""
+
+    def trains(path: tuple[Any, ...], variable: Any) -> bool:
+        if path[0] != "value":
+            return adapter.trains(path, variable)
+        return isinstance(variable, ValueParam) or adapter.trains(path[2:], variable)
+
+    return trains
+
+
+# ---- trees of shapes
+
+
+def _shapes(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def _common(tree: Any, like: Any) -> Any:
+    """The leaves of a nested dict whose paths `like` has too."""
+    both = {k: (tree[k], v) for k, v in like.items() if k in tree}
+    return {k: _common(t, v) if isinstance(v, dict) else t for k, (t, v) in both.items()}

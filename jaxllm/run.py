@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder: whether this run may use it, what is in it, and what the run started from.
+
+config.json     the resolved config       checkpoints/STEP/   training state
+data.json       the data manifest         model/              configs and tokenizer at the start
+metrics.jsonl   metrics                   final/              the trained model or adapter
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxllm import dist
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.config import PeftSection, TrainConfig, to_dict
+from jaxllm.config.checks import has_results
+from jaxllm.errors import UserError
+from jaxllm.files import ADAPTER_CONFIG, resolve, tensor_files
+from jaxllm.hf import save_configs, weights_hash
+from jaxllm.model.decoder import Decoder
+from jaxllm.peft.files import find
+
+START = "model"  # in a run folder: the configs and tokenizer that the run started from
+# What a resumed run may change: it keeps the data, the model and the optimizer. Another length
+# (epochs, steps) reshapes the rest of the schedule.
+FREE = {
+    "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
+    "model": ("attention", "remat", "scan_unroll", "loss_chunk"),
+    "data": ("workers", "cache_dir"),
+    "eval": ("patience", "min_delta"),
+}
+FREE_SECTIONS = ("mesh", "log", "save")
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Creates it if it does not exist; changes nothing else before `claim`. Raises UserError if it
+    has results of another config, naming the keys, or if it is no run folder, and if `overwrite`
+    would delete what the run reads.
+    """
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg, self.path = cfg, Path(cfg.output_dir)
+        config = _read_config(self.path)
+        self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
+        if config is None:
+            self.claim()
+        elif self.replaces:
+            self._check_overwrite()
+        else:
+            self._check_resume(config)
+        self._checkpoints: Checkpoints | None = None
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints; not to be used before `claim` if the run replaces an old one."""
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
+        return self._checkpoints
+
+    def latest(self) -> int | None:
+        """The step of the checkpoint that this run resumes from, None if it starts from step 0."""
+        return self.checkpoints.latest() if self.cfg.resume and not self.replaces else None
+
+    def check_same_run(
+        self, step: int, manifest: dict[str, Any], origin: dict[str, Any] | None
+    ) -> None:
+        """Raises UserError if checkpoint `step` was trained on other data than `manifest`, or from
+        another `origin`."""
+        check_same_data(self.path, manifest)
+        check_same_origin(self.checkpoints, step, origin)
+
+    def claim(self) -> None:
+        """Writes config.json, and deletes an old run first if this one replaces it.
+
+        Call it when nothing can be wrong with the new run any more.
+        """
+        if not dist.is_main():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The folder itself stays: it may be a link or a mount.
+        for path in self.path.iterdir() if self.replaces else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        new = self.path / "config.json.new"
+        new.write_text(json.dumps(to_dict(self.cfg), indent=2) + "\n")
+        new.replace(self.path / "config.json")
+
+    def save_start(self, model: Decoder, tokenizer: Any) -> None:
+        """Writes the configs and the tokenizer, and the config of the adapter that the run starts
+        from, so that checkpoints can be exported when those are gone."""
+        if not dist.is_main():
+            return
+        folder = self.path / START
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_configs(model, folder, tokenizer)
+        if self.cfg.peft.path:
+            shutil.copy(resolve(self.cfg.peft.path) / ADAPTER_CONFIG, folder)
+
+    def _check_overwrite(self) -> None:
+        cfg = self.cfg
+        reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer, cfg.peft.path]
+        reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache]
+        reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
+        for path in filter(None, reads):
+            file = Path(path).expanduser()
+            if file.exists() and file.resolve().is_relative_to(self.path.resolve()):
+                raise UserError(
+                    f"overwrite would delete {path}, which this run reads; change output_dir"
+                )
+
+    def _check_resume(self, config: dict[str, Any]) -> None:
+        if any((self.path / "checkpoints").glob("[0-9]*")) and not self.cfg.resume:
+            raise UserError(f"{self.path} has checkpoints; resume them, or say --overwrite true")
+        if not has_results(self.path):
+            return
+        old, new = _fixed(config), _fixed(to_dict(self.cfg))
+        changed = [key for key in new if key in old and new[key] != old[key]]
+        if changed:
+            keys = "; ".join(f"{k} was {old[k]!r}, is {new[k]!r}" for k in changed[:3])
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.path} belongs to another run ({keys}{more}); "
+                "change output_dir or say --overwrite true"
+            )
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of a config that a resumed run must share."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in FREE_SECTIONS or key in FREE[""]:
+            continue
+        if isinstance(value, dict):
+            flat |= {f"{key}.{k}": v for k, v in value.items() if k not in FREE.get(key, ())}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of a run folder, None if there is nothing. Raises UserError for anything else."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise UserError(f"output_dir {folder} is a file; choose another directory")
+    if not any(folder.iterdir()):
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if {"objective", "optim", "data"} <= config.keys():
+            return config
+    except (OSError, ValueError, AttributeError):
+        pass  # a HF directory has a config.json too
+    raise UserError(
+        f"output_dir {folder} has files that are not from a run; choose another directory"
+    )
+
+
+# ---- what a run started from
+
+
+def started_from(cfg: TrainConfig) -> PeftSection:
+    """The peft section of a run, whose path is the run's own copy of its adapter's config, if it
+    has one."""
+    copy = Path(cfg.output_dir) / START
+    if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
+        return replace(cfg.peft, path=str(copy))
+    return cfg.peft
+
+
+def origin(cfg: TrainConfig, *, adapter: bool = False) -> dict[str, Any]:
+    """What identifies the model that a run starts from: its path and a hash of its weights, or its
+    config and seed. adapter: include the adapter that the run starts from."""
+    if not cfg.model.path:
+        return {"config": cfg.model.config, "seed": cfg.seed}
+    weights = tensor_files(resolve(cfg.model.path)).values()
+    found = {"path": cfg.model.path, "hash": weights_hash(weights)}
+    if adapter and cfg.peft.path:
+        found["adapter"] = weights_hash([find(cfg.peft.path).weights])
+    return found
+
+
+def check_same_origin(checkpoints: Checkpoints, step: int, origin: dict[str, Any] | None) -> None:
+    """Raises UserError if checkpoint `step` was trained from another model than `origin`."""
+    saved, now = checkpoints.meta(step).get("base") or {}, origin or {}
+    if {key: saved.get(key) for key in now} != now:
+        raise UserError(
+            f"{checkpoints.directory / str(step)} was trained from another model: {saved}, now "
+            f"{now}; restore that model, or change output_dir"
+        )
+
+
+def check_same_data(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError if data.json of a run describes other data than `manifest`."""
+    file = folder / "data.json"
+    if not file.is_file():
+        return
+    saved = json.loads(file.read_text())
+    changed = _changed(saved["train"]["sources"], manifest["train"]["sources"])
+    names = dict.fromkeys((*saved["eval"], *manifest["eval"]))
+    none: dict[str, Any] = {"sources": []}
+    for name in names:
+        sets = (one["eval"].get(name, none)["sources"] for one in (saved, manifest))
+        changed += _changed(*sets)
+    if saved["tokenizer"] != manifest["tokenizer"]:
+        changed.append("the tokenizer")
+    if changed:
+        raise UserError(
+            f"{', '.join(dict.fromkeys(changed))} changed since {folder} was started, so resuming "
+            "would not be exact; restore the data, or change output_dir"
+        )
+
+
+def _changed(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """Paths of the sources that differ in content, examples or tokens, or are in one list only."""
+    keys = ("content", "examples", "tokens")
+    pairs = [(s, n) for s, n in zip(saved, now, strict=False)]
+    changed = [n["path"] for s, n in pairs if any(s[key] != n[key] for key in keys)]
+    return changed + [one["path"] for one in (*saved[len(now) :], *now[len(saved) :])]
