@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --out benchmarks/results [--shape llama-1b] [--budget 420]
     python benchmarks/gpu.py --tiny --out gpu.json             a rehearsal, on a CPU too
 
-attention: each kernel of jaxllm/model/kernels.py and the XLA form, on packed segments: error of
-result and gradients beside the XLA form in float32, milliseconds. full: all weights, bfloat16
+attention: each kernel of jaxllm/ops/attention_gpu.py and the XLA form, on packed segments: error of
+result and gradients against the XLA form in float32, milliseconds. full: all weights, bfloat16
 compute over float32 weights, AdamW, clipped. lora: r 8 on every linear module of the layers,
 bfloat16 base. dpo: the same, segments as pairs, the base as reference. Nothing is recomputed in the
 backward pass (ours: unless --remat). torch: bfloat16 autocast, fused AdamW, whole-model
@@ -163,7 +163,7 @@ def attention(a) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxllm.model import attention as module
+    from jaxllm.ops.attention import attention as attend
 
     s, rng = shape(a), np.random.default_rng(0)
     H, N, K = (s[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -174,20 +174,18 @@ def attention(a) -> dict:
     wide = [x.astype(jnp.float32) for x in narrow]
     real = (ids > 0)[..., None, None]
 
-    def both(q, k, v, g):
+    def both(kernel, q, k, v, g):
         def run(q, k, v):
-            out = module.attention(
-                q, k.swapaxes(1, 2), v.swapaxes(1, 2), ids, ids, places, scale=K**-0.5
-            )
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            out = attend(q, k, v, ids, None, places, scale=K**-0.5, kernel=kernel)
             return jnp.where(real, out, 0)
 
         out, back = jax.vjp(run, q, k, v)
         return (out, *back(g))
 
     def measure(kernel: str, args) -> tuple[dict, list]:
-        module.GPU_KERNEL = kernel
         began = time.perf_counter()
-        step = jax.jit(lambda *args: both(*args)).lower(*args).compile()
+        step = jax.jit(partial(both, kernel)).lower(*args).compile()
         took, out, seconds = time.perf_counter() - began, step(*args), []
         for _ in range(20):
             start = time.perf_counter()
@@ -227,7 +225,6 @@ def jaxllm(a, task: str) -> dict:
 
     from jaxllm.config import OptimSection, PeftSection
     from jaxllm.data.batch import Batch
-    from jaxllm.model import attention as module
     from jaxllm.model.adapter import NO_ADAPTER
     from jaxllm.model.decoder import Decoder, merge
     from jaxllm.model.families import from_hf
@@ -237,12 +234,11 @@ def jaxllm(a, task: str) -> dict:
     from jaxllm.step import TrainState, alone, make_step
 
     began = time.perf_counter()
-    module.GPU_KERNEL = a.kernel
     cfg = from_hf(shape(a))
     section = PeftSection(method="lora", r=8, lora_alpha=16.0, target_modules=("all-linear",))
     plan = NO_ADAPTER if task == "full" else make_adapter(cfg, section)
     dtype = jnp.float32 if task == "full" else jnp.bfloat16
-    options: dict = dict(dtype=dtype, compute_dtype="bfloat16", remat=a.remat)
+    options: dict = dict(dtype=dtype, compute_dtype="bfloat16", remat=a.remat, attention=a.kernel)
     model = nnx.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan, **options))()
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)

@@ -155,9 +155,9 @@ def gflop(a, plan, remat: str, layers: int) -> float:
     and of `few` is what the layers have that it left out. (All layers in one body, which compiles
     three times longer, gives SmolLM2 0.5 % less: the first layer's input needs no gradient there.)
     The loss is one chunk and attention one block, their loops one round."""
-    from jaxllm.ops import attention
+    from jaxllm.ops import attention_blocks
 
-    attention.BLOCK = a.length
+    attention_blocks.CPU_BLOCK = a.length
     few = next(n for n in range(2, layers + 1) if layers % n == 0)
     one, more = (
         compiled(a, plan, remat, n, a.batch * a.length)[0].cost_analysis()["flops"] / 1e9

@@ -220,7 +220,7 @@ def evaluate_rewards(
     @jax.jit
     def scores(params: Any, batch: Batch, segments: Sequence[Any]) -> Any:
         model = nnx.merge(graph, params)
-        hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+        hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions).x
         return [model.scores(hidden, batch.segment_ids, s) for s in segments]
 
     size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)

@@ -30,7 +30,7 @@ from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import OBJECTIVES, Objective
-from jaxllm.ops import attention_gpu
+from jaxllm.ops import attention
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
@@ -90,7 +90,13 @@ class Program:
 
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
-        return [*attention_gpu.notes(self.mesh.size), *self.adapter.summary(self.policy)]
+        kernel = attention.notes(
+            self.mesh,
+            self.cfg.model.attention,
+            dtype=self.cfg.model.compute_dtype,
+            softcap=self.shape.attention_softcap,
+        )
+        return [*kernel, *self.adapter.summary(self.policy)]
 
     def step(self, steps: int) -> Callable[..., Any]:
         """Jitted `(state, frozen, batch [A, B, T]) -> (state, metrics)` of a run of `steps` steps.

@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
-from jaxllm.model.decoder import Decoder, apart
+from jaxllm.model.decoder import Decoder
+from jaxllm.model.stack import unstack
 from jaxllm.ops.decoding import argmax, prefers_unstacked
 from jaxllm.peft.combine import Choice, choice_weights
 
@@ -90,7 +91,7 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Arra
 
 @partial(jax.jit, static_argnames="graph")
 def _apart(graph: Any, params: Any) -> tuple[Any, Any]:
-    return nnx.split(apart(nnx.merge(graph, params)))
+    return nnx.split(unstack(nnx.merge(graph, params)))
 
 
 def ready(graph: Any, params: Any) -> tuple[Any, Any]:
@@ -104,22 +105,17 @@ def _read(model: Decoder, tokens: Any, segments: Any, slots: int, adapter_weight
     """Left-padded prompts [B, P] -> (logits of the next token [B, V], cache of `slots`)."""
     cache = model.empty_cache(tokens.shape[0], slots)
     positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    hidden, cache = model.hidden(
-        tokens, segments, positions, cache, adapter_weights=adapter_weights
-    )
-    return model.logits(hidden[:, -1], adapter_weights), replace(
-        cache, length=jnp.int32(cache.length)
-    )
+    out = model.hidden(tokens, segments, positions, cache, adapter_weights=adapter_weights)
+    cache = replace(out.cache, length=jnp.int32(out.cache.length))
+    return model.logits(out.x[:, -1], adapter_weights), cache
 
 
 def _next(model: Decoder, cache: Cache, token: jax.Array, adapter_weights: Any = None):
     """One more token [B] of each row -> (logits of the next one [B, V], cache)."""
-    positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
+    positions = jnp.sum(cache.segment_ids != 0, 1, keepdims=True)
     ones = jnp.ones((token.shape[0], 1), jnp.int32)
-    hidden, cache = model.hidden(
-        token[:, None], ones, positions, cache, adapter_weights=adapter_weights
-    )
-    return model.logits(hidden[:, 0], adapter_weights), cache
+    out = model.hidden(token[:, None], ones, positions, cache, adapter_weights=adapter_weights)
+    return model.logits(out.x[:, 0], adapter_weights), out.cache
 
 
 @partial(jax.jit, static_argnames=("graph", "slots", "sampling"))

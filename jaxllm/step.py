@@ -145,7 +145,8 @@ def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
     def lay(variable: Any) -> Any:
         axes = axes_of(variable)
         return jax.tree.map(
-            lambda x: param_sharding(mesh, axes, x.shape, whole=whole), variable.get_value()
+            lambda x: param_sharding(mesh, axes, x.shape, drop="fsdp" if whole else ""),
+            variable.get_value(),
         )
 
     variables = jax.tree.map(

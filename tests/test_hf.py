@@ -185,7 +185,7 @@ def test_compute_dtype_leaves_the_weights_alone(tmp_path):
     write_model(tmp_path)
     model = load_hf(str(tmp_path), compute_dtype="bfloat16")
     assert model.embed.embedding[...].dtype == jnp.float32
-    assert model.hidden(jnp.ones((1, 4), jnp.int32)).dtype == jnp.bfloat16
+    assert model.hidden(jnp.ones((1, 4), jnp.int32)).x.dtype == jnp.bfloat16
 
 
 def traced_peak(function: Any) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import constrain
+from jaxllm.mesh import Axes, constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
@@ -37,7 +37,7 @@ class Linear(nnx.Module):
         self,
         cfg: ModelConfig,
         path: str,
-        axes: tuple[str, str],
+        axes: Axes,
         shape: tuple[int, int],
         *,
         peft: Adapter,

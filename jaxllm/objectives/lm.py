@@ -30,7 +30,7 @@ def lm_loss(
     chunk: int = 512,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """(Σ weight · -log p(target), Σ weight, {metric: (sum, weight)}), float32 scalars."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     h = constrain(h, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, z_loss, chunk)
     sums: Any = cross_entropy(model.head_terms(h, rng), batch.targets, batch.weights, head)
@@ -44,7 +44,7 @@ def logps(
 ) -> tuple[jax.Array, jax.Array]:
     """(log p(target), entropy) of each learned token of a batch under the model, float32 [B, T]; 0
     of the others."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     h = constrain(h, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
     found: Any = token_logps(model.head_terms(h, rng), batch.targets, batch.weights, head)

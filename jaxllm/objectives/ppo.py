@@ -47,7 +47,7 @@ class Value(nnx.Module):
     def __call__(self, batch: Experience, hidden: jax.Array) -> jax.Array:
         """float32 [B, T] from the policy's hidden states [B, T, D]."""
         if self.trunk is not None:
-            hidden = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions)
+            hidden = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions).x
         wide = hidden.astype(jnp.float32)
         return jnp.einsum("btd,do->bt", wide, self.kernel[...]) + self.bias[...]
 
@@ -151,7 +151,7 @@ def act(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T]; no critic: V is 0. The
     first two are of the completions' tokens alone, else 0."""
-    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    h = model.hidden(batch.tokens, batch.segment_ids, batch.positions).x
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
     found: Any = token_logps(model.head_terms(h), batch.targets, batch.weights, head)
     values = jnp.zeros(batch.tokens.shape) if model.value is None else model.value(batch, h)

@@ -39,7 +39,7 @@ def reward_loss(
 
     reward_min and reward_max are of the rows at hand: over several micro-batches, their means.
     """
-    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     chosen = model.scores(hidden, batch.segment_ids, batch.chosen_segment)
     rejected = model.scores(hidden, batch.segment_ids, batch.rejected_segment)
     here = batch.chosen_segment > 0

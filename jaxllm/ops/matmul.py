@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxllm.mesh import platform
+from jaxllm.mesh import Axes, platform
 from jaxllm.ops.quantized import dense
 
 
@@ -50,7 +50,7 @@ def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
+def dot(x: jax.Array, w: Any, axes: Axes) -> jax.Array:
     """x [..., I] · w [I, O] in x's dtype; the gradient of w comes out in w's dtype, unrounded.
 
     `axes` are w's logical axes: what ZeRO-3 has split is gathered here, after the cast. A Quantized
@@ -59,7 +59,7 @@ def dot(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
     return product(x, dense(w, axes, x.dtype), (x.ndim - 1, 0), x.dtype)
 
 
-def _dot_forward(x: Any, w: Any, axes: tuple[str | None, ...]):
+def _dot_forward(x: Any, w: Any, axes: Axes):
     # Only what a gradient is asked of costs memory or arithmetic: of a frozen weight there is none.
     learned = any(leaf.perturbed for leaf in jax.tree.leaves(w))
     w = jax.tree.map(lambda leaf: leaf.value, w)
@@ -67,7 +67,7 @@ def _dot_forward(x: Any, w: Any, axes: tuple[str | None, ...]):
     return dot(x.value, w, axes), (kept, w)
 
 
-def _dot_backward(axes: tuple[str | None, ...], saved, g):
+def _dot_backward(axes: Axes, saved, g):
     x, w = saved
     g = jnp.zeros(g.shape, x.dtype) if isinstance(g, SymbolicZero) else g.astype(x.dtype)
     dx = product(g, dense(w, axes, x.dtype), (g.ndim - 1, 1), x.dtype)

@@ -19,7 +19,7 @@ import qwix
 from flax import struct
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import gathered
+from jaxllm.mesh import Axes, gathered
 
 TILE = 64
 
@@ -89,7 +89,7 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
     return jax.tree.map(lambda *leaves: place(jnp.stack(leaves)), *layers)
 
 
-def dense(w: Any, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
+def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
     """A layer's kernel [I, O] in `dtype`, whole along fsdp; codes are gathered as they are."""
     if not isinstance(w, Quantized):
         return gathered(w.astype(dtype), axes)
