@@ -174,12 +174,23 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     """
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
-    make = partial(abstract_model, cfg, mesh, shape, adapter, hf_config)
-    policy = model = make()
+    make = partial(abstract_model, cfg, mesh, shape, hf_config)
+    return assemble(cfg, mesh, make, adapter, OBJECTIVES[cfg.objective](cfg))
+
+
+def assemble(
+    cfg: TrainConfig,
+    mesh: Mesh,
+    make: Callable[[Adapter], Decoder],
+    adapter: Adapter,
+    objective: Objective,
+) -> Program:
+    """The program of a model, an adapter and an objective. make: an adapter -> the abstract model
+    that has it."""
+    policy = model = make(adapter)
     if cfg.verb.critic:
-        model = make()
-        add_critic(model, cfg, make)
-    objective = OBJECTIVES[cfg.objective](cfg)
+        model = make(adapter)
+        add_critic(model, cfg, partial(make, adapter))
 
     # ---- what is trained, what is frozen, and where they are
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
@@ -198,8 +209,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     if objective.compares:
         # The base model without new adapter weights is the reference, and shares every weight.
         shares = adapter.frozen and not adapter.saved and not cfg.peft.path
-        plain = abstract_model(cfg, mesh, shape, NO_ADAPTER if shares else adapter, hf_config)
-        reference_graph, variables = nnx.split(plain)
+        reference_graph, variables = nnx.split(make(NO_ADAPTER if shares else adapter))
         shapes = nnx.to_pure_dict(variables)
         if not shares:
             split = _shapes(trained_shapes, weight_shardings(trained, mesh, whole=False))
@@ -264,7 +274,7 @@ def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
 
 
 def abstract_model(
-    cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter, hf_config: dict[str, Any]
+    cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, hf_config: dict[str, Any], adapter: Adapter
 ) -> Decoder:
     """A run's model with ShapeDtypeStructs for weights."""
     base = cfg.model.path or ""

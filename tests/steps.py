@@ -9,20 +9,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience, make_row
+from jaxllm.hf import abstract_model
 from jaxllm.mesh import make_mesh, put
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.table import Objective
-from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
-from jaxllm.reference import beside
-from jaxllm.step import TrainState, alone, make_step, state_shardings, weight_shardings
+from jaxllm.program import assemble
+from jaxllm.step import TrainState, alone, make_step
 
 V, T = 97, 32
 TINY = ModelConfig(
@@ -148,32 +146,27 @@ def trajectory(
 ):
     """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows."""
     mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
+    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
+    cfg = TrainConfig(peft=section, optim=optim)
     made = decoder(section, **model)
+
+    def make(adapter):
+        return abstract_model(made.cfg, mesh, {}, peft=adapter, **model)
+
+    program = assemble(cfg, mesh, make, made.peft, objective)
     graph, trained, rest = nnx.split(made, made.peft.trains, ...)
-    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant")
-    schedule = make_schedule(optim, 100)
-    optimizer = make_optimizer(optim, schedule)
-    lay, grads, moments = state_shardings(trained, optimizer, mesh, 3)
-    shardings = TrainState(NamedSharding(mesh, P()), lay, moments)
-    frozen_lay = weight_shardings(rest, mesh, whole=False)
     with jax.set_mesh(mesh):
-        params = jax.device_put(nnx.to_pure_dict(trained), lay)
-        frozen = jax.device_put(nnx.to_pure_dict(rest), frozen_lay)
-        models = alone(graph)
-        if objective.compares:
-            models, frozen = beside(TrainConfig(peft=section), made, graph, params, frozen, lay)
-        opt_state = jax.jit(optimizer.init, out_shardings=moments)(params)
-        state = TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
-        step = make_step(
-            models,
-            objective.loss,
-            optimizer,
-            schedule,
-            baseline=objective.baseline,
-            max_norm=0.5,
-            gradient_shardings=grads if devices > 1 else None,
+        trainable = nnx.to_pure_dict(trained)
+        frozen = program.with_reference(trainable, nnx.to_pure_dict(rest))
+        frozen = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), frozen, program.frozen
         )
-        step = jax.jit(step, out_shardings=(shardings, None))
+        state = program.begin(
+            jax.tree.map(
+                lambda x, like: jax.device_put(x, like.sharding), trainable, program.state.trainable
+            )
+        )
+        step = program.step(100)
         split = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in rows.items()}
         losses, norms = [], []
         for _ in range(steps):

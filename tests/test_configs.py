@@ -5,27 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 import yaml
-from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import load_config
 from jaxllm.config.checks import check, resolve
-from jaxllm.data.batch import TEXT, Batch, Experience
-from jaxllm.mesh import axes_of, batch_sharding, data_parallel, make_mesh, param_sharding
-from jaxllm.model.decoder import Decoder, merge
-from jaxllm.model.families import as_reward, from_hf
-from jaxllm.objectives.ppo import ValueParam
-from jaxllm.objectives.table import OBJECTIVES
-from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.rl.online import add_critic
-from jaxllm.step import TrainState, make_step, state_shardings
+from jaxllm.mesh import data_parallel, make_mesh
+from jaxllm.program import build
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -60,7 +50,6 @@ SHAPES = {
     "run/stdlib/sft/final": "configs/pretrain/stdlib-tiny.json",
 }
 PAIRS = 4  # in a row
-NUMBERS = ("weights", "margin")  # the fields that are float32; so are those of Experience
 
 
 def verb(path: Path) -> str:
@@ -75,25 +64,6 @@ def load(path: Path):
 def shape_of(source: str) -> dict:
     shape = SHAPES.get(source, source)
     return json.loads((ROOT / shape).read_text()) if isinstance(shape, str) else shape
-
-
-def batch_of(cfg, mesh) -> Batch:
-    """The shapes of an update's batch, [A, B, T] and of pairs [A, B, P]."""
-    online, paired = cfg.verb.online, cfg.objective in ("reward", "dpo")
-    count = cfg.batch_size // (cfg.micro_batch_size * data_parallel(mesh))
-    length = cfg.data.max_length * (2 if paired else 1) + online * cfg.rl.max_new_tokens
-    fields = dict.fromkeys(TEXT, length)
-    if paired:
-        fields |= dict.fromkeys(("chosen_segment", "rejected_segment", "margin"), PAIRS)
-    own = set(Experience.__dataclass_fields__) - set(Batch.__dataclass_fields__)
-    fields |= dict.fromkeys(own, length) if online else {}
-
-    def field(name: str, size: int):
-        dims = (count, cfg.batch_size // count, size)
-        kind = jnp.float32 if name in (*NUMBERS, *own) else jnp.int32
-        return jax.ShapeDtypeStruct(dims, kind, sharding=batch_sharding(mesh, dims))
-
-    return (Experience if online else Batch)(**{n: field(n, size) for n, size in fields.items()})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -115,66 +85,23 @@ def test_a_config_says_what_it_takes_and_gives(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_config_lowers_over_eight_devices(path):
+def test_a_config_lowers_over_eight_devices(path, tmp_path):
     cfg = load(path)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve(cfg, data_parallel(mesh))
-    config = shape_of(str(cfg.model.path or cfg.model.config)) | cfg.model.overrides
-    shape = from_hf(as_reward(config) if cfg.objective == "reward" else config)
-    assert cfg.data.max_length <= shape.max_positions
-
-    options = dict(dtype=cfg.model.weight_dtype, compute_dtype=cfg.model.compute_dtype)
-    options |= dict(remat=cfg.model.remat, scan_unroll=cfg.model.scan_unroll)
-
-    def make() -> Decoder:
-        model = Decoder(shape, rngs=nnx.Rngs(0), **options)
-        if cfg.objective == "ppo":
-            add_critic(model, cfg, lambda: Decoder(shape, rngs=nnx.Rngs(1), **options))
-        return model
-
-    graph, weights = nnx.split(nnx.eval_shape(make), nnx.Any(nnx.Param, ValueParam))
-    weights = jax.tree.map(
-        lambda v: v.replace(
-            jax.ShapeDtypeStruct(
-                v.get_value().shape,
-                v.get_value().dtype,
-                sharding=param_sharding(mesh, axes_of(v), v.get_value().shape),
-            )
-        ),
-        weights,
-        is_leaf=lambda v: isinstance(v, nnx.Variable),
-    )
-    params = nnx.to_pure_dict(weights)
-    schedule = make_schedule(cfg.optim, cfg.steps or 10_000)
-    optimizer = make_optimizer(cfg.optim, schedule)
-    _, gradient_layout, moment_layout = state_shardings(weights, optimizer, mesh, cfg.mesh.zero)
-    moments = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(optimizer.init, params),
-        moment_layout,
-    )
-    batch = batch_of(cfg, mesh)
-    objective = OBJECTIVES[cfg.objective](cfg)
-
-    def models(trainable, frozen):
-        model = merge(graph, trainable, frozen)
-        return model, model if objective.compares else None
-
-    step = make_step(
-        models,
-        objective.loss,
-        optimizer,
-        schedule,
-        max_norm=cfg.optim.clip,
-        gradient_shardings=gradient_layout,
-    )
-    at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    shape = shape_of(str(cfg.model.path or cfg.model.config)) | cfg.model.overrides
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = {"path" if cfg.model.path else "config": str(tmp_path), "overrides": {}}
+    cfg = replace(cfg, model=replace(cfg.model, **model))
+    program = build(resolve(cfg, data_parallel(mesh)), mesh)
+    assert cfg.data.max_length <= program.shape.max_positions
+    assert program.adapter.method == cfg.peft.method
+    length = cfg.data.max_length * (2 if cfg.verb.data in ("pairs", "judged") else 1)
+    batch = program.batch(length + cfg.verb.online * cfg.rl.max_new_tokens, PAIRS)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=0).lower(TrainState(at, params, moments), {}, batch)
-    (state, _) = lowered.out_info
-    assert [x.shape for x in jax.tree.leaves(state.trainable)] == [
-        x.shape for x in jax.tree.leaves(params)
-    ]
+        lowered = program.step(cfg.steps or 10_000).lower(program.state, program.frozen, batch)
+    state, metrics = lowered.out_info
+    assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.state)
+    assert "grad_norm" in metrics
 
 
 def test_the_book_config_is_its_launch_line():
