@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxllm.config import ModelSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.hf import load_hf, load_model, model_config, save_adapter, save_hf
+from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
@@ -26,6 +26,7 @@ from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.combine import choose
 from jaxllm.peft.files import find, make_adapter, method_of
 from jaxllm.peft.merge import fold, merged
+from jaxllm.program import load_model, model_config
 from jaxllm.step import TrainState, alone, make_step
 
 LLAMA = CASES["llama"]
@@ -152,9 +153,7 @@ def test_a_peft_prefix_with_projection_is_loaded(tmp_path):
 def test_a_peft_pissa_adapter_is_loaded_and_saved_at_twice_the_rank(tmp_path, rslora):
     base = base_in(tmp_path)
     model = torch_base(base)
-    for (
-        layer
-    ) in model.model.layers:  # distinct singular values, so the largest are unambiguous
+    for layer in model.model.layers:  # distinct singular values, so the largest are unambiguous
         for module in (layer.self_attn.q_proj, layer.self_attn.v_proj):
             module.weight.data *= 2 * 0.7 ** torch.arange(module.in_features)
     model.save_pretrained(base)
@@ -251,8 +250,8 @@ def steps_of_both(tmp_path, base, config, ratio=1.0):
     start = str(tmp_path / "start")
     section = PeftSection(method=method_of(find(start).config), path=start)
     cfg = TrainConfig(model=ModelSection(path=base), peft=section)
-    plan = make_adapter(model_config(cfg)[0], section)
-    ours = load_model(cfg, one_device(), peft=plan)
+    shape, _ = model_config(cfg)
+    ours = load_model(cfg, one_device(), shape, make_adapter(shape, section))
     (got, trained), want = our_steps(ours, ratio=ratio), torch_steps(theirs.train(), ratio=ratio)
     assert want[-1][0] < want[0][0] - 1e-3
     save_adapter(trained, str(tmp_path / "ours"))
