@@ -19,7 +19,7 @@ from optax import contrib
 
 from jaxllm.config import OptimSection
 from jaxllm.errors import UserError
-from jaxllm.peft.methods import METHODS
+from jaxllm.peft import METHODS
 
 # Leaf name -> whether weight decay applies. Any other name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}

@@ -20,9 +20,9 @@ from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensor
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
+from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
-from jaxllm.peft.methods import METHODS, method_of
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,17 @@ def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
     adapter = read_adapter(cfg, {"default": files})
     training = {key: getattr(section, key) for key in PEFT_METHODS[method].training}
     return replace(adapter, **training)
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """The peft.method of an adapter_config.json. Raises UserError for an unsupported peft_type."""
+    kind = config.get("peft_type")
+    methods = {adapter.peft_type: method for method, adapter in METHODS.items()}
+    if kind not in methods:
+        raise UserError(
+            f"{ADAPTER_CONFIG}: peft_type {kind!r} is not supported, only {', '.join(methods)}"
+        )
+    return methods[kind]
 
 
 def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
