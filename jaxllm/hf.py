@@ -23,7 +23,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm import fp8
+from jaxllm import dist, fp8
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 from jaxllm.files import (
@@ -146,6 +146,7 @@ def load_hf(
     compute_dtype: str | None = None,
     remat: str = "none",
     scan_unroll: int = 1,
+    attention: str = "auto",
     overrides: dict[str, Any] | None = None,
     peft: Adapter = NO_ADAPTER,
     quantize_base: str = "none",
@@ -176,7 +177,7 @@ def load_hf(
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     plan = adapter_files.read_adapter(cfg, saved) if saved and not peft.frozen else peft
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
-    options["scan_unroll"] = scan_unroll
+    options |= {"scan_unroll": scan_unroll, "attention": attention}
     graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
     flat = dict(nnx.to_flat_state(state))
     weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
@@ -358,7 +359,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
 
         def read() -> np.ndarray:
             values = [a[layer] if k.stacked else a for k, a in zip(parts, arrays, strict=True)]
-            host = jax.device_get(values)
+            host = dist.gather(values)
             host = [v.T if k.transpose else v for k, v in zip(parts, host, strict=True)]
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 

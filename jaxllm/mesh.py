@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm import dist
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 
@@ -55,11 +56,7 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     Raises UserError if the sizes do not multiply to the number of devices, and in a multi-process
     run, which is not supported yet.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes, but a run has one for now; "
-            "start it without jax.distributed: one process uses all devices of its host"
-        )
+    dist.check_supported()
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(section, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]

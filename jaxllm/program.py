@@ -269,6 +269,7 @@ def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
         "compute_dtype": model.compute_dtype,
         "remat": model.remat,
         "scan_unroll": model.scan_unroll,
+        "attention": model.attention,
         "peft": adapter,
         "quantize_base": cfg.peft.quantize_base,
     }

@@ -20,7 +20,8 @@ from jaxllm.config import (
     TrainConfig,
 )
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import Data, Rows
+from jaxllm.data.dataset import Data
+from jaxllm.data.rows import Rows
 from jaxllm.hf import abstract_model
 from jaxllm.mesh import make_mesh
 from jaxllm.model.adapter import AdapterParam
