@@ -6,7 +6,7 @@
 
 Stages:
 
-    attention  each kernel of jaxllm/ops/attention_gpu.py and the XLA implementation on packed segments:
+    attention  each kernel of jaxllm/ops/attention_gpu.py and the XLA form on packed segments:
                time, and error of output and gradients relative to XLA in float32
     full       full training: bfloat16 compute, float32 weights, AdamW, gradient clipping
     lora       r 8 on every linear module of the layers, bfloat16 base model
