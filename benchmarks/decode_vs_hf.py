@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding in a batch: new tokens/s of jaxllm against `transformers.generate` on torch.
+"""Batched greedy decoding: new tokens/s of jaxllm and of `transformers.generate` on torch.
 
-Every row makes all its tokens (nothing stops it); the time is from prompts to tokens on the host,
-with the prefill, and on our side with the copy of the weights that decoding reads. Both hold them
-in the dtype they compute in.
+Every row generates all its tokens; stop tokens are disabled. The time runs from prompts to tokens
+on the host and includes the prefill; for jaxllm it also includes the copy of the weights made for
+decoding. Both sides store the weights in the compute dtype.
 
     python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR [--rounds 7]
 """
@@ -16,7 +16,7 @@ from turns import Side, compare, serve
 
 
 def prompts(a) -> np.ndarray:
-    """int64 [B, P], the same on both sides."""
+    """Random prompts int64 [B, P], the same on both sides."""
     with open(f"{a.model}/config.json") as file:
         size = json.load(file)["vocab_size"]
     return np.random.default_rng(0).integers(size // 50, size, (a.batch, a.prompt))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPO with LoRA on pairs: real tokens/s of packed jaxllm against TRL's DPOTrainer.
+"""DPO with LoRA: real tokens/s of jaxllm (packed) and of TRL's DPOTrainer (padded).
 
 Real tokens are those of both answers with their prompts, without padding. Both sides adapt all
-linear layers of the model with the same rank, compare with the frozen base, and cut answers at the
-same length. jaxllm packs pairs into rows; TRL pads the pairs of a step to the longest of them (it
-cannot group pairs by length).
+linear layers with the same rank, use the frozen base model as the reference, and truncate at the
+same length. jaxllm packs pairs into rows. TRL pads the pairs of a step to the longest of them; it
+cannot group pairs by length.
 
     python benchmarks/dpo_vs_trl.py --model SMOLLM2_DIR --data PAIRS.json [--rounds 6]
 """
@@ -24,14 +24,14 @@ def trl_side(a) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from jaxllm.data.conversations import pair_of
+    from jaxllm.data.conversations import parse_pair
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
     pairs = [
         {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-        for p in examples(a.data, pair_of)
+        for p in examples(a.data, parse_pair)
     ]
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -72,7 +72,8 @@ def jaxllm_step(a):
     )
     from jaxllm.config.checks import resolve
     from jaxllm.data.batch import Batch
-    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.data.dataset import load_data
+    from jaxllm.data.loader import make_loader
     from jaxllm.hf import load_hf
     from jaxllm.objectives.table import make_objective
     from jaxllm.optim import make_optimizer, make_schedule
@@ -91,7 +92,7 @@ def jaxllm_step(a):
     model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat, peft=plan)
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
-    models, frozen = reference.beside(cfg, model, graph, params, frozen, None)
+    models, frozen = reference.with_reference(cfg, model, graph, params, frozen, None)
     optim = OptimSection(learning_rate=5e-5, schedule="constant")
     schedule = make_schedule(optim, 10_000)
     optimizer = make_optimizer(optim, schedule)
@@ -114,10 +115,12 @@ def main() -> None:
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--rounds", type=int, default=6)
-    p.add_argument("--rows", type=int, default=2, help="packed rows a step [%(default)s]")
-    p.add_argument("--pairs", type=int, default=4, help="padded pairs a step [%(default)s]")
-    p.add_argument("--length", type=int, default=512, help="of an answer with its prompt")
-    p.add_argument("--r", type=int, default=8, help="rank [%(default)s]")
+    p.add_argument("--rows", type=int, default=2, help="jaxllm: packed rows per step [%(default)s]")
+    p.add_argument("--pairs", type=int, default=4, help="TRL: padded pairs per step [%(default)s]")
+    p.add_argument(
+        "--length", type=int, default=512, help="maximum tokens of an answer with its prompt"
+    )
+    p.add_argument("--r", type=int, default=8, help="LoRA rank [%(default)s]")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--remat", default="dots")
     p.add_argument("--side", help=argparse.SUPPRESS)

@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GPU: jaxllm against transformers on torch.compile, same packed rows, same card, same call.
+"""jaxllm and transformers with torch.compile on one GPU: same packed rows, same card, same run.
 
     python benchmarks/gpu.py --out benchmarks/results [--shape llama-1b] [--budget 420]
-    python benchmarks/gpu.py --tiny --out gpu.json             a rehearsal, on a CPU too
+    python benchmarks/gpu.py --tiny --out gpu.json             dry run, also on a CPU
 
-attention: each kernel of jaxllm/model/kernels.py and the XLA form, on packed segments: error of
-result and gradients beside the XLA form in float32, milliseconds. full: all weights, bfloat16
-compute over float32 weights, AdamW, clipped. lora: r 8 on every linear module of the layers,
-bfloat16 base. dpo: the same, segments as pairs, the base as reference. Nothing is recomputed in the
-backward pass (ours: unless --remat). torch: bfloat16 autocast, fused AdamW, whole-model
-torch.compile; its attention is sdpa with the segments' mask (packed), sdpa's flash kernel over
-whole rows, which sees other documents (causal), or flex_attention (flex).
+Stages:
 
-Each side is a process of its own, one after another. tokens/s: real tokens over the median step.
-MFU: 6 (lora 4) FLOPs a weight and token, and those of attention inside segments alone, against the
-card's dense bfloat16 peak. What was measured is written after each stage; a stage that fails
-leaves its error, one that no time is left for is named.
+    attention  each kernel of jaxllm/ops/attention_gpu.py and the XLA form on packed segments: time,
+               and error of output and gradients relative to XLA in float32
+    full       full training: bfloat16 compute, float32 weights, AdamW, gradient clipping
+    lora       r 8 on every linear module of the layers, bfloat16 base model
+    dpo        as lora, with segments as pairs and the base model as the reference
+
+The backward pass recomputes nothing (jaxllm: unless --remat). The torch side uses bfloat16
+autocast, fused AdamW and torch.compile of the full model. Its attention is one of
+
+    packed     sdpa with a segment mask
+    causal     sdpa's flash kernel over complete rows, so documents attend to each other
+    flex       flex_attention
+
+Each stage runs in its own process, one after another. tokens/s is real tokens over the median step
+time. MFU counts 6 FLOPs (lora: 4) per parameter and token, plus attention within segments,
+against the card's dense bfloat16 peak. Results are written after each stage; a stage that fails or
+runs out of time is recorded with its error.
 """
 
 import argparse
@@ -49,7 +56,7 @@ SHAPES = {
 COMMON = dict(model_type="llama", max_position_embeddings=8192, tie_word_embeddings=True)
 COMMON |= dict(rms_norm_eps=1e-5, rope_theta=500_000.0)
 KERNELS = ("xla", "mosaic", "triton")
-# Stages in order of worth: what the time is for first. "best" is what attention found fastest.
+# Most important stages first, in case time runs out. "best": the fastest kernel of `attention`.
 STAGES = [
     "attention",
     "full jaxllm kernel=best",
@@ -64,13 +71,13 @@ STAGES = [
     "full torch attention=flex",
 ]
 OPTIONS = dict(batch=4, length=2048, segments=6, batches=4, warmup=3, steps=12, chunk=512)
-OPTIONS |= {"remat": "none"}  # of ours, as chunk is: tokens whose logits exist at once
+OPTIONS |= {"remat": "none"}  # jaxllm only, like chunk: tokens projected to logits at a time
 BETA = 0.1
-LIMIT = 170  # seconds that a stage may take
+LIMIT = 170  # maximum seconds of a stage
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16, SXM
 
 
-# ---- the same rows for both sides
+# ---- rows, the same for both sides
 
 
 def shape(a) -> dict:
@@ -78,9 +85,9 @@ def shape(a) -> dict:
 
 
 def rows(a, seed: int) -> dict:
-    """Packed rows as numpy [B, T]: a.segments documents of random tokens each, every second row
-    with some padding; `weights` is 0 where the next token is another document's. As pairs, those
-    1, 3, … are chosen."""
+    """Packed rows as numpy arrays [B, T]: a.segments documents of random tokens per row, with
+    padding in every second row. `weights` is 0 where the next token belongs to another document.
+    For DPO, segments 1, 3, … are chosen and 2, 4, … rejected."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -103,7 +110,7 @@ def rows(a, seed: int) -> dict:
 
 
 def work(a, task: str, batches: list[dict]) -> tuple[float, float]:
-    """(real tokens, model FLOPs) of a step, means over the batches."""
+    """(real tokens, model FLOPs) per step, averaged over the batches."""
     s = shape(a)
     Q, KV = (s[f"num_{n}_heads"] * s["head_dim"] for n in ("attention", "key_value"))
     layer = s["hidden_size"] * (2 * Q + 2 * KV + 3 * s["intermediate_size"])
@@ -111,12 +118,12 @@ def work(a, task: str, batches: list[dict]) -> tuple[float, float]:
     real = sum(int((b["segment_ids"] > 0).sum()) for b in batches) / len(batches)
     seen = sum(int((b["positions"] + 1)[b["segment_ids"] > 0].sum()) for b in batches)
     looks = seen / len(batches) * s["num_hidden_layers"]
-    passes = {"full": 6, "lora": 4, "dpo": 6}[task]  # dpo: and a forward pass of the reference
+    passes = {"full": 6, "lora": 4, "dpo": 6}[task]  # dpo: includes the reference's forward pass
     return real, passes * weights * real + (16 if task == "dpo" else 12) * Q * looks
 
 
 def timed(a, task: str, batches: list[dict], step, began: float) -> dict:
-    """Runs `step(i) -> loss` (it waits for the device) and says how fast."""
+    """Measures `step(i) -> loss`, which must block until the device is done."""
     first, ready = float(step(0)), time.perf_counter() - began
     print(f"    first step after {ready:.1f} s, loss {first:.4f}", flush=True)
     for i in range(1, a.warmup):
@@ -141,7 +148,7 @@ def failed(error: Exception) -> dict:
 
 
 def without_profiler() -> None:
-    """tokamax imports xprof, 100 MB, for its own benchmarks alone: if missing, a stub does."""
+    """Stubs xprof if it is missing: tokamax imports it (100 MB) only for its own benchmarks."""
     if importlib.util.find_spec("xprof") is None:
         for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
             sys.modules[name] = types.ModuleType(name)
@@ -149,7 +156,7 @@ def without_profiler() -> None:
 
 
 def kernels_of(compiled) -> dict:
-    """Which attention a program runs, and how often it calls what XLA did not write itself."""
+    """The attention kernel a program runs, and the number of calls of each custom-call target."""
     found = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', compiled.as_text()))
     marks = {"mosaic_gpu": "mosaic", "gpu.triton": "triton"}
     hits = [name for mark, name in marks.items() if any(mark in call for call in found)]
@@ -157,13 +164,13 @@ def kernels_of(compiled) -> dict:
 
 
 def attention(a) -> dict:
-    """Errors and times of every kernel, one layer's shape, bfloat16; "best" is the fastest whose
-    errors are no larger than four times the XLA form's own."""
+    """Errors and times of every kernel for one layer in bfloat16. "best" is the fastest kernel with
+    errors at most four times those of the XLA implementation."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxllm.model import attention as module
+    from jaxllm.ops.attention import attention as attend
 
     s, rng = shape(a), np.random.default_rng(0)
     H, N, K = (s[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim"))
@@ -174,20 +181,18 @@ def attention(a) -> dict:
     wide = [x.astype(jnp.float32) for x in narrow]
     real = (ids > 0)[..., None, None]
 
-    def both(q, k, v, g):
+    def both(kernel, q, k, v, g):
         def run(q, k, v):
-            out = module.attention(
-                q, k.swapaxes(1, 2), v.swapaxes(1, 2), ids, ids, places, scale=K**-0.5
-            )
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            out = attend(q, k, v, ids, None, places, scale=K**-0.5, kernel=kernel)
             return jnp.where(real, out, 0)
 
         out, back = jax.vjp(run, q, k, v)
         return (out, *back(g))
 
     def measure(kernel: str, args) -> tuple[dict, list]:
-        module.GPU_KERNEL = kernel
         began = time.perf_counter()
-        step = jax.jit(lambda *args: both(*args)).lower(*args).compile()
+        step = jax.jit(partial(both, kernel)).lower(*args).compile()
         took, out, seconds = time.perf_counter() - began, step(*args), []
         for _ in range(20):
             start = time.perf_counter()
@@ -227,7 +232,6 @@ def jaxllm(a, task: str) -> dict:
 
     from jaxllm.config import OptimSection, PeftSection
     from jaxllm.data.batch import Batch
-    from jaxllm.model import attention as module
     from jaxllm.model.adapter import NO_ADAPTER
     from jaxllm.model.decoder import Decoder, merge
     from jaxllm.model.families import from_hf
@@ -237,12 +241,11 @@ def jaxllm(a, task: str) -> dict:
     from jaxllm.step import TrainState, alone, make_step
 
     began = time.perf_counter()
-    module.GPU_KERNEL = a.kernel
     cfg = from_hf(shape(a))
     section = PeftSection(method="lora", r=8, lora_alpha=16.0, target_modules=("all-linear",))
     plan = NO_ADAPTER if task == "full" else make_adapter(cfg, section)
     dtype = jnp.float32 if task == "full" else jnp.bfloat16
-    options: dict = dict(dtype=dtype, compute_dtype="bfloat16", remat=a.remat)
+    options: dict = dict(dtype=dtype, compute_dtype="bfloat16", remat=a.remat, attention=a.kernel)
     model = nnx.jit(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan, **options))()
     graph, weights, rest = nnx.split(model, plan.trains, ...)
     params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
@@ -255,7 +258,7 @@ def jaxllm(a, task: str) -> dict:
     if task == "dpo":
         from jaxllm.objectives.dpo import dpo_loss
 
-        # The reference: the frozen base in a model without adapters.
+        # The reference is the frozen base model without adapters.
         plain = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), **options)))
         models = lambda held, base: (merge(graph, held, base), merge(plain, {}, base))  # noqa: E731
         objective = partial(dpo_loss, chunk=a.chunk, beta=BETA)
@@ -336,27 +339,27 @@ def torch_side(a, task: str) -> dict:
 
 
 def torch_inputs(a, batch: dict, device: str) -> dict:
-    """What the model is called with; the mask as it is, whatever positions alone would lead to."""
+    """Arguments of the model; the mask is explicit, so none is inferred from the positions."""
     import torch
 
     def put(x):
         return torch.from_numpy(x).to(device)
 
     tokens, ids = put(batch["tokens"]).long(), put(batch["segment_ids"])
-    # HF shifts: labels[t + 1] is the target of token t.
+    # HF shifts labels: labels[t + 1] is the target of token t.
     learned = torch.roll(put(batch["weights"]), 1, 1) > 0
     out = dict(input_ids=tokens, labels=torch.where(learned, tokens, -100))
     out["position_ids"] = put(batch["positions"]).long()
     if a.attention == "packed":
         causal = torch.ones(a.length, a.length, dtype=torch.bool, device=device).tril()
         out["attention_mask"] = ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
-    elif a.attention == "causal":  # no mask, and so the flash kernel
+    elif a.attention == "causal":  # no mask, so that sdpa uses the flash kernel
         out["position_ids"] = torch.arange(a.length, device=device)[None]
     return out
 
 
 def dpo_torch(a, model, inputs):
-    """i -> the mean DPO loss of batch i, log-probabilities without a padded copy of the pairs."""
+    """i -> mean DPO loss of batch i, computed on the packed rows without unpacking the pairs."""
     import torch
     from torch.nn.functional import cross_entropy, logsigmoid
 
@@ -373,8 +376,8 @@ def dpo_torch(a, model, inputs):
     def loss(i: int):
         ids = segments[i][:, 1:]
         with torch.no_grad(), model.disable_adapter():
-            held = forward(**inputs[i])
-        delta = forward(**inputs[i]) - held
+            reference = forward(**inputs[i])
+        delta = forward(**inputs[i]) - reference
         h = [torch.where(ids == n, delta, 0).sum(1) for n in range(1, a.segments + 1)]
         h = torch.stack([c - r for c, r in zip(h[::2], h[1::2], strict=True)])
         return -logsigmoid(BETA * h).mean()
@@ -386,7 +389,7 @@ def dpo_torch(a, model, inputs):
 
 
 def child(a) -> None:
-    """One stage in this process; the last line of its output is the result."""
+    """Runs one stage in this process; the last line of output is the result."""
     task, *rest = a.stage.split()
     for key, value in (option.split("=") for option in rest[1:]):
         setattr(a, key, type(getattr(a, key))(value))
@@ -402,7 +405,7 @@ def child(a) -> None:
 
 
 def spawn(a, stage: str, limit: float) -> dict:
-    """Runs a stage in a process of its own and hands its output on as it comes."""
+    """Runs a stage in its own process, streams its output and returns its result."""
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     env |= {"TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
     root = str(Path(__file__).resolve().parents[1])
@@ -410,7 +413,7 @@ def spawn(a, stage: str, limit: float) -> dict:
     flags = [x for key in (*OPTIONS, "shape", "card") for x in (f"--{key}", str(getattr(a, key)))]
     command = [sys.executable, __file__, "--stage", stage, *flags]
     keys: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    # A session of its own: torch's compilers are processes too, and all end together.
+    # A new session, so that torch's compiler processes are killed together with the stage.
     process = subprocess.Popen(command, start_new_session=True, **keys)
     timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
@@ -454,9 +457,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--out", default="gpu.json", help="a JSON file, or a directory for CARD.json")
     p.add_argument("--shape", default="llama-1b", choices=SHAPES)
-    p.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shape, few steps")
-    p.add_argument("--stages", default=",".join(STAGES), help="comma between [%(default)s]")
-    p.add_argument("--budget", type=float, default=420, help="seconds of all stages [%(default)s]")
+    p.add_argument("--tiny", action="store_true", help="dry run: tiny shape, few steps")
+    p.add_argument(
+        "--stages", default=",".join(STAGES), help="comma-separated stages [%(default)s]"
+    )
+    p.add_argument(
+        "--budget", type=float, default=420, help="total seconds for all stages [%(default)s]"
+    )
     for name, default in OPTIONS.items():
         p.add_argument(f"--{name}", type=type(default), default=default, help="[%(default)s]")
     for name in ("stage", "card", "kernel", "attention"):
@@ -484,7 +491,7 @@ def main() -> None:
             continue
         left = a.budget - (time.perf_counter() - began)
         print(f"== {name} ({left:.0f} s left)", flush=True)
-        results[name] = {"error": "no time was left"}
+        results[name] = {"error": "out of time"}
         if left > 20:
             results[name] = spawn(a, name, min(left, LIMIT))
         if stage == "attention":

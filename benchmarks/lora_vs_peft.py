@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA (r 8, alpha 16) of SmolLM2-135M: jaxllm against peft on torch, same rows.
+"""LoRA (r 8, alpha 16) of SmolLM2-135M: jaxllm and peft on torch, same batch shape.
 
     python benchmarks/lora_vs_peft.py --model SMOLLM2_DIR [--rounds 5] [--remat full]
-    python benchmarks/lora_vs_peft.py --quick     a rehearsal on a tiny random model
+    python benchmarks/lora_vs_peft.py --quick     a dry run on a tiny random model
 
-speed: medians of tokens/s and peak memory (of the process, its program and compiler included) of
-both sides in turn, adapters on q_proj and v_proj or on every linear module of the layers. peft runs
-as transformers' Trainer(bf16=True) has it: bfloat16 autocast over weights of --weight_dtype, fused
-AdamW, no cache, no checkpointing. Rows are full and one document each.
+The three parts:
 
-flops: of our whole compiled update as XLA counts it, recomputation included, LoRA on q_proj and
-v_proj against training every weight, for each way to recompute.
+speed: median tokens/s and peak memory of both sides in turn, with LoRA on q_proj and v_proj or on
+every linear module of the layers. Memory is that of the process and includes the runtime and the
+compiler. peft runs as in transformers' Trainer(bf16=True): bfloat16 autocast over weights of
+--weight_dtype, fused AdamW, no KV cache, no gradient checkpointing. Rows have no padding and hold
+one document each.
 
-memory: what XLA reserves for our update (arguments and temporaries) with LoRA above what it
-reserves without, against what jax.eval_shape says of A and B, their moments and their gradients.
-"Without" is an update that trains the layers' norm scales alone, less those scales' own such bytes:
-gradients run through the same layers there, so activations are on both sides; a target's input that
-A's gradient alone needs is LoRA's, and counts (--remat none keeps many).
+flops: FLOPs of jaxllm's compiled update by XLA's cost analysis, including recomputation: LoRA on
+q_proj and v_proj against full training, for each remat policy.
+
+memory: additional memory of LoRA in jaxllm's update (arguments and temporaries, by XLA's memory
+analysis) against the size of A, B, their moments and gradients (by jax.eval_shape). The baseline is
+an update that trains only the norm scales of the layers, minus the bytes of those scales. Its
+gradients pass through the same layers, so activations cancel out. Layer inputs that are stored only
+for A's gradient count as LoRA's (--remat none stores many).
 """
 
 import argparse
@@ -81,7 +84,7 @@ def lora(a, targets: str):
 
 
 def program(a, model, chunk: int):
-    """(jitted update, weights -> state, weights, frozen, batch) of a model, abstract or not."""
+    """(jitted update, weights -> state, weights, frozen, batch); the model may be abstract."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -134,7 +137,7 @@ def jaxllm_step(a):
 
 
 def compiled(a, plan, remat: str, unroll: int = 1, chunk: int = 512):
-    """(compiled update, shapes of its state) of a model that is not loaded."""
+    """(compiled update, shapes of its state) of an abstract model."""
     import jax
     from flax import nnx
 
@@ -151,13 +154,16 @@ def compiled(a, plan, remat: str, unroll: int = 1, chunk: int = 512):
 
 
 def gflop(a, plan, remat: str, layers: int) -> float:
-    """Of one update. XLA counts a loop's body once, so the difference between bodies of one layer
-    and of `few` is what the layers have that it left out. (All layers in one body, which compiles
-    three times longer, gives SmolLM2 0.5 % less: the first layer's input needs no gradient there.)
-    The loss is one chunk and attention one block, their loops one round."""
-    from jaxllm.ops import attention
+    """GFLOP of one update.
 
-    attention.BLOCK = a.length
+    XLA's cost analysis counts a loop body once, so the FLOPs of a layer are extrapolated from loop
+    bodies of 1 and of `few` layers. The loss is set to one chunk and attention to one block, so
+    that their loops have one iteration. (Unrolling all layers compiles three times longer and gives
+    0.5 % less for SmolLM2, because the input of the first layer then needs no gradient.)
+    """
+    from jaxllm.ops import attention_blocks
+
+    attention_blocks.CPU_BLOCK = a.length
     few = next(n for n in range(2, layers + 1) if layers % n == 0)
     one, more = (
         compiled(a, plan, remat, n, a.batch * a.length)[0].cost_analysis()["flops"] / 1e9
@@ -167,17 +173,17 @@ def gflop(a, plan, remat: str, layers: int) -> float:
 
 
 def reserved(a, plan) -> tuple[float, float]:
-    """MiB of an update: (what XLA reserves, trained weights with moments and gradients)."""
+    """MiB of an update: (total by XLA, trained weights with moments and gradients)."""
     import jax
 
     step, state = compiled(a, plan, a.remat, a.scan_unroll)
     m = step.memory_analysis()
-    whole = m.argument_size_in_bytes + m.temp_size_in_bytes
-    whole += m.output_size_in_bytes - m.alias_size_in_bytes
+    total = m.argument_size_in_bytes + m.temp_size_in_bytes
+    total += m.output_size_in_bytes - m.alias_size_in_bytes
     kept = jax.tree.leaves((state.trainable, state.opt_state))
     own = sum(x.size * x.dtype.itemsize for x in kept)
     own += sum(4 * x.size for x in jax.tree.leaves(state.trainable))  # float32 gradients
-    return whole / 2**20, own / 2**20
+    return total / 2**20, own / 2**20
 
 
 def speed(a) -> None:
@@ -201,10 +207,10 @@ def flops(a) -> None:
 
     plan = lora(a, "q,v")
     layers = len(plan.targets[0].ranks[0])
-    print("GFLOP of an update, remat  LoRA q,v  all weights  ratio (<= 0.72)")
+    print("GFLOP per update, remat    LoRA q,v   full train  ratio (<= 0.72)")
     for remat in (a.remat,) if a.quick else ("none", "dots", "full"):
-        ours, whole = (gflop(a, p, remat, layers) for p in (plan, NO_ADAPTER))
-        print(f"{remat:<26} {ours:>8.1f} {whole:>12.1f} {ours / whole:>16.3f}", flush=True)
+        ours, full = (gflop(a, p, remat, layers) for p in (plan, NO_ADAPTER))
+        print(f"{remat:<26} {ours:>8.1f} {full:>12.1f} {ours / full:>16.3f}", flush=True)
 
 
 def memory(a) -> None:
@@ -216,12 +222,12 @@ def memory(a) -> None:
         def trains(self, path, variable):
             return path[0] == "layers" and path[-1] == "scale"
 
-    whole, own = reserved(a, Scales())
-    base = whole - own
-    print(f"MiB above the base's {base:,.0f}  reserved  eval_shape  ratio (<= 1.10)")
+    total, own = reserved(a, Scales())
+    base = total - own
+    print(f"MiB above baseline {base:,.0f}  reserved  eval_shape  ratio (<= 1.10)")
     for targets in TARGETS:
-        whole, own = reserved(a, lora(a, targets))
-        above = whole - base
+        total, own = reserved(a, lora(a, targets))
+        above = total - base
         print(f"{targets:<24} {above:>9.2f} {own:>11.2f} {above / own:>16.3f}", flush=True)
 
 
@@ -229,14 +235,16 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", help="a HuggingFace directory")
     p.add_argument("--quick", action="store_true", help="a tiny random model, one round")
-    p.add_argument("--parts", default=",".join(PARTS), help="what is measured [%(default)s]")
+    p.add_argument("--parts", default=",".join(PARTS), help="parts to run [%(default)s]")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--length", type=int, default=512)
-    p.add_argument("--remat", default="full", help="ours: none, names, dots, full [%(default)s]")
-    p.add_argument("--scan_unroll", type=int, default=1, help="ours [%(default)s]")
-    p.add_argument("--weight_dtype", default="float32", help="the base's, both sides [%(default)s]")
-    p.add_argument("--checkpointing", type=int, default=0, help="torch's: 0 or 1 [%(default)s]")
+    p.add_argument("--remat", default="full", help="jaxllm: none, names, dots, full [%(default)s]")
+    p.add_argument(
+        "--scan_unroll", type=int, default=1, help="jaxllm: model.scan_unroll [%(default)s]"
+    )
+    p.add_argument("--weight_dtype", default="float32", help="base model, both sides [%(default)s]")
+    p.add_argument("--checkpointing", type=int, default=0, help="torch: 0 or 1 [%(default)s]")
     p.add_argument("--side", help=argparse.SUPPRESS)
     p.add_argument("--targets", help=argparse.SUPPRESS)
     a = p.parse_args()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning on chats: learned tokens/s of packed jaxllm against TRL's SFTTrainer.
+"""SFT on chats: learned tokens/s of jaxllm (packed) and of TRL's SFTTrainer.
 
-Learned tokens are those whose loss counts (the assistant's words and end tokens, the same on both
-sides). TRL runs padded with examples of like length grouped, which is its way that keeps the
-examples apart on a CPU; and packed (bfd), where without flash attention its examples see each
-other, so that it is no longer the same training.
+Learned tokens are those with a loss: the assistant's content and end-of-turn tokens, the same on
+both sides. TRL runs in two modes. `trl` pads, with examples grouped by length; on a CPU this is its
+only mode in which examples do not attend to each other. `trl-packed` packs (bfd); without flash
+attention its examples attend to each other, so it is not the same training.
 
     python benchmarks/sft_vs_trl.py --model SMOLLM2_DIR --data CHATS.jsonl [--rounds 6]
 
@@ -24,12 +24,12 @@ def trl_side(a) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from jaxllm.data.conversations import conversation_of
+    from jaxllm.data.conversations import parse_conversation
 
     turn = Turn()
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    chats = [found["messages"] for found in examples(a.data, conversation_of)]
+    chats = [found["messages"] for found in examples(a.data, parse_conversation)]
     rows = [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in chats]
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
@@ -55,7 +55,8 @@ def jaxllm_step(a):
 
     from jaxllm.config import DataSection, ModelSection, OptimSection, Source, TrainConfig
     from jaxllm.data.batch import Batch
-    from jaxllm.data.loader import load_data, make_loader
+    from jaxllm.data.dataset import load_data
+    from jaxllm.data.loader import make_loader
     from jaxllm.hf import load_hf
     from jaxllm.objectives.lm import lm_loss
     from jaxllm.optim import make_optimizer, make_schedule
@@ -93,8 +94,10 @@ def main() -> None:
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--rounds", type=int, default=6)
-    p.add_argument("--rows", type=int, default=4, help="packed rows a step [%(default)s]")
-    p.add_argument("--examples", type=int, default=12, help="padded examples a step [%(default)s]")
+    p.add_argument("--rows", type=int, default=4, help="packed rows per step [%(default)s]")
+    p.add_argument(
+        "--examples", type=int, default=12, help="trl: padded examples per step [%(default)s]"
+    )
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--remat", default="full")

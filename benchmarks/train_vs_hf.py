@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full fine-tuning of SmolLM2-135M's shape: jaxllm against transformers on torch, same rows.
+"""Full fine-tuning of SmolLM2-135M's architecture: jaxllm and transformers on torch, same shapes.
 
-Prints medians of tokens/s and peak memory, their ratios, and how compile time grows with depth.
+Prints median tokens/s, peak memory, their ratios, and the compile time at two depths.
 
     python benchmarks/train_vs_hf.py [--rounds 5] [--batch 4] [--length 512] [--remat full]
 """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sides of a comparison, each a process of its own, that do one step at a time in turn.
+"""Runs the sides of a benchmark in separate processes that alternate, one step at a time.
 
-So both meet the same machine, however its speed drifts, and peak memory is each process's own.
+Alternating exposes all sides to the same drift in machine speed. Separate processes give each side
+its own peak memory.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from pathlib import Path
 
 
 class Side:
-    """A running `serve`; `ready` is how many seconds it took to get there."""
+    """A process that runs `serve`; `ready` is its setup time in seconds."""
 
     def __init__(self, script: str, **options: object):
         flags = [x for k, v in options.items() for x in (f"--{k}", str(v))]
-        # Large pages: without them page faults alone cost either side some percent.
+        # Huge pages: without them page faults cost each side a few percent.
         env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TQDM_DISABLE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, script, *flags],
@@ -39,10 +40,10 @@ class Side:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit("a side ended before its answer; its error stands above")
+        raise SystemExit("a benchmark process exited early; see its error above")
 
     def step(self) -> dict:
-        """{"s": seconds, "count": what was done, "gib": peak memory so far}."""
+        """Runs one step: {"s": seconds, "count": tokens, "gib": peak memory so far}."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -56,7 +57,7 @@ class Side:
 
 
 class Turn:
-    """Inside a side: `begin` waits to be told, `end` answers."""
+    """The child's end of the protocol: `begin` waits for the parent, `end` reports a step."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -65,9 +66,9 @@ class Turn:
         print(json.dumps({"ready": time.perf_counter() - self.started}), flush=True)
 
     def begin(self) -> bool:
-        told = bool(sys.stdin.readline())
+        requested = bool(sys.stdin.readline())
         self.started = time.perf_counter()
-        return told
+        return requested
 
     def end(self, count: float) -> None:
         seconds = time.perf_counter() - self.started
@@ -76,7 +77,7 @@ class Turn:
 
 
 def serve(make: Callable[[], Callable[[], float]]) -> None:
-    """Builds a step (which returns how much it did) and runs it each time it is told."""
+    """Builds a step with `make` and runs it once per request; a step returns its token count."""
     turn = Turn()
     step = make()
     turn.ready()
@@ -84,7 +85,7 @@ def serve(make: Callable[[], Callable[[], float]]) -> None:
         turn.end(step())
 
 
-# What a torch Trainer is told beside its own settings, and how it takes its turns.
+# Settings shared by the TRL trainers.
 TRAINER: dict[str, object] = dict(
     use_cpu=True,
     gradient_checkpointing=False,
@@ -98,10 +99,10 @@ TRAINER: dict[str, object] = dict(
 
 
 def run_trainer(trainer, turn: Turn, count: Callable[[dict], float]) -> None:
-    """Trains a step each time it is told; `count` is how much a step's batch is."""
+    """Trains one step per request; `count` returns the number of tokens in a batch."""
     from transformers import TrainerCallback
 
-    class Told(TrainerCallback):
+    class OnRequest(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
             if not turn.begin():
                 raise SystemExit
@@ -118,13 +119,13 @@ def run_trainer(trainer, turn: Turn, count: Callable[[dict], float]) -> None:
         return batch
 
     trainer.data_collator = counted
-    trainer.add_callback(Told())
+    trainer.add_callback(OnRequest())
     turn.ready()
     trainer.train()
 
 
 def examples(path: str, read_one: Callable) -> list:
-    """read_one(record, source, data, where it stands) of each record of a file jaxllm reads."""
+    """Applies read_one(record, source, data, location) to each record of a data file."""
     from jaxllm.config import DataSection, Source
     from jaxllm.data.sources import locate, read, records
 
@@ -136,7 +137,7 @@ def examples(path: str, read_one: Callable) -> list:
 
 
 def compare(sides: dict[str, Side], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
-    """Medians of each side: {"rate": count per second, "gib"}; the first rounds are not counted."""
+    """{side: {"rate": median count per second, "gib": peak memory}}, without warm-up rounds."""
     runs: dict[str, list[dict]] = {name: [] for name in sides}
     for number in range(rounds + warmup):
         for name, side in sides.items():

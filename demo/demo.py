@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way, on the standard library: from a tokenizer to a model that prefers right answers.
+"""Train on the standard library's text: tokenizer, pretraining, SFT, LoRA, reward model and DPO.
 
     python demo/demo.py [--quick]
 
-Runs jaxllm's commands one after another in this process, shows each as one would type it, and ends
-with a table of what was made, where it lies and what the numbers were. Everything goes to
-run/stdlib, anew each time. --quick only shows that the way is open: a twelfth of the text and a few
-steps, whose numbers mean nothing.
+Runs the jaxllm commands one after another in this process, prints each as you would type it, and
+ends with a table of the results, their paths and metrics. Output goes to run/stdlib; earlier
+output there is overwritten. --quick only checks that every command runs, with a twelfth of the
+text and a few steps; its metrics are meaningless.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ console = Console(highlight=False)
 
 
 def run(*words: object, capture: bool = False) -> list[str]:
-    """One command, shown and run, `*` expanded as a shell does; ends the demo when it fails.
+    """Prints and runs one command, with `*` expanded as in a shell; exits if the command fails.
 
-    With `capture` the lines that it prints are returned, and shown when it is done.
+    With `capture`, stdout is printed after the command ends and returned as lines.
     """
     typed = [str(word) for word in words]
     line = " ".join(word if "*" in word else shlex.quote(word) for word in typed)
@@ -55,14 +55,14 @@ def run(*words: object, capture: bool = False) -> list[str]:
 
 
 def chat_loss(model: Path) -> dict[str, float]:
-    """What `jaxllm eval` finds on the held-out chats, over the assistant's words."""
+    """Metrics of `jaxllm eval` on the held-out chats, over assistant tokens."""
     data = OUT / "chat" / "heldout.jsonl"
     words = ("eval", "--model", model, "--data", data, "--chat", "--max_length", 256, "--json")
     return json.loads(run(*words, capture=True)[-1])
 
 
 def text_losses(run_folder: Path) -> list[float]:
-    """The held-out losses of a run's metrics.jsonl, first to last."""
+    """Held-out losses in a run's metrics.jsonl, first to last."""
     lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if line["kind"] == "eval"]
 
@@ -73,19 +73,19 @@ def numbers(found: dict[str, float]) -> str:
 
 
 def parameters(model: Path, file: str = "model.safetensors") -> int:
-    """Weights in a HuggingFace directory of one file."""
+    """Number of parameters in a HuggingFace directory with a single weights file."""
     with safe_open(model / file, framework="np") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
 
 
 class Summary:
-    """The table at the end: a row for each thing made, with the seconds since the row before."""
+    """The final table: one row per result, with the seconds since the previous row."""
 
     def __init__(self) -> None:
         self.table = Table(title="What was made", header_style="bold", title_justify="left")
-        self.table.add_column("what")
-        self.table.add_column("where", overflow="fold")
-        self.table.add_column("numbers", overflow="fold")
+        self.table.add_column("result")
+        self.table.add_column("path", overflow="fold")
+        self.table.add_column("metrics", overflow="fold")
         self.table.add_column("seconds", justify="right")
         self.start = self.last = time.perf_counter()
 
@@ -96,14 +96,16 @@ class Summary:
 
     def show(self) -> None:
         self.table.add_section()
-        self.table.add_row("all", str(OUT), "", f"{self.last - self.start:.0f}")
+        self.table.add_row("total", str(OUT), "", f"{self.last - self.start:.0f}")
         console.print()
         console.print(self.table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="little text and a few steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="a twelfth of the text and a few steps"
+    )
     quick = parser.parse_args().quick
     few = ["--steps", 4, "--eval_every", 0] if quick else []
     summary = Summary()
@@ -132,8 +134,8 @@ def main() -> None:
     summary.add(
         "base model",
         base,
-        f"{parameters(base):,} weights, held-out loss {losses[0]:.2f} → {losses[-1]:.2f} "
-        f"(guessing: {math.log(VOCABULARY):.2f})",
+        f"{parameters(base):,} parameters, held-out loss {losses[0]:.2f} → {losses[-1]:.2f} "
+        f"(uniform guess: {math.log(VOCABULARY):.2f})",
     )
 
     before = chat_loss(base)
@@ -154,7 +156,7 @@ def main() -> None:
     adapter = OUT / "lora" / "final"
     tuned = chat_loss(adapter)
     share = parameters(adapter, "adapter_model.safetensors") / parameters(base)
-    summary.add("LoRA adapter", adapter, f"{share:.1%} of the weights trained, {numbers(tuned)}")
+    summary.add("LoRA adapter", adapter, f"{share:.1%} of the parameters, {numbers(tuned)}")
 
     run("export", OUT / "lora", OUT / "lora-merged", "--merge", "--dtype", "bfloat16")
     merged = chat_loss(OUT / "lora-merged")
@@ -168,7 +170,7 @@ def main() -> None:
     summary.add(
         "reward model",
         judge,
-        f"answers preferred to their words backwards in {judged['accuracy']:.1%} of "
+        f"correct answer preferred over its reversed words in {judged['accuracy']:.1%} of "
         f"{judged['examples']} held-out pairs, margin {judged['margin']:+.2f}",
     )
 
@@ -189,9 +191,9 @@ def main() -> None:
     summary.add("an answer", QUESTIONS[0], answers[0])
     summary.show()
     if not quick and max(after["loss"], tuned["loss"]) >= before["loss"]:
-        sys.exit("the held-out loss of the chats did not fall")
+        sys.exit("the held-out loss on chats did not decrease")
     if not quick and (judged["accuracy"] <= 0.5 or preferred["loss"] >= math.log(2)):
-        sys.exit("the held-out pairs are not preferred as they should be")
+        sys.exit("the reward model or DPO did not learn the held-out preferences")
 
 
 if __name__ == "__main__":

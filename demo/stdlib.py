@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus that every machine has: the standard library's text, and chats from its docstrings.
+"""Builds a corpus from the Python standard library: text from its source, chats from docstrings.
 
     python demo/stdlib.py OUT [--every K]
 
-writes OUT/text/{train,heldout}/MODULE.txt (the source of each module),
-OUT/chat/{train,heldout}.jsonl (a conversation a line: what does a function do, how is it called?)
-and OUT/chat/{pairs,heldout-pairs}.jsonl (a question, its answer, and the same words backwards).
-Modules are split by place and functions by a hash of their names, so the same Python gives the same
-files. Sources are parsed, never imported.
+writes:
+
+    OUT/text/{train,heldout}/MODULE.txt     source code of each module
+    OUT/chat/{train,heldout}.jsonl          conversations: what a function does, how to call it
+    OUT/chat/{pairs,heldout-pairs}.jsonl    a question, its answer, the same words reversed
+
+Modules are split by their position in the sorted list and functions by a hash of their names, so
+the same Python version gives the same files. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests, bundled wheels, generated tables and other people's packages are not its own text.
+# Excluded: tests, bundled wheels, generated tables and third-party packages.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "ensurepip", "encodings", "lib2to3"}
-EACH, SIZE = 15, range(4_000, 20_000)  # of the modules of so many characters, one in 15 is held out
-SHARE = 0.04  # of functions, held out
+EACH, SIZE = 15, range(4_000, 20_000)  # one in 15 of the modules of this length is held out
+SHARE = 0.04  # fraction of functions held out
 
 
 def modules() -> Iterator[tuple[str, str]]:
@@ -40,11 +43,11 @@ def modules() -> Iterator[tuple[str, str]]:
             try:
                 yield name, path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
-                continue  # a few old files say another encoding
+                continue  # a few old files use another encoding
 
 
 def functions(module: str, source: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted name, how it is called, first paragraph of its docstring) of public functions."""
+    """(dotted name, signature, first paragraph of the docstring) of each public function."""
     if any(part.startswith("_") for part in module.split(".")):
         return
 
@@ -62,13 +65,13 @@ def functions(module: str, source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def first_paragraph(docstring: str) -> str:
-    """The docstring up to its first blank line, on one line; "" when that is no sentence."""
+    """The docstring up to its first blank line, on one line; "" if that is not a sentence."""
     text = " ".join(docstring.strip().split("\n\n")[0].split())
     return text if 20 <= len(text) <= 400 and " " in text else ""
 
 
 def chat(name: str, call: str, paragraph: str) -> dict[str, object]:
-    """Two questions about a function, answered from its docstring and its signature."""
+    """A conversation with two questions, answered by the docstring and the signature."""
     return {
         "messages": [
             {"role": "user", "content": f"What does {name} do?"},
@@ -80,13 +83,13 @@ def chat(name: str, call: str, paragraph: str) -> dict[str, object]:
 
 
 def pair(name: str, paragraph: str) -> dict[str, str]:
-    """A question about a function with its answer, and the same words from last to first."""
+    """A preference pair: the docstring, and the same words in reverse order."""
     backwards = " ".join(reversed(paragraph.split()))
     return {"question": f"What does {name} do?", "chosen": paragraph, "rejected": backwards}
 
 
 def build(out: Path, every: int = 1) -> dict[str, int]:
-    """Writes the corpus of each `every`-th module to `out`; returns what it holds, in counts."""
+    """Writes the corpus of every `every`-th module to `out` and returns counts of its contents."""
     counts = {"modules": 0, "characters": 0, "chats": 0, "held-out modules": 0, "held-out chats": 0}
     seen: set[str] = set()
     shutil.rmtree(out / "text", ignore_errors=True)
@@ -105,7 +108,7 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
             counts["held-out modules" if part == "heldout" else "modules"] += 1
             counts["characters"] += len(source) if part == "train" else 0
             for name, call, paragraph in functions(module, source):
-                if paragraph in seen:  # the same words must not be on both sides of the split
+                if paragraph in seen:  # keep the same text out of both sides of the split
                     continue
                 seen.add(paragraph)
                 aside = zlib.crc32(name.encode()) < SHARE * 2**32
@@ -118,8 +121,10 @@ def build(out: Path, every: int = 1) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--every", type=int, default=1, metavar="K", help="only each K-th module")
+    parser.add_argument("out", type=Path, help="output directory")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="K", help="use only every K-th module"
+    )
     args = parser.parse_args()
     counts = build(args.out, args.every)
     print(f"{args.out}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the table of all keys into docs/config.md, from the fields' docstrings.
+"""Generates the key reference at the end of docs/config.md from the config dataclasses.
 
 python docs/reference.py
 """
@@ -16,7 +16,7 @@ MARK = "<!-- made by docs/reference.py: do not edit below -->\n"
 
 
 def reference() -> str:
-    """Markdown: one table per section with type, default, meaning and HF names of each key."""
+    """Returns Markdown with one table per section: key, type, default, meaning, HF aliases."""
     others = aliases.spellings()
     lines: list[str] = []
     section = None

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxllm.chat import generate_text
     from jaxllm.config import (
         AlignSection,
         DataSection,
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
         TrainConfig,
         load_config,
     )
+    from jaxllm.data.tokenizer_training import train_tokenizer
     from jaxllm.errors import UserError
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
     from jaxllm.hf import load_hf, save_adapter, save_hf
     from jaxllm.peft.combine import choose
     from jaxllm.peft.merge import merged
-    from jaxllm.sampling import Sampling, generate, generate_text
-    from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+    from jaxllm.sampling import Sampling, generate
+    from jaxllm.tokenizer import load_tokenizer
     from jaxllm.training import train
 
 __version__ = "0.1.0"
@@ -69,14 +71,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "chat": ("generate_text",),
+    "data.tokenizer_training": ("train_tokenizer",),
     "errors": ("UserError",),
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
     "hf": ("load_hf", "save_adapter", "save_hf"),
     "peft.combine": ("choose",),
     "peft.merge": ("merged",),
-    "sampling": ("Sampling", "generate", "generate_text"),
-    "tokenizer": ("load_tokenizer", "train_tokenizer"),
+    "sampling": ("Sampling", "generate"),
+    "tokenizer": ("load_tokenizer",),
     "training": ("train",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

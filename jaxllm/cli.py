@@ -232,7 +232,7 @@ def tokenizer(verb: str, args: list[str]) -> int:
     add("--out", required=True, type=home, metavar="DIR", help="output directory")
     add("--vocab_size", type=_integer(1), default=32_000, help="size of the vocabulary")
     options = parser.read(args[1:])
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
     print(options.out)
@@ -329,7 +329,7 @@ def generate(verb: str, args: list[str]) -> int:
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT, or lines on standard input")
-    from jaxllm.sampling import generate_text
+    from jaxllm.chat import generate_text
 
     use_cache()
     use = _uses(options.use)
@@ -361,7 +361,7 @@ def chat(verb: str, args: list[str]) -> int:
     _sampling_options(parser)
     _use_option(parser)
     options = parser.read(args)
-    from jaxllm.sampling import chat_loop
+    from jaxllm.chat import chat_loop
 
     use_cache()
     chat_loop(

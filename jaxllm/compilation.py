@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JAX's persistent compilation cache: programs that were compiled once are read from disk."""
+"""JAX's persistent compilation cache: compiled programs are stored on disk and read again."""
 
 from __future__ import annotations
 
@@ -10,70 +10,70 @@ from pathlib import Path
 from typing import Any
 
 DIRECTORY = "jax_compilation_cache_dir"
-PLACE = "~/.cache/jaxllm/compiled"
-# Of the folder PLACE alone: bytes (the least recently used programs go first), and the seconds
-# below which a program is not worth a file.
+DEFAULT_FOLDER = "~/.cache/jaxllm/compiled"
+# Bounds of DEFAULT_FOLDER only: its size in bytes, beyond which the least recently used programs
+# are deleted, and the compile time in seconds below which a program is not stored.
 BOUNDS = {
     "jax_compilation_cache_max_size": 2 << 30,
     "jax_persistent_cache_min_compile_time_secs": 0.1,
 }
-_told: dict[str, Any] = {}  # jax.config as the user left it
-_set: dict[str, Any] = {}  # jax.config as `use_cache` left it
+UNFINISHED_SECONDS = 60  # an incomplete file older than this has no writer any more
+_user_settings: dict[str, Any] = {}  # jax.config before the first `use_cache`
+_settings: dict[str, Any] = {}  # jax.config after the last `use_cache`
 
 
-def use_cache(place: str | None = None) -> None:
-    """Turns the cache on, in the directory `place`, or with "off" leaves it off.
+def use_cache(folder: str | None = None) -> None:
+    """Enables the cache in `folder`; "off" disables it. Call it before anything compiles.
 
-    To be called before the first program is compiled. Without `place` a directory already set in
-    jax.config is kept unchanged, and PLACE is used where there is none. Our bounds are those of
-    PLACE: any other directory is used as it is, and nothing in it is deleted. One that cannot be
-    written to is a warning: then programs are compiled each time.
+    Without `folder`, a directory that jax.config already has is kept, else DEFAULT_FOLDER is used.
+    Any directory but DEFAULT_FOLDER keeps the user's bounds, and nothing in it is deleted. If the
+    directory cannot be written to, a warning is printed and the cache is disabled.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    global _told, _set
-    found = {name: getattr(jax.config, name) for name in (DIRECTORY, *BOUNDS)}
-    _told = _told if found == _set else found
-    _set = dict(_told)
-    ours = place is None and _told[DIRECTORY] is None
-    if place == "off":
-        _set[DIRECTORY] = None
-    elif place or ours:
-        _set[DIRECTORY] = _prepared(place or PLACE, ours)
-    if ours:
-        _set |= {k: value for k, value in BOUNDS.items() if k.upper() not in os.environ}
-    if _set[DIRECTORY] != found[DIRECTORY]:
-        compilation_cache.reset_cache()  # another run of this process used another directory
-    for name, value in _set.items():
+    global _user_settings, _settings
+    current = {name: getattr(jax.config, name) for name in (DIRECTORY, *BOUNDS)}
+    _user_settings = _user_settings if current == _settings else current
+    _settings = dict(_user_settings)
+    is_default = folder is None and _user_settings[DIRECTORY] is None
+    if folder == "off":
+        _settings[DIRECTORY] = None
+    elif folder or is_default:
+        _settings[DIRECTORY] = _prepared(folder or DEFAULT_FOLDER, is_default)
+    if is_default:
+        _settings |= {k: value for k, value in BOUNDS.items() if k.upper() not in os.environ}
+    if _settings[DIRECTORY] != current[DIRECTORY]:
+        compilation_cache.reset_cache()  # an earlier run of this process used another directory
+    for name, value in _settings.items():
         jax.config.update(name, value)
 
 
-def _prepared(place: str, ours: bool) -> str | None:
-    """The path of a directory that is there and can be written to; None, and why, if it cannot."""
-    folder = Path(place)
+def _prepared(path: str, is_default: bool) -> str | None:
+    """Absolute path of a writable directory; prints a warning and returns None if it is not."""
+    folder = Path(path)
     try:
-        folder = folder.expanduser().absolute()  # a RuntimeError where nobody has a home folder
-        # cached programs are executed, so our folder is private
-        folder.mkdir(mode=0o700 if ours else 0o777, parents=True, exist_ok=True)
+        folder = folder.expanduser().absolute()  # RuntimeError without a home directory
+        # Cached programs are executed, so the default folder is private.
+        folder.mkdir(mode=0o700 if is_default else 0o777, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise OSError("it cannot be written to")
-        if ours:
-            _drop_torn(folder)
+        if is_default:
+            _delete_unfinished(folder)
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        print(f"jaxllm: warning: no compilation cache in {folder}: {why}", file=sys.stderr)
+        reason = getattr(error, "strerror", None) or error
+        print(f"jaxllm: warning: no compilation cache in {folder}: {reason}", file=sys.stderr)
         return None
     return str(folder)
 
 
-def _drop_torn(folder: Path) -> None:
+def _delete_unfinished(folder: Path) -> None:
     """Deletes programs that a killed process did not finish writing.
 
-    Where the size is bounded JAX writes NAME-cache, then NAME-atime; one without the other it can
-    neither read, replace nor evict. Those of the last minute may be on their way.
+    With a size bound, JAX writes NAME-cache, then NAME-atime. It can neither read, replace nor
+    evict a NAME-cache without NAME-atime. Recent ones may still be in progress.
     """
     for file in folder.glob("*-cache"):
-        whole = file.with_name(file.name.removesuffix("cache") + "atime").is_file()
-        if not whole and file.stat().st_mtime < time.time() - 60:
+        finished = file.with_name(file.name.removesuffix("cache") + "atime").is_file()
+        if not finished and file.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
             file.unlink(missing_ok=True)

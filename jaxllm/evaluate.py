@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out losses and rewards: sums over a whole set, divided once, whatever the batch size."""
+"""Evaluation of an objective on held-out rows, the best evaluation of a run, and `jaxllm eval`.
+
+Dims: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import jax
@@ -18,34 +18,38 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm import dist
 from jaxllm.config import DataSection, EvalSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.data.loader import Rows, eval_batches, load_data, summarize
-from jaxllm.data.sources import locate, read, records
+from jaxllm.data.dataset import load_data
+from jaxllm.data.loader import eval_batches
+from jaxllm.data.rows import Rows
 from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
-from jaxllm.model.decoder import Decoder
-from jaxllm.monitor.metrics import track
+from jaxllm.monitor.meter import means
+from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.rl.rewards import RewardModel, evaluate_rewards
 from jaxllm.step import Models, alone, with_baseline
 
-LOWER = ("loss", "perplexity")  # ends of names of metrics that are better when lower
+LOWER_IS_BETTER = ("loss", "perplexity")  # suffixes of metric names
 
 
 @dataclass(frozen=True)
 class Eval:
-    """An objective's jitted `(trainable, frozen, batch [B, T]) -> {metric: (Σ, weight)}`, and for
-    one with a baseline, what that is the mean of."""
+    """The jitted functions that evaluate an objective."""
 
     metrics: Callable[..., Any]
+    """(trainable, frozen, batch [B, T]) -> {metric: (Σ, weight)}"""
     baseline: Callable[..., Any] | None = None
+    """(trainable, frozen, batch [B, T]) -> (Σ, weight) of the objective's baseline"""
 
 
 def make_eval(
     models: Models, objective: Callable[..., Any], baseline: Callable[..., Any] | None = None
 ) -> Eval:
-    """The evaluation of an objective; arguments are those of `make_step`."""
+    """Builds the evaluation of an objective from the arguments of `make_step`."""
 
     def metrics(trainable, frozen, batch):
         model, reference = models(trainable, frozen)
@@ -69,75 +73,77 @@ def evaluate(
     batch_size: int,
     progress: str = "",
 ) -> dict[str, float]:
-    """{loss, tokens, …} over all rows of the sets: sums, divided once.
+    """{loss, tokens, …}: means over all rows of the sets, whatever the batch size.
 
-    tokens is how many have a weight. Of a language model loss is nats per learned token (without
-    z-loss, a token counting by its weight) and perplexity its exponential. `batch_size` is rounded
-    up to the devices and only bounds memory. `progress` names a bar on stderr (none: no bar).
+    tokens: the number of tokens with a loss weight. The loss of a language model is in nats per
+    token, weighted and without z-loss; perplexity is its exponential. A metric that counted nothing
+    is left out (`means`). `batch_size` is rounded up to a multiple of the data-parallel devices.
+    progress: label of a progress bar on stderr; empty for none.
     """
     parts = data_parallel(mesh)
     size = -(-batch_size // parts) * parts
 
     def batches() -> Iterator[Batch]:
-        found = chain.from_iterable(eval_batches(rows, size) for rows in sets)
+        rows = chain.from_iterable(eval_batches(rows, size) for rows in sets)
         if progress:
-            found = track(found, progress, sum(-(-len(rows) // size) for rows in sets))
-        return (Batch(**put(mesh, host)) for host in found)
+            rows = track(rows, progress, sum(-(-len(rows) // size) for rows in sets))
+        return (Batch(**put(mesh, host)) for host in rows)
 
     sums: dict[str, np.ndarray] = {}
     with jax.set_mesh(mesh):
         mean = None
         if eval_fn.baseline is not None:
-            pairs = [jax.device_get(eval_fn.baseline(trainable, frozen, b)) for b in batches()]
-            found, weight = np.sum(np.asarray(pairs, np.float64), 0)
-            mean = found / max(weight, 1.0)
+            pairs = [dist.gather(eval_fn.baseline(trainable, frozen, b)) for b in batches()]
+            total, weight = np.sum(np.asarray(pairs, np.float64), 0)
+            mean = total / max(weight, 1.0)
         for batch in batches():
             batch = batch if mean is None else with_baseline(batch, mean)
-            out = jax.device_get(eval_fn.metrics(trainable, frozen, batch))
-            for name, pair in out.items():
+            for name, pair in dist.gather(eval_fn.metrics(trainable, frozen, batch)).items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
-    means = {k: float(a / w) if w else 0.0 for k, (a, w) in sums.items()}
-    means["tokens"] = int(sums["tokens"][0])
-    if "nll" in means:
-        means["loss"] = means.pop("nll")
-        means["perplexity"] = math.exp(min(means["loss"], 700.0))
-    return means
+    is_lm = "nll" in sums
+    if is_lm:
+        sums["loss"] = sums.pop("nll")
+    values = means(sums) | {"tokens": int(sums["tokens"][0])}
+    return values | ({"perplexity": math.exp(min(values["loss"], 700.0))} if is_lm else {})
 
 
 def metric_names(
     eval_fn: Eval, trainable: Any, frozen: Any, rows: Rows, batch_size: int
 ) -> set[str]:
-    """The names of what `evaluate` returns of `rows`, from shapes: nothing is computed."""
+    """Names of the metrics that `evaluate` may return for `rows`; traces, but computes nothing."""
     batch = Batch(**next(eval_batches(rows, batch_size)))
     batch = with_baseline(batch, 0.0) if eval_fn.baseline is not None else batch
     names = set(jax.eval_shape(eval_fn.metrics, trainable, frozen, batch))
     return names - {"nll"} | {"perplexity"} if "nll" in names else names
 
 
+# ---- the best evaluation and early stopping
+
+
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far. A run's checkpoints hold it, so that a resumed run goes on."""
+    """The best evaluation of a run so far; saved in its checkpoints."""
 
     step: int | None = None
     """None before the first evaluation"""
     value: float | None = None
-    """its metric"""
+    """eval.metric at that step"""
     waited: int = 0
-    """evaluations since the last improvement of more than min_delta"""
+    """evaluations since the last improvement of more than eval.min_delta"""
     loss: float | None = None
-    """its loss, whatever the metric"""
+    """the loss at that step, whatever eval.metric is"""
 
     def after_evals(
         self, step: int, evals: dict[str, dict[str, float]], section: EvalSection
     ) -> Best:
-        """With the evaluations {set: {metric: value}} of `step`, by eval.metric (`judged`)."""
+        """The best after the evaluations {set: {metric: value}} at `step`, by eval.metric."""
         if not evals:
             return self
-        best = self.after(step, judged(evals, section), section)
-        return replace(best, loss=judged(evals, EvalSection())) if best.step == step else best
+        best = self.after(step, metric_value(evals, section), section)
+        return replace(best, loss=metric_value(evals, EvalSection())) if best.step == step else best
 
     def after(self, step: int, value: float, section: EvalSection) -> Best:
-        """With the evaluation of `step`. The earlier of two equal ones stays the best; one that is
+        """The best after an evaluation at `step`: a tie keeps the earlier one, and a value that is
         not finite is never better."""
         sign = 1 if is_greater(section) else -1
         gain = math.inf if self.value is None else sign * (value - self.value)
@@ -146,107 +152,37 @@ class Best:
         return Best(step, value, 0 if gain > section.min_delta else self.waited + 1)
 
     def is_over(self, section: EvalSection) -> bool:
-        """True once `patience` evaluations brought no improvement."""
+        """True after eval.patience evaluations without an improvement; patience 0 never stops."""
         return 0 < section.patience <= self.waited
 
 
 def is_greater(section: EvalSection) -> bool:
-    """Whether a higher value of eval.metric is better."""
-    by_name = not section.metric.endswith(LOWER)
+    """True if a higher value of eval.metric is better."""
+    by_name = not section.metric.endswith(LOWER_IS_BETTER)
     return by_name if section.greater is None else section.greater
 
 
-def judged(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
-    """eval.metric of the evaluations {set: {metric: value}}: its mean over the sets, or with a
-    set's name before it (`NAME_METRIC`), that set's. transformers' prefix eval_ may precede both.
+def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
+    """The value of eval.metric in evaluations {set: {metric: value}}.
 
-    Raises ValueError naming the metrics there are.
+    METRIC is the mean over the sets that have it and NAME_METRIC that of one set; transformers'
+    prefix eval_ may precede either. Raises UserError that lists the metrics if it is not there.
     """
     for metric in (section.metric, section.metric.removeprefix("eval_")):
-        each = [values[metric] for values in evals.values() if metric in values]
-        if each:
-            return sum(each) / len(each)
-        for name, values in evals.items():
-            if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in values:
-                return values[metric.removeprefix(f"{name}_")]
-    known = sorted({metric for values in evals.values() for metric in values})
+        values = [metrics[metric] for metrics in evals.values() if metric in metrics]
+        if values:
+            return sum(values) / len(values)
+        for name, metrics in evals.items():
+            if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in metrics:
+                return metrics[metric.removeprefix(f"{name}_")]
+    names = sorted({metric for metrics in evals.values() for metric in metrics})
     raise UserError(
-        f"eval.metric {section.metric!r} is not logged by evaluations; there are "
-        f"{', '.join(known)}, and NAME_METRIC for one of {', '.join(evals)}"
+        f"eval.metric {section.metric!r} is not logged by evaluations; choose from "
+        f"{', '.join(names)}, or NAME_METRIC with NAME one of {', '.join(evals)}"
     )
 
 
-def _pairs(source: Source) -> bool:
-    """Whether a source holds pairs of answers, by its first record."""
-    with TemporaryDirectory() as folder:
-        table = read(locate(source, held_out=True), Path(folder))
-        if not len(table):
-            raise UserError(f"{source.path}: holds no examples")
-        _, record = next(records(table[:1], [0], source.path))
-    given = {name for name, value in record.items() if value is not None}
-    return bool({"chosen", "rejected"} & (given | source.columns.keys()))
-
-
-def _distribution(scores: np.ndarray, name: str) -> dict[str, float]:
-    """Mean, standard deviation, extremes and quartiles."""
-    marks = np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))
-    named = zip(("min", "q1", "median", "q3", "max"), marks.tolist(), strict=True)
-    found = {"mean": float(scores.mean()), "std": float(scores.std()), **dict(named)}
-    return {f"{name}_{k}": v for k, v in found.items()}
-
-
-def evaluate_rewards(
-    model: Decoder,
-    tokenizer: Any,
-    sources: Sequence[Source],
-    *,
-    mesh: Mesh,
-    max_length: int,
-    batch_size: int,
-) -> dict[str, float]:
-    """A reward model on pairs: {loss, accuracy, margin, examples, tokens, reward_*}, or on
-    conversations: {examples, tokens, reward_*}, where reward_* is how its scores are spread."""
-    paired = _pairs(sources[0])
-    cfg = TrainConfig(
-        objective="reward" if paired else "sft",
-        data=DataSection(eval=tuple(sources), max_length=max_length),
-    )
-    if not paired:
-        cfg = replace(cfg, data=replace(cfg.data, train_on_prompt=True))
-    data = load_data(cfg, tokenizer)
-    print(*summarize(data.manifest), sep="\n", file=sys.stderr)
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    def scores(params: Any, batch: Batch, segments: Sequence[Any]) -> Any:
-        model = nnx.merge(graph, params)
-        hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
-        return [model.scores(hidden, batch.segment_ids, s) for s in segments]
-
-    size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
-    found: list[Any] = []
-    tokens = most = 0  # texts in a row, as many as there were at most: few programs
-    with jax.set_mesh(mesh):
-        for rows in data.evals.values():
-            for host in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
-                batch = Batch(**put(mesh, host))
-                names = [batch.chosen_segment, batch.rejected_segment]
-                if not paired:
-                    most = max(most, int(host["segment_ids"].max()))
-                    each = np.arange(1, most + 1) * np.ones((size, 1), np.int32)
-                    here = (host["segment_ids"][:, None] == each[..., None]).any(-1)
-                    names = [jnp.where(here, each, 0)]
-                got = np.stack(jax.device_get(scores(params, batch, names)))
-                found.append(got[:, np.asarray(names[0]) > 0])
-                tokens += int((host["segment_ids"] > 0).sum())
-    table = np.concatenate(found, 1).astype(np.float64)
-    out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
-    if paired:
-        apart = table[0] - table[1]
-        out |= {"loss": float(np.logaddexp(0, -apart).mean())}
-        out |= {"accuracy": float((apart > 0).mean()), "margin": float(apart.mean())}
-        out |= _distribution(table[0], "chosen") | _distribution(table[1], "rejected")
-    return out | _distribution(table.ravel(), "reward")
+# ---- files
 
 
 def evaluate_files(
@@ -261,12 +197,12 @@ def evaluate_files(
     adapter: Mapping[str, str] | None = None,
     use: Any = ...,
 ) -> dict[str, float]:
-    """Evaluates a HF directory on files: {loss, perplexity, tokens, examples, …}.
+    """Evaluates an HF directory on files: {loss, perplexity, tokens, examples, …}.
 
-    `objective` sft reads chats and counts the assistant's tokens only; pretrain reads text. All
-    files are one set. A reward model scores pairs or conversations (`evaluate_rewards`). adapter:
-    {name: directory} beside the model; use: which of them (default the first; jaxllm.choose).
-    Raises ValueError or FileNotFoundError for what is not there or unfit.
+    objective: pretrain reads text; sft reads chats and counts only the assistant's tokens. All
+    files together are one set. A reward model scores pairs or conversations (`evaluate_rewards`).
+    adapter: {name: directory} of PEFT adapters to load; use: which one is active (default: the
+    first). Raises UserError for a model or data that cannot be read or do not fit.
     """
     if not data:
         raise UserError("there is nothing to evaluate on; name a file")
@@ -284,15 +220,15 @@ def evaluate_files(
     if use is not ...:
         choose(loaded, use)
     check_vocabulary(tokenizer, loaded.cfg.vocab_size)
-    sources = tuple(Source(each) if isinstance(each, str) else each for each in data)
-    room = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
+    sources = tuple(Source(item) if isinstance(item, str) else item for item in data)
+    max_length = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
     if loaded.cfg.scores:
-        sizes = {"max_length": room, "batch_size": batch_size}
-        return evaluate_rewards(loaded, tokenizer, sources, mesh=mesh, **sizes)
+        reward_model = RewardModel.of(loaded, tokenizer, mesh)
+        return evaluate_rewards(reward_model, sources, max_length=max_length, batch_size=batch_size)
     cfg = TrainConfig(
         objective=objective,
         model=ModelSection(path=model),
-        data=DataSection(eval=sources, max_length=room),
+        data=DataSection(eval=sources, max_length=max_length),
     )
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded)
@@ -306,5 +242,5 @@ def evaluate_files(
         batch_size=batch_size,
         progress="evaluating",
     )
-    shown = {key: out[key] for key in ("loss", "perplexity", "tokens", "accuracy")}
+    shown = {key: out[key] for key in ("loss", "perplexity", "tokens", "accuracy") if key in out}
     return shown | {"examples": sum(e["examples"] for e in held_out.manifest["eval"].values())}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories of safetensors and JSON: found, read by slices, written tensor by tensor."""
+"""Model directories of safetensors and JSON: locate, read by slices, write tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from jaxllm.errors import UserError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# safetensors' names of the dtypes that weights may be stored in.
+# The dtypes in which weights may be saved -> their names in a safetensors header.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# What is written to a model's or an adapter's folder; one with anything else in it is not replaced.
-OWN_FILES = (
+# Files of a saved model or adapter. A directory that holds any other file is never replaced.
+MODEL_FILES = (
     "config.json generation_config.json model*.safetensors model.safetensors.index.json "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja chat_template.json "
@@ -36,13 +36,16 @@ OWN_FILES = (
 
 
 def hub_id(path: str) -> bool:
-    """Whether a path that is not there can name something on the hub: OWNER/NAME, and no typo in
-    the name of something in a directory that is there."""
+    """True if `path` may name a repository on the hub: it has the form OWNER/NAME, and OWNER is no
+    local directory (then NAME is more likely a typo)."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
 
 
-def resolve(path: str) -> Path:
-    """A directory as it is; anything else is a hub id, fetched or found in the hub's cache."""
+def local_dir(path: str) -> Path:
+    """The local directory of a model: `path` itself, or the hub's cache (downloads a hub id).
+
+    Raises UserError if `path` is neither a directory nor a hub id that can be downloaded.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -61,26 +64,30 @@ def resolve(path: str) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError for anything else, with the line of a syntax error."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no UTF-8 text: {error.reason}") from None
+        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} holds {type(value).__name__}; a JSON object is expected")
     return value
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: its file}, found as transformers does. Raises ValueError if there is none."""
+    """{tensor name: file that holds it}, by the rules of transformers: one file, or an index.
+
+    Raises UserError if the directory has no safetensors.
+    """
     if (folder / SINGLE).is_file():
-        with opened(folder / SINGLE) as file:
+        with open_tensors(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     if (folder / INDEX).is_file():
         mapping = read_json(folder / INDEX).get("weight_map")
         if not isinstance(mapping, dict):
-            raise UserError(f"{folder / INDEX} has no weight_map; it is no index of tensors")
+            raise UserError(f"{folder / INDEX} has no weight_map, so it is not an index of tensors")
         files = {name: folder / file for name, file in mapping.items()}
         if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
             raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there")
@@ -95,17 +102,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     raise UserError(f"{folder} has no {SINGLE} (nor {INDEX})")
 
 
-def opened(file: Path) -> Any:
+def open_tensors(file: Path) -> Any:
+    """Opens a safetensors file for reading by slices; use it as a context manager."""
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file: where the data begins, {name: dtype, shape and data_offsets}."""
+    """(offset of the data, {tensor: its dtype, shape and data_offsets}) of a safetensors file."""
     stat = file.stat()
     return _header(file, stat.st_mtime_ns, stat.st_size)
 
@@ -118,8 +126,11 @@ def _header(file: Path, *_: int) -> tuple[int, dict[str, Any]]:
     return 8 + length, {name: t for name, t in tensors.items() if name != "__metadata__"}
 
 
-def place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """An array laid out as `like`, shard by shard: `read(index)` once for each distinct one."""
+def make_sharded(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Creates an array of the shape and sharding of `like`, one shard at a time.
+
+    `read(index)` returns the values of one shard; replicas of a shard are read once.
+    """
     same: dict[Any, tuple[Any, list[Any]]] = {}
     for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
         assert index is not None
@@ -131,18 +142,19 @@ def place(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.
         parts += [jax.device_put(value, device) for device in devices]
         jax.block_until_ready(parts)
         del value
-        jax.device_put(0)  # jax lets go of the host's copy at its next call, and a read is none
+        jax.device_put(0)  # jax frees the host copy at its next call; reading a file is not one
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
 
 def check_dtype(dtype: str) -> None:
+    """Raises UserError unless weights can be saved in `dtype`."""
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One HF tensor of a model; `read` gathers it to the host, in the weights' own dtype."""
+    """An HF tensor to be written. `read` returns it on the host, in the dtype of the weights."""
 
     name: str
     shape: tuple[int, ...]
@@ -150,15 +162,15 @@ class Tensor:
 
 
 def write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
-    """A safetensors file (length, JSON header, data), written tensor by tensor."""
-    width, place = jnp.dtype(dtype).itemsize, 0
+    """Writes a safetensors file: length, JSON header, data. Holds one tensor at a time."""
+    width, offset = jnp.dtype(dtype).itemsize, 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in tensors:
-        end = place + prod(t.shape) * width
-        header[t.name] = {"dtype": DTYPES[dtype], "shape": t.shape, "data_offsets": [place, end]}
-        place = end
+        end = offset + prod(t.shape) * width
+        header[t.name] = {"dtype": DTYPES[dtype], "shape": t.shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
@@ -172,24 +184,26 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def _check_target(out: Path) -> None:
-    """Raises ValueError unless `out` is new, empty, or holds nothing but a model or an adapter."""
+    """Raises UserError unless `out` does not exist, is empty or holds only a model or adapter."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"{out} is a file; choose another place")
+        raise UserError(f"{out} is a file; choose another directory")
     entries = sorted(out.iterdir())
-    strange = [e.name for e in entries if e.is_dir() or not any(map(e.match, OWN_FILES))]
+    strange = [e.name for e in entries if e.is_dir() or not any(map(e.match, MODEL_FILES))]
     ours = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if strange or (entries and not ours):
         what = f"holds {strange[0]}" if strange else "is not empty"
-        raise UserError(f"{out} {what}, so it is not replaced; choose another place or empty it")
+        raise UserError(
+            f"{out} {what}, so it is not replaced; choose another directory or empty it"
+        )
 
 
 @contextmanager
 def new_folder(path: str) -> Iterator[Path]:
-    """Yields a folder to fill, which takes the name `path` when it is whole, or not at all.
+    """Yields a temporary directory; renames it to `path` if the block ends without an exception.
 
-    A saved model or adapter of that name is replaced; anything else is refused (ValueError).
+    Replaces a saved model or adapter at `path`. Raises UserError for any other directory there.
     """
     out = Path(path).expanduser().resolve()
     _check_target(out)

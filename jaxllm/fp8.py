@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 checkpoints, dequantised slice by slice as they are read; other quantised ones are refused.
+"""Reads FP8 checkpoints, dequantised slice by slice; rejects every other quantised format.
 
     quantization_config                      scale of X.weight    its shape
     fp8, weight_block_size [m, n]            X.weight_scale_inv   [⌈O/m⌉, ⌈I/n⌉]
@@ -7,8 +7,8 @@
     fp8, activation_scheme alone (AutoFP8)   X.weight_scale       one number
     compressed-tensors, 8-bit float          X.weight_scale       tensor: one number, channel:
                                                                   [O, 1], block: as above
-The weight [O, I] is its F8_E4M3 value times its scale, in float32. Scales of activations are left
-out: weights are all that is read. A layout that the config does not state is refused, not guessed.
+A weight [O, I] is its F8_E4M3 value times its scale, in float32. Scales of activations are ignored,
+because only weights are read. A layout that the config does not state is an error, never guessed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 from jaxllm.errors import UserError
 from jaxllm.files import header
 
-# Under either name; the second is that of older compressed-tensors.
-CONFIGS = ("quantization_config", "compression_config")
+# Keys of config.json that describe a quantisation; the second is of older compressed-tensors.
+CONFIG_KEYS = ("quantization_config", "compression_config")
 STORED = "F8_E4M3"
 DTYPES = {
     STORED: jnp.float8_e4m3fn,
@@ -35,13 +35,13 @@ DTYPES = {
     "F32": jnp.float32,
 }
 ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale")
-# Ends of names that only quantised checkpoints have.
-MARKS = (
+# Suffixes of tensor names that occur in quantised checkpoints only.
+QUANTISED_SUFFIXES = (
     *("weight_scale_inv", "weight_scale", "weight_packed", "qweight", "qzeros", ".scales", "SCB"),
     *("absmax", "_blocks", "_scales", *ACTIVATION_SCALES),
 )
 FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors
-# How transformers dequantises, by quant_method: an option of from_pretrained, or a call after it.
+# quant_method -> how transformers dequantises: (argument of from_pretrained, call after it).
 RECIPES = {
     "fp8": (", quantization_config=t.FineGrainedFP8Config(dequantize=True)", ""),
     "mxfp4": (", quantization_config=t.Mxfp4Config(dequantize=True)", ""),
@@ -52,27 +52,28 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Fp8:
-    """Where a weight's scale lies: `X.weight` + suffix, one for each block [rows, columns] of the
-    weight; 0 = the whole dim."""
+    """How a checkpoint stores the scales of its FP8 weights."""
 
     suffix: str
+    """the scale of `X.weight` is the tensor `X.weight` + suffix"""
     block: tuple[int, int]
+    """[rows, columns] of the weight that share a scale; 0 = all of that dim"""
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a weight's scale."""
+        """Shape of the scale of a weight of `shape`."""
         return tuple(-(-n // m) if m else 1 for n, m in zip(shape, self.block, strict=True))
 
 
-def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8 | None]:
-    """(a config.json without its quantization, how its weights are stored: None = not quantised).
+def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8 | None]:
+    """(config without its quantisation, how the FP8 weights are stored; None = not quantised).
 
-    Raises ValueError for a format that is not read here, with what helps.
+    Raises UserError for any other format and says how to dequantise it.
     """
-    found = next((config[key] for key in CONFIGS if config.get(key)), None)
-    rest = {key: value for key, value in config.items() if key not in CONFIGS}
-    if found is None:
+    stated = next((config[key] for key in CONFIG_KEYS if config.get(key)), None)
+    rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    if stated is None:
         return rest, None
-    stated = found if isinstance(found, dict) else {}
+    stated = stated if isinstance(stated, dict) else {}
     method = None if stated.get("quant_method") is None else str(stated["quant_method"])
     scheme = None
     if method == "fp8":
@@ -82,15 +83,17 @@ def scheme_of(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8
     if scheme is None:
         what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
         if method == "fp8":
-            what += ", and no weight_block_size says which of them share a scale (null: all of one)"
-        raise UserError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIGS[0]}")
+            what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
+        raise UserError(
+            f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}"
+        )
     return rest, scheme
 
 
-def _fine_grained(found: dict[str, Any]) -> Fp8 | None:
-    if "weight_block_size" not in found:
-        return Fp8("_scale", (0, 0)) if found.get("activation_scheme") else None
-    block = found["weight_block_size"]
+def _fine_grained(stated: dict[str, Any]) -> Fp8 | None:
+    if "weight_block_size" not in stated:
+        return Fp8("_scale", (0, 0)) if stated.get("activation_scheme") else None
+    block = stated["weight_block_size"]
     return Fp8("_scale_inv", (0, 0)) if block is None else _blocks("_scale_inv", block)
 
 
@@ -99,34 +102,34 @@ def _blocks(suffix: str, block: Any) -> Fp8 | None:
     return Fp8(suffix, (block[0], block[1])) if sizes and len(block) == 2 else None
 
 
-def _compressed(found: dict[str, Any]) -> Fp8 | None:
-    """None unless all groups of modules are float of 8 bits in one layout, and nothing else."""
-    groups = found.get("config_groups")
+def _compressed(stated: dict[str, Any]) -> Fp8 | None:
+    """None unless every group of modules is 8-bit float, all in the same layout."""
+    groups = stated.get("config_groups")
     layouts = set()
     for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None  # a list: of a preset
+        weights = group.get("weights") if isinstance(group, dict) else None  # a list: a preset
         if not isinstance(weights, dict):
             return None
         if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             return None
-        if (group.get("format") or found.get("format")) not in FORMATS:
+        if (group.get("format") or stated.get("format")) not in FORMATS:
             return None
         if not weights.get("symmetric", True):
             return None
-        whole: dict[Any, Any] = {"tensor": Fp8("_scale", (0, 0)), "channel": Fp8("_scale", (1, 0))}
+        named: dict[Any, Any] = {"tensor": Fp8("_scale", (0, 0)), "channel": Fp8("_scale", (1, 0))}
         strategy = weights.get("strategy")
         blocks = _blocks("_scale", weights.get("block_structure")) if strategy == "block" else None
-        layouts.add(whole.get(strategy, blocks) if isinstance(strategy, str) else None)
-    sparsity = found.get("sparsity_config") or {"format": "dense"}
+        layouts.add(named.get(strategy, blocks) if isinstance(strategy, str) else None)
+    sparsity = stated.get("sparsity_config") or {"format": "dense"}
     sparse = not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense"
-    if sparse or found.get("transform_config") or len(layouts) != 1:
+    if sparse or stated.get("transform_config") or len(layouts) != 1:
         return None
     return layouts.pop()
 
 
 def _help(method: Any, folder: Path) -> str:
     if method not in RECIPES:
-        return "transformers has no way to dequantise that: load the model it was made from"
+        return "transformers cannot dequantise that: load the model that was quantised"
     option, call = RECIPES[method]
     return (
         'dequantise them: python -c "import transformers as t; '
@@ -135,17 +138,17 @@ def _help(method: Any, folder: Path) -> str:
     )
 
 
-def spare(names: set[str], wanted: set[str], scheme: Fp8 | None) -> set[str]:
-    """Those of a checkpoint's `names` that are neither `wanted` nor their scales."""
-    left = names - wanted
+def unexpected(names: set[str], wanted: set[str], scheme: Fp8 | None) -> set[str]:
+    """Tensor names of a checkpoint that are neither `wanted` nor scales of those."""
+    rest = names - wanted
     if scheme is None:
-        return left
+        return rest
     scales = {name + scheme.suffix for name in wanted if name.endswith(".weight")}
-    return {n for n in left - scales if not n.endswith(ACTIVATION_SCALES)}
+    return {n for n in rest - scales if not n.endswith(ACTIVATION_SCALES)}
 
 
 class Dequantised:
-    """A FP8 weight read as safe_open's slices are: `part[rows, columns]` in float32."""
+    """An FP8 weight with the interface of safe_open's slices; `part[rows, columns]` is float32."""
 
     def __init__(self, weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]):
         self.weight, self.scale = weight, scale
@@ -163,21 +166,26 @@ class Dequantised:
             np.arange(n)[part] // m
             for n, part, m in zip(self.weight.shape, index, self.block, strict=True)
         )
-        for start in range(0, len(value), 128):  # the scales of a few rows at a time, never of all
+        # A few rows at a time: expanding all scales would take as much memory as the weight.
+        for start in range(0, len(value), 128):
             value[start : start + 128] *= self.scale[rows[start : start + 128]][:, columns]
         return value
 
 
 def tensor(
-    files: Mapping[Path, Any], where: Mapping[str, tuple[Path, str]], name: str, scheme: Fp8 | None
+    files: Mapping[Path, Any],
+    locations: Mapping[str, tuple[Path, str]],
+    name: str,
+    scheme: Fp8 | None,
 ) -> Any:
-    """The tensor `name` of opened `files`, to be read by slices.
+    """A tensor to be read by slices, FP8 dequantised.
 
-    where: {name: (file, its name there)}. Raises ValueError for FP8 whose scale is not known.
+    files: {path: the opened file}; locations: {tensor: (file, its name in the file)}. Raises
+    UserError for an FP8 weight without a scale of the right shape.
     """
-    file, stored = where[name]
+    file, stored = locations[name]
     part = files[file].get_slice(stored)
-    scale = where.get(name + scheme.suffix) if scheme else None
+    scale = locations.get(name + scheme.suffix) if scheme else None
     if part.get_dtype() != STORED:
         if scale:
             raise UserError(
@@ -185,30 +193,25 @@ def tensor(
             )
         return part
     if scheme is None or scale is None:
-        lacks = (
-            f"the checkpoint has no {name}{scheme.suffix}"
-            if scheme
-            else f"no {CONFIGS[0]} is there"
-        )
+        lacks = f"the checkpoint has no {name}{scheme.suffix}" if scheme else f"no {CONFIG_KEYS[0]}"
         raise UserError(f"{file}: {name} is stored as {STORED}, quantised, but {lacks}")
     weight, values = _mapped(file, stored), np.asarray(_mapped(*scale), np.float32)
     want = scheme.grid(weight.shape) if weight.ndim == 2 else None
     if want is None or (values.shape != want and not values.size == int(np.prod(want)) == 1):
         raise UserError(
-            f"{scale[0]}: {scale[1]} has shape {values.shape}; by {CONFIGS[0]} a weight of "
+            f"{scale[0]}: {scale[1]} has shape {values.shape}; by {CONFIG_KEYS[0]} a weight of "
             f"{weight.shape} has scales {want}"
         )
     return Dequantised(weight, values.reshape(want), scheme.block)
 
 
 def _mapped(file: Path, name: str) -> np.ndarray:
-    """A tensor as it lies in the file, read where it is touched: numpy has no FP8 of its own, so
-    safe_open cannot give it."""
+    """A memory-mapped tensor. safe_open cannot return FP8, because numpy has no such dtype."""
     start, tensors = header(file)
     entry = tensors[name]
     if entry["dtype"] not in DTYPES:
         raise UserError(
-            f"{file}: {name} is stored as {entry['dtype']}, which is no scale of {STORED}"
+            f"{file}: {name} is stored as {entry['dtype']}; that cannot be a scale of {STORED}"
         )
     first, end = entry["data_offsets"]
     data = np.memmap(file, np.uint8, "r", start + first, (end - first,))

@@ -23,7 +23,7 @@ import xxhash
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm import fp8
+from jaxllm import dist, fp8
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 from jaxllm.files import (
@@ -35,15 +35,15 @@ from jaxllm.files import (
     Tensor,
     check_dtype,
     header,
+    local_dir,
+    make_sharded,
     new_folder,
-    opened,
-    place,
-    resolve,
+    open_tensors,
     tensor_files,
     write_file,
     write_json,
 )
-from jaxllm.hf_config import source_config, written_configs
+from jaxllm.hf_config import source_config, updated_configs
 from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
@@ -84,7 +84,7 @@ def _names(key: Key, cfg: ModelConfig) -> list[str]:
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     wanted = {name for key in key_table(cfg) for name in _names(key, cfg)}
     missing = sorted(wanted - found)
-    spare = sorted(n for n in fp8.spare(found, wanted, scheme) if not n.endswith(HARMLESS))
+    spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(HARMLESS))
     if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
         spare.remove(HEAD)  # a second copy of the embedding; of no use to a score
     if cfg.scores and SCORE in missing:
@@ -95,8 +95,8 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
             return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
         hint = ""
-        if any(name.endswith(fp8.MARKS) for name in spare):
-            hint = f"; they are of quantised weights, and {fp8.CONFIGS[0]} in config.json "
+        if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
+            hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
             hint += "is missing: restore it" if scheme is None else "describes others"
         what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
         what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
@@ -146,6 +146,7 @@ def load_hf(
     compute_dtype: str | None = None,
     remat: str = "none",
     scan_unroll: int = 1,
+    attention: str = "auto",
     overrides: dict[str, Any] | None = None,
     peft: Adapter = NO_ADAPTER,
     quantize_base: str = "none",
@@ -169,14 +170,14 @@ def load_hf(
     for name in (dtype, compute_dtype or dtype):
         check_dtype(name)
     path, named = adapter_files.with_base(path, adapter)
-    folder, saved = resolve(path), {n: adapter_files.find(one) for n, one in named.items()}
+    folder, saved = local_dir(path), {n: adapter_files.find(one) for n, one in named.items()}
     scores = scores or adapter_files.is_reward(saved)
     config, scheme = source_config(str(folder), overrides or {}, scores=scores)
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     plan = adapter_files.read_adapter(cfg, saved) if saved and not peft.frozen else peft
     options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
-    options["scan_unroll"] = scan_unroll
+    options |= {"scan_unroll": scan_unroll, "attention": attention}
     graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
     flat = dict(nnx.to_flat_state(state))
     weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
@@ -252,7 +253,9 @@ def _read_weights(
     keys = key_table(cfg)
     fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
     with ExitStack() as stack:
-        files = {f: stack.enter_context(opened(f)) for f in sorted({f for f, _ in where.values()})}
+        files = {
+            f: stack.enter_context(open_tensors(f)) for f in sorted({f for f, _ in where.values()})
+        }
         for key in keys:
             variable = weights.get(tuple(key.path.split(".")))
             if variable is None:
@@ -273,7 +276,7 @@ def _read_weights(
                     out[place] = _read(part, key, index[1:])
                 return out
 
-            value = place(like, read)
+            value = make_sharded(like, read)
             path = tuple(key.path.split("."))
             variable.set_value(stored(path, variable, value))
 
@@ -356,7 +359,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
 
         def read() -> np.ndarray:
             values = [a[layer] if k.stacked else a for k, a in zip(parts, arrays, strict=True)]
-            host = jax.device_get(values)
+            host = dist.gather(values)
             host = [v.T if k.transpose else v for k, v in zip(parts, host, strict=True)]
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 
@@ -396,7 +399,7 @@ def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any]
         config = json.loads(model.hf_config)
     else:
         config = to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
-    return written_configs(config, dtype, model.cfg.vocab_size, tokenizer)
+    return updated_configs(config, dtype, model.cfg.vocab_size, tokenizer)
 
 
 def save_hf(

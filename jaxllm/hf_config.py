@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json and generation_config.json of a HuggingFace directory: read, changed, written."""
+"""config.json and generation_config.json of a HuggingFace directory: read, override, update."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxllm import fp8
+from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError
-from jaxllm.files import INDEX, SINGLE, opened, read_json, resolve, tensor_files
+from jaxllm.files import INDEX, SINGLE, local_dir, open_tensors, read_json, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
     EMBED,
@@ -25,20 +26,21 @@ from jaxllm.model.families import (
     normalised,
     rope_keys,
 )
-from jaxllm.tokenizer import stop_ids
 
-# Inside a model's hf_config: what generation_config.json said.
+# Key of a model's hf_config that holds the content of generation_config.json.
 GENERATION = "generation_config"
-PART = 1 << 22  # numbers of the token table and the head that are compared at a time
+CHUNK = 1 << 22  # elements of the embedding and the head that are compared at a time
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The config.json of a directory or hub id, or the JSON file itself."""
+    """Reads config.json of a directory or hub id, or the JSON file that `path` names."""
     file = Path(path).expanduser()
     if not file.is_file():
-        file = resolve(path) / "config.json"
+        file = local_dir(path) / "config.json"
     if not file.is_file():
-        raise UserError(f"{file.parent} has no config.json; it is no HuggingFace model directory")
+        raise UserError(
+            f"{file.parent} has no config.json, so it is not a HuggingFace model directory"
+        )
     config = read_json(file)
     if {"objective", "optim", "data"} <= config.keys():
         raise UserError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
@@ -48,69 +50,71 @@ def read_config(path: str) -> dict[str, Any]:
 def source_config(
     path: str, overrides: dict[str, Any], *, scores: bool = False, weights: bool = True
 ) -> tuple[dict[str, Any], fp8.Fp8 | None]:
-    """(the HF config of the model at `path` with `overrides`, how its weights are quantised).
+    """(HF config of the model at `path` with `overrides`, how its FP8 weights are stored).
 
-    path: a directory or hub id, or a config.json alone. scores: as that of a reward model. weights:
-    whether those of the directory are read; else they are drawn, and its own do not matter. Raises
-    ValueError for a config that no model can be made of, and for quantised weights that are not
-    read here.
+    path: a directory, a hub id or a config.json. scores: return the config of a reward model.
+    weights: the weights of the directory will be loaded; with False they are randomly initialised,
+    so their quantisation does not matter. Raises UserError for an unknown key in `overrides` and
+    for weights in a quantised format that cannot be read.
     """
     config = read_config(path)
-    folder = None if Path(path).expanduser().is_file() else resolve(path)
+    folder = None if Path(path).expanduser().is_file() else local_dir(path)
     if folder and weights:
-        config, scheme = fp8.scheme_of(config, folder)
+        config, scheme = fp8.split_quantization(config, folder)
     else:
-        config, scheme = {k: v for k, v in config.items() if k not in fp8.CONFIGS}, None
-    config = _changed(config, overrides)
+        config, scheme = {k: v for k, v in config.items() if k not in fp8.CONFIG_KEYS}, None
+    config = _override(config, overrides)
     config = as_reward(config) if scores else config
     if folder is None:
         return config, None
-    own = weights and "tie_word_embeddings" not in overrides
-    if own and _has_another_head(config, folder, scheme):
+    tie_by_weights = weights and "tie_word_embeddings" not in overrides
+    if tie_by_weights and _has_untied_head(config, folder, scheme):
         config["tie_word_embeddings"] = False
     if (folder / "generation_config.json").is_file():
         config[GENERATION] = read_json(folder / "generation_config.json")
     return config, scheme
 
 
-def _changed(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `overrides`. Raises ValueError for a key that such a model does not have."""
+def _override(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `overrides`. Raises UserError for a key that this model type does not have."""
     merged = config | overrides
     kind = normalised(merged)["model_type"]
-    # As files before transformers 5 do; it takes them in, and writes others.
-    spelled = (*OLD_ROPE, "torch_dtype", "sliding_window_pattern")
-    known = {*config, *normalised({"model_type": kind}), *spelled}
+    # Spellings before transformers 5, which reads them and writes others.
+    old_keys = (*OLD_ROPE, "torch_dtype", "sliding_window_pattern")
+    valid = {*config, *normalised({"model_type": kind}), *old_keys}
     for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"model.overrides.{key} is no key of a {kind} config{hint}")
+            raise UserError(f"model.overrides.{key} is not a key of a {kind} config{hint}")
     if "rope_parameters" in overrides or overrides.keys() & set(OLD_ROPE):
-        # Of two spellings in a file transformers reads some keys of one and some of the other.
+        # transformers mixes the two spellings of RoPE when a file has both, so write only one.
         both = rope_keys(normalised(config))
         other = "rope_scaling" if "rope_parameters" in overrides else "rope_parameters"
-        kept = {key: both[key] for key in (*OLD_ROPE, "rope_parameters") if key in both}
-        merged = {k: v for k, v in (config | kept).items() if k != other} | overrides
+        rope = {key: both[key] for key in (*OLD_ROPE, "rope_parameters") if key in both}
+        merged = {k: v for k, v in (config | rope).items() if k != other} | overrides
     return merged
 
 
-def _has_another_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | None) -> bool:
-    """Whether the files of a tied language model hold a head that is not its token table: then, as
-    in transformers 5, the weights decide and not the config."""
-    there = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
-    if not there or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
+def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | None) -> bool:
+    """True if the config ties the embeddings but the files hold a head with other values.
+
+    As in transformers 5, the weights then win over the config.
+    """
+    has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
         return False
     found = tensor_files(folder)
     if EMBED not in found or HEAD not in found:
         return False
-    where = {name: (file, name) for name, file in found.items()}
+    locations = {name: (file, name) for name, file in found.items()}
     with ExitStack() as stack:
-        files = {f: stack.enter_context(opened(f)) for f in {found[EMBED], found[HEAD]}}
-        table, head = (fp8.tensor(files, where, name, scheme) for name in (EMBED, HEAD))
+        files = {f: stack.enter_context(open_tensors(f)) for f in {found[EMBED], found[HEAD]}}
+        table, head = (fp8.tensor(files, locations, name, scheme) for name in (EMBED, HEAD))
         rows, *width = table.get_shape()
         if head.get_shape() != [rows, *width]:
             return True
-        step = max(1, PART // max(1, *width))
+        step = max(1, CHUNK // max(1, *width))
         starts = range(0, rows, step)
         parts = ((slice(i, min(i + step, rows)), slice(None)) for i in starts)
         return any((np.float32(1) * table[part] != head[part]).any() for part in parts)
@@ -120,18 +124,18 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def written_configs(
+def updated_configs(
     config: dict[str, Any], dtype: str, vocab_size: int, tokenizer: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config.json, generation_config.json) of a model: those of its source, brought up to date.
+    """(config.json, generation_config.json) to save with a model, from those it was loaded with.
 
-    RoPE is spelled for readers of either age (families.rope_keys). The tokenizer decides bos, eos
-    and pad. Every id that ends a text (the source's for generation, the config's, the end of a
-    turn) is in the generation config, in that order, unless the tokenizer's eos is new to the
-    model: then the old ids mean something else.
+    RoPE is written in the old and the new spelling (families.rope_keys). bos, eos and pad are the
+    tokenizer's. The eos ids of the generation config are those of the old generation config, of the
+    config and of the tokenizer (eos and end of turn), in that order. If the tokenizer's eos is new
+    to the model, the old ids are dropped, because they mean other tokens.
     """
     generation = config.pop(GENERATION, {})
-    for key in ("auto_map", "_name_or_path"):  # code that is not copied; a place on this machine
+    for key in ("auto_map", "_name_or_path"):  # code that is not copied; a local path
         config.pop(key, None)
     if not is_reward(config):
         config["architectures"] = [FAMILIES[config["model_type"]].name + CAUSAL]
@@ -139,21 +143,21 @@ def written_configs(
     filled = normalised(config)
     config |= rope_keys(filled)
 
-    # Explicit, since a class default may lie outside a small vocabulary.
+    # Written explicitly: the default of the config class may exceed a small vocabulary.
     ids = {k: filled.get(k) for k in TOKEN_IDS}
-    theirs = generation.get("eos_token_id")
-    ends = [*_ids(theirs), *_ids(ids["eos_token_id"])]
+    source_eos = generation.get("eos_token_id")
+    ends = [*_ids(source_eos), *_ids(ids["eos_token_id"])]
     if tokenizer is not None:
         eos = tokenizer.eos_token_id
         if eos not in ends:
-            ends, theirs = [], None
+            ends, source_eos = [], None
         if eos not in _ids(ids["eos_token_id"]):
             ids["eos_token_id"] = eos
         ends += [eos, *stop_ids(tokenizer)]
         ids |= {k: v for k in TOKEN_IDS[::2] if (v := getattr(tokenizer, k)) is not None}
     ids = {k: v if all(i < vocab_size for i in _ids(v)) else None for k, v in ids.items()}
     ends = [i for i in dict.fromkeys(ends) if i < vocab_size]
-    one = len(ends) == 1 and not isinstance(theirs, list)
+    single = len(ends) == 1 and not isinstance(source_eos, list)
     generation |= {k: v for k, v in ids.items() if v is not None}
-    generation |= {"eos_token_id": ends[0] if one else ends} if ends else {}
+    generation |= {"eos_token_id": ends[0] if single else ends} if ends else {}
     return config | ids, generation

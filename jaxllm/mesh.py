@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices as a mesh, and one table that says along which mesh axis each logical dim is split.
+"""The device mesh, and one table that maps logical dims to the mesh axes they are split along.
 
-A weight names the logical meaning of its dims (`axes`), e.g. ("layers", "embed", "mlp"); RULES maps
-them to mesh axes. ZeRO stages differ only in which tensors keep the `fsdp` axis:
+A weight names its dims (`axes`), e.g. ("layers", "embed", "mlp"); RULES maps the names to mesh
+axes. ZeRO stages differ only in which tensors are split along `fsdp`:
 
-    stage   optimizer state   gradients   weights
-    0       whole             whole       whole
-    1       split             whole       whole
-    2       split             split       whole
-    3       split             split       split
+    stage   optimizer state   gradients    weights
+    0       replicated        replicated   replicated
+    1       split             replicated   replicated
+    2       split             split        replicated
+    3       split             split        split
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,12 +22,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxllm import dist
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# Logical dim -> mesh axes. Every name a weight or an activation may use is listed.
+# A logical dim: its name, (name, units) where the dim is that many units which are never split, as
+# ("heads", H) of H * head_dim elements, or None: replicated.
+Axis = str | tuple[str, int] | None
+Axes = tuple[Axis, ...]
+
+# Logical name -> mesh axes; all names of weights and activations.
 RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
@@ -46,14 +53,10 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`), axes in the order of AXES.
 
-    Raises ValueError when the sizes do not multiply to the number of devices, and under several
-    processes: stopping and saving together is yet to be built.
+    Raises UserError if the sizes do not multiply to the number of devices, and in a multi-process
+    run, which is not supported yet.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes, and a run is one for now; "
-            "start it without jax.distributed, it uses all devices of its host"
-        )
+    dist.check_supported()
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(section, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -71,76 +74,104 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
 
 
 def platform() -> str:
-    """The platform that is compiled for: "cpu", "gpu" or "tpu".
+    """Platform to compile for: "cpu", "gpu" or "tpu".
 
-    It is read from the mesh in context, which is part of jit's cache key, so a function is traced
-    again for another platform. The mesh may be abstract, of devices that are not attached. Without
-    a mesh it is the platform of the first device.
+    Read from the mesh in context, which is part of jit's cache key, so a function is traced again
+    for another platform. The mesh may be abstract, for devices that are not attached. Without a
+    mesh: the platform of the first device.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return "gpu" if device.platform == "cuda" else device.platform
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
-    """The PartitionSpec of a tensor with logical `axes`; mesh axis `drop` is left out.
+def _split(axis: Axis, size: int, mesh: Any, drop: str) -> tuple[str, tuple[str, ...], bool]:
+    """(logical name, mesh axes that RULES splits the dim along, True if the dim divides by them).
 
-    A dim that does not divide by its mesh axes stays whole (an odd vocabulary, say). Raises
-    ValueError for an unknown logical name, or when two dims want the same mesh axis.
+    A dim of `units` divides where both the number of units and its size do; a packed weight's size
+    is less than the number of its elements.
+    """
+    name, units = axis if isinstance(axis, tuple) else (axis, size)
+    if name is None:
+        return "", (), True
+    if name not in RULES:
+        raise UserError(f"logical axis {name!r} has no rule; known: {', '.join(RULES)}")
+    along = tuple(a for a in RULES[name] if a != drop and mesh.shape[a] > 1)
+    parts = math.prod(mesh.shape[a] for a in along)
+    return name, along, units % parts == 0 and size % parts == 0
+
+
+def spec(axes: Axes, shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
+    """PartitionSpec of a tensor with logical `axes`, without the mesh axis `drop`.
+
+    A dim that does not divide by its mesh axes is replicated, e.g. an odd vocabulary; `replicated`
+    lists these. Raises UserError for an unknown logical name, or if two dims use one mesh axis.
     """
     assert len(axes) == len(shape), f"{axes} does not name the dims of {shape}"
     used: set[str] = set()
     entries: list[Any] = []
-    for name, size in zip(axes, shape, strict=True):
-        if name is not None and name not in RULES:
-            raise UserError(f"logical axis {name!r} has no rule; known: {', '.join(RULES)}")
-        want = tuple(a for a in RULES[name] if a != drop) if name else ()
-        want = tuple(a for a in want if mesh.shape[a] > 1)
-        if used & set(want):
-            raise UserError(f"axes {axes}: mesh axis {used & set(want)} is asked for twice")
-        used |= set(want)
-        fits = size % math.prod(mesh.shape[a] for a in want) == 0
-        entries.append(want if want and fits else None)
+    for axis, size in zip(axes, shape, strict=True):
+        _, along, divides = _split(axis, size, mesh, drop)
+        if used & set(along):
+            raise UserError(f"axes {axes}: two dims use mesh axis {', '.join(used & set(along))}")
+        used |= set(along)
+        entries.append(along if along and divides else None)
     return P(*entries)
 
 
+def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]:
+    """A line for each dim of the weights that is replicated because it does not divide.
+
+    variables: nnx variables with `axes` metadata. drop: as in `spec`.
+    """
+    lines: dict[str, None] = {}  # in order, each once
+    for variable in variables:
+        for axis, size in zip(axes_of(variable), variable.get_value().shape, strict=True):
+            name, along, divides = _split(axis, size, mesh, drop)
+            if not divides:
+                count = axis[1] if isinstance(axis, tuple) else size
+                by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
+                lines[f"mesh: {count} {name} do not divide by {by}; they are replicated"] = None
+    return list(lines)
+
+
 def param_sharding(
-    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], *, whole: bool = False
+    mesh: Mesh, axes: Axes, shape: tuple[int, ...], *, drop: str = ""
 ) -> NamedSharding:
-    """Where a weight (or its gradient or moments) lies, split along fsdp or `whole` there."""
-    return NamedSharding(mesh, spec(axes, shape, mesh, drop="fsdp" if whole else ""))
+    """Sharding of a weight, its gradient or moments; replicated along the mesh axis `drop`."""
+    return NamedSharding(mesh, spec(axes, shape, mesh, drop))
 
 
-def axes_of(variable: Any) -> tuple[str | None, ...]:
+def axes_of(variable: Any) -> Axes:
     """Logical axes of a weight; those of a stack of layers begin with "layers"."""
     axes = variable.get_metadata("axes")
     return ("layers",) * (variable.get_value().ndim - len(axes)) + tuple(axes)
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Rows [B, T], or micro-batches of rows [A, B, T]."""
+    """Sharding of rows [B, T], or of micro-batches of rows [A, B, T]."""
     return NamedSharding(mesh, spec(("micro", "batch", "length")[-len(shape) :], shape, mesh))
 
 
 def data_parallel(mesh: Any) -> int:
-    """Devices among which the rows of a batch are divided."""
+    """Number of devices that the rows of a batch are split among."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def constrain(x: jax.Array, *axes: str | None, drop: str = "") -> jax.Array:
-    """Fixes the layout of `x` inside jit by logical axes; nothing on a single device."""
+def constrain(x: jax.Array, *axes: Axis, drop: str = "") -> jax.Array:
+    """Constrains the sharding of `x` inside jit to its logical axes; x itself on one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.shape.values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, drop))
 
 
-def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """A layer's weight, whole along fsdp: the all-gather of ZeRO-3, in the dtype it is used in."""
+def gathered(w: jax.Array, axes: Axes) -> jax.Array:
+    """A layer's weight, replicated along fsdp: the all-gather of ZeRO-3, in w's dtype."""
     return constrain(w, *axes, drop="fsdp")
 
 
 def put(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Rows on the host, the same global batch in every process -> arrays over the mesh."""
+    """Rows on the host, the same global batch in every process -> arrays sharded over the mesh."""
     return {
         name: jax.make_array_from_callback(
             value.shape, batch_sharding(mesh, value.shape), value.__getitem__

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate schedules and optimizers, each a row of a table; clipping as torch does it.
+"""Learning-rate schedules, optimizers and gradient clipping.
 
 Weights are a nested dict whose leaves are called kernel, embedding, scale or bias. The layers'
-leaves are stacked (a leading dim L), so what a leaf is shows in its name, never in its rank.
+leaves are stacked (a leading dim L), so a leaf's name tells its role, not its rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from optax import contrib
 
 from jaxllm.config import OptimSection
 from jaxllm.errors import UserError
-from jaxllm.peft.methods import METHODS
+from jaxllm.peft import METHODS
 
-# Whether weight decay pulls a leaf of that name to zero. A weight of another name is a bug.
+# Leaf name -> whether weight decay applies. Any other name is a bug.
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
@@ -31,20 +31,20 @@ for adapter in METHODS.values():
 
 
 def _span(value: float, total: int) -> int:
-    """Steps, from steps or (below 1) a share of all steps, rounded up as transformers does."""
+    """Steps; a value below 1 is a fraction of all steps, rounded up as in transformers."""
     return math.ceil(value * total) if value < 1 else int(value)
 
 
 def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
-    """The learning rate of update 0, 1, … (float32), the same as transformers' get_scheduler.
+    """step (from 0) -> learning rate, float32; equal to transformers' get_scheduler.
 
-    A linear warm-up from 0 leads to the peak, then a shape over the rest of the run leads down to
-    `final` times the peak: cosine and linear over all of it, wsd (arXiv:2404.06395) linearly over
-    its last `decay`. inverse_sqrt is sqrt(warmup / step), without a warm-up sqrt(10,000 / (step +
-    10,000)). warmup_log rises as log(step + 1) / log(warmup) and then stays: DeepSpeed's WarmupLR.
+    The rate rises linearly from 0 to the peak and then decays to `final` times the peak: cosine and
+    linear over the rest of the run, wsd (arXiv:2404.06395) linearly over its last `decay` steps.
+    inverse_sqrt is sqrt(warmup / step), or sqrt(10,000 / (step + 10,000)) without a warm-up.
+    warmup_log rises as log(step + 1) / log(warmup) and then stays constant (DeepSpeed's WarmupLR).
 
-    Raises ValueError when the warm-up, or wsd's decay, is longer than the run, and when `final` is
-    given to a shape that has no end.
+    Raises UserError if the warm-up or wsd's decay is longer than the run, or if `final` is set for
+    a schedule that does not decay to it.
     """
     warmup, floor = _span(optim.warmup, total_steps), optim.final
     if warmup > total_steps:
@@ -64,7 +64,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     def between(share: jax.Array) -> jax.Array:  # 1 at the peak, 0 at the end
         return floor + (1 - floor) * jnp.clip(share, 0, 1)
 
-    # Share of the peak, t steps after the warm-up.
+    # Fraction of the peak, t steps after the warm-up.
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "cosine": lambda t: between(0.5 + 0.5 * jnp.cos(math.pi * jnp.minimum(t / rest, 1))),
         "linear": lambda t: between(1 - t / rest),
@@ -74,22 +74,22 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
         "warmup_log": jnp.ones_like,
     }
     if optim.schedule not in shapes:
-        known = ", ".join(shapes)
-        raise UserError(f"optim.schedule {optim.schedule!r} is not known; known: {known}")
+        names = ", ".join(shapes)
+        raise UserError(f"optim.schedule {optim.schedule!r} is unknown; choose from {names}")
     if floor and optim.schedule in ("constant", "inverse_sqrt", "warmup_log"):
         raise UserError(
-            f"optim.final {floor} goes with cosine, linear and wsd; {optim.schedule} has no end"
+            f"optim.final {floor} goes with cosine, linear and wsd; {optim.schedule} ignores it"
         )
     shape, peak = shapes[optim.schedule], optim.learning_rate
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
         assert peak is not None  # checks.resolve
-        at = jnp.asarray(step, jnp.float32)
-        rise = at / max(warmup, 1)
+        t = jnp.asarray(step, jnp.float32)
+        rise = t / max(warmup, 1)
         if optim.schedule == "warmup_log":
-            rise = jnp.log1p(at) / math.log(max(warmup, 2))
-        fall = shape(jnp.maximum(at - warmup, 0))
-        return peak * jnp.where(at < warmup, rise, fall)
+            rise = jnp.log1p(t) / math.log(max(warmup, 2))
+        fall = shape(jnp.maximum(t - warmup, 0))
+        return peak * jnp.where(t < warmup, rise, fall)
 
     return rate
 
@@ -102,7 +102,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices and the token table, False for norms and biases."""
+    """True for matrices and the embedding, False for norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: DECAYED[_names(path)[-1]], params)
 
 
@@ -135,7 +135,7 @@ def _lion(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 
 def _adafactor(rate: optax.Schedule, optim: OptimSection, **options: Any):
-    # optax's own keywords would take the decay without the learning rate. Its result is negated.
+    # optax's own weight decay ignores the learning rate. optax.adafactor returns negated updates.
     keys: dict[str, Any] = {"multiply_by_parameter_scale": False} | options
     direction = optax.adafactor(**keys)
     decay = optax.add_decayed_weights(-optim.weight_decay, decay_mask)
@@ -147,7 +147,7 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
         names = _names(path)
         return "muon" if names[-1] == "kernel" and names[0] != "head" else "adamw"
 
-    def matrices(params: Any) -> Any:  # of a stack, each layer's own
+    def matrices(params: Any) -> Any:  # the last two dims: each layer of a stack on its own
         dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
         return jax.tree.map(lambda _: dims, params)
 
@@ -167,21 +167,21 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
 def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: Any):
     if optim.schedule not in ("constant", "warmup_log"):
         raise UserError(
-            f"optim.schedule {optim.schedule} with schedule_free_adamw, which replaces the decay "
-            "of the learning rate; set optim.schedule to constant"
+            f"optim.schedule {optim.schedule} with schedule_free_adamw, which needs no "
+            "decay of the learning rate; set optim.schedule to constant"
         )
     if optim.b1 == 0:
-        raise UserError("optim.b1 is 0; schedule_free_adamw's average needs it above 0, 0.9 say")
+        raise UserError("optim.b1 is 0; schedule_free_adamw needs a value above 0, such as 0.9")
     base = optax.chain(
         optax.scale_by_rms(optim.b2, optim.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
         optax.scale_by_learning_rate(rate),
     )
-    # It counts updates from 1, its base from 0.
+    # schedule_free counts updates from 1, `base` from 0.
     return contrib.schedule_free(base, lambda step: rate(step - 1), optim.b1, **options)
 
 
-# name -> (constructor, keywords of the optax function that optim.options may give, keys not read)
+# name -> (constructor, keywords of the optax function for optim.options, keys of optim it ignores)
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
     "adamw": (_adamw, ("eps_root", "mu_dtype", "nesterov"), ()),
     "adam": (_adam, ("eps_root", "mu_dtype", "nesterov"), ()),
@@ -212,15 +212,15 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]
 def make_optimizer(
     optim: OptimSection, schedule: optax.Schedule, ratios: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer `optim.name`; moments and arithmetic are float32.
+    """The optimizer `optim.name`; its state and arithmetic are float32.
 
-    ratios: {name of leaves: their learning rate as a multiple of the others'}.
+    ratios: {leaf name: multiple of the learning rate}, such as LoRA+'s for `b`.
 
-    Gradients come in clipped (see `clip`). Weight decay leaves norms and biases alone and is
-    decoupled and multiplied by the learning rate, as in torch; adam and sgd add it to the gradient,
-    as torch's do.
+    Gradients must be clipped already (`clip`). Weight decay skips norms and biases. It is decoupled
+    and multiplied by the learning rate, as in torch; adam and sgd add it to the gradient, as
+    torch's do.
 
-    name                 is                        memory per weight, bytes
+    name                 algorithm                 state, bytes per parameter
     adamw                torch.optim.AdamW         8
     adam                 torch.optim.Adam          8
     sgd                  torch.optim.SGD           0, with options.momentum 4
@@ -231,15 +231,16 @@ def make_optimizer(
                          adamw for the rest        4
     schedule_free_adamw  arXiv:2405.15682; see `eval_params`  8
 
-    adafactor's clipping takes a stack of layers as one block. Raises ValueError for a name or an
-    option that is not known.
+    adafactor clips a stack of layers as one block. Raises UserError for an unknown name or option.
     """
     if optim.name not in OPTIMIZERS:
-        raise UserError(f"optim.name {optim.name!r} is not known; known: {', '.join(OPTIMIZERS)}")
-    make, accepted, unread = OPTIMIZERS[optim.name]
-    for key in unread:
+        raise UserError(
+            f"optim.name {optim.name!r} is unknown; choose from {', '.join(OPTIMIZERS)}"
+        )
+    make, accepted, ignored = OPTIMIZERS[optim.name]
+    for key in ignored:
         if getattr(optim, key) != getattr(OptimSection(), key):
-            raise UserError(f"optim.{key} is not read by {optim.name}; leave it out")
+            raise UserError(f"optim.{key} has no effect on {optim.name}; leave it out")
     for key in optim.options:
         if key in vars(optim):
             raise UserError(f"optim.options.{key}: give it as optim.{key}")
@@ -253,7 +254,7 @@ def make_optimizer(
 
 
 def _at_ratios(ratios: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of the named leaves."""
+    """Multiplies the updates of leaves by their name."""
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         return update * ratios.get(_names(path)[-1], 1.0)
@@ -262,7 +263,7 @@ def _at_ratios(ratios: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps state and arithmetic in float32 when weights are bfloat16; costs nothing otherwise."""
+    """Runs `inner` in float32, also for bfloat16 weights."""
 
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
@@ -277,31 +278,30 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Shardings of an optimizer's state: a moment lies as its weight does, the rest everywhere.
+    """NamedShardings of an optimizer state: moments like their parameters, the rest replicated.
 
-    opt_state: shapes of the state (`jax.eval_shape(optimizer.init, params)`); shardings: those of
-    weights or moments, a tree like `params`. A moment is found by the weight's path at the end of
-    its own and by its shape: so the masked trees of muon and the factors of adafactor, which have
-    other shapes and are small, need no case of their own.
+    opt_state: `jax.eval_shape(optimizer.init, params)`; shardings: a tree like `params`. A moment
+    is recognised by its shape and by a path that ends in the parameter's path. adafactor's factors
+    have other shapes, so they are replicated; they are small.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    lay = {
+    by_path = {
         jax.tree_util.keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
     }
     mesh = jax.tree.leaves(shardings)[0].mesh
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
-        shape, sharding = next((lay[end] for end in ends if end in lay), ((), whole))
-        return sharding if leaf.shape == shape else whole
+        shape, sharding = next((by_path[end] for end in ends if end in by_path), ((), replicated))
+        return sharding if leaf.shape == shape else replicated
 
     return jax.tree_util.tree_map_with_path(find, opt_state)
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
-    """The weights to evaluate and export: schedule-free's average, for others `params` itself."""
+    """The weights to evaluate and export: schedule-free's average, else `params`."""
     if isinstance(opt_state, contrib.ScheduleFreeState):
         mean = contrib.schedule_free_eval_params(opt_state, params)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), mean, params)
@@ -312,13 +312,12 @@ def eval_params(opt_state: Any, params: Any) -> Any:
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: float, scale: jax.typing.ArrayLike = 1.0) -> Any:
-    """`grads` times `scale`, of global norm `norm` (after `scale`) and at most `max_norm`; 0 = any.
+    """`grads` · `scale`, clipped to global norm `max_norm` (0 = no clipping).
 
-    The factor is torch.nn.utils.clip_grad_norm_'s, min(1, max_norm / (norm + 1e-6)). Gradients
-    summed over a batch come here with `scale` = 1 / weight and `norm` = scale · global_norm(grads):
-    then one pass reads them for the norm and the optimizer's own pass does the rest. Scaled before
-    the norm they are written out once more, which took 0.7 s instead of 0.25 s at 91M weights on 2
-    cores.
+    norm: the global norm of grads · scale. The factor is min(1, max_norm / (norm + 1e-6)), as in
+    torch.nn.utils.clip_grad_norm_. Taking `scale` (1 / weight of the batch) here avoids writing the
+    scaled gradients to memory before the norm is known: 0.25 s instead of 0.7 s for 91M parameters
+    on 2 cores.
     """
     if max_norm:
         scale = scale * jnp.minimum(1.0, max_norm / (norm + 1e-6))

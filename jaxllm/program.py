@@ -23,14 +23,14 @@ from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
-from jaxllm.mesh import batch_sharding, data_parallel
+from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
-from jaxllm.ops import attention_gpu
+from jaxllm.ops import attention
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
@@ -90,7 +90,14 @@ class Program:
 
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
-        return [*attention_gpu.notes(self.mesh.size), *self.adapter.summary(self.policy)]
+        facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
+        facts |= {"prefix": self.adapter.length > 0}
+        weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
+        return [
+            *attention.notes(self.mesh, self.cfg.model.attention, **facts),
+            *replicated(self.mesh, weights, drop="" if self.cfg.mesh.zero else "fsdp"),
+            *self.adapter.summary(self.policy),
+        ]
 
     def step(self, steps: int) -> Callable[..., Any]:
         """Jitted `(state, frozen, batch [A, B, T]) -> (state, metrics)` of a run of `steps` steps.
@@ -262,6 +269,7 @@ def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
         "compute_dtype": model.compute_dtype,
         "remat": model.remat,
         "scan_unroll": model.scan_unroll,
+        "attention": model.attention,
         "peft": adapter,
         "quantize_base": cfg.peft.quantize_base,
     }

@@ -20,7 +20,7 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER_CONFIG, resolve, tensor_files
+from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
 from jaxllm.hf import save_configs, weights_hash
 from jaxllm.model.decoder import Decoder
 from jaxllm.peft.files import find
@@ -104,7 +104,7 @@ class RunFolder:
         folder.mkdir(parents=True)
         save_configs(model, folder, tokenizer)
         if self.cfg.peft.path:
-            shutil.copy(resolve(self.cfg.peft.path) / ADAPTER_CONFIG, folder)
+            shutil.copy(local_dir(self.cfg.peft.path) / ADAPTER_CONFIG, folder)
 
     def _check_overwrite(self) -> None:
         cfg = self.cfg
@@ -183,7 +183,7 @@ def origin(cfg: TrainConfig, *, adapter: bool = False) -> dict[str, Any]:
     config and seed. adapter: include the adapter that the run starts from."""
     if not cfg.model.path:
         return {"config": cfg.model.config, "seed": cfg.seed}
-    weights = tensor_files(resolve(cfg.model.path)).values()
+    weights = tensor_files(local_dir(cfg.model.path)).values()
     found = {"path": cfg.model.path, "hash": weights_hash(weights)}
     if adapter and cfg.peft.path:
         found["adapter"] = weights_hash([find(cfg.peft.path).weights])

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: prefill, then decode with a KV cache, batched; the same code for samples and chat.
+"""Sampling and batched generation: a prefill, then one decode loop with a key/value cache.
 
-Dims: B rows, P prompt slots, S cache slots, V vocabulary.
+The same loop serves streams, batches, and completions of online runs with their log-probabilities.
+
+Dims: B rows, P tokens of the padded prompts, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,17 +24,18 @@ from jax.sharding import Mesh
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
-from jaxllm.model.decoder import Decoder, apart
+from jaxllm.model.decoder import Decoder
+from jaxllm.model.stack import unstack
 from jaxllm.ops.decoding import argmax, prefers_unstacked
 from jaxllm.peft.combine import Choice, choice_weights
 
-BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-CHUNK = 16  # tokens decoded between two looks of the host
+BUCKET = 64  # lengths are padded to a multiple of this, so that few shapes are compiled
+CHUNK = 16  # tokens that are decoded before the host reads them
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
+    """How the next token is selected. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
 
     Filters apply in the order temperature, top_k, top_p, min_p. `stop_ids` end a row (the id itself
     is part of the result).
@@ -47,7 +50,7 @@ class Sampling:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for a value outside its range."""
+        """Raises UserError for a value outside its range."""
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if not 0 <= self.temperature < math.inf:
@@ -55,13 +58,13 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+            raise UserError(f"top_p is {self.top_p}; it must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+            raise UserError(f"min_p is {self.min_p}; it must be in [0, 1]")
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] after temperature and filters; what may not be drawn is -inf."""
+    """Logits [B, V] after temperature and filters; -inf for tokens that are filtered out."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -69,8 +72,8 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1)[:, ::-1]
         probs = jax.nn.softmax(ordered, -1)
-        kept = jnp.cumsum(probs, -1) - probs < sampling.top_p  # the token that crosses stays
-        least = jnp.min(jnp.where(kept, ordered, jnp.inf), -1, keepdims=True)
+        in_nucleus = jnp.cumsum(probs, -1) - probs < sampling.top_p  # with the token that crosses
+        least = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.min_p > 0:
         probs = jax.nn.softmax(logits, -1)
@@ -89,84 +92,98 @@ def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Arra
 
 
 @partial(jax.jit, static_argnames="graph")
-def _apart(graph: Any, params: Any) -> tuple[Any, Any]:
-    return nnx.split(apart(nnx.merge(graph, params)))
+def _unstacked(graph: Any, params: Any) -> tuple[Any, Any]:
+    return nnx.split(unstack(nnx.merge(graph, params)))
 
 
-def ready(graph: Any, params: Any) -> tuple[Any, Any]:
-    """(graph, params) as decoding reads them fastest: as they are, but a CPU's in bfloat16, which
-    are copied once into the form of `apart`."""
+def decoding_layout(graph: Any, params: Any) -> tuple[Any, Any]:
+    """(graph, params) in the layout that decodes fastest: unstacked layers for bfloat16 on a CPU,
+    which takes one copy of the weights."""
     unstacked = prefers_unstacked(nnx.merge(graph, params).compute_dtype)
-    return _apart(graph, params) if unstacked else (graph, params)
+    return _unstacked(graph, params) if unstacked else (graph, params)
 
 
-def _read(model: Decoder, tokens: Any, segments: Any, slots: int, adapter_weights: Any = None):
-    """Left-padded prompts [B, P] -> (logits of the next token [B, V], cache of `slots`)."""
-    cache = model.empty_cache(tokens.shape[0], slots)
-    positions = cache.length + jnp.maximum(jnp.cumsum(segments, 1) - 1, 0)
-    hidden, cache = model.hidden(
-        tokens, segments, positions, cache, adapter_weights=adapter_weights
-    )
-    return model.logits(hidden[:, -1], adapter_weights), replace(
-        cache, length=jnp.int32(cache.length)
-    )
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoding:
+    """Completions that are being generated; N is the most tokens that they may have."""
+
+    step: Any  # int32 scalar: tokens per row so far
+    cache: Cache  # of the prompts and all tokens but the last
+    ended: jax.Array  # bool [B]
+    tokens: jax.Array  # int32 [B, N]; 0 after `step`
+    logps: jax.Array  # float32 [B, N], under softmax(logits / temperature) before any filter
+
+    def append(self, logits_BV: jax.Array, cache: Cache, sampling: Sampling, key: Any) -> Decoding:
+        """Samples one more token per row."""
+        token_B = sample(logits_BV, sampling, key, self.step)
+        logits_BV = logits_BV / (sampling.temperature or 1.0)
+        total_B1 = jax.nn.logsumexp(logits_BV, -1, keepdims=True)
+        logp_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], 1) - total_B1
+        tokens = lax.dynamic_update_slice(self.tokens, token_B[:, None], (0, self.step))
+        logps = lax.dynamic_update_slice(self.logps, logp_B1, (0, self.step))
+        ended = self.ended | jnp.isin(token_B, jnp.asarray(sampling.stop_ids or (-1,)))
+        return Decoding(self.step + 1, cache, ended, tokens, logps)
 
 
-def _next(model: Decoder, cache: Cache, token: jax.Array, adapter_weights: Any = None):
-    """One more token [B] of each row -> (logits of the next one [B, V], cache)."""
-    positions = jnp.sum(cache.segments != 0, 1, keepdims=True)
-    ones = jnp.ones((token.shape[0], 1), jnp.int32)
-    hidden, cache = model.hidden(
-        token[:, None], ones, positions, cache, adapter_weights=adapter_weights
-    )
-    return model.logits(hidden[:, 0], adapter_weights), cache
-
-
-@partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
+@partial(jax.jit, static_argnames=("graph", "new", "sampling"))
 def prefill(
     graph: Any,
     params: Any,
     tokens: jax.Array,
-    segments: jax.Array,
+    segment_ids: jax.Array,
     key: jax.Array,
-    slots: int,
+    new: int,
     sampling: Sampling,
     adapter_weights: jax.Array | None = None,
-):
-    """Left-padded prompts [B, P] -> (first new token [B], cache of `slots`)."""
+) -> Decoding:
+    """The first token after left-padded prompts [B, P], with room for N = `new` tokens."""
     model: Decoder = nnx.merge(graph, params)
-    logits, cache = _read(model, tokens, segments, slots, adapter_weights)
-    return sample(logits, sampling, key, jnp.int32(0)), cache
+    rows, P = tokens.shape
+    cache = model.empty_cache(rows, P + bucketed(new))
+    positions = cache.length + jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
+    out = model.hidden(tokens, segment_ids, positions, cache, adapter_weights=adapter_weights)
+    empty = Decoding(
+        jnp.int32(0),
+        cache,
+        ~jnp.any(segment_ids, 1),  # rows without a prompt pad the batch to the devices
+        jnp.zeros((rows, new), jnp.int32),
+        jnp.zeros((rows, new), jnp.float32),
+    )
+    cache = replace(out.cache, length=jnp.int32(out.cache.length))
+    return empty.append(model.logits(out.x[:, -1], adapter_weights), cache, sampling, key)
 
 
-@partial(jax.jit, static_argnames=("graph", "count", "sampling"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="state")
 def decode(
     graph: Any,
     params: Any,
-    cache: Cache,
-    token: jax.Array,
+    state: Decoding,
     key: jax.Array,
-    step: jax.Array,
-    count: int,
+    stop: Any,
     sampling: Sampling,
     adapter_weights: jax.Array | None = None,
-):
-    """Feeds `token` [B] and `count` - 1 of its successors: (next tokens [B, count], cache)."""
+) -> Decoding:
+    """Generates until rows have `stop` tokens or all have ended. Tokens of a row after its end have
+    no meaning."""
     model: Decoder = nnx.merge(graph, params)
 
-    def one(carry, index):
-        cache, token = carry
-        logits, cache = _next(model, cache, token, adapter_weights)
-        token = sample(logits, sampling, key, step + index)
-        return (cache, token), token
+    def unfinished(state: Decoding) -> jax.Array:
+        return (state.step < stop) & ~jnp.all(state.ended)
 
-    (cache, _), tokens = lax.scan(one, (cache, token), jnp.arange(count))
-    return tokens.T, cache
+    def body(state: Decoding) -> Decoding:
+        token_B1 = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, 1)
+        positions = jnp.sum(state.cache.segment_ids != 0, 1, keepdims=True)
+        ones = jnp.ones_like(token_B1)
+        out = model.hidden(token_B1, ones, positions, state.cache, adapter_weights=adapter_weights)
+        return state.append(model.logits(out.x[:, 0], adapter_weights), out.cache, sampling, key)
+
+    return lax.while_loop(unfinished, body, state)
 
 
 def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
-    """The longest prompt's length. Raises ValueError for what cannot be continued: an empty prompt,
-    one that passes the model's positions with its new tokens, a value of `sampling` out of range.
+    """Length of the longest prompt. Raises UserError for an empty prompt, a prompt that exceeds the
+    model's positions with its new tokens, and a value of `sampling` out of range.
     """
     sampling.check()
     lengths = [len(p) for p in prompts]
@@ -174,21 +191,22 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
         raise UserError("a prompt has no tokens; give it some text")
     if max(lengths) + sampling.max_new_tokens > positions:
         raise UserError(
-            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones pass the model's "
-            f"{positions} positions; shorten the prompt or make fewer"
+            f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the "
+            f"model's {positions} positions; shorten the prompt or generate fewer"
         )
     return max(lengths)
 
 
 def bucketed(length: int) -> int:
+    """The length rounded up to a multiple of BUCKET."""
     return -(-length // BUCKET) * BUCKET
 
 
 def left_padded(
     prompts: Sequence[Sequence[int]], rows: int, longest: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the bucket of the longest
-    of them, or of `longest`."""
+    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the length of the longest
+    one, or `longest`, rounded up to a bucket."""
     width = bucketed(max(longest, *map(len, prompts)))
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -199,60 +217,12 @@ def left_padded(
 
 @dataclass(frozen=True)
 class Completions:
-    """What a model wrote after prompts, on the host; N is the most tokens there may be."""
+    """Completions of prompts, on the host; N is `max_new_tokens`."""
 
     tokens: np.ndarray  # int32 [B, N]
-    logps: np.ndarray  # float32 [B, N]: under softmax(logits / temperature), before any filter
-    lengths: np.ndarray  # int32 [B]: tokens up to and with the one that ends the row, or N
-    truncated: np.ndarray  # bool [B]: no token ended it
-
-
-@partial(jax.jit, static_argnames=("graph", "slots", "sampling"))
-def _complete(
-    graph: Any,
-    params: Any,
-    tokens: jax.Array,
-    segments: jax.Array,
-    key: jax.Array,
-    slots: int,
-    sampling: Sampling,
-):
-    """Left-padded prompts [B, P] -> (tokens [B, N], their log-probabilities [B, N]).
-
-    Ends when every row has: what a row has after its end has no meaning.
-    """
-    model: Decoder = nnx.merge(graph, params)
-    rows, most = tokens.shape[0], sampling.max_new_tokens
-    stops = jnp.asarray(sampling.stop_ids or (-1,))
-
-    def draw(logits: jax.Array, step: jax.Array):
-        token = sample(logits, sampling, key, step)
-        logits = logits / (sampling.temperature or 1.0)
-        total = jax.nn.logsumexp(logits, -1, keepdims=True)
-        return token, jnp.take_along_axis(logits, token[:, None], 1) - total
-
-    def grown(made, token, logp, step):
-        """`made` with one more column; static shapes, so that one program does for all steps."""
-        both = zip(made, (token[:, None], logp), strict=True)
-        return tuple(lax.dynamic_update_slice(x, y, (0, step)) for x, y in both)
-
-    def going(carry):
-        return (carry[0] < most) & ~jnp.all(carry[3])
-
-    def one(carry):
-        step, cache, token, ended, made = carry
-        logits, cache = _next(model, cache, token)
-        token, logp = draw(logits, step)
-        ended |= jnp.isin(token, stops)
-        return step + 1, cache, token, ended, grown(made, token, logp, step)
-
-    logits, cache = _read(model, tokens, segments, slots)
-    token, logp = draw(logits, jnp.int32(0))
-    ended = jnp.isin(token, stops) | ~jnp.any(segments, 1)  # rows that fill up the devices
-    made = (jnp.zeros((rows, most), jnp.int32), jnp.zeros((rows, most), jnp.float32))
-    made = grown(made, token, logp, jnp.int32(0))
-    carry = lax.while_loop(going, one, (jnp.int32(1), cache, token, ended, made))
-    return carry[4]
+    logps: np.ndarray  # float32 [B, N], under softmax(logits / temperature) before any filter
+    lengths: np.ndarray  # int32 [B]: tokens up to and including the stop id, or N
+    truncated: np.ndarray  # bool [B]: True if there is no stop id
 
 
 def completions(
@@ -265,24 +235,25 @@ def completions(
     key: jax.Array | None = None,
     longest: int = 0,
 ) -> Completions:
-    """Completions of prompts by the model that nnx.split made graph and params of.
+    """Completions of prompts by the model whose nnx.split is (graph, params).
 
-    Rows are divided among the mesh's data and fsdp axes; weights stay where they are (but see
-    `ready`), LoRA branches as they are. Draws are a function of (key, row, step), whatever the
-    mesh; `key` is by default that of `sampling.seed`. What sampling and width say makes a program,
-    compiled once: `longest` is the longest prompt there will be.
+    Rows are sharded over the mesh's data and fsdp axes; weights keep their sharding (but see
+    `decoding_layout`). Draws are a function of (key, row, step) on every mesh; the default key is
+    that of `sampling.seed`. longest: the longest prompt of all calls, so that they share one
+    compiled program.
     """
     parts = data_parallel(mesh)
     rows = -(-len(prompts) // parts) * parts
-    tokens, segments = left_padded(prompts, rows, longest)
-    slots = tokens.shape[1] + bucketed(sampling.max_new_tokens)
+    tokens, segment_ids = left_padded(prompts, rows, longest)
     key = jax.random.key(sampling.seed) if key is None else key
     with jax.set_mesh(mesh):
-        graph, params = ready(graph, params)
-        on = put(mesh, {"tokens": tokens, "segments": segments})
-        fixed = replace(sampling, seed=0)
-        made = _complete(graph, params, on["tokens"], on["segments"], key, slots, fixed)
-        new, logps = (np.asarray(x)[: len(prompts)] for x in jax.device_get(made))
+        graph, params = decoding_layout(graph, params)
+        batch = put(mesh, {"tokens": tokens, "segment_ids": segment_ids})
+        fixed, new = replace(sampling, seed=0), sampling.max_new_tokens
+        state = prefill(graph, params, batch["tokens"], batch["segment_ids"], key, new, fixed)
+        state = decode(graph, params, state, key, jnp.int32(new), fixed)
+        found = jax.device_get((state.tokens, state.logps))
+        new, logps = (np.asarray(x)[: len(prompts)] for x in found)
     stopped = np.isin(new, sampling.stop_ids)
     first = np.where(stopped.any(1), stopped.argmax(1) + 1, new.shape[1]).astype(np.int32)
     return Completions(new, logps, first, np.logical_not(stopped.any(1)))
@@ -302,25 +273,20 @@ def stream(
     Raises ValueError as `check_prompts` does.
     """
     check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
-    tokens, segments = left_padded(prompts, len(prompts))
-    width = tokens.shape[1]
-    graph, params = ready(*nnx.split(model))
-    slots = width + bucketed(sampling.max_new_tokens)
-    key = jax.random.key(sampling.seed)
-    fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)  # the rest makes a program
+    tokens, segment_ids = left_padded(prompts, len(prompts))
+    graph, params = decoding_layout(*nnx.split(model))
+    key, most = jax.random.key(sampling.seed), sampling.max_new_tokens
+    # What is left out here is no part of the compiled program.
+    fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)
     rows = [choice_weights(model.peft, chosen) for chosen in adapters]
     assert not rows or len(rows) == len(prompts)
-    adapter_weights = jnp.asarray(rows, jnp.float32) if rows else None
-    token, cache = prefill(graph, params, tokens, segments, key, slots, fixed, adapter_weights)
-    yield np.asarray(token)[:, None]
-    made = 1
-    while made < sampling.max_new_tokens:
-        count = min(chunk, slots - width - made + 1)
-        new, cache = decode(
-            graph, params, cache, token, key, jnp.int32(made), count, fixed, adapter_weights
-        )
-        token, made = new[:, -1], made + count
-        yield np.asarray(new)[:, : count - max(0, made - sampling.max_new_tokens)]
+    weights = jnp.asarray(rows, jnp.float32) if rows else None
+    state = prefill(graph, params, tokens, segment_ids, key, bucketed(most), fixed, weights)
+    yield np.array(state.tokens)[:, :1]
+    for made in range(1, most, chunk):
+        stop = min(made + chunk, most)
+        state = decode(graph, params, state, key, jnp.int32(stop), fixed, weights)
+        yield np.array(state.tokens)[:, made:stop]
 
 
 def generate(
@@ -332,8 +298,8 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, up to and including its first stop id.
 
-    `stopped(new tokens of a row)` ends a row early too; it is asked once a chunk. adapters: which
-    of the model's each row uses, as in `stream`.
+    `stopped(new tokens of a row)` ends a row early too; it is called once per chunk. adapters: as
+    in `stream`.
     """
     out: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
@@ -347,134 +313,3 @@ def generate(
         if all(done):
             break
     return out
-
-
-def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """`text` before the first of the stop strings, and whether there was one."""
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """A HF directory ready to answer: model, tokenizer and what ends a text."""
-
-    model: Decoder
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-
-    @staticmethod
-    def load(
-        path: str,
-        dtype: str = "float32",
-        template: str | None = None,
-        adapter: Mapping[str, str] | None = None,
-    ) -> TextModel:
-        """From a HF directory or hub id; `template` as data.template, `adapter` as in load_hf.
-
-        Raises ValueError or FileNotFoundError for what is not there or unfit.
-        """
-        from jaxllm.data.template import chat_tokenizer
-        from jaxllm.files import resolve
-        from jaxllm.hf import load_hf
-        from jaxllm.peft.files import tokenizer_of
-        from jaxllm.tokenizer import check_vocabulary, stop_ids
-
-        tokenizer = chat_tokenizer(tokenizer_of(path), template)
-        model = load_hf(path, dtype=dtype, adapter=adapter or None)
-        check_vocabulary(tokenizer, model.cfg.vocab_size)
-        if model.cfg.scores:
-            raise UserError(f"{path} is a reward model; it scores texts and writes none")
-        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, resolve(model.base))))
-
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokens up to where the assistant begins to answer."""
-        from jaxllm.data.chat import prompt_tokens
-        from jaxllm.data.template import apply_user_template
-
-        return prompt_tokens(self.tokenizer, apply_user_template(self.tokenizer, messages)).tolist()
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """Decoded, without the tokens that end it."""
-        return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
-
-
-def generate_text(
-    model: str,
-    prompts: list[str],
-    *,
-    chat: bool = False,
-    system: str | None = None,
-    template: str | None = None,
-    stop: Sequence[str] = (),
-    dtype: str = "float32",
-    sampling: Sampling = Sampling(),
-    adapter: Mapping[str, str] | None = None,
-    use: Sequence[Choice] = (),
-) -> list[str]:
-    """Continues texts, or answers them as user messages through the chat template.
-
-    adapter: {name: directory} beside the model; use: which of them each prompt gets, or one for
-    all.
-
-    Rows end at the model's own stop tokens, those of `sampling`, and before the strings `stop`.
-    Raises ValueError as `check_prompts` does.
-    """
-    loaded = TextModel.load(model, dtype, template, adapter)
-    if len(use) not in (0, 1, len(prompts)):
-        raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
-    use = list(use) * len(prompts) if len(use) == 1 else use
-    before = [{"role": "system", "content": system}] if system else []
-    if chat:
-        rows = [loaded.prompt([*before, {"role": "user", "content": p}]) for p in prompts]
-    else:
-        rows = [loaded.tokenizer(p).input_ids for p in prompts]
-    sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *loaded.stop_ids))
-    ended = None if not stop else (lambda tokens: cut(loaded.text(tokens), stop)[1])
-    outs = generate(loaded.model, rows, sampling, ended, use)
-    return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
-
-
-def write_text(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def chat_loop(
-    model: str,
-    *,
-    system: str | None = None,
-    template: str | None = None,
-    stop: Sequence[str] = (),
-    dtype: str = "float32",
-    sampling: Sampling = Sampling(),
-    adapter: Mapping[str, str] | None = None,
-    use: Sequence[Choice] = (),
-    read: Callable[[str], str] = input,
-    write: Callable[[str], None] = write_text,
-) -> None:
-    """A conversation in the terminal, streamed; ends at end of input or an empty line."""
-    loaded = TextModel.load(model, dtype, template, adapter)
-    messages = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            line = read("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not line.strip():
-            return
-        messages.append({"role": "user", "content": line})
-        tokens: list[int] = []
-        shown = ""
-        try:
-            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1, use):
-                tokens.append(int(new[0, 0]))
-                text, ended = cut(loaded.text(tokens), stop)
-                if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-                    write(text[len(shown) :])
-                    shown = text
-                if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
-                    break
-        except KeyboardInterrupt:
-            pass  # ends the answer, not the conversation
-        write("\n")
-        messages.append({"role": "assistant", "content": shown})

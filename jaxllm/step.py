@@ -57,18 +57,21 @@ def make_step(
     seed: int = 0,
     gradient_shardings: Any = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """One update: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`, to be jitted.
+    """One update, to be jitted: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`.
 
-    `models` makes of (trainable, frozen) the model to train and the reference that the objective
-    compares it with, or None. Gradients of the loss sums add up in float32 over the A micro-batches
-    and are divided once by the weight of all of them, so A does not change the result. A batch with
-    nothing to learn gives zero gradients. Each metric is its (sum, weight) over the update.
+    Gradients of the loss sums are accumulated in float32 over the A micro-batches and divided once,
+    by the weight of all of them, so A does not change the result. A batch without learned tokens
+    gives zero gradients. Each metric is its (sum, weight) over the update.
 
-    baseline: (model, reference, batch [B, T]) -> (Σ, weight), whose mean over all of the update's
-    rows the objective reads as `batch.baseline`, before there is any gradient. max_norm: the
-    gradient's largest global norm, 0 = any. seed: a row's dropout key is folded from the seed, the
-    step and the row's index in the update, so it does not depend on micro-batches or the mesh.
-    gradient_shardings: shardings of the accumulated gradients.
+    Args:
+      models: (trainable, frozen) -> (policy, reference or None).
+      objective: (model, batch [B, T], row keys [B], reference) -> (Σ loss, weight, metrics).
+      baseline: (model, reference, batch [B, T]) -> (Σ, weight). Its mean over the update's rows is
+        computed before the gradients, and the objective reads it as `batch.baseline`.
+      max_norm: global gradient norm above which gradients are scaled down; 0 = off.
+      seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
+        so it does not depend on micro-batches or the mesh.
+      gradient_shardings: shardings of the accumulated gradients.
 
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
@@ -93,7 +96,7 @@ def make_step(
         return grads, metrics
 
     def step(state: TrainState, frozen: Any, batch: Batch):
-        count, rows = batch.tokens.shape[:2]
+        rows = batch.tokens.shape[1]
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def row_keys(index: Any) -> jax.Array:
@@ -102,41 +105,47 @@ def make_step(
 
         if baseline is not None:
             with jax.named_scope("baseline"):
-                each = partial(baseline, *models(state.trainable, frozen))
-                found, weight = jax.tree.map(jnp.sum, jax.lax.map(each, batch))
-                batch = with_baseline(batch, found / jnp.maximum(weight, 1.0))
+                sums = jax.lax.map(partial(baseline, *models(state.trainable, frozen)), batch)
+                total, weight = jax.tree.map(jnp.sum, sums)
+                batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
         with jax.named_scope("gradients"):
-            first = jax.tree.map(lambda x: x[0], batch)
             run = partial(micro_batch, state.trainable, frozen)
-            if count == 1:
-                grads, metrics = run(first, row_keys(0))
-            else:
-
-                def add(carry, xs):
-                    index, micro = xs
-                    return jax.tree.map(jnp.add, carry, run(micro, row_keys(index))), None
-
-                shapes = jax.eval_shape(run, first, row_keys(0))
-                zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-                (grads, metrics), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
-        with jax.named_scope("update"):
+            grads, metrics = accumulated(run, batch, row_keys)
+        with jax.named_scope("optimizer"):
             weight = metrics["loss"][1]
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             norm = scale * optax.tree.norm(grads)
-            grads = clip(grads, norm, max_norm, scale)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
-            trainable, opt_state = jax.tree.map(
-                partial(jnp.where, finite),
-                (trainable, opt_state),
-                (state.trainable, state.opt_state),
-            )
+            grads = clip(grads, norm, max_norm, scale)
+            trainable, opt_state = updated(optimizer, state, grads, finite)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def accumulated(run: Callable[..., Any], batch: Batch, row_keys: Callable[[Any], Any]) -> Any:
+    """The sum of `run(micro_batch [B, T], row_keys(a))` over the A micro-batches."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    count = len(batch.tokens)
+    if count == 1:
+        return run(first, row_keys(0))
+
+    def add(carry, xs):
+        index, micro = xs
+        return jax.tree.map(jnp.add, carry, run(micro, row_keys(index))), None
+
+    shapes = jax.eval_shape(run, first, row_keys(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
+
+
+def updated(optimizer: Any, state: TrainState, grads: Any, finite: jax.Array) -> tuple[Any, Any]:
+    """(weights, optimizer state) after an update; those of `state` unless `finite`."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    new = optax.apply_updates(state.trainable, updates), opt_state
+    return jax.tree.map(partial(jnp.where, finite), new, (state.trainable, state.opt_state))
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
@@ -145,7 +154,8 @@ def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
     def lay(variable: Any) -> Any:
         axes = axes_of(variable)
         return jax.tree.map(
-            lambda x: param_sharding(mesh, axes, x.shape, whole=whole), variable.get_value()
+            lambda x: param_sharding(mesh, axes, x.shape, drop="fsdp" if whole else ""),
+            variable.get_value(),
         )
 
     variables = jax.tree.map(

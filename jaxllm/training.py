@@ -27,13 +27,17 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict, tokenizer_path
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import prompt_tokens
-from jaxllm.data.loader import Data, Rows, load_data, make_loader, summarize
+from jaxllm.data.chat import padded, prompt_tokens, stop_ids
+from jaxllm.data.dataset import Data, load_data, summarize
+from jaxllm.data.loader import make_loader
+from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
-from jaxllm.evaluate import Best, evaluate, judged, metric_names
+from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
-from jaxllm.monitor.metrics import Meter, Metrics, Progress
+from jaxllm.monitor.meter import Meter
+from jaxllm.monitor.metrics import Metrics
+from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
@@ -42,7 +46,7 @@ from jaxllm.rl.rewards import load_reward
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer, padded, stop_ids
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def check_metric(program: Program, data: Data) -> None:
         return
     args = program.evaluate, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
-    judged({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
+    metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:

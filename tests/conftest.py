@@ -17,7 +17,7 @@ SWEEPS = {
     "test_only_what_is_asked_is_trained_and_kept": ("lora", "dora", "prefix"),
     "test_the_other_methods_on_a_mesh_accumulated_with_remat": ("prefix", "pissa"),
     "test_generation_with_a_cache_equals_the_whole_pass": ("lora", "prefix"),
-    "test_layers_apart_are_the_same_model": ("none", "lora"),
+    "test_unstacked_layers_are_the_same_model": ("none", "lora"),
     "test_adapters_of_reward_models_go_to_peft_and_back": ("lora", "prefix"),
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": ("llama", "gemma2", "qwen3", "phi3"),

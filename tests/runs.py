@@ -51,7 +51,7 @@ ENV = os.environ | {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A tokenizer, a model config, text and chats."""
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("project")
     text = "\n".join(p.read_text() for p in sorted(CORPUS.parent.glob("*.py")))

@@ -2,7 +2,6 @@
 """What survives rotation, donation, another mesh, torn files, a kill, a full disk; whose folder."""
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -21,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import checkpoint
-from jaxllm.checkpoint import Checkpoints, claim, guard, same_data
-from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
+from jaxllm.checkpoint import Checkpoints
 
 Moments = namedtuple("Moments", "count mu")
 
@@ -338,135 +335,3 @@ def test_saving_and_restoring_print_and_log_nothing(tmp_path, capfd, caplog):
         saves.close()
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if "orbax" in record.pathname]
-
-
-# ---- whose folder
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    return TrainConfig(
-        output_dir=str(tmp_path / "run"),
-        data=DataSection(train=(Source("a.txt"),)),
-        optim=OptimSection(learning_rate=1e-3),
-    )
-
-
-def used(cfg):
-    """A run folder that holds results."""
-    guard(cfg)
-    os.makedirs(f"{cfg.output_dir}/checkpoints/10")
-    return cfg.output_dir
-
-
-def test_first_use_writes_the_config(cfg):
-    assert not guard(cfg)
-    with open(f"{cfg.output_dir}/config.json") as file:
-        assert json.load(file)["optim"]["learning_rate"] == 1e-3
-    assert os.listdir(cfg.output_dir) == ["config.json"]
-
-
-def test_another_runs_folder_is_refused_naming_the_keys(cfg):
-    used(cfg)
-    other = replace(cfg, seed=1, optim=OptimSection(learning_rate=2e-3))
-    with pytest.raises(ValueError, match="seed was 0, is 1; optim.learning_rate was 0.001"):
-        guard(other)
-    guard(cfg)
-
-
-def test_a_resumed_run_may_change_what_does_not_change_its_course(cfg):
-    used(cfg)
-    assert not guard(replace(cfg, steps=100, micro_batch_size=2, log=LogSection(every=1)))
-    assert not guard(replace(cfg, model=replace(cfg.model, remat="none", loss_chunk=64)))
-
-
-def test_a_resumed_run_may_wait_longer_but_not_judge_by_another_metric(cfg):
-    used(cfg)
-    assert not guard(replace(cfg, eval=replace(cfg.eval, patience=3, min_delta=0.1)))
-    with pytest.raises(ValueError, match="eval.metric was 'loss', is 'accuracy'"):
-        guard(replace(cfg, eval=replace(cfg.eval, metric="accuracy")))
-
-
-def test_a_folder_without_results_may_be_taken_over(cfg):
-    claim(cfg)
-    guard(replace(cfg, seed=1))
-    claim(replace(cfg, seed=1))
-    with open(f"{cfg.output_dir}/metrics.jsonl", "w") as file:
-        file.write("{}\n")
-    with pytest.raises(ValueError, match="belongs to another run"):
-        guard(replace(cfg, seed=2))
-
-
-def test_overwrite_empties_a_runs_folder(cfg):
-    run = used(cfg)
-    other = replace(cfg, seed=1, overwrite=True)
-    assert guard(other)
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.json"]  # only looked at
-    claim(other, empty=True)
-    assert os.listdir(run) == ["config.json"]
-
-
-def test_a_folder_that_is_a_link_is_emptied_not_removed(cfg, tmp_path):
-    (tmp_path / "disk").mkdir()
-    os.symlink(tmp_path / "disk", cfg.output_dir)
-    used(cfg)
-    assert guard(replace(cfg, overwrite=True))
-    claim(cfg, empty=True)
-    assert os.listdir(tmp_path / "disk") == ["config.json"]
-
-
-def test_a_cache_in_the_run_folder_does_not_make_it_strange(cfg):
-    """As when the data turn out to be wrong after they were read."""
-    cfg = replace(cfg, data=replace(cfg.data, cache_dir=f"{cfg.output_dir}/cache"))
-    guard(cfg)
-    os.makedirs(cfg.data.cache_dir)
-    assert not guard(cfg)
-    with pytest.raises(ValueError, match="overwrite would delete .*cache"):
-        guard(replace(cfg, overwrite=True))
-
-
-def test_overwrite_does_not_delete_what_the_run_reads(cfg):
-    run = used(cfg)
-    os.makedirs(f"{run}/final")
-    inside = replace(cfg, model=replace(cfg.model, path=f"{run}/final"), overwrite=True)
-    with pytest.raises(ValueError, match="overwrite would delete .*final"):
-        guard(inside)
-
-
-def test_a_run_does_not_go_on_over_other_data(tmp_path):
-    source = {"path": "a.txt", "content": "1", "examples": 3, "tokens": 9, "rows": 2}
-    manifest = {"tokenizer": "t", "train": {"sources": [source]}}
-    same_data(tmp_path, manifest)
-    (tmp_path / "data.json").write_text(json.dumps(manifest))
-    same_data(tmp_path, manifest)
-    other = {"tokenizer": "t", "train": {"sources": [source | {"content": "2"}]}}
-    with pytest.raises(ValueError, match=r"a\.txt changed since"):
-        same_data(tmp_path, other)
-    with pytest.raises(ValueError, match="the tokenizer changed since"):
-        same_data(tmp_path, manifest | {"tokenizer": "u"})
-
-
-def test_resume_off_does_not_write_over_checkpoints(cfg):
-    used(cfg)
-    with pytest.raises(ValueError, match="has checkpoints; resume them"):
-        guard(replace(cfg, resume=False))
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
-def test_a_folder_that_is_no_run_is_never_emptied(cfg, name):
-    """A HF directory has a config.json too."""
-    os.makedirs(cfg.output_dir)
-    file = f"{cfg.output_dir}/{name}"
-    with open(file, "w") as stream:
-        json.dump({"model_type": "llama"}, stream)
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="holds something that is no run"):
-            guard(replace(cfg, overwrite=overwrite))
-    assert os.path.exists(file)
-
-
-def test_an_output_dir_that_is_a_file_is_refused(cfg):
-    with open(cfg.output_dir, "w"):
-        pass
-    with pytest.raises(ValueError, match="is a file"):
-        guard(cfg)

@@ -307,8 +307,7 @@ def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
 
 
 def test_generate_passes_prompts_and_sampling(stand_in, capsys):
-    sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
-    calls = stand_in("sampling", "generate_text", lambda m, p, **k: ["A", "B"], Sampling=sampling)
+    calls = stand_in("chat", "generate_text", lambda m, p, **k: ["A", "B"])
     args = ["generate", "--model", "m", "--prompt", "x", "--prompt", "y", "--chat", "--top_k", "5"]
     assert cli.main([*args, "--stop", "END"]) == 0
     assert capsys.readouterr().out == "A\nB\n"
@@ -320,11 +319,10 @@ def test_generate_passes_prompts_and_sampling(stand_in, capsys):
 
 
 def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
-    sampling = lambda **keys: SimpleNamespace(check=lambda: None, **keys)  # noqa: E731
-    chats = stand_in("sampling", "chat_loop", Sampling=sampling)
+    chats = stand_in("chat", "chat_loop")
     assert cli.main(["chat", "--model", "m", "--system", "Be brief."]) == 0
     assert chats[0][0] == ("m",) and chats[0][1]["system"] == "Be brief."
-    trained = stand_in("tokenizer", "train_tokenizer")
+    trained = stand_in("data.tokenizer_training", "train_tokenizer")
     assert cli.main(["tokenizer", "train", "a", "b", "--out", "t", "--vocab_size", "300"]) == 0
     assert trained == [((["a", "b"], "t"), {"vocab_size": 300})]
     written = stand_in("exports", "export", lambda run, out, *_: out)

@@ -28,7 +28,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A tokenizer, a model config, text, and run.yaml with keys for three of the methods."""
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("project")
     (folder / "text.txt").write_text(CORPUS.read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compilation cache: where it lies, what is read from it, and what it must never cost."""
+"""The compilation cache: its directory, its bounds, and when a program is compiled again."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from runs import DEVICES, ENV, arguments
 from jaxllm import cli, compilation
 from jaxllm.compilation import BOUNDS, DIRECTORY, use_cache
 
-# Runs a command and prints what became of its compilations.
+# Runs a command and prints how often each event of the compilation cache occurred.
 COUNTED = """
 import collections, json, sys
 import jax
@@ -25,7 +25,7 @@ jax.monitoring.register_event_listener(lambda event, **_: seen.update([event.spl
 assert main(sys.argv[1:]) == 0
 print(json.dumps(seen))
 """
-# Sums over as many devices as there are, and tells whether the program was in the cache.
+# Sums over all devices and prints whether the program was in the cache.
 SPLIT = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -40,10 +40,10 @@ print(float(jax.jit(lambda x: (x * 2).sum())(x)), len(hits) > 0)
 
 @pytest.fixture
 def unset(monkeypatch, tmp_path):
-    """No directory is known to JAX, and the home folder is empty."""
+    """jax.config has no directory, and the home directory is empty."""
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, *BOUNDS)}
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(compilation, "_set", {})
+    monkeypatch.setattr(compilation, "_settings", {})
     jax.config.update(DIRECTORY, None)
     yield tmp_path
     compilation_cache.reset_cache()
@@ -51,16 +51,16 @@ def unset(monkeypatch, tmp_path):
         jax.config.update(name, value)
 
 
-def test_it_lies_beside_the_token_cache_is_the_users_own_and_bounded(unset):
+def test_the_default_folder_is_private_and_bounded(unset):
     use_cache()
     folder = unset / ".cache" / "jaxllm" / "compiled"
     assert jax.config.jax_compilation_cache_dir == str(folder)
     assert jax.config.jax_compilation_cache_max_size == 2**31
     assert jax.config.jax_persistent_cache_min_compile_time_secs < 1  # most programs of a small run
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # what lies there is run
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700  # its files are executed
 
 
-def test_a_directory_that_jax_was_told_stays_with_its_own_bounds(unset):
+def test_a_directory_of_jax_config_keeps_its_bounds(unset):
     jax.config.update(DIRECTORY, str(unset / "mine"))
     use_cache()
     assert jax.config.jax_compilation_cache_dir == str(unset / "mine")
@@ -73,20 +73,20 @@ def test_a_directory_that_jax_was_told_stays_with_its_own_bounds(unset):
     assert jax.config.jax_compilation_cache_dir == str(unset / "mine")
 
 
-def test_runs_of_one_process_do_not_share_what_one_of_them_said(unset):
+def test_runs_of_one_process_do_not_share_their_settings(unset):
     default = str(unset / ".cache" / "jaxllm" / "compiled")
-    for place, folder, size in (
+    for setting, folder, size in (
         ("off", None, -1),
         (None, default, 2**31),
         (str(unset / "a"), str(unset / "a"), -1),
         (None, default, 2**31),
     ):
-        use_cache(place)
+        use_cache(setting)
         assert jax.config.jax_compilation_cache_dir == folder
         assert jax.config.jax_compilation_cache_max_size == size
 
 
-def test_a_directory_that_cannot_be_written_to_is_one_line(unset, capsys):
+def test_a_directory_that_cannot_be_written_to_is_a_warning(unset, capsys):
     (unset / "file").touch()
     use_cache(str(unset / "file" / "cache"))
     (line,) = capsys.readouterr().err.splitlines()
@@ -117,15 +117,15 @@ def filled(folder):
     return folder
 
 
-def test_a_program_that_a_killed_process_left_unfinished_goes(unset):
+def test_a_program_that_a_killed_process_left_unfinished_is_deleted(unset):
     folder = filled(unset / ".cache" / "jaxllm" / "compiled")
     use_cache()
     left = {path.name for path in folder.iterdir()}
-    assert left == {"whole-cache", "whole-atime", "new-cache"}  # new: may be on its way
+    assert left == {"whole-cache", "whole-atime", "new-cache"}  # new: may be in progress
 
 
 def test_nothing_is_deleted_in_a_directory_of_the_users(unset):
-    """JAX itself, without a bound, writes programs that have no -atime beside them."""
+    """JAX itself, without a bound, writes programs without an -atime file."""
     jax.config.update(DIRECTORY, str(unset / "plain"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
@@ -138,7 +138,7 @@ def test_nothing_is_deleted_in_a_directory_of_the_users(unset):
     jax.config.update(DIRECTORY, None)
     use_cache(str(unset / "plain"))
     assert {path.name for path in (unset / "plain").iterdir()} == written
-    mine = filled(unset / "mine")  # whatever else lies there
+    mine = filled(unset / "mine")
     use_cache(str(mine))
     assert {path.name for path in mine.iterdir()} == {*OLD, "new-cache"}
 
@@ -153,7 +153,7 @@ def test_nothing_is_deleted_in_a_directory_of_the_users(unset):
     ],
     ids=lambda args: args[0],
 )
-def test_verbs_that_compile_turn_it_on_first(monkeypatch, args):
+def test_verbs_that_compile_enable_the_cache_first(monkeypatch, args):
     class Called(Exception):
         pass
 
@@ -165,7 +165,7 @@ def test_verbs_that_compile_turn_it_on_first(monkeypatch, args):
         cli.main(args)
 
 
-def test_off_in_yaml_is_off(tmp_path):
+def test_off_in_yaml_disables_the_cache(tmp_path):
     from jaxllm.config import load_config
 
     (tmp_path / "run.yaml").write_text("log:\n  compile_cache: off\n")  # false, to YAML
@@ -173,7 +173,7 @@ def test_off_in_yaml_is_off(tmp_path):
     assert load_config("sft", None, ["--no-log.compile_cache"])[0].log.compile_cache == "off"
 
 
-def test_other_devices_and_flags_have_programs_of_their_own(tmp_path):
+def test_other_devices_and_flags_have_their_own_programs(tmp_path):
     plain = {k: v for k, v in ENV.items() if not k.startswith("JAX_COMPILATION")}
     plain |= {"HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 

@@ -13,7 +13,7 @@ from runs import arguments, lines_of
 from jaxllm.cli import main
 from jaxllm.config import EvalSection
 from jaxllm.data.batch import make_row
-from jaxllm.evaluate import Best, evaluate, evaluate_files, judged, make_eval, metric_names
+from jaxllm.evaluate import Best, evaluate, evaluate_files, make_eval, metric_names, metric_value
 from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
@@ -162,12 +162,12 @@ def test_the_metric_is_a_mean_over_sets_or_that_of_one():
     evals = {"books": {"loss": 1.0, "accuracy": 0.2}, "wiki": {"loss": 3.0, "accuracy": 0.4}}
 
     def of(metric):
-        return judged(evals, EvalSection(metric=metric))
+        return metric_value(evals, EvalSection(metric=metric))
 
     assert of("loss") == of("eval_loss") == 2.0
     assert of("accuracy") == pytest.approx(0.3)
     assert of("wiki_loss") == of("eval_wiki_loss") == 3.0
-    assert judged({"eval": {"loss": 4.0}}, EvalSection(metric="eval_loss")) == 4.0
+    assert metric_value({"eval": {"loss": 4.0}}, EvalSection(metric="eval_loss")) == 4.0
     with pytest.raises(ValueError, match="'f1' is not logged .* accuracy, loss, .* books, wiki"):
         of("f1")
 

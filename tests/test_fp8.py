@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised checkpoints: FP8 is dequantised while it is read, everything else is refused."""
+"""Quantised checkpoints: FP8 is dequantised while it is read, every other format is an error."""
 
 import copy
 import json
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from jaxllm.config import MeshSection, ModelSection, TrainConfig
 from jaxllm.fp8 import Dequantised
-from jaxllm.hf import blank_model, load_hf, save_hf
+from jaxllm.hf import load_hf, save_hf
 from jaxllm.mesh import make_mesh
+from jaxllm.program import build
 
 F8 = torch.float8_e4m3fn
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -105,7 +106,7 @@ def params(model):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_dequantised_exactly_and_written_plain(tmp_path, name):
+def test_every_layout_is_dequantised_exactly_and_saved_without_quantisation(tmp_path, name):
     scale_dtype = torch.bfloat16 if name in ("blocks", "channel") else torch.float32
     whole = quantised(tmp_path / "in", name, scale_dtype)
     model = load_hf(str(tmp_path / "in"), mesh=one_device())
@@ -117,7 +118,7 @@ def test_every_layout_is_dequantised_exactly_and_written_plain(tmp_path, name):
         assert torch.equal(written[key], value), key
 
 
-def test_shards_are_those_of_the_whole(blocks):
+def test_a_sharded_model_loads_the_same_weights(blocks):
     one = load_hf(str(blocks[0]), mesh=one_device())
     many = load_hf(str(blocks[0]), mesh=make_mesh(MeshSection(fsdp=2, tensor=4)))
     for path, value in params(one).items():
@@ -132,8 +133,8 @@ def test_bfloat16_weights_are_rounded_once(blocks):
     np.testing.assert_array_equal(kernel[0].astype(np.float32), want)
 
 
-def test_logits_are_those_of_transformers_dequantisation(tmp_path, monkeypatch):
-    """Of blocks that divide the weights: it takes no others."""
+def test_logits_equal_those_of_transformers_dequantised_model(tmp_path, monkeypatch):
+    """With blocks that divide the weights; transformers accepts no others."""
     even = ("qwen3", fine_grained(weight_block_size=[4, 4]), "_scale_inv", (4, 4), None)
     monkeypatch.setitem(LAYOUTS, "even", even)
     quantised(tmp_path, "even")
@@ -145,9 +146,9 @@ def test_logits_are_those_of_transformers_dequantisation(tmp_path, monkeypatch):
     np.testing.assert_allclose(got, torch_logits(theirs.eval(), tokens), atol=1e-4)
 
 
-def test_a_runs_model_has_no_quantization(blocks):
+def test_the_config_of_a_run_has_no_quantization(blocks):
     cfg = TrainConfig(objective="sft", model=ModelSection(path=str(blocks[0])))
-    model = blank_model(cfg, make_mesh(MeshSection()))
+    model = build(cfg, make_mesh(MeshSection())).policy
     assert "quantization_config" not in json.loads(model.hf_config)
 
 
@@ -168,11 +169,11 @@ GROUP = compressed(strategy="channel")["config_groups"]["group_0"]
         (fine_grained(weight_block_size=[128]), "no weight_block_size says"),
         ({"quant_method": "mxfp4"}, r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
         (BNB, r"\(bitsandbytes\).*\.dequantize\(\)\.save_pretrained.*save_original_format=False"),
-        ({"quant_method": "gptq", "bits": 4}, r"\(gptq\); transformers has no way to dequantise"),
-        ({"quant_method": "awq"}, r"\(awq\); transformers has no way to dequantise"),
+        ({"quant_method": "gptq", "bits": 4}, r"\(gptq\); transformers cannot dequantise"),
+        ({"quant_method": "awq"}, r"\(awq\); transformers cannot dequantise"),
         ({"bits": 4}, r"\(no quant_method\)"),
         (5, r"\(no quant_method\)"),
-        ({"quant_method": ["x"]}, r"\(\['x'\]\); transformers has no way"),
+        ({"quant_method": ["x"]}, r"\(\['x'\]\); transformers cannot"),
         *((compressed() | {"config_groups": groups}, "CompressedTensorsConfig") for groups in ODD),
         (compressed(strategy=["tensor"]), "CompressedTensorsConfig"),
         (compressed(strategy="channel") | {"sparsity_config": [1]}, "CompressedTensorsConfig"),
@@ -197,7 +198,7 @@ GROUP = compressed(strategy="channel")["config_groups"]["group_0"]
         ),
     ],
 )
-def test_other_formats_are_refused_with_what_helps(tmp_path, config, message):
+def test_other_formats_are_refused_and_the_error_says_how_to_dequantise(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(hf_config("llama")))
     change(tmp_path, quantization_config=copy.deepcopy(config))
     with pytest.raises(ValueError, match=message) as error:
@@ -210,7 +211,10 @@ def test_other_formats_are_refused_with_what_helps(tmp_path, config, message):
     [
         (lambda t: t.pop(Q + "_scale_inv"), rf"{Q} is stored as F8_E4M3.*has no {Q}_scale_inv"),
         (lambda t: t.update({Q + "_scale_inv": torch.ones(1, 4)}), r"shape \(1, 4\).*\(3, 4\)"),
-        (lambda t: t.update({Q + "_scale_inv": torch.ones(3, 4).int()}), "I32, which is no scale"),
+        (
+            lambda t: t.update({Q + "_scale_inv": torch.ones(3, 4).int()}),
+            "I32; that cannot be a scale",
+        ),
         (lambda t: t.update({Q: t[Q].float()}), "stored as F32, not F8_E4M3, and has a scale"),
         (lambda t: t.update({Q: t[Q].float().to(torch.int8)}), "stored as I8, not F8_E4M3"),
         (
@@ -241,8 +245,8 @@ def test_quantised_weights_whose_config_was_removed_are_refused(tmp_path, blocks
         load_hf(str(tmp_path))
 
 
-def test_a_shape_alone_is_taken_from_a_quantised_model(tmp_path, blocks):
-    """Its config.json or its directory: the weights are drawn, and its own do not matter."""
+def test_a_quantised_model_can_give_its_shape_alone(tmp_path, blocks):
+    """By its config.json or its directory: the weights are drawn and those of the files unused."""
     config = json.loads((blocks[0] / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": BNB}))
     head = {name: torch.ones(2, 2) * i for i, name in enumerate(("model.embed_tokens", "lm_head"))}
@@ -250,12 +254,12 @@ def test_a_shape_alone_is_taken_from_a_quantised_model(tmp_path, blocks):
     save_file(head, tmp_path / "model.safetensors", {"format": "pt"})
     for place in (tmp_path / "config.json", tmp_path):
         cfg = TrainConfig(model=ModelSection(config=str(place)))
-        model = blank_model(cfg, make_mesh(MeshSection(), jax.devices()[:1]))
+        model = build(cfg, make_mesh(MeshSection(), jax.devices()[:1])).policy
         assert "quantization_config" not in model.hf_config
         assert model.cfg.tie_embeddings
 
 
-def test_a_weight_is_dequantised_without_its_scales_at_full_size():
+def test_scales_are_never_expanded_to_the_size_of_the_weight():
     weight = np.ones((1024, 1024), jnp.float8_e4m3fn)
     for grid, block in (((1024, 1), (1, 0)), ((1, 1), (0, 0)), ((8, 8), (128, 128))):
         part = Dequantised(weight, np.full(grid, 0.5, np.float32), block)

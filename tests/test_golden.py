@@ -56,7 +56,7 @@ MODEL = {
 
 def write_inputs(folder: Path) -> None:
     """A model's shape, a tokenizer of bytes, reward functions, and data of every kind."""
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     draw = random.Random(0).random
 

@@ -24,24 +24,21 @@ from jaxllm import hf
 from jaxllm import hf_config as configs
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
+from jaxllm.config.schema import from_dict
+from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.exports import export
-from jaxllm.files import resolve
-from jaxllm.hf import (
-    START,
-    load_hf,
-    load_model,
-    model_config,
-    save_adapter,
-    save_hf,
-    save_start,
-)
+from jaxllm.files import local_dir
+from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.mesh import axes_of, make_mesh, spec
+from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import EMBED, HEAD
+from jaxllm.program import load_model, model_config
+from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, generate
-from jaxllm.tokenizer import load_tokenizer, train_tokenizer
+from jaxllm.tokenizer import load_tokenizer
 
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),
@@ -185,7 +182,7 @@ def test_compute_dtype_leaves_the_weights_alone(tmp_path):
     write_model(tmp_path)
     model = load_hf(str(tmp_path), compute_dtype="bfloat16")
     assert model.embed.embedding[...].dtype == jnp.float32
-    assert model.hidden(jnp.ones((1, 4), jnp.int32)).dtype == jnp.bfloat16
+    assert model.hidden(jnp.ones((1, 4), jnp.int32)).x.dtype == jnp.bfloat16
 
 
 def traced_peak(function: Any) -> int:
@@ -460,7 +457,11 @@ def test_a_random_model_does_not_depend_on_the_mesh(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(SHAPE | {"model_type": "llama"}))
     cfg = TrainConfig(model=ModelSection(config=str(file), overrides={"num_hidden_layers": 3}))
-    models = [load_model(cfg, mesh) for mesh in (one_device(), make_mesh(MESHES["fsdp 8"]))]
+    shape, _ = model_config(cfg)
+    models = [
+        load_model(cfg, mesh, shape, NO_ADAPTER)
+        for mesh in (one_device(), make_mesh(MESHES["fsdp 8"]))
+    ]
     assert models[0].cfg.num_layers == 3
     assert_same_weights(*models)
 
@@ -526,7 +527,7 @@ def test_broken_directories_are_named(tmp_path):
     write_model(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file"):
         load_hf(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no model.safetensors"):
@@ -545,10 +546,10 @@ def test_broken_directories_are_named(tmp_path):
 
 def test_a_hub_id_without_a_hub_is_one_clear_line():
     with pytest.raises(ValueError, match="nobody/nothing is no directory, nor could the hub") as e:
-        resolve("nobody/nothing")
+        local_dir("nobody/nothing")
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="is not a directory"):
-        resolve("./nothing/here")
+        local_dir("./nothing/here")
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):
@@ -650,7 +651,8 @@ def test_a_run_exports_its_newest_or_a_chosen_checkpoint(run, tmp_path):
 def test_a_run_exports_when_what_it_started_from_is_gone(run, tmp_path):
     folder, models = run
     source = tmp_path / "source"
-    save_start(models[1], folder / START, load_tokenizer(source))
+    cfg = from_dict(json.loads((folder / "config.json").read_text()))
+    RunFolder(cfg).save_start(models[1], load_tokenizer(source))
     shutil.rmtree(source)
     export(str(folder), str(tmp_path / "out"))
     assert_same_weights(load_hf(str(tmp_path / "out")), models[2])

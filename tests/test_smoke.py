@@ -17,10 +17,13 @@ for module in pkgutil.walk_packages(jaxllm.__path__, "jaxllm."):
         importlib.import_module(module.name)
 import transformers
 assert not transformers.is_torch_available()
+from dataclasses import replace
 from pathlib import Path
-from jaxllm.config import ModelSection, TrainConfig
-from jaxllm.hf import blank_model, save_start
-from jaxllm.mesh import MeshSection, make_mesh
+from jaxllm.config import MeshSection, ModelSection, TrainConfig
+from jaxllm.config.checks import resolve
+from jaxllm.program import build
+from jaxllm.run import RunFolder
+from jaxllm.mesh import make_mesh
 from jaxllm.model.families import FAMILIES, as_reward, from_hf, to_hf
 tokenizer = jaxllm.train_tokenizer([], "tokenizer", 300, texts=["some text " * 20])
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
@@ -33,8 +36,8 @@ for family in FAMILIES:
 Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))
 for objective in ("sft", "reward"):
     cfg = TrainConfig(objective=objective, model=ModelSection(config="config.json"))
-    model = blank_model(cfg, make_mesh(MeshSection()))
-    save_start(model, Path(objective), jaxllm.load_tokenizer("tokenizer"))
+    program = build(resolve(replace(cfg, output_dir=objective)), make_mesh(MeshSection()))
+    RunFolder(program.cfg).save_start(program.policy, jaxllm.load_tokenizer("tokenizer"))
 """
 
 
@@ -48,7 +51,7 @@ def test_pretrain_then_load_then_generate_then_lora(tmp_path):
         Source,
         TrainConfig,
     )
-    from jaxllm.tokenizer import train_tokenizer
+    from jaxllm.data.tokenizer_training import train_tokenizer
 
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven eight nine ten\n" * 400)

@@ -22,7 +22,8 @@ from steps import ragged_rows, trajectory, unpacked
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, RlSection, TrainConfig
-from jaxllm.training import due, interval, updates
+from jaxllm.errors import UserError
+from jaxllm.training import Events, Timetable
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,11 @@ def test_bf16_compute_stays_near_float32(reference):
 # ---- how long a run is
 
 
+def run_length(cfg, rows):
+    timetable = Timetable(cfg, rows)
+    return timetable.steps, timetable.stride
+
+
 @pytest.mark.parametrize(
     ("epochs", "rows", "batch", "steps"),
     [(1, 31, 16, 2), (1, 32, 16, 2), (2, 31, 20, 4), (0.5, 31, 16, 1), (1.1, 100, 10, 11)]
@@ -95,8 +101,8 @@ def test_bf16_compute_stays_near_float32(reference):
 )
 def test_an_epoch_is_every_row(epochs, rows, batch, steps):
     cfg = TrainConfig(epochs=epochs, batch_size=batch)
-    assert updates(cfg, rows) == (steps, 1)
-    assert updates(replace(cfg, steps=5), rows) == (5, 1)
+    assert run_length(cfg, rows) == (steps, 1)
+    assert run_length(replace(cfg, steps=5), rows) == (5, 1)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_an_epoch_is_every_row(epochs, rows, batch, steps):
 def test_an_epoch_asks_every_prompt(epochs, prompts, group, minibatches, rollouts):
     rl = RlSection(group_size=group, minibatches=minibatches, iterations=3)
     cfg = TrainConfig("grpo", epochs=epochs, batch_size=8, rl=rl)
-    assert updates(cfg, prompts) == (rollouts * minibatches * 3, minibatches * 3)
+    assert run_length(cfg, prompts) == (rollouts * minibatches * 3, minibatches * 3)
 
 
 # ---- whole runs
@@ -301,7 +307,7 @@ def test_a_best_checkpoint_that_is_gone_is_named_before_the_first_step(project, 
     capsys.readouterr()
     assert main([*args, "--steps", "4", "--save.load_best"]) == 0
     said = capsys.readouterr()
-    assert "warning: checkpoint 1, of the best evaluation so far, is not there" in said.err
+    assert "warning: checkpoint 1, the best so far, is missing or broken" in said.err
     assert "best: step 3" in said.out
     kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
     assert {"3", "4"} <= kept
@@ -367,20 +373,24 @@ def test_every_epoch_ends_in_an_evaluation_and_a_checkpoint_by_another_metric(
     ],
 )
 def test_an_epoch_ends_with_the_step_that_learns_its_last_row(rows, batch, steps):
-    every = interval(TrainConfig(batch_size=batch), "epoch", rows)
-    assert [step for step in range(1, 9) if due(every, step)] == steps
+    timetable = Timetable(TrainConfig(batch_size=batch, steps=9, eval_every="epoch"), rows)
+    assert [step for step in range(1, 9) if timetable.after(step, False).evaluate] == steps
 
 
 def test_an_epoch_of_prompts_ends_with_a_rollout():
     rl = RlSection(group_size=4, minibatches=2, iterations=3)  # 6 updates a rollout, of 8 prompts
     cfg = TrainConfig(objective="grpo", batch_size=16, rl=rl)
-    every = interval(cfg, "epoch", 12)  # 12 prompts: one rollout and a half
-    assert [step for step in range(1, 37) if step % 6 == 0 and due(every, step, 6)] == [
-        12,
-        18,
-        30,
-        36,
-    ]
+    timetable = Timetable(replace(cfg, steps=99, eval_every="epoch"), 12)  # one rollout and a half
+    evaluated = [step for step in range(1, 37) if timetable.after(step, False).evaluate]
+    assert evaluated == [12, 18, 30, 36]
+    assert [step for step in range(1, 20) if timetable.may_stop(step)] == [6, 12, 18]
+
+
+def test_an_evaluation_is_postponed_where_the_run_stops():
+    timetable = Timetable(TrainConfig(steps=4, eval_every=2, batch_size=1), 4)
+    assert timetable.after(2, False) == Events(False, True, False, False)
+    assert timetable.after(2, True) == Events(True, False, True, True)
+    assert timetable.after(4, True) == Events(True, True, True, False)
 
 
 def test_a_metric_that_is_not_logged_is_named_before_any_step(project, capsys):
@@ -435,12 +445,12 @@ def test_a_users_mistake_is_one_line(project, capsys, more, words):
 def test_a_mistake_in_a_run_that_is_to_overwrite_another_deletes_nothing(
     project, capsys, more, monkeypatch
 ):
-    from jaxllm import hf
+    from jaxllm import program
 
     def broken(*_, **__):  # the last that can go wrong
-        raise FileNotFoundError("model.safetensors is gone")
+        raise UserError("model.safetensors is gone")
 
-    monkeypatch.setattr(hf, "load_model", broken)
+    monkeypatch.setattr(program, "load_model", broken)
     run = project / "kept"
     (run / "checkpoints" / "4").mkdir(parents=True, exist_ok=True)
     config = {"objective": "pretrain", "optim": {}, "data": {}}

@@ -1,52 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations -> tokens and which of them are learned, by the tokenizer's own chat template.
+"""Tokenize conversations with the tokenizer's chat template, with a loss weight per token.
 
-A conversation is rendered whole and its text tokenised in one go, so training sees exactly what
-`apply_chat_template` gives. What is learned are spans of characters: in each assistant turn its
-text and the token that ends it, nothing else. A turn that the template renders differently once
-the conversation goes on is an example of its own: generation's prompt, then the turn as the
-template renders it last (turns.py).
+A conversation is rendered and tokenized in one piece, so training sees exactly the output of
+`apply_chat_template`. The loss covers character spans: the text and the end token of each assistant
+turn. A turn for which the template is not prefix-preserving becomes a separate example: the
+generation prompt, then the turn rendered as the last one (turns.py).
 
-transformers can mark the assistant's text (`return_assistant_tokens_mask`), and can keep special
-tokens' names in messages as text (`sanitize_control_tokens`), but not both at once: hence this.
+transformers can mask the assistant's text (`return_assistant_tokens_mask`) and can keep the names
+of special tokens in messages as text (`sanitize_control_tokens`), but not both together.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.data.template import ChatTemplate, chat_tokenizer, strings, template_of
-from jaxllm.data.turns import Conversation, Span, Turns
+from jaxllm.data.template import ChatTemplate, all_strings, template_source
+from jaxllm.data.turns import Span, TemplateInput, Turns
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import special_tokens
+from jaxllm.tokenizer import generation_stop_ids, special_tokens
 
-__all__ = ["Example", "chat_tokenizer", "end_tokens", "prompt_tokens", "render"]
+# Private-use characters; those that no message contains become the marks of a TemplateInput.
+_MARKS = [chr(code) for code in range(0xE000, 0xF900)]
 
-# Characters that no message contains serve as marks in what a template is given (Conversation).
-_PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
-
-OWN_EXAMPLE = (
-    "an assistant turn that the chat template renders differently later is its own example"
+SEPARATE_EXAMPLE = (
+    "the chat template renders an assistant turn differently later, so it is a separate example"
 )
-OPEN_END = "the chat template does not close the last turn, so eos is appended"
-LEFT_OUT = "the chat template drops a part of an assistant message"
+EOS_APPENDED = "the chat template does not end the last turn, so eos is appended"
+CONTENT_DROPPED = "the chat template drops part of an assistant message"
 
 
 @dataclass(frozen=True)
 class Example:
-    """tokens int32 [n]; learn float32 [n], the weight of predicting each token; notes, which are
-    told once per source."""
+    """tokens int32 [n]; loss_weights float32 [n], the weight of predicting each token; notes, which
+    are reported once per source."""
 
     tokens: np.ndarray
-    learn: np.ndarray
+    loss_weights: np.ndarray
     notes: tuple[str, ...] = ()
 
 
@@ -59,31 +58,34 @@ def render(
     train_on_prompt: bool = False,
     date: str | None = None,
 ) -> list[Example]:
-    """A conversation as one or more examples, in the order of the turns that they learn.
+    """Tokenize a conversation as one or more examples, in the order of their assistant turns.
 
-    Learned is what the assistant says in each turn (its reasoning and tool calls too) and the token
-    that ends it, times the message's `weight` (default 1); with `learn` last only the last such
-    turn; with each every turn is an example of its own. All else has weight 0, or 1 with
-    `train_on_prompt`. A token that lies across the border is learned when it holds a learned
-    character, unless it is a special token of the turn's header.
+    The text of an assistant turn (with reasoning and tool calls) and its end token have the loss
+    weight `weight` of the message (default 1). With `learn="last"` only the last turn has; with
+    `learn="each"` every turn is a separate example. All other tokens have weight 0, or 1 with
+    `train_on_prompt`. A token that crosses the start of a turn belongs to it, unless it is a
+    special token of the header.
 
-    `date` (YYYY-MM-DD, default today) is what `strftime_now` gives. Special tokens' names inside
-    messages and tools stay text. Raises ValueError for a template that is missing, refuses the
-    conversation, leaves out what a message says, or ends an answer with what is no special token.
+    `date` (YYYY-MM-DD, default today) is the result of `strftime_now`. Names of special tokens in
+    messages and tools stay text. Raises UserError if there is no template, or if it rejects the
+    conversation, drops a message's content, or ends an answer without a special token.
     """
     if learn not in ("all", "last", "each"):
-        raise UserError(f"learn is {learn!r}; it can be all, last or each")
+        raise UserError(f"learn is {learn!r}; use all, last or each")
     if learn == "each" and train_on_prompt:
-        raise UserError("data.learn each learns one turn an example; data.train_on_prompt all")
+        raise UserError("data.learn: each cannot be combined with data.train_on_prompt; drop one")
     renderer = _renderer(tokenizer, tools, date)
-    chat = renderer.conversation(messages, tools)
-    rest = float(train_on_prompt)
-    weights = {i: _weight(m) for i, m in enumerate(messages) if m["role"] == "assistant"}
+    chat = renderer.prepare(messages, tools)
+    default_weight = float(train_on_prompt)
+    weights = {i: _message_weight(m) for i, m in enumerate(messages) if m["role"] == "assistant"}
     if learn == "last":
-        weights = {i: w if i == max(weights) else min(w, rest) for i, w in weights.items()}
-    # Reasoning may be missing from the whole, so it is looked for though all else is learned.
-    wanted = {i: w for i, w in weights.items() if w != rest or w and _thought(messages[i])}
-    return renderer.examples(chat, wanted, rest, each=learn == "each")
+        last = max(weights, default=0)
+        weights = {i: w if i == last else min(w, default_weight) for i, w in weights.items()}
+    # A turn with reasoning is always located, since the template may drop its reasoning.
+    weights = {
+        i: w for i, w in weights.items() if w != default_weight or w and _reasoning(messages[i])
+    }
+    return renderer.examples(chat, weights, default_weight, each=learn == "each")
 
 
 def prompt_tokens(
@@ -93,36 +95,64 @@ def prompt_tokens(
     tools: list[Any] | None = None,
     date: str | None = None,
 ) -> np.ndarray:
-    """A conversation and the header of the answer to come, int32 [n], rendered as for training.
+    """The tokens of a conversation with the generation prompt, int32 [n].
 
     Arguments and errors are those of `render`.
     """
     renderer = _renderer(tokenizer, tools, date)
-    chat = renderer.conversation(messages, tools)
-    text = renderer.turns.rendering(chat, generation_prompt=True).text
-    renderer.check_said(chat, text, len(messages))
-    return renderer.encode(text, chat.hide).tokens
+    chat = renderer.prepare(messages, tools)
+    text = renderer.turns.render(chat, generation_prompt=True).text
+    renderer.check_complete(chat, text, len(messages))
+    return renderer.encode(text, chat.escape_mark).tokens
 
 
 def end_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens that end an assistant's turn: eos and what the template puts there.
+    """The special tokens that end an assistant's turn: eos and the chat template's end token.
 
-    Raises ValueError when there is no template.
+    Raises UserError if there is no template.
     """
-    return _renderer(tokenizer, None, None).turns.ends
+    return _renderer(tokenizer, None, None).turns.end_tokens
 
 
-def _weight(message: dict[str, Any]) -> float:
+def stop_ids(tokenizer: Any, model: str | Path | None = None) -> tuple[int, ...]:
+    """Token ids that end generation, ascending.
+
+    They are eos, the end tokens of the chat template, and eos_token_id in generation_config.json of
+    the directory `model`. Raises UserError if that file is malformed.
+    """
+    names = {tokenizer.eos_token} - {None}
+    if tokenizer.chat_template:
+        names |= set(end_tokens(tokenizer))
+    ids = set(tokenizer.convert_tokens_to_ids(sorted(names)))
+    return tuple(sorted(ids | generation_stop_ids(model))) if model else tuple(sorted(ids))
+
+
+def padded(tokenizer: Any) -> Any:
+    """A copy of the tokenizer whose pad token does not end a text, if it has such a special token.
+
+    transformers reads a reward model's score at the last token that is not the pad token, so a text
+    that ends with the pad token would be scored at the wrong position.
+    """
+    ends = {*stop_ids(tokenizer), tokenizer.bos_token_id}
+    if tokenizer.pad_token_id in (None, *ends):
+        names = [t for t in (tokenizer.unk_token, *sorted(special_tokens(tokenizer))) if t]
+        unused = [t for t in names if tokenizer.convert_tokens_to_ids(t) not in ends]
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = (unused or [tokenizer.eos_token])[0]
+    return tokenizer
+
+
+def _message_weight(message: dict[str, Any]) -> float:
     weight = message.get("weight")
     if weight is None:
         return 1.0
     if isinstance(weight, (int, float)) and 0 <= weight <= float(np.finfo(np.float32).max):
         return float(weight)
-    raise UserError(f"a message's weight is {weight!r}; it is a number from 0 on")
+    raise UserError(f"a message's weight is {weight!r}; use a number >= 0")
 
 
 def _renderer(tokenizer: Any, tools: Any, date: str | None) -> _Renderer:
-    source = template_of(tokenizer, tools=tools)
+    source = template_source(tokenizer, tools=tools)
     variables = json.dumps(tokenizer.special_tokens_map, default=str)
     return _cached_renderer(tokenizer, len(tokenizer), source, variables, date)
 
@@ -131,13 +161,13 @@ def _renderer(tokenizer: Any, tools: Any, date: str | None) -> _Renderer:
 def _cached_renderer(
     tokenizer: Any, size: int, source: str, variables: str, date: str | None
 ) -> _Renderer:
-    """`size` tells a tokenizer from the same one with tokens added since."""
+    """`size` changes when tokens are added to the tokenizer, which keeps its identity."""
     return _Renderer(tokenizer, ChatTemplate(source, json.loads(variables), date))
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Tokens int32 [n], and the characters [starts, ends) that each was made of."""
+    """Tokens int32 [n], and the character span [starts, ends) of each."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -156,198 +186,206 @@ class _Renderer:
 
     # ---- a conversation and its examples
 
-    def conversation(self, messages: list[dict[str, Any]], tools: Any) -> Conversation:
-        """Checks what is to be rendered, and hides the special tokens' names in it."""
+    def prepare(self, messages: list[dict[str, Any]], tools: Any) -> TemplateInput:
+        """Validate the template's input and escape the names of special tokens in it."""
         if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
-            raise UserError("a conversation is a list of messages, at least one, each with a role")
+            raise UserError("a conversation must be a non-empty list of messages, each with a role")
         template = self.turns.template
-        for name, given in ("tools", tools), ("tool_calls", any(map(_calls, messages))):
+        for name, given in ("tools", tools), ("tool_calls", any(map(_tool_calls, messages))):
             if given and name not in template.source:
-                raise UserError(_no_place(name))
-        plain = template.prepared(messages)
-        said = list(strings([plain, tools]))
-        unused = (c for c in _PRIVATE if not any(c in text for text in said))
-        hide, border = next(unused), next(unused)
-        if any(map(self.turns.special.search, said)):
-            plain, tools = self._hide([plain, tools], hide)
-        return Conversation(plain, tools or None, hide, border)
+                raise UserError(_not_rendered(name))
+        plain = template.normalize(messages)
+        text_parts = list(all_strings([plain, tools]))
+        unused = (c for c in _MARKS if not any(c in text for text in text_parts))
+        escape_mark, tag_mark = next(unused), next(unused)
+        if any(map(self.turns.special_pattern.search, text_parts)):
+            plain, tools = self._escape([plain, tools], escape_mark)
+        return TemplateInput(plain, tools or None, escape_mark, tag_mark)
 
-    def _hide(self, value: Any, mark: str) -> Any:
-        """`value` with the mark in every special token's name, behind the first character."""
+    def _escape(self, value: Any, mark: str) -> Any:
+        """Insert the mark after the first character of every special token's name."""
         if isinstance(value, str):
-            return self.turns.special.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+            return self.turns.special_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], value)
         if isinstance(value, dict):
-            return {self._hide(k, mark): self._hide(v, mark) for k, v in value.items()}
-        return [self._hide(v, mark) for v in value] if isinstance(value, list) else value
+            return {self._escape(k, mark): self._escape(v, mark) for k, v in value.items()}
+        return [self._escape(v, mark) for v in value] if isinstance(value, list) else value
 
     def examples(
-        self, chat: Conversation, wanted: dict[int, float], rest: float, *, each: bool
+        self, chat: TemplateInput, weights: dict[int, float], default_weight: float, *, each: bool
     ) -> list[Example]:
-        """The whole conversation with the turns that can be learned in it, and the others apart.
+        """The full conversation with the turns found in it, and separate examples of the others.
 
-        wanted: {assistant turn: its weight}, where that is not the weight of the `rest`.
+        weights: {assistant turn: its loss weight}, without turns of weight `default_weight`.
         """
-        if wanted and (unknown := self.turns.unknown_end):
+        if weights and (unknown := self.turns.non_special_end):
             raise UserError(
-                f"the chat template ends an answer with {unknown!r}, which is neither the "
-                "tokenizer's eos nor a special token of it; add it to the tokenizer, or set "
-                "data.template to a template of this tokenizer"
+                f"the chat template ends an answer with {unknown!r}, which is not a special token "
+                "of the tokenizer; add it to the tokenizer, or set data.template to a template for "
+                "this tokenizer"
             )
-        whole = self.turns.rendering(chat)
-        inside = {} if each else self.turns.inside(chat, whole, list(wanted))
-        found: list[tuple[int, Example]] = []
-        left_out: set[str] = set()
-        for turn, weight in wanted.items():
-            if turn in inside:
-                left_out |= self._left_out(chat, turn, whole.text, inside[turn])
+        full = self.turns.render(chat)
+        spans_in_full = {} if each else self.turns.spans_in_conversation(chat, full, list(weights))
+        examples: list[tuple[int, Example]] = []
+        full_notes: set[str] = set()
+        for turn, weight in weights.items():
+            if turn in spans_in_full:
+                full_notes |= self._dropped_content(chat, turn, full.text, spans_in_full[turn])
                 continue
-            if rest:
+            if default_weight:
                 raise UserError(
-                    f"message {turn + 1}: the chat template renders it differently once the "
-                    "conversation goes on, so data.train_on_prompt cannot learn the conversation "
-                    "as one text; leave train_on_prompt out, or set data.reasoning to drop"
+                    f"message {turn + 1}: the chat template renders it differently if messages "
+                    "follow, so data.train_on_prompt cannot train on the conversation as one text; "
+                    "remove train_on_prompt, or set data.reasoning to drop"
                 )
-            text, spans = self.turns.apart(chat, turn)
-            notes = self._left_out(chat, turn, text, spans) | (set() if each else {OWN_EXAMPLE})
-            weights = dict.fromkeys(spans, weight)
-            found.append((turn, self._example(chat, text, weights, rest, turn + 1, notes)))
-        if inside or not found:
-            spans = {span: wanted[turn] for turn, parts in inside.items() for span in parts}
-            upto = len(chat.messages)
-            apart = [turn for turn, _ in found]
-            example = self._example(chat, whole.text, spans, rest, upto, left_out, apart)
-            found.append((min(inside, default=upto), example))
-        return [example for _, example in sorted(found, key=lambda one: one[0])]
+            text, spans = self.turns.render_separately(chat, turn)
+            notes = self._dropped_content(chat, turn, text, spans)
+            notes |= set() if each else {SEPARATE_EXAMPLE}
+            by_span = dict.fromkeys(spans, weight)
+            example = self._example(chat, text, by_span, default_weight, turn + 1, notes)
+            examples.append((turn, example))
+        if spans_in_full or not examples:
+            by_span = {
+                span: weights[turn] for turn, spans in spans_in_full.items() for span in spans
+            }
+            count = len(chat.messages)
+            separate = [turn for turn, _ in examples]
+            example = self._example(
+                chat, full.text, by_span, default_weight, count, full_notes, separate
+            )
+            examples.append((min(spans_in_full, default=count), example))
+        return [example for _, example in sorted(examples, key=lambda pair: pair[0])]
 
     def _example(
         self,
-        chat: Conversation,
+        chat: TemplateInput,
         text: str,
         spans: dict[Span, float],
-        rest: float,
-        upto: int,
+        default_weight: float,
+        count: int,
         notes: set[str],
-        elsewhere: Iterable[int] = (),
+        separate: Iterable[int] = (),
     ) -> Example:
-        """A text as tokens; eos is appended where the template does not close its last turn."""
-        self.check_said(chat, text, upto, elsewhere)
+        """Tokenize a text; eos is appended if the template does not end its last turn."""
+        self.check_complete(chat, text, count, separate)
         eos, last = self.tokenizer.eos_token, max(spans, default=(0, 0))
-        is_answer = spans and chat.messages[upto - 1]["role"] == "assistant"
-        is_open = not text[last[1] :].strip() and not self.turns.closed(text, last)
+        is_answer = spans and chat.messages[count - 1]["role"] == "assistant"
+        is_open = not text[last[1] :].strip() and not self.turns.ends_with_special(text, last)
         if eos and is_answer and is_open:
-            text, notes = text + eos, notes | {OPEN_END}
+            text, notes = text + eos, notes | {EOS_APPENDED}
             spans = {s if s != last else (last[0], len(text)): w for s, w in spans.items()}
-        encoded = self.encode(text, chat.hide)
-        learned = np.full(len(encoded.tokens), rest, np.float32)
+        encoded = self.encode(text, chat.escape_mark)
+        loss_weights = np.full(len(encoded.tokens), default_weight, np.float32)
         for (start, end), weight in spans.items():
-            learned[self._tokens_of(encoded, start, end)] = weight
-        return Example(encoded.tokens, learned, tuple(sorted(notes)))
+            loss_weights[self._tokens_in(encoded, start, end)] = weight
+        return Example(encoded.tokens, loss_weights, tuple(sorted(notes)))
 
-    # ---- nothing is left out
+    # ---- checks that nothing is dropped
 
-    def check_said(
-        self, chat: Conversation, text: str, upto: int, elsewhere: Iterable[int] = ()
+    def check_complete(
+        self, chat: TemplateInput, text: str, count: int, separate: Iterable[int] = ()
     ) -> None:
-        """Raises ValueError where a rendering leaves out all that a message says, or the tools.
+        """Raise UserError if a rendering drops a message's content, tool calls or the tools.
 
-        What turns `elsewhere` say, which have examples of their own, may be missing.
+        The turns `separate`, which have separate examples, are not checked.
         """
-        for i, message in enumerate(chat.messages[:upto]):
-            if i in elsewhere:
+        for i, message in enumerate(chat.messages[:count]):
+            if i in separate:
                 continue
-            said = " ".join(strings(message.get("content"))).strip()
-            words = re.findall(r"\w+", said)
-            if words and said not in text and not any(word in text for word in words):
+            content = " ".join(all_strings(message.get("content"))).strip()
+            words = re.findall(r"\w+", content)
+            if words and content not in text and not any(word in text for word in words):
                 raise UserError(
-                    f"message {i + 1}: the chat template leaves out what the {message['role']} "
-                    "says; set data.template to one that has a place for it"
+                    f"message {i + 1}: the chat template drops the content of the "
+                    f"{message['role']} message; set data.template to one that renders it"
                 )
-            if not all(call["function"]["name"] in text for call in _calls(message) or ()):
-                raise UserError(_no_place("tool_calls"))
+            if not all(call["function"]["name"] in text for call in _tool_calls(message) or ()):
+                raise UserError(_not_rendered("tool_calls"))
         functions = [tool.get("function", tool) for tool in chat.tools or ()]
-        names = [one["name"] for one in functions if isinstance(one.get("name"), str)]
+        names = [f["name"] for f in functions if isinstance(f.get("name"), str)]
         if names and not any(name in text for name in names):
-            raise UserError(_no_place("tools"))
+            raise UserError(_not_rendered("tools"))
 
-    def _left_out(self, chat: Conversation, turn: int, text: str, spans: list[Span]) -> set[str]:
-        """What to tell of an answer of which a rendering has only a part.
+    def _dropped_content(
+        self, chat: TemplateInput, turn: int, text: str, spans: list[Span]
+    ) -> set[str]:
+        """The note on an assistant message of which the rendering has only a part, or {}.
 
-        Raises ValueError when its reasoning is what is missing.
+        Raises UserError if its reasoning is dropped.
         """
         message = chat.messages[turn]
-        learned = "".join(text[start:end] for start, end in spans)
-        if (thought := _thought(message)) and thought.strip() not in learned:
+        rendered = "".join(text[start:end] for start, end in spans)
+        if (reasoning := _reasoning(message)) and reasoning.strip() not in rendered:
             raise UserError(
-                f"message {turn + 1} has reasoning_content, for which the chat template has no "
-                "place; set data.reasoning to drop to leave it out, or data.template to one that "
-                "has"
+                f"message {turn + 1} has reasoning_content, which the chat template does not "
+                "render; set data.reasoning to drop, or data.template to one that renders it"
             )
-        said = " ".join(strings(message.get("content")))
-        words = [] if said.strip() in learned else re.findall(r"\w+", said)
-        return set() if all(word in learned for word in words) else {LEFT_OUT}
+        content = " ".join(all_strings(message.get("content")))
+        words = [] if content.strip() in rendered else re.findall(r"\w+", content)
+        return set() if all(word in rendered for word in words) else {CONTENT_DROPPED}
 
     # ---- tokens
 
     def encode(self, text: str, mark: str) -> _Encoded:
-        """Tokenises a rendered text, as a whole; where names of special tokens are hidden by
-        `mark`, the stretch between two real special tokens is tokenised with them as plain text.
+        """Tokenize a rendered text in one piece if it has no `mark`.
 
-        The characters' places are those in `text`, marks included.
+        Otherwise each segment between two special tokens that has marks, i.e. escaped names of
+        special tokens, is tokenized as plain text without them. Character offsets refer to `text`
+        with the marks.
         """
-        whole = self._tokenize(text, split_special_tokens=False)
+        full = self._tokenize(text, split_special_tokens=False)
         if mark not in text:
-            return whole
-        places = zip(whole.starts.tolist(), whole.ends.tolist(), strict=True)
-        names = [text[start:end].strip() for start, end in places]
-        real = [i for i, name in enumerate(names) if self.turns.special.fullmatch(name)]
+            return full
+        offsets = zip(full.starts.tolist(), full.ends.tolist(), strict=True)
+        names = [text[start:end].strip() for start, end in offsets]
+        special = [i for i, name in enumerate(names) if self.turns.special_pattern.fullmatch(name)]
         parts = []
-        for i, j in pairwise([-1, *real, len(whole.tokens)]):
-            start = int(whole.ends[i]) if i >= 0 else 0
-            stop = int(whole.starts[j]) if j < len(whole.tokens) else len(text)
+        for before, after in pairwise([-1, *special, len(full.tokens)]):
+            start = int(full.ends[before]) if before >= 0 else 0
+            stop = int(full.starts[after]) if after < len(full.tokens) else len(text)
             if mark in text[start:stop]:
-                kept = [place for place in range(start, stop) if text[place] != mark]
-                kept = np.array([*kept, stop])
-                said = text[start:stop].replace(mark, "")
-                plain = self._tokenize(said, split_special_tokens=True)
-                parts.append(_Encoded(plain.tokens, kept[plain.starts], kept[plain.ends]))
+                unmarked = [i for i in range(start, stop) if text[i] != mark]
+                original = np.array([*unmarked, stop])  # offsets in `text`
+                segment = text[start:stop].replace(mark, "")
+                plain = self._tokenize(segment, split_special_tokens=True)
+                parts.append(_Encoded(plain.tokens, original[plain.starts], original[plain.ends]))
             else:
-                parts.append(whole[i + 1 : j])
-            parts.append(whole[j : j + 1])
+                parts.append(full[before + 1 : after])
+            parts.append(full[after : after + 1])
         columns = zip(*map(astuple, parts), strict=True)
         return _Encoded(*map(np.concatenate, columns))
 
     def _tokenize(self, text: str, *, split_special_tokens: bool) -> _Encoded:
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # the tokenizer's latest call may have left these on
+        backend.no_truncation()  # an earlier call of the tokenizer may have set these
         backend.no_padding()
         backend.encode_special_tokens = split_special_tokens
-        # The template writes bos itself.
+        # The template includes bos.
         encoding = backend.encode(text, add_special_tokens=False)
-        places = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
-        return _Encoded(np.array(encoding.ids, np.int32), places[:, 0], places[:, 1])
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2)
+        return _Encoded(np.array(encoding.ids, np.int32), offsets[:, 0], offsets[:, 1])
 
-    def _tokens_of(self, encoded: _Encoded, start: int, end: int) -> np.ndarray:
-        """bool [n]: tokens of the characters [start, end), with those across the start.
+    def _tokens_in(self, encoded: _Encoded, start: int, end: int) -> np.ndarray:
+        """bool [n]: tokens that start in [start, end), and ordinary tokens that cross `start`.
 
-        A special token belongs to where it begins, though it may take spaces that follow.
+        A special token that crosses `start` includes spaces after it, and belongs before `start`.
         """
-        inside = (encoded.starts >= start) & (encoded.starts < end)
+        selected = (encoded.starts >= start) & (encoded.starts < end)
         for i in np.flatnonzero((encoded.starts < start) & (encoded.ends > start)):
-            inside[i] = encoded.tokens[i] not in self.special_ids
-        return inside
+            selected[i] = encoded.tokens[i] not in self.special_ids
+        return selected
 
 
-def _calls(message: dict[str, Any]) -> Any:
+def _tool_calls(message: dict[str, Any]) -> Any:
     return message.get("tool_calls")
 
 
-def _thought(message: dict[str, Any]) -> str:
-    thought = message.get("reasoning_content")
-    return thought if isinstance(thought, str) else ""
+def _reasoning(message: dict[str, Any]) -> str:
+    reasoning = message.get("reasoning_content")
+    return reasoning if isinstance(reasoning, str) else ""
 
 
-def _no_place(name: str) -> str:
+def _not_rendered(name: str) -> str:
     return (
-        f"the conversation has {name}, for which the chat template has no place; set "
-        "data.template to one that has, such as chatml"
+        f"the conversation has {name}, which the chat template does not render; set "
+        "data.template to one that does, such as chatml"
     )

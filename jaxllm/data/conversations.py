@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records -> texts, conversations, pairs of answers, judged answers and prompts.
+"""Parse records into texts, conversations, preference pairs, judged answers and prompts.
 
-Each function brings one record, in any of the accepted layouts, into one canonical form, or raises
-ValueError with where it came from and what was found. What a user should know of a source, but once
-and not for every record, is returned as `notes`: short texts, the same for the same fault.
+Each function converts a record of any accepted layout to one canonical form. It raises UserError
+with the record's location and columns if no layout fits. Remarks that the user should see once per
+source are returned as `notes`: short texts, identical for the same remark.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from jaxllm.config import DataSection, Source
+from jaxllm.data.formats import excerpt, parse_json
 from jaxllm.data.messages import (
     MEDIA,
     WEIGHTS,
-    Reading,
-    brief,
-    holds,
-    message_of,
-    tools_of,
-    weight_from,
-    words,
+    ParseContext,
+    is_present,
+    message_text,
+    parse_message,
+    parse_tools,
+    parse_weight,
 )
-from jaxllm.data.sources import loads, short
+from jaxllm.data.prompts import (
+    PROMPT_FORMS,
+    is_empty_answer,
+    merge_prompt,
+    prompt_message_count,
+    split_pair,
+)
 from jaxllm.errors import UserError
 
-CONVERSATIONS = (
+CONVERSATION_FORMS = (
     "messages (role, content), conversations (from, value), prompt + completion, "
     "instruction + output (and input, system, history), or question + answer"
 )
-ASKED = "messages, conversations, prompt, question, or instruction (and input, system, history)"
 USER_TEMPLATES = {
     "rag": (
         "Answer the question from the context below. "
@@ -41,212 +46,220 @@ USER_TEMPLATES = {
         "Question: {question}\n\nContext:\n{context}\n\nAnswer:"
     ),
 }
-# Who speaks before the assistant does; an answer begins with none of these.
-_ASKERS = ("system", "developer", "user")
-_LISTS = (*WEIGHTS, "weights", "loss_weights", "loss_masks")
+_WEIGHT_LISTS = (*WEIGHTS, "weights", "loss_weights", "loss_masks")
 
 _Read = TypeVar("_Read")
 
 
-def text_of(record: dict, columns: Mapping[str, str], at: str) -> str:
-    """The document of a record, exactly as it stands; "" when it is null."""
-    record = _renamed(record, columns, at)
+def parse_text(record: dict, columns: Mapping[str, str], location: str) -> str:
+    """The unchanged document of a record; "" if it is null."""
+    record = _rename_columns(record, columns, location)
     if "text" not in record:
         raise UserError(
-            f"{at}: found the columns {', '.join(record) or 'none'}; pretraining reads a column "
-            "text (name another with columns: {text: NAME})"
+            f"{location}: found the columns {', '.join(record) or 'none'}; pretraining needs a "
+            "column text (map another with columns: {text: NAME})"
         )
-    return "" if record["text"] is None else _string(record, "text", at)
+    return "" if record["text"] is None else _string(record, "text", location)
 
 
-def _by_line(read: Callable[..., _Read]) -> Callable[..., _Read]:
-    """`read`, so that a record nested too deeply is an error of its line."""
+def _report_deep_nesting(read: Callable[..., _Read]) -> Callable[..., _Read]:
+    """Raise UserError with the record's location if it is nested too deeply."""
 
     @wraps(read)
-    def guarded(record: dict, source: Source, data: DataSection, at: str) -> _Read:
+    def wrapper(record: dict, source: Source, data: DataSection, location: str) -> _Read:
         try:
-            return read(record, source, data, at)
+            return read(record, source, data, location)
         except RecursionError:
-            raise UserError(f"{at}: the record is nested too deeply") from None
+            raise UserError(f"{location}: the record is nested too deeply") from None
 
-    return guarded
+    return wrapper
 
 
-@_by_line
-def conversation_of(record: dict, source: Source, data: DataSection, at: str) -> dict[str, Any]:
+@_report_deep_nesting
+def parse_conversation(
+    record: dict, source: Source, data: DataSection, location: str
+) -> dict[str, Any]:
     """{"messages": [{"role", "content", …}], "tools": list | None, "notes": list} of a record.
 
-    Messages and tools are as `message_of` and `tools_of` return them. `data.user_template` (a
+    Messages and tools have the form of `parse_message` and `parse_tools`. `data.user_template` (a
     format string or a name of USER_TEMPLATES) rewrites the last user message from the record's
-    columns. Raises ValueError with what was found when no accepted form fits.
+    columns.
     """
-    found, reading = _opened(record, source, data, at)
-    context = 0  # messages at the beginning that are a prompt, where nothing is learned
-    if "messages" in found:
-        messages = _messages(_parsed(found["messages"], "messages", at), reading)
-    elif "conversations" in found:
-        messages = _messages(_parsed(found["conversations"], "conversations", at), reading)
-    elif "prompt" in found and "completion" in found:
-        messages, context = _completed(found, reading)
-    elif "instruction" in found and "output" in found:
-        turns = _instruction(found, at) + _said("assistant", found["output"])
-        messages = _messages(turns, reading)
-    elif "question" in found and "answer" in found:
-        turns = _said("user", found["question"]) + _said("assistant", found["answer"])
-        messages = _messages(turns, reading)
+    columns, context = _parse_columns(record, source, data, location)
+    prompt_length = 0  # number of leading messages that are a prompt and get no loss
+    if "messages" in columns:
+        messages = _messages(_parse_nested(columns["messages"], "messages", location), context)
+    elif "conversations" in columns:
+        messages = _messages(
+            _parse_nested(columns["conversations"], "conversations", location), context
+        )
+    elif "prompt" in columns and "completion" in columns:
+        messages, prompt_length = _prompt_and_completion(columns, context)
+    elif "instruction" in columns and "output" in columns:
+        turns = _instruction_turns(columns, location) + _as_turns("assistant", columns["output"])
+        messages = _messages(turns, context)
+    elif "question" in columns and "answer" in columns:
+        turns = _as_turns("user", columns["question"]) + _as_turns("assistant", columns["answer"])
+        messages = _messages(turns, context)
     else:
         raise UserError(
-            f"{at}: found the columns {', '.join(found) or 'none'}; a conversation needs "
-            f"{CONVERSATIONS} (name others with columns: {{prompt: NAME, …}})"
+            f"{location}: found the columns {', '.join(columns) or 'none'}; a conversation needs "
+            f"{CONVERSATION_FORMS} (map others with columns: {{prompt: NAME, …}})"
         )
-    _set_weights(messages, found, reading)
-    for message in messages[:context]:
+    _apply_weight_list(messages, columns, context)
+    for message in messages[:prompt_length]:
         if message["role"] == "assistant":
             message.setdefault("weight", 0.0)
-    messages = _conversation(messages, found, reading)
-    return {"messages": messages, "tools": reading.tools, "notes": reading.notes}
+    messages = _finish(messages, columns, context)
+    return {"messages": messages, "tools": context.tools, "notes": context.notes}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, as messages; or two whole texts, and `prompt` None."""
+    """Two answers to a prompt, as messages; or two complete texts if `prompt` is None."""
 
     prompt: list[dict[str, Any]] | None
     chosen: Any
     rejected: Any
     tools: list[Any] | None = None
     margin: float = 0.0
-    """by how much the chosen one is better, in the reward's unit"""
+    """the least reward difference of chosen and rejected, in units of the reward"""
     notes: list[str] = field(default_factory=list)
 
     @property
-    def tells(self) -> bool:
-        """Whether there is a preference: two answers, neither empty, that differ."""
-        return self.chosen != self.rejected and not (_empty(self.chosen) or _empty(self.rejected))
+    def has_preference(self) -> bool:
+        """True if the answers differ and neither is empty."""
+        is_empty = is_empty_answer(self.chosen) or is_empty_answer(self.rejected)
+        return self.chosen != self.rejected and not is_empty
 
 
-@_by_line
-def pair_of(record: dict, source: Source, data: DataSection, at: str) -> Pair:
-    """The pair of a record: `chosen` and `rejected`, perhaps a `margin`, and what was asked.
+@_report_deep_nesting
+def parse_pair(record: dict, source: Source, data: DataSection, location: str) -> Pair:
+    """The pair in the columns `chosen`, `rejected` and, optionally, `margin` and the prompt.
 
-    An answer is a string, a message or a list of messages. What was asked is in one of ASKED's
-    layouts, or what the answers have in common at their beginning, or both, where each message is
-    read once. Two strings without anything asked are texts as they stand. Raises ValueError when a
-    side is missing, no accepted form fits, or one place contradicts another about what was asked.
+    An answer is a string, a message or a list of messages. The prompt has a layout of PROMPT_FORMS,
+    or is the common prefix of the answers, or both, in which case it is not repeated. Two strings
+    without a prompt are complete texts. Raises UserError if an answer is missing, no layout fits,
+    or two columns have different prompts.
     """
-    found, reading = _opened(record, source, data, at)
-    for side in ("chosen", "rejected"):
-        if side not in found:
+    columns, context = _parse_columns(record, source, data, location)
+    for answer in ("chosen", "rejected"):
+        if answer not in columns:
             raise UserError(
-                f"{at}: {side} is missing; found the columns {', '.join(found) or 'none'}, and a "
-                "pair needs chosen and rejected (name others with columns: {chosen: NAME, …})"
+                f"{location}: {answer} is missing; found the columns "
+                f"{', '.join(columns) or 'none'}; a pair needs chosen and rejected (map others "
+                "with columns: {chosen: NAME, …})"
             )
-    margin = _cell(found.get("margin", 0.0))
+    margin = _parse_cell(columns.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
-        raise UserError(f"{at}: margin is {brief(margin)}; it is a number")
-    sides = [found["chosen"], found["rejected"]]
-    asked = _asked(found, at)
-    if asked is None and all(isinstance(side, str) for side in sides):
-        return Pair(None, sides[0], sides[1], None, float(margin), reading.notes)
-    prompt = _messages(asked, reading) if asked is not None else []
-    chosen, rejected = (_messages(_said("assistant", side), reading) for side in sides)
-    prompt, chosen, rejected = _parted(prompt, chosen, rejected, reading)
-    prompt = _conversation(prompt, found, reading)
-    return Pair(prompt, chosen, rejected, reading.tools, float(margin), reading.notes)
+        raise UserError(f"{location}: margin is {excerpt(margin)}; it must be a number")
+    answers = [columns["chosen"], columns["rejected"]]
+    prompt = _prompt_turns(columns, location)
+    if prompt is None and all(isinstance(answer, str) for answer in answers):
+        return Pair(None, answers[0], answers[1], None, float(margin), context.notes)
+    prompt = _messages(prompt, context) if prompt is not None else []
+    chosen, rejected = (_messages(_as_turns("assistant", answer), context) for answer in answers)
+    prompt, chosen, rejected = split_pair(prompt, chosen, rejected, context)
+    prompt = _finish(prompt, columns, context)
+    return Pair(prompt, chosen, rejected, context.tools, float(margin), context.notes)
 
 
-@_by_line
-def feedback_of(
-    record: dict, source: Source, data: DataSection, at: str
+@_report_deep_nesting
+def parse_judged(
+    record: dict, source: Source, data: DataSection, location: str
 ) -> tuple[dict[str, Any], bool]:
-    """(the conversation as `conversation_of` has it, whether its last answer is a good one).
+    """(the conversation as `parse_conversation` returns it, True if its last answer is good).
 
-    The latter is `label` (or `kto_tag`): true or false. Raises ValueError where that is missing.
+    The latter is the column `label` (or `kto_tag`). Raises UserError if it is not true or false.
     """
-    found, _ = _opened(record, source, data, at)
-    label = _cell(found.get("label", found.get("kto_tag")))
+    columns, _ = _parse_columns(record, source, data, location)
+    label = _parse_cell(columns.get("label", columns.get("kto_tag")))
     if label not in (True, False):
-        raise UserError(f"{at}: label is {brief(label)}; an answer needs a label true or false")
-    chat = conversation_of(record, source, data, at)
+        raise UserError(f"{location}: label is {excerpt(label)}; it must be true or false")
+    chat = parse_conversation(record, source, data, location)
     if chat["messages"][-1]["role"] != "assistant":
-        raise UserError(f"{at}: the last message is not the assistant's; that is what is judged")
+        raise UserError(f"{location}: the last message is judged, so it must be the assistant's")
     return chat, bool(label)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked of the model, and what the record knows of it."""
+    """A prompt for an online run, with the record's columns for reward functions."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    said: Any
-    """the prompt as reward functions see it: a string where the record has one, else messages"""
+    text: Any
+    """the prompt for reward functions: a string if the record has one, else messages"""
     columns: dict[str, Any]
-    """the record's other columns, null ones too"""
+    """the record's other columns, including null ones"""
     notes: list[str] = field(default_factory=list)
 
 
-@_by_line
-def prompt_of(record: dict, source: Source, data: DataSection, at: str) -> Prompt:
-    """The prompt of a record in one of ASKED's layouts, without the answer at its end if there is
-    one. Raises ValueError where none fits."""
-    found, reading = _opened(record, source, data, at)
-    asked = _asked(found, at)
-    if asked is None:
+@_report_deep_nesting
+def parse_prompt(record: dict, source: Source, data: DataSection, location: str) -> Prompt:
+    """The prompt of a record in a layout of PROMPT_FORMS, without an answer at its end."""
+    columns, context = _parse_columns(record, source, data, location)
+    prompt = _prompt_turns(columns, location)
+    if prompt is None:
         raise UserError(
-            f"{at}: found the columns {', '.join(found) or 'none'}; a prompt is {ASKED} "
-            "(name others with columns: {prompt: NAME, …})"
+            f"{location}: found the columns {', '.join(columns) or 'none'}; a prompt needs "
+            f"{PROMPT_FORMS} (map others with columns: {{prompt: NAME, …}})"
         )
-    messages = _messages(asked, reading)
+    messages = _messages(prompt, context)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise UserError(f"{at}: the prompt holds nothing but the assistant's words")
-    messages = _conversation(messages, found, reading)
-    text = next((found[n] for n in ("prompt", "question") if isinstance(found.get(n), str)), None)
-    columns = _kept(record, source, data, at)
+        raise UserError(
+            f"{location}: the prompt has only assistant messages; it needs a user message"
+        )
+    messages = _finish(messages, columns, context)
+    texts = [columns[n] for n in ("prompt", "question") if isinstance(columns.get(n), str)]
+    columns = _selected_columns(record, source, data, location)
     columns.pop("prompt", None)
-    said = messages if text is None else text
-    return Prompt(messages, reading.tools, said, columns, reading.notes)
+    text = texts[0] if texts else messages
+    return Prompt(messages, context.tools, text, columns, context.notes)
 
 
 # ---- a record and its columns
 
 
-def _opened(
-    record: dict, source: Source, data: DataSection, at: str
-) -> tuple[dict[str, Any], Reading]:
-    """The record's columns that hold something, and what its messages are read with."""
-    found = {k: v for k, v in _kept(record, source, data, at).items() if v is not None}
+def _parse_columns(
+    record: dict, source: Source, data: DataSection, location: str
+) -> tuple[dict[str, Any], ParseContext]:
+    """The record's columns that are not null, and the context to parse its messages in."""
+    selected = _selected_columns(record, source, data, location)
+    columns = {k: v for k, v in selected.items() if v is not None}
     for name in MEDIA:
-        if holds(found.get(name)):
+        if is_present(columns.get(name)):
             raise UserError(
-                f"{at}: the column {name} holds something, and only text is read; train on the "
-                f"text alone with data.drop_columns: [{name}], or leave such records out"
+                f"{location}: the column {name} is not empty, but only text is supported; train on "
+                f"the text only with data.drop_columns: [{name}], or remove such records"
             )
-    name = "tools" if holds(found.get("tools")) else "functions"
-    tools = tools_of(found[name], name, at) if holds(found.get(name)) else None
-    return found, Reading(data, at, tools)
+    name = "tools" if is_present(columns.get("tools")) else "functions"
+    tools = parse_tools(columns[name], name, location) if is_present(columns.get(name)) else None
+    return columns, ParseContext(data, location, tools)
 
 
-def _kept(record: dict, source: Source, data: DataSection, at: str) -> dict[str, Any]:
-    """The record's columns under the names expected here."""
-    drop = data.drop_columns
-    return _renamed({k: v for k, v in record.items() if k not in drop}, source.columns, at)
+def _selected_columns(
+    record: dict, source: Source, data: DataSection, location: str
+) -> dict[str, Any]:
+    """The record's columns without dropped ones, with the names that the parsers expect."""
+    selected = {k: v for k, v in record.items() if k not in data.drop_columns}
+    return _rename_columns(selected, source.columns, location)
 
 
-def _renamed(record: dict, columns: Mapping[str, str], at: str) -> dict:
+def _rename_columns(record: dict, columns: Mapping[str, str], location: str) -> dict:
     for name, column in columns.items():
         if column not in record:
             raise UserError(
-                f"{at}: columns maps {name} to {column}, which is not among "
-                f"{', '.join(record) or 'no columns'}"
+                f"{location}: columns maps {name} to {column}, but the record's columns are "
+                f"{', '.join(record) or 'none'}"
             )
     return record | {name: record[column] for name, column in columns.items()}
 
 
-def _cell(value: Any) -> Any:
-    """A value that CSV holds as text: a number, true or false."""
+def _parse_cell(value: Any) -> Any:
+    """A number, true or false, which CSV stores as text; other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -255,225 +268,143 @@ def _cell(value: Any) -> Any:
         return value
 
 
-def _string(record: dict, name: str, at: str) -> str:
-    """A column that may be missing ("")."""
+def _string(record: dict, name: str, location: str) -> str:
+    """A string column; "" if it is missing."""
     if isinstance(value := record.get(name, ""), str):
         return value
     kind = type(value).__name__
-    raise UserError(f"{at}: {name} is {kind}, not a string: {short(str(value))}")
+    raise UserError(f"{location}: {name} is {kind}, not a string: {excerpt(value)}")
 
 
-def _parsed(value: Any, what: str, at: str) -> Any:
-    """A nested column, which some datasets store as a string of JSON."""
-    return loads(value, at, f"{what} is not JSON") if isinstance(value, str) else value
+def _parse_nested(value: Any, name: str, location: str) -> Any:
+    """A nested column, which some datasets store as a JSON string."""
+    return parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
 
 
 # ---- turns
 
 
-def _asked(found: dict[str, Any], at: str) -> list | None:
-    """The turns before the answer; None where no column has them."""
+def _prompt_turns(columns: dict[str, Any], location: str) -> list | None:
+    """The turns before the answer; None if no column has them."""
     for name in ("prompt", "question"):
-        if name in found:
-            return list(_said("user", found[name]))
+        if name in columns:
+            return list(_as_turns("user", columns[name]))
     for name in ("messages", "conversations"):
-        if name in found:
-            return _parsed(found[name], name, at)
-    return _instruction(found, at) if "instruction" in found else None
+        if name in columns:
+            return _parse_nested(columns[name], name, location)
+    return _instruction_turns(columns, location) if "instruction" in columns else None
 
 
-def _instruction(found: dict[str, Any], at: str) -> list:
-    asked = [t for name in ("instruction", "input") if (t := _string(found, name, at))]
-    return _history(found.get("history") or [], at) + _said("user", "\n".join(asked))
+def _instruction_turns(columns: dict[str, Any], location: str) -> list:
+    prompt = [t for name in ("instruction", "input") if (t := _string(columns, name, location))]
+    history = _history_turns(columns.get("history") or [], location)
+    return history + _as_turns("user", "\n".join(prompt))
 
 
-def _history(value: Any, at: str) -> list[dict]:
+def _history_turns(value: Any, location: str) -> list[dict]:
     """The turns before an instruction."""
-    pairs = _parsed(value, "history", at)
+    pairs = _parse_nested(value, "history", location)
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise UserError(f"{at}: history is pairs [question, answer]; saw {short(str(pairs))}")
-    return [turn for q, a in pairs for turn in (*_said("user", q), *_said("assistant", a))]
+        raise UserError(
+            f"{location}: history must be a list of [question, answer]; saw {excerpt(pairs)}"
+        )
+    return [turn for q, a in pairs for turn in (*_as_turns("user", q), *_as_turns("assistant", a))]
 
 
-def _said(role: str, value: Any) -> list:
-    """A prompt or an answer: a string, a message or messages."""
+def _as_turns(role: str, value: Any) -> list:
+    """Convert a prompt or an answer (a string, a message or messages) to a list of turns."""
     if isinstance(value, dict):
         return [value]
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _messages(turns: Any, reading: Reading) -> list[dict[str, Any]]:
+def _messages(turns: Any, context: ParseContext) -> list[dict[str, Any]]:
     if not isinstance(turns, list) or not turns:
-        raise reading.error(f"a conversation is a list of messages; saw {short(str(turns))}")
-    return [message_of(turn, reading) for turn in turns]
+        raise context.error(f"a conversation must be a list of messages; saw {excerpt(turns)}")
+    return [parse_message(turn, context) for turn in turns]
 
 
-def _completed(found: dict[str, Any], reading: Reading) -> tuple[list[dict[str, Any]], int]:
-    """(a prompt and its completion, how many messages of it are the prompt)."""
-    asked = _messages(_said("user", found["prompt"]), reading)
-    answer = _messages(_said("assistant", found["completion"]), reading)
-    count = _leading(answer)
-    asked = _merged(asked, answer[:count], "completion", reading)
-    return asked + answer[count:], len(asked)
+def _prompt_and_completion(columns: dict, context: ParseContext) -> tuple[list[dict], int]:
+    """(the messages of a prompt and its completion, the number of them in the prompt)."""
+    prompt = _messages(_as_turns("user", columns["prompt"]), context)
+    answer = _messages(_as_turns("assistant", columns["completion"]), context)
+    count = prompt_message_count(answer)
+    prompt = merge_prompt(prompt, answer[:count], "completion", context)
+    return prompt + answer[count:], len(prompt)
 
 
-def _set_weights(messages: list[dict], found: dict, reading: Reading) -> None:
-    """Gives the assistant's messages the weights of a record's list, which has one for each of them
-    or for each message."""
+def _apply_weight_list(messages: list[dict], columns: dict, context: ParseContext) -> None:
+    """Set the loss weights of assistant messages from a record's list of weights.
+
+    The list has a weight per assistant message or per message.
+    """
     answers = [m for m in messages if m["role"] == "assistant"]
-    for name in _LISTS:
-        values = found.get(name)
-        if isinstance(values, str) and values.startswith("["):  # a cell of a table of texts
-            values = _parsed(values, name, reading.at)
+    for name in _WEIGHT_LISTS:
+        values = columns.get(name)
+        if isinstance(values, str) and values.startswith("["):  # a CSV cell
+            values = _parse_nested(values, name, context.location)
         if isinstance(values, list) and values:
             if len(values) not in (len(answers), len(messages)):
-                raise reading.error(
-                    f"{name} has {len(values)} values for {len(messages)} messages, "
-                    f"{len(answers)} of them the assistant's; give one for each of either, or "
-                    f"leave it unread with data.drop_columns: [{name}]"
+                raise context.error(
+                    f"{name} has {len(values)} values, but there are {len(messages)} messages, "
+                    f"{len(answers)} of them the assistant's; give one value per message or per "
+                    f"assistant message, or ignore the column with data.drop_columns: [{name}]"
                 )
             to = answers if len(values) == len(answers) else messages
             for message, value in zip(to, values, strict=True):
                 if message["role"] != "assistant" or value is None:
                     continue
-                weight = weight_from(value, name, reading)
+                weight = parse_weight(value, name, context)
                 if message.setdefault("weight", weight) != weight:
-                    raise reading.error(
-                        f"{name} gives a message the weight {weight:g}, and another place "
-                        f"{message['weight']:g}; keep one"
+                    raise context.error(
+                        f"a message has the loss weight {weight:g} in {name} and "
+                        f"{message['weight']:g} elsewhere; keep one"
                     )
-        elif holds(values):
-            reading.note(
-                f"the column {name} is one value for a record, which is not read; a list has one "
-                "for each of the assistant's messages"
+        elif is_present(values):
+            context.note(
+                f"the column {name} is a single value, which is ignored; use a list with a value "
+                "per assistant message"
             )
 
 
-def _conversation(messages: list[dict], found: dict, reading: Reading) -> list[dict]:
-    """The messages with the record's system message before them, and `data.user_template`
-    applied."""
-    data = reading.data
+def _finish(messages: list[dict], columns: dict, context: ParseContext) -> list[dict]:
+    """The messages with the record's system message in front and `data.user_template` applied."""
+    data = context.data
     first = messages[0]
-    system = _string(found, "system", reading.at)
+    system = _string(columns, "system", context.location)
     if first["role"] in ("system", "developer"):
-        if system and words(first).strip() != system.strip():
-            raise reading.error(
-                f"the column system says {short(system)}, and the messages begin with "
-                f"{short(words(first))}; keep one (data.drop_columns: [system])"
+        if system and message_text(first).strip() != system.strip():
+            raise context.error(
+                f"the column system is {excerpt(system)}, but the messages begin with "
+                f"{excerpt(message_text(first))}; keep one (data.drop_columns: [system])"
             )
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
     if data.user_template:
         template = USER_TEMPLATES.get(data.user_template, data.user_template)
-        _rewrite_last_user(messages, template, found, reading.at)
+        _rewrite_last_user(messages, template, columns, context.location)
     return messages
-
-
-# ---- what is asked in two places
-
-
-def _parted(
-    prompt: list[dict], chosen: list[dict], rejected: list[dict], reading: Reading
-) -> tuple[list[dict], list[dict], list[dict]]:
-    """(prompt, chosen, rejected) where each message that was asked is in the prompt, once.
-
-    What both answers share at their beginning is asked; each of them keeps a message at least.
-    """
-    same = [_alike([a], [b]) for a, b in zip(chosen[:-1], rejected[:-1], strict=False)]
-    count = (*same, False).index(False)
-    shared = chosen[:count]
-    sides = {"chosen": chosen[count:], "rejected": rejected[count:]}
-    if not prompt and not shared:
-        raise reading.error(
-            "chosen and rejected begin with no common message, and found no prompt; "
-            f"it can be {ASKED}"
-        )
-    asked = list(prompt)
-    while len(asked) > 1 and asked[-1]["role"] == "assistant":
-        asked.pop()
-    rest = prompt[len(asked) :]
-    if any(_alike((shared + side)[: len(prompt)], prompt) for side in sides.values()):
-        shared = shared or asked  # the prompt is the beginning of a whole conversation
-    else:
-        answers = [said for side in sides.values() for said in (side, shared + side)]
-        if not any(_alike(said[: len(rest)], rest) for said in answers):
-            reading.note("the answer at the end of the prompt is not read; a pair has its own")
-        shared = _merged(asked, shared, "chosen and rejected", reading)
-    for name, side in sides.items():
-        own = side[: len(shared)]
-        if not _alike(own, shared):
-            own = side[: _leading(side)]
-        if own and (len(own) == len(side) or not _alike(own, shared[-len(own) :])):
-            raise reading.error(
-                f"{name} begins with a {own[0]['role']} message, {short(words(own[0]))}, with "
-                "which the prompt does not end; an answer begins with the assistant's words"
-            )
-        sides[name] = side[len(own) :]
-    return shared, sides["chosen"], sides["rejected"]
-
-
-def _merged(asked: list[dict], shared: list[dict], where: str, reading: Reading) -> list[dict]:
-    """What was asked, of `asked` and of the messages that answers begin with: each message once.
-
-    Either holds the other, or `shared` goes on where `asked` ends. Raises ValueError otherwise.
-    """
-    begins = shared[0]["role"] if shared else "assistant"
-    only_system = all(m["role"] in _ASKERS[:2] for m in asked)
-    if begins not in _ASKERS or (only_system and begins == "user"):
-        return asked + shared
-    if any(_alike(shared[i : i + len(asked)], asked) for i in range(len(shared))):
-        return shared
-    for count in range(min(len(asked), len(shared)), 0, -1):
-        if _alike(asked[-count:], shared[:count]):
-            return asked[:-count] + shared
-    raise reading.error(
-        f"the prompt ends with {short(words(asked[-1]))}, but {where} begin with "
-        f"{short(words(shared[0]))}; keep one (data.drop_columns: [prompt])"
-    )
-
-
-def _leading(messages: list[dict]) -> int:
-    """How many messages stand before the first that the assistant or a tool says."""
-    return next((i for i, m in enumerate(messages) if m["role"] not in _ASKERS), len(messages))
-
-
-def _alike(some: list[dict], others: list[dict]) -> bool:
-    """Whether two lists of messages say the same, but for white space around it."""
-
-    def said(message: dict) -> tuple:
-        further = (message.get(key) for key in ("tool_calls", "reasoning_content"))
-        return message["role"], words(message).strip(), *further
-
-    return list(map(said, some)) == list(map(said, others))
-
-
-def _empty(side: Any) -> bool:
-    """Whether an answer says nothing."""
-    if isinstance(side, str):
-        return not side.strip()
-    says = ("tool_calls", "reasoning_content")
-    return not any(words(m).strip() or any(m.get(key) for key in says) for m in side)
 
 
 # ---- user_template
 
 
-def _rewrite_last_user(messages: list[dict], template: str, found: dict, at: str) -> None:
+def _rewrite_last_user(messages: list[dict], template: str, columns: dict, location: str) -> None:
     user = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if user is None:
-        raise UserError(f"{at}: user_template rewrites the last user message, but there is none")
-    values = {"question": words(user)} | {
-        name: "\n\n".join(value) if isinstance(value, list) and _all_text(value) else value
-        for name, value in found.items()
+        raise UserError(f"{location}: there is no user message for user_template to rewrite")
+    values = {"question": message_text(user)} | {
+        name: "\n\n".join(value) if isinstance(value, list) and _are_strings(value) else value
+        for name, value in columns.items()
     }
     try:
         user["content"] = template.format_map(values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{at}: user_template {short(template)} does not fit: {error!r}; "
-            f"the columns are {', '.join(found)}"
+            f"{location}: user_template {excerpt(template)} cannot be filled in: {error!r}; "
+            f"the columns are {', '.join(columns)}"
         ) from None
 
 
-def _all_text(values: list) -> bool:
+def _are_strings(values: list) -> bool:
     return all(isinstance(value, str) for value in values)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages, tools and calls as other programs write them -> the form that chat templates read.
+"""Convert messages, tools and tool calls of many layouts to the one that chat templates read.
 
-A message becomes {"role", "content", …}: its role is one of system, developer, user, assistant and
-tool; its content a string, or a list of {"type": "text", "text": …}; its reasoning, tool calls and
-loss weight stand under `reasoning_content`, `tool_calls` and `weight`.
+A message becomes {"role", "content", …}. The role is system, developer, user, assistant or tool.
+The content is a string or a list of {"type": "text", "text": …}. Reasoning, tool calls and the loss
+weight have the keys `reasoning_content`, `tool_calls` and `weight`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import DataSection
-from jaxllm.data.sources import loads, short
+from jaxllm.data.formats import excerpt, parse_json
 from jaxllm.errors import UserError
 
-# Roles in use elsewhere, in lower case and with "_" for "-"; data.roles names further ones.
+# Names of roles in common datasets, in lower case and with "_" for "-"; data.roles adds to them.
 ROLES = {
     "system": "system",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -26,233 +26,229 @@ ROLES = {
     **dict.fromkeys(("observation", "ipython"), "tool"),
     "developer": "developer",
 }
-CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of calls
-# Keys that say whether, or how much, a message is learned.
+CALLS = ("function_call", "tool_call")  # roles whose content is tool calls as JSON
+# Keys for a message's loss weight.
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask")
 WEIGHTS += ("train", "training", "trainable")
-# Keys that say so in another way than one number for the message, or that tools disagree about.
-UNREAD_WEIGHTS = ("train_detail", "training_detail", "mask", "masked")
+# Keys for loss weights that are not one number per message, or have no agreed meaning.
+UNSUPPORTED_WEIGHTS = ("train_detail", "training_detail", "mask", "masked")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# What chat templates read of a message beside what is brought into one form here.
-_KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_plan"}
-_KNOWN |= {"reasoning_content", "weight"}
+# Keys of a parsed message that chat templates, or we, read.
+_READ_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_plan"}
+_READ_KEYS |= {"reasoning_content", "weight"}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the messages of a record are read with, and what is to be told about them."""
+class ParseContext:
+    """What parsing the messages of a record depends on, and the notes that it collects."""
 
     data: DataSection
-    at: str
+    location: str
     """FILE:LINE"""
     tools: list[Any] | None = None
-    """as `tools_of` returns them: they say which arguments may be null"""
+    """as returned by `parse_tools`; their schemas say which arguments may be null"""
     notes: list[str] = field(default_factory=list)
 
-    def error(self, what: str) -> ValueError:
-        return UserError(f"{self.at}: {what}")
+    def error(self, problem: str) -> ValueError:
+        return UserError(f"{self.location}: {problem}")
 
-    def note(self, what: str) -> None:
-        if what not in self.notes:
-            self.notes.append(what)
-
-
-def brief(value: Any) -> str:
-    """What a value is, for a message of one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    def note(self, problem: str) -> None:
+        if problem not in self.notes:
+            self.notes.append(problem)
 
 
-def words(message: dict[str, Any]) -> str:
+def message_text(message: dict[str, Any]) -> str:
     """The text of a message, whether its content is a string or parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def holds(value: Any) -> bool:
-    """Whether a value is something: not null, and no empty string, list or dict."""
+def is_present(value: Any) -> bool:
+    """True unless the value is None or an empty string, list or dict."""
     return not (value is None or (isinstance(value, str | list | dict) and not value))
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the keys of dicts that are null: a table writes them for absent keys."""
+    """`value` without dict keys that are None, which is how tables store absent keys."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def message_of(turn: Any, reading: Reading) -> dict[str, Any]:
-    """A turn of any accepted layout as a message. Raises ValueError for what cannot be read."""
+def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
+    """Convert a turn of any accepted layout to a message. Raises UserError for any other."""
     if not isinstance(turn, dict):
-        raise reading.error(f"a message is an object with role and content; saw {short(str(turn))}")
-    drop = reading.data.drop_columns
+        raise context.error(
+            f"a message must be an object with role and content; saw {excerpt(turn)}"
+        )
+    drop = context.data.drop_columns
     turn = {k: v for k, v in turn.items() if v is not None and k not in drop}
-    said = turn.pop("role", turn.pop("from", None))
-    role, is_call = _role(said, reading)
+    role_name = turn.pop("role", turn.pop("from", None))
+    role, is_call = _parse_role(role_name, context)
     content = turn.pop("content", turn.pop("value", None))
     for name in MEDIA:
-        if holds(turn.get(name)):
-            raise reading.error(
-                f"a message has {name}, which is not read; leave it out, or train on the text "
-                f"alone with data.drop_columns: [{name}]"
+        if is_present(turn.get(name)):
+            raise context.error(
+                f"a message has {name}, which is not supported; remove it, or train on the text "
+                f"only with data.drop_columns: [{name}]"
             )
     message: dict[str, Any] = {"role": role, "content": content}
     if is_call and isinstance(content, str):
-        what = f"the content of a {said} is not JSON"
-        content = loads(content, reading.at, f"{what} (accepted is a call's name and arguments)")
-    calls = _calls(turn, content if is_call else None, reading)
+        problem = f"the content of a {role_name} is not JSON (name and arguments of a call)"
+        content = parse_json(content, context.location, problem)
+    calls = _tool_calls(turn, content if is_call else None, context)
     if is_call:
         message["content"] = content = ""
-    thoughts = []
+    reasoning_parts = []
     if isinstance(content, list):
-        message["content"], thoughts = _parts(content, reading)
-    message |= _reasoning(turn, thoughts, reading) | _weight(turn, reading)
+        message["content"], reasoning_parts = _text_parts(content, context)
+    message |= _reasoning(turn, reasoning_parts, context) | _message_weight(turn, context)
     message |= without_nulls(turn)
     if calls:
         message["tool_calls"] = calls
-    return _checked(message, reading)
+    return _check_message(message, context)
 
 
-def tools_of(value: Any, name: str, at: str) -> list[Any] | None:
-    """A record's tools, given under `name`, each {"type": "function", "function": schema}."""
-    tools = loads(value, at, f"{name} is not JSON") if isinstance(value, str) else value
+def parse_tools(value: Any, name: str, location: str) -> list[Any] | None:
+    """The tools in a record's column `name`, each {"type": "function", "function": schema}."""
+    tools = parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{at}: {name} is a list of JSON schemas; saw {short(str(tools))}")
-    return [_function(_schema(tool)) for tool in tools] or None
+        raise UserError(f"{location}: {name} must be a list of JSON schemas; saw {excerpt(tools)}")
+    return [_wrap_function(_clean_schema(tool)) for tool in tools] or None
 
 
 # ---- parts of a message
 
 
-def _role(said: Any, reading: Reading) -> tuple[str, bool]:
-    """(the role in our words, whether the content is a call)."""
-    if isinstance(said, str):
-        if said in reading.data.roles:
-            return reading.data.roles[said], False
-        name = said.lower().replace("-", "_")
+def _parse_role(value: Any, context: ParseContext) -> tuple[str, bool]:
+    """(the role, whether the content is a tool call)."""
+    if isinstance(value, str):
+        if value in context.data.roles:
+            return context.data.roles[value], False
+        name = value.lower().replace("-", "_")
         if name in ROLES:
             return ROLES[name], name in CALLS
-    raise reading.error(
-        f"a message has the role {brief(said)}; accepted are {', '.join(ROLES)} (name others with "
-        "data.roles: {THEIRS: assistant})"
+    raise context.error(
+        f"a message has the role {excerpt(value)}; accepted are {', '.join(ROLES)} (map others "
+        "with data.roles: {ROLE: assistant})"
     )
 
 
-def _parts(content: list, reading: Reading) -> tuple[list[dict] | str, list[str]]:
-    """(the parts of text, what is thought in the others)."""
-    parts, thoughts = [], []
+def _text_parts(content: list, context: ParseContext) -> tuple[list[dict] | str, list[str]]:
+    """(the text parts, the texts of the reasoning parts)."""
+    parts, reasoning_parts = [], []
     for part in content:
         kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
         text = part.get("text") if isinstance(part, dict) else None
         if kind in _TEXT_PARTS and isinstance(text, str):
             parts.append({"type": "text", "text": text})
         elif kind in ("thinking", "reasoning"):
-            given = part.get(kind)
-            thoughts.append(_thought(text if given is None else given, kind, reading))
+            found = part.get(kind)
+            reasoning_parts.append(_reasoning_text(text if found is None else found, kind, context))
         else:
-            raise reading.error(
-                f"a content part is not text: its type is {brief(kind)}; saw {short(str(part))}"
+            raise context.error(
+                f"a content part has the type {excerpt(kind)}, not text; saw {excerpt(part)}"
             )
-    return parts or "", thoughts
+    return parts or "", reasoning_parts
 
 
-def _thought(value: Any, name: str, reading: Reading) -> str:
+def _reasoning_text(value: Any, name: str, context: ParseContext) -> str:
     if isinstance(value, list):
-        return words({"content": _parts(value, reading)[0]})
+        return message_text({"content": _text_parts(value, context)[0]})
     if isinstance(value, str):
         return value
-    raise reading.error(f"a message's {name} is {type(value).__name__}, not a string")
+    raise context.error(f"a message's {name} is {type(value).__name__}, not a string")
 
 
-def _reasoning(turn: dict, thoughts: list[str], reading: Reading) -> dict[str, str]:
-    """{"reasoning_content": …} of what a turn says it thought, or {}; takes its keys out."""
-    given = {name: _thought(turn.pop(name), name, reading) for name in REASONING if name in turn}
-    if thoughts:
-        given["content"] = "".join(thoughts)
-    given = {name: text for name, text in given.items() if text}
-    if len(set(given.values())) > 1:
-        raise reading.error(f"a message has different reasoning in {' and '.join(given)}; keep one")
-    return {"reasoning_content": next(iter(given.values()))} if given else {}
+def _reasoning(turn: dict, reasoning_parts: list[str], context: ParseContext) -> dict[str, str]:
+    """{"reasoning_content": …} or {}; removes the keys for it from `turn`."""
+    names = [name for name in REASONING if name in turn]
+    found = {name: _reasoning_text(turn.pop(name), name, context) for name in names}
+    if reasoning_parts:
+        found["content"] = "".join(reasoning_parts)
+    found = {name: text for name, text in found.items() if text}
+    if len(set(found.values())) > 1:
+        raise context.error(f"a message has different reasoning in {' and '.join(found)}; keep one")
+    return {"reasoning_content": next(iter(found.values()))} if found else {}
 
 
-def weight_from(value: Any, name: str, reading: Reading) -> float:
-    """A loss weight: true, false or a number from 0 on."""
+def parse_weight(value: Any, name: str, context: ParseContext) -> float:
+    """A loss weight: true, false or a number >= 0."""
     if isinstance(value, bool | int | float) and 0 <= value < 3e38:  # a float32
         return float(value)
-    what = f"a message's {name} is {brief(value)}"
-    raise reading.error(f"{what}; it is true, false or a number from 0 on")
+    raise context.error(f"a message's {name} is {excerpt(value)}; use true, false or a number >= 0")
 
 
-def _weight(turn: dict, reading: Reading) -> dict[str, float]:
-    """{"weight": …} of what a turn says about its being learned, or {}; takes its keys out."""
-    for name in UNREAD_WEIGHTS:
-        if holds(turn.get(name)):
-            raise reading.error(
-                f"a message has {name}, which is not read; say by weight (from 0 on) how much the "
-                f"message is learned, or leave it unread with data.drop_columns: [{name}]"
+def _message_weight(turn: dict, context: ParseContext) -> dict[str, float]:
+    """{"weight": …} or {}; removes the keys for it from `turn`."""
+    for name in UNSUPPORTED_WEIGHTS:
+        if is_present(turn.get(name)):
+            raise context.error(
+                f"a message has {name}, which is not supported; give it a loss weight (weight, a "
+                f"number >= 0), or ignore the key with data.drop_columns: [{name}]"
             )
-    given = {n: weight_from(turn.pop(n), n, reading) for n in WEIGHTS if n in turn}
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{name} {value:g}" for name, value in given.items())
-        raise reading.error(f"a message's keys contradict each other: {said}; keep one")
-    return {"weight": next(iter(given.values()))} if given else {}
+    found = {n: parse_weight(turn.pop(n), n, context) for n in WEIGHTS if n in turn}
+    if len(set(found.values())) > 1:
+        weights = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        raise context.error(f"a message has different loss weights: {weights}; keep one")
+    return {"weight": next(iter(found.values()))} if found else {}
 
 
-def _checked(message: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """The message, when it says something; notes what nothing reads."""
+def _check_message(message: dict[str, Any], context: ParseContext) -> dict[str, Any]:
+    """Return the message. Raises UserError if its content is missing; notes ignored keys."""
     role, content = message["role"], message["content"]
-    unknown = sorted(k for k, v in message.items() if k not in _KNOWN and holds(v))
-    says = message.get("tool_calls") or message.get("reasoning_content")
-    if content is None and (role == "assistant" or says):
+    unknown = sorted(k for k, v in message.items() if k not in _READ_KEYS and is_present(v))
+    has_other_content = message.get("tool_calls") or message.get("reasoning_content")
+    if content is None and (role == "assistant" or has_other_content):
         message["content"] = content = ""
     if not isinstance(content, str | list):
         keys = f"; its other keys are {', '.join(unknown)}" if unknown else ""
         kind = type(content).__name__
-        raise reading.error(f"a message's content is {kind}, not a string{keys}")
-    if role == "assistant" and not (says or words(message).strip()) and message.get("weight") != 0:
+        raise context.error(f"a message's content is {kind}, not a string{keys}")
+    is_empty = not (has_other_content or message_text(message).strip())
+    if role == "assistant" and is_empty and message.get("weight") != 0:
         if unknown:
-            raise reading.error(
-                f"an assistant's message is empty but for {', '.join(unknown)}, which is not read; "
-                "what it says goes into content, and its calls into tool_calls"
+            raise context.error(
+                f"an assistant message has only {', '.join(unknown)}, which is ignored; put its "
+                "text into content and its tool calls into tool_calls"
             )
-        reading.note("an assistant's message is empty")
+        context.note("an assistant message is empty")
     if role != "assistant" and message.get("weight"):
-        reading.note(
-            f"a {role} message has a loss weight, which is not read; data.train_on_prompt learns "
-            "what is not the assistant's"
+        context.note(
+            f"a {role} message has a loss weight, which is ignored; data.train_on_prompt trains on "
+            "all messages"
         )
     for key in unknown:
-        reading.note(f"a message has the key {key!r}, which only a chat template can read")
+        context.note(f"a message has the key {key!r}, which only chat templates use")
     return message
 
 
 # ---- tools and calls
 
 
-def _calls(turn: dict, said: Any, reading: Reading) -> list[dict]:
-    """The calls of a turn, under `tool_calls` or `function_call` or `said` by its content; takes
-    these keys out."""
-    given = {name: turn.pop(name) for name in ("tool_calls", *CALLS[:1]) if name in turn}
-    given = {n: value for n, value in (given | {"content": said}).items() if holds(value)}
-    if len(given) > 1:
-        raise reading.error(f"a message has calls in {' and '.join(given)}; keep one")
-    calls = next(iter(given.values()), [])
+def _tool_calls(turn: dict, content: Any, context: ParseContext) -> list[dict]:
+    """The calls in `tool_calls`, `function_call` or `content`; removes the keys from `turn`."""
+    found = {name: turn.pop(name) for name in ("tool_calls", *CALLS[:1]) if name in turn}
+    found = {n: calls for n, calls in (found | {"content": content}).items() if is_present(calls)}
+    if len(found) > 1:
+        raise context.error(f"a message has calls in {' and '.join(found)}; keep one")
+    calls = next(iter(found.values()), [])
     if isinstance(calls, str):
         try:
-            calls = loads(calls, "")
+            calls = parse_json(calls, "")
         except ValueError:
-            pass  # told below
-    calls = [_function(call) for call in (calls if isinstance(calls, list) else [calls])]
+            pass  # reported below
+    calls = [_wrap_function(call) for call in (calls if isinstance(calls, list) else [calls])]
     if not all(map(_is_call, calls)):
-        raise reading.error(f"a tool call has name and arguments; saw {short(str(calls))}")
-    return [_call(call, reading) for call in calls]
+        raise context.error(f"a tool call must have a name and arguments; saw {excerpt(calls)}")
+    return [_clean_call(call, context) for call in calls]
 
 
-def _function(item: Any) -> Any:
+def _wrap_function(item: Any) -> Any:
     """A tool or call in the form that chat templates read: {"type": "function", "function": …}."""
     if isinstance(item, dict) and item.get("function") is None and "name" in item:
         inner = {k: v for k, v in item.items() if k not in ("id", "type", "function")}
@@ -266,114 +262,117 @@ def _is_call(item: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def _call(call: dict, reading: Reading) -> dict:
-    """A call without the nulls that its tool does not know. Arguments given as a string of JSON
-    stay that string where it has no such null, since some templates write it as it stands; no
-    arguments are an empty object."""
+def _clean_call(call: dict, context: ParseContext) -> dict:
+    """The call without the null arguments that its tool's schema does not allow.
+
+    Arguments in a JSON string without such nulls stay that string, since some templates write it
+    verbatim. Missing arguments become {}."""
     call = {k: v for k, v in call.items() if v is not None}
     function = {k: v for k, v in call["function"].items() if v is not None}
-    given = arguments = function.get("arguments")
-    if given is None or isinstance(given, str) and not given.strip():
-        given = arguments = {}
-    elif isinstance(given, str):
+    found = arguments = function.get("arguments")
+    if found is None or isinstance(found, str) and not found.strip():
+        found = arguments = {}
+    elif isinstance(found, str):
         try:
-            arguments = loads(given, "")
+            arguments = parse_json(found, "")
         except ValueError:
             return call | {"function": function}
     if not isinstance(arguments, dict):
-        raise reading.error(f"the arguments of a call are {short(str(given))}, not an object")
+        raise context.error(f"the arguments of a tool call are {excerpt(found)}, not an object")
     schema: Any = {}
-    for tool in reading.tools or ():
+    for tool in context.tools or ():
         described = tool.get("function", tool)
         if isinstance(described, dict) and described.get("name") == function["name"]:
             schema = described.get("parameters", {})
-    kept = _argument(arguments, schema, schema)
-    function["arguments"] = given if kept == arguments else kept
+    cleaned = _clean_argument(arguments, schema, schema)
+    function["arguments"] = found if cleaned == arguments else cleaned
     return call | {"function": function}
 
 
 # ---- nulls
 #
-# A table (Parquet, Arrow, or JSON made from one) has a value for every key that any row has: null
-# where a schema or a call has no such key. Those are dropped; a null that a schema names is meant.
+# A table (Parquet, Arrow, or JSON made from one) stores null for every key that a row lacks and
+# another row has. These nulls are dropped, and nulls that a schema allows are kept.
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of names to schemas
-_TYPES = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")  # {name: schema}
+_TYPE_KEYS = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}
 
 
-def _schema(value: Any) -> Any:
-    """A JSON schema without the nulls that stand for absent keys.
+def _clean_schema(value: Any) -> Any:
+    """A JSON schema without the nulls of absent keys.
 
-    `default` and `const` may be null where the schema allows null, or any value.
+    `default` and `const` stay null if the schema allows null or any value.
     """
     if isinstance(value, list):
-        return [_schema(item) for item in value]
+        return [_clean_schema(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {}
+    cleaned = {}
     for key, item in value.items():
         if item is None:
-            other = value.keys() & (_TYPES - {key})
+            other = value.keys() & (_TYPE_KEYS - {key})
             if key in ("default", "const") and (not other or _nullable(value)):
-                kept[key] = None
-        elif key in _MAPS and isinstance(item, dict):
-            kept[key] = {name: _schema(each) for name, each in item.items() if each is not None}
+                cleaned[key] = None
+        elif key in _SCHEMA_MAPS and isinstance(item, dict):
+            cleaned[key] = {k: _clean_schema(v) for k, v in item.items() if v is not None}
         else:
-            kept[key] = _schema(item)
-    return kept
+            cleaned[key] = _clean_schema(item)
+    return cleaned
 
 
 def _nullable(schema: Any) -> bool:
-    """Whether a schema names null among its values."""
+    """True if the schema allows null explicitly."""
     if not isinstance(schema, dict):
         return False
     kinds = schema.get("type")
     null_type = "null" in kinds if isinstance(kinds, list) else kinds == "null"
-    null_value = any(value is None for value in _listed(schema, "enum"))
-    either = (*_listed(schema, "anyOf"), *_listed(schema, "oneOf"))
+    null_value = any(value is None for value in _list_at(schema, "enum"))
+    either = (*_list_at(schema, "anyOf"), *_list_at(schema, "oneOf"))
     return null_type or null_value or schema.get("nullable") is True or any(map(_nullable, either))
 
 
-def _listed(schema: dict, name: str) -> list:
+def _list_at(schema: dict, name: str) -> list:
     return value if isinstance(value := schema.get(name), list) else []
 
 
-def _argument(value: Any, schema: Any, root: Any) -> Any:
-    """A call's argument without nulls, but for those that its (cleaned) schema names."""
+def _clean_argument(value: Any, schema: Any, root: Any) -> Any:
+    """A call's argument without the nulls that its (cleaned) schema does not allow."""
     if isinstance(value, list):
-        items = [s["items"] for s in _branches(schema, root) if isinstance(s.get("items"), dict)]
-        return [_argument(item, {"anyOf": items}, root) for item in value]
+        items = [s["items"] for s in _subschemas(schema, root) if isinstance(s.get("items"), dict)]
+        return [_clean_argument(item, {"anyOf": items}, root) for item in value]
     if not isinstance(value, dict):
         return value
-    known: dict[str, list] = {}
-    for branch in _branches(schema, root):
+    properties_by_name: dict[str, list] = {}
+    for branch in _subschemas(schema, root):
         properties = branch.get("properties")
-        for name, each in properties.items() if isinstance(properties, dict) else ():
-            known.setdefault(name, []).append(each)
+        for name, inner_schema in properties.items() if isinstance(properties, dict) else ():
+            properties_by_name.setdefault(name, []).append(inner_schema)
 
-    def stays(name: str) -> bool:
-        branches = [b for s in known.get(name, ()) for b in _branches(s, root)]
+    def may_be_null(name: str) -> bool:
+        branches = [b for s in properties_by_name.get(name, ()) for b in _subschemas(s, root)]
         named = ("default", "const")
         return any(_nullable(b) or any(b.get(n, b) is None for n in named) for b in branches)
 
     return {
-        name: _argument(item, {"anyOf": known.get(name, [])}, root)
+        name: _clean_argument(item, {"anyOf": properties_by_name.get(name, [])}, root)
         for name, item in value.items()
-        if item is not None or stays(name)
+        if item is not None or may_be_null(name)
     }
 
 
-def _branches(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> Iterator[dict]:
-    """A schema and those that it is made of."""
+def _subschemas(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> Iterator[dict]:
+    """A schema and the schemas it combines or refers to."""
     if not isinstance(schema, dict):
         return
     yield schema
     for name in ("anyOf", "oneOf", "allOf"):
-        for each in _listed(schema, name):
-            yield from _branches(each, root, seen)
-    place = schema.get("$ref")
-    if isinstance(place, str) and place not in seen and isinstance(root, dict):
+        for inner_schema in _list_at(schema, name):
+            yield from _subschemas(inner_schema, root, seen)
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in seen and isinstance(root, dict):
         for name in ("$defs", "definitions"):
             found = root.get(name)
-            if isinstance(found, dict) and place.startswith(f"#/{name}/"):
-                yield from _branches(found.get(place.rpartition("/")[2]), root, (*seen, place))
+            if isinstance(found, dict) and reference.startswith(f"#/{name}/"):
+                yield from _subschemas(
+                    found.get(reference.rpartition("/")[2]), root, (*seen, reference)
+                )

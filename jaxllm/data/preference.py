@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of answers, judged answers and prompts as rows.
+"""Rows of preference pairs, judged answers and prompts.
 
-Both answers to a prompt lie in one row, each a segment with the prompt of its own, so preferences
-are packed as conversations are. `max_length` is of one answer with its prompt; a row holds two.
+Both answers to a prompt are in the same row, each as a segment with its own copy of the prompt, so
+pairs are packed like conversations. `max_length` is the limit for a segment; a row has
+2 * max_length tokens.
 """
 
 from __future__ import annotations
@@ -20,155 +21,168 @@ from jaxllm.data.examples import Examples
 from jaxllm.data.packing import one_per_row, pack
 from jaxllm.errors import UserError
 
-Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], learn float32 [n])
+Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])
 
 
-class _Packed(ABC):
-    """Examples of two segments each in rows of 2 * max_length tokens.
+class _PackedPairs(ABC):
+    """Examples of two segments each, in rows of 2 * max_length tokens.
 
-    slots: the most examples in a row; every row has room for the segments of as many.
+    slots: the largest number of examples in a row (P of Batch).
     """
 
     def __init__(self, lengths: np.ndarray, max_length: int, *, packing: bool) -> None:
         self.length = 2 * max_length
-        self._plan = pack(lengths, self.length) if packing else one_per_row(len(lengths))
-        self.slots = int(np.diff(self._plan.starts).max(initial=1))
+        self._packing = pack(lengths, self.length) if packing else one_per_row(len(lengths))
+        self.slots = int(np.diff(self._packing.starts).max(initial=1))
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._packing)
 
     @abstractmethod
     def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
         """The two segments of an example in pass `epoch` (from 0) over the source."""
 
     @abstractmethod
-    def names(self, index: int) -> dict[str, Any]:
-        """{field of Batch: its value in the example's slot}; 1 and 2 mean its segments."""
+    def fields(self, index: int) -> dict[str, Any]:
+        """{field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none."""
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.row(row, 0)
 
     def row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
         """The fields of `Batch` of a row in pass `epoch`, without the batch dim."""
-        indices = self._plan[row]
+        indices = self._packing[row]
         out = make_row([s for i in indices for s in self.segments(i, epoch)], self.length)
         for slot, index in enumerate(indices):
-            for name, value in self.names(index).items():
-                kind = np.int32 if name.endswith("segment") else np.float32
-                field = out.setdefault(name, np.zeros(self.slots, kind))
-                field[slot] = value + 2 * slot if kind is np.int32 and value else value
+            for name, value in self.fields(index).items():
+                dtype = np.int32 if name.endswith("segment") else np.float32
+                field = out.setdefault(name, np.zeros(self.slots, dtype))
+                field[slot] = value + 2 * slot if dtype is np.int32 and value else value
         return out
 
 
-class Pairs(_Packed):
-    """Pairs of answers: chosen, then rejected."""
+class Pairs(_PackedPairs):
+    """Preference pairs: chosen, then rejected."""
 
     def __init__(
-        self, examples: Examples, chosen: np.ndarray, max_length: int, *, packing: bool
+        self, examples: Examples, indices: np.ndarray, max_length: int, *, packing: bool
     ) -> None:
-        self._examples, self._chosen = examples, chosen
-        super().__init__(examples.lengths[chosen], max_length, packing=packing)
+        self._examples, self._indices = examples, indices
+        super().__init__(examples.lengths[indices], max_length, packing=packing)
 
     def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        i = self._chosen[index]
-        tokens, learn = self._examples.tokens(i), self._examples.learn(i)
-        first = int(self._examples.first[i])
-        return (tokens[:first], learn[:first]), (tokens[first:], learn[first:])
+        i = self._indices[index]
+        tokens, loss_weights = self._examples.tokens(i), self._examples.loss_weights(i)
+        boundary = int(self._examples.boundary[i])
+        return (tokens[:boundary], loss_weights[:boundary]), (
+            tokens[boundary:],
+            loss_weights[boundary:],
+        )
 
-    def names(self, index: int) -> dict[str, Any]:
-        margin = self._examples.value[self._chosen[index]]
+    def fields(self, index: int) -> dict[str, Any]:
+        margin = self._examples.value[self._indices[index]]
         return {"chosen_segment": 1, "rejected_segment": 2, "margin": margin}
 
 
-class Judged(_Packed):
-    """Judged answers, each beside its prompt with the answer to another prompt.
+class Judged(_PackedPairs):
+    """Judged answers, each with a mismatched segment: the same prompt and another prompt's answer.
 
-    The latter, the mismatched answer, tells how far the model is from the reference on what it was
-    not judged on (KTO). Which answer is lent to which prompt is drawn anew for each pass, by `seed`
-    and the number of the pass; `rows[i]` is row i of pass 0. Answers are exchanged within
-    blocks of about the same length, so that a row has room for every draw. Equal prompts (the same
-    tokens) never lend to each other. Each answer is lent once, unless more than half of all have
-    the same prompt. Raises ValueError when all have.
+    KTO estimates its KL baseline from the mismatched answers. They are redrawn in each pass from
+    `seed` and the number of the pass; `rows[i]` is row i of pass 0. Answers are exchanged within
+    blocks of similar length, so that the packing fits every draw, and never between equal prompts
+    (the same tokens). Each answer is used once, unless more than half of a block has the same
+    prompt. Raises UserError if all prompts are equal.
     """
 
-    BLOCKS, LEAST = 64, 16  # blocks at most, and answers in a block at least
+    MAX_BLOCKS, MIN_BLOCK = 64, 16  # number of blocks, and of answers per block
 
     def __init__(
         self,
         examples: Examples,
-        chosen: np.ndarray,
+        indices: np.ndarray,
         max_length: int,
         *,
         packing: bool,
         seed: tuple[int, ...] = (0,),
     ) -> None:
-        self._examples, self._chosen, self._limit = examples, chosen, max_length
-        self._seed, self._lent = seed, lru_cache(2)(self.lenders)
-        whole, prompt = examples.lengths[chosen], examples.first[chosen].astype(np.int64)
-        asked = (examples.tokens(i)[:n].tobytes() for i, n in zip(chosen, prompt, strict=True))
-        self._asked = np.array([xxhash.xxh3_64_intdigest(tokens) for tokens in asked], np.uint64)
-        if len(self._asked) and (self._asked == self._asked[0]).all():
+        self._examples, self._indices, self._limit = examples, indices, max_length
+        self._seed, self._donors = seed, lru_cache(2)(self.donors)
+        lengths = examples.lengths[indices]
+        prompt_lengths = examples.boundary[indices].astype(np.int64)
+        prompts = (examples.tokens(i)[:n] for i, n in zip(indices, prompt_lengths, strict=True))
+        hashes = [xxhash.xxh3_64_intdigest(tokens.tobytes()) for tokens in prompts]
+        self._prompt_hashes = np.array(hashes, np.uint64)
+        if len(self._prompt_hashes) and (self._prompt_hashes == self._prompt_hashes[0]).all():
             raise UserError(
-                f"{examples.name}: all of its answers ({len(chosen)}) have the same prompt; kto "
-                "compares with answers to other prompts, so give some"
+                f"{examples.name}: all {len(indices)} answers have the same prompt; kto also needs "
+                "answers to other prompts, so add some"
             )
-        self._blocks = self._alike(whole - prompt)
-        longest = np.zeros_like(whole)
+        self._blocks = self._blocks_by_length(lengths - prompt_lengths)
+        longest = np.zeros_like(lengths)
         for block in self._blocks:
-            longest[block] = (whole - prompt)[block].max()
-        other = np.minimum(prompt + longest, max_length)
-        super().__init__(whole + other, max_length, packing=packing)
+            longest[block] = (lengths - prompt_lengths)[block].max()
+        mismatched = np.minimum(prompt_lengths + longest, max_length)
+        super().__init__(lengths + mismatched, max_length, packing=packing)
 
-    def _alike(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """The examples in blocks, by the length of their answers; where more than half of a block
-        have the same prompt, it is joined with the next."""
+    def _blocks_by_length(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Divide the examples into blocks by the length of their answers.
 
-        def crowded(block: np.ndarray) -> bool:
-            return 2 * np.unique(self._asked[block], return_counts=True)[1].max() > len(block)
+        A block of which more than half has the same prompt is merged with the next one.
+        """
+
+        def has_majority_prompt(block: np.ndarray) -> bool:
+            _, counts = np.unique(self._prompt_hashes[block], return_counts=True)
+            return 2 * counts.max() > len(block)
 
         order = np.argsort(lengths, kind="stable")
-        count = min(len(order) // self.LEAST, self.BLOCKS)
+        count = min(len(order) // self.MIN_BLOCK, self.MAX_BLOCKS)
         blocks: list[np.ndarray] = []
         for block in np.array_split(order, max(count, 1)):
-            if blocks and crowded(blocks[-1]):
+            if blocks and has_majority_prompt(blocks[-1]):
                 block = np.concatenate([blocks.pop(), block])
             blocks.append(block)
-        while len(blocks) > 1 and crowded(blocks[-1]):
+        while len(blocks) > 1 and has_majority_prompt(blocks[-1]):
             blocks[-2:] = [np.concatenate(blocks[-2:])]
         return blocks
 
-    def lenders(self, epoch: int) -> np.ndarray:
-        """int64 [N]: the example whose answer each prompt is given in pass `epoch`."""
+    def donors(self, epoch: int) -> np.ndarray:
+        """int64 [N]: the example whose answer each prompt gets in pass `epoch`."""
         rng = np.random.default_rng((*self._seed, epoch))
-        lenders = np.empty(len(self._chosen), np.int64)
+        donors = np.empty(len(self._indices), np.int64)
         for block in self._blocks:
             block = rng.permutation(block)
-            _, first, group, sizes = np.unique(
-                self._asked[block], return_index=True, return_inverse=True, return_counts=True
+            _, first_index, group, sizes = np.unique(
+                self._prompt_hashes[block],
+                return_index=True,
+                return_inverse=True,
+                return_counts=True,
             )
-            # Equal prompts together, the most frequent one in front: that many places further
-            # stands another one. Where it has more than half, the others lend more than once.
-            count, most = len(block), sizes.max()
-            first[sizes.argmax()] = -1
-            block = block[np.argsort(first[group], kind="stable")]
-            place = np.arange(count)
-            place = np.where(place < most, place % (count - most), place) + most
-            lenders[block] = block[place % count]
-        return lenders
+            # Sort equal prompts together, the most frequent one first. A shift by its count then
+            # pairs different prompts. If it has a majority, the other answers are used repeatedly.
+            count, largest = len(block), sizes.max()
+            first_index[sizes.argmax()] = -1
+            block = block[np.argsort(first_index[group], kind="stable")]
+            position = np.arange(count)
+            position = (
+                np.where(position < largest, position % (count - largest), position) + largest
+            )
+            donors[block] = block[position % count]
+        return donors
 
     def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        (tokens, learn), prompt = self._answer(index)
-        (others, weights), start = self._answer(self._lent(epoch)[index])
-        other = np.concatenate([tokens[:prompt], others[start:]])[: self._limit]
-        weigh = np.concatenate([learn[:prompt], weights[start:]])[: self._limit]
-        return (tokens, learn), (other, weigh)
+        (tokens, loss_weights), prompt_length = self._answer(index)
+        (other_tokens, other_weights), start = self._answer(self._donors(epoch)[index])
+        mismatched = np.concatenate([tokens[:prompt_length], other_tokens[start:]])[: self._limit]
+        weights = np.concatenate([loss_weights[:prompt_length], other_weights[start:]])
+        return (tokens, loss_weights), (mismatched, weights[: self._limit])
 
     def _answer(self, index: int) -> tuple[Segment, int]:
-        i = self._chosen[index]
-        return (self._examples.tokens(i), self._examples.learn(i)), int(self._examples.first[i])
+        i = self._indices[index]
+        segment = (self._examples.tokens(i), self._examples.loss_weights(i))
+        return segment, int(self._examples.boundary[i])
 
-    def names(self, index: int) -> dict[str, Any]:
-        good = bool(self._examples.value[self._chosen[index]] > 0)
+    def fields(self, index: int) -> dict[str, Any]:
+        good = bool(self._examples.value[self._indices[index]] > 0)
         return {
             "chosen_segment": int(good),
             "rejected_segment": int(not good),
@@ -177,23 +191,23 @@ class Judged(_Packed):
 
 
 class Prompts:
-    """Prompts for an online run: {"tokens", "said", "columns", …} each, of at most `length`."""
+    """Prompts of an online run: {"tokens", "said", "columns", …}, at most `length` tokens each."""
 
-    def __init__(self, examples: Examples, chosen: np.ndarray, length: int) -> None:
-        self._examples, self._chosen, self.length = examples, chosen, length
-        self.longest = int(examples.lengths[chosen].max(initial=0))  # tokens of a prompt
+    def __init__(self, examples: Examples, indices: np.ndarray, length: int) -> None:
+        self._examples, self._indices, self.length = examples, indices, length
+        self.longest = int(examples.lengths[indices].max(initial=0))  # in tokens
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        i = self._chosen[index]
+        i = self._indices[index]
         record = json.loads(self._examples.record(i))
         return {"tokens": self._examples.tokens(i)} | record
 
 
-def share_slots(parts: list[Any]) -> list[Any]:
-    """Gives the rows of several sources room for as many pairs, so that they stack."""
+def equalize_slots(parts: list[Any]) -> list[Any]:
+    """Give the rows of several sources the same number of slots, so that they can be stacked."""
     for part in parts:
         part.slots = max(p.slots for p in parts)
     return parts

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the assistant's turns lie in a rendered conversation, as spans of characters.
+"""Find the assistant's turns in a rendered conversation, as character spans.
 
-A template says so by `{% generation %}` marks. Without marks, a turn begins where generation's
-prompt for it ends, and ends behind its end token.
+`{% generation %}` blocks mark the turns if the template has them. Otherwise a turn starts after the
+generation prompt and ends with its end token.
 
-Many templates render a turn differently once the conversation goes on: Qwen3 drops its reasoning,
-Mistral moves the system message. Such a turn is not found `inside` the whole conversation; `apart`
-gives it a text of its own.
+Many templates are not prefix-preserving: they render a turn differently if messages follow it.
+Qwen3 drops its reasoning, Mistral moves the system message. `spans_in_conversation` does not find
+such a turn; `render_separately` renders the conversation up to it.
 """
 
 from __future__ import annotations
@@ -24,99 +24,101 @@ from jaxllm.tokenizer import special_tokens
 
 Span = tuple[int, int]
 
-# A text without the spaces and the one <tag> at its borders, which templates look for and trim.
-_CORE = re.compile(r"\s*(?:<[^<>\s]*>\s*(?=\S))?(\S|\S.*?\S)(?:\s*<[^<>\s]*>)?\s*", re.DOTALL)
-_TEXTS = ("content", "reasoning_content", "thinking", "reasoning", "tool_calls")
+# A text without the surrounding spaces and <tag>s, which templates may search for and trim.
+_TRIMMED = re.compile(r"\s*(?:<[^<>\s]*>\s*(?=\S))?(\S|\S.*?\S)(?:\s*<[^<>\s]*>)?\s*", re.DOTALL)
+_TEXT_KEYS = ("content", "reasoning_content", "thinking", "reasoning", "tool_calls")
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """What a template is given. No message contains the characters `hide` and `border`."""
+class TemplateInput:
+    """The input of a template. No message contains the characters `escape_mark` and `tag_mark`."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
-    hide: str = ""
-    """lies in each special token's name in messages and tools, behind its first character"""
-    border: str = ""
-    """begins the tags that enclose texts, to find them in a rendering"""
+    escape_mark: str = ""
+    """inserted after the first character of special tokens in messages and tools"""
+    tag_mark: str = ""
+    """first character of the tags around texts, which locate them in a rendering"""
 
     @cached_property
-    def tagged(self) -> _Tagged:
-        return _Tagged(self)
+    def tagged(self) -> _TaggedMessages:
+        return _TaggedMessages(self)
 
 
-class _Tagged:
-    """The messages with each of their texts between two tags; owners[k] is the k-th text's message.
+class _TaggedMessages:
+    """The messages with each text enclosed in two tags; owners[k] is the message of text k.
 
     Texts are contents, reasoning and the strings of tool calls.
     """
 
-    def __init__(self, chat: Conversation) -> None:
+    def __init__(self, chat: TemplateInput) -> None:
         self.owners: list[int] = []
-        self.tag = re.compile(rf"{chat.border}(\d+)([<>])")
-        self._border = chat.border
+        self.tag = re.compile(rf"{chat.tag_mark}(\d+)([<>])")
+        self._tag_mark = chat.tag_mark
         self.messages = [
-            {k: self._tag(i, k, v) if k in _TEXTS else v for k, v in message.items()}
+            {k: self._insert_tags(i, k, v) if k in _TEXT_KEYS else v for k, v in message.items()}
             for i, message in enumerate(chat.messages)
         ]
 
-    def _tag(self, message: int, key: str, value: Any) -> Any:
+    def _insert_tags(self, message: int, key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: self._tag(message, k, v) for k, v in value.items()}
+            return {k: self._insert_tags(message, k, v) for k, v in value.items()}
         if isinstance(value, list):
-            return [self._tag(message, key, item) for item in value]
+            return [self._insert_tags(message, key, item) for item in value]
         if not isinstance(value, str) or key in ("type", "id"):
             return value
-        core = _CORE.fullmatch(value)
-        if core is None:
+        trimmed = _TRIMMED.fullmatch(value)
+        if trimmed is None:
             return value
-        k, border = len(self.owners), self._border
+        k, tag_mark = len(self.owners), self._tag_mark
         self.owners.append(message)
-        start, stop = core.span(1)
-        return f"{value[:start]}{border}{k}<{core[1]}{border}{k}>{value[stop:]}"
+        start, stop = trimmed.span(1)
+        return f"{value[:start]}{tag_mark}{k}<{trimmed[1]}{tag_mark}{k}>{value[stop:]}"
 
-    def of(self, message: int) -> list[int]:
-        """The texts of a message."""
+    def texts_of(self, message: int) -> list[int]:
+        """The indices of a message's texts."""
         return [k for k, owner in enumerate(self.owners) if owner == message]
 
 
-class _Places(NamedTuple):
-    """{text: the character where it begins, or ends}, of those that a rendering shows."""
+class _TextOffsets(NamedTuple):
+    """{text index: character offset} of the starts and ends of the texts in a rendering."""
 
-    begins: dict[int, int]
+    starts: dict[int, int]
     ends: dict[int, int]
 
     def has(self, texts: Iterable[int]) -> bool:
-        return all(k in self.begins and k in self.ends for k in texts)
+        return all(k in self.starts and k in self.ends for k in texts)
 
 
 class Rendering:
-    """The first `upto` messages of a conversation, rendered. Raises ValueError where the template
-    refuses them."""
+    """The first `count` messages of a conversation, rendered.
+
+    Raises UserError if the template rejects them.
+    """
 
     def __init__(
         self,
         template: ChatTemplate,
-        chat: Conversation,
-        upto: int | None = None,
+        chat: TemplateInput,
+        count: int | None = None,
         *,
         generation_prompt: bool = False,
     ) -> None:
         self._template, self._chat, self._generation_prompt = template, chat, generation_prompt
-        self.upto = len(chat.messages) if upto is None else upto
+        self.count = len(chat.messages) if count is None else count
         self.text = self._render(chat.messages)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         return self._template.render(
-            messages[: self.upto], self._chat.tools, generation_prompt=self._generation_prompt
+            messages[: self.count], self._chat.tools, generation_prompt=self._generation_prompt
         )[0]
 
     @cached_property
-    def marks(self) -> list[Span]:
-        """What `{% generation %}` marks; blocks that touch are one."""
-        chat, joined = self._chat, []
-        _, marks = self._template.render(chat.messages[: self.upto], chat.tools, marks=True)
-        for start, end in marks:
+    def generation_spans(self) -> list[Span]:
+        """The spans of `{% generation %}` blocks; adjacent ones are joined."""
+        messages, joined = self._chat.messages[: self.count], []
+        _, spans = self._template.render(messages, self._chat.tools, generation_blocks=True)
+        for start, end in spans:
             if joined and joined[-1][1] == start:
                 joined[-1] = joined[-1][0], end
             elif start < end:
@@ -124,311 +126,316 @@ class Rendering:
         return joined
 
     @cached_property
-    def places(self) -> _Places | None:
-        """Where the messages' texts lie; None where the tags change what the template does."""
-        tagged, begins, ends, removed = self._chat.tagged, {}, {}, 0
+    def text_offsets(self) -> _TextOffsets | None:
+        """The offsets of the messages' texts; None if tags change the rendering."""
+        tagged, starts, ends, removed = self._chat.tagged, {}, {}, 0
         try:
             text = self._render(tagged.messages)
         except ValueError:
             return None
         for tag in tagged.tag.finditer(text):
-            k, place = int(tag[1]), tag.start() - removed
+            k, offset = int(tag[1]), tag.start() - removed
             removed += len(tag[0])
             if tag[2] == "<":
-                begins.setdefault(k, place)
+                starts.setdefault(k, offset)
             else:
-                ends[k] = place
-        return _Places(begins, ends) if tagged.tag.sub("", text) == self.text else None
+                ends[k] = offset
+        return _TextOffsets(starts, ends) if tagged.tag.sub("", text) == self.text else None
 
 
 class Turns:
-    """The turns of conversations that a template renders for a tokenizer."""
+    """Finds the assistant's turns in what a template renders for a tokenizer."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Any) -> None:
         self.template, self._eos = template, tokenizer.eos_token
-        either = "|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)"
-        self.special = re.compile(either)
-        self._closing = re.compile(rf"\s*({either})")
-        self._tag = re.compile(rf"{either}|<[^<>\s]*>|\[/?[A-Z_]+\]")  # none is ever cut in two
+        any_special = "|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)"
+        self.special_pattern = re.compile(any_special)
+        self._closing_pattern = re.compile(rf"\s*({any_special})")
+        # Turns never start inside one of these.
+        self._tag_pattern = re.compile(rf"{any_special}|<[^<>\s]*>|\[/?[A-Z_]+\]")
 
-    def rendering(
-        self, chat: Conversation, upto: int | None = None, *, generation_prompt: bool = False
+    def render(
+        self, chat: TemplateInput, count: int | None = None, *, generation_prompt: bool = False
     ) -> Rendering:
-        return Rendering(self.template, chat, upto, generation_prompt=generation_prompt)
+        return Rendering(self.template, chat, count, generation_prompt=generation_prompt)
 
-    # ---- in the whole conversation
+    # ---- turns in the full conversation
 
-    def inside(
-        self, chat: Conversation, whole: Rendering, turns: list[int]
+    def spans_in_conversation(
+        self, chat: TemplateInput, full: Rendering, turns: list[int]
     ) -> dict[int, list[Span]]:
-        """{turn: what is learned of it}, of those turns that the whole conversation begins and
-        keeps as generation would have them."""
-        if not self.template.has_marks:
-            found = {turn: self._between_prompts(chat, whole, turn) for turn in turns}
+        """{turn: its spans} of the turns that are rendered as they are generated."""
+        if not self.template.has_generation_blocks:
+            found = {turn: self._span_between_prompts(chat, full, turn) for turn in turns}
             return {turn: [span] for turn, span in found.items() if span is not None}
-        marked = self._marked(chat, whole)
-        places = whole.places
+        marked = self._marked_spans(chat, full)
+        offsets = full.text_offsets
         return {
             turn: marked[turn]
             for turn in turns
-            if turn in marked and (places is None or places.has(chat.tagged.of(turn)))
+            if turn in marked and (offsets is None or offsets.has(chat.tagged.texts_of(turn)))
         }
 
-    def _between_prompts(self, chat: Conversation, whole: Rendering, turn: int) -> Span | None:
-        before = self._before(chat, turn)
-        if not whole.text.startswith(before):
+    def _span_between_prompts(self, chat: TemplateInput, full: Rendering, turn: int) -> Span | None:
+        context = self._generation_context(chat, turn)
+        if not full.text.startswith(context):
             return None
-        start = self._skip_header(whole.text, len(before))
+        start = self._skip_header(full.text, len(context))
         last = turn == len(chat.messages) - 1
-        upto = whole.text if last else self._text(chat, turn + 1)
-        words_end = self._words_end(upto, start, len(upto))
-        if start <= len(upto) and whole.text.startswith(upto[:words_end]):
-            # Templates may close a last turn in another way, so its end is read in the whole.
-            stop = len(upto) if whole.text.startswith(upto) else words_end
-            return start, self._turn_end(whole.text, words_end, stop)
-        places, texts = whole.places, chat.tagged.of(turn)
-        if places is None or not places.has(texts):
+        prefix = full.text if last else self._render_prefix(chat, turn + 1)
+        content_end = self._content_end(prefix, start, len(prefix))
+        if start <= len(prefix) and full.text.startswith(prefix[:content_end]):
+            # Templates may end a last turn differently, so its end is taken from the full text.
+            stop = len(prefix) if full.text.startswith(prefix) else content_end
+            return start, self._turn_end(full.text, content_end, stop)
+        offsets, texts = full.text_offsets, chat.tagged.texts_of(turn)
+        if offsets is None or not offsets.has(texts):
             return None
-        words_end = max((places.ends[k] for k in texts), default=start)
+        content_end = max((offsets.ends[k] for k in texts), default=start)
         owners = chat.tagged.owners
-        later = [place for k, place in places.begins.items() if owners[k] > turn]
-        stop = min(later, default=len(whole.text))
-        closing = self.special.finditer(whole.text, words_end, stop)
-        first = next((token.start() for token in closing if token[0] in self.ends), None)
-        return None if first is None else (start, self._turn_end(whole.text, first, stop))
+        later = [offset for k, offset in offsets.starts.items() if owners[k] > turn]
+        stop = min(later, default=len(full.text))
+        closing = self.special_pattern.finditer(full.text, content_end, stop)
+        first = next((token.start() for token in closing if token[0] in self.end_tokens), None)
+        return None if first is None else (start, self._turn_end(full.text, first, stop))
 
-    def _text(self, chat: Conversation, upto: int) -> str:
-        """The first messages, rendered; "" where the template refuses them alone."""
+    def _render_prefix(self, chat: TemplateInput, count: int) -> str:
+        """The first `count` messages, rendered; "" if the template rejects them."""
         try:
-            return self.rendering(chat, upto).text
+            return self.render(chat, count).text
         except ValueError:
             return ""
 
-    # ---- apart
+    # ---- turns that are rendered separately
 
-    def apart(self, chat: Conversation, turn: int) -> tuple[str, list[Span]]:
-        """Generation's prompt and the turn as the template renders it last, and what is learned.
+    def render_separately(self, chat: TemplateInput, turn: int) -> tuple[str, list[Span]]:
+        """(the generation prompt and the turn rendered as the last one, the turn's spans).
 
-        Raises ValueError where the template refuses these, or marks nothing of the turn.
+        Raises UserError if the template rejects the messages, or has no block for the turn.
         """
-        last = self.rendering(chat, turn + 1)
-        if self.template.has_marks:
-            marked = self._marked(chat, last)
+        last = self.render(chat, turn + 1)
+        if self.template.has_generation_blocks:
+            marked = self._marked_spans(chat, last)
             if turn not in marked:
                 raise UserError(
-                    f"message {turn + 1}: the chat template puts no {{% generation %}} block "
-                    "around what the assistant says there"
+                    f"message {turn + 1}: the chat template has no {{% generation %}} block for "
+                    "this assistant message; set data.template to one that has"
                 )
             return last.text, marked[turn]
-        text, before, message = last.text, self._before(chat, turn), chat.messages[turn]
-        start, moved = len(before), 0
-        if not text.startswith(before):
-            body = self._body(chat, turn, last)
+        text, message = last.text, chat.messages[turn]
+        context = self._generation_context(chat, turn)
+        start, shift = len(context), 0
+        if not text.startswith(context):
+            body = self._turn_start(chat, turn, last)
             if message.get("reasoning_content"):
-                start = body  # the prompt closes the reasoning that this turn opens
+                start = body  # the prompt ends the reasoning block that this turn starts
             else:
-                text, moved = before + text[body:], len(before) - body
+                text, shift = context + text[body:], len(context) - body
         start = self._skip_header(text, start)
-        words_end = self._words_end(text, start, len(text))
-        texts = chat.tagged.of(turn)
-        if last.places and last.places.has(texts) and texts and not message.get("tool_calls"):
-            said = max(last.places.ends[k] for k in texts) + moved
-            if closing := self.special.search(text, said, words_end):
-                # Some templates go on behind the answer, with instructions for the next one.
+        content_end = self._content_end(text, start, len(text))
+        texts, offsets = chat.tagged.texts_of(turn), last.text_offsets
+        if offsets and offsets.has(texts) and texts and not message.get("tool_calls"):
+            texts_end = max(offsets.ends[k] for k in texts) + shift
+            if closing := self.special_pattern.search(text, texts_end, content_end):
+                # Some templates add instructions for the next answer.
                 text = text[: self._turn_end(text, closing.start(), len(text))]
-                words_end = closing.start()
-        return text, [(start, self._turn_end(text, words_end, len(text)))]
+                content_end = closing.start()
+        return text, [(start, self._turn_end(text, content_end, len(text)))]
 
-    def _body(self, chat: Conversation, turn: int, last: Rendering) -> int:
-        """Where a turn begins in a rendering that does not begin with generation's prompt for it.
+    def _turn_start(self, chat: TemplateInput, turn: int, last: Rendering) -> int:
+        """The start of a turn in a rendering that does not start with its generation prompt.
 
-        That is behind the longest end of the prompt that the rendering has before the turn's first
-        text, or else behind the longest beginning of the header: DeepSeek-R1's prompt goes on with
-        <think>, which a rendered answer has not. Only what follows the last earlier text that both
-        show is looked at.
+        It follows the longest suffix of the prompt that occurs before the turn's first text, or
+        else the longest prefix of the generation header: DeepSeek-R1's prompt ends with <think>,
+        which a rendered answer does not have. The search starts after the last text that both the
+        rendering and the prompt contain.
         """
-        prompt = self.rendering(chat, turn, generation_prompt=True)
-        here, there, stop = 0, 0, len(last.text)
-        if last.places and prompt.places:
-            common = last.places.ends.keys() & prompt.places.ends.keys()
-            if common:
-                k = max(common, key=prompt.places.ends.__getitem__)
-                here, there = last.places.ends[k], prompt.places.ends[k]
-            begins = last.places.begins
-            stop = min((begins[k] for k in chat.tagged.of(turn) if k in begins), default=stop)
-        tail, header = prompt.text[there:], self._header
+        prompt = self.render(chat, turn, generation_prompt=True)
+        rendering_start, prompt_start, stop = 0, 0, len(last.text)
+        if last.text_offsets and prompt.text_offsets:
+            ends, prompt_ends = last.text_offsets.ends, prompt.text_offsets.ends
+            if common := ends.keys() & prompt_ends.keys():
+                k = max(common, key=prompt_ends.__getitem__)
+                rendering_start, prompt_start = ends[k], prompt_ends[k]
+            starts = last.text_offsets.starts
+            stop = min((starts[k] for k in chat.tagged.texts_of(turn) if k in starts), default=stop)
+        tail, header = prompt.text[prompt_start:], self._generation_header
         for part in (
-            *(tail[at:] for at in self._borders(tail)),
-            *(header[:at] for at in reversed(self._borders(header))),
+            *(tail[offset:] for offset in self._boundaries(tail)),
+            *(header[:offset] for offset in reversed(self._boundaries(header))),
         ):
-            found = last.text.rfind(part, here, stop)
-            if found >= 0 and self._tag.search(part):
+            found = last.text.rfind(part, rendering_start, stop)
+            if found >= 0 and self._tag_pattern.search(part):
                 return found + len(part)
-        text = last.text[here:stop]
-        agree = _common_prefix(text, tail)
-        return here + max((at for at in self._borders(text) if at <= agree), default=0)
+        text = last.text[rendering_start:stop]
+        common_length = _common_prefix(text, tail)
+        return rendering_start + max(b for b in self._boundaries(text) if b <= common_length)
 
-    def _borders(self, text: str) -> list[int]:
-        """Where special tokens and tags of a text begin and end, and where it does; ascending."""
-        found = {at for tag in self._tag.finditer(text) for at in tag.span()}
-        return sorted({0, len(text), *found})
+    def _boundaries(self, text: str) -> list[int]:
+        """The starts and ends of the text and of its special tokens and tags, ascending."""
+        offsets = {offset for tag in self._tag_pattern.finditer(text) for offset in tag.span()}
+        return sorted({0, len(text), *offsets})
 
-    # ---- borders of a turn
+    # ---- start and end of a turn
 
-    def _before(self, chat: Conversation, turn: int) -> str:
-        """What the model has seen when it begins to say this turn."""
+    def _generation_context(self, chat: TemplateInput, turn: int) -> str:
+        """The text that precedes this turn at generation."""
         if turn:
             try:
-                return self.rendering(chat, turn, generation_prompt=True).text
+                return self.render(chat, turn, generation_prompt=True).text
             except ValueError as error:
                 raise UserError(
-                    f"message {turn + 1}: the conversation up to here cannot be rendered alone "
-                    f"({error}), so the assistant's words cannot be told from the rest; put "
-                    "{% generation %} … {% endgeneration %} around them in the template "
-                    "(data.template)"
+                    f"message {turn + 1}: the messages before it cannot be rendered ({error}), so "
+                    "the assistant's text cannot be located; put {% generation %} … "
+                    "{% endgeneration %} around it in the template (data.template)"
                 ) from None
-        # Many templates cannot render no messages: see where the first one's text comes to lie.
-        first = self.rendering(chat, 1)
-        if first.places and first.places.begins:
-            return first.text[: min(first.places.begins.values())]
+        # Many templates reject an empty list, so locate the text of the first message.
+        first = self.render(chat, 1)
+        if first.text_offsets and first.text_offsets.starts:
+            return first.text[: min(first.text_offsets.starts.values())]
         try:
-            return self.rendering(chat, 0, generation_prompt=True).text
+            return self.render(chat, 0, generation_prompt=True).text
         except ValueError:
-            raise UserError("message 1: the chat template does not show what it says") from None
+            raise UserError("message 1: the chat template does not render its content") from None
 
     @cached_property
-    def _header(self) -> str:
-        """What the template adds for generation behind a user's message."""
-        user = Conversation(self.template.prepared([{"role": "user", "content": "?"}]))
+    def _generation_header(self) -> str:
+        """The header that the template adds for generation after a user message."""
+        user = TemplateInput(self.template.normalize([{"role": "user", "content": "?"}]))
         try:
-            plain, asked = (self.rendering(user, generation_prompt=g).text for g in (False, True))
+            plain, prompted = (self.render(user, generation_prompt=g).text for g in (False, True))
         except ValueError:
             return ""
-        return asked[len(plain) :] if asked.startswith(plain) else ""
+        return prompted[len(plain) :] if prompted.startswith(plain) else ""
 
     def _skip_header(self, text: str, start: int) -> int:
-        """`start`, or behind the header there: some templates' generation prompt has none behind
-        an assistant's message or a tool's result."""
-        header = self._header
-        token = self.special.search(header)
-        # A header may go on with what opens reasoning: its first token is enough to know it.
-        head = header[: token.end()] if token else header
-        if not head or text[:start].endswith(header) or not text.startswith(head, start):
+        """Skip the generation header at `start`, if there is one.
+
+        Some templates' generation prompts lack it after an assistant message or a tool result.
+        """
+        header = self._generation_header
+        token = self.special_pattern.search(header)
+        # The header may include the start of reasoning, so only its first token is compared.
+        opening = header[: token.end()] if token else header
+        if not opening or text[:start].endswith(header) or not text.startswith(opening, start):
             return start
         return start + _common_prefix(text[start:], header)
 
-    def _marked(self, chat: Conversation, rendering: Rendering) -> dict[int, list[Span]]:
-        """{turn: what `{% generation %}` marks of it}.
+    def _marked_spans(self, chat: TemplateInput, rendering: Rendering) -> dict[int, list[Span]]:
+        """{turn: the spans of its `{% generation %}` blocks}.
 
-        A mark is brought to end with the turn's end token, whether the template closed it before
-        that, or after the newline that follows.
+        Each span is adjusted to end with the turn's end token. Templates end the block before that
+        token, or after the newline that follows it.
         """
-        messages = chat.messages[: rendering.upto]
+        messages = chat.messages[: rendering.count]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        marks, places, out = rendering.marks, rendering.places, {}
-        in_order = len(marks) == len(turns)
-        if places is None and not in_order:
+        spans, offsets, found = rendering.generation_spans, rendering.text_offsets, {}
+        one_per_turn = len(spans) == len(turns)
+        if offsets is None and not one_per_turn:
             return {}
-        for number, (start, end) in enumerate(marks):
-            if in_order or places is None:
+        for number, (start, end) in enumerate(spans):
+            if one_per_turn or offsets is None:
                 turn = turns[number]
             else:
-                turn = self._turn_at(chat, turns, places, end)
-            out.setdefault(turn, []).append((start, self._mark_end(rendering.text, start, end)))
-        return out
+                turn = self._turn_of_span(chat, turns, offsets, end)
+            found.setdefault(turn, []).append((start, self._marked_end(rendering.text, start, end)))
+        return found
 
-    def _turn_at(self, chat: Conversation, turns: list[int], places: _Places, end: int) -> int:
-        """The turn that a mark up to the character `end` belongs to: the last one begun."""
+    def _turn_of_span(
+        self, chat: TemplateInput, turns: list[int], offsets: _TextOffsets, end: int
+    ) -> int:
+        """The turn of a block that ends at `end`: the last one that starts before it."""
         owners = chat.tagged.owners
 
-        def begun(turn: int) -> bool:
-            texts = chat.tagged.of(turn)
+        def has_started(turn: int) -> bool:
+            texts = chat.tagged.texts_of(turn)
             if texts:
-                return any(places.begins.get(k, end) < end for k in texts)
-            # A turn without text begins behind the last text before it.
-            return max((at for k, at in places.ends.items() if owners[k] < turn), default=0) < end
+                return any(offsets.starts.get(k, end) < end for k in texts)
+            # A turn without text starts after the last earlier text.
+            earlier = [offset for k, offset in offsets.ends.items() if owners[k] < turn]
+            return max(earlier, default=0) < end
 
-        return max(filter(begun, turns), default=turns[0])
+        return max(filter(has_started, turns), default=turns[0])
 
-    def _mark_end(self, text: str, start: int, end: int) -> int:
+    def _marked_end(self, text: str, start: int, end: int) -> int:
         stop = start + len(text[start:end].rstrip())
-        if self.closed(text, (start, stop)):
+        if self.ends_with_special(text, (start, stop)):
             return stop
-        found = self._closing.match(text, stop)
-        return found.end() if found and found[1] in self.ends else stop
+        match = self._closing_pattern.match(text, stop)
+        return match.end() if match and match[1] in self.end_tokens else stop
 
-    def closed(self, text: str, span: Span) -> bool:
-        """Whether a span ends with a special token."""
-        return any(token.end() == span[1] for token in self.special.finditer(text, *span))
+    def ends_with_special(self, text: str, span: Span) -> bool:
+        """True if the span ends with a special token."""
+        return any(token.end() == span[1] for token in self.special_pattern.finditer(text, *span))
 
-    def _words_end(self, text: str, start: int, stop: int) -> int:
-        """Where text[start:stop] ends without the special tokens and spaces that close it."""
-        specials = list(self.special.finditer(text, start, stop))
+    def _content_end(self, text: str, start: int, stop: int) -> int:
+        """The end of text[start:stop] without trailing special tokens and spaces."""
+        specials = list(self.special_pattern.finditer(text, start, stop))
         while True:
             stop = start + len(text[start:stop].rstrip())
             if not specials or specials[-1].end() != stop:
                 return stop
             stop = specials.pop().start()
 
-    def _turn_end(self, text: str, words_end: int, stop: int) -> int:
-        """Where the turn whose words end at `words_end` ends: after its end token.
+    def _turn_end(self, text: str, content_end: int, stop: int) -> int:
+        """The end of a turn, after its end token; its content ends at `content_end`.
 
-        Of the tokens that close it that is eos, if eos closes turns in the middle of a
-        conversation; else the first that is known to end turns; failing that, the last one before
-        `stop`; failing that, there is none.
+        The end token is, among the special tokens that follow the content: eos, if eos closes turns
+        in the middle of a conversation; else the first of `end_tokens`; else the last one before
+        `stop`. If there is none, the turn ends with its content.
         """
-        closing, place = [], words_end
-        while found := self._closing.match(text, place):
-            place = found.end()
-            closing.append((found[1], place))
-        for wanted in [self._eos] if self._eos_ends_turns else [], self.ends:
+        closing, offset = [], content_end
+        while match := self._closing_pattern.match(text, offset):
+            offset = match.end()
+            closing.append((match[1], offset))
+        for candidates in [self._eos] if self._eos_closes_turns else [], self.end_tokens:
             for token, end in closing:
-                if token in wanted:
+                if token in candidates:
                     return end
-        return max((end for _, end in closing if end <= stop), default=words_end)
+        return max((end for _, end in closing if end <= stop), default=content_end)
 
-    # ---- what ends an answer
+    # ---- end tokens
 
-    def _after_answer(self, *more: dict[str, Any]) -> str | None:
-        """What follows an answer in a small chat; None where the template refuses that."""
+    def _answer_suffix(self, *following: dict[str, Any]) -> str | None:
+        """The text after an answer in a small chat; None if the template rejects the chat."""
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Quite."}]
         try:
-            text, _ = self.template.render(self.template.prepared([*chat, *more]))
-        except ValueError:  # such a template is refused where it is to render a real chat
+            text, _ = self.template.render(self.template.normalize([*chat, *following]))
+        except ValueError:  # reported when a real conversation is rendered
             return None
-        _, said, rest = text.rpartition("Quite.")
-        return rest if said else None
+        _, answer, suffix = text.rpartition("Quite.")
+        return suffix if answer else None
 
     @cached_property
-    def ends(self) -> list[str]:
-        """Special tokens that end an assistant's turn: eos, and what follows it in a small chat.
+    def end_tokens(self) -> list[str]:
+        """Special tokens that end an assistant's turn: eos, and the one after it in a small chat.
 
-        What follows a turn that is not the last counts too: it can be another token.
+        The token can differ between the last turn and earlier ones; both are included.
         """
-        found = [self._eos] if self._eos else []
-        for more in [], [{"role": "user", "content": "?"}]:
-            if closing := self._closing.match(self._after_answer(*more) or ""):
-                found.append(closing[1])
-        return list(dict.fromkeys(found))
+        tokens = [self._eos] if self._eos else []
+        for following in [], [{"role": "user", "content": "?"}]:
+            if closing := self._closing_pattern.match(self._answer_suffix(*following) or ""):
+                tokens.append(closing[1])
+        return list(dict.fromkeys(tokens))
 
     @cached_property
-    def _eos_ends_turns(self) -> bool:
-        """Whether eos is among the tokens that close an answer which another question follows."""
-        rest, place = self._after_answer({"role": "user", "content": "?"}) or "", 0
-        while found := self._closing.match(rest, place):
-            if found[1] == self._eos:
+    def _eos_closes_turns(self) -> bool:
+        """True if eos is among the tokens that end an answer before another question."""
+        suffix, offset = self._answer_suffix({"role": "user", "content": "?"}) or "", 0
+        while match := self._closing_pattern.match(suffix, offset):
+            if match[1] == self._eos:
                 return True
-            place = found.end()
+            offset = match.end()
         return False
 
     @cached_property
-    def unknown_end(self) -> str:
-        """What the template writes behind a last answer, where that has no special token in it."""
-        rest = (self._after_answer() or "").strip()
-        return "" if self.special.search(rest) else rest
+    def non_special_end(self) -> str:
+        """The text that ends a last answer if it contains no special token, else ""."""
+        suffix = (self._answer_suffix() or "").strip()
+        return "" if self.special_pattern.search(suffix) else suffix
 
 
-def _common_prefix(one: str, other: str) -> int:
-    """How many characters two texts begin alike."""
-    pairs = zip(one, other, strict=False)
+def _common_prefix(first: str, second: str) -> int:
+    """The length of the common prefix of two texts."""
+    pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -33,9 +33,8 @@ class Adapter:
     """
 
     method = "none"  # the value of peft.method
-    names = ()  # of the LoRA adapters that rows can choose among
+    names = tuple[str, ...]()  # of the LoRA adapters that rows can choose among
     adapter_weights = ()  # default weight of each of them; empty = 1 each
-    combinable = False  # True if it can be combined with other adapters
     always_on = ""  # what keeps it from being turned off or weighted
     saved = ()  # paths of the base model's weights that are trained and saved with the adapter
     length = 0  # virtual tokens before each text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a block: projections, rotary positions, cache.
+"""The attention of a block: projections, rotary positions, cache.
 
 Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim.
 """
@@ -10,12 +10,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from jaxllm.model.adapter import Adapter
-from jaxllm.model.cache import written
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import Linear, RMSNorm, fused
@@ -28,12 +26,14 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        inner = partial(Linear, cfg, bias=cfg.qkv_bias, **keys)
-        self.q = inner("layers.attn.q", ("embed", "heads"), (D, Q))
-        self.k = inner("layers.attn.k", ("embed", "kv_heads"), (D, KV))
-        self.v = inner("layers.attn.v", ("embed", "kv_heads"), (D, KV))
-        self.o = Linear(cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **keys)
+        options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
+        self.q = qkv("layers.attn.q", ("embed", "heads"), (D, Q))
+        self.k = qkv("layers.attn.k", ("embed", "kv_heads"), (D, KV))
+        self.v = qkv("layers.attn.v", ("embed", "kv_heads"), (D, KV))
+        self.o = Linear(
+            cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **options
+        )
         self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
@@ -41,10 +41,10 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
         self.cfg = cfg
 
-    def heads(self, x: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, H, K], k and v [B, T, N, K], normalised where the family does."""
+    def project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, N, K], before the rotary positions."""
         cfg = self.cfg
-        q, k, v = fused(self.qkv, x, (self.q, self.k, self.v), ctx)
+        q, k, v = fused(self.qkv, x_BTD, (self.q, self.k, self.v), ctx)
         if cfg.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (q, k, v))
@@ -52,48 +52,33 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def __call__(
-        self, x: jax.Array, ctx: Context, kind: Any, kv: Any, prefix: bool
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D]; kv is the layer's cache or, with `prefix`, the keys and values of the virtual
-        tokens before each text, [1, P, N, K]."""
-        cfg = self.cfg
-        q, k, v = self.heads(x, ctx)
+    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
+        """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None."""
+        q_BTHK, k_BTNK, v_BTNK = self.project(x_BTD, ctx)
 
-        def mix(layer: LayerKind, q, k, v, kv):
-            table = None if layer.rope is None else ctx.rope_tables[layer.rope]
+        def attend(kind: LayerKind, q, k, v, past):
+            table = None if kind.rope is None else ctx.rope_tables[kind.rope]
             q, k = rotate(q, table), rotate(k, table)
-            if kv is not None and prefix:
-                k, v = (
-                    jnp.concatenate([jnp.broadcast_to(p, (y.shape[0], *p.shape[1:])), y], 1)
-                    for p, y in zip(kv, (k, v), strict=True)
-                )
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            segments, offset = ctx.key_segment_ids, ctx.offset
-            if kv is not None and not prefix:
-                kv = written(kv, k, v, offset)
-                k, v = kv[0].swapaxes(2, 3), kv[1]
-                if isinstance(offset, int):  # how much is held is known: empty slots are left out
-                    held = offset + q.shape[1]
-                    k, v = (x[:, :, :held].astype(q.dtype) for x in (k, v))
-                    segments = segments[:, :held]
-            out = attention(
+            if past is not None:
+                past, k, v = past.extend(k, v, ctx.offset)
+            out_BTHK = attention(
                 q,
-                k,
-                v,
+                k.swapaxes(1, 2),
+                v.swapaxes(1, 2),
                 ctx.segment_ids,
-                segments,
+                ctx.key_segment_ids,
                 ctx.positions,
-                offset=offset,
-                window=layer.window,
-                softcap=cfg.attention_softcap,
-                scale=cfg.query_scale or cfg.head_dim**-0.5,
+                offset=ctx.offset,
+                window=kind.window,
+                softcap=self.cfg.attention_softcap,
+                scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
+                kernel=ctx.kernel,
             )
-            return out, None if prefix else kv
+            return out_BTHK, past
 
-        forms = [partial(mix, layer) for layer in cfg.kinds]
-        if isinstance(kind, int) or len(forms) == 1:
-            out, kv = forms[kind if isinstance(kind, int) else 0](q, k, v, kv)
+        branches = [partial(attend, kind) for kind in ctx.kinds]
+        if len(branches) == 1:
+            out_BTHK, past = branches[0](q_BTHK, k_BTNK, v_BTNK, past)
         else:
-            out, kv = lax.switch(kind, forms, q, k, v, kv)
-        return self.o(out.reshape(*out.shape[:2], -1), ctx), kv
+            out_BTHK, past = lax.switch(ctx.choice, branches, q_BTHK, k_BTNK, v_BTNK, past)
+        return self.o(out_BTHK.reshape(*x_BTD.shape[:2], -1), ctx), past

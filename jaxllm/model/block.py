@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer: attention and MLP around the residual."""
+"""One layer: attention and MLP around the residual stream.
+
+Dims: B rows, T tokens, D model width.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,16 @@ class Block(nnx.Module):
         self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
         self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
 
-    def __call__(
-        self, x: jax.Array, ctx: Context, kind: Any, kv: Any, prefix: bool
-    ) -> tuple[jax.Array, Any]:
-        h, kv = self.attn(x if self.attn_norm is None else self.attn_norm(x), ctx, kind, kv, prefix)
-        h = h if self.attn_post_norm is None else self.attn_post_norm(h)
-        x = x + (h if self.attn_adapter is None else self.attn_adapter(h))
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), ctx)
-        h = h if self.mlp_post_norm is None else self.mlp_post_norm(h)
-        x = x + (h if self.mlp_adapter is None else self.mlp_adapter(h))
-        return constrain(x, "batch", "length", "features"), kv
+    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
+        """(x_BTD, the layer's new past). past: a LayerCache, VirtualTokens, or None."""
+        with jax.named_scope("attention"):
+            h_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
+            h_BTD, past = self.attn(h_BTD, ctx, past)
+            h_BTD = h_BTD if self.attn_post_norm is None else self.attn_post_norm(h_BTD)
+            x_BTD = x_BTD + (h_BTD if self.attn_adapter is None else self.attn_adapter(h_BTD))
+        with jax.named_scope("mlp"):
+            h_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+            h_BTD = self.mlp(h_BTD, ctx)
+            h_BTD = h_BTD if self.mlp_post_norm is None else self.mlp_post_norm(h_BTD)
+            x_BTD = x_BTD + (h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD))
+        return constrain(x_BTD, "batch", "length", "features"), past

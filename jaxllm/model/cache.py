@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of past tokens, stacked over layers.
+"""Keys and values that precede the tokens of a call: a decoding cache, or virtual tokens.
 
-Dims: L layers, B rows, S slots, N key/value heads, K head_dim.
+Dims: L layers, B rows, T tokens, S slots of the cache, P virtual tokens, N key/value heads,
+K head_dim.
 """
 
 from __future__ import annotations
@@ -15,43 +16,106 @@ from jax import lax
 
 from jaxllm.mesh import constrain
 from jaxllm.model.config import ModelConfig
+from jaxllm.ops.attention import EVERYWHERE
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of a layer, or of a stack of layers. Only this class knows their layout.
+
+    Each has the layout in which a CPU computes its product fastest.
+    """
+
+    k: jax.Array  # [(L,) B, N, K, S]
+    v: jax.Array  # [(L,) B, N, S, K]
+
+    def write(self, k_BTNK: jax.Array, v_BTNK: jax.Array, offset: Any) -> LayerCache:
+        """Stores keys and values [(L,) B, T, N, K] at slots offset, offset + 1, …; B may be 1."""
+        k, v = jnp.moveaxis(k_BTNK, -3, -1), v_BTNK.swapaxes(-3, -2)
+        shape = self.k.shape[:-3]
+        k, v = (jnp.broadcast_to(x, (*shape, *x.shape[-3:])).astype(self.k.dtype) for x in (k, v))
+        zeros = (0,) * len(shape)
+        return LayerCache(
+            lax.dynamic_update_slice(self.k, k, (*zeros, 0, 0, offset)),
+            lax.dynamic_update_slice(self.v, v, (*zeros, 0, offset, 0)),
+        )
+
+    def read(self, length: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the first `length` slots (default: all), [(L,) B, S, N, K]."""
+        k, v = self.k[..., :length], self.v[..., :length, :]
+        return jnp.moveaxis(k, -1, -3), v.swapaxes(-3, -2)
+
+    def extend(
+        self, k_BTNK: jax.Array, v_BTNK: jax.Array, offset: Any
+    ) -> tuple[LayerCache, jax.Array, jax.Array]:
+        """Writes the keys and values of the tokens: (new cache, keys and values [B, S, N, K]).
+
+        With a static offset, as in a prefill, the empty slots are left out and the result has the
+        tokens' dtype. Otherwise it has the cache's.
+        """
+        cache = self.write(k_BTNK, v_BTNK, offset)
+        if not isinstance(offset, int):
+            return cache, *cache.read()
+        k_BSNK, v_BSNK = cache.read(offset + k_BTNK.shape[1])
+        return cache, k_BSNK.astype(k_BTNK.dtype), v_BSNK.astype(v_BTNK.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VirtualTokens:
+    """Keys and values of a layer, or of a stack of layers, that precede every text of every row."""
+
+    k: jax.Array  # [(L,) 1, P, N, K]
+    v: jax.Array  # [(L,) 1, P, N, K]
+
+    def extend(
+        self, k_BTNK: jax.Array, v_BTNK: jax.Array, offset: Any
+    ) -> tuple[None, jax.Array, jax.Array]:
+        """(None, keys and values [B, P + T, N, K])."""
+
+        def prepend(prefix: jax.Array, x: jax.Array) -> jax.Array:
+            prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
+            return jnp.concatenate([prefix, x], 1)
+
+        return None, prepend(self.k, k_BTNK), prepend(self.v, v_BTNK)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """All rows write the same slots; a row whose text is shorter marks its slots as padding."""
+    """Keys and values of the past tokens. All rows write the same slots, short rows padding."""
 
-    k: Any  # [L, B, N, K, S], or of each layer [B, N, K, S] where the model's layers are `apart`
-    v: Any  # the same but [..., S, K]: each as the product that reads it is fastest on a CPU
-    segments: Any  # int32 [B, S]; 0 = empty or padding
-    length: Any  # slots written so far: an int where it is known to the program, else int32 scalar
+    layers: Any  # a LayerCache of the stack, or a tuple with one per layer if they are unstacked
+    segment_ids: Any  # int32 [B, S]; 0 = empty or padding
+    length: Any  # slots that are written: a Python int where it is static, else an int32 scalar
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
         shape = (cfg.num_layers, rows, cfg.num_kv_heads)
-        return Cache(
-            jnp.zeros((*shape, cfg.head_dim, slots), dtype),
-            jnp.zeros((*shape, slots, cfg.head_dim), dtype),
-            jnp.zeros((rows, slots), jnp.int32),
-            0,
-        ).laid()
+        k = jnp.zeros((*shape, cfg.head_dim, slots), dtype)
+        v = jnp.zeros((*shape, slots, cfg.head_dim), dtype)
+        return Cache(LayerCache(k, v), jnp.zeros((rows, slots), jnp.int32), 0).constrained()
 
-    def laid(self) -> Cache:
-        """Rows divided among the mesh's data axes, heads along tensor; nothing on one device."""
+    def with_prefix(self, k_L1PNK: jax.Array, v_L1PNK: jax.Array) -> Cache:
+        """This empty cache with virtual tokens in its first slots, seen by every token."""
+        P = k_L1PNK.shape[2]
+        layers = self.layers.write(k_L1PNK, v_L1PNK, 0)
+        return Cache(layers, self.segment_ids.at[:, :P].set(EVERYWHERE), P)
 
-        def lay(x: jax.Array) -> jax.Array:
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of all slots and layers, [L, B, S, N, K]."""
+        if isinstance(self.layers, LayerCache):
+            return self.layers.read()
+        k, v = zip(*(layer.read() for layer in self.layers), strict=True)
+        return jnp.stack(k), jnp.stack(v)
+
+    def constrained(self) -> Cache:
+        """Rows sharded over the mesh's data axes and heads over its tensor axis."""
+
+        def shard(x: jax.Array) -> jax.Array:
             axes = ("layers", "batch", "kv_heads", None, None)
             return constrain(x, *axes[-x.ndim :])
 
-        k, v = jax.tree.map(lay, (self.k, self.v))
-        return Cache(k, v, constrain(self.segments, "batch", None), self.length)
-
-
-def written(kv: tuple[Any, Any], k: jax.Array, v: jax.Array, offset: Any) -> tuple[Any, Any]:
-    """A layer's cache with k and v [B, N, T, K] (of all rows: [1, ...]) from slot `offset` on."""
-    k, v = (jnp.broadcast_to(y, (len(kv[0]), *y.shape[1:])).astype(kv[0].dtype) for y in (k, v))
-    return (
-        lax.dynamic_update_slice(kv[0], k.swapaxes(2, 3), (0, 0, 0, offset)),
-        lax.dynamic_update_slice(kv[1], v, (0, 0, offset, 0)),
-    )
+        layers = jax.tree.map(shard, self.layers)
+        return Cache(layers, constrain(self.segment_ids, "batch", None), self.length)

@@ -71,6 +71,11 @@ class ModelConfig:
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
 
     @property
+    def kinds_by_layer(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return tuple(self.kinds[k] for k in self.layer_kinds or (0,) * self.num_layers)
+
+    @property
     def tied_head(self) -> bool:
         """Whether the token table is the head too; a reward model has no such head."""
         return self.tie_embeddings and not self.scores

@@ -6,18 +6,20 @@ Dims: B rows, T tokens, S keys (cached or virtual ones, then the T tokens), R ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+
+from jaxllm.model.config import LayerKind
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What every layer reads besides x_BTD, the same for all layers but `layer` and `rng`.
+    """What a layer reads besides x_BTD.
 
-    The embedding and the head get one with `layer` 0 in which only `rng` and `adapter_weights` are
+    The embedding and the head get one with `layer` 0, in which only `rng` and `adapter_weights` are
     set. PEFT branches read `layer`, `rng` and `adapter_weights`.
     """
 
@@ -26,13 +28,16 @@ class Context:
     adapter_weights: Any = None  # float32 [B or 1, adapters]; None = every adapter has weight 1
     segment_ids: Any = None  # int32 [B, T]
     positions: Any = None  # int32 [B, T]
-    key_segment_ids: Any = None  # int32 [B, S]
+    key_segment_ids: Any = None  # int32 [B, S]; None = the keys are those of the T tokens alone
     offset: Any = 0  # index of the first token among the keys; a Python int where it is static
     rope_tables: Any = ()  # (cos, sin) of each of ModelConfig.ropes, float32 [B, T, 1, R/2]
+    choice: Any = 0  # index into `kinds`: the kind of this layer
+    kinds: tuple[LayerKind, ...] = field(default=(), metadata={"static": True})
+    kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
 
-    def at_layer(self, layer: Any) -> Context:
-        """This context for one layer, whose dropout keys are folded in per row."""
+    def at_layer(self, layer: Any, kinds: tuple[LayerKind, ...], choice: Any = 0) -> Context:
+        """The context of one layer, whose dropout keys have the layer folded in per row."""
         rng = self.rng
         if rng is not None:
             rng = jax.vmap(jax.random.fold_in, (0, None))(rng, layer)
-        return replace(self, layer=layer, rng=rng)
+        return replace(self, layer=layer, rng=rng, kinds=kinds, choice=choice)

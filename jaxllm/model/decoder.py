@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder: embed, L blocks under one scan, final norm, head.
+"""The decoder: embedding, stacks of layers, final norm, head.
 
-Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim, L layers, V tokens of
-the vocabulary, S texts in a row.
+Dims: B rows, T tokens, D model width, V vocabulary, R inner width of a term of the head (D, or
+LoRA's rank), L layers, S texts of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,41 +16,44 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from jaxllm.mesh import constrain, gathered
+from jaxllm.mesh import gathered
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
-from jaxllm.model.block import Block
-from jaxllm.model.cache import Cache, written
+from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
+from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
-from jaxllm.ops.residuals import kept
-
-# What the backward pass may keep; it recomputes the rest of each layer.
-REMAT: dict[str, Any] = {
-    "full": jax.checkpoint_policies.save_only_these_names("layer"),
-    "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
-    "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
-}
 
 HEAD_AXES = ("embed", "vocab")
 SCORE_AXES: Any = ("embed", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Forward:
+    """The result of a forward pass up to the head."""
+
+    x: jax.Array  # [B, T, D] after the final norm, in compute_dtype
+    cache: Cache | None  # after the tokens of the call; None without one
+    aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics; no layer has any yet
 
 
 class Decoder(nnx.Module):
     """A causal language model: `model(tokens) -> logits`; a reward model: scores.
 
     Args:
-      cfg: its shape.
-      rngs: `params` stream for the random weights, `peft` for those that a PEFT method adds.
+      cfg: the model's shape.
+      rngs: stream `params` initializes the weights, stream `peft` those of the PEFT method.
       dtype: of the weights. compute_dtype: of activations and products (default: the weights').
       remat: none | full | dots | names, what a layer's backward pass recomputes.
       scan_unroll: layers in one iteration of the scan.
-      peft: what is added to the weights, and which of them are trained.
+      attention: auto | xla | mosaic | triton, the kernel (ops.attention).
+      peft: the PEFT method, which adds weights and selects those that are trained.
     """
 
     def __init__(
@@ -63,21 +65,18 @@ class Decoder(nnx.Module):
         compute_dtype: Any = None,
         remat: str = "none",
         scan_unroll: int = 1,
+        attention: str = "auto",
         peft: Adapter = NO_ADAPTER,
     ):
-        @nnx.split_rngs(splits=cfg.num_layers)
-        @partial(nnx.vmap, in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(cfg, peft=peft, dtype=dtype, rngs=rngs)
-
         self.cfg = cfg
         self.peft = peft
         self.hf_config = ""  # the config.json it was made from, as text
         self.base = ""  # where its weights were loaded from
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
-        self.remat, self.scan_unroll = remat, scan_unroll
+        self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.layers: Any = stack(rngs)  # one Block whose weights are stacked, or a list: `apart`
+        # One Block whose weights have a leading dim L; an nnx.List of Blocks after `unstack`.
+        self.layers: Any = make_stack(cfg, peft=peft, dtype=dtype, rngs=rngs)
         self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
@@ -100,6 +99,19 @@ class Decoder(nnx.Module):
         """Whether weights of the layers are held in fewer bits."""
         return isinstance(self.layers.attn.o.kernel.get_value(), Quantized)
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of layers, in order; one today."""
+        return (Stack(self.layers, self.cfg.kinds_by_layer, self.remat, self.scan_unroll),)
+
+    def context(
+        self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
+    ) -> Context:
+        """The context of the embedding and the head."""
+        if adapter_weights is None and self.peft.adapter_weights:
+            adapter_weights = jnp.asarray([self.peft.adapter_weights])
+        return Context(rng=rng, adapter_weights=adapter_weights, kernel=self.attention)
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -109,106 +121,82 @@ class Decoder(nnx.Module):
         *,
         rng: jax.Array | None = None,
         adapter_weights: jax.Array | None = None,
-    ) -> Any:
-        """Last hidden states after the final norm, [B, T, D] in compute_dtype.
+    ) -> Forward:
+        """Hidden states after the final norm; with a cache also the cache after these tokens.
 
-        tokens, segment_ids (default: one segment, no padding) and positions (default: 0, 1, …) are
-        int32 [B, T]. With a cache the tokens are written into its next slots and attend to what it
-        holds; returns (hidden, cache) then. rng: typed keys [B] for dropout, None = no
-        dropout. adapter_weights: float32 [B, adapters], how much of each adapter a row gets (default: peft's own).
+        Args:
+          tokens: int32 [B, T]. With a cache they are written to its next slots and attend to all
+            of its tokens.
+          segment_ids: int32 [B, T]; default: one segment, no padding.
+          positions: int32 [B, T]; default: 0, 1, …, after the cache's.
+          rng: typed keys [B], one per row, for dropout; None = no dropout.
+          adapter_weights: float32 [B, adapters], weight of each adapter in each row; default: the
+            PEFT config's.
         """
-        segments = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
         ctx = self.context(rng, adapter_weights)
-        x = self.embed(tokens, self.compute_dtype, ctx)
-        if self.cfg.embed_scale != 1.0:
-            x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
-        return self.run(x, segments, positions, cache, ctx)
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens, self.compute_dtype, ctx)
+            if self.cfg.embed_scale != 1.0:
+                x_BTD = x_BTD * jnp.asarray(self.cfg.embed_scale, x_BTD.dtype)
+        return self.forward(x_BTD, segment_ids, positions, cache, ctx)
 
-    def context(
-        self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
-    ) -> Context:
-        """The context of the embedding and the head."""
-        if adapter_weights is None and self.peft.adapter_weights:
-            adapter_weights = jnp.asarray([self.peft.adapter_weights])
-        return Context(rng=rng, adapter_weights=adapter_weights)
-
-    def run(
-        self, x: jax.Array, segments: jax.Array, positions: Any, cache: Cache | None, ctx: Context
-    ) -> Any:
-        """`hidden` from the embeddings on."""
-        cfg = self.cfg
-        B, T = segments.shape
-        keys, offset = segments, 0
+    def forward(
+        self,
+        x_BTD: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        ctx: Context | None = None,
+    ) -> Forward:
+        """`hidden` from the scaled embeddings x_BTD on."""
+        cfg, (B, T) = self.cfg, x_BTD.shape[:2]
+        stacks = self.stacks
+        if segment_ids is None:
+            segment_ids = jnp.ones((B, T), jnp.int32)
         if positions is None:
             positions = jnp.arange(T) + (0 if cache is None else cache.length)
             positions = jnp.broadcast_to(positions, (B, T))
-        kv: Any = None
+        pasts: tuple[Any, ...] = (None,) * len(stacks)
+        key_segment_ids, offset = None, 0
         if cache is not None:
-            kv, offset = (cache.k, cache.v), cache.length
-            keys = lax.dynamic_update_slice(cache.segments, segments, (0, offset))
+            pasts, offset = (cache.layers,), cache.length
+            cached = lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
+            key_segment_ids = cached[:, : offset + T] if isinstance(offset, int) else cached
         elif self.prefix is not None:
-            kv, offset = self.prefix.kv(self), self.prefix.length
+            pasts, offset = (VirtualTokens(*self.prefix.kv(self)),), self.prefix.length
             positions = positions + offset
-            keys = jnp.pad(segments, ((0, 0), (offset, 0)), constant_values=EVERYWHERE)
+            key_segment_ids = jnp.pad(
+                segment_ids, ((0, 0), (offset, 0)), constant_values=EVERYWHERE
+            )
         if cache is None:
-            lengths = text_lengths(segments, positions)
+            lengths = text_lengths(segment_ids, positions)
             ropes = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
-        else:  # rows of a table of all slots: else each layer computes its angles anew
-            slots = cache.segments.shape[1]
+        else:  # rows of a table of all slots, so that no layer computes angles
+            slots = cache.segment_ids.shape[1]
             tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
             ropes = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
         ctx = replace(
-            ctx,
-            segment_ids=segments,
-            key_segment_ids=keys,
+            ctx or self.context(),
+            segment_ids=segment_ids,
             positions=positions,
-            rope_tables=ropes,
+            key_segment_ids=key_segment_ids,
             offset=offset,
+            rope_tables=ropes,
         )
-        prefix = cache is None and kv is not None
-        if isinstance(self.layers, nnx.List):
-            assert cache is not None
-            return self.through(x, cache, ctx)
-        graph, stacked = nnx.split(self.layers)
-
-        def body(x, scanned):
-            params, kind, layer, kv = scanned
-            block = nnx.merge(graph, params)
-            return block(kept(x, "layer"), ctx.at_layer(layer), kind, kv, prefix)
-
-        if self.remat != "none" and cache is None:
-            body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
-        layers = jnp.arange(cfg.num_layers)
-        kinds = jnp.asarray(cfg.layer_kinds or (0,) * cfg.num_layers, jnp.int32)
-        x, kv = lax.scan(body, x, (stacked, kinds, layers, kv), unroll=self.scan_unroll)
-        x = self.norm(x)
-        return x if cache is None else (x, Cache(kv[0], kv[1], keys, offset + T).laid())
-
-    def through(self, x: jax.Array, cache: Cache, ctx: Context) -> tuple[jax.Array, Cache]:
-        """The rest of `run` with a cache, one layer after another where they are `apart`."""
-        kinds = self.cfg.layer_kinds or (0,) * self.cfg.num_layers
-        ks, vs = [], []
-        for layer, (block, kind) in enumerate(zip(self.layers, kinds, strict=True)):
-            kv = cache.k[layer], cache.v[layer]
-            x, (k, v) = block(x, ctx.at_layer(layer), kind, kv, False)
-            ks.append(k)
-            vs.append(v)
-        gather = tuple if isinstance(cache.k, tuple) else jnp.stack
-        made = Cache(gather(ks), gather(vs), ctx.key_segment_ids, cache.length + x.shape[1])
-        return self.norm(x), made.laid()
+        new = []
+        for stack, past in zip(stacks, pasts, strict=True):
+            x_BTD, past = stack(x_BTD, ctx, past)
+            new.append(past)
+        x_BTD = self.norm(x_BTD)
+        if cache is not None:
+            cache = Cache(new[0], cached, offset + T).constrained()
+        return Forward(x_BTD, cache, {})
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
-        """A cache of `slots` for texts, which holds what the model puts before each of them."""
-        P = 0 if self.prefix is None else self.prefix.length
-        cache = Cache.empty(self.cfg, rows, P + slots, cache_dtype(self.compute_dtype))
-        k, v, segments = cache.k, cache.v, cache.segments
-        if self.prefix is not None:
-            before = (y.swapaxes(2, 3) for y in self.prefix.kv(self))
-            k, v = jax.vmap(partial(written, offset=0))((k, v), *before)
-            segments = segments.at[:, :P].set(EVERYWHERE)
-        if isinstance(self.layers, nnx.List):
-            k, v = tuple(k), tuple(v)
-        return Cache(k, v, segments, P)
+        """A cache with `slots` for texts, after the slots of the virtual tokens."""
+        length = 0 if self.prefix is None else self.prefix.length
+        cache = Cache.empty(self.cfg, rows, length + slots, cache_dtype(self.compute_dtype))
+        return cache if self.prefix is None else cache.with_prefix(*self.prefix.kv(self))
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
@@ -258,7 +246,7 @@ class Decoder(nnx.Module):
 
         segments: S, texts in a row; default: as many as there are (inside jit: 1).
         """
-        hidden = self.hidden(tokens, segment_ids, positions)
+        hidden = self.hidden(tokens, segment_ids, positions).x
         if not self.cfg.scores:
             return self.logits(hidden)
         ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
@@ -273,35 +261,6 @@ def last_tokens(segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
     here = segment_ids[:, None, :] == segments[..., None]
     here &= segments[..., None] > 0
     return jnp.max(jnp.where(here, jnp.arange(segment_ids.shape[1]), -1), -1)
-
-
-def apart(model: Decoder) -> Decoder:
-    """The model with each layer's weights in arrays of their own, no stack; kernels, biases and the
-    token table are cast to the compute dtype once. For generation on CPU: there every slice of a
-    bfloat16 stack is copied, and a cast at each step costs more than its product.
-    """
-    dtype = model.compute_dtype
-
-    def ready(state: Any, layer: int | None = None) -> Any:
-        def one(path: Any, variable: Any) -> Any:
-            value = variable.get_value()
-            if layer is not None:
-                value = jax.tree.map(lambda x: x[layer], value)
-            if path[-1] in ("kernel", "bias", "embedding") and not isinstance(value, Quantized):
-                axes = variable.get_metadata("axes")[-value.ndim :]
-                value = constrain(value.astype(dtype), *axes)
-            return variable.replace(value)
-
-        return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(state)])
-
-    graph, stacked = nnx.split(model.layers)
-    layers = [nnx.merge(graph, ready(stacked, i)) for i in range(model.cfg.num_layers)]
-    model.layers = nnx.List(layers)
-    for name in ("embed", "head"):
-        if (module := getattr(model, name)) is not None:
-            graph, state = nnx.split(module)
-            setattr(model, name, nnx.merge(graph, ready(state)))
-    return model
 
 
 def merge(graph: Any, trainable: Any, frozen: Any) -> Any:

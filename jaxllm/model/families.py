@@ -406,11 +406,11 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Key:
-    """One of our weights and the HF tensor it lies in.
+    """A weight of the decoder and the HF tensors that store it.
 
-    path: ours, dotted; under `layers.` it is the stack over layers, `{i}` in `name` the layer.
-    transpose: the tensor is [out, in], ours [in, out].
-    rows: ours is this part of a fused tensor's out dim.
+    path: of the weight, dotted. name: of the tensors; `{i}` is the layer, the weight's leading dim.
+    transpose: the tensor is [out, in], the weight [in, out].
+    rows: the weight is this range of a fused tensor's out dim.
     """
 
     path: str

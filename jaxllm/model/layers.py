@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import constrain
+from jaxllm.mesh import Axes, constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import dense
-from jaxllm.ops.residuals import kept
+from jaxllm.ops.residuals import saveable
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -37,7 +37,7 @@ class Linear(nnx.Module):
         self,
         cfg: ModelConfig,
         path: str,
-        axes: tuple[str, str],
+        axes: Axes,
         shape: tuple[int, int],
         *,
         peft: Adapter,
@@ -52,7 +52,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         axes = self.kernel.get_metadata("axes")[-2:]
-        y = kept(dot(x, self.kernel.get_value(), axes), "dot")
+        y = saveable(dot(x, self.kernel.get_value(), axes), "dot")
         if self.lora is not None:
             y = self.lora(x, y, self.dense, ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

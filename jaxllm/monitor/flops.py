@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of a model and peaks of devices, for model FLOPs utilisation (MFU); peak memory."""
+"""FLOPs of a model and peak FLOP/s of devices, for model FLOPs utilisation (MFU); peak memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import jax
 from jaxllm.config import TrainConfig
 from jaxllm.model.config import ModelConfig
 
-# Dense bfloat16 peak in FLOP/s of what jax calls a device, by words of its device_kind; the longest
-# match counts. From the vendors' data sheets, without sparsity. A v2, v3 or 7x chip is two devices.
+# Peak FLOP/s of dense bfloat16 products, by device_kind: the longest name that occurs in it counts.
+# From the vendors' data sheets, without sparsity. A TPU v2, v3 or 7x chip is two JAX devices.
 PEAK = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -48,25 +48,25 @@ PEAK = {
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of an update by what it learns from: `layers` of each token in its rows (padding is
-    none), `head` of each token that has a loss weight."""
+    """FLOPs of an update."""
 
     layers: float
+    """for each token that is not padding"""
     head: float
+    """for each token that has a loss weight"""
 
 
 def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]:
-    """FLOPs of a forward pass, a token: (products with the layers' weights, attention, the head).
+    """FLOPs of a forward pass per token: (matmuls with weights of layers, attention, the head).
 
-    2 for each weight. Attention is causal, in rows of `length` tokens: q·k and p·v are 2 FLOPs each
-    for each of the heads' features and each key that a query sees, (length + 1) / 2 on average or
-    fewer within a layer's window. It is counted over whole rows, also where packing keeps a
-    document from seeing those before it and less is computed. A reward model's head reads one token
-    of a text and counts as none.
+    A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
+    FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
+    (length + 1) / 2, or fewer within a layer's window. Packed rows are counted as one document,
+    although segments do less. A reward model's head reads one token per text and counts as 0.
     """
     Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = model.hidden_size * (2 * Q + 2 * KV + 3 * model.intermediate_size)
-    keys = 0.0  # that a query sees on average, summed over layers
+    keys = 0.0  # average number of keys per query, summed over layers
     for kind in model.layer_kinds or (0,) * model.num_layers:
         window = min(model.kinds[kind].window or length, length)
         keys += window - window * (window - 1) / (2 * length)
@@ -83,35 +83,34 @@ def run_flops(
     compares: bool = False,
     baseline: bool = False,
 ) -> Flops:
-    """FLOPs of a run's update, in rows of `length` tokens: those of a preference are 2 max_length,
-    those of an online run a prompt with its completion.
+    """FLOPs of an update with rows of `length` tokens (preferences: 2 max_length; online runs: a
+    prompt with its completion).
 
-    Forward and backward are 3 forward passes, of weights 2 where they are `frozen` and have no
-    gradient; what an adapter adds, recomputation and elementwise work do not count. Further forward
-    passes: that of the reference where the run `compares` with one whose log-probabilities are not
-    precomputed, and those of a `baseline`. Online, each token of a rollout is sampled, read by the
-    policy and by the reference: a forward pass each, shared by the rl.iterations updates that learn
-    from it, as the rollout's time is. A separate critic is trained and read as the policy is, but
-    has no head. What rewards compute is not counted.
+    Forward and backward cost 3 forward passes; matmuls with `frozen` weights, which have no
+    gradient, cost 2. Not counted: what an adapter adds, recomputation, elementwise work, rewards.
+    Extra forward passes: one for the reference if the run `compares` with a live one, and those of
+    a `baseline`. Online, sampling and the log-probabilities of policy and reference cost a forward
+    pass each, divided by the rl.iterations updates that reuse the rollout, as its time is. A
+    separate critic costs as much as the policy without its head.
     """
     weights, attention, head = forward_flops(model, length)
-    again = 1 / (cfg.rl.iterations or 1)  # a rollout's work, in each update that learns from it
+    share = 1 / (cfg.rl.iterations or 1)  # of a rollout's cost, for each update that reuses it
     if cfg.verb.online:
-        more = (2 + compares) * again
+        extra = (2 + compares) * share
     else:
-        reads = compares and cfg.align.reference == "model"
-        more = reads + baseline * (1 + reads)
-    once = 2 if frozen else 3
-    layers = (once + more) * weights + (3 + more) * attention
+        live = compares and cfg.align.reference == "model"
+        extra = live + baseline * (1 + live)
+    passes = 2 if frozen else 3
+    layers = (passes + extra) * weights + (3 + extra) * attention
     if cfg.verb.critic and cfg.rl.critic == "separate":
-        layers += (once + again) * weights + (3 + again) * attention
-    return Flops(layers, (once + more) * head)
+        layers += (passes + share) * weights + (3 + share) * attention
+    return Flops(layers, (passes + extra) * head)
 
 
 def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:
-    """Peak FLOP/s of a device for products of `dtype`, None where it is not known (a CPU).
+    """Peak FLOP/s of a device for matmuls in `dtype`; None if it is unknown, as of a CPU.
 
-    float32 products, at jax's default precision, are tf32 on a GPU, half as fast as bfloat16, and
+    At JAX's default precision a float32 matmul is tf32 on a GPU, half as fast as bfloat16, and
     bfloat16 on a TPU.
     """
     kind = device.device_kind
@@ -123,7 +122,7 @@ def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:
 
 
 def memory_gib() -> float:
-    """Peak memory in GiB: of the fullest local device, or of this process where the CPU is it."""
+    """Peak memory in GiB of the fullest local device; on a CPU, of this process."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:

@@ -34,7 +34,7 @@ def lm_loss(
     rng: keys for dropout; None = no dropout. z_loss: coefficient of (log Z)². chunk: tokens whose
     logits exist at one time; 0 = the platform's default. These mean the same in every objective.
     """
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     x_BTD = constrain(x_BTD, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, z_loss, chunk)
     sums: Any = cross_entropy(model.head_terms(x_BTD, rng), batch.targets, batch.weights, head)
@@ -47,7 +47,7 @@ def logps(
     model: Decoder, batch: Batch, rng: Any = None, *, chunk: int = 0, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (log p(target), entropy), float32 [B, T]; 0 at tokens without a loss weight."""
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     x_BTD = constrain(x_BTD, "batch", "length", "features")
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
     terms: Any = token_logps(model.head_terms(x_BTD, rng), batch.targets, batch.weights, head)

@@ -48,7 +48,7 @@ class Value(nnx.Module):
     def __call__(self, batch: Experience, x_BTD: jax.Array) -> jax.Array:
         """Values, float32 [B, T], from the policy's hidden states."""
         if self.trunk is not None:
-            x_BTD = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions)
+            x_BTD = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions).x
         x_BTD = x_BTD.astype(jnp.float32)
         return jnp.einsum("btd,do->bt", x_BTD, self.kernel[...]) + self.bias[...]
 
@@ -157,7 +157,7 @@ def act(
 
     The first two are 0 outside the completion; V is 0 without a critic.
     """
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions).x
     head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
     terms: Any = token_logps(model.head_terms(x_BTD), batch.targets, batch.weights, head)
     no_critic = model.value is None

@@ -41,7 +41,7 @@ def reward_loss(
 
     reward_min and reward_max are extremes of a micro-batch, averaged over micro-batches.
     """
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng)
+    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
     chosen_BP = model.scores(x_BTD, batch.segment_ids, batch.chosen_segment)
     rejected_BP = model.scores(x_BTD, batch.segment_ids, batch.rejected_segment)
     mask_BP = batch.chosen_segment > 0

@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic whose form depends on the platform; the only room that knows one."""
+"""Arithmetic whose form depends on the platform; no other package asks for the platform.
+
+Imports config, errors and mesh only. In the order in which a layer, then the loss, uses them:
+
+    quantized         int8 and nf4 kernels, and their dequantisation
+    matmul            products with float32 accumulation, and their gradients
+    residuals         values that a layer stores for its backward pass
+    attention         grouped-query attention: the choice of a kernel, and its shards
+    attention_mask    which keys a query sees
+    attention_blocks  attention in blocks of XLA operations
+    attention_gpu     fused kernels for NVIDIA GPUs
+    cross_entropy     the loss over a large vocabulary, in chunks
+    decoding          dtype of the cache, layout of the weights, greedy argmax
+"""

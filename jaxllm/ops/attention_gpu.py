@@ -1,62 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused attention kernels of a GPU for whole rows of segments: no scores in memory.
+"""Fused attention kernels of tokamax for NVIDIA GPUs; scores are never written to memory.
 
-    name     is                                                                needs
-    mosaic   tokamax's Pallas kernel (Mosaic GPU)                              Hopper or newer
-    triton   tokamax's Pallas kernel (Triton); no soft cap                     Ampere or newer
+    name     kernel                          needs
+    mosaic   Pallas, Mosaic GPU              Hopper or newer
+    triton   Pallas, Triton; no soft cap     Ampere or newer
 
-Each computes what `attention.attention` does of a row's own keys. tokamax is imported when used.
+The only module that imports tokamax, and it does so when a kernel is traced.
 
 Dims: B rows, T tokens, H query heads, N key/value heads, K head_dim.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
+from importlib import import_module, metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from jaxllm.errors import UserError
 from jaxllm.mesh import platform
+from jaxllm.ops.attention_mask import first_visible
 
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
+# `run` imports private modules, so a version counts only once benchmarks/gpu.py has passed with it.
+TOKAMAX_VERSIONS = ("0.0.17",)
 
 
-@cache
-def best() -> str:
-    """The fastest that was measured (benchmarks/results): mosaic on Hopper where tokamax is
-    installed, else xla, which is none of these."""
-    if platform() != "gpu" or find_spec("tokamax") is None:
-        return "xla"
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    return "mosaic" if capability.startswith("9.") else "xla"
+def choose(
+    kernel: str,
+    *,
+    dtype: Any,
+    softcap: float,
+    head_dims: tuple[int, int] = (0, 0),
+    prefix: bool = False,
+) -> tuple[str, str]:
+    """(kernel to run, why it is not a faster one) for `kernel` = auto | xla | mosaic | triton.
+
+    dtype is that of q, head_dims those of (q, v); prefix: keys precede each text. The platform is
+    that of the mesh in context. "auto" is mosaic on Hopper, the fastest kernel there in
+    benchmarks/results, and xla where mosaic cannot run. Raises UserError for a requested kernel
+    that cannot run.
+    """
+    if kernel == "xla":
+        return "xla", ""
+    name = "mosaic" if kernel == "auto" else kernel
+    reason = _obstacle(name, dtype, softcap, head_dims, prefix)
+    if not reason and kernel == "auto" and jax.devices()[0].compute_capability[:2] != "9.":
+        reason = "mosaic is the fastest kernel on Hopper only"
+    if not reason:
+        return name, ""
+    if kernel == "auto":
+        return "xla", reason
+    raise UserError(f"model.attention: {kernel} cannot run: {reason}; set it to auto or xla")
 
 
-def notes(devices: int) -> list[str]:
-    """What a user of a GPU is told of its attention."""
+def _obstacle(
+    kernel: str, dtype: Any, softcap: float, head_dims: tuple[int, int], prefix: bool
+) -> str:
+    """Why the kernel cannot run; empty if it can."""
     if platform() != "gpu":
-        return []
-    kernel = best() if devices == 1 else "xla"
-    hint = "" if kernel != "xla" else " (no fused kernel; one Hopper GPU with tokamax has one)"
-    return [f"attention: {kernel}{hint}"]
+        return f"it needs an NVIDIA GPU, and this program is for a {platform().upper()}"
+    if jax.devices()[0].platform != "gpu":
+        return "tokamax asks the attached device for its architecture, and that is no GPU"
+    try:
+        version = metadata.version("tokamax")
+    except metadata.PackageNotFoundError:
+        return f"tokamax is not installed (pip install tokamax=={TOKAMAX_VERSIONS[-1]})"
+    if version not in TOKAMAX_VERSIONS:
+        return f"tokamax {version} is not one of the tested versions {', '.join(TOKAMAX_VERSIONS)}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it needs model.compute_dtype bfloat16, not {jnp.dtype(dtype)}"
+    if kernel == "triton" and softcap:
+        return "it has no soft cap, and this model has one"
+    if head_dims[0] != head_dims[1]:
+        return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
+    return "keys of a prefix precede each text" if prefix else ""
 
 
-def begins(segments: jax.Array) -> jax.Array:
-    """bool [B, T]: where a run of equal segment ids begins."""
-    return jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-
-
-def starts(segments: jax.Array) -> jax.Array:
-    """int32 [B, T]: the first place of the run that a token lies in."""
-    places = jnp.where(begins(segments), jnp.arange(segments.shape[1]), 0)
-    return lax.cummax(places.astype(jnp.int32), axis=1)
-
-
-def attend(
+def run(
     kernel: str,
     q: jax.Array,
     k: jax.Array,
@@ -67,16 +89,14 @@ def attend(
     window: int | None,
     softcap: float,
 ) -> jax.Array:
-    """[B, T, H, K] through the kernel of that name; k and v are [B, T, N, K].
+    """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, T, N, K].
 
-    tokamax.dot_product_attention takes segments as a mask [B, 1, T, T] alone, which is read whole;
-    the classes under it take the first key of each query, and skip what lies before.
+    segments are int32 [B, T]. tokamax.dot_product_attention would take them as a mask [B, 1, T, T],
+    which its kernels read from memory. The classes below it take the first visible key of each
+    query, and skip the blocks before it.
     """
     api: Any = import_module("tokamax._src.ops.attention.api")
     base: Any = import_module("tokamax._src.ops.attention.base")
-    first = starts(segments)
-    if window is not None:
-        first = jnp.maximum(first, jnp.arange(q.shape[1]) - (window - 1))
-    mask = base.Mask(k_start=first[:, None, :], is_causal=True)
-    run = api.IMPLEMENTATIONS[IMPLEMENTATIONS[kernel]]
-    return run(q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=softcap or None)
+    mask = base.Mask(k_start=first_visible(segments, window)[:, None, :], is_causal=True)
+    implementation = api.IMPLEMENTATIONS[IMPLEMENTATIONS[kernel]]
+    return implementation(q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=softcap or None)

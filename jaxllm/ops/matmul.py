@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products with float32 accumulation, in the form that is fastest on the platform.
 
-Dims: B rows, T tokens, I in, O out.
+Dims: B rows, T tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -15,60 +15,62 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxllm.mesh import platform
+from jaxllm.mesh import Axes, platform
 from jaxllm.ops.quantized import dense
+
+THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """[I, O] -> [O, I], written out row by row where the CPU's fast product needs it so.
+    """[I, O] -> [O, I], with a row-major layout where XLA:CPU's fast product needs one.
 
-    XLA folds a transpose into the product that reads it; on CPU the folded form is a slower kernel
-    (bf16: 180 against 370 GFLOP/s), so the layout is pinned there; on one device, since a pinned
-    layout is not divided among several.
+    XLA folds a transpose into the product that reads it. On a CPU the folded form is a slower
+    kernel (bfloat16: 180 instead of 370 GFLOP/s), so the layout is pinned there; on one device
+    only, because XLA does not shard an array with a pinned layout.
     """
-    alone = jax.sharding.get_abstract_mesh().size <= 1
-    if platform() == "cpu" and x.dtype == jnp.bfloat16 and alone:
+    single_device = jax.sharding.get_abstract_mesh().size <= 1
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and single_device:
         return with_layout_constraint(x.T, Layout((0, 1)))
     return x.T
 
 
 def product(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -> jax.Array:
-    """One matrix product with float32 accumulation, its result rounded once to `dtype`."""
+    """Matrix product over the dims `contract`, accumulated in float32, rounded once to `dtype`."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    # A CPU multiplies bfloat16 fast only when asked for float32 results; others keep the sum in
-    # float32 inside and write the short form.
-    wide = jnp.float32 if platform() == "cpu" else dtype
-    return lax.dot_general(x, w, dims, preferred_element_type=wide).astype(dtype)
+    # XLA:CPU has a fast bfloat16 kernel for float32 results only. Other platforms accumulate in
+    # float32 and write `dtype`.
+    result_dtype = jnp.float32 if platform() == "cpu" else dtype
+    return lax.dot_general(x, w, dims, preferred_element_type=result_dtype).astype(dtype)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
-    """xᵀ g over all leading dims: [..., I], [..., O] -> [I, O]."""
+    """xᵀ g summed over all leading dims: [..., I], [..., O] -> [I, O]."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    if g.shape[1] * 8 <= x.shape[1]:  # LoRA's A: the thin side is the one to turn round
+    if g.shape[1] * THIN <= x.shape[1]:  # LoRA's A: transposing g costs less than transposing x
         return lax.optimization_barrier(product(transposed(g), x, (1, 0), dtype)).T
     return product(transposed(x), g, (1, 0), dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: Any, axes: tuple[str | None, ...]) -> jax.Array:
-    """x [..., I] · w [I, O] in x's dtype; the gradient of w comes out in w's dtype, unrounded.
+def dot(x: jax.Array, w: Any, axes: Axes) -> jax.Array:
+    """x [..., I] · w [I, O] in x's dtype; the gradient of w has w's dtype, without rounding before.
 
-    `axes` are w's logical axes: what ZeRO-3 has split is gathered here, after the cast. A Quantized
-    w is widened here, again in the backward pass, and has no gradient.
+    `axes` are w's logical axes: a weight that ZeRO-3 splits is all-gathered here, after the cast to
+    x's dtype. A Quantized w is dequantised here and again in the backward pass; it has no gradient.
     """
     return product(x, dense(w, axes, x.dtype), (x.ndim - 1, 0), x.dtype)
 
 
-def _dot_forward(x: Any, w: Any, axes: tuple[str | None, ...]):
-    # Only what a gradient is asked of costs memory or arithmetic: of a frozen weight there is none.
-    learned = any(leaf.perturbed for leaf in jax.tree.leaves(w))
+def _dot_forward(x: Any, w: Any, axes: Axes):
+    # A frozen weight has no gradient, so its input is not stored.
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(w))
     w = jax.tree.map(lambda leaf: leaf.value, w)
-    kept = x.value if learned else jnp.zeros((), x.value.dtype)
-    return dot(x.value, w, axes), (kept, w)
+    residual = x.value if trained else jnp.zeros((), x.value.dtype)
+    return dot(x.value, w, axes), (residual, w)
 
 
-def _dot_backward(axes: tuple[str | None, ...], saved, g):
-    x, w = saved
+def _dot_backward(axes: Axes, residuals, g):
+    x, w = residuals
     g = jnp.zeros(g.shape, x.dtype) if isinstance(g, SymbolicZero) else g.astype(x.dtype)
     dx = product(g, dense(w, axes, x.dtype), (g.ndim - 1, 1), x.dtype)
     return dx, weight_gradient(x, g, w.dtype) if x.ndim else None
@@ -78,5 +80,5 @@ dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 
 
 def softcapped(logits: jax.Array, cap: float) -> jax.Array:
-    """cap · tanh(logits / cap), within (-cap, cap); 0 leaves them as they are."""
+    """cap · tanh(logits / cap), within (-cap, cap); a cap of 0 changes nothing."""
     return cap * jnp.tanh(logits / cap) if cap else logits

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen kernels held in fewer bits, widened where they are used (QLoRA, arXiv:2305.14314).
+"""Quantised frozen kernels, dequantised where they are used (QLoRA, arXiv:2305.14314).
 
-int8: one float32 scale for each output. nf4: 16 levels that are the quantiles of a normal
-distribution, one bfloat16 scale for TILE inputs of an output. Bytes a weight: about 1.01 and 0.53.
+    kind   code                                      scale                        bytes per weight
+    int8   int8                                      float32, per output          1.01
+    nf4    4 bits: 16 quantiles of a normal          bfloat16, per TILE inputs    0.53
+           distribution                              of an output
 
-Dims: L layers, I in, O out.
+Dims: L layers, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ import qwix
 from flax import struct
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import gathered
+from jaxllm.mesh import Axes, gathered
 
-TILE = 64
+TILE = 64  # inputs that share a scale: QLoRA's block size
 
 
 @struct.dataclass
 class Quantized:
     """A kernel [(L,) I, O] as codes and scales.
 
-    codes: int8 [.., I, O]; of nf4 uint8 [.., I / 2, O], two inputs a byte (a scan over layers would
-    unpack a sub-byte dtype). scale: [.., 1, O], of nf4 [.., I / tile, O].
+    codes: int8 [(L,) I, O]; for nf4 uint8 [(L,) I / 2, O], two inputs in a byte, because a scan
+    over layers would unpack a sub-byte dtype. scale: [(L,) 1, O]; for nf4 [(L,) I / tile, O].
     """
 
     codes: Any
@@ -55,33 +57,34 @@ class Quantized:
 
 
 def _tile(inputs: int) -> int:
-    """The even divisor of the inputs nearest to TILE."""
-    fits = [size for size in range(16, 129, 2) if inputs % size == 0]
-    if not fits:
+    """Even divisor of `inputs` that is nearest to TILE."""
+    sizes = [size for size in range(16, 129, 2) if inputs % size == 0]
+    if not sizes:
         raise UserError(
-            f"peft.quantize_base nf4 wants inputs that divide by 16 to 128, seen {inputs}; use int8"
+            "peft.quantize_base: nf4 needs weights whose number of inputs has an even divisor from "
+            f"16 to 128, not {inputs}; use int8"
         )
-    return min(fits, key=lambda size: abs(size - TILE))
+    return min(sizes, key=lambda size: abs(size - TILE))
 
 
-@partial(jax.jit, static_argnums=1)  # qwix's nf4 takes 129 bytes a weight by itself, 8 when jitted
+@partial(jax.jit, static_argnums=1)  # qwix's nf4 needs 129 bytes per weight unless jitted, then 8
 def _quantize_layer(w: jax.Array, kind: str) -> Quantized:
     w = w.astype(jnp.float32)
     if kind == "int8":
-        found = qwix.quantize(w, jnp.int8, channelwise_axes=(1,))
-        return Quantized(found.qvalue, found.scale, kind)
+        quantized = qwix.quantize(w, jnp.int8, channelwise_axes=(1,))
+        return Quantized(quantized.qvalue, quantized.scale, kind)
     tiles = {0: _tile(w.shape[0])}
-    found = qwix.quantize(
+    quantized = qwix.quantize(
         w, "nf4", channelwise_axes=(1,), tiled_axes=tiles, scale_dtype=jnp.bfloat16
     )
-    codes = found.qvalue.astype(jnp.uint8)
-    return Quantized(codes[0::2] | codes[1::2] << 4, found.scale, kind)
+    codes = quantized.qvalue.astype(jnp.uint8)
+    return Quantized(codes[0::2] | codes[1::2] << 4, quantized.scale, kind)
 
 
 def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array]) -> Quantized:
-    """A stack of kernels [L, I, O] as int8 or nf4, layer by layer; `place` lays the results out.
+    """A stack of kernels [L, I, O] as int8 or nf4, quantised layer by layer.
 
-    Raises ValueError where nf4's tiles do not divide the inputs.
+    `place` puts each resulting array on its devices. Raises UserError if no nf4 tile divides I.
     """
     if kind == "nf4":
         _tile(kernel.shape[1])
@@ -89,8 +92,11 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
     return jax.tree.map(lambda *leaves: place(jnp.stack(leaves)), *layers)
 
 
-def dense(w: Any, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
-    """A layer's kernel [I, O] in `dtype`, whole along fsdp; codes are gathered as they are."""
+def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
+    """A layer's kernel [I, O] in `dtype`, replicated along fsdp.
+
+    Of a Quantized one the codes are gathered, then dequantised.
+    """
     if not isinstance(w, Quantized):
         return gathered(w.astype(dtype), axes)
     codes, scale = gathered(w.codes, axes), gathered(w.scale, axes).astype(jnp.float32)
@@ -102,6 +108,6 @@ def dense(w: Any, axes: tuple[str | None, ...], dtype: Any) -> jax.Array:
 
 
 def _levels() -> jax.Array:
-    """What the 16 codes of nf4 stand for, float32."""
+    """Values of the 16 codes of nf4, float32."""
     codes = qwix.QArray(jnp.arange(16, dtype=jnp.uint8), jnp.ones(1), None, "nf4")
     return qwix.dequantize(codes)

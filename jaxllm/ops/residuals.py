@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that a layer keeps for its backward pass."""
+"""Residuals: values that a layer stores for its backward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxllm.mesh import platform
 
 
-def named(x: jax.Array, name: str) -> jax.Array:
-    """x under a name that a policy of decoder.REMAT may keep for the backward pass; without a
-    gradient: for the forward rule of a function that has its own.
+def saveable_in_vjp(x: jax.Array, name: str) -> jax.Array:
+    """`saveable` without a gradient, for the forward rule of a custom_vjp.
 
-    Of what it keeps of its layers a scan writes slot by slot, and of bfloat16 a CPU does so by way
-    of a float32 copy of the whole: there the bits are kept.
+    A scan over layers writes its residuals into one buffer. XLA:CPU updates a bfloat16 buffer
+    through a full float32 copy, so residuals are stored as uint16 there.
     """
     if platform() != "cpu" or x.dtype != jnp.bfloat16:
         return checkpoint_name(x, name)
@@ -28,11 +27,11 @@ def named(x: jax.Array, name: str) -> jax.Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def kept(x: jax.Array, name: str) -> jax.Array:
-    """`named`, with the gradient of x."""
-    return named(x, name)
+def saveable(x: jax.Array, name: str) -> jax.Array:
+    """x, under a name by which a policy of decoder.REMAT saves it instead of recomputing it."""
+    return saveable_in_vjp(x, name)
 
 
-@kept.defjvp
-def _kept_jvp(name: str, x: Any, dx: Any) -> tuple[jax.Array, Any]:
-    return named(x[0], name), dx[0]
+@saveable.defjvp
+def _saveable_jvp(name: str, x: Any, dx: Any) -> tuple[jax.Array, Any]:
+    return saveable_in_vjp(x[0], name), dx[0]

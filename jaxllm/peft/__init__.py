@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT methods: what is trained while the base model is frozen.
 
-config.PEFT_METHODS has a row per method: its class here, default learning rate and config keys.
-  base            PeftAdapter, the base class of the methods; tensors to and from a file
-  targets         the weights that target_modules and modules_to_save name
-  lora            LoRA, rsLoRA, DoRA, PiSSA, LoRA+
-  bottleneck      Houlsby and Pfeiffer adapters
-  virtual_tokens  prefix tuning and prompt tuning
-  methods         METHODS, {peft.method: class}
-  merge           LoRA merged into the base weights
-  combine         several LoRA adapters in one model
-  files           adapter directories in peft's format
-A module imports those above it, config, files and model; everything above `peft` may import it.
+base            PeftAdapter, the base class of the methods; tensors to and from a file
+targets         the weights that target_modules and modules_to_save name
+lora            LoRA, rsLoRA, DoRA, PiSSA, LoRA+
+bottleneck      Houlsby and Pfeiffer adapters
+virtual_tokens  prefix tuning and prompt tuning
+merge           LoRA merged into the base weights
+combine         several LoRA adapters in one model
+files           adapter directories in peft's format
+A module imports those above it, config, files, ops and model. All layers above peft may import it.
 """
+
+from importlib import import_module
+
+from jaxllm.config import PEFT_METHODS
+from jaxllm.peft.base import PeftAdapter
+
+
+def _import(name: str) -> type[PeftAdapter]:
+    module, _, kind = name.partition(".")
+    return getattr(import_module(f"jaxllm.peft.{module}"), kind)
+
+
+# {peft.method: its class}; the class names are in the config's table.
+METHODS = {name: _import(row.adapter) for name, row in PEFT_METHODS.items() if row.adapter}

@@ -23,7 +23,7 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
     Raises UserError for any that is not plain LoRA.
     """
     for name, adapter in adapters.items():
-        if not adapter.combinable:
+        if not adapter.names or adapter.always_on or adapter.needs_base:
             raise UserError(
                 f"adapter {name} cannot be combined with another: only LoRA can, without DoRA, "
                 "PiSSA or modules_to_save"

@@ -16,13 +16,13 @@ import numpy as np
 
 from jaxllm.config import PEFT_METHODS, PeftSection
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, opened, read_json, resolve
+from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensors, read_json
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table
+from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
-from jaxllm.peft.methods import METHODS, method_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class AdapterFiles:
 
 def is_adapter(path: str) -> bool:
     """True if a directory or hub id has an adapter and no model."""
-    folder = resolve(path) if hub_id(path) else Path(path).expanduser()
+    folder = local_dir(path) if hub_id(path) else Path(path).expanduser()
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def tokenizer_of(path: str) -> str:
     """Where the tokenizer of a model or adapter is: there, or with the adapter's base model."""
-    if not is_adapter(path) or (resolve(path) / "tokenizer.json").is_file():
+    if not is_adapter(path) or (local_dir(path) / "tokenizer.json").is_file():
         return path
     return with_base(path, None)[0]
 
@@ -61,7 +61,7 @@ def is_reward(adapters: Mapping[str, AdapterFiles]) -> bool:
 def find(path: str, weights: bool = True) -> AdapterFiles:
     """The adapter in a directory or hub id. Raises UserError if there is none; weights False: its
     config is enough."""
-    folder = resolve(path)
+    folder = local_dir(path)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
     if weights and not (folder / ADAPTER).is_file():
@@ -112,6 +112,17 @@ def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
     return replace(adapter, **training)
 
 
+def method_of(config: dict[str, Any]) -> str:
+    """The peft.method of an adapter_config.json. Raises UserError for an unsupported peft_type."""
+    kind = config.get("peft_type")
+    methods = {adapter.peft_type: method for method, adapter in METHODS.items()}
+    if kind not in methods:
+        raise UserError(
+            f"{ADAPTER_CONFIG}: peft_type {kind!r} is not supported, only {', '.join(methods)}"
+        )
+    return methods[kind]
+
+
 def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
     """The adapter that one adapter_config.json describes, or several of LoRA."""
     found = {
@@ -131,7 +142,7 @@ def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
 
     Raises UserError for tensors that are missing, unexpected or of another shape.
     """
-    with opened(files.weights) as file:
+    with open_tensors(files.weights) as file:
         tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
     adapter: PeftAdapter = model.peft
     adapter.load(model, tensors, files.weights, which)
@@ -158,7 +169,7 @@ def saved_tensors(
     if not names:
         return {}
     for files in adapters.values():
-        with opened(files.weights) as file:
+        with open_tensors(files.weights) as file:
             if missing := {adapter.root + name for name in names} - set(file.keys()):
                 raise UserError(f"{files.weights} has no {min(missing)}, which its config asks for")
     return {n: (files.weights, adapter.root + n) for n in names for files in adapters.values()}

@@ -109,7 +109,8 @@ class LoraAdapter(PeftAdapter):
                 f"{ADAPTER_CONFIG}: init_lora_weights {init} changed the base; convert the adapter "
                 "with peft's path_initial_model_for_weight_conversion"
             )
-        values = {"r": 8, "lora_alpha": 8} | super().section_values(config)  # peft's defaults
+        values: dict[str, Any] = {"r": 8, "lora_alpha": 8}  # peft's defaults
+        values |= super().section_values(config)
         for key in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             values[key] = _listed(config, key)
         if config.get("task_type") == SEQUENCE_CLASSIFICATION:
@@ -166,10 +167,6 @@ class LoraAdapter(PeftAdapter):
     @property
     def needs_base(self) -> bool:
         return self.init == "pissa"
-
-    @property
-    def combinable(self) -> bool:
-        return not (self.always_on or self.init == "pissa")
 
     @property
     def always_on(self) -> str:

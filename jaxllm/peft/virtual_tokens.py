@@ -141,9 +141,9 @@ class Prefix(nnx.Module):
     def begin(self, model: Any) -> None:
         """Sets keys and values to those that the model computes for the initial tokens."""
         cache = Cache.empty(model.cfg, 1, self.length, jnp.float32)
-        _, cache = model.hidden(_initial_tokens(model, self.length), cache=cache)
-        for variable, value in ((self.keys, cache.k.swapaxes(3, 4)), (self.values, cache.v)):
-            set_value(variable, value[:, 0].swapaxes(1, 2))
+        cache = model.hidden(_initial_tokens(model, self.length), cache=cache).cache
+        for variable, value_L1PNK in zip((self.keys, self.values), cache.read(), strict=True):
+            set_value(variable, value_L1PNK[:, 0])
 
 
 class Prompt(nnx.Module):
@@ -158,9 +158,7 @@ class Prompt(nnx.Module):
         """Keys and values in the compute dtype, each [L, 1, P, N, K]."""
         x = self.embeddings[...].astype(model.compute_dtype)[None]
         cache = Cache.empty(model.cfg, 1, self.length, model.compute_dtype)
-        ones = jnp.ones((1, self.length), jnp.int32)
-        _, cache = model.run(x, ones, None, cache, model.context())
-        return cache.k.transpose(0, 1, 4, 2, 3), cache.v.swapaxes(2, 3)
+        return model.forward(x, cache=cache).cache.read()
 
     def begin(self, model: Any) -> None:
         """Sets the embeddings to those of the initial tokens."""

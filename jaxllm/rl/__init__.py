@@ -1,2 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online reinforcement learning: rollouts and rewards."""
+"""Online reinforcement learning, and rewards.
+
+rewards.py  reward models and reward functions: load, score, evaluate, best of n
+online.py   prompts -> completions -> rewards -> advantages -> batches for the step
+
+Losses and estimators are in objectives/ppo.py and objectives/grpo.py, sampling in sampling.py.
+May import those, data, monitor and hf; only training and the CLI import it (evaluate: rewards).
+"""

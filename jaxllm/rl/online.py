@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online learning: prompts -> completions on the mesh -> rewards -> batches for the one step.
+"""Online RL: prompts -> completions, sampled on the mesh -> rewards -> batches of experience.
 
-A rollout is a function of (seed, its number, the weights): what an interrupted run has made and not
-learned from is made again. Dims: R completions of a rollout, B of an update, T tokens of a row, N
-tokens of a completion at most.
+A rollout is a function of the seed, its number and the weights, so a resumed run repeats it.
+
+Dims: A micro-batches of an update, B rows of a micro-batch, R completions of a rollout, T tokens of
+a row, N new tokens of a completion at most.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxllm import dist
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch, Experience, make_row
-from jaxllm.data.loader import Rows, ordered
+from jaxllm.data.chat import stop_ids
+from jaxllm.data.loader import ordered
+from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
@@ -36,41 +40,40 @@ from jaxllm.objectives.ppo import (
 from jaxllm.rl.rewards import Completion, Reward
 from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
-from jaxllm.tokenizer import stop_ids
 
-Sums = dict[str, tuple[float, float]]  # metrics, each (Σ, weight)
-SHOWN = 4  # completions of a rollout that samples.jsonl gets
+Sums = dict[str, tuple[float, float]]  # {metric: (Σ, weight)}
+SAMPLES = 4  # completions of a rollout that are written to samples.jsonl
 
 
 def online_steps(cfg: TrainConfig, prompts: int) -> int:
-    """Updates of a run over so many prompts: whole rollouts, in which each is asked every epoch."""
-    rl, each = cfg.rl, updates_per_rollout(cfg)
+    """Updates of a run over a number of prompts, rounded up to complete rollouts."""
+    rl, stride = cfg.rl, updates_per_rollout(cfg)
     if cfg.steps:
-        return -(-cfg.steps // each) * each
-    made = Fraction(str(cfg.epochs)) * prompts * (rl.group_size or 1)
-    return math.ceil(made / (cfg.batch_size * rl.minibatches)) * each
+        return -(-cfg.steps // stride) * stride
+    completions = Fraction(str(cfg.epochs)) * prompts * (rl.group_size or 1)
+    return math.ceil(completions / (cfg.batch_size * rl.minibatches)) * stride
 
 
 def updates_per_rollout(cfg: TrainConfig) -> int:
-    """Updates between two rollouts: a run stops, saves and goes on there alone."""
+    """Updates that learn from one rollout. A run stops, saves and resumes only between rollouts."""
     return cfg.rl.minibatches * (cfg.rl.iterations or 1)
 
 
 class Rollouts:
-    """The batches of an online run, made from the weights as they are: `rollouts(step, trainable)`.
+    """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
     rows: prompts; count: micro-batches of an update.
     """
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
         rl = cfg.rl
-        assert rl.group_size and cfg.align.beta is not None  # resolve
+        assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
         self.cfg, self.mesh, self.count = cfg, mesh, count
         self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
         self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
         self.controller = KlController(cfg.align.beta, rl.kl_target)
         self.longest = max(part.longest for part in rows.parts)  # one program for all rollouts
-        self.made: dict[str, np.ndarray] = {}
+        self.experience: dict[str, np.ndarray] = {}
 
     def begin(
         self,
@@ -80,10 +83,10 @@ class Rollouts:
         tokenizer: Any,
         sample: Callable[..., None],
     ) -> None:
-        """What completions are made and judged with; models and frozen as in `make_step`, `sample`
-        writes a line of samples.jsonl."""
+        """Sets what a rollout needs. models, frozen: those of the step; sample: writes a line of
+        samples.jsonl."""
         self.models, self.frozen = models, frozen
-        short = [r.name for r in rewards]
+        short = [reward.name for reward in rewards]
         names = short if len(set(short)) == len(short) else self.cfg.rl.rewards
         self.rewards = dict(zip(names, rewards, strict=True))
         self.tokenizer, self.sample = tokenizer, sample
@@ -91,196 +94,216 @@ class Rollouts:
         self.sampling = Sampling(
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
-        look = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
+        forward = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
 
-        def judge(trainable: Any, frozen: Any, rows: Experience) -> Any:
-            """What policy, critic and reference think of rows [A, B, T]."""
+        def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
+            """Log-probabilities, entropies and values of the rows' tokens, float32 [A, B, T]."""
 
-            def one(rows: Experience) -> Any:
+            def micro_batch(rows: Experience) -> Any:
                 policy, reference = self.models(trainable, frozen)
-                logp, entropy, values = look(policy, rows)
-                found = {"logps": logp, "entropy": entropy, "values": values}
+                logps, entropy, values = forward(policy, rows)
+                out = {"logps": logps, "entropy": entropy, "values": values}
                 if reference is not None:
-                    found["reference"] = look(reference, rows)[0]
-                return found
+                    out["reference_logps"] = forward(reference, rows)[0]
+                return out
 
-            return jax.lax.map(one, rows)
+            return jax.lax.map(micro_batch, rows)
 
-        self._judge = jax.jit(judge)
+        self._jitted = jax.jit(evaluate)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps beside the weights."""
+        """What a checkpoint saves besides the weights."""
         return {"beta": self.controller.beta}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Goes on from the `state` of a checkpoint; {}: from the beginning."""
+        """Restores the `state` of a checkpoint; {} for a new run."""
         self.controller.beta = state.get("beta", self.controller.beta)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:
-        """(batch [A, B, T] of update `step`, from 0; what is logged of a rollout made for it)."""
+        """(batch [A, B, T] of update `step`, from 0; the metrics of a rollout made for it)."""
         cfg = self.cfg
-        number, inner = divmod(step, updates_per_rollout(cfg))
-        seen: Sums = {}
-        if inner == 0:
-            self.made, seen = self._roll(number, trainable)
-        turn, part = divmod(inner, cfg.rl.minibatches)
-        order = np.random.default_rng((cfg.seed, number, turn)).permutation(self.size)
-        rows = order[part * cfg.batch_size : (part + 1) * cfg.batch_size]
-        split = {k: v[rows].reshape(self.count, -1, v.shape[1]) for k, v in self.made.items()}
-        return Experience(**put(self.mesh, split)), seen
+        number, update = divmod(step, updates_per_rollout(cfg))
+        metrics: Sums = {}
+        if update == 0:
+            self.experience, metrics = self._rollout(number, trainable)
+        iteration, minibatch = divmod(update, cfg.rl.minibatches)
+        order = np.random.default_rng((cfg.seed, number, iteration)).permutation(self.size)
+        rows = order[minibatch * cfg.batch_size : (minibatch + 1) * cfg.batch_size]
+        fields = {
+            name: x[rows].reshape(self.count, -1, x.shape[1]) for name, x in self.experience.items()
+        }
+        return Experience(**put(self.mesh, fields)), metrics
 
-    def _roll(self, number: int, trainable: Any) -> tuple[dict[str, np.ndarray], Sums]:
-        """Rollout `number`: (fields of Experience [R, T], what is logged of it)."""
-        began, rl = time.perf_counter(), self.cfg.rl
-        prompts: Any = self.prompts[number]
-        asked = [prompt for prompt in prompts for _ in range(self.group)]
-        policy = self.models(trainable, self.frozen)[0]
-        graph, params = nnx.split(policy)
+    def _rollout(self, number: int, trainable: Any) -> tuple[dict[str, np.ndarray], Sums]:
+        """(fields of Experience [R, T], metrics) of rollout `number`."""
+        start, rl = time.perf_counter(), self.cfg.rl
+        groups: Any = self.prompts[number]
+        prompts = [prompt for prompt in groups for _ in range(self.group)]
+        graph, params = nnx.split(self.models(trainable, self.frozen)[0])
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), number)
-        tokens = [prompt["tokens"].tolist() for prompt in asked]
-        made = completions(
+        tokens = [prompt["tokens"].tolist() for prompt in prompts]
+        sampled = completions(
             graph, params, tokens, self.sampling, mesh=self.mesh, key=key, longest=self.longest
         )
-        ends = set(self.sampling.stop_ids)
+        stops = set(self.sampling.stop_ids)
         texts = [
-            self.tokenizer.decode([t for t in row[:n] if t not in ends])
-            for row, n in zip(made.tokens.tolist(), made.lengths.tolist(), strict=True)
+            self.tokenizer.decode([t for t in row[:n] if t not in stops])
+            for row, n in zip(sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)
         ]
-        sampled = time.perf_counter()
-        each = [Completion(p, text) for p, text in zip(asked, texts, strict=True)]
-        scores = {name: r.score(each) for name, r in self.rewards.items()}
-        total = self._total(scores) - rl.missing_eos_penalty * made.truncated
-        if self.cfg.verb.critic and np.isnan(total).any():
-            at = asked[int(np.isnan(total).argmax())]["at"]
-            raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one each")
-        rows = self._rows(tokens, made)
-        judged = self._judged(trainable, rows)
-        learned, seen = self._learn(rows, judged, total, made)
-        seen |= self._seen(scores, total, made, rows, judged)
-        seen["rollout_seconds"] = (time.perf_counter() - began, 1.0)
-        seen["sampling_seconds"] = (sampled - began, 1.0)
+        sampling_seconds = time.perf_counter() - start
+        answers = [Completion(p, text) for p, text in zip(prompts, texts, strict=True)]
+        scores = {name: reward.score(answers) for name, reward in self.rewards.items()}
+        rewards = self._combine(scores) - rl.missing_eos_penalty * sampled.truncated
+        if self.cfg.verb.critic and np.isnan(rewards).any():
+            at = prompts[int(np.isnan(rewards).argmax())]["at"]
+            raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one for each")
+        rows = self._rows(tokens, sampled)
+        evaluated = self._evaluate(trainable, rows)
+        learn = self._ppo if self.cfg.verb.critic else self._grpo
+        experience, metrics = learn(rows, evaluated, rewards, sampled)
+        metrics |= self._metrics(scores, rewards, sampled, rows, evaluated)
+        metrics["rollout_seconds"] = (time.perf_counter() - start, 1.0)
+        metrics["sampling_seconds"] = (sampling_seconds, 1.0)
         step = number * updates_per_rollout(self.cfg) + 1  # the first update that learns from it
-        for i in range(min(SHOWN, len(each))):
-            named = {name: _known(values[i]) for name, values in scores.items()}
+        for i in range(min(SAMPLES, len(answers))):
             self.sample(
                 step,
-                prompt=asked[i]["said"],
+                prompt=prompts[i]["said"],
                 text=texts[i],
-                reward=_known(total[i]),
-                rewards=named,
-                truncated=bool(made.truncated[i]),
+                reward=_number(rewards[i]),
+                rewards={name: _number(values[i]) for name, values in scores.items()},
+                truncated=bool(sampled.truncated[i]),
             )
-        return learned, seen
+        return experience, metrics
 
-    def _total(self, scores: dict[str, np.ndarray]) -> np.ndarray:
-        """The weighted sum of the rewards that there are, float64 [R]; NaN where there is none."""
+    def _combine(self, scores: dict[str, np.ndarray]) -> np.ndarray:
+        """The weighted sum of a completion's rewards, float64 [R]; NaN if it has none."""
         weights = self.cfg.rl.reward_weights or (1.0,) * len(scores)
         table = np.stack([w * s for w, s in zip(weights, scores.values(), strict=True)])
         return np.where(np.isnan(table).all(0), np.nan, np.nansum(table.astype(np.float64), 0))
 
-    def _rows(self, prompts: list[list[int]], made: Completions) -> dict[str, np.ndarray]:
-        """Each prompt with its completion in a row of its own, [R, T]; T is bucketed."""
-        width = bucketed(self.longest + made.tokens.shape[1])
+    def _rows(self, prompts: list[list[int]], sampled: Completions) -> dict[str, np.ndarray]:
+        """A row for each prompt with its completion, [R, T]; T is bucketed."""
+        width = bucketed(self.longest + sampled.tokens.shape[1])
         rows = []
-        for prompt, tokens, n in zip(prompts, made.tokens, made.lengths, strict=True):
+        for prompt, tokens, n in zip(prompts, sampled.tokens, sampled.lengths, strict=True):
             text = np.concatenate([np.asarray(prompt, np.int32), tokens[:n]])
             learn = np.arange(len(text)) >= len(prompt)
             rows.append(make_row([(text, learn.astype(np.float32))], width))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _judged(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What `judge` finds, float32 [R, T], on rows of as many micro-batches as an update's."""
+    def _evaluate(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """logps, entropy, values and reference_logps of the rows, float32 [R, T]; 0 where nothing
+        is learned. Micro-batches are as large as those of an update."""
         size = self.cfg.batch_size // self.count
-        split = {k: v.reshape(-1, size, v.shape[1]) for k, v in rows.items()}
-        found = jax.device_get(
-            self._judge(trainable, self.frozen, Experience(**put(self.mesh, split)))
-        )
-        here = rows["weights"] > 0
-        return {k: np.where(here, v.reshape(here.shape), 0.0) for k, v in found.items()}
+        fields = {name: x.reshape(-1, size, x.shape[1]) for name, x in rows.items()}
+        batch = Experience(**put(self.mesh, fields))
+        out = dist.gather(self._jitted(trainable, self.frozen, batch))
+        learned = rows["weights"] > 0
+        return {name: np.where(learned, x.reshape(learned.shape), 0.0) for name, x in out.items()}
 
-    def _learn(
+    def _grpo(
         self,
         rows: dict[str, np.ndarray],
-        judged: dict[str, np.ndarray],
-        total: np.ndarray,
-        made: Completions,
+        evaluated: dict[str, np.ndarray],
+        rewards: np.ndarray,
+        sampled: Completions,
     ) -> tuple[dict[str, np.ndarray], Sums]:
-        """The fields of Experience that rewards make of rows, and what is logged of them."""
+        """(fields of Experience, metrics) with the advantages of a completion in its group."""
         rl, weights = self.cfg.rl, rows["weights"]
-        out = rows | {"old_logps": judged["logps"]}
-        if not self.cfg.verb.critic:
-            left = np.isnan(total) | (made.truncated if rl.mask_truncated else False)
-            advantages = group_advantages(total, self.group, scale=rl.scale_rewards)
-            kept = np.logical_not(left)[:, None]
-            out |= {"weights": weights * kept, "old_logps": judged["logps"] * kept}
-            out |= {"reference_logps": judged["reference"]} if "reference" in judged else {}
-            out["advantages"] = advantages[:, None] * weights
-            groups = total.reshape(-1, self.group)
-            known = [g[~np.isnan(g)] for g in groups]
-            flat = sum(len(g) < 2 or np.ptp(g) == 0 for g in known)
-            return out, {"zero_variance_groups": (float(flat), float(len(groups)))}
-        assert not np.isnan(total).any()
-        kl = kl_terms(judged["logps"], judged["reference"], rl.kl or "k1")
-        rewards = token_rewards(np.asarray(kl), total, weights, self.controller.beta)
-        values = judged["values"]
-        advantages, returns = gae(rewards, values, weights, rl.discount, rl.gae_lambda)
-        out |= {"advantages": whiten(advantages, weights), "returns": returns}
-        out["old_values"] = values
-        here = weights > 0
-        spread = float(np.var(returns[here]))
-        explained = 1 - float(np.var((returns - values)[here])) / spread if spread else 0.0
-        seen = {
-            "explained_variance": (explained, 1.0),
-            "value_mean": (float(values[here].sum()), float(here.sum())),
-            "beta": (self.controller.beta, 1.0),
+        masked = np.isnan(rewards) | (sampled.truncated if rl.mask_truncated else False)
+        learned = np.logical_not(masked)[:, None]
+        advantages = group_advantages(rewards, self.group, scale=rl.scale_rewards)
+        experience = rows | {
+            "weights": weights * learned,
+            "old_logps": evaluated["logps"] * learned,
+            "advantages": advantages[:, None] * weights,
         }
-        gap = (judged["logps"] - judged["reference"]).sum(1)
-        self.controller.update(float(gap.mean()), len(total))
-        return out, seen
+        if "reference_logps" in evaluated:
+            experience["reference_logps"] = evaluated["reference_logps"]
+        groups = [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
+        constant = sum(len(group) < 2 or np.ptp(group) == 0 for group in groups)
+        return experience, {"zero_variance_groups": (float(constant), float(len(groups)))}
 
-    def _seen(
+    def _ppo(
+        self,
+        rows: dict[str, np.ndarray],
+        evaluated: dict[str, np.ndarray],
+        rewards: np.ndarray,
+        sampled: Completions,
+    ) -> tuple[dict[str, np.ndarray], Sums]:
+        """(fields of Experience, metrics) with advantages by GAE; updates the KL coefficient."""
+        rl, weights, beta = self.cfg.rl, rows["weights"], self.controller.beta
+        assert not np.isnan(rewards).any()
+        logps, reference_logps = evaluated["logps"], evaluated["reference_logps"]
+        kl = kl_terms(logps, reference_logps, rl.kl or "k1")
+        values = evaluated["values"]
+        per_token = token_rewards(np.asarray(kl), rewards, weights, beta)
+        advantages, returns = gae(per_token, values, weights, rl.discount, rl.gae_lambda)
+        experience = rows | {
+            "old_logps": logps,
+            "advantages": whiten(advantages, weights),
+            "returns": returns,
+            "old_values": values,
+        }
+        learned = weights > 0
+        variance = float(np.var(returns[learned]))
+        residual = float(np.var((returns - values)[learned]))
+        metrics = {
+            "explained_variance": (1 - residual / variance, 1.0) if variance else (0.0, 0.0),
+            "value_mean": (float(values[learned].sum()), float(learned.sum())),
+            "beta": (beta, 1.0),
+        }
+        self.controller.update(float((logps - reference_logps).sum(1).mean()), len(rewards))
+        return experience, metrics
+
+    def _metrics(
         self,
         scores: dict[str, np.ndarray],
-        total: np.ndarray,
-        made: Completions,
+        rewards: np.ndarray,
+        sampled: Completions,
         rows: dict[str, np.ndarray],
-        judged: dict[str, np.ndarray],
+        evaluated: dict[str, np.ndarray],
     ) -> Sums:
-        """What is logged of any rollout."""
-        weights, count = rows["weights"], float(len(total))
-        known = total[~np.isnan(total)]
+        """The metrics of every rollout. Weight 0 where no completion has a reward."""
+        weights, count = rows["weights"], float(len(rewards))
         tokens = float(weights.sum())
-        gap = np.abs(_sampled(made, weights) - judged["logps"])
-        groups = [g[~np.isnan(g)] for g in total.reshape(-1, self.group)]
-        stds = [np.std(g) for g in groups if len(g)]
-        seen: Sums = {
-            "reward": (float(known.sum()), float(len(known))),
-            "reward_std": (float(np.std(known)) if len(known) else 0.0, 1.0),
+        logps, reference_logps = evaluated["logps"], evaluated.get("reference_logps")
+        gap = np.abs(_sampler_logps(sampled, weights) - logps)
+        groups = [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
+        stds = [np.std(group) for group in groups if len(group)]
+        metrics: Sums = {
+            **_mean_and_std("reward", "reward_std", rewards),
             "reward_group_std": (float(np.sum(stds)), float(len(stds))),
-            "completion_length": (float(made.lengths.sum()), count),
-            "truncated": (float(made.truncated.sum()), count),
-            "sampling_entropy": (float(judged["entropy"].sum()), tokens),
+            "completion_length": (float(sampled.lengths.sum()), count),
+            "truncated": (float(sampled.truncated.sum()), count),
+            "sampling_entropy": (float(evaluated["entropy"].sum()), tokens),
             "sampler_gap": (float(gap.sum()), tokens),
             "sampler_gap_max": (float(gap.max()), 1.0),
         }
-        if "reference" in judged:
-            k1, k3 = (kl_terms(judged["logps"], judged["reference"], k) for k in ("k1", "k3"))
-            seen["kl"] = (float(np.sum(k1)), count)  # nats of a completion
-            seen["kl_k3"] = (float(np.sum(k3)), count)
+        if reference_logps is not None:
+            k1, k3 = (kl_terms(logps, reference_logps, kind) for kind in ("k1", "k3"))
+            metrics["kl"] = (float(np.sum(k1)), count)  # nats per completion
+            metrics["kl_k3"] = (float(np.sum(k3)), count)
         for name, values in scores.items():
-            some = values[~np.isnan(values)].astype(np.float64)
-            seen[f"reward/{name}"] = (float(some.sum()), float(len(some)))
-            seen[f"reward_std/{name}"] = (float(np.std(some)) if len(some) else 0.0, 1.0)
-        return seen
+            metrics |= _mean_and_std(f"reward/{name}", f"reward_std/{name}", values)
+        return metrics
 
 
-def _known(value: Any) -> float | None:
+def _mean_and_std(mean: str, std: str, values: np.ndarray) -> Sums:
+    """Both metrics of the values that are not NaN; weight 0 if there is none."""
+    values = values[~np.isnan(values)].astype(np.float64)
+    n = float(len(values))
+    return {mean: (float(values.sum()), n), std: (float(np.std(values)), 1.0) if n else (0.0, 0.0)}
+
+
+def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _sampled(made: Completions, weights: np.ndarray) -> np.ndarray:
-    """The sampler's log-probabilities laid out as the rows' targets are, [R, T]."""
+def _sampler_logps(sampled: Completions, weights: np.ndarray) -> np.ndarray:
+    """The sampler's log-probabilities at the positions of the rows' targets, [R, T]."""
     out = np.zeros(weights.shape, np.float32)
-    for row, (logps, n) in enumerate(zip(made.logps, made.lengths, strict=True)):
+    for row, (logps, n) in enumerate(zip(sampled.logps, sampled.lengths, strict=True)):
         out[row, weights[row] > 0] = logps[:n]
     return out

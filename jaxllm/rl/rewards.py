@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts and conversations scored by a reward model, or by a function of the user's."""
+"""Rewards: scores of texts from a reward model or from a function that the user writes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -17,73 +18,92 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxllm.config import MeshSection
+from jaxllm import dist
+from jaxllm.config import DataSection, MeshSection, Source, TrainConfig
+from jaxllm.data.batch import make_row
 from jaxllm.data.chat import render
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import eval_batches
+from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.model.decoder import Decoder
+from jaxllm.monitor.progress import track
 from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import bucketed
 from jaxllm.tokenizer import check_vocabulary
 
-ROWS = 8  # texts that a device scores at a time
+ROWS = 8  # texts that each data-parallel device scores at a time
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A model that scores conversations."""
+    """A model that scores texts, with its tokenizer."""
 
     graph: Any
     params: Any
     tokenizer: Any
     mesh: Mesh
-    most: int  # tokens of a conversation at most
+    max_length: int
+    """tokens of a text at most"""
+
+    @staticmethod
+    def of(model: Decoder, tokenizer: Any, mesh: Mesh) -> RewardModel:
+        """From a loaded model."""
+        graph, params = nnx.split(model)
+        max_length = model.cfg.max_positions - model.peft.length
+        return RewardModel(graph, params, tokenizer, mesh, max_length)
 
     @staticmethod
     def load(path: str, mesh: Mesh, dtype: str = "float32") -> RewardModel:
-        """From a directory or hub id of a reward model or its adapter, laid over `mesh`.
+        """From a directory or hub id of a reward model or of its adapter, sharded over `mesh`.
 
-        Raises ValueError for a model that gives no scores.
+        Raises UserError for a model without a score head.
         """
         from jaxllm.hf import load_hf
 
         model = load_hf(path, dtype, mesh=mesh)
         if not model.cfg.scores:
-            raise UserError(f"{path} is no reward model; it is a model that writes")
+            raise UserError(f"{path} is not a reward model: it is a language model")
         tokenizer = chat_tokenizer(tokenizer_of(path))
         check_vocabulary(tokenizer, model.cfg.vocab_size)
-        graph, params = nnx.split(model)
-        most = model.cfg.max_positions - model.peft.length
-        return RewardModel(graph, params, tokenizer, mesh, most)
+        return RewardModel.of(model, tokenizer, mesh)
 
     def score(self, conversations: Sequence[list[dict[str, Any]]]) -> np.ndarray:
-        """float32 [N]: each conversation's score, rendered as for training, at its last token."""
+        """float32 [N]: the scores of conversations, rendered as in training."""
         rendered = [render(self.tokenizer, c, learn="last") for c in conversations]
         return self.score_tokens([example.tokens for (example,) in rendered])
 
     def score_tokens(self, texts: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [N] of texts of tokens; a text over the model's positions loses its beginning."""
-        texts = [text[-self.most :] for text in texts]
+        """float32 [N]: the score of each text. A text over max_length loses its beginning."""
+        texts = [text[-self.max_length :] for text in texts]
         size = ROWS * data_parallel(self.mesh)
         order = np.argsort([-len(text) for text in texts], kind="stable")
         scores = np.zeros(len(texts), np.float32)
-        with jax.set_mesh(self.mesh):
-            for start in range(0, len(texts), size):
-                some = order[start : start + size]
-                width = min(bucketed(len(texts[some[0]])), self.most)
-                tokens, segments = np.zeros((2, size, width), np.int32)
-                for row, index in enumerate(some):
-                    tokens[row, : len(texts[index])] = texts[index]
-                    segments[row, : len(texts[index])] = 1
-                rows = put(self.mesh, {"tokens": tokens, "segments": segments})
-                found = _scores(self.graph, self.params, rows["tokens"], rows["segments"])
-                scores[some] = np.asarray(found)[: len(some), 0]
+        for start in range(0, len(texts), size):
+            indices = order[start : start + size]
+            width = min(bucketed(len(texts[indices[0]])), self.max_length)
+            segments = [[(texts[i], np.zeros(len(texts[i])))] for i in indices]
+            segments += [[]] * (size - len(indices))  # rows of padding
+            rows = [make_row(segment, width) for segment in segments]
+            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            scores[indices] = self.score_rows(batch, 1)[: len(indices), 0]
         return scores
 
+    def score_rows(self, rows: Mapping[str, np.ndarray], segments: int) -> np.ndarray:
+        """float32 [B, segments]: the scores of segments 1, 2, … of each row; 0 for missing ones.
 
-@jax.jit(static_argnames="graph")
-def _scores(graph: Any, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    return nnx.merge(graph, params)(tokens, segments, segments=1)
+        rows: fields of `Batch`, int32 [B, T].
+        """
+        fields = put(self.mesh, {k: rows[k] for k in ("tokens", "segment_ids", "positions")})
+        with jax.set_mesh(self.mesh):
+            return dist.gather(_scores(self.graph, self.params, segments=segments, **fields))
+
+
+@jax.jit(static_argnames=("graph", "segments"))
+def _scores(graph: Any, params: Any, *, segments: int, **fields: jax.Array) -> jax.Array:
+    return nnx.merge(graph, params)(**fields, segments=segments)
 
 
 def best_of(
@@ -94,13 +114,15 @@ def best_of(
     system: str | None = None,
     dtype: str = "float32",
 ) -> list[dict[str, Any]]:
-    """[{prompt, text, score}] with the text of each prompt that the reward model in `path` scores
-    highest; texts are as many for each prompt, one prompt's after another's."""
+    """[{prompt, text, score}]: for each prompt the text with the highest score.
+
+    path: a reward model; texts: the same number for each prompt, grouped by prompt.
+    """
     model = RewardModel.load(path, make_mesh(MeshSection()), dtype)
-    before = [{"role": "system", "content": system}] if system else []
+    system_turn = [{"role": "system", "content": system}] if system else []
     count = len(texts) // len(prompts)
     conversations = [
-        [*before, {"role": "user", "content": prompts[i // count]}]
+        [*system_turn, {"role": "user", "content": prompts[i // count]}]
         + [{"role": "assistant", "content": text}]
         for i, text in enumerate(texts)
     ]
@@ -112,12 +134,76 @@ def best_of(
     ]
 
 
+# ---- evaluation of a reward model
+
+
+def evaluate_rewards(
+    reward_model: RewardModel, sources: Sequence[Source], *, max_length: int, batch_size: int
+) -> dict[str, float]:
+    """Evaluates a reward model on pairs or on conversations, whichever the first source has.
+
+    Returns {examples, tokens} and the distribution of the scores, reward_*; of pairs also {loss,
+    accuracy, margin}, chosen_* and rejected_*. A tie counts as wrong.
+    """
+    paired = _has_pairs(sources[0])
+    cfg = TrainConfig(
+        objective="reward" if paired else "sft",
+        data=DataSection(eval=tuple(sources), max_length=max_length, train_on_prompt=not paired),
+    )
+    data = load_data(cfg, reward_model.tokenizer)
+    print(*summarize(data.manifest), sep="\n", file=sys.stderr)
+    parts = data_parallel(reward_model.mesh)
+    size = -(-batch_size // parts) * parts
+    found: list[np.ndarray] = []
+    tokens = count = 0
+    for rows in data.evals.values():
+        for batch in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
+            ids = batch["segment_ids"]
+            count = max(count, int(ids.max()))  # only grows, so that few programs are compiled
+            scores = reward_model.score_rows(batch, count)
+            if paired:
+                segments = [batch["chosen_segment"], batch["rejected_segment"]]
+            else:
+                numbers = np.arange(1, count + 1)
+                segments = [np.where((ids[:, None] == numbers[:, None]).any(-1), numbers, 0)]
+            picked = np.stack([np.take_along_axis(scores, s - 1, 1) for s in segments])
+            found.append(picked[:, segments[0] > 0])
+            tokens += int((ids > 0).sum())
+    table = np.concatenate(found, 1).astype(np.float64)
+    out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
+    if paired:
+        margin = table[0] - table[1]
+        out |= {"loss": float(np.logaddexp(0, -margin).mean())}
+        out |= {"accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
+        out |= _distribution(table[0], "chosen") | _distribution(table[1], "rejected")
+    return out | _distribution(table.ravel(), "reward")
+
+
+def _has_pairs(source: Source) -> bool:
+    """True if the first record of a source is a pair of answers."""
+    with TemporaryDirectory() as folder:
+        table = read(locate(source, held_out=True), Path(folder))
+        if not len(table):
+            raise UserError(f"{source.path}: has no examples")
+        _, record = next(records(table[:1], [0], source.path))
+    columns = {name for name, value in record.items() if value is not None}
+    return bool({"chosen", "rejected"} & (columns | source.columns.keys()))
+
+
+def _distribution(scores: np.ndarray, name: str) -> dict[str, float]:
+    """{NAME_mean, _std, _min, _q1, _median, _q3, _max} of some scores."""
+    quantiles = np.quantile(scores, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    values = dict(zip(("min", "q1", "median", "q3", "max"), quantiles, strict=True))
+    values = {"mean": float(scores.mean()), "std": float(scores.std())} | values
+    return {f"{name}_{k}": v for k, v in values.items()}
+
+
 # ---- rewards of completions
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt as its record has it, and what was made of it."""
+    """A prompt and the text that the policy wrote for it."""
 
     prompt: dict[str, Any]  # an element of data.preference.Prompts
     text: str
@@ -127,8 +213,8 @@ class Completion:
         return [*self.prompt["messages"], {"role": "assistant", "content": self.text}]
 
     @property
-    def said(self) -> Any:
-        """As reward functions see it: text after a prompt that is text, else messages."""
+    def content(self) -> Any:
+        """What a reward function gets: text if the prompt is text, else a list of messages."""
         if isinstance(self.prompt["said"], str):
             return self.text
         return [{"role": "assistant", "content": self.text}]
@@ -136,7 +222,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward by its name: completions -> float32 [N], NaN where it gives none."""
+    """A named reward: completions -> float32 [N], NaN for a completion that it does not score."""
 
     name: str
     score: Callable[[Sequence[Completion]], np.ndarray]
@@ -145,28 +231,30 @@ class Reward:
 def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
     """A reward model's directory (or hub id), `module:function` or `file.py:function`.
 
-    The function is called with lists: (prompts, completions, **columns of the data) and returns a
-    list of numbers, None where it has no opinion. Raises ValueError for what is neither.
+    The function gets lists (prompts, completions, **columns of the data) and returns a list of
+    numbers, with None for a completion that it does not score. Raises UserError for a name that is
+    neither.
     """
-    place, colon, function = name.rpartition(":")
+    module, colon, function = name.rpartition(":")
     if not colon or Path(name).expanduser().is_dir():
         model = RewardModel.load(name, mesh, dtype)
-        return Reward(Path(name).name, lambda made: model.score([c.conversation for c in made]))
+        return Reward(Path(name).name, lambda batch: model.score([c.conversation for c in batch]))
     try:
-        call = getattr(_module(place), function)
-    except Exception as error:  # whatever the user's module does while it is imported
+        call = getattr(_import(module), function)
+    except Exception as error:  # the user's module may raise anything on import
         raise UserError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
-    return Reward(function, lambda made: _called(name, call, made))
+    return Reward(function, lambda batch: _call(name, call, batch))
 
 
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
+def _import(name: str) -> Any:
+    """Imports a module by its dotted name or from a .py file."""
+    if not name.endswith(".py"):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # where the user stands, as `python -m` has it
-        return importlib.import_module(place)
-    file = Path(place).expanduser()
+            sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+        return importlib.import_module(name)
+    file = Path(name).expanduser()
     if not file.is_file():
-        raise MissingFile(f"there is no file {place}")
+        raise MissingFile(f"there is no file {name}")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -174,45 +262,42 @@ def _module(place: str) -> Any:
     return module
 
 
-def _called(name: str, call: Callable[..., Any], made: Sequence[Completion]) -> np.ndarray:
-    """What a function of the user's gives; ValueError names it and the row it fails at."""
+def _call(name: str, function: Callable[..., Any], completions: Sequence[Completion]) -> np.ndarray:
+    """Calls a reward function and checks what it returns; UserError names the failing record."""
+    reserved = ("prompts", "completions")  # arguments, so columns of these names are not passed
+    names = dict.fromkeys(k for c in completions for k in c.prompt["columns"] if k not in reserved)
 
-    taken = ("prompts", "completions")  # a column of that name is not passed on
-    names = dict.fromkeys(k for c in made for k in c.prompt["columns"] if k not in taken)
-
-    def run(some: Sequence[Completion]) -> Any:
-        columns = {k: [c.prompt["columns"].get(k) for c in some] for k in names}
-        return call([c.prompt["said"] for c in some], [c.said for c in some], **columns)
+    def run(batch: Sequence[Completion]) -> Any:
+        columns = {k: [c.prompt["columns"].get(k) for c in batch] for k in names}
+        return function([c.prompt["said"] for c in batch], [c.content for c in batch], **columns)
 
     try:
-        found = run(made)
-    except Exception as error:  # whatever the user's code raises is the user's to mend
-        one = next((c for c in made if _fails(run, c)), made[0])
+        rewards = run(completions)
+    except Exception as error:  # the user's function may raise anything
+        culprit = next((c for c in completions if _raises(run, c)), completions[0])
         what = f"{type(error).__name__}: {error}"
-        raise UserError(f"reward {name} failed at {one.prompt['at']}: {what}") from error
-    if not isinstance(found, list | tuple | np.ndarray) or len(found) != len(made):
-        seen = f"{len(found)} rewards" if hasattr(found, "__len__") else repr(found)
-        first = made[0].prompt["at"]
+        raise UserError(f"reward {name} failed at {culprit.prompt['at']}: {what}") from error
+    if not isinstance(rewards, list | tuple | np.ndarray) or len(rewards) != len(completions):
+        seen = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else repr(rewards)
+        first = completions[0].prompt["at"]
         raise UserError(
-            f"reward {name} returned {seen} for {len(made)} completions, from {first} on; it "
-            "returns a list with one number (or None) for each"
+            f"reward {name} returned {seen} for {len(completions)} completions, starting at "
+            f"{first}; return a list with one number (or None) for each"
         )
-    for value, one in zip(found, made, strict=True):
-        good = value is None or (
-            isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
-        )
-        if not good:
+    for reward, completion in zip(rewards, completions, strict=True):
+        numeric = isinstance(reward, int | float | np.number | np.bool_)
+        if not (reward is None or (numeric and math.isfinite(reward))):
             raise UserError(
-                f"reward {name} returned {value!r} at {one.prompt['at']}; a reward is a number, or "
-                "None for no opinion"
+                f"reward {name} returned {reward!r} at {completion.prompt['at']}; a reward is a "
+                "finite number, or None for no score"
             )
-    return np.array([np.nan if v is None else float(v) for v in found], np.float32)
+    return np.array([np.nan if r is None else float(r) for r in rewards], np.float32)
 
 
-def _fails(run: Callable[..., Any], one: Completion) -> bool:
-    """Whether a function that raised on all completions raises on this one alone."""
+def _raises(run: Callable[..., Any], completion: Completion) -> bool:
+    """True if a function that raised on the batch raises on this completion alone."""
     try:
-        run([one])
-    except Exception:  # the caller reports what was raised on all of them
+        run([completion])
+    except Exception:  # the caller reports the error of the batch
         return True
     return False

@@ -13,15 +13,22 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxllm.config import DataSection
 from jaxllm.data import chat
-from jaxllm.data.chat import LEFT_OUT, OPEN_END, OWN_EXAMPLE, end_tokens, prompt_tokens
+from jaxllm.data.chat import (
+    CONTENT_DROPPED,
+    EOS_APPENDED,
+    SEPARATE_EXAMPLE,
+    end_tokens,
+    prompt_tokens,
+    stop_ids,
+)
 from jaxllm.data.template import (
     TEMPLATES,
     apply_user_template,
-    template_of,
-    user_template_of,
+    embedded_user_template,
+    template_source,
     with_settings,
 )
-from jaxllm.tokenizer import stop_ids, train_tokenizer
+from jaxllm.data.tokenizer_training import train_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
@@ -87,13 +94,13 @@ def of_style(trained):
 def render(tokenizer, messages, **options) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, learn) of a conversation that is one example."""
     (example,) = chat.render(tokenizer, messages, **options)
-    return example.tokens, example.learn
+    return example.tokens, example.loss_weights
 
 
 def learned_texts(tokenizer, messages, **options) -> list[str]:
     """What is learned of each example of a conversation."""
     examples = chat.render(tokenizer, messages, **options)
-    return [tokenizer.decode(example.tokens[example.learn > 0]) for example in examples]
+    return [tokenizer.decode(example.tokens[example.loss_weights > 0]) for example in examples]
 
 
 def learned_text(tokenizer, messages, **options) -> str:
@@ -207,7 +214,7 @@ def test_tools_are_told_to_the_model(of_style):
 
 @pytest.mark.parametrize(("options", "name"), [({"tools": TOOLS}, "tools"), ({}, "tool_calls")])
 def test_tools_that_the_template_would_drop_are_refused(options, name, of_style):
-    with pytest.raises(ValueError, match=f"has {name}, for which the chat template has no place"):
+    with pytest.raises(ValueError, match=f"has {name}, which the chat template does not render"):
         render(of_style("smollm2"), TOOL_CHAT if name == "tool_calls" else CHAT, **options)
 
 
@@ -252,12 +259,12 @@ def test_a_run_sets_a_system_message_for_chats_that_have_none(of_style):
     ):
         own = with_settings(of_style(source=source), DataSection(system="Be brief 😀"))
         assert own.decode(prompt_tokens(own, turns("x"))).startswith(said)
-    with pytest.raises(ValueError, match=r"template_kwargs: 'x-y' cannot be the name"):
+    with pytest.raises(ValueError, match=r"template_kwargs: 'x-y' is not a valid"):
         with_settings(of_style(), DataSection(template_kwargs={"x-y": 1}))
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     for source in (refuses, drops):
-        with pytest.raises(ValueError, match=r"data\.system: .* no place for a system message"):
+        with pytest.raises(ValueError, match=r"data\.system: .* does not render a system message"):
             with_settings(of_style(source=source), DataSection(system="Be brief."))
 
 
@@ -265,9 +272,9 @@ def test_a_template_carries_the_user_template(of_style):
     given = 'Q: {question}\n"{context}" \\'
     data = DataSection(user_template=given, template_kwargs={"a": 1})
     tokenizer = with_settings(of_style(), data)
-    assert user_template_of(tokenizer) == given
-    assert user_template_of(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
-    assert user_template_of(of_style()) is None
+    assert embedded_user_template(tokenizer) == given
+    assert embedded_user_template(with_settings(tokenizer, DataSection(user_template="b"))) == "b"
+    assert embedded_user_template(of_style()) is None
     messages = [*turns("a", "b"), *turns("c")]
     assert apply_user_template(tokenizer, messages) == messages  # it names a column
     simple = with_settings(of_style(), DataSection(user_template="Q: {question}"))
@@ -306,9 +313,9 @@ def test_a_conversation_may_begin_with_the_assistant(of_style):
 
 def test_a_message_whose_words_are_not_rendered_is_refused(of_style):
     source = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+    with pytest.raises(ValueError, match="message 1: .* drops the content of the system"):
         render(of_style(source=source), CHAT[:3])
-    with pytest.raises(ValueError, match="message 1: .* leaves out what the system says"):
+    with pytest.raises(ValueError, match="message 1: .* drops the content of the system"):
         prompt_tokens(of_style(source=source), CHAT[:2])
 
 
@@ -443,7 +450,7 @@ def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_sty
     own, whole = chat.render(tokenizer, chats)
     first = "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n<think>\nwhy\n</think>\n\nb"
     assert tokenizer.decode(own.tokens) == first + "<|im_end|>\n"
-    assert own.notes == (OWN_EXAMPLE,) and not whole.notes
+    assert own.notes == (SEPARATE_EXAMPLE,) and not whole.notes
     assert tokenizer.decode(whole.tokens) == tokenizer.apply_chat_template(chats, tokenize=False)
     learned = ["<think>\nwhy\n</think>\n\nb<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
     assert learned_texts(tokenizer, chats) == learned
@@ -452,10 +459,10 @@ def test_a_turn_whose_reasoning_is_dropped_later_is_an_example_of_its_own(of_sty
 
 def test_learning_all_of_a_conversation_needs_it_in_one_text(of_style):
     tokenizer, chats = of_style(source=QWEN3), said(("why", "b"), ("so", "d"))
-    with pytest.raises(ValueError, match="message 2: .*train_on_prompt cannot learn .* one text"):
+    with pytest.raises(ValueError, match="message 2: .*train_on_prompt cannot train .* one text"):
         render(tokenizer, chats, train_on_prompt=True)
     assert render(tokenizer, turns("a", "b", "c", "d"), train_on_prompt=True)[1].all()
-    with pytest.raises(ValueError, match=r"data\.learn each .* data\.train_on_prompt"):
+    with pytest.raises(ValueError, match=r"data\.learn: each .* data\.train_on_prompt"):
         render(tokenizer, chats, train_on_prompt=True, learn="each")
 
 
@@ -466,7 +473,7 @@ def test_each_makes_every_turn_an_example_of_its_own(of_style):
     assert tokenizer.decode(first.tokens) == text and not first.notes
     whole = render(tokenizer, CHAT, learn="last")
     assert second.tokens.tolist() == whole[0].tolist()
-    assert second.learn.tolist() == whole[1].tolist()
+    assert second.loss_weights.tolist() == whole[1].tolist()
 
 
 def test_reasoning_goes_to_templates_under_the_name_that_they_read(of_style):
@@ -477,7 +484,9 @@ def test_reasoning_goes_to_templates_under_the_name_that_they_read(of_style):
 
 @pytest.mark.parametrize("style", ["qwen2.5", "llama-3", "chatml"])
 def test_reasoning_that_the_template_would_drop_is_refused(style, of_style):
-    with pytest.raises(ValueError, match="message 2 has reasoning_content, for .* no place.*drop"):
+    with pytest.raises(
+        ValueError, match="message 2 has reasoning_content, which .* does not render.*drop"
+    ):
         render(of_style(style), said(("why", "b")))
 
 
@@ -487,7 +496,7 @@ def test_a_part_of_an_answer_that_the_template_drops_is_told(of_style):
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (example,) = chat.render(of_style(source=source), turns("a", "<think>why</think>b"))
-    assert example.notes == (LEFT_OUT,)
+    assert example.notes == (CONTENT_DROPPED,)
     (example,) = chat.render(of_style(source=source), turns("a", "b"))
     assert not example.notes
 
@@ -503,7 +512,7 @@ def test_an_answer_follows_a_prompt_that_no_rendered_turn_begins_with(of_style):
         prompt = tokenizer.decode(prompt_tokens(tokenizer, chats[:upto]))
         answer = chats[upto]["content"] + "<|im_end|>"
         assert tokenizer.decode(one.tokens) == f"{prompt}{answer}\n"
-        assert tokenizer.decode(one.tokens[one.learn > 0]) == answer
+        assert tokenizer.decode(one.tokens[one.loss_weights > 0]) == answer
 
 
 def test_each_answer_follows_a_system_message_that_moves(of_style):
@@ -613,9 +622,9 @@ def test_a_last_answer_that_the_template_leaves_open_gets_eos(of_style):
     tokenizer = of_style(source=SHAPES["glm"][0])
     (example,) = chat.render(tokenizer, turns("a", "b"))
     assert tokenizer.decode(example.tokens) == "<|user|>a<|assistant|>b<|endoftext|>"
-    assert example.notes == (OPEN_END,)
+    assert example.notes == (EOS_APPENDED,)
     (example,) = chat.render(tokenizer, turns("a", "b", "c"))
-    assert tokenizer.decode(example.tokens[example.learn > 0]) == "b<|user|>"
+    assert tokenizer.decode(example.tokens[example.loss_weights > 0]) == "b<|user|>"
 
 
 @pytest.mark.parametrize("source", ["own", "chatml"])
@@ -696,9 +705,9 @@ def test_a_call_without_content_is_null_for_templates_that_ask_for_that(of_style
 
 def test_calls_that_the_template_names_and_does_not_render_are_refused(of_style):
     source = SHAPES["phi"][0] + "{# tool_calls and tools #}"
-    with pytest.raises(ValueError, match="has tool_calls, for which the chat template has no"):
+    with pytest.raises(ValueError, match="has tool_calls, which the chat template does not"):
         render(of_style(source=source), TOOL_CHAT)
-    with pytest.raises(ValueError, match="has tools, for which the chat template has no place"):
+    with pytest.raises(ValueError, match="has tools, which the chat template does not render"):
         render(of_style(source=source), turns("a", "b"), tools=TOOLS)
 
 
@@ -734,7 +743,7 @@ def test_a_template_that_needs_the_whole_conversation_is_refused_with_the_reason
         "{% if messages | length < 3 %}{{ raise_exception('too short') }}{% endif %}"
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(ValueError, match="message 2.*cannot be rendered alone.*too short"):
+    with pytest.raises(ValueError, match="message 2.*cannot be rendered.*too short"):
         render(of_style(source=source), turns("a", "b", "c", "d"))
 
 
@@ -932,25 +941,23 @@ def test_tokens_say_the_rendered_text_and_the_learned_ones_the_answers(
 
 def test_a_template_is_built_in_or_a_file_or_the_tokenizers_own(of_style, tmp_path):
     tokenizer = of_style("smollm2")
-    assert template_of(tokenizer) == tokenizer.chat_template
-    assert "human" in template_of(tokenizer, "seed-qwen")
+    assert template_source(tokenizer) == tokenizer.chat_template
+    assert "human" in template_source(tokenizer, "seed-qwen")
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
     own = with_settings(of_style("smollm2"), DataSection(template=str(file)))
     assert learned_text(own, turns("a", "b")) == "b<|end|>"
     assert learned_text(tokenizer, turns("a", "b")) == "b<|im_end|>"
-    with pytest.raises(
-        ValueError, match="'nosuch' is neither a file nor built in .*chatml.*seed-qwen"
-    ):
-        template_of(tokenizer, "nosuch")
+    with pytest.raises(ValueError, match="'nosuch' is neither a file nor one of chatml.*seed-qwen"):
+        template_source(tokenizer, "nosuch")
     file.write_bytes("{# größer #}".encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.jinja: the chat template is not UTF-8 text"):
-        template_of(tokenizer, str(file))
+        template_source(tokenizer, str(file))
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template; set data.template"):
         render(tokenizer, CHAT)
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
-    assert (template_of(tokenizer), template_of(tokenizer, tools=TOOLS)) == ("a", "b")
+    assert (template_source(tokenizer), template_source(tokenizer, tools=TOOLS)) == ("a", "b")
 
 
 def test_a_template_sees_tokens_added_after_its_first_use(of_style):
@@ -965,7 +972,7 @@ def test_a_template_sees_tokens_added_after_its_first_use(of_style):
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [
-        ([], {}, "at least one"),
+        ([], {}, "non-empty list"),
         ([{"content": "a"}], {}, "each with a role"),
         (turns("a", "b"), {"learn": "first"}, "learn is 'first'"),
         ([*turns("a"), {"role": "assistant", "content": "b", "weight": -1}], {}, "weight is -1"),
@@ -978,7 +985,7 @@ def test_a_template_sees_tokens_added_after_its_first_use(of_style):
             "weight is 1",
         ),
         *(
-            (turns("a", "b"), {"source": source}, f"refuses the conversation: {error}")
+            (turns("a", "b"), {"source": source}, f"rejects the conversation: {error}")
             for source, error in (
                 ("{{ messages[0].content + 1 }}", "TypeError"),
                 ("{{ 1/0 }}", "ZeroDivisionError"),

@@ -8,10 +8,10 @@ import pytest
 from jaxllm.config import DataSection, Source
 from jaxllm.data.conversations import (
     USER_TEMPLATES,
-    conversation_of,
-    feedback_of,
-    pair_of,
-    prompt_of,
+    parse_conversation,
+    parse_judged,
+    parse_pair,
+    parse_prompt,
 )
 
 AT = "a.jsonl:7"
@@ -30,7 +30,7 @@ def says(text):
 
 
 def chat(record, columns=None, **data):
-    return conversation_of(record, Source("", columns=columns or {}), DataSection(**data), AT)
+    return parse_conversation(record, Source("", columns=columns or {}), DataSection(**data), AT)
 
 
 def messages(record, **data):
@@ -77,27 +77,33 @@ def test_columns_are_renamed():
     [
         ({"text": "a", "id": 2}, "found the columns text, id; a conversation needs messages"),
         ({"prompt": "a"}, "found the columns prompt"),
-        ({"messages": []}, "a conversation is a list of messages; saw '\\[\\]'"),
+        ({"messages": []}, "a conversation must be a list of messages; saw \\[\\]"),
         ({"messages": "hello"}, "messages is not JSON.*saw 'hello'"),
-        ({"messages": ["hello"]}, "a message is an object with role and content"),
+        ({"messages": ["hello"]}, "a message must be an object with role and content"),
         ({"messages": [{"role": "user"}]}, "a message's content is NoneType, not a string"),
-        ({"messages": [{"from": "function_call", "value": "[1]"}]}, "a tool call has name and arg"),
+        (
+            {"messages": [{"from": "function_call", "value": "[1]"}]},
+            "a tool call must have a name and arg",
+        ),
         ({"messages": Q_A, "tools": "get"}, "tools is not JSON"),
-        ({"messages": Q_A, "tools": 5}, "tools is a list of JSON schemas; saw '5'"),
-        ({"messages": Q_A, "tools": [5]}, "tools is a list of JSON schemas"),
-        ({"messages": Q_A, "system": 5}, "system is int, not a string: '5'"),
+        ({"messages": Q_A, "tools": 5}, "tools must be a list of JSON schemas; saw 5"),
+        ({"messages": Q_A, "tools": [5]}, "tools must be a list of JSON schemas"),
+        ({"messages": Q_A, "system": 5}, "system is int, not a string: 5"),
         ({"messages": [{"role": ["user"], "content": "q"}]}, r"a message has the role \['user'\]"),
-        ({"messages": '["\\ud83d"]'}, "messages is not JSON: .* half of a character"),
+        ({"messages": '["\\ud83d"]'}, "messages is not JSON: .* lone surrogate"),
         *(
-            ({"instruction": "q", "output": "a", "history": history}, "history is pairs")
+            ({"instruction": "q", "output": "a", "history": history}, "history must be a list of")
             for history in (5, [None], [["a"]], [["a", "b", "c"]], ["ab"])
         ),
         ({"instruction": ["q"], "output": "a"}, "instruction is list, not a string"),
-        ({"instruction": 3, "input": "i", "output": "a"}, "instruction is int, not a string: '3'"),
+        ({"instruction": 3, "input": "i", "output": "a"}, "instruction is int, not a string: 3"),
         ({"instruction": "q", "input": 3, "output": "a"}, "input is int, not a string"),
         ({"instruction": "q", "output": 3}, "a message's content is int, not a string"),
         *(
-            ({"messages": [user("q"), says("a") | {"tool_calls": calls}]}, "a tool call has name")
+            (
+                {"messages": [user("q"), says("a") | {"tool_calls": calls}]},
+                "a tool call must have a name",
+            )
             for calls in (5, "get", [5], [{"function": None}], [{"function": {"name": 1}}])
         ),
     ],
@@ -136,9 +142,11 @@ def test_a_column_beside_text_is_refused_unless_dropped(column):
 def test_a_dropped_column_is_as_if_it_were_not_there():
     both = {"messages": [user("x"), says("y")], "prompt": "q", "completion": "a"}
     assert messages(both, drop_columns=("messages", "none")) == Q_A
-    with pytest.raises(ValueError, match="columns maps prompt to x, which is not among completion"):
+    with pytest.raises(
+        ValueError, match="columns maps prompt to x, but the record's columns are completion"
+    ):
         chat({"x": "q", "completion": "a"}, columns={"prompt": "x"}, drop_columns=("x",))
-    found = prompt_of(
+    found = parse_prompt(
         {"prompt": "q", "x": 1, "y": 2}, Source(""), DataSection(drop_columns=("x",)), AT
     )
     assert found.columns == {"y": 2}
@@ -150,7 +158,7 @@ def test_a_dropped_column_is_as_if_it_were_not_there():
 @pytest.mark.parametrize("first", [system("s"), {"role": "developer", "content": "s "}])
 def test_a_system_column_that_repeats_the_system_message_stands_once(first):
     assert messages({"system": "s", "messages": [first, *Q_A]}) == [first, *Q_A]
-    with pytest.raises(ValueError, match=f"^{AT}: the column system says 't', and the messages"):
+    with pytest.raises(ValueError, match=f"^{AT}: the column system is 't', but the messages"):
         chat({"system": "t", "messages": [first, *Q_A]})
 
 
@@ -164,22 +172,23 @@ def test_a_list_of_a_record_weighs_its_answers(name):
     for values in ([0, 1], [False, True], [0, 0, 1, 1], [None, 0, None, True], "[0, 1]"):
         got = messages({"messages": TURNS, name: values, "system": "s"})
         assert [m.get("weight") for m in got] == [None, None, 0, None, 1]
-    with pytest.raises(ValueError, match=f"^{AT}: {name} has 3 values for 4 messages, 2 of them"):
+    with pytest.raises(
+        ValueError, match=f"^{AT}: {name} has 3 values, but there are 4 messages, 2 of them"
+    ):
         chat({"messages": TURNS, name: [0, 1, 1]})
     assert messages({"messages": TURNS, name: [0, 1, 1]}, drop_columns=(name,)) == TURNS
-    with pytest.raises(ValueError, match=f"^{AT}: .*{name} is 'x'; it is true, false or a number"):
+    with pytest.raises(ValueError, match=f"^{AT}: .*{name} is 'x'; use true, false or a number"):
         chat({"messages": TURNS, name: ["x", 1]})
 
 
 def test_a_list_that_contradicts_a_message_is_named_and_one_value_told():
     muted = [TURNS[0], TURNS[1] | {"train": False}, *TURNS[2:]]
     assert messages({"messages": muted, "loss_mask": [0, 1]})[1]["weight"] == 0
-    with pytest.raises(ValueError, match=f"^{AT}: loss_mask gives a message the weight 1, and an"):
+    with pytest.raises(
+        ValueError, match=f"^{AT}: a message has the loss weight 1 in loss_mask and 0 else"
+    ):
         chat({"messages": muted, "loss_mask": [1, 1]})
-    assert (
-        "the column loss is one value for a record"
-        in chat({"messages": Q_A, "loss": 2.5})["notes"][0]
-    )
+    assert "the column loss is a single value" in chat({"messages": Q_A, "loss": 2.5})["notes"][0]
 
 
 def test_answers_inside_a_prompt_are_not_learned():
@@ -194,7 +203,9 @@ def test_a_prompt_that_the_completion_repeats_stands_once():
     for completion in ([user("q"), says("a")], [system("s"), user("q"), says("a")]):
         assert messages({"prompt": "q", "completion": completion}) == completion
     assert messages({"prompt": [system("s")], "completion": Q_A}) == [system("s"), *Q_A]
-    with pytest.raises(ValueError, match=f"^{AT}: the prompt ends with 'p', but completion begin"):
+    with pytest.raises(
+        ValueError, match=f"^{AT}: the prompt ends with 'p', but the messages of completion begin"
+    ):
         chat({"prompt": "p", "completion": Q_A})
 
 
@@ -215,7 +226,7 @@ def test_user_template_rewrites_the_last_user_turn_from_columns():
 @pytest.mark.parametrize("template", ["{question.x}", "{question[a]}", "{question", "{0}", "{q:d}"])
 def test_a_user_template_that_does_not_fit_names_the_record(template):
     with pytest.raises(
-        ValueError, match=f"^{AT}: user_template .* does not fit: .*columns are mess"
+        ValueError, match=f"^{AT}: user_template .* cannot be filled in: .*columns are mess"
     ):
         chat({"messages": Q_A, "q": "text"}, user_template=template)
 
@@ -224,7 +235,7 @@ def test_a_user_template_that_does_not_fit_names_the_record(template):
 
 
 def pair(record, columns=None, **data):
-    return pair_of(record, Source("", columns=columns or {}), DataSection(**data), AT)
+    return parse_pair(record, Source("", columns=columns or {}), DataSection(**data), AT)
 
 
 SIDES = {
@@ -257,7 +268,9 @@ def test_every_layout_is_the_same_pair(asked, sides):
     found = pair(asked | sides)
     assert [m["content"].strip() for m in found.prompt] == ["why?"]
     assert (found.chosen, found.rejected) == ([says("yes")], [says("no")])
-    assert found.tells and found.margin == 0.0 and found.tools is None and found.notes == []
+    assert (
+        found.has_preference and found.margin == 0.0 and found.tools is None and found.notes == []
+    )
 
 
 def test_history_system_input_tools_margin_and_renamed_columns():
@@ -323,13 +336,13 @@ def test_whole_conversations_have_their_common_beginning_as_prompt(chosen, rejec
         found = pair({"chosen": chosen, "rejected": rejected} | beside)
         assert found.prompt == prompt
         assert found.prompt + found.chosen == chosen and found.prompt + found.rejected == rejected
-        assert found.tells == (chosen != rejected)
+        assert found.has_preference == (chosen != rejected)
 
 
 def test_an_answer_beside_the_pair_is_told():
     found = pair({"messages": [U, says("so")], "chosen": "yes", "rejected": "no"})
     assert found.prompt == [U] and found.notes == [
-        "the answer at the end of the prompt is not read; a pair has its own"
+        "the answer at the end of the prompt is ignored; the pair's answers are used"
     ]
 
 
@@ -338,28 +351,31 @@ def test_an_answer_beside_the_pair_is_told():
     [
         (
             {"prompt": "how?", "chosen": [U, *YES], "rejected": [U, *NO]},
-            "the prompt ends with 'how.', but chosen and rejected begin with 'why.'",
+            "the prompt ends with 'how.', but .* of chosen and rejected begin with 'why.'",
         ),
         (
             {"prompt": [system("be kind"), U], "chosen": [S, U, *YES], "rejected": [S, U, *NO]},
-            "the prompt ends with 'why.', but chosen and rejected begin with 'be short'",
+            "the prompt ends with 'why.', but .* of chosen and rejected begin with 'be short'",
         ),
         (
             {"prompt": "why?", "chosen": [user("how?"), *YES], "rejected": "no"},
-            "chosen begins with a user message, 'how.', with which the prompt does not end",
+            "chosen begins with the user message 'how.', but the prompt does not end with it",
         ),
         (
             {"prompt": "why?", "chosen": "yes", "rejected": [S, U, *NO]},
-            "rejected begins with a system message, 'be short'",
+            "rejected begins with the system message 'be short'",
         ),
         (
             {"chosen": [S, user("a"), *YES], "rejected": [S, user("b"), *NO]},
-            "chosen begins with a user message, 'a'",
+            "chosen begins with the user message 'a'",
         ),
-        ({"prompt": "why?", "chosen": [U], "rejected": "no"}, "chosen begins with a user message"),
+        (
+            {"prompt": "why?", "chosen": [U], "rejected": "no"},
+            "chosen begins with the user message",
+        ),
         (
             {"system": "be kind", "chosen": [S, U, *YES], "rejected": [S, U, *NO]},
-            "the column system says 'be kind', and the messages begin with 'be short'",
+            "the column system is 'be kind', but the messages begin with 'be short'",
         ),
     ],
 )
@@ -394,16 +410,22 @@ BOTH = {"chosen": "yes", "rejected": "no"}
     ("record", "words"),
     [
         ({"prompt": "why?", "rejected": "no"}, "chosen is missing; found the columns prompt"),
-        ({"prompt": "why?", "chosen": "yes"}, "rejected is missing; .*name others with columns"),
+        ({"prompt": "why?", "chosen": "yes"}, "rejected is missing; .*map others with columns"),
         (BOTH | {"prompt": "why?", "rejected": None}, "rejected is missing"),
-        (BOTH | {"prompt": "why?", "margin": "two"}, "margin is 'two'; it is a number"),
+        (BOTH | {"prompt": "why?", "margin": "two"}, "margin is 'two'; it must be a number"),
         (BOTH | {"prompt": "why?", "margin": float("nan")}, "margin is nan"),
         (BOTH | {"prompt": "why?", "margin": 10**400}, "margin is 1000"),
         (BOTH | {"prompt": "why?", "chosen": 5}, "a message's content is int, not a string"),
         (BOTH | {"messages": "why?"}, "messages is not JSON"),
-        (BOTH | {"prompt": "why?", "images": ["x.png"]}, "the column images holds something"),
-        ({"chosen": YES, "rejected": NO}, "chosen and rejected begin with no common"),
-        ({"chosen": YES[0], "rejected": NO[0]}, "chosen and rejected begin with no common"),
+        (BOTH | {"prompt": "why?", "images": ["x.png"]}, "the column images is not empty"),
+        (
+            {"chosen": YES, "rejected": NO},
+            "found no prompt, and chosen and rejected begin with different",
+        ),
+        (
+            {"chosen": YES[0], "rejected": NO[0]},
+            "found no prompt, and chosen and rejected begin with different",
+        ),
     ],
 )
 def test_a_pair_that_does_not_fit_names_its_line(record, words):
@@ -414,15 +436,15 @@ def test_a_pair_that_does_not_fit_names_its_line(record, words):
 def test_an_answer_that_only_calls_or_thinks_says_something():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
     thought = {"role": "assistant", "content": "", "reasoning": "r"}
-    assert pair({"prompt": "q", "chosen": call, "rejected": thought}).tells
-    assert not pair({"prompt": "q", "chosen": call, "rejected": says(None)}).tells
+    assert pair({"prompt": "q", "chosen": call, "rejected": thought}).has_preference
+    assert not pair({"prompt": "q", "chosen": call, "rejected": says(None)}).has_preference
 
 
 # ---- judged answers and prompts
 
 
 def feedback(record, **data):
-    return feedback_of(record, Source(""), DataSection(**data), AT)
+    return parse_judged(record, Source(""), DataSection(**data), AT)
 
 
 @pytest.mark.parametrize(
@@ -451,10 +473,13 @@ def test_what_was_asked_of_a_judged_answer_stands_once():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, "label is None; an answer needs a label true or false"),
+        ({}, "label is None; it must be true or false"),
         ({"label": "yes"}, "label is 'yes'"),
         ({"label": 0.5}, "label is 0.5"),
-        ({"label": True, "messages": [user("a")]}, "the last message is not the assistant's"),
+        (
+            {"label": True, "messages": [user("a")]},
+            "the last message is judged, so it must be the assistant's",
+        ),
     ],
 )
 def test_a_label_that_is_none_names_its_line(change, words):
@@ -468,16 +493,16 @@ PROMPTS = {name: asked for name, asked in ASKED.items() if not name.startswith("
 @pytest.mark.parametrize("asked", PROMPTS.values(), ids=PROMPTS.keys())
 def test_prompts_of_every_layout_and_without_their_answer(asked):
     def prompt(record):
-        return prompt_of(record, Source(""), DataSection(), AT)
+        return parse_prompt(record, Source(""), DataSection(), AT)
 
     found = prompt(asked | {"answer": "42"})
     assert found.messages == [user("why?")] and found.columns["answer"] == "42"
     text = isinstance(asked.get("prompt", asked.get("question")), str)
-    assert found.said == ("why?" if text else [user("why?")])
+    assert found.text == ("why?" if text else [user("why?")])
     assert prompt({"messages": [user("why?"), says("so")]}).messages == [user("why?")]
     assert prompt({"system": "be short", "prompt": [S, U]}).messages == [S, U]
     assert prompt({"prompt": [U | {"id": 1}]}).notes
-    with pytest.raises(ValueError, match=rf"^{AT}: found the columns answer; a prompt is"):
+    with pytest.raises(ValueError, match=rf"^{AT}: found the columns answer; a prompt needs"):
         prompt({"answer": "42"})
-    with pytest.raises(ValueError, match=rf"^{AT}: the prompt holds nothing but the assistant's"):
-        prompt_of({"prompt": [says("so")]}, Source(""), DataSection(), AT)
+    with pytest.raises(ValueError, match=rf"^{AT}: the prompt has only assistant messages"):
+        parse_prompt({"prompt": [says("so")]}, Source(""), DataSection(), AT)

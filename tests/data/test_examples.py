@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import ast
 import json
 import os
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import datasets
@@ -10,8 +12,10 @@ import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data import examples as examples_module
-from jaxllm.data.chat import OPEN_END, OWN_EXAMPLE
-from jaxllm.data.examples import KEPT, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED, fingerprint, tokenize
+from jaxllm.data import tokenization
+from jaxllm.data.chat import EOS_APPENDED, SEPARATE_EXAMPLE
+from jaxllm.data.examples import fingerprint, tokenize
+from jaxllm.data.tokenization import COMPLETE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 
 BOS, EOS = 0, 1
 
@@ -112,7 +116,7 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_to
     file = write_lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}, {"text": "a"}])
     for made_by in (tokenizer, bos_eos_tokenizer):
         found = read(file, config(tmp_path), made_by)
-        assert found.fate.tolist() == [NOTHING_TO_LEARN, NOTHING_TO_LEARN, KEPT]
+        assert found.outcome.tolist() == [NOTHING_TO_LEARN, NOTHING_TO_LEARN, COMPLETE]
         assert found.lengths[:2].tolist() == [0, 0]
         assert found.learned[2] == found.lengths[2] - 1
 
@@ -120,12 +124,12 @@ def test_empty_documents_are_dropped_and_counted(tmp_path, tokenizer, bos_eos_to
 def test_a_null_document_of_a_table_is_dropped_and_counted(tmp_path, tokenizer):
     file = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"text": None}, {"text": "a"}]).to_parquet(str(file))
-    assert read(file, config(tmp_path), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+    assert read(file, config(tmp_path), tokenizer).outcome.tolist() == [NOTHING_TO_LEARN, COMPLETE]
 
 
 def test_an_empty_source_is_named(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl: holds no examples"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: has no records"):
         read(tmp_path / "a.jsonl", config(tmp_path), tokenizer)
 
 
@@ -133,7 +137,7 @@ def test_an_empty_source_is_named(tmp_path, tokenizer):
 def test_a_cache_that_cannot_be_a_directory_is_named(place, tmp_path, tokenizer):
     file = write_lines(tmp_path / "file", [])
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=f"data.cache_dir: {tmp_path / place} is a file, or lies"):
+    with pytest.raises(ValueError, match=f"data.cache_dir: {tmp_path / place} is a file, or is"):
         read(source, config(tmp_path, cache_dir=str(tmp_path / place)), tokenizer)
     assert file.read_text() == ""
 
@@ -147,14 +151,14 @@ SHORT = {"prompt": "q", "completion": "a"}
 def test_long_conversations_are_cut_but_keep_something_to_learn(tmp_path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [SHORT, LONG])
     whole = read(file, config(tmp_path, "sft", max_length=200), tokenizer)
-    assert whole.fate.tolist() == [KEPT, KEPT]
-    first_learned = int(np.flatnonzero(whole.learn(1))[0])
+    assert whole.outcome.tolist() == [COMPLETE, COMPLETE]
+    first_learned = int(np.flatnonzero(whole.loss_weights(1))[0])
     cut = read(file, config(tmp_path, "sft", max_length=first_learned + 1), tokenizer)
-    assert cut.fate[1] == TRUNCATED
+    assert cut.outcome[1] == TRUNCATED
     assert cut.learned[1] == 1
     np.testing.assert_array_equal(cut.tokens(1), whole.tokens(1)[: first_learned + 1])
     dropped = read(file, config(tmp_path, "sft", max_length=first_learned), tokenizer)
-    assert dropped.fate[1] == TOO_LONG
+    assert dropped.outcome[1] == TOO_LONG
     assert dropped.lengths[1] == dropped.learned[1] == 0
 
 
@@ -162,16 +166,19 @@ def test_long_conversations_are_dropped_when_asked(tmp_path, tokenizer):
     file = write_lines(tmp_path / "a.jsonl", [SHORT, LONG])
     length = len(read(file, config(tmp_path, "sft"), tokenizer).tokens(1))
     fits = config(tmp_path, "sft", max_length=length, too_long="drop")
-    assert read(file, fits, tokenizer).fate.tolist() == [KEPT, KEPT]
+    assert read(file, fits, tokenizer).outcome.tolist() == [COMPLETE, COMPLETE]
     over = config(tmp_path, "sft", max_length=length - 1, too_long="drop")
-    assert read(file, over, tokenizer).fate.tolist() == [KEPT, TOO_LONG]
+    assert read(file, over, tokenizer).outcome.tolist() == [COMPLETE, TOO_LONG]
 
 
 def test_conversations_with_nothing_to_learn_are_dropped(tmp_path, tokenizer):
     mute = {"role": "assistant", "content": "a", "weight": 0}
     rows = [{"messages": [{"role": "user", "content": "q"}, mute]}, SHORT | {"messages": None}]
     file = write_lines(tmp_path / "a.jsonl", rows)
-    assert read(file, config(tmp_path, "sft"), tokenizer).fate.tolist() == [NOTHING_TO_LEARN, KEPT]
+    assert read(file, config(tmp_path, "sft"), tokenizer).outcome.tolist() == [
+        NOTHING_TO_LEARN,
+        COMPLETE,
+    ]
 
 
 # An earlier answer loses its reasoning, as in Qwen3's template.
@@ -200,11 +207,11 @@ def test_turns_that_stand_alone_are_examples_of_the_same_record(tmp_path, tokeni
     cfg = config(tmp_path, "sft", template=str(tmp_path / "t.jinja"))
     found = read(file, cfg, tokenizer)
     assert found.source_record.tolist() == [0, 0, 0, 1]
-    learned = [tokenizer.decode(found.tokens(i)[found.learn(i) > 0]) for i in range(4)]
+    learned = [tokenizer.decode(found.tokens(i)[found.loss_weights(i) > 0]) for i in range(4)]
     assert learned == [f"so {x}. {x}<|im_end|>" for x in "abcd"]
-    assert found.notes == {OWN_EXAMPLE: 2}
+    assert found.notes == {SEPARATE_EXAMPLE: 2}
     cut = read(file, config(tmp_path, "sft", template=cfg.data.template, max_length=60), tokenizer)
-    assert cut.fate.tolist()[0] == KEPT and cut.fate.tolist()[2] != KEPT
+    assert cut.outcome.tolist()[0] == COMPLETE and cut.outcome.tolist()[2] != COMPLETE
     assert cut.source_record.tolist() == [0, 0, 0, 1]
 
 
@@ -213,14 +220,14 @@ def test_reasoning_can_be_dropped(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl:1: message 2 has reasoning_content.*drop"):
         read(file, config(tmp_path, "sft"), tokenizer)
     found = read(file, config(tmp_path, "sft", reasoning="drop"), tokenizer)
-    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "a<|im_end|>"
+    assert tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0]) == "a<|im_end|>"
 
 
 def test_notes_are_counted_by_source(tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}<s>{{ m.content }}{% endfor %}")
     file = write_lines(tmp_path / "a.jsonl", [SHORT] * 3)
     found = read(file, config(tmp_path, "sft", template=str(tmp_path / "t.jinja")), tokenizer)
-    assert found.notes == {OPEN_END: 3}
+    assert found.notes == {EOS_APPENDED: 3}
 
 
 def test_without_a_home_directory_the_cache_must_be_named(tmp_path, tokenizer, monkeypatch):
@@ -231,7 +238,7 @@ def test_without_a_home_directory_the_cache_must_be_named(tmp_path, tokenizer, m
 
     monkeypatch.setattr(Path, "expanduser", expanduser)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
-    with pytest.raises(ValueError, match=r"no home directory .* give data\.cache_dir"):
+    with pytest.raises(ValueError, match=r"no home directory .* set data\.cache_dir"):
         read(file, config(tmp_path, "sft", cache_dir=None), tokenizer)
 
 
@@ -257,7 +264,7 @@ def test_a_pairs_answer_is_one_text_or_is_refused(tmp_path, tokenizer):
         config(tmp_path, "dpo", template=template),
         tokenizer,
     )
-    learned = tokenizer.decode(found.tokens(0)[found.learn(0) > 0])
+    learned = tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0])
     assert learned == "so a. a<|im_end|>so a. b<|im_end|>" and not found.notes
     long = good | {"chosen": [answer, asked, answer]}
     file = write_lines(tmp_path / "b.jsonl", [long])
@@ -269,14 +276,14 @@ def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, toke
     shots = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "shown"}]
     row = {"prompt": [*shots, shots[0]], "completion": "said"}
     found = read(write_lines(tmp_path / "a.jsonl", [row]), config(tmp_path, "sft"), tokenizer)
-    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "said<|im_end|>"
+    assert tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0]) == "said<|im_end|>"
 
 
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])
 def test_a_template_that_fails_names_the_record(template, tmp_path, tokenizer):
     (tmp_path / "t.jinja").write_text(template)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template refuses"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the chat template rejects"):
         read(file, config(tmp_path, "sft", template=str(tmp_path / "t.jinja")), tokenizer)
 
 
@@ -284,7 +291,7 @@ def test_a_record_nested_too_deeply_to_render_is_named(tmp_path, tokenizer, monk
     def render(*_, **__):
         raise RecursionError
 
-    monkeypatch.setattr(examples_module, "render", render)
+    monkeypatch.setattr(tokenization, "render", render)
     file = write_lines(tmp_path / "a.jsonl", [SHORT])
     with pytest.raises(ValueError, match=r"a\.jsonl:1: the record is nested too deeply"):
         read(file, config(tmp_path, "sft"), tokenizer)
@@ -317,3 +324,38 @@ def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokeni
     write_lines(file, [SHORT, SHORT])
     seen.add(read(file, cfg, tokenizer).fingerprint)
     assert len(seen) == 10
+
+
+def test_every_module_that_decides_tokens_is_in_the_caches_key():
+    """All modules of the package that encoding a record imports, directly or not."""
+    package = Path(examples_module.__file__).parents[1]
+    found, todo = set(), [package / "data" / "tokenization.py", package / "data" / "examples.py"]
+    while todo:
+        file = todo.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxllm."):
+                todo.append(package.parent / (node.module.replace(".", "/") + ".py"))
+    # Config values are in the key. Errors and the finding of files do not change tokens.
+    ignored = {package / "errors.py", package / "files.py"}
+    assert found - ignored == set(examples_module._CODE)
+
+
+@pytest.mark.parametrize("name", ["tokenizers", "transformers", "datasets", "pyarrow"])
+def test_another_version_of_a_package_changes_the_caches_key(name, monkeypatch):
+    before = examples_module.cache_key({})
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: "0" if n == name else version(n))
+    assert examples_module.cache_key({}) != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chat", "tokenization"])
+def test_another_code_changes_the_caches_key(name, monkeypatch, tmp_path):
+    before = examples_module.cache_key({})
+    (file,) = (f for f in examples_module._CODE if f.stem == name)
+    (tmp_path / file.name).write_text(file.read_text(encoding="utf-8") + "# changed\n")
+    code = [tmp_path / f.name if f == file else f for f in examples_module._CODE]
+    monkeypatch.setattr(examples_module, "_CODE", code)
+    assert examples_module.cache_key({}) != before

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
+from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.formats import format_of
-from jaxllm.data.loader import load_data, summarize
 from jaxllm.data.sources import locate, read, records
-from jaxllm.tokenizer import _texts
+from jaxllm.data.tokenizer_training import _texts
 
 BOM = b"\xef\xbb\xbf"
 
@@ -124,9 +124,17 @@ GZIP = gzip.compress(b'{"text": "a"}\n' * 9)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', r"json: one .*\(train, test\)"),
-        ("a.json", '{"text": ["a", "b"]}', r"a\.json: one object whose keys \(text\) hold lists"),
-        ("a.json", '{"0": {"a": 1}, "1": {}}', r"is no record; write the records as a list"),
+        (
+            "a.json",
+            '{"train": [{"a": 1}], "test": [{"a": 1}]}',
+            r"json: found one object with the keys train, test",
+        ),
+        (
+            "a.json",
+            '{"text": ["a", "b"]}',
+            r"a\.json: found one object with the keys text, all of them lists",
+        ),
+        ("a.json", '{"0": {"a": 1}, "1": {}}', r"is not a record; write the records as a list"),
         ("a.json", '{"data": [{"a": 1},\n{"a" 2}]}', r"a\.json:2: malformed JSON: Expecting ':'"),
         ("a.json", '{"data": [{"a": 1}]}\n}', r"a\.json:2: malformed JSON"),
         ("a.json", '{\n"a": 1\n}\n{"a":\n', r"a\.json:5: malformed JSON.*the end of the file"),
@@ -134,16 +142,16 @@ GZIP = gzip.compress(b'{"text": "a"}\n' * 9)
         ("a.jsonl", '{\n"a": 1}', r"a\.jsonl:1: malformed JSON.*saw '\{'"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), r"a\.jsonl:1: not UTF-8: it is UTF-16; save it"),
         ("a.csv", "text\nab\xff\n".encode("latin-1"), r"a\.csv:2: not UTF-8"),
-        ("a.csv", 'a,b\n1,2\n\n"3\n4"\n', r"a\.csv:4: 1 cells under a header of 2"),
-        ("a.csv", "a,b\n1,2,3\n", r"a\.csv:2: 3 cells under a header of 2"),
+        ("a.csv", 'a,b\n1,2\n\n"3\n4"\n', r"a\.csv:4: 1 cells, but the header has 2"),
+        ("a.csv", "a,b\n1,2,3\n", r"a\.csv:2: 3 cells, but the header has 2"),
         ("a.csv", 'a\n"b\nc\n', r"a\.csv:2: malformed CSV: unexpected end of data"),
         ("a.tsv", 'a\n1\n"b" c\n', r"a\.tsv:3: malformed TSV"),
-        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv:1: the header names 'a' twice"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv:1: the header has 'a' twice"),
         ("a.jsonl.gz", b"{}\n", r"a\.jsonl\.gz: not readable as gzip"),
         ("a.jsonl.gz", GZIP[:-9], r"a\.jsonl\.gz: not readable as gzip: Truncated"),
         ("a.csv.zst", GZIP, r"a\.csv\.zst: not readable as zstd"),
-        ("a.parquet.gz", b"", r"format of \.parquet\.gz is not known; accepted are .*\.zst"),
-        ("a.gz", b"", r"the format of \.gz is not known; accepted are \.txt, .*\.gz or \.zst"),
+        ("a.parquet.gz", b"", r"format of \.parquet\.gz is unknown; accepted formats: .*\.zst"),
+        ("a.gz", b"", r"the format of \.gz is unknown; accepted formats: \.txt, .*\.gz, \.zst"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_by_file_and_line(name, content, message, tmp_path):
@@ -154,7 +162,7 @@ def test_what_cannot_be_read_is_named_by_file_and_line(name, content, message, t
 def test_the_same_file_packed_and_unpacked_is_not_read_twice(tmp_path):
     (tmp_path / "d").mkdir()
     compressed(write(tmp_path / "d" / "a.jsonl", '{"text": "a"}\n'), ".gz")
-    with pytest.raises(ValueError, match=r"holds a\.jsonl\.gz beside a\.jsonl, the same records"):
+    with pytest.raises(ValueError, match=r"has both a\.jsonl\.gz and a\.jsonl, the same records"):
         locate(Source(str(tmp_path / "d")))
     write(tmp_path / "d" / "a.jsonl", "").unlink()
     assert read_all(tmp_path / "d", tmp_path)[0][1] == {"text": "a"}

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data.batch import TEXT
-from jaxllm.data.loader import (
-    Conversations,
-    Rows,
-    Windows,
-    batch_at,
-    eval_batches,
-    load_data,
-    make_loader,
-    summarize,
-)
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import batch_at, eval_batches, make_loader
+from jaxllm.data.rows import Conversations, Rows, Windows
 
 
 class Documents:
@@ -34,7 +27,7 @@ class Documents:
     def tokens(self, index: int) -> np.ndarray:
         return self.stream[self.starts[index] : self.starts[index + 1]]
 
-    def learn(self, index: int) -> np.ndarray:
+    def loss_weights(self, index: int) -> np.ndarray:
         return np.ones(self.lengths[index], np.float32)
 
 
@@ -188,7 +181,7 @@ def test_another_seed_gives_another_order(rows):
 
 
 def test_micro_batches_must_divide_the_batch(rows):
-    with pytest.raises(ValueError, match="4 rows do not divide into 3 micro-batches"):
+    with pytest.raises(ValueError, match="4 rows cannot be divided into 3 micro-batches"):
         make_loader(rows, batch_size=4, micro_batches=3)
 
 
@@ -221,9 +214,9 @@ def test_an_epoch_of_a_mixture_has_every_row_of_the_largest(weights, sizes):
         seen = firsts[:epochs].ravel()
         counts = Counter(seen[seen // 1000 == largest].tolist())
         assert sorted(counts) == stored and min(counts.values()) >= epochs
-    assert sum(rows.shares) == pytest.approx(1)
+    assert sum(rows.fractions) == pytest.approx(1)
     shares = np.bincount(firsts.ravel() // 1000) / firsts.size
-    np.testing.assert_allclose(shares, rows.shares, atol=3 / firsts.size)
+    np.testing.assert_allclose(shares, rows.fractions, atol=3 / firsts.size)
 
 
 def test_no_source_of_a_mixture_is_dropped(tmp_path, tokenizer):
@@ -260,7 +253,7 @@ def test_held_out_examples_are_chosen_by_seed_and_are_not_trained_on(tmp_path, t
         """Documents (by their last two bytes) to train on and held out."""
         cfg = config(tmp_path, file, eval_fraction=0.25, max_length=length)
         data = load_data(TrainConfig(seed=seed, data=cfg.data, log=cfg.log), tokenizer)
-        train, evals = (rows.parts[0]._chosen for rows in (data.train, data.evals["eval"]))
+        train, evals = (rows.parts[0]._indices for rows in (data.train, data.evals["eval"]))
         return set(train.tolist()), set(evals.tolist())
 
     train, evals = held_out(8, seed=0)
@@ -288,7 +281,9 @@ def test_an_evaluation_does_not_guess_the_split(tmp_path, tokenizer):
     train = texts(tmp_path, "d/train.jsonl", ["abcdef"])
     texts(tmp_path, "d/test.jsonl", ["xy"])
     folder = str(tmp_path / "d")
-    with pytest.raises(ValueError, match="d: has the splits test, train; name the held-out one"):
+    with pytest.raises(
+        ValueError, match="d: has the splits test, train; name the one to evaluate on"
+    ):
         load_data(config(tmp_path, train, eval=(Source(folder),), max_length=4), tokenizer)
     held_out = (Source(folder, split="test"),)
     data = load_data(config(tmp_path, folder, eval=held_out, max_length=4), tokenizer)
@@ -328,7 +323,7 @@ def test_no_record_has_examples_on_both_sides_of_a_split(tmp_path, tokenizer):
     assert (train["examples"], held["examples"]) == (28, 12)
     (source,) = train["sources"]
     assert (source["records"], source["read"]) == (20, 40)
-    train_rows, held_rows = (rows.parts[0]._chosen for rows in (data.train, data.evals["eval"]))
+    train_rows, held_rows = (rows.parts[0]._indices for rows in (data.train, data.evals["eval"]))
     records = train_rows // 2, held_rows // 2
     assert not set(records[0]) & set(records[1])
 
@@ -336,11 +331,11 @@ def test_no_record_has_examples_on_both_sides_of_a_split(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "data.train names no source"),
+        ({}, "data.train has no source"),
         ({"eval_fraction": 0.1}, r"holds out 0 of 2 records"),
         ({"max_length": 3}, r"chat\.jsonl: all 2 examples were dropped: 2 too long for "),
         ({"max_length": 64, "eval": ("mute.jsonl",)}, "1 with nothing to learn"),
-        ({"max_length": 64, "eval": ("empty.jsonl",)}, r"empty\.jsonl: holds no examples"),
+        ({"max_length": 64, "eval": ("empty.jsonl",)}, r"empty\.jsonl: has no records"),
     ],
 )
 def test_data_that_gives_nothing_to_learn_is_refused(data, message, tmp_path, tokenizer):

@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 from jaxllm.config import DataSection, Source
-from jaxllm.data.conversations import conversation_of
-from jaxllm.data.messages import words
+from jaxllm.data.conversations import parse_conversation
+from jaxllm.data.messages import message_text
 from jaxllm.data.sources import locate, read, records
 
 USER = {"role": "user", "content": "q"}
@@ -17,7 +17,7 @@ ANSWER = {"role": "assistant", "content": "a"}
 
 def chat(*messages, tools=None, **data):
     record = {"messages": list(messages)} | ({} if tools is None else {"tools": tools})
-    return conversation_of(record, Source(""), DataSection(**data), "f:1")
+    return parse_conversation(record, Source(""), DataSection(**data), "f:1")
 
 
 def message(given, **data):
@@ -64,12 +64,15 @@ def test_a_role_for_calls_is_an_assistant_that_calls(role):
     for content in (json.dumps(call), call, [call], json.dumps([call])):
         got = message({"role": role, "content": content})
         assert got == {"role": "assistant", "content": "", "tool_calls": [want]}
-    refused({"role": role, "content": "f(x)"}, f"the content of a {role} is not JSON .accepted is")
+    refused(
+        {"role": role, "content": "f(x)"},
+        f"the content of a {role} is not JSON .name and arguments",
+    )
 
 
 def test_a_role_that_is_not_known_is_named_and_can_be_mapped():
     turn = {"role": "environment", "content": "x"}
-    refused(turn, "the role 'environment'; accepted are system, user, .*data.roles: {THEIRS")
+    refused(turn, "the role 'environment'; accepted are system, user, .*data.roles: {ROLE")
     assert message(turn, roles={"environment": "tool"})["role"] == "tool"
     assert message({"role": "bot", "content": "x"}, roles={"bot": "user"})["role"] == "user"
 
@@ -89,12 +92,13 @@ def test_flags_of_other_programs_are_the_weight(key, value, weight):
 @pytest.mark.parametrize("value", ["yes", [0, 1], -1, float("nan"), float("inf"), 10**400])
 @pytest.mark.parametrize("key", ["weight", "train"])
 def test_a_flag_that_is_no_weight_is_named(key, value):
-    refused(ANSWER | {key: value}, f"a message's {key} is .*; it is true, false or a number from 0")
+    refused(ANSWER | {key: value}, f"a message's {key} is .*; use true, false or a number >= 0")
 
 
 def test_flags_that_contradict_each_other_are_named():
     refused(
-        ANSWER | {"weight": 1, "train": False}, "contradict each other: weight 1, train 0; keep"
+        ANSWER | {"weight": 1, "train": False},
+        "has different loss weights: weight 1, train 0; keep",
     )
     assert message(ANSWER | {"weight": 1, "train": True, "loss": None})["weight"] == 1
 
@@ -102,7 +106,8 @@ def test_flags_that_contradict_each_other_are_named():
 @pytest.mark.parametrize("key", ["train_detail", "mask", "masked"])
 def test_what_says_otherwise_what_is_learned_is_refused_unless_dropped(key):
     refused(
-        ANSWER | {key: [{"begin_offset": 0}]}, f"{key}, which is not read.*drop_columns: .{key}"
+        ANSWER | {key: [{"begin_offset": 0}]},
+        f"{key}, which is not supported.*drop_columns: .{key}",
     )
     assert message(ANSWER | {key: [1]}, drop_columns=(key,)) == ANSWER
     assert message(ANSWER | {key: None}) == ANSWER
@@ -155,7 +160,7 @@ def test_parts_of_text_stay_parts_and_a_string_a_string():
     ]
     got = message({"role": "user", "content": given})
     assert got == {"role": "user", "content": parts}
-    assert words(got) == "two parts" and words(USER) == "q"
+    assert message_text(got) == "two parts" and message_text(USER) == "q"
     assert message({"role": "user", "content": []})["content"] == ""
 
 
@@ -171,7 +176,7 @@ def test_parts_of_text_stay_parts_and_a_string_a_string():
     ],
 )
 def test_a_part_that_is_not_text_is_refused_with_its_type(part, kind):
-    refused({"role": "user", "content": [part]}, f"a content part is not text: its type is {kind}")
+    refused({"role": "user", "content": [part]}, f"a content part has the type {kind}")
 
 
 def test_images_of_a_message_are_refused_unless_dropped():
@@ -183,9 +188,9 @@ def test_images_of_a_message_are_refused_unless_dropped():
 @pytest.mark.parametrize("content", ["", None, "  ", []])
 def test_an_empty_answer_is_told_and_one_under_another_key_refused(content):
     empty = {"role": "assistant", "content": content}
-    assert chat(USER, empty)["notes"] == ["an assistant's message is empty"]
+    assert chat(USER, empty)["notes"] == ["an assistant message is empty"]
     for key in ("text", "response", "function_calls", "tool_call"):
-        refused(empty | {key: "words"}, f"an assistant's message is empty but for {key}, which")
+        refused(empty | {key: "words"}, f"an assistant message has only {key}, which")
     assert chat(USER, empty | {"text": "x", "weight": 0})["messages"][1]["weight"] == 0
     assert chat(USER, empty | {"reasoning": "r"})["notes"] == []
 
@@ -200,7 +205,7 @@ def test_an_unknown_key_is_told_once_and_left_for_the_template():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     known = ANSWER | {"name": "x", "tool_call_id": "1", "reasoning_content": "r"}
     got = chat(USER, known | {"tool_calls": [call]}, USER | {"id": 5}, ANSWER | {"id": 6})
-    assert got["notes"] == ["a message has the key 'id', which only a chat template can read"]
+    assert got["notes"] == ["a message has the key 'id', which only chat templates use"]
     assert got["messages"][2]["id"] == 5
     assert chat(USER | {"id": 5}, ANSWER, drop_columns=("id",))["messages"][0] == USER
     assert chat(USER, ANSWER | {"annotations": [], "refusal": None})["notes"] == []
@@ -232,7 +237,7 @@ def test_the_older_function_call_is_a_tool_call():
             assert got == {"role": "assistant", "content": "", "tool_calls": want}
     refused(ANSWER | {"function_call": CALL, "tool_calls": [CALL]}, "calls in tool_calls and funct")
     record = {"messages": [USER, ANSWER], "functions": [{"name": "get", "parameters": {}}]}
-    found = conversation_of(record, Source(""), DataSection(), "f:1")["tools"]
+    found = parse_conversation(record, Source(""), DataSection(), "f:1")["tools"]
     assert found == [{"type": "function", "function": {"name": "get", "parameters": {}}}]
 
 
@@ -289,7 +294,7 @@ def test_nulls_of_a_table_are_dropped_in_every_container(form, tmp_path):
     source = Source(str(file))
     table = read(locate(source), tmp_path)
     at, found = next(records(table[:1], [0], str(file)))
-    got = conversation_of(found, source, DataSection(), at)
+    got = parse_conversation(found, source, DataSection(), at)
     function = {"name": "get", "arguments": {"unit": None, "more": [{"x": 1}, None]}}
     assert got["messages"][1]["tool_calls"] == [{"type": "function", "function": function}]
     assert got["messages"][1].keys() == {"role", "content", "tool_calls"}

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data.loader import batch_at, eval_batches, load_data, summarize
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import batch_at, eval_batches
 from jaxllm.data.preference import Judged
 from jaxllm.objectives.table import OBJECTIVES
 
@@ -171,15 +172,15 @@ class Answers:
 
     def __init__(self, answers):
         self.made = [np.array([prompt] * n + [9] * m, np.int32) for prompt, n, m in answers]
-        self.first = np.array([n for _, n, _ in answers], np.int32)
+        self.boundary = np.array([n for _, n, _ in answers], np.int32)
         self.lengths = np.array([len(tokens) for tokens in self.made], np.int64)
         self.value = np.ones(len(answers), np.float32)
 
     def tokens(self, index):
         return self.made[index]
 
-    def learn(self, index):
-        return (np.arange(len(self.made[index])) >= self.first[index]).astype(np.float32)
+    def loss_weights(self, index):
+        return (np.arange(len(self.made[index])) >= self.boundary[index]).astype(np.float32)
 
 
 @settings(max_examples=40)
@@ -194,23 +195,21 @@ def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more
     rows = Judged(examples, np.arange(len(answers)), 16, packing=packing)
     prompts = np.array([p for p, _, _ in answers])
     for epoch in range(3):
-        lenders = rows.lenders(epoch)
+        lenders = rows.donors(epoch)
         assert (prompts[lenders] != prompts).all()
         if 2 * np.bincount(prompts).max() <= len(prompts):
             assert sorted(lenders) == list(range(len(prompts)))  # each lends once
         found = [rows.row(i, epoch) for i in range(len(rows))]
         assert sum((row["unpaired_segment"] > 0).sum() for row in found) == len(answers)
         learned = sum((row["weights"] > 0).sum() for row in found)
-        mine = examples.lengths - examples.first
-        lent = np.minimum(mine[lenders], 16 - examples.first)  # cut at max_length alone
+        mine = examples.lengths - examples.boundary
+        lent = np.minimum(mine[lenders], 16 - examples.boundary)  # cut at max_length alone
         assert learned == mine.sum() + lent.sum()
 
 
 def test_judged_answers_to_one_prompt_are_refused(tmp_path, tokenizer):
     source = write(tmp_path, [{"prompt": "q", "completion": a, "label": True} for a in "abc"])
-    with pytest.raises(
-        ValueError, match=r"a\.jsonl: all of its answers .3. have the same prompt; kto"
-    ):
+    with pytest.raises(ValueError, match=r"a\.jsonl: all 3 answers have the same prompt; kto"):
         load(tmp_path, tokenizer, "kto", source)
 
 
@@ -273,7 +272,7 @@ def test_pairs_that_tell_nothing_are_dropped_and_counted(tmp_path, tokenizer):
     assert entry["dropped_too_long"] == 1  # they differ beyond the cut
     line = summarize(data.manifest)[0]
     assert "4 dropped as empty or equal pairs" in line and "1 of 6 examples" in line
-    with pytest.raises(ValueError, match="4 pairs with an empty side or two equal ones"):
+    with pytest.raises(ValueError, match="4 pairs with an empty answer or equal answers"):
         load(tmp_path, tokenizer, "dpo", write(tmp_path, records[1:], "b.jsonl"))
 
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from jaxllm.config import Source
-from jaxllm.data.conversations import text_of
+from jaxllm.data.conversations import parse_text
 from jaxllm.data.sources import content_hash, locate, read, records
+from jaxllm.errors import UserError
 
 ROWS = [{"text": "one\n"}, {"text": "zwei\u2028ü"}, {"text": "<eos> three"}]
 
@@ -103,10 +104,12 @@ def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path):
     write(tmp_path / "d" / "test" / "00-of-01.jsonl", '{"text": "held out"}')
     assert read_all(tmp_path / "d", tmp_path) == [{"text": "seen"}]
     assert read_all(tmp_path / "d", tmp_path, split="test") == [{"text": "held out"}]
-    with pytest.raises(ValueError, match="no split 'dev'; it has test, train"):
+    with pytest.raises(ValueError, match="has no split 'dev'; set split to one of test, train"):
         locate(Source(str(tmp_path / "d"), split="dev"))
     write(tmp_path / "d" / "more.jsonl", '{"text": "whose?"}')
-    with pytest.raises(ValueError, match=r"more.jsonl is in none; name the files by a glob"):
+    with pytest.raises(
+        ValueError, match=r"more.jsonl is in none of them; select the files by a glob"
+    ):
         locate(Source(str(tmp_path / "d")))
 
 
@@ -145,7 +148,7 @@ def test_the_split_is_train_in_training_and_named_in_evaluation(place, tmp_path,
     path = splits_in(place, ["train", "test"], tmp_path, monkeypatch)
     assert read_all(path, tmp_path) == [{"text": "train"}]
     assert read_all(path, tmp_path, split="test", held_out=True) == [{"text": "test"}]
-    named = f"has the splits .*test.*; name the held-out one: {{path: {path}, split: NAME}}"
+    named = f"has the splits .*test.*; name the one to evaluate on: {{path: {path}, split: NAME}}"
     with pytest.raises(ValueError, match=named) as raised:
         locate(Source(path), held_out=True)
     assert str(raised.value).startswith(f"{path}: has")
@@ -158,7 +161,9 @@ def test_an_only_split_is_taken_and_none_is_guessed(place, tmp_path, monkeypatch
     for held_out in (False, True):
         assert read_all(path, tmp_path, held_out=held_out) == [{"text": "test"}]
     path = splits_in(place, ["test", "validation"], tmp_path / "two", monkeypatch)
-    with pytest.raises(ValueError, match="no split 'train'; it has test, validation: name one"):
+    with pytest.raises(
+        ValueError, match="has no split 'train'; set split to one of test, validation"
+    ):
         locate(Source(path))
 
 
@@ -166,7 +171,7 @@ def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
     one, two = (datasets.Dataset.from_list([{"text": t}]) for t in ("one", "two"))
     datasets.DatasetDict({"train": one, "test": two}).save_to_disk(str(tmp_path / "d"))
     assert read_all(tmp_path / "d", tmp_path, split="test") == [{"text": "two"}]
-    with pytest.raises(ValueError, match="no split 'dev'; it has train, test"):
+    with pytest.raises(ValueError, match="has no split 'dev'; set split to one of train, test"):
         locate(Source(str(tmp_path / "d"), split="dev"))
 
 
@@ -176,12 +181,12 @@ def test_a_saved_dataset_with_splits_gives_the_one_asked_for(tmp_path):
         ("missing.jsonl", FileNotFoundError, "no such file or directory"),
         ("dir/with/missing", FileNotFoundError, "no such file or directory"),
         ("mixed/typo", FileNotFoundError, "no such file or directory"),
-        ("imdb", FileNotFoundError, "no such file or directory .nor a hub id like OWNER/NAME"),
+        ("imdb", FileNotFoundError, "no such file or directory, and not a hub id .OWNER/NAME"),
         ("imdb:plain", FileNotFoundError, "no such file or directory"),
         ("someone/some.parquet", FileNotFoundError, "no such file or directory"),
         ("*.jsonl", FileNotFoundError, "no file matches"),
-        ("model.bin", ValueError, r"format of \.bin is not known; accepted are \.txt, \.json"),
-        ("mixed", ValueError, "holds json and text files; name one kind by a glob"),
+        ("model.bin", ValueError, r"format of \.bin is unknown; accepted formats: \.txt, \.json"),
+        ("mixed", ValueError, "has json and text files; select one format by a glob"),
         ("empty", ValueError, "no data files"),
         ("someone/nothing", ValueError, "the hub's dataset of this name could not be loaded"),
     ],
@@ -221,7 +226,7 @@ def test_hash_is_of_content_and_not_of_names(tmp_path):
             r"a\.jsonl:3: malformed JSON.*saw '\{\"text\":",
         ),
         ("a.jsonl", '{"text": "a"}{"text": "b"}', r"a\.jsonl:1: malformed JSON: Extra data"),
-        ("a.jsonl", '{"text": "a"}\n["text"]', r"a\.jsonl:2: a record is a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n["text"]', r"a\.jsonl:2: a record must be a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl:2: not UTF-8"),
         ("a.json", '[\n{"text": "a"},\n{"text": b}\n]', r"a\.json:3: malformed JSON"),
         ("a.json", '[{"text": "a"}\n{"text": "b"}]', r"a\.json:2: .*Expecting ',' or '\]'"),
@@ -236,8 +241,8 @@ def test_hash_is_of_content_and_not_of_names(tmp_path):
             (name, f"{before}{{{key}: {value}}}{after}", rf"{name}:3: malformed JSON: {message}")
             for name, before, after in (("a.jsonl", "\n\n", ""), ("a.json", "[\n\n", "]"))
             for key, value, message in (
-                ('"text"', '"a \\ud83d"', r"'\\ud83d' is half of a character"),
-                ('"\\uDE00"', "0", r"'\\ude00' is half of a character"),
+                ('"text"', '"a \\ud83d"', r"'\\ud83d' is a lone surrogate"),
+                ('"\\uDE00"', "0", r"'\\ude00' is a lone surrogate"),
                 ('"text"', "1" * 5_000, "an integer has more than 4300 digits"),
                 ('"text"', "[" * 100_000, "it is nested too deeply"),
             )
@@ -265,18 +270,24 @@ def test_records_of_an_array_keep_their_lines(tmp_path):
 
 
 def test_text_comes_from_the_mapped_column():
-    assert text_of({"content": "a", "text": "b"}, {"text": "content"}, "f:1") == "a"
-    assert text_of({"text": None}, {}, "f:1") == ""
+    assert parse_text({"content": "a", "text": "b"}, {"text": "content"}, "f:1") == "a"
+    assert parse_text({"text": None}, {}, "f:1") == ""
 
 
 @pytest.mark.parametrize(
     ("record", "columns", "message"),
     [
         ({"body": "a", "id": 1}, {}, "f:1: found the columns body, id; .* a column text"),
-        ({"text": 3}, {}, "f:1: text is int, not a string: '3'"),
-        ({"a": "b"}, {"text": "c"}, "f:1: columns maps text to c, which is not among a"),
+        ({"text": 3}, {}, "f:1: text is int, not a string: 3"),
+        ({"a": "b"}, {"text": "c"}, "f:1: columns maps text to c, but the record's columns are a"),
     ],
 )
 def test_wrong_text_columns_say_what_was_found(record, columns, message):
     with pytest.raises(ValueError, match=message):
-        text_of(record, columns, "f:1")
+        parse_text(record, columns, "f:1")
+
+
+def test_a_table_without_columns_is_an_error_of_the_user():
+    with pytest.raises(UserError, match=r"a\.parquet: the table has no columns"):
+        list(records({}, [0, 1], "a.parquet"))
+    assert list(records({}, [], "a.parquet")) == []

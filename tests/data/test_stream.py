@@ -16,7 +16,8 @@ import pytest
 from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
 from jaxllm.config.checks import check
 from jaxllm.data import stream
-from jaxllm.data.loader import batch_at, load_data, make_loader, summarize
+from jaxllm.data.dataset import load_data, summarize
+from jaxllm.data.loader import batch_at, make_loader
 from jaxllm.data.stream import Stream
 
 FILES, LENGTH = 6, 8
@@ -47,8 +48,8 @@ def made(monkeypatch):
         names.append(Path(source.path).name)
         return real(source, *rest)
 
-    real = stream.tokenized
-    monkeypatch.setattr(stream, "tokenized", tokenized)
+    real = stream.tokenize_table
+    monkeypatch.setattr(stream, "tokenize_table", tokenized)
     return names
 
 
@@ -122,7 +123,7 @@ def test_the_disk_holds_few_files_and_nothing_stays(tmp_path, shards, tokenizer,
         most = max(most, len(mapped() - before))
         (left,) = (tmp_path / "cache").iterdir()
         assert left.name.startswith("rows-") and len(json.loads(left.read_text())) <= FILES
-    assert len(made) > FILES and 1 <= most <= Stream.HELD
+    assert len(made) > FILES and 1 <= most <= Stream.CACHED
 
 
 def test_a_streamed_source_keeps_its_share_of_a_mixture(tmp_path, shards, tokenizer):
@@ -156,33 +157,36 @@ def test_a_data_set_of_the_hub_is_read_by_its_files(tmp_path, shards, tokenizer,
     assert remote.manifest["train"]["sources"][0]["split"] == "train"
     json.dumps(remote.manifest)
     assert all(f.name.startswith("rows-") for f in (tmp_path / "cache").iterdir())
-    with pytest.raises(ValueError, match="no split 'dev'; it has test, train"):
+    with pytest.raises(ValueError, match="has no split 'dev'; set split to one of test, train"):
         load_data(config(tmp_path, Source("someone/web", streaming=True, split="dev")), tokenizer)
 
 
 def test_a_bad_record_is_named_when_its_file_is_read(tmp_path, tokenizer):
     for n in range(3):
         (tmp_path / f"{n}.jsonl").write_text('{"text": "abcdefghijkl"}\n{"body": "x"}\n')
-    with pytest.raises(ValueError, match=r"\d\.jsonl:2: found the columns body; pretraining reads"):
+    with pytest.raises(ValueError, match=r"\d\.jsonl:2: found the columns body; pretraining needs"):
         load(tmp_path, tmp_path / "*.jsonl", tokenizer)
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.txt").write_text("abc")
-    with pytest.raises(ValueError, match="short: no file has the 9 tokens that fill a row"):
+    with pytest.raises(ValueError, match="short: no file has the 9 tokens of a row"):
         load(tmp_path, tmp_path / "short", tokenizer)
     datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="saved: streaming reads files"):
+    with pytest.raises(ValueError, match="saved: streaming needs files"):
         load(tmp_path, tmp_path / "saved", tokenizer)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "a streamed source has no known length; set steps"),
-        ({"data": {"eval_fraction": 0.5}}, "eval_fraction cannot split a streamed source"),
-        ({"max_samples": 3}, "max_samples is not supported with streaming"),
-        ({"more": Source("b")}, "streamed with other sources; give each source a weight"),
-        ({"objective": "sft"}, "streaming is for data.train of pretrain"),
-        ({"data": {"eval": (Source("e", streaming=True),)}}, "streaming is for data.train of"),
+        ({"steps": 0}, "a streamed source has no known length; give steps"),
+        ({"data": {"eval_fraction": 0.5}}, "eval_fraction needs data that is read whole"),
+        ({"max_samples": 3}, "max_samples does not go with streaming"),
+        ({"more": Source("b")}, "a streamed source beside others needs a weight"),
+        ({"objective": "sft"}, "streaming is supported only in data.train of pretrain"),
+        (
+            {"data": {"eval": (Source("e", streaming=True),)}},
+            "streaming is supported only in data.train of",
+        ),
     ],
 )
 def test_what_streaming_does_not_go_with_is_refused(change, message, tmp_path, shards, tokenizer):
@@ -199,5 +203,5 @@ def test_rows_that_are_not_those_that_were_counted_are_refused(tmp_path, shards,
     (index,) = (tmp_path / "cache").glob("rows-*.json")
     counts = json.loads(index.read_text())
     index.write_text(json.dumps({name: count - 1 for name, count in counts.items()}))
-    with pytest.raises(ValueError, match=r"rows and had others when .*rows-.*delete that file"):
+    with pytest.raises(ValueError, match=r"rows, but .*rows-.*another number.*delete that file"):
         tokens(load(tmp_path, shards, tokenizer), range(2))

@@ -219,7 +219,7 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
         ways = {seen, seen.removesuffix(tokenizer.eos_token)} - {""}
         if not (ways & wholes or any(map(is_own_example, ways, [begins] * 2))):
             return "wrong", f"tokens: {seen[-300:]!r}"
-    learned = "".join(tokenizer.decode(e.tokens[e.learn > 0]) for e in examples)
+    learned = "".join(tokenizer.decode(e.tokens[e.loss_weights > 0]) for e in examples)
     for message in chat:
         said = (message["content"] or "").rpartition("</think>")[2].strip()
         if message["role"] == "assistant":
@@ -237,7 +237,7 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
 
 
 # What a template lacks is said, and no fault of the renderer's.
-LACKS = re.compile(r"has (reasoning_content|tools|tool_calls), for which the chat template has no")
+LACKS = re.compile(r"has (reasoning_content|tools|tool_calls), which the chat template does not")
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,10 @@ def test_what_a_template_is_said_to_lack_is_not_in_its_rendering(zoo, outcomes):
         turn = int(why.split()[1]) if lack[1] == "reasoning_content" else len(chat)
         text = reference(zoo[name], as_object(chat[:turn]), tools) or ""
         words = {"tools": "The weather in a city.", "tool_calls": "Oslo"}
-        assert words.get(lack[1], chat[turn - 1].get("reasoning_content")) not in text, (name, key)
+        assert words.get(lack[1], chat[turn - 1].get("reasoning_content")) not in text, (
+            name,
+            key,
+        )
 
 
 def test_what_is_learned_is_what_trls_training_templates_mark(zoo, outcomes):
@@ -293,7 +296,9 @@ def test_what_is_learned_is_what_trls_training_templates_mark(zoo, outcomes):
         ids, ours = marked["input_ids"], examples[0]
         if len(examples) > 1 or ours.tokens[: len(ids)].tolist() != ids:
             continue  # several examples, or contents and arguments in another form
-        for token, learn, mark in zip(ids, ours.learn, marked["assistant_masks"], strict=False):
+        for token, learn, mark in zip(
+            ids, ours.loss_weights, marked["assistant_masks"], strict=False
+        ):
             assert bool(learn) == bool(mark) or not tokenizer.decode([token]).strip(), (name, key)
         compared += 1
     assert compared > 200

@@ -131,8 +131,8 @@ def test_longrope_goes_by_the_length_of_a_text_not_of_its_row(pair):
 
 @nnx.jit
 def step(model: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    hidden, cache = model.hidden(tokens, cache=cache)
-    return model.logits(hidden), cache
+    out = model.hidden(tokens, cache=cache)
+    return model.logits(out.x), out.cache
 
 
 def decoded(model: Decoder, tokens: np.ndarray, prompt: int, slots: int) -> np.ndarray:

@@ -134,7 +134,7 @@ def test_the_loss_equals_the_formula_on_a_plain_softmax(kind, keys):
     model, rows = critic(kind), experience()
     logps, entropy = plain(model, rows, keys.get("temperature", 1.0))
     trunk = model if kind == "shared" else model.value.trunk
-    hidden = trunk.hidden(*(jnp.asarray(rows[k]) for k in ("tokens", "segment_ids", "positions")))
+    hidden = trunk.hidden(*(jnp.asarray(rows[k]) for k in ("tokens", "segment_ids", "positions"))).x
     values = np.float64(hidden) @ np.float64(model.value.kernel[...])[:, 0] + 0.4
     w = rows["weights"].astype(np.float64)
 

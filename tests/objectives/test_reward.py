@@ -38,7 +38,7 @@ def scored():
     model = decoder(scores=True)
     rows = pair_rows(8, margin=True)
     batch = Batch(**rows)
-    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+    hidden = model.hidden(batch.tokens, batch.segment_ids, batch.positions).x
     chosen, rejected = (
         np.float64(model.scores(hidden, batch.segment_ids, s))
         for s in (batch.chosen_segment, batch.rejected_segment)

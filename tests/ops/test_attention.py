@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by blocks equals attention all at once, and looks at no more than it must."""
+"""Attention in blocks equals attention in one block, and skips pairs of blocks that see nothing."""
 
+import re
 from functools import partial
 from unittest import mock
 
@@ -9,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.mesh import MeshSection, batch_sharding, make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.ops import attention
-from jaxllm.ops.attention import EVERYWHERE
+from jaxllm.ops import attention, attention_blocks
+from jaxllm.ops.attention_mask import EVERYWHERE, visible
 
 B, T, H, N, K = 2, 37, 4, 2, 8
 CFG = ModelConfig(
@@ -49,23 +53,24 @@ def ids(texts):
     return jnp.asarray(out)
 
 
-@partial(jax.jit, static_argnames=("before", "block", "window", "softcap"))
-def looked(segments, before, block=128, window=None, softcap=0.0):
+@partial(jax.jit, static_argnames=("before", "block", "window", "softcap", "V"))
+def results(segments, before, block=128, window=None, softcap=0.0, V=K):
     """(result, gradients of q, k and v) with `before` keys of everywhere in front of the row."""
     keys = jax.random.split(jax.random.key(0), 4)
-    q, g = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
-    k, v = (jax.random.normal(key, (B, N, before + T, K)) for key in keys[2:])
+    widths = zip(keys, ((T, H, K), (T, H, V), (N, before + T, K), (N, before + T, V)), strict=True)
+    q, g, k, v = (jax.random.normal(key, (B, *shape)) for key, shape in widths)
     options = {"window": window, "softcap": softcap}
     wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
-    places = jnp.broadcast_to(jnp.arange(T) + before, (B, T))
+    positions = jnp.broadcast_to(jnp.arange(T) + before, (B, T))
+    wide = wide if before else None
 
     def run(q, k, v):
         out = attention.attention(
-            q, k, v, segments, wide, places, offset=before, scale=K**-0.5, **options
+            q, k, v, segments, wide, positions, offset=before, scale=K**-0.5, **options
         )
         return jnp.where(segments[..., None, None] > 0, out, 0.0)
 
-    with mock.patch.object(attention, "BLOCK", block):
+    with mock.patch.object(attention_blocks, "CPU_BLOCK", block):
         out, back = jax.vjp(run, q, k, v)
         return out, *back(g)
 
@@ -74,12 +79,36 @@ def looked(segments, before, block=128, window=None, softcap=0.0):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("before", [0, 5])
 @pytest.mark.parametrize("texts", TEXTS)
-def test_blocks_give_what_the_whole_gives(texts, before, window, softcap):
+def test_blocks_do_not_change_the_result(texts, before, window, softcap):
     segments, options = ids(TEXTS[texts]), {"window": window, "softcap": softcap}
-    want = looked(segments, before, **options)
-    got = looked(segments, before, block=8, **options)
+    want = results(segments, before, **options)
+    got = results(segments, before, block=8, **options)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("block", [8, 128])
+@pytest.mark.parametrize("V", [5, 12])
+def test_values_may_have_another_head_dim(V, block):
+    """Against a softmax over all keys, with gradients."""
+    segments = ids(TEXTS["texts and padding"])
+    got = results(segments, 0, block=block, window=6, softcap=2.0, V=V)
+    keys = jax.random.split(jax.random.key(0), 4)
+    widths = zip(keys, ((T, H, K), (T, H, V), (N, T, K), (N, T, V)), strict=True)
+    q, g, k, v = (jax.random.normal(key, (B, *shape)) for key, shape in widths)
+    indices = jnp.arange(T)
+    mask = visible(segments, segments, segments, indices, indices, 6)[:, None]
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, H // N, 1) for x in (k, v))
+        scores = 2 * jnp.tanh(K**-0.5 * jnp.einsum("bthk,bhsk->bhts", q, k) / 2)
+        probs = jax.nn.softmax(jnp.where(mask, scores, -1e30), -1)
+        out = jnp.einsum("bhts,bhsv->bthv", probs, v)
+        return jnp.where(segments[..., None, None] > 0, out, 0.0)
+
+    out, back = jax.vjp(plain, q, k, v)
+    for ours, theirs in zip(got, (out, *back(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
 def test_bfloat16_scores_are_scaled_in_float32():
@@ -92,12 +121,12 @@ def test_bfloat16_scores_are_scaled_in_float32():
     ones = jnp.ones((1, 2), jnp.int32)
 
     @jax.jit
-    def looked(q, k, v):
-        run = partial(attention.attention, q_segments=ones, k_segments=ones, q_positions=ones)
+    def both(q, k, v):
+        run = partial(attention.attention, q_segments=ones, k_segments=None, q_positions=ones)
         out, back = jax.vjp(partial(run, scale=scale), q, k, v)
         return out[0, 1, 0, 1], *back(jnp.zeros_like(out).at[0, 1, 0, 1].set(1))
 
-    out, dq, dk, dv = (np.asarray(x, np.float64) for x in looked(q, k, v))
+    out, dq, dk, dv = (np.asarray(x, np.float64) for x in both(q, k, v))
     low = float(k[0, 0, 1, 0])
     p = 1 / (1 + np.exp(-width * low * scale))
     close = partial(np.testing.assert_allclose, rtol=0.015)
@@ -108,18 +137,18 @@ def test_bfloat16_scores_are_scaled_in_float32():
     close(dk[0, 0, 0], -p * (1 - p) * scale)
 
 
-def test_keys_of_the_same_text_before_the_row_are_as_far_as_they_are(monkeypatch):
-    """A prompt that was read before: with a window, blocks must not move it away."""
-    monkeypatch.setattr(attention, "BLOCK", 8)
+def test_blocks_keep_the_distance_to_keys_before_the_row(monkeypatch):
+    """Keys of a prompt in a cache, inside a window."""
+    monkeypatch.setattr(attention_blocks, "CPU_BLOCK", 8)
     keys = jax.random.split(jax.random.key(1), 3)
-    ones, places = jnp.ones((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
+    ones, positions = jnp.ones((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
     q, k, v = (jax.random.normal(key, (B, T, N, K)) for key in keys)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     options = {"window": 6, "scale": 0.5}
-    whole = attention.attention(q, k, v, ones, ones, places, **options)
-    rest = (q[:, 13:], k, v, ones[:, 13:], ones, places[:, 13:])
+    full = attention.attention(q, k, v, ones, None, positions, **options)
+    rest = (q[:, 13:], k, v, ones[:, 13:], ones, positions[:, 13:])
     np.testing.assert_allclose(
-        attention.attention(*rest, offset=13, **options), whole[:, 13:], atol=2e-6
+        attention.attention(*rest, offset=13, **options), full[:, 13:], atol=2e-6
     )
 
 
@@ -133,26 +162,73 @@ def test_keys_of_the_same_text_before_the_row_are_as_far_as_they_are(monkeypatch
         ([[40], [40]], 9, 9),  # its own block and the one before
     ],
 )
-def test_pairs_of_blocks_that_see_nothing_are_left_out(texts, window, pairs):
+def test_pairs_of_blocks_that_see_nothing_are_skipped(texts, window, pairs):
     segments = np.stack([np.repeat(np.arange(1, len(x) + 1), x) for x in texts]).astype(np.int32)
     blocks = jnp.asarray(segments.reshape(B, 5, 8).swapaxes(0, 1))
-    at = (blocks, blocks, blocks, (jnp.int32(0), jnp.int32(0)))
-    assert int(attention._pairs(at, window)[2]) == pairs
+    where = (blocks, blocks, blocks, (jnp.int32(0), jnp.int32(0)))
+    assert int(attention_blocks._visible_pairs(where, window)[2]) == pairs
 
 
-def test_blocks_over_a_mesh():
+@pytest.mark.parametrize("before", [0, 5])
+def test_blocks_over_a_mesh(before):
     segments = ids(TEXTS["texts and padding"])
-    want = looked(segments, 0)
+    want = results(segments, before)
     mesh = make_mesh(MeshSection(data=2, fsdp=1, tensor=2), jax.devices()[:4])
     with jax.set_mesh(mesh):
         placed = jax.device_put(segments, batch_sharding(mesh, segments.shape))
-        got = looked(placed, 0, block=8)
+        got = results(placed, before, block=8)
     for ours, theirs in zip(got, want, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-def test_what_is_kept_as_bits_of_bfloat16_changes_no_gradient():
-    """Whatever a layer's backward pass recomputes; nothing kept as bits is lost on the way back."""
+def collectives(attend, q, k, v, segments):
+    """(gradients of q, k and v through a loop over layers, collectives of the compiled program)."""
+
+    def loss(q, k, v, segments):
+        @jax.checkpoint
+        def layer(x, _):
+            return x + attend(x, k, v, segments), None
+
+        return jnp.sum(lax.scan(layer, q, length=3)[0])
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, segments).compile()
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return program(q, k, v, segments), re.findall(rf" ({names})[a-z-]*\(", program.as_text())
+
+
+def test_the_list_of_blocks_needs_no_collective_in_the_layer_loop(monkeypatch):
+    monkeypatch.setattr(attention_blocks, "CPU_BLOCK", 8)
+    rows, mesh = 8, make_mesh(MeshSection(data=2, fsdp=2, tensor=2), jax.devices())
+    keys = jax.random.split(jax.random.key(2), 3)
+    shapes = (rows, T, H, K), (rows, N, T, K), (rows, N, T, K)
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    segments = jnp.tile(ids(TEXTS["texts and padding"]), (rows // B, 1))
+
+    def ours(q, k, v, segments):
+        return attention.attention(q, k, v, segments, None, segments, scale=0.5)
+
+    options = dict(size=8, offset=0, window=None, softcap=0.0, scale=0.5)
+
+    def all_rows(q, k, v, segments):
+        return attention_blocks.attend(q, k, v, segments, segments, segments, **options)
+
+    want, _ = collectives(ours, q, k, v, segments)
+    batch = ("data", "fsdp")
+    specs = P(batch, None, "tensor"), P(batch, "tensor"), P(batch, "tensor"), P(batch)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip((q, k, v, segments), specs, strict=True)
+        ]
+        got, found = collectives(ours, *placed)
+        assert found == []
+        assert "all-reduce" in collectives(all_rows, *placed)[1]  # what the shards avoid
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_residuals_stored_as_bits_change_no_gradient():
+    """With every `remat`, in bfloat16."""
 
     def gradient(remat):
         model = Decoder(CFG, rngs=nnx.Rngs(0), compute_dtype="bfloat16", remat=remat)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters against peft on torch: either side's random one on the other, and ten steps of AdamW."""
+"""Adapters against peft on torch: each loads the other's random adapter; ten steps of AdamW."""
 
 import json
 
@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from jaxllm.config import ModelSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.hf import load_hf, load_model, model_config, save_adapter, save_hf
+from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.combine import choose
-from jaxllm.peft.files import find, make_adapter
+from jaxllm.peft.files import find, make_adapter, method_of
 from jaxllm.peft.merge import fold, merged
-from jaxllm.peft.methods import method_of
+from jaxllm.program import load_model, model_config
 from jaxllm.step import TrainState, alone, make_step
 
 LLAMA = CASES["llama"]
@@ -59,15 +59,15 @@ TIED = {
 }
 
 
-def randomise(model, seed=1):
-    """Gives what peft trains values at which a mistake shows."""
+def randomize(model, seed=1):
+    """Sets the trained parameters to random values large enough to expose a mistake."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:
                 noise = torch.randn_like(weight)
-                near = "magnitude" in name or weight.ndim == 1
-                weight.copy_(weight * (1 + 0.3 * noise) if near else 0.15 * noise)
+                scaled = "magnitude" in name or weight.ndim == 1
+                weight.copy_(weight * (1 + 0.3 * noise) if scaled else 0.15 * noise)
     return model
 
 
@@ -82,25 +82,26 @@ def torch_base(path):
 
 def torch_logits(model, tokens):
     with torch.no_grad():
-        found = model.eval()(torch.from_numpy(tokens).long()).logits.numpy()
-    return found[:, -tokens.shape[1] :]  # peft's prompt tuning returns the prompt's too
+        logits = model.eval()(torch.from_numpy(tokens).long()).logits.numpy()
+    return logits[:, -tokens.shape[1] :]  # peft's prompt tuning also returns the virtual tokens'
 
 
 def loaded_strictly(base, folder):
-    """The adapter in peft, where a missing or unexpected key is an error, not a warning."""
+    """The adapter loaded in peft; a missing or unexpected key is an error instead of a warning."""
     model = peft.PeftModel.from_pretrained(torch_base(base), folder)
-    if model.active_peft_config.is_prompt_learning:  # its one tensor goes in by another way
+    if model.active_peft_config.is_prompt_learning:  # peft loads its one tensor differently
         return model
-    found = peft.utils.save_and_load.set_peft_model_state_dict(
+    result = peft.utils.save_and_load.set_peft_model_state_dict(
         model, load_file(f"{folder}/adapter_model.safetensors")
     )
-    missing = [k for k in found.missing_keys if "lora_" in k or "to_save" in k]
-    assert not missing and not found.unexpected_keys
+    missing = [k for k in result.missing_keys if "lora_" in k or "to_save" in k]
+    assert not missing and not result.unexpected_keys
     return model
 
 
-def both_ways(tmp_path, base, config, change=randomise):
-    """(ours, logits of peft's random adapter in peft, here, and of what we write of it in peft)."""
+def both_ways(tmp_path, base, config, change=randomize):
+    """(our model, logits of a random peft adapter in peft, in our model, and in peft after we saved
+    it)."""
     theirs = change(peft.get_peft_model(torch_base(base), config))
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = some_tokens()
@@ -113,7 +114,7 @@ def both_ways(tmp_path, base, config, change=randomise):
 
 
 @pytest.mark.parametrize("options", LORA.values(), ids=LORA.keys())
-def test_lora_and_its_options_go_both_ways(tmp_path, options):
+def test_lora_and_its_options_round_trip_with_peft(tmp_path, options):
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options, task_type="CAUSAL_LM")
     ours, want, here, back = both_ways(tmp_path, base_in(tmp_path), config)
     for got in (here, back, logits_of(merged(ours), some_tokens())):
@@ -121,7 +122,7 @@ def test_lora_and_its_options_go_both_ways(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
-def test_what_is_tied_goes_both_ways_and_is_merged(tmp_path, options):
+def test_adapters_of_tied_weights_round_trip_with_peft_and_merge(tmp_path, options):
     base = base_in(tmp_path, tie_word_embeddings=True)
     config = peft.LoraConfig(**options, r=4, task_type="CAUSAL_LM")
     ours, want, here, back = both_ways(tmp_path, base, config)
@@ -131,15 +132,15 @@ def test_what_is_tied_goes_both_ways_and_is_merged(tmp_path, options):
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
-def test_virtual_tokens_go_both_ways(tmp_path, family, kind):
-    """mistral and gemma2 have windows that end inside the row, gemma2 scales its embeddings."""
+def test_virtual_tokens_round_trip_with_peft(tmp_path, family, kind):
+    """mistral and gemma2 have windows shorter than the row; gemma2 scales its embeddings."""
     config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
     _, want, *found = both_ways(tmp_path, base_in(tmp_path, family), config)
     for got in found:
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_a_projected_prefix_of_peft_is_read(tmp_path):
+def test_a_peft_prefix_with_projection_is_loaded(tmp_path):
     config = peft.PrefixTuningConfig(
         num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, task_type="CAUSAL_LM"
     )
@@ -149,25 +150,25 @@ def test_a_projected_prefix_of_peft_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_pissa_of_peft_is_read_and_written_at_twice_the_rank(tmp_path, rslora):
+def test_a_peft_pissa_adapter_is_loaded_and_saved_at_twice_the_rank(tmp_path, rslora):
     base = base_in(tmp_path)
     model = torch_base(base)
-    for layer in model.model.layers:  # singular values apart, so that the largest are sure
+    for layer in model.model.layers:  # distinct singular values, so the largest are unambiguous
         for module in (layer.self_attn.q_proj, layer.self_attn.v_proj):
             module.weight.data *= 2 * 0.7 ** torch.arange(module.in_features)
     model.save_pretrained(base)
     config = peft.LoraConfig(
         r=3, target_modules=QV, init_lora_weights="pissa", use_rslora=rslora, task_type="CAUSAL_LM"
     )
-    ours, want, here, back = both_ways(tmp_path, base, config, further)
+    ours, want, here, back = both_ways(tmp_path, base, config, trained_further)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"]) == (6, True)
     for got in (here, back, logits_of(merged(ours), some_tokens())):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def further(model):
-    """As if trained from where PiSSA began."""
+def trained_further(model):
+    """Changes PiSSA's initial A and B, as training would."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
@@ -178,7 +179,7 @@ def further(model):
 # ---- ten steps
 
 
-RATE = 1e-3  # AdamW turns the rounding of a tiny gradient into a whole step: keep steps small
+RATE = 1e-3  # small, because AdamW amplifies the rounding of a tiny gradient to a full step
 
 
 def rows(count=4, length=20):
@@ -190,7 +191,7 @@ def rows(count=4, length=20):
 
 
 def torch_steps(model, steps=10, ratio=1.0):
-    """(loss, gradient norm) of each step of AdamW on what is trained."""
+    """(loss, gradient norm) of each AdamW step on the trained parameters."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
     def group(name, weight):
@@ -237,8 +238,8 @@ def our_steps(model, steps=10, ratio=1.0):
 
 
 def steps_of_both(tmp_path, base, config, ratio=1.0):
-    """Ten steps of ours and of peft's from one adapter, (loss, gradient norm) of each; what came of
-    ours computes the same in peft."""
+    """(loss, gradient norm) of ten of our steps and of peft's, from the same adapter; our trained
+    adapter gives the same logits in peft."""
     theirs = peft.get_peft_model(torch_base(base), config)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -249,8 +250,8 @@ def steps_of_both(tmp_path, base, config, ratio=1.0):
     start = str(tmp_path / "start")
     section = PeftSection(method=method_of(find(start).config), path=start)
     cfg = TrainConfig(model=ModelSection(path=base), peft=section)
-    plan = make_adapter(model_config(cfg)[0], section)
-    ours = load_model(cfg, one_device(), peft=plan)
+    shape, _ = model_config(cfg)
+    ours = load_model(cfg, one_device(), shape, make_adapter(shape, section))
     (got, trained), want = our_steps(ours, ratio=ratio), torch_steps(theirs.train(), ratio=ratio)
     assert want[-1][0] < want[0][0] - 1e-3
     save_adapter(trained, str(tmp_path / "ours"))
@@ -270,26 +271,26 @@ def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
 @pytest.mark.parametrize(
     "name", ["DoRA", "patterns of ranks", "modules to save", "embeddings and head"]
 )
-def test_ten_steps_of_each_option_equal_peft_and_adamw(tmp_path, name):
+def test_ten_steps_of_the_options_equal_peft_and_adamw(tmp_path, name):
     config = peft.LoraConfig(r=4, **{k: v for k, v in LORA[name].items() if k != "r"})
     got, want = steps_of_both(tmp_path, base_in(tmp_path), config)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_ten_steps_of_lora_plus(tmp_path):
+def test_ten_steps_of_lora_plus_equal_peft_and_adamw(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=QV, task_type="CAUSAL_LM")
     got, want = steps_of_both(tmp_path, base_in(tmp_path), config, ratio=4.0)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
-def test_ten_steps_of_virtual_tokens(tmp_path, kind):
+def test_ten_steps_of_virtual_tokens_equal_peft_and_adamw(tmp_path, kind):
     config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
     got, want = steps_of_both(tmp_path, base_in(tmp_path), config)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
-# ---- several adapters, and what is refused
+# ---- several adapters, and errors
 
 
 @pytest.mark.parametrize(
@@ -301,10 +302,10 @@ def test_ten_steps_of_virtual_tokens(tmp_path, kind):
     ],
     ids=["both saved", "table saved", "head adapted"],
 )
-def test_an_adapter_that_unties_a_model_is_read_over_an_untied_copy(tmp_path, monkeypatch, options):
-    """And refused over the model itself, in words that make that copy."""
+def test_an_adapter_that_unties_a_model_is_loaded_on_an_untied_copy(tmp_path, monkeypatch, options):
+    """On the tied model it is an error, whose message contains the code that makes the copy."""
     base, tokens = base_in(tmp_path, "qwen2"), some_tokens()
-    theirs = randomise(peft.get_peft_model(torch_base(base), peft.LoraConfig(**options)))
+    theirs = randomize(peft.get_peft_model(torch_base(base), peft.LoraConfig(**options)))
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match="over an untied copy: ") as error:
         load_hf(base, adapter=str(tmp_path / "theirs"))
@@ -324,13 +325,13 @@ def two_adapters(tmp_path):
         }.items()
     ):
         config = peft.LoraConfig(**options, task_type="CAUSAL_LM")
-        model = randomise(peft.get_peft_model(torch_base(base), config), seed)
+        model = randomize(peft.get_peft_model(torch_base(base), config), seed)
         model.save_pretrained(tmp_path / name)
         places[name] = str(tmp_path / name)
     return base, places
 
 
-def test_one_of_several_none_or_a_weighted_sum(tmp_path):
+def test_one_of_several_adapters_none_or_a_weighted_sum_can_be_chosen(tmp_path):
     base, places = two_adapters(tmp_path)
     tokens = some_tokens()
     model = load_hf(base, adapter=places, mesh=one_device())
@@ -350,7 +351,7 @@ def test_one_of_several_none_or_a_weighted_sum(tmp_path):
     np.testing.assert_allclose(logits_of(model, tokens), torch_logits(summed, tokens), atol=1e-4)
 
 
-def test_rows_of_a_batch_use_adapters_of_their_own(tmp_path):
+def test_each_row_of_a_batch_can_use_another_adapter(tmp_path):
     from jaxllm.sampling import Sampling, generate
 
     base, places = two_adapters(tmp_path)
@@ -364,7 +365,7 @@ def test_rows_of_a_batch_use_adapters_of_their_own(tmp_path):
     assert len({tuple(tokens) for tokens in got[:3]}) == 3
 
 
-def test_merge_then_unmerge_restores(tmp_path):
+def test_merging_and_unmerging_restores_the_weights(tmp_path):
     base, places = two_adapters(tmp_path)
     model = load_hf(base, adapter=places["code"], mesh=one_device())
     before = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -398,7 +399,7 @@ def test_merge_then_unmerge_restores(tmp_path):
         ({"modules_to_save": ["lm_head"]}, "has no base_model.model.lm_head.weight"),
     ],
 )
-def test_an_adapter_that_is_not_understood_is_refused(tmp_path, changes, words):
+def test_an_unsupported_or_inconsistent_adapter_is_an_error(tmp_path, changes, words):
     base, places = two_adapters(tmp_path)
     file = tmp_path / "law" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -406,7 +407,7 @@ def test_an_adapter_that_is_not_understood_is_refused(tmp_path, changes, words):
         load_hf(base, adapter=places["law"], mesh=one_device())
 
 
-def test_an_adapter_brings_its_model_and_says_when_it_cannot(tmp_path):
+def test_an_adapter_path_loads_its_base_model_or_explains_why_not(tmp_path):
     base, places = two_adapters(tmp_path)
     tokens = some_tokens()
     want = logits_of(load_hf(base, adapter=places["law"], mesh=one_device()), tokens)
@@ -428,14 +429,14 @@ def test_an_adapter_brings_its_model_and_says_when_it_cannot(tmp_path):
         choose(load_hf(base, adapter=places | {"law": places["code"]}), "nothing")
 
 
-def test_what_is_always_on_is_not_weighed_nor_written_plain(tmp_path):
+def test_dora_and_modules_to_save_cannot_be_turned_off_or_saved_as_a_model(tmp_path):
     base = base_in(tmp_path)
     for name, options in {
         "dora": dict(use_dora=True),
         "saved": dict(modules_to_save=["lm_head"]),
     }.items():
         config = peft.LoraConfig(r=3, target_modules=QV, **options, task_type="CAUSAL_LM")
-        randomise(peft.get_peft_model(torch_base(base), config)).save_pretrained(tmp_path / name)
+        randomize(peft.get_peft_model(torch_base(base), config)).save_pretrained(tmp_path / name)
         model = load_hf(base, adapter=str(tmp_path / name), mesh=one_device())
         want = logits_of(model, some_tokens())
         choose(model, "default")

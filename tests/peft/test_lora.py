@@ -17,8 +17,8 @@ from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.context import Context
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
+from jaxllm.peft import METHODS
 from jaxllm.peft.files import make_adapter
-from jaxllm.peft.methods import METHODS
 
 SECTIONS = {
     "lora": PeftSection(method="lora", r=4),
@@ -130,11 +130,11 @@ def row_keys(count, seed=0):
 def test_dropout_differs_by_key_and_is_off_without_one():
     model, plain = with_dropout(lora_dropout=0.5), with_dropout()
     tokens = jnp.asarray(ragged_rows(2)["tokens"])
-    run = nnx.jit(lambda m, rng: m.hidden(tokens, rng=rng))
+    run = nnx.jit(lambda m, rng: m.hidden(tokens, rng=rng).x)
     first = run(model, row_keys(2))
     assert not np.allclose(first, run(model, row_keys(2, seed=1)))
     np.testing.assert_array_equal(first, run(model, row_keys(2)))
-    hidden = nnx.jit(lambda m: m.hidden(tokens))
+    hidden = nnx.jit(lambda m: m.hidden(tokens).x)
     np.testing.assert_array_equal(hidden(model), hidden(plain))
 
 
@@ -143,9 +143,9 @@ def test_dropout_differs_by_row_layer_and_module_and_keeps_the_mean():
     q, k = model.layers.attn.q.lora, model.layers.attn.k.lora
     context = Context(rng=row_keys(2))
     masks = [
-        q.dropout_mask(context.at_layer(0).rng, x.shape),
-        q.dropout_mask(context.at_layer(1).rng, x.shape),
-        k.dropout_mask(context.at_layer(0).rng, x.shape),
+        q.dropout_mask(context.at_layer(0, ()).rng, x.shape),
+        q.dropout_mask(context.at_layer(1, ()).rng, x.shape),
+        k.dropout_mask(context.at_layer(0, ()).rng, x.shape),
     ]
     rows = [row for mask in masks for row in np.asarray(mask)]
     for i, row in enumerate(rows):
@@ -160,7 +160,7 @@ def test_dropout_differs_by_row_layer_and_module_and_keeps_the_mean():
 def test_a_rows_dropout_does_not_depend_on_the_other_rows_or_the_mesh():
     model, tokens = with_dropout(lora_dropout=0.5), ragged_rows(16)["tokens"]
     graph, state = nnx.split(model)
-    run = jax.jit(lambda state, tokens, rng: nnx.merge(graph, state).hidden(tokens, rng=rng))
+    run = jax.jit(lambda state, tokens, rng: nnx.merge(graph, state).hidden(tokens, rng=rng).x)
     rng, order = row_keys(16), np.random.default_rng(0).permutation(16)
     want = np.asarray(run(state, tokens, rng))
     for rows in (order[:4], order[4:5], order):

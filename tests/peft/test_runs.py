@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole runs that train an adapter: killed and resumed, exported, merged, quantised, refused."""
+"""Runs that train an adapter: killed and resumed, exported, merged, quantized, and errors."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ LORA += ("--peft.lora_dropout", "0.1")
 
 @pytest.fixture(scope="module")
 def base(project):
-    """The project with a model in base/final."""
+    """The project, with a base model in base/final."""
     assert main(arguments(project, "pretrain", "base", "--save.every", "0")) == 0
     return project
 
@@ -60,7 +60,6 @@ def evaluated(capsys, model, data, *more):
 
 
 def test_resume_after_sigkill_is_bit_exact(straight):
-
     held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.packing", "true")
     args = tuning(straight, "killed", *LORA, *held_out)
     killed([sys.executable, "-m", "jaxllm", *args], straight / "killed")
@@ -75,7 +74,7 @@ def test_resume_after_sigkill_is_bit_exact(straight):
     assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
 
 
-def test_a_checkpoint_holds_what_is_trained_and_says_over_what(straight):
+def test_a_checkpoint_has_the_trained_weights_and_names_the_base(straight):
     saves = Checkpoints(straight / "straight" / "checkpoints")
     tree = saves.manager.item_metadata(12)["state"].tree
     names = {jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
@@ -87,7 +86,7 @@ def test_a_checkpoint_holds_what_is_trained_and_says_over_what(straight):
     saves.close()
 
 
-def test_another_base_is_refused(straight, capsys):
+def test_resuming_and_exporting_with_another_base_are_errors(straight, capsys):
     run, model = straight / "moved", straight / "base" / "final" / "model.safetensors"
     shutil.copytree(straight / "straight", run)
     kept = model.read_bytes()
@@ -103,7 +102,7 @@ def test_another_base_is_refused(straight, capsys):
         model.write_bytes(kept)
 
 
-def test_an_export_is_an_adapter_or_merged(straight, capsys):
+def test_an_export_is_an_adapter_or_a_merged_model(straight, capsys):
     run, few = straight / "straight", straight / "few.jsonl"
     last = list(lines_of(run, "eval").values())[-1]["loss"]
     plain = evaluated(capsys, straight / "base" / "final", few, "--max_length", "64")
@@ -142,7 +141,7 @@ def test_an_export_is_an_adapter_or_merged(straight, capsys):
     ],
     ids=["dora", "pissa", "pissa, nf4", "modules to save, save.dtype"],
 )
-def test_what_is_exported_is_what_final_holds(straight, more, request):
+def test_an_export_equals_the_final_folder(straight, more, request):
     name = request.node.callspec.id
     run, out = straight / name, straight / f"{name} exported"
     assert main(tuning(straight, name, *LORA, *more, "--steps", "2")) == 0
@@ -154,7 +153,7 @@ def test_what_is_exported_is_what_final_holds(straight, more, request):
     assert main(["export", str(run), str(straight / f"{name} merged"), "--merge"]) == 0
 
 
-def test_training_goes_on_from_an_adapter(straight, capsys):
+def test_training_starts_from_an_adapter(straight, capsys):
     start = str(straight / "straight" / "final")
     more = ("--peft.method", "lora", "--peft.path", start)
     assert main(tuning(straight, "further", *more, "--steps", "2")) == 0
@@ -177,7 +176,7 @@ def test_training_goes_on_from_an_adapter(straight, capsys):
 
 
 @pytest.mark.parametrize("method", ["adapter", "prefix", "prompt"])
-def test_the_other_methods_run_and_come_back(straight, capsys, method):
+def test_the_other_methods_train_and_load_again(straight, capsys, method):
     size = ("--peft.bottleneck", "4") if method == "adapter" else ("--peft.num_virtual_tokens", "4")
     held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.max_length", "60")
     args = tuning(straight, method, "--peft.method", method, *size, *held_out)
@@ -191,7 +190,7 @@ def test_the_other_methods_run_and_come_back(straight, capsys, method):
 
 
 @pytest.mark.parametrize("kind", ["nf4"])
-def test_a_quantised_base_is_smaller_and_is_resumed_exactly(straight, capsys, kind):
+def test_a_run_with_a_quantized_base_resumes_exactly(straight, capsys, kind):
     more = (*LORA, "--peft.quantize_base", kind)
     capsys.readouterr()
     assert main(tuning(straight, f"{kind}-once", *more, "--steps", "6", "--save.every", "3")) == 0
@@ -206,23 +205,23 @@ def test_a_quantised_base_is_smaller_and_is_resumed_exactly(straight, capsys, ki
     assert first != plain and first == pytest.approx(plain, rel=0.03)
 
 
-def widened(held):
-    """All layers of a quantised kernel in float32."""
-    layers = [jax.tree.map(lambda x, i=i: x[i], held) for i in range(held.shape[0])]
+def dequantized(kernel):
+    """All layers of a quantized kernel in float32."""
+    layers = [jax.tree.map(lambda x, i=i: x[i], kernel) for i in range(kernel.shape[0])]
     return np.stack([dense(layer, (None, None), "float32") for layer in layers])
 
 
 @pytest.mark.parametrize(("kind", "error", "size"), [("int8", 0.009, 1.02), ("nf4", 0.095, 0.54)])
-def test_quantised_kernels(kind, error, size):
+def test_quantized_kernels_are_small_and_close(kind, error, size):
     w = np.random.default_rng(0).normal(0, 0.02, (2, 576, 384)).astype(np.float32)
     found = quantize(jax.numpy.asarray(w), kind, lambda x: x)
     assert found.shape == w.shape and found.nbytes <= size * w.size
-    assert np.linalg.norm(widened(found) - w) / np.linalg.norm(w) < error
+    assert np.linalg.norm(dequantized(found) - w) / np.linalg.norm(w) < error
     with pytest.raises(ValueError, match="inputs that divide"):
         quantize(jax.numpy.zeros((1, 13, 8)), "nf4", lambda x: x)
 
 
-def test_a_quantised_model_computes_what_its_codes_say(straight):
+def test_a_quantized_model_equals_its_dequantized_copy(straight):
     path = str(straight / "base" / "final")
     mesh = make_mesh(MeshSection(fsdp=2, tensor=4))
     tokens = np.arange(16).reshape(2, 8)
@@ -231,14 +230,14 @@ def test_a_quantised_model_computes_what_its_codes_say(straight):
         into = dict(nnx.to_flat_state(nnx.state(whole)))
         for name, variable in nnx.to_flat_state(nnx.state(model)):
             if isinstance(held := variable.get_value(), Quantized):
-                into[name].set_value(widened(held))
+                into[name].set_value(dequantized(held))
         whole = nnx.merge(nnx.graphdef(whole), nnx.from_flat_state(into))
         run = nnx.jit(lambda m: m(tokens))
         np.testing.assert_allclose(run(model), run(whole), atol=1e-4)
         assert float(np.abs(run(load_hf(path)) - run(whole)).max()) > 1e-3
 
 
-def test_what_is_told_and_what_is_refused(straight, capsys):
+def test_the_summary_warnings_and_errors_of_a_peft_run(straight, capsys):
     run = straight / "told"
     args = tuning(straight, "told", *LORA, "--steps", "1")
     at = args.index("--optim.learning_rate")
@@ -246,9 +245,9 @@ def test_what_is_told_and_what_is_refused(straight, capsys):
     args[args.index("--peft.r") + 1] = "128"
     capsys.readouterr()
     assert main(args) == 0
-    said = capsys.readouterr().err
-    assert "warning: peft: rank 128 is outside the usual 4 to 64" in said
-    assert "trainable: " in said
+    printed = capsys.readouterr().err
+    assert "warning: peft: rank 128 is outside the usual 4 to 64" in printed
+    assert "trainable: " in printed
     assert json.loads((run / "config.json").read_text())["optim"]["learning_rate"] == 5e-4
     wrong = tuning(straight, "wrong", "--peft.method", "lora")
     refused(capsys, [*wrong, "--peft.r", "0"], "peft.r", "greater than 0")

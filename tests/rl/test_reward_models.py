@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward models: what a score depends on, and the way to transformers and peft and back."""
+"""Reward models: what a score depends on, and round trips through transformers and peft."""
 
 import copy
 import json
@@ -127,7 +127,7 @@ def test_a_text_ends_where_its_segment_does_whatever_its_tokens_are(model, token
     inside, last = text.copy(), text.copy()
     inside[3], last[-1] = token, token
     for each in (inside, last):
-        h = model.hidden(*(np.asarray(x) for x in rows_of([[each]], len(each))))
+        h = model.hidden(*(np.asarray(x) for x in rows_of([[each]], len(each)))).x
         want = float(h[0, len(each) - 1] @ model.score.kernel[...][:, 0])
         found = scored(model, *rows_of([[each, text]]))
         np.testing.assert_allclose(found[0, :2], [want, alone(model, text)], atol=1e-5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxllm import sampling as rollout
+from jaxllm import sampling as module
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
@@ -18,7 +18,6 @@ from jaxllm.sampling import (
     Completions,
     Sampling,
     completions,
-    cut,
     decode,
     filtered,
     generate,
@@ -120,11 +119,6 @@ def test_values_out_of_range_are_refused(model, sampling, message):
 def test_no_prompt_at_all_is_refused(model):
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         generate(model, [], Sampling())
-
-
-def test_text_is_cut_before_the_first_stop_string():
-    assert cut("one two three", ["three", "two"]) == ("one ", True)
-    assert cut("one", ["two"]) == ("one", False)
 
 
 def test_another_seed_is_no_other_program(model):
@@ -263,16 +257,16 @@ def test_lora_branches_complete_as_the_merged_model_does(model):
 
 
 @pytest.mark.parametrize("method", ["none", "lora", "adapter", "prefix", "prompt"])
-def test_layers_apart_are_the_same_model(method, monkeypatch):
+def test_unstacked_layers_are_the_same_model(method, monkeypatch):
     section = PeftSection(method=method, target_modules=("all-linear",), num_virtual_tokens=5)
     model = Decoder(CFG, rngs=nnx.Rngs(params=3, peft=4), peft=make_adapter(CFG, section))
     model.peft.begin(model)
     whole = completed(model, RAGGED, WARM)
-    monkeypatch.setattr(rollout, "ready", rollout._apart)
+    monkeypatch.setattr(module, "decoding_layout", module._unstacked)
     assert_same(whole, completed(model, RAGGED, WARM), atol=1e-4)
 
 
-def test_in_bfloat16_the_cache_and_layers_apart_change_no_choice():
+def test_in_bfloat16_the_cache_and_unstacked_layers_change_no_choice():
     small = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype="bfloat16")
     out = completed(small, PROMPTS, Sampling(max_new_tokens=12))
     for row, prompt in enumerate(PROMPTS):
@@ -281,9 +275,9 @@ def test_in_bfloat16_the_cache_and_layers_apart_change_no_choice():
         assert (logits.max(-1) - chosen).max() < 0.05 * jnp.abs(logits).max()
 
 
-def test_layers_apart_hold_what_products_read_in_the_compute_dtype():
+def test_unstacked_layers_have_the_compute_dtype():
     """A table that is cast at each step costs more than its product."""
     small = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype="bfloat16")
-    _, held = rollout._apart(*nnx.split(small))
+    _, held = module._unstacked(*nnx.split(small))
     kept = {str(x.dtype) for path, x in nnx.to_flat_state(held) if path[-1] != "scale"}
     assert kept == {"bfloat16"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online runs: what a rollout makes of prompts and rewards, and whole runs of PPO and GRPO."""
+"""Online RL: the experience of a rollout, and runs of PPO and GRPO."""
 
 import json
 import math
@@ -20,10 +20,12 @@ from steps import V, decoder, plain
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
 from jaxllm.config.checks import resolve
-from jaxllm.data.loader import Rows
+from jaxllm.data.rows import Rows
 from jaxllm.mesh import make_mesh
+from jaxllm.monitor.meter import means
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
-from jaxllm.rl.online import Rollouts, trained_by
+from jaxllm.program import trained_by
+from jaxllm.rl.online import Rollouts
 from jaxllm.rl.rewards import Reward, RewardModel
 from jaxllm.training import due
 
@@ -33,7 +35,7 @@ ENDS = tuple(range(12))
 
 
 class Numbers:
-    """A tokenizer whose texts are the tokens' numbers."""
+    """A tokenizer whose text is the token ids."""
 
     eos_token = chat_template = None
 
@@ -52,7 +54,7 @@ PROMPTS = [
 ]
 
 
-class Asked(list):
+class PromptList(list):
     """Prompts as `data.preference.Prompts` has them."""
 
     @property
@@ -61,7 +63,7 @@ class Asked(list):
 
 
 class Online:
-    """Rollouts of a tiny policy beside another as its reference."""
+    """Rollouts of a tiny policy with another model as its reference."""
 
     def __init__(self, verb, *rewards, count=2, beta=None, **rl):
         rl = {"group_size": 4, "minibatches": 2, "max_new_tokens": 6} | rl
@@ -84,12 +86,12 @@ class Online:
 
         self.samples = []
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        self.feed = Rollouts(self.cfg, mesh, Rows((Asked(PROMPTS),), None, 16), count, 0)
+        self.feed = Rollouts(self.cfg, mesh, Rows((PromptList(PROMPTS),), None, 16), count, 0)
         sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
         self.feed.begin(models, {}, rewards, Numbers, sample)
 
     def updates(self, count):
-        """Batches [B, T], in NumPy, and what was logged."""
+        """(NumPy batches [B, T], logged metrics) of the first updates."""
         made = [self.feed(step, self.trainable) for step in range(count)]
         flat = [jax.tree.map(lambda x: np.asarray(x).reshape(-1, x.shape[-1]), b) for b, _ in made]
         return flat, [{k: a / w for k, (a, w) in seen.items()} for _, seen in made]
@@ -103,8 +105,8 @@ LENGTH = scored("length", len)
 FIRST = scored("first", lambda words: int(words[0]) / V if words else 0.0)
 
 
-def whole(batches):
-    """The rows of several batches, each a dict, by what was asked and written."""
+def rows_of(batches):
+    """The rows of several batches, each a dict, sorted by their tokens."""
     rows = {}
     for batch in batches:
         for i in range(len(batch.tokens)):
@@ -133,10 +135,10 @@ def grouped(rows):
     return list(groups.values())
 
 
-def test_a_rows_weights_are_on_the_tokens_that_were_drawn_and_their_log_probabilities_beside():
+def test_a_row_learns_the_sampled_tokens_and_has_their_log_probabilities():
     run = Online("grpo", FIRST)
     batches, seen = run.updates(2)
-    rows = whole(batches)
+    rows = rows_of(batches)
     assert len(rows) == 16
     fields = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
     for row in rows:
@@ -154,7 +156,7 @@ def test_a_rows_weights_are_on_the_tokens_that_were_drawn_and_their_log_probabil
     assert [len(group) for group in grouped(rows)] == [4] * 4
 
 
-def test_each_pass_sees_every_completion_once_in_an_order_of_its_own():
+def test_each_iteration_sees_every_completion_once_in_another_order():
     run = Online("grpo", LENGTH, iterations=2)
     batches, seen = run.updates(6)
     assert [bool(s) for s in seen] == [True, False, False, False, True, False]
@@ -170,10 +172,10 @@ def test_each_pass_sees_every_completion_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_grpo_compares_the_weighted_sum_of_rewards_within_the_group(scale):
+def test_grpo_advantages_compare_the_weighted_sum_of_rewards_within_a_group(scale):
     run = Online("grpo", LENGTH, FIRST, reward_weights=(0.5, 3.0), scale_rewards=scale)
     batches, (seen, _) = run.updates(2)
-    rows = whole(batches)
+    rows = rows_of(batches)
     scores = [(0.5, len), (3.0, lambda words: words[0] / V if words else 0.0)]
     for group in grouped(rows):
         r = [earned(row, *scores) for row in group]
@@ -188,11 +190,11 @@ def test_grpo_compares_the_weighted_sum_of_rewards_within_the_group(scale):
     assert seen["zero_variance_groups"] == 0
 
 
-def test_what_has_no_reward_or_did_not_end_is_not_learned():
+def test_completions_without_a_reward_or_without_an_end_are_not_learned():
     some = scored("some", lambda words: math.nan if len(words) == 2 else len(words))
     run = Online("grpo", some, mask_truncated=True, missing_eos_penalty=0.5)
     batches, (seen, _) = run.updates(2)
-    rows = whole(batches)
+    rows = rows_of(batches)
     kinds = set()
     for group in grouped(rows):
         known = []
@@ -213,7 +215,17 @@ def test_what_has_no_reward_or_did_not_end_is_not_learned():
     assert seen["reward"] == pytest.approx(seen["reward/some"] - 0.5 * seen["truncated"], abs=0.2)
 
 
-def test_groups_of_equal_rewards_are_counted_and_teach_nothing():
+def test_rewards_that_no_completion_has_are_left_out_of_the_metrics():
+    none = scored("none", lambda _: math.nan)
+    run = Online("grpo", LENGTH, none)
+    _, metrics = run.feed(0, run.trainable)
+    assert metrics["reward/none"] == metrics["reward_std/none"] == (0.0, 0.0)
+    logged = means({"loss": (0.0, 1.0)} | metrics)
+    assert not {"reward/none", "reward_std/none"} & logged.keys()
+    assert logged["reward"] == pytest.approx(logged["reward/length"])
+
+
+def test_groups_of_equal_rewards_are_counted_and_have_zero_advantages():
     batches, (seen, _) = Online("grpo", scored("same", lambda _: 1.0)).updates(2)
     assert seen["zero_variance_groups"] == 1 and seen["reward_group_std"] == 0
     assert not any(batch.advantages.any() for batch in batches)
@@ -223,7 +235,7 @@ def test_ppo_estimates_advantages_from_kl_score_and_value():
     options = dict(group_size=1, iterations=1, kl_target=2.0, discount=0.9, gae_lambda=0.8)
     run = Online("ppo", FIRST, beta=0.3, **options)
     batches, (seen, _) = run.updates(2)
-    rows = whole(batches)
+    rows = rows_of(batches)
     fields = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
     w = fields["weights"]
     kl = (plain(run.policy, fields)[0] - plain(run.other, fields)[0]) * w
@@ -255,7 +267,7 @@ def test_ppo_refuses_a_completion_without_any_reward():
     ("every", "each", "steps"),
     [(4, 1, [4, 8, 12]), (4, 4, [4, 8, 12]), (5, 4, [8, 12]), (3, 4, [4, 8, 12]), (0, 4, [])],
 )
-def test_what_is_due_happens_after_whole_rollouts(every, each, steps):
+def test_events_happen_only_between_rollouts(every, each, steps):
     assert [s for s in range(1, 13) if due(every, s, each)] == steps
 
 
@@ -343,7 +355,7 @@ def assert_same_run(a, b, steps):
     assert weights_of(a / "final") == weights_of(b / "final")
 
 
-# Learning is to show, so the first two go fast and far.
+# High learning rates, so that few steps show learning.
 GRPO = ("--rl.group_size", "8", "--align.beta", "0.01", "--steps", "20", "--rl.temperature", "0.9")
 GRPO += ("--rl.reward_weights", "1", "0.1", "--optim.learning_rate", "0.02")
 PPO = ("--rl.minibatches", "2", "--rl.iterations", "2", "--rl.kl_target", "3")
@@ -362,7 +374,7 @@ def straight(asked):
     return asked
 
 
-def test_grpo_logs_its_rewards_and_what_became_of_them(straight):
+def test_grpo_logs_rewards_and_rollout_metrics(straight):
     lines = lines_of(straight / "grpo")
     first, last = lines[1], lines[20]
     for key in (
@@ -390,7 +402,7 @@ def test_grpo_logs_its_rewards_and_what_became_of_them(straight):
     assert any(s["rewards"]["right"] is None for s in samples)
 
 
-def test_ppo_logs_its_value_too(straight):
+def test_ppo_logs_value_metrics(straight):
     lines = lines_of(straight / "ppo")
     rolls = list(range(1, 48, 4))
     assert [step for step in lines if "reward" in lines[step]] == rolls
@@ -409,7 +421,7 @@ def test_ppo_logs_its_value_too(straight):
     assert betas[2] != betas[1]
 
 
-def test_grpo_goes_on_bit_for_bit_after_sigkill(straight):
+def test_grpo_resumes_bit_for_bit_after_sigkill(straight):
     run = straight / "grpo-killed"
     args = online(straight, "grpo", run.name, *GRPO, rewards=TWO)
     killed([sys.executable, "-m", "jaxllm", *args], run)
@@ -418,7 +430,7 @@ def test_grpo_goes_on_bit_for_bit_after_sigkill(straight):
     assert_same_run(straight / "grpo", run, 20)
 
 
-def test_a_signal_within_a_rollout_stops_after_it_and_ppo_goes_on_bit_for_bit(straight):
+def test_ppo_stops_after_the_rollout_of_a_signal_and_resumes_bit_for_bit(straight):
     args = online(straight, "ppo", "ppo-stopped", *PPO, rewards=["stops"])
     run = straight / "ppo-stopped"
     assert main(args) == 75
@@ -429,7 +441,7 @@ def test_a_signal_within_a_rollout_stops_after_it_and_ppo_goes_on_bit_for_bit(st
     assert_same_run(straight / "ppo", run, 48)
 
 
-def test_ppo_of_lora_with_a_critic_of_its_own_goes_on_bit_for_bit(straight):
+def test_ppo_of_lora_with_a_separate_critic_resumes_bit_for_bit(straight):
     run = straight / "lora-again"
     shutil.copytree(straight / "lora", run)
     shutil.rmtree(run / "checkpoints" / "4")
@@ -440,7 +452,7 @@ def test_ppo_of_lora_with_a_critic_of_its_own_goes_on_bit_for_bit(straight):
 
 
 @pytest.mark.parametrize("run", ["ppo", "lora"])
-def test_a_policy_is_exported_without_its_value(straight, run):
+def test_a_policy_is_exported_without_its_critic(straight, run):
     out = straight / f"{run}-exported"
     assert main(["export", str(straight / run), str(out)]) == 0
     assert weights_of(out) == weights_of(straight / run / "final")
@@ -452,7 +464,7 @@ def test_a_policy_is_exported_without_its_value(straight, run):
 
 
 @pytest.mark.parametrize("verb", ["grpo", "ppo"])
-def test_what_is_rewarded_becomes_frequent(straight, verb):
+def test_training_increases_the_reward(straight, verb):
     lines = lines_of(straight / verb).values()
     rewards = [line["reward/es"] for line in lines if "reward/es" in line]
     assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
@@ -470,7 +482,7 @@ def judge(straight):
     return str(straight / "judge" / "final")
 
 
-def test_a_reward_model_and_a_function_judge_together(straight, judge, capsys):
+def test_a_reward_model_and_a_function_are_summed(straight, judge, capsys):
     run = online(straight, "grpo", "judged", "--steps", "1", rewards=["length", judge])
     assert main([*run, "--rl.group_size", "4"]) == 0
     line = lines_of(straight / "judged")[1]
@@ -483,23 +495,8 @@ def test_a_reward_model_and_a_function_judge_together(straight, judge, capsys):
     refused(
         capsys,
         online(straight, "grpo", "wrong", rewards=[str(straight / "grpo" / "final")]),
-        "no reward model",
+        "is not a reward model",
     )
-
-
-def test_a_score_does_not_depend_on_batch_mates_or_padding(judge):
-    one = make_mesh(MeshSection(), jax.devices()[:1])
-    rng = np.random.default_rng(0)
-    texts = [rng.integers(5, 400, n) for n in (3, 64, 1, 40, 9, 63, 22, 5, 17)]
-    model = RewardModel.load(judge, one)
-    alone = np.concatenate([model.score_tokens([text]) for text in texts])
-    assert np.ptp(alone) > 1e-3
-    np.testing.assert_allclose(model.score_tokens(texts), alone, atol=1e-5)
-    np.testing.assert_allclose(model.score_tokens(texts[::-1]), alone[::-1], atol=1e-5)
-    many = RewardModel.load(judge, make_mesh(MeshSection()))
-    np.testing.assert_allclose(many.score_tokens(texts), alone, atol=1e-5)
-    whole = nnx.merge(model.graph, model.params)(jnp.asarray(texts[3])[None])
-    assert float(whole[0, 0]) == pytest.approx(float(alone[3]), abs=1e-5)
 
 
 # ---- mistakes
@@ -518,7 +515,7 @@ def test_a_score_does_not_depend_on_batch_mates_or_padding(judge):
         ("grpo", "./nowhere.judge:length", ["nowhere"]),
     ],
 )
-def test_a_reward_that_fails_is_named_with_the_row(asked, capsys, verb, reward, words):
+def test_the_error_of_a_reward_function_names_it_and_the_record(asked, capsys, verb, reward, words):
     args = online(asked, verb, "wrong", "--overwrite", rewards=[reward])
     line = refused(capsys, args, *words)
     if reward == "raises":
@@ -541,7 +538,7 @@ def test_a_reward_that_fails_is_named_with_the_row(asked, capsys, verb, reward, 
         ("ppo", ["--rl.kl_target", "6", "--align.beta", "0"], ["rl.kl_target", "a weight of 0"]),
     ],
 )
-def test_a_mistake_in_the_settings_is_one_line(asked, capsys, verb, more, words):
+def test_a_config_mistake_is_one_line(asked, capsys, verb, more, words):
     refused(capsys, online(asked, verb, "mistaken", *more), *words)
     assert not (asked / "mistaken" / "checkpoints").exists()
 

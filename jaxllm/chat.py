@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, text out: a model with its tokenizer, completions of texts, a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxllm.errors import UserError
+from jaxllm.model.decoder import Decoder
+from jaxllm.peft.combine import Choice
+from jaxllm.sampling import Sampling, generate, stream
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """(`text` up to its first stop string, True if it has one)."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model with its tokenizer and stop ids."""
+
+    model: Decoder
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+    @staticmethod
+    def load(
+        path: str,
+        dtype: str = "float32",
+        template: str | None = None,
+        adapter: Mapping[str, str] | None = None,
+    ) -> TextModel:
+        """From a HF directory or hub id; `template` as data.template, `adapter` as in load_hf.
+
+        Raises UserError or FileNotFoundError if it is missing or cannot generate text.
+        """
+        from jaxllm.data.chat import stop_ids
+        from jaxllm.data.template import chat_tokenizer
+        from jaxllm.files import local_dir
+        from jaxllm.hf import load_hf
+        from jaxllm.peft.files import tokenizer_of
+        from jaxllm.tokenizer import check_vocabulary
+
+        tokenizer = chat_tokenizer(tokenizer_of(path), template)
+        model = load_hf(path, dtype=dtype, adapter=adapter or None)
+        check_vocabulary(tokenizer, model.cfg.vocab_size)
+        if model.cfg.scores:
+            raise UserError(f"{path} is a reward model; it scores texts and generates none")
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, local_dir(model.base))))
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokens of the rendered messages with the generation prompt."""
+        from jaxllm.data.chat import prompt_tokens
+        from jaxllm.data.template import apply_user_template
+
+        return prompt_tokens(self.tokenizer, apply_user_template(self.tokenizer, messages)).tolist()
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Decoded tokens without stop ids."""
+        return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+
+def generate_text(
+    model: str,
+    prompts: list[str],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    template: str | None = None,
+    stop: Sequence[str] = (),
+    dtype: str = "float32",
+    sampling: Sampling = Sampling(),
+    adapter: Mapping[str, str] | None = None,
+    use: Sequence[Choice] = (),
+) -> list[str]:
+    """Continues texts, or answers them as user messages through the chat template.
+
+    adapter: {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for
+    all prompts.
+
+    Rows end at the model's stop ids and those of `sampling`, and before the strings `stop`.
+    Raises UserError as `check_prompts` does.
+    """
+    loaded = TextModel.load(model, dtype, template, adapter)
+    if len(use) not in (0, 1, len(prompts)):
+        raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
+    use = list(use) * len(prompts) if len(use) == 1 else use
+    before = [{"role": "system", "content": system}] if system else []
+    if chat:
+        rows = [loaded.prompt([*before, {"role": "user", "content": p}]) for p in prompts]
+    else:
+        rows = [loaded.tokenizer(p).input_ids for p in prompts]
+    sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *loaded.stop_ids))
+    ended = None if not stop else (lambda tokens: cut(loaded.text(tokens), stop)[1])
+    outs = generate(loaded.model, rows, sampling, ended, use)
+    return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
+
+
+def write_text(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def chat_loop(
+    model: str,
+    *,
+    system: str | None = None,
+    template: str | None = None,
+    stop: Sequence[str] = (),
+    dtype: str = "float32",
+    sampling: Sampling = Sampling(),
+    adapter: Mapping[str, str] | None = None,
+    use: Sequence[Choice] = (),
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = write_text,
+) -> None:
+    """A conversation in the terminal, streamed; ends at end of input or an empty line."""
+    loaded = TextModel.load(model, dtype, template, adapter)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = read("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        messages.append({"role": "user", "content": line})
+        tokens: list[int] = []
+        shown = ""
+        try:
+            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1, use):
+                tokens.append(int(new[0, 0]))
+                text, ended = cut(loaded.text(tokens), stop)
+                if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
+                    write(text[len(shown) :])
+                    shown = text
+                if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
+                    break
+        except KeyboardInterrupt:
+            pass  # ends the answer, not the conversation
+        write("\n")
+        messages.append({"role": "assistant", "content": shown})

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of text and conversations, and the mixture of several sources' rows.
+
+Dims: T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.batch import empty_row, make_row
+from jaxllm.data.examples import Examples
+from jaxllm.data.packing import one_per_row, pack
+
+Row = dict[str, np.ndarray]  # the fields of Batch without the batch dim
+
+
+class Windows:
+    """Documents concatenated and cut into rows of `length` tokens.
+
+    The last target of a row is the first token of the next one, so every token but the first is
+    predicted once. The tokens after the last full row are dropped, or padded to a row if `tail`.
+    With `segment`, attention and positions restart at each document, and the first token of a
+    document is not a target. Otherwise a row is a single segment and every token is a target.
+    """
+
+    def __init__(
+        self, examples: Examples, indices: np.ndarray, length: int, *, segment: bool, tail: bool
+    ) -> None:
+        self._examples, self._indices = examples, indices
+        self.length, self._segment = length, segment
+        self._starts = np.concatenate([[0], np.cumsum(examples.lengths[indices])])
+        targets = max(int(self._starts[-1]) - 1, 0)
+        self._count = -(-targets // length) if tail else targets // length
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> Row:
+        starts = self._starts
+        begin = row * self.length
+        end = min(begin + self.length + 1, int(starts[-1]))
+        first = int(np.searchsorted(starts, begin, "right")) - 1
+        last = int(np.searchsorted(starts, end, "left"))
+        tokens, document, positions = np.empty((3, end - begin), np.int32)
+        for index in range(first, last):
+            start = int(starts[index])
+            lo, hi = max(start, begin), min(int(starts[index + 1]), end)
+            window = slice(lo - begin, hi - begin)
+            tokens[window] = self._examples.tokens(self._indices[index])[lo - start : hi - start]
+            document[window] = index - first + 1
+            positions[window] = np.arange(hi - lo)
+        if not self._segment:
+            document[:] = 1
+            positions[:] = np.arange(end - begin)
+        out = empty_row(self.length)
+        n = end - begin - 1
+        out["tokens"][:n] = tokens[:-1]
+        out["targets"][:n] = tokens[1:]
+        out["weights"][:n] = document[1:] == document[:-1]
+        out["segment_ids"][:n] = document[:-1]
+        out["positions"][:n] = positions[:-1]
+        return out
+
+
+class Conversations:
+    """Conversations in rows of `length` tokens: packed, or one per row."""
+
+    def __init__(
+        self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool
+    ) -> None:
+        self._examples, self._indices, self.length = examples, indices, length
+        self._packing = (
+            pack(examples.lengths[indices], length) if packing else one_per_row(len(indices))
+        )
+
+    def __len__(self) -> int:
+        return len(self._packing)
+
+    def __getitem__(self, row: int) -> Row:
+        indices = self._indices[self._packing[row]]
+        segments = [(self._examples.tokens(i), self._examples.loss_weights(i)) for i in indices]
+        return make_row(segments, self.length)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one or more sources.
+
+    Without `weights` the sources are concatenated and an epoch is a pass over all of them. With
+    weights the sources are interleaved in these proportions, small ones are repeated, and an epoch
+    is a pass over the largest.
+    """
+
+    parts: tuple[Any, ...]
+    weights: tuple[float, ...] | None
+    length: int
+    """tokens in a row"""
+
+    def __len__(self) -> int:
+        """Rows in an epoch, which includes each row of the largest source."""
+        largest, counts = self.largest, self.counts
+        return -(-len(self.parts[largest]) * sum(counts) // counts[largest])
+
+    @property
+    def largest(self) -> int:
+        """The index of the source with the most rows."""
+        return int(np.argmax([len(part) for part in self.parts]))
+
+    @property
+    def counts(self) -> list[int]:
+        """Each source's proportion as an integer, in hundredths of the least weight as in Grain."""
+        if self.weights is None:
+            return [len(part) for part in self.parts]
+        return [round(100 * weight / min(self.weights)) for weight in self.weights]
+
+    @property
+    def fractions(self) -> list[float]:
+        """Each source's fraction of the rows; they sum to 1."""
+        return [count / sum(self.counts) for count in self.counts]

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flash attention by blocks in XLA operations, with its own backward pass (arXiv:2205.14135).
+
+One loop visits the pairs of blocks in which some query may see a key. The backward pass recomputes
+the scores from the log-sum-exp of the forward pass, so none are stored.
+
+Dims: B rows, T queries, S keys, H query heads, N key/value heads, G = H / N, K head_dim of queries
+and keys, V head_dim of values; in the loop, T and S are the sizes of a block, and n and m the
+numbers of blocks of queries and keys.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxllm.mesh import platform
+from jaxllm.ops.attention_mask import EVERYWHERE, NOWHERE, visible
+from jaxllm.ops.matmul import softcapped
+from jaxllm.ops.residuals import saveable_in_vjp
+
+# Tokens in a block: the fastest sizes measured. Smaller ones skip more pairs, larger ones make
+# larger products.
+CPU_BLOCK, ACCELERATOR_BLOCK = 128, 512
+MAX_BLOCKS = 64  # in a row; longer rows have larger blocks, since the pairs are a compiled list
+MASKED = -1e30  # a score whose exp is 0; -inf would give NaN where a query sees no key
+
+
+def block_size(length: int) -> int:
+    """Tokens in a block of a row of `length`."""
+    size = CPU_BLOCK if platform() == "cpu" else ACCELERATOR_BLOCK
+    while length > MAX_BLOCKS * size:
+        size *= 2
+    return min(size, length)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BNSK: jax.Array,
+    v_BNSV: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    q_positions: jax.Array,
+    *,
+    size: int,
+    offset: jax.Array | int,
+    window: int | None,
+    softcap: float,
+    scale: float,
+) -> jax.Array:
+    """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T."""
+    B, T, H, K = q_BTHK.shape
+    N, S = k_BNSK.shape[1:3]
+    front = -offset % size if size < T else 0  # blocks of keys begin where blocks of queries do
+    queries = partial(_split, size=size)
+    keys = partial(_split, size=size if size < T else S, front=front)
+    q = (
+        queries(q_BTHK.astype(k_BNSK.dtype), 1)
+        .reshape(-1, B, size, N, H // N, K)
+        .transpose(0, 1, 3, 4, 2, 5)
+    )
+    k, v = keys(k_BNSK, 2), keys(v_BNSV, 2)
+    where = (
+        queries(q_segments, 1, fill=NOWHERE),
+        keys(k_segments, 1, fill=NOWHERE),
+        queries(q_positions, 1),
+        (jnp.asarray(offset), jnp.asarray(-front)),
+    )
+    out: Any = _attend(q, k, v, where, scale, window, softcap)  # [n, B, N, G, size, V]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
+    return out.astype(q_BTHK.dtype)
+
+
+def _split(x: jax.Array, axis: int, size: int, front: int = 0, fill: int = 0) -> jax.Array:
+    """[..., T, ...] -> [n, ..., size, ...]: the axis in blocks, padded with `fill`.
+
+    `front` elements are added before the axis, and after it as many as the last block lacks.
+    """
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (front, -(x.shape[axis] + front) % size)
+    x = jnp.pad(x, pad, constant_values=fill)
+    x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Product over the dims `contract`, batched over [B, N], in float32."""
+    dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _visible_pairs(where: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(blocks of queries, blocks of keys, number of visible pairs), the visible pairs first.
+
+    A pair is visible if some query of some row may see one of its keys.
+    """
+    q_segments, k_segments, _, (first_query, first_key) = where
+    (n, _, size), m = q_segments.shape, len(k_segments)
+    i, j = np.tril_indices(n, m - n, m)
+
+    def id_range(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Lowest and highest segment id of each block and row, [n, B]; padding has the highest."""
+        padding = (segments == 0) | (segments == NOWHERE)
+        ids = jnp.where(padding, jnp.iinfo(jnp.int32).max, segments)
+        return ids.min(-1), ids.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = id_range(q_segments), id_range(k_segments)
+    seen = ((q_low[i] <= k_high[j]) & (k_low[j] <= q_high[i])).any(-1)
+    if window is not None:
+        seen &= first_query + i * size - (first_key + j * size + size - 1) < window
+    seen |= (k_segments == EVERYWHERE).any((1, 2))[j]
+    order = jnp.argsort(~seen, stable=True)
+    return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q, k, v, where, scale: float, window: int | None, softcap: float) -> Any:
+    """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
+
+    where: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the indices of
+    the first query and the first key.
+    """
+    return _forward(q, k, v, where, scale, window, softcap)[0]
+
+
+def _block(x: jax.Array, i: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
+    """Scores of two blocks, float32 [B, N, G, T, S]; MASKED where a query does not see a key.
+
+    They are scaled in float32: a bfloat16 scale or product would be off by up to 0.4 %.
+    """
+    q_segments, k_segments, q_positions, (first_query, first_key) = where
+    (_, B, N, G, T, K), S = q.shape, k.shape[3]
+    scores = _product(_block(q, i).reshape(B, N, G * T, K), _block(k, j), (3, 3))
+    scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
+    segments = _block(q_segments, i), _block(k_segments, j)
+    indices = first_query + i * T + jnp.arange(T), first_key + j * S + jnp.arange(S)
+    mask = visible(*segments, _block(q_positions, i), *indices, window)
+    return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _over_pairs(visit: Any, sums: Any, where: Any, window: int | None) -> Any:
+    """sums = visit(i, j, sums) for each visible pair of blocks."""
+    q_blocks, k_blocks, count = _visible_pairs(where, window)
+    return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
+
+
+def _forward(q, k, v, where, scale: float, window: int | None, softcap: float):
+    n, B, N, G, T, _ = q.shape
+    V = v.shape[-1]
+
+    def one_pair(i: Any, j: Any) -> tuple[jax.Array, ...]:
+        """max(scores), Σ exp(scores - max) and Σ exp(scores - max) v of a pair of blocks."""
+        scores = _scores(q, k, where, i, j, scale, window, softcap)
+        top = jnp.max(scores, -1, keepdims=True)
+        probs = jnp.exp(scores - top)
+        total = jnp.sum(probs, -1, keepdims=True)
+        weighted = _product(probs.astype(v.dtype).reshape(B, N, G * T, -1), _block(v, j), (3, 2))
+        return top, total, weighted.reshape(B, N, G, T, V)
+
+    def visit(i: Any, j: Any, sums: Any) -> Any:
+        old, new = [_block(x, i) for x in sums], one_pair(i, j)
+        top = jnp.maximum(old[0], new[0])
+        parts = [(jnp.exp(x[0] - top), x) for x in (old, new)]
+        total, weighted = (sum(factor * x[index] for factor, x in parts) for index in (1, 2))
+        updates = zip(sums, (top, total, weighted), strict=True)
+        return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in updates)
+
+    if n == len(k) == 1:
+        top, total, weighted = (x[None] for x in one_pair(0, 0))
+    else:
+        zeros = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
+        start = (zeros + MASKED, zeros, jnp.zeros((*q.shape[:-1], V), jnp.float32))
+        top, total, weighted = _over_pairs(visit, start, where, window)
+    out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
+    lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
+    return out, (q, k, v, where, out, lse)
+
+
+def _backward(scale: float, window: int | None, softcap: float, saved, g):
+    q, k, v, where, out, lse = saved
+    n, B, N, G, T, K = q.shape
+    g = g.astype(v.dtype)
+    inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
+
+    def merged(x: jax.Array) -> jax.Array:
+        """[B, N, G, T, ...] -> [B, N, G * T, ...]"""
+        return x.reshape(B, N, G * T, x.shape[-1])
+
+    def visit(i: Any, j: Any, sums: Any) -> Any:
+        scores = _scores(q, k, where, i, j, scale, window, softcap)
+        probs = jnp.exp(scores - _block(lse, i)[..., None])
+        slope = _product(merged(_block(g, i)), _block(v, j), (3, 3)).reshape(probs.shape)
+        slope = probs * (slope - _block(inner, i)[..., None])
+        if softcap:
+            capped = jnp.where(scores > MASKED / 10, scores, 0.0)
+            slope = slope * (1.0 - jnp.square(capped / softcap))
+        slope = merged((scale * slope).astype(q.dtype))
+        dq = _product(slope, _block(k, j), (3, 2)).reshape(B, N, G, T, K)
+        dk = _product(slope, merged(_block(q, i)), (2, 2))
+        dv = _product(merged(probs.astype(v.dtype)), merged(_block(g, i)), (2, 2))
+        updates = zip(sums, (dq, dk, dv), (i, j, j), strict=True)
+        return tuple(
+            lax.dynamic_update_index_in_dim(x, _block(x, n) + dx, n, 0) for x, dx, n in updates
+        )
+
+    sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+    sums = visit(0, 0, sums) if n == len(k) == 1 else _over_pairs(visit, tuple(sums), where, window)
+    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a fused attention kernel, its mask and its shards.
+
+The kernels themselves run on a GPU only; benchmarks/gpu.py compares their results with XLA's.
+"""
+
+import tomllib
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice
+
+from jaxllm.errors import UserError
+from jaxllm.mesh import MeshSection, make_mesh
+from jaxllm.ops import attention, attention_gpu
+from jaxllm.ops.attention_mask import first_visible, visible
+
+SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 7 + [0] * 3, [4] * 16, [1, 2, 3, 4] * 4], np.int32)
+FACTS = {"dtype": jnp.bfloat16, "softcap": 0.0, "head_dims": (8, 8)}
+H100 = SimpleNamespace(platform="gpu", compute_capability="9.0")
+A100 = SimpleNamespace(platform="gpu", compute_capability="8.0")
+
+
+def on_gpu(monkeypatch, device=H100, version=attention_gpu.TOKAMAX_VERSIONS[-1]):
+    monkeypatch.setattr(attention_gpu, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention_gpu.jax, "devices", lambda: [device])
+    monkeypatch.setattr(attention_gpu.metadata, "version", lambda name: version)
+
+
+def test_a_token_sees_keys_from_the_start_of_its_segment():
+    np.testing.assert_array_equal(
+        first_visible(jnp.asarray(SEGMENTS[:2]), None),
+        [[0] * 5 + [5] + [6] * 7 + [13] * 3, [0] * 16],
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_first_visible_key_and_causality_equal_the_mask(window):
+    segments = jnp.asarray(SEGMENTS[:2])
+    indices = jnp.arange(segments.shape[1])
+    first = first_visible(segments, window)
+    got = (indices >= first[:, :, None]) & (indices <= indices[:, None])
+    want = visible(segments, segments, jnp.zeros_like(segments), indices, indices, window)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
+    assert attention_gpu.choose("auto", **FACTS)[0] == "xla"  # on this CPU
+    on_gpu(monkeypatch)
+    assert attention_gpu.choose("auto", **FACTS) == ("mosaic", "")
+    assert attention_gpu.choose("xla", **FACTS) == ("xla", "")
+    assert attention_gpu.choose("triton", **FACTS) == ("triton", "")
+    on_gpu(monkeypatch, A100)
+    assert attention_gpu.choose("auto", **FACTS) == (
+        "xla",
+        "mosaic is the fastest kernel on Hopper only",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "facts", "machine", "reason"),
+    [
+        ("mosaic", {"dtype": jnp.float32}, {}, "model.compute_dtype bfloat16, not float32"),
+        ("triton", {"softcap": 30.0}, {}, "no soft cap"),
+        ("mosaic", {"head_dims": (8, 4)}, {}, "head_dim is 8 for queries and 4 for values"),
+        ("mosaic", {"prefix": True}, {}, "keys of a prefix precede each text"),
+        ("mosaic", {}, {"version": "0.0.1"}, "tokamax 0.0.1 is not one of the tested versions"),
+        ("mosaic", {}, {"device": SimpleNamespace(platform="cpu")}, "that is no GPU"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_an_error(monkeypatch, kernel, facts, machine, reason):
+    on_gpu(monkeypatch, **machine)
+    with pytest.raises(UserError, match=reason):
+        attention_gpu.choose(kernel, **FACTS | facts)
+    if kernel == "mosaic":  # auto uses XLA, and says why
+        name, why = attention_gpu.choose("auto", **FACTS | facts)
+        assert name == "xla" and reason in why
+
+
+def test_a_kernel_is_refused_without_a_gpu_and_without_tokamax(monkeypatch):
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    k, ones = q.swapaxes(1, 2), jnp.ones((1, 4), jnp.int32)
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, and this program is for a CPU"):
+        attention.attention(q, k, k, ones, None, ones, scale=1.0, kernel="triton")
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    on_gpu(monkeypatch)
+    monkeypatch.setattr(attention_gpu.metadata, "version", missing)
+    with pytest.raises(UserError, match="tokamax is not installed"):
+        attention_gpu.choose("mosaic", **FACTS)
+
+
+def test_the_kernel_is_printed_at_the_start(monkeypatch):
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
+    facts = {"dtype": "bfloat16", "softcap": 0.0}
+    assert attention.notes(mesh, "auto", **facts) == []
+    with pytest.raises(UserError, match="mosaic cannot run"):
+        attention.notes(mesh, "mosaic", **facts)
+    on_gpu(monkeypatch)
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    assert attention.notes(mesh, "auto", **facts) == ["attention: mosaic"]
+    assert attention.notes(mesh, "auto", dtype="float32", softcap=0.0) == [
+        "attention: xla (it needs model.compute_dtype bfloat16, not float32)"
+    ]
+
+
+@pytest.mark.parametrize("dtype, fused", [("bfloat16", True), ("float32", False)])
+def test_the_kernel_serves_bfloat16_rows_that_attend_to_themselves(monkeypatch, dtype, fused):
+    segments, calls = jnp.asarray(SEGMENTS), []
+    q = jnp.full((*segments.shape, 4, 8), 1.5, dtype)
+    k = v = jnp.ones((len(segments), 2, segments.shape[1], 8), dtype)
+
+    def run(kernel, q, k, v, segments, **options):
+        calls.append((kernel, q.shape, k.shape, v.shape))
+        assert options["scale"] == 144**-0.5 and (q == 1.5).all()  # the kernel scales, in float32
+        return q
+
+    on_gpu(monkeypatch)
+    monkeypatch.setattr(attention_gpu, "run", run)
+    attention.attention(q, k, v, segments, None, segments, scale=144**-0.5)
+    heads = tuple((3, 16, n, 8) for n in (4, 2, 2))
+    assert calls == ([("mosaic", *heads)] if fused else [])
+    attention.attention(q, k, v, segments, segments, segments, scale=144**-0.5)  # keys of a cache
+    assert len(calls) == fused
+
+
+def stand_in(kernel, q, k, v, segments, *, scale, window, softcap):
+    """A kernel of jnp operations: a softmax over all keys, in float32."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = scale * jnp.einsum("bthk,bshk->bhts", q, k)
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    indices = jnp.arange(q.shape[1])
+    mask = visible(segments, segments, jnp.zeros_like(segments), indices, indices, window)
+    probs = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), -1)
+    return jnp.einsum("bhts,bshv->bthv", probs, v)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "heads", "shard"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (4, 2), (2, 2, 1)),
+        ({"data": 4, "fsdp": 2}, 8, (4, 2), (1, 4, 2)),
+        ({"data": 2, "tensor": 4}, 4, (8, 2), (2, 2, 1)),  # two devices share a key/value head
+        ({"fsdp": 4, "tensor": 2}, 4, (3, 3), (1, 3, 3)),  # 3 heads do not divide by 2
+        ({"fsdp": 4, "tensor": 2}, 3, (4, 2), (3, 2, 1)),  # 3 rows do not divide by 4
+        ({"expert": 2, "context": 2, "tensor": 2}, 2, (4, 2), (2, 2, 1)),
+    ],
+)
+def test_a_kernel_runs_on_each_devices_rows_and_heads(monkeypatch, sizes, rows, heads, shard):
+    (H, N), T, K = heads, 16, 8
+    segments = jnp.asarray(np.resize(SEGMENTS[:2], (rows, T)))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, g = (jax.random.normal(key, (rows, T, H, K)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (rows, N, T, K)) for key in keys[2:])
+    seen = set()
+
+    def run(kernel, q, k, v, segments, **options):
+        seen.add((q.shape[0], q.shape[2], k.shape[2]))
+        return stand_in(kernel, q, k, v, segments, **options)
+
+    def both(kernel):
+        def result(q, k, v, g):
+            def attend(q, k, v):
+                return attention.attention(
+                    q, k, v, segments, None, segments, scale=0.5, window=5, kernel=kernel
+                )
+
+            out, back = jax.vjp(attend, q, k, v)
+            return out, *back(g)
+
+        return jax.jit(result)(q, k, v, g)
+
+    want = both("xla")
+    monkeypatch.setattr(attention_gpu, "run", run)
+    monkeypatch.setattr(attention_gpu, "choose", lambda kernel, **_: (kernel, ""))
+    mesh = make_mesh(MeshSection(**{"data": 1, "fsdp": 1} | sizes), jax.devices())
+    with jax.set_mesh(mesh):
+        got = both("mosaic")
+    assert seen == {shard}
+    real = (segments > 0)[..., None, None]
+    np.testing.assert_allclose(jnp.where(real, got[0], 0), jnp.where(real, want[0], 0), atol=2e-6)
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_mesh_and_not_this_machine_decides(monkeypatch):
+    mesh = make_mesh(MeshSection(), jax.devices()[:1]).abstract_mesh
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        assert "tokamax asks the attached device" in attention_gpu.choose("auto", **FACTS)[1]
+        with pytest.raises(UserError, match="that is no GPU"):
+            attention_gpu.choose("mosaic", **FACTS)
+
+
+def test_private_modules_of_tokamax_are_used_in_tested_versions_only():
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    pinned = [x for x in pyproject["project"]["optional-dependencies"]["cuda"] if "tokamax" in x]
+    assert pinned == [f"tokamax=={attention_gpu.TOKAMAX_VERSIONS[-1]}"]
+    if find_spec("tokamax") is None:
+        pytest.skip("tokamax is not installed")
+    assert metadata.version("tokamax") in attention_gpu.TOKAMAX_VERSIONS
+    api = import_module("tokamax._src.ops.attention.api")
+    assert set(attention_gpu.IMPLEMENTATIONS.values()) <= set(api.IMPLEMENTATIONS)
+    base = import_module("tokamax._src.ops.attention.base")
+    base.Mask(k_start=jnp.zeros((1, 1, 4), jnp.int32), is_causal=True)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program built on a CPU for another platform has the forms of that platform."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from jaxllm.data.batch import Batch
+from jaxllm.mesh import AXES, MeshSection, make_mesh, platform
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.ops.attention_blocks import block_size
+from jaxllm.ops.cross_entropy import default_chunk
+from jaxllm.ops.decoding import argmax, cache_dtype, prefers_unstacked
+
+CFG = ModelConfig(
+    "llama",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=2048,
+    ropes=(Rope(),),
+    kinds=(LayerKind(0),),
+)
+ROWS, LENGTH = 4, 1024
+KINDS = {"cpu": "cpu", "gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite"}
+ONE, EIGHT = (1, 1, 1, 1, 1), (2, 2, 1, 1, 2)
+
+
+def mesh_of(name, sizes=ONE):
+    """A mesh of devices that are not attached."""
+    device = AbstractDevice(device_kind=KINDS[name], num_cores=None, platform=name)
+    types = (AxisType.Auto,) * len(AXES)
+    return AbstractMesh(sizes, AXES, axis_types=types, abstract_device=device)
+
+
+def gradient(params, graph, batch):
+    def loss(params):
+        return lm_loss(nnx.merge(graph, params), batch, None)[0]
+
+    return jax.grad(loss)(params)
+
+
+def traced(name, sizes):
+    """The traced gradient of a decoder's loss, for a mesh of that platform."""
+    with jax.sharding.use_abstract_mesh(mesh_of(name, sizes)):
+        options = {"compute_dtype": "bfloat16", "remat": "names"}
+        graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(CFG, rngs=nnx.Rngs(0), **options)))
+        ints, floats = (jax.ShapeDtypeStruct((ROWS, LENGTH), d) for d in (jnp.int32, jnp.float32))
+        fields = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints)
+        batch = Batch(**fields, weights=floats)
+        return jax.jit(gradient, static_argnums=1).trace(params, graph, batch)
+
+
+def equations(jaxpr):
+    """Equations of a jaxpr and all jaxprs inside it, each with the jaxpr it is in."""
+    for eqn in jaxpr.eqns:
+        yield eqn, jaxpr
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def forms(name, sizes):
+    """What a program holds of each form, and the sizes of its blocks of tokens."""
+    found = traced(name, sizes)
+    target = "cuda" if name == "gpu" else name
+    text = found.lower(lowering_platforms=(target,)).as_text()
+    rounded = 0  # bfloat16 products that are float32 first
+    for eqn, jaxpr in equations(found.jaxpr.jaxpr):
+        if eqn.primitive.name == "dot_general" and eqn.invars[0].aval.dtype == jnp.bfloat16:
+            uses = [e for e in jaxpr.eqns if eqn.outvars[0] in e.invars]
+            rounded += any(e.params.get("new_dtype") == jnp.bfloat16 for e in uses)
+    return {
+        "pinned layouts": text.count("LayoutConstraint"),
+        "residuals as bits": text.count("xui16>"),
+        "rounded products": rounded,
+        "bfloat16 products": len(re.findall(r"dot_general.*-> tensor<[\dx]*xbf16>", text)),
+        "blocks": {size for size in (128, 512) if re.search(rf"x{size}x8x(bf16|f32)", text)},
+    }
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT])
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_a_program_for_an_accelerator_has_no_form_of_a_cpu(name, sizes):
+    found = forms(name, sizes)
+    assert found.pop("bfloat16 products") > 0
+    assert found == {
+        "pinned layouts": 0,
+        "residuals as bits": 0,
+        "rounded products": 0,
+        "blocks": {512},
+    }
+
+
+def test_a_program_for_a_cpu_has_the_forms_of_a_cpu():
+    found = forms("cpu", ONE)
+    assert found.pop("bfloat16 products") == 0 and found.pop("blocks") == {128}
+    assert all(count > 0 for count in found.values()), found
+    assert forms("cpu", EIGHT)["pinned layouts"] == 0  # a pinned layout cannot be sharded
+
+
+def test_one_function_is_traced_for_each_platform():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append((platform(), block_size(4096), default_chunk(), cache_dtype(jnp.bfloat16)))
+        return x
+
+    with jax.set_mesh(make_mesh(MeshSection(), jax.devices()[:1])):
+        f(jnp.ones(2))
+    f(jnp.ones(2))
+    assert {x[0] for x in seen} == {"cpu"}
+    for name in ("gpu", "tpu", "gpu"):
+        with jax.sharding.use_abstract_mesh(mesh_of(name)):
+            f.trace(jnp.ones(2))
+    cpu, other = (128, 512, jnp.float32), (512, 4096, jnp.bfloat16)
+    assert {x[0]: x[1:] for x in seen} == {"cpu": cpu, "gpu": other, "tpu": other}
+
+
+def test_decoding_forms_differ_and_results_do_not():
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 5, (64, 9)), jnp.float32)
+    want = np.argmax(x, -1)
+    assert prefers_unstacked(jnp.bfloat16) and not prefers_unstacked(jnp.float32)
+    np.testing.assert_array_equal(argmax(x), want)
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
+        assert not prefers_unstacked(jnp.bfloat16)
+        primitives = {e.primitive.name for e, _ in equations(jax.make_jaxpr(argmax)(x).jaxpr)}
+    assert "argmax" in primitives

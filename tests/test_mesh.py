@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How logical dims are split along the axes of a mesh."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.errors import UserError
+from jaxllm.mesh import MeshSection, axes_of, make_mesh, replicated, spec
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.decoder import Decoder
+from jaxllm.step import weight_shardings
+
+# SmolLM2-135M has 9 heads and 3 key/value heads of 64: 9 * 64 divides by 2, 9 does not.
+CFG = ModelConfig(
+    "llama",
+    vocab_size=64,
+    hidden_size=24,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=4,
+    max_positions=64,
+    ropes=(Rope(),),
+    kinds=(LayerKind(0),),
+    qkv_bias=True,
+)
+
+
+def mesh(**sizes):
+    return make_mesh(MeshSection(**{"data": 1, "fsdp": -1} | sizes), jax.devices())
+
+
+def test_a_dim_is_split_in_units_only():
+    axes, two, four = ("embed", ("heads", 9)), mesh(tensor=2), mesh(tensor=4)
+    assert spec(axes, (24, 36), two) == P(("fsdp",), None)
+    assert spec(("embed", "heads"), (24, 36), two) == P(("fsdp",), ("tensor",))
+    assert spec(("embed", ("heads", 8)), (24, 32), four) == P(("fsdp",), ("tensor",))
+    # A packed or scale dim may be smaller than the number of units.
+    assert spec((("heads", 8), "embed"), (1, 24), four) == P(None, ("fsdp",))
+
+
+def test_heads_are_not_cut_and_the_user_is_told():
+    over = mesh(fsdp=4, tensor=2)
+    model = nnx.eval_shape(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    attn = weight_shardings(state, over, whole=False)["layers"]["attn"]
+    for name in "qkv":
+        assert attn[name]["kernel"].spec == P(None, ("fsdp",), None)
+        assert attn[name]["bias"].spec == P(None, None)
+    assert attn["o"]["kernel"].spec == P(None, None, ("fsdp",))
+    variables = [variable for _, variable in nnx.to_flat_state(state)]
+    assert replicated(over, variables) == [
+        "mesh: 3 kv_heads do not divide by tensor 2; they are replicated",
+        "mesh: 9 heads do not divide by tensor 2; they are replicated",
+    ]
+    assert replicated(mesh(fsdp=8), variables) == []
+
+
+def test_weights_of_heads_that_do_not_divide_give_the_same_logits():
+    tokens = jnp.arange(2 * 16).reshape(2, 16) % CFG.vocab_size
+
+    @jax.jit
+    def logits(params):
+        return nnx.merge(graph, params)(tokens)
+
+    graph, params = nnx.split(Decoder(CFG, rngs=nnx.Rngs(0)))
+    want = logits(params)
+    over = mesh(fsdp=2, data=2, tensor=2)
+    with jax.set_mesh(over):
+        shardings = weight_shardings(params, over, whole=False)
+        placed = nnx.State(jax.device_put(nnx.to_pure_dict(params), shardings))
+        got = logits(nnx.merge_state(params, placed))
+    assert jnp.abs(got - want).max() < 1e-5
+
+
+def test_an_unknown_dim_and_two_dims_of_one_axis_are_errors():
+    with pytest.raises(UserError, match="logical axis 'head' has no rule"):
+        spec(("head",), (4,), mesh(tensor=2))
+    with pytest.raises(UserError, match="two dims use mesh axis tensor"):
+        spec(("heads", "mlp"), (4, 4), mesh(tensor=2))
+
+
+def test_axes_of_a_stack_begin_with_layers():
+    variable = nnx.Param(jnp.zeros((2, 24, 36)), axes=("embed", ("heads", 9)))
+    assert axes_of(variable) == ("layers", "embed", ("heads", 9))
