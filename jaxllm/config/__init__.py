@@ -2,13 +2,13 @@
 """The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
 annotations  ranges, units and short forms of fields
-sections   the fields of each section, with their documentation
-verbs      the training verbs: what each reads, and its defaults
-aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
-schema     TrainConfig; its fields as a table; validation; conversion from and to dicts
-loading    YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
-checks     contradictions between fields; defaults that depend on other fields
-describe   --help, --explain, --schema
+sections     the fields of each section, with their documentation
+verbs        the training verbs: what each reads, and its defaults
+aliases      names of transformers and TRL;  deepspeed: keys of a DeepSpeed file
+schema       TrainConfig; its fields as a table; validation; conversion from and to dicts
+loading      YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
+checks       contradictions between fields; defaults that depend on other fields
+describe     --help, --explain, --schema
 
 Imports nothing of jaxllm but `errors`; every other module may import it.
 """

@@ -26,7 +26,7 @@ from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import chat_tokenizer
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
@@ -254,7 +254,7 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     file = Path(name).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {name}")
+        raise MissingFile(f"there is no file {name}")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
