@@ -13,14 +13,13 @@ describe   --help, --explain, --schema
 Imports nothing of jaxllm but `errors`; every other module may import it.
 """
 
-from jaxllm.config.describe import json_schema
+# ruff: noqa: F401
 from jaxllm.config.loading import load_config, read_sources
 from jaxllm.config.schema import (
     SECTIONS,
     Leaf,
     TrainConfig,
     from_dict,
-    leaf_of,
     leaves,
     to_dict,
     tokenizer_path,
@@ -41,35 +40,4 @@ from jaxllm.config.sections import (
     SaveSection,
     Source,
 )
-from jaxllm.config.verbs import VERBS, Verb, unread
-
-__all__ = [
-    "AlignSection",
-    "DataSection",
-    "EvalSection",
-    "Leaf",
-    "LogSection",
-    "MeshSection",
-    "ModelSection",
-    "OptimSection",
-    "PEFT_METHODS",
-    "PeftSection",
-    "RlSection",
-    "SECTIONS",
-    "SaveSection",
-    "Source",
-    "TrainConfig",
-    "VERBS",
-    "Verb",
-    "from_dict",
-    "json_schema",
-    "leaf_of",
-    "leaves",
-    "load_config",
-    "read_sources",
-    "to_dict",
-    "tokenizer_path",
-    "unread",
-    "validated",
-    "value_of",
-]
+from jaxllm.config.verbs import VERBS

@@ -91,17 +91,8 @@ class TrainConfig:
         return VERBS[self.objective]
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "peft": PeftSection,
-    "optim": OptimSection,
-    "mesh": MeshSection,
-    "log": LogSection,
-    "eval": EvalSection,
-    "save": SaveSection,
-    "align": AlignSection,
-    "rl": RlSection,
+SECTIONS: dict[str, Any] = {
+    f.name: f.default_factory for f in fields(TrainConfig) if f.default_factory is not MISSING
 }
 # The key that a user who writes --model or --data probably means.
 USUAL = {"model": "model.path", "data": "data.train"}

@@ -333,42 +333,6 @@ PEFT_METHODS: dict[str, PeftMethod] = {
 
 
 @dataclass(frozen=True)
-class PeftMethod:
-    """One value of peft.method."""
-
-    adapter: str
-    """its class: MODULE.CLASS in jaxllm.peft"""
-    learning_rate: float
-    """default peak learning rate"""
-    shape: tuple[str, ...] = ()
-    """keys that define the adapter; with peft.path the adapter's own config gives them"""
-    training: tuple[str, ...] = ()
-    """keys that change training only, so they are also read with peft.path"""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys of the peft section that only some methods read."""
-        return self.shape + self.training
-
-
-# An adapter has few parameters and starts from zero, so its learning rate is higher.
-PEFT_METHODS: dict[str, PeftMethod] = {
-    "none": PeftMethod("", 1e-4),
-    "lora": PeftMethod(
-        "lora.LoraAdapter",
-        5e-4,
-        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
-        + ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
-        + ("use_rslora", "use_dora"),
-        ("lora_dropout", "loraplus_lr_ratio"),
-    ),
-    "adapter": PeftMethod("bottleneck.BottleneckAdapter", 5e-4, ("bottleneck", "placement")),
-    "prefix": PeftMethod("virtual_tokens.PrefixAdapter", 1e-2, ("num_virtual_tokens",)),
-    "prompt": PeftMethod("virtual_tokens.PromptAdapter", 1e-2, ("num_virtual_tokens",)),
-}
-
-
-@dataclass(frozen=True)
 class AlignSection:
     """Losses of reward models and preference training."""
 
