@@ -87,12 +87,9 @@ def parse_conversation(
     """
     columns, context = _parse_columns(record, source, data, location)
     prompt_length = 0  # number of leading messages that are a prompt and get no loss
-    if "messages" in columns:
-        messages = _messages(_parse_nested(columns["messages"], "messages", location), context)
-    elif "conversations" in columns:
-        messages = _messages(
-            _parse_nested(columns["conversations"], "conversations", location), context
-        )
+    name = next((n for n in ("messages", "conversations") if n in columns), None)
+    if name is not None:
+        messages = _messages(_parse_nested(columns[name], name, location), context)
     elif "prompt" in columns and "completion" in columns:
         messages, prompt_length = _prompt_and_completion(columns, context)
     elif "instruction" in columns and "output" in columns:
@@ -209,14 +206,12 @@ def parse_prompt(record: dict, source: Source, data: DataSection, location: str)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise UserError(
-            f"{location}: the prompt has only assistant messages; it needs a user message"
-        )
+        raise UserError(f"{location}: the prompt has only assistant messages; add a user message")
     messages = _finish(messages, columns, context)
     texts = [columns[n] for n in ("prompt", "question") if isinstance(columns.get(n), str)]
+    text = texts[0] if texts else messages
     columns = _selected_columns(record, source, data, location)
     columns.pop("prompt", None)
-    text = texts[0] if texts else messages
     return Prompt(messages, context.tools, text, columns, context.notes)
 
 
@@ -297,18 +292,13 @@ def _prompt_turns(columns: dict[str, Any], location: str) -> list | None:
 
 def _instruction_turns(columns: dict[str, Any], location: str) -> list:
     prompt = [t for name in ("instruction", "input") if (t := _string(columns, name, location))]
-    history = _history_turns(columns.get("history") or [], location)
-    return history + _as_turns("user", "\n".join(prompt))
-
-
-def _history_turns(value: Any, location: str) -> list[dict]:
-    """The turns before an instruction."""
-    pairs = _parse_nested(value, "history", location)
+    pairs = _parse_nested(columns.get("history") or [], "history", location)
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise UserError(
             f"{location}: history must be a list of [question, answer]; saw {excerpt(pairs)}"
         )
-    return [turn for q, a in pairs for turn in (*_as_turns("user", q), *_as_turns("assistant", a))]
+    history = [t for q, a in pairs for t in (*_as_turns("user", q), *_as_turns("assistant", a))]
+    return history + _as_turns("user", "\n".join(prompt))
 
 
 def _as_turns(role: str, value: Any) -> list:
@@ -381,22 +371,19 @@ def _finish(messages: list[dict], columns: dict, context: ParseContext) -> list[
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
     if data.user_template:
-        template = USER_TEMPLATES.get(data.user_template, data.user_template)
-        _rewrite_last_user(messages, template, columns, context.location)
+        _rewrite_last_user(messages, data.user_template, columns, context.location)
     return messages
 
 
-# ---- user_template
-
-
 def _rewrite_last_user(messages: list[dict], template: str, columns: dict, location: str) -> None:
+    template = USER_TEMPLATES.get(template, template)
     user = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if user is None:
         raise UserError(f"{location}: there is no user message for user_template to rewrite")
-    values = {"question": message_text(user)} | {
-        name: "\n\n".join(value) if isinstance(value, list) and _are_strings(value) else value
-        for name, value in columns.items()
-    }
+    values = {"question": message_text(user)} | columns
+    for name, value in columns.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            values[name] = "\n\n".join(value)
     try:
         user["content"] = template.format_map(values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
@@ -404,7 +391,3 @@ def _rewrite_last_user(messages: list[dict], template: str, columns: dict, locat
             f"{location}: user_template {excerpt(template)} cannot be filled in: {error!r}; "
             f"the columns are {', '.join(columns)}"
         ) from None
-
-
-def _are_strings(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)

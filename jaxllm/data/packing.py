@@ -59,12 +59,10 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
             free_bits |= 1 << free
         rows.append(row)
     row_of[order] = rows
-    return Packing(
-        examples=np.argsort(row_of, kind="stable"),
-        starts=np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))]),
-    )
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
+    return Packing(np.argsort(row_of, kind="stable"), starts)
 
 
 def one_per_row(count: int) -> Packing:
     """Rows of one example each."""
-    return Packing(examples=np.arange(count), starts=np.arange(count + 1))
+    return Packing(np.arange(count), np.arange(count + 1))
