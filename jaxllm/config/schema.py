@@ -244,9 +244,8 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
         first = min(error.errors(), key=lambda one: one["type"] != unexpected)
     loc, seen = first["loc"], first["input"]
     key = ".".join(map(str, loc[:2])) if loc[0] in SECTIONS else str(loc[0])
-    inside = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[key.count(".") + 1 :]
-    )
+    parts = loc[key.count(".") + 1 :]
+    inside = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     if Literal["epoch"] in leaves()[key].types:  # pydantic reports each member of the union
         raise UserError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
     shown = _at(key, where) + inside
