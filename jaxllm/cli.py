@@ -16,8 +16,8 @@ from typing import Any
 from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
-from jaxllm.config.annotations import home
 from jaxllm.config.loading import parse
+from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses

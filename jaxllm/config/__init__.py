@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
-annotations  ranges, units and short forms of fields
-sections   the fields of each section, with their documentation
+sections   the fields of each section: documentation, ranges, units and short forms
 verbs      the training verbs: what each reads, and its defaults
 aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
 schema     TrainConfig; its fields as a table; validation; conversion from and to dicts

@@ -39,7 +39,6 @@ def warnings(cfg: TrainConfig) -> Iterator[str]:
 
 
 def _changed(cfg: TrainConfig) -> list[str]:
-    """Keys whose value is not the default."""
     return [key for key, leaf in leaves().items() if value_of(cfg, key) != leaf.default]
 
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
-from jaxllm.config.annotations import home, sources
 from jaxllm.config.deepspeed import read_deepspeed
 from jaxllm.config.schema import SECTIONS, TrainConfig, leaf_of, leaves, unknown_key, validated
-from jaxllm.config.sections import Source
+from jaxllm.config.sections import Source, home, sources
 from jaxllm.errors import MissingFile, UserError
 
 # ---- YAML and flags
@@ -207,7 +206,6 @@ def _check_repeated(layer: Sequence[Given]) -> None:
 
 
 def _tree(given: dict[str, Given]) -> dict[str, Any]:
-    """Dotted keys -> nested dicts."""
     tree: dict[str, Any] = {}
     for key, one in sorted(given.items()):
         *parents, name = key.split(".")

@@ -17,19 +17,26 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
-from jaxllm.config.annotations import Count, Interval, Path, Positive, Read, Seed, Unit, listed
 from jaxllm.config.sections import (
     AlignSection,
+    Count,
     DataSection,
     EvalSection,
+    Interval,
     LogSection,
     MeshSection,
     ModelSection,
     OptimSection,
+    Path,
     PeftSection,
+    Positive,
+    Read,
     RlSection,
     SaveSection,
+    Seed,
     Source,
+    Unit,
+    listed,
 )
 from jaxllm.config.verbs import VERBS, Verb
 from jaxllm.errors import UserError

@@ -15,12 +15,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -165,16 +165,12 @@ def _cached_renderer(
     return _Renderer(tokenizer, ChatTemplate(source, json.loads(variables), date))
 
 
-@dataclass(frozen=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """Tokens int32 [n], and the character span [starts, ends) of each."""
 
     tokens: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-
-    def __getitem__(self, part: slice) -> _Encoded:
-        return _Encoded(self.tokens[part], self.starts[part], self.ends[part])
 
 
 class _Renderer:
@@ -340,7 +336,7 @@ class _Renderer:
         offsets = zip(full.starts.tolist(), full.ends.tolist(), strict=True)
         names = [text[start:end].strip() for start, end in offsets]
         special = [i for i, name in enumerate(names) if self.turns.special_pattern.fullmatch(name)]
-        parts = []
+        parts: list[Sequence[np.ndarray]] = []
         for before, after in pairwise([-1, *special, len(full.tokens)]):
             start = int(full.ends[before]) if before >= 0 else 0
             stop = int(full.starts[after]) if after < len(full.tokens) else len(text)
@@ -351,10 +347,9 @@ class _Renderer:
                 plain = self._tokenize(segment, split_special_tokens=True)
                 parts.append(_Encoded(plain.tokens, original[plain.starts], original[plain.ends]))
             else:
-                parts.append(full[before + 1 : after])
-            parts.append(full[after : after + 1])
-        columns = zip(*map(astuple, parts), strict=True)
-        return _Encoded(*map(np.concatenate, columns))
+                parts.append([column[before + 1 : after] for column in full])
+            parts.append([column[after : after + 1] for column in full])
+        return _Encoded(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _tokenize(self, text: str, *, split_special_tokens: bool) -> _Encoded:
         backend = self.tokenizer.backend_tokenizer

@@ -63,8 +63,6 @@ def parse_text(record: dict, columns: Mapping[str, str], location: str) -> str:
 
 
 def _report_deep_nesting(read: Callable[..., _Read]) -> Callable[..., _Read]:
-    """Raise UserError with the record's location if it is nested too deeply."""
-
     @wraps(read)
     def wrapper(record: dict, source: Source, data: DataSection, location: str) -> _Read:
         try:
@@ -99,10 +97,7 @@ def parse_conversation(
         turns = _as_turns("user", columns["question"]) + _as_turns("assistant", columns["answer"])
         messages = _messages(turns, context)
     else:
-        raise UserError(
-            f"{location}: found the columns {', '.join(columns) or 'none'}; a conversation needs "
-            f"{CONVERSATION_FORMS} (map others with columns: {{prompt: NAME, …}})"
-        )
+        raise _missing(columns, f"{location}:", f"a conversation needs {CONVERSATION_FORMS}")
     _apply_weight_list(messages, columns, context)
     for message in messages[:prompt_length]:
         if message["role"] == "assistant":
@@ -142,11 +137,8 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
     columns, context = _parse_columns(record, source, data, location)
     for answer in ("chosen", "rejected"):
         if answer not in columns:
-            raise UserError(
-                f"{location}: {answer} is missing; found the columns "
-                f"{', '.join(columns) or 'none'}; a pair needs chosen and rejected (map others "
-                "with columns: {chosen: NAME, …})"
-            )
+            where = f"{location}: {answer} is missing;"
+            raise _missing(columns, where, "a pair needs chosen and rejected", "chosen")
     margin = _parse_cell(columns.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
         raise UserError(f"{location}: margin is {excerpt(margin)}; it must be a number")
@@ -198,10 +190,7 @@ def parse_prompt(record: dict, source: Source, data: DataSection, location: str)
     columns, context = _parse_columns(record, source, data, location)
     prompt = _prompt_turns(columns, location)
     if prompt is None:
-        raise UserError(
-            f"{location}: found the columns {', '.join(columns) or 'none'}; a prompt needs "
-            f"{PROMPT_FORMS} (map others with columns: {{prompt: NAME, …}})"
-        )
+        raise _missing(columns, f"{location}:", f"a prompt needs {PROMPT_FORMS}")
     messages = _messages(prompt, context)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
@@ -233,6 +222,13 @@ def _parse_columns(
     name = "tools" if is_present(columns.get("tools")) else "functions"
     tools = parse_tools(columns[name], name, location) if is_present(columns.get(name)) else None
     return columns, ParseContext(data, location, tools)
+
+
+def _missing(columns: dict, where: str, needs: str, name: str = "prompt") -> UserError:
+    return UserError(
+        f"{where} found the columns {', '.join(columns) or 'none'}; {needs} (map others with "
+        f"columns: {{{name}: NAME, …}})"
+    )
 
 
 def _selected_columns(

@@ -162,7 +162,6 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
 
 
 def _parse_failure(error: ValueError | RecursionError) -> str:
-    """Why well-formed JSON could not be parsed."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
@@ -184,7 +183,6 @@ def _lines(file: Path, stream: Any) -> Iterator[str]:
 
 
 def _is_json(text: str) -> bool:
-    """True if the text is a complete JSON value."""
     try:
         json.loads(text)
     except json.JSONDecodeError:

@@ -18,7 +18,7 @@ import xxhash
 
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
-from jaxllm.data.packing import one_per_row, pack
+from jaxllm.data.rows import one_per_row, pack
 from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])

@@ -123,7 +123,6 @@ def _apply_reasoning(messages: list[dict[str, Any]], data: DataSection) -> list[
 
 @contextmanager
 def _at(location: str) -> Iterator[None]:
-    """Add the location to errors."""
     try:
         yield
     except RecursionError as error:
@@ -149,7 +148,6 @@ def _truncate(
 
 
 def _with_notes(example: Encoded, notes: Iterable[str], **fields: Any) -> Encoded:
-    """The example with further notes and fields."""
     return example._replace(notes="\n".join([*example.notes.splitlines(), *notes]), **fields)
 
 
