@@ -16,8 +16,8 @@ from typing import Any
 from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
-from jaxllm.config.annotations import home
 from jaxllm.config.loading import parse
+from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
@@ -95,6 +95,9 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def flag(self, name: str, about: str, **keys: Any) -> None:
+        self.add_argument(name, help=about, **keys)
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
 
@@ -121,37 +124,18 @@ def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return number
 
 
-def _model_options(parser: _Parser, dtype: str = "float32") -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=home,
-        metavar="DIR",
-        help="HF directory or hub id, of a model or an adapter",
-    )
-    parser.add_argument(
-        "--adapter",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="adapters in peft's format to load; the first one is active",
-    )
-    parser.add_argument(
-        "--dtype", default=dtype, choices=("float32", "bfloat16"), help="compute dtype"
-    )
-    parser.add_argument(
+def _model_options(parser: _Parser, **use: Any) -> None:
+    flag = parser.flag
+    flag("--model", "HF directory or hub id, of a model or an adapter", required=True, type=home)
+    about = "adapters in peft's format to load; the first one is active"
+    flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
+    about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
+    flag("--use", about, metavar="NAME", **use)
+    flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
+    flag(
         "--template",
+        "chat template: a file or a built-in name; default: the tokenizer's",
         type=home,
-        help="chat template: a file or a built-in name; default: the tokenizer's",
-    )
-
-
-def _use_option(parser: _Parser, **keys: Any) -> None:
-    parser.add_argument(
-        "--use",
-        metavar="NAME",
-        help="active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3",
-        **keys,
     )
 
 
@@ -182,41 +166,29 @@ def _need_chat(options: argparse.Namespace, *names: str) -> None:
 
 
 def _sampling_options(parser: _Parser) -> None:
-    add = parser.add_argument
-    add("--system", help="system message of the chat")
-    add(
-        "--max_new_tokens",
-        type=_integer(1),
-        default=256,
-        help="maximum length of an answer in tokens",
-    )
-    add("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
-    add(
-        "--top_k", type=_integer(0), default=0, help="sample from the k most likely tokens; 0 = all"
-    )
-    add(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="sample from the most likely tokens whose probabilities sum to top_p",
-    )
-    add(
-        "--min_p",
-        type=float,
-        default=0.0,
-        help="exclude tokens less likely than min_p times the most likely one",
-    )
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop string; repeatable")
-    add("--seed", type=_integer(0, 2**63 - 1), default=0, help="seed of the sampling")
+    flag = parser.flag
+    flag("--system", "system message of the chat")
+    flag("--max_new_tokens", "maximum length of an answer in tokens", type=_integer(1), default=256)
+    flag("--temperature", "sampling temperature; 0 = greedy", type=float, default=0.0)
+    flag("--top_k", "sample from the k most likely tokens; 0 = all", type=_integer(0), default=0)
+    about = "sample from the most likely tokens whose probabilities sum to top_p"
+    flag("--top_p", about, type=float, default=1.0)
+    about = "exclude tokens less likely than min_p times the most likely one"
+    flag("--min_p", about, type=float, default=0.0)
+    flag("--stop", "stop string; repeatable", action="append", default=[], metavar="TEXT")
+    flag("--seed", "seed of the sampling", type=_integer(0, 2**63 - 1), default=0)
 
 
-def _sampling(options: argparse.Namespace) -> Any:
+def _decoding(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that generate_text and chat_loop have in common."""
     from jaxllm.sampling import Sampling
 
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     sampling.check()
-    return sampling
+    shared = ("system", "template", "stop", "dtype")
+    arguments = {name: getattr(options, name) for name in shared}
+    return arguments | {"sampling": sampling, "adapter": _adapters(options)}
 
 
 def tokenizer(verb: str, args: list[str]) -> int:
@@ -227,10 +199,9 @@ def tokenizer(verb: str, args: list[str]) -> int:
         seen = repr(args[0]) if args else "nothing"
         raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
     parser = _Parser("tokenizer train")
-    add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="text files")
-    add("--out", required=True, type=home, metavar="DIR", help="output directory")
-    add("--vocab_size", type=_integer(1), default=32_000, help="size of the vocabulary")
+    parser.flag("files", "text files", nargs="+", metavar="FILE")
+    parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
+    parser.flag("--vocab_size", "size of the vocabulary", type=_integer(1), default=32_000)
     options = parser.read(args[1:])
     from jaxllm.data.tokenizer_training import train_tokenizer
 
@@ -242,27 +213,13 @@ def tokenizer(verb: str, args: list[str]) -> int:
 def evaluate(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     _model_options(parser)
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="files or datasets, or {path, split, columns} as in data.eval",
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="evaluate chats, on the assistant's tokens only"
-    )
-    parser.add_argument(
-        "--max_length", type=_integer(2), default=1024, help="context length of a row, in tokens"
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=_integer(1),
-        default=8,
-        help="rows per batch; smaller values save memory",
-    )
-    _use_option(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    flag = parser.flag
+    about = "files or datasets, or {path, split, columns} as in data.eval"
+    flag("--data", about, required=True, nargs="+", metavar="FILE")
+    flag("--chat", "evaluate chats, on the assistant's tokens only", action="store_true")
+    flag("--max_length", "context length of a row, in tokens", type=_integer(2), default=1024)
+    flag("--batch_size", "rows per batch; smaller values save memory", type=_integer(1), default=8)
+    flag("--json", "print one JSON object", action="store_true")
     options = parser.read(args)
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
@@ -282,44 +239,24 @@ def evaluate(verb: str, args: list[str]) -> int:
     )
     if options.json:
         print(json.dumps(found))
-    else:
-        for name, value in found.items():
-            print(
-                f"{name:<12} {value:>14,}"
-                if isinstance(value, int)
-                else f"{name:<12} {value:>14.4f}"
-            )
+        return DONE
+    for name, value in found.items():
+        print(f"{name:<12} {value:>14{',' if isinstance(value, int) else '.4f'}}")
     return DONE
 
 
 def generate(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
-    _model_options(parser)
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="text to complete; repeatable; default: the lines of standard input",
-    )
-    parser.add_argument("--chat", action="store_true", help="treat each prompt as a user message")
+    _model_options(parser, action="append", default=[])
+    flag = parser.flag
+    about = "text to complete; repeatable; default: the lines of standard input"
+    flag("--prompt", about, action="append", metavar="TEXT")
+    flag("--chat", "treat each prompt as a user message", action="store_true")
     _sampling_options(parser)
-    _use_option(parser, action="append", default=[])
-    parser.add_argument(
-        "--best_of",
-        type=_integer(1),
-        default=1,
-        metavar="N",
-        help="sample N answers per prompt and keep the best",
-    )
-    parser.add_argument(
-        "--reward",
-        type=home,
-        metavar="DIR",
-        help="reward model that scores the answers of --best_of",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help='print one {"prompt", "text", "score"} per line'
-    )
+    about = "sample N answers per prompt and keep the best"
+    flag("--best_of", about, type=_integer(1), default=1, metavar="N")
+    flag("--reward", "reward model that scores the answers of --best_of", type=home, metavar="DIR")
+    flag("--json", 'print one {"prompt", "text", "score"} per line', action="store_true")
     options = parser.read(args)
     _need_chat(options, "system", "template")
     if (options.best_of > 1) != (options.reward is not None):
@@ -333,24 +270,19 @@ def generate(verb: str, args: list[str]) -> int:
 
     use_cache()
     use = _uses(options.use)
-    texts = generate_text(
+    answers = generate_text(
         options.model,
         [prompt for prompt in prompts for _ in range(options.best_of)],
         chat=options.chat,
-        system=options.system,
-        template=options.template,
-        stop=options.stop,
-        dtype=options.dtype,
-        sampling=_sampling(options),
-        adapter=_adapters(options),
         use=use if len(use) == 1 else [one for one in use for _ in range(options.best_of)],
+        **_decoding(options),
     )
-    kept = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=False)]
+    best = [{"prompt": q, "text": a} for q, a in zip(prompts, answers, strict=False)]
     if options.reward:
         from jaxllm.rl.rewards import best_of
 
-        kept = best_of(options.reward, prompts, texts, system=options.system, dtype=options.dtype)
-    for one in kept:
+        best = best_of(options.reward, prompts, answers, system=options.system, dtype=options.dtype)
+    for one in best:
         print(json.dumps(one, ensure_ascii=False) if options.json else one["text"])
     return DONE
 
@@ -359,42 +291,29 @@ def chat(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     _model_options(parser)
     _sampling_options(parser)
-    _use_option(parser)
     options = parser.read(args)
     from jaxllm.chat import chat_loop
 
     use_cache()
-    chat_loop(
-        options.model,
-        system=options.system,
-        template=options.template,
-        stop=options.stop,
-        dtype=options.dtype,
-        sampling=_sampling(options),
-        adapter=_adapters(options),
-        use=_uses([options.use] if options.use else []),
-    )
+    use = _uses([options.use] if options.use else [])
+    chat_loop(options.model, use=use, **_decoding(options))
     return DONE
 
 
 def export(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
-    parser.add_argument("run", type=home, metavar="RUN", help="run folder")
-    parser.add_argument("out", type=home, metavar="OUT", help="output directory")
-    parser.add_argument(
-        "--step",
-        type=lambda text: text if text == "best" else _integer(0)(text),
-        help="checkpoint to export: a step, or best (evaluation); default: best with "
-        "save.load_best, else the latest valid one",
+    flag = parser.flag
+    flag("run", "run folder", type=home, metavar="RUN")
+    flag("out", "output directory", type=home, metavar="OUT")
+    about = (
+        "checkpoint to export: a step, or best (evaluation); default: best with save.load_best, "
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="dtype of the weights; default: as trained"
-    )
-    parser.add_argument(
-        "--merge",
-        action="store_true",
-        help="merge a LoRA adapter into the base model and export a standalone model",
-    )
+    about += "else the latest valid one"
+    flag("--step", about, type=lambda text: text if text == "best" else _integer(0)(text))
+    about = "dtype of the weights; default: as trained"
+    flag("--dtype", about, choices=("float32", "bfloat16"))
+    about = "merge a LoRA adapter into the base model and export a standalone model"
+    flag("--merge", about, action="store_true")
     options = parser.read(args)
     from jaxllm.exports import export as write
 

@@ -21,7 +21,6 @@ from jaxllm.config import (
     aliases,
     checks,
     from_dict,
-    json_schema,
     leaves,
     load_config,
     read_sources,
@@ -29,6 +28,7 @@ from jaxllm.config import (
     value_of,
 )
 from jaxllm.config.checks import check, recorded_config, resolve
+from jaxllm.config.describe import json_schema
 
 
 def load(*args, verb="pretrain", path=None):

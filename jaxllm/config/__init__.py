@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
-annotations  ranges, units and short forms of fields
-sections     the fields of each section, with their documentation
-verbs        the training verbs: what each reads, and its defaults
-aliases      names of transformers and TRL;  deepspeed: keys of a DeepSpeed file
-schema       TrainConfig; its fields as a table; validation; conversion from and to dicts
-loading      YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
-checks       contradictions between fields; defaults that depend on other fields
-describe     --help, --explain, --schema
+sections   the fields of each section: documentation, ranges, units and short forms
+verbs      the training verbs: what each reads, and its defaults
+aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
+schema     TrainConfig; its fields as a table; validation; conversion from and to dicts
+loading    YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
+checks     contradictions between fields; defaults that depend on other fields
+describe   --help, --explain, --schema
 
 Imports nothing of jaxllm but `errors`; every other module may import it.
 """
 
-from jaxllm.config.describe import json_schema
+# ruff: noqa: F401
 from jaxllm.config.loading import load_config, read_sources
 from jaxllm.config.schema import (
     SECTIONS,
     Leaf,
     TrainConfig,
     from_dict,
-    leaf_of,
     leaves,
     to_dict,
     tokenizer_path,
@@ -41,35 +39,4 @@ from jaxllm.config.sections import (
     SaveSection,
     Source,
 )
-from jaxllm.config.verbs import VERBS, Verb, unread
-
-__all__ = [
-    "AlignSection",
-    "DataSection",
-    "EvalSection",
-    "Leaf",
-    "LogSection",
-    "MeshSection",
-    "ModelSection",
-    "OptimSection",
-    "PEFT_METHODS",
-    "PeftSection",
-    "RlSection",
-    "SECTIONS",
-    "SaveSection",
-    "Source",
-    "TrainConfig",
-    "VERBS",
-    "Verb",
-    "from_dict",
-    "json_schema",
-    "leaf_of",
-    "leaves",
-    "load_config",
-    "read_sources",
-    "to_dict",
-    "tokenizer_path",
-    "unread",
-    "validated",
-    "value_of",
-]
+from jaxllm.config.verbs import VERBS

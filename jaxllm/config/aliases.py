@@ -6,11 +6,11 @@ Every name is translated, refused, or reported as ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxllm.config.annotations import home
+from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
 
@@ -99,22 +99,10 @@ RENAMED = {
     "mask_truncated_completions": "rl.mask_truncated",
     "missing_eos_penalty": "rl.missing_eos_penalty",
 }
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "warmup_stable_decay": "wsd",
-    "inverse_sqrt": "inverse_sqrt",
-}
-OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adafactor": "adafactor",
-    "lion_32bit": "lion",
-    "sgd": "sgd",
-}
+SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "inverse_sqrt")}
+SCHEDULES |= {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
+OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+OPTIMIZERS |= {"adafactor": "adafactor", "lion_32bit": "lion", "sgd": "sgd"}
 # fmt: off
 IGNORED = frozenset({
     "accelerator_config", "activation_checkpointing_kwargs", "attn_implementation",
@@ -162,7 +150,7 @@ def _is_true(value: Any) -> bool:
     return value
 
 
-def _choose(value: Any, table: dict[str, Any]) -> Any:
+def _choose(value: Any, table: Mapping[str, Any]) -> Any:
     if not isinstance(value, str) or value not in table:
         raise UserError(f"{value!r} is not known; known: {', '.join(table)}")
     return table[value]
@@ -184,9 +172,8 @@ def _fp16(value: Any, flags: Flags) -> dict[str, Any]:
 
 
 def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
-    if value == "constant" and any(
-        n in flags and flags[n].value for n in ("warmup_steps", "warmup_ratio")
-    ):
+    warmup = [flags[name].value for name in ("warmup_steps", "warmup_ratio") if name in flags]
+    if value == "constant" and any(warmup):
         raise UserError("constant has no warmup; use constant_with_warmup, or remove the warmup")
     return {"optim.schedule": _choose(value, SCHEDULES)}
 
@@ -311,14 +298,11 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
     for one in flags.values():
         if one.name in ignored or one.name in REFUSED:
             continue
-        function, _ = TRANSLATED.get(one.name, (None, ""))
+        pairs = {RENAMED.get(one.name, one.name): one.value}
         try:
-            pairs = (
-                function(one.value, flags)
-                if function
-                else {RENAMED.get(one.name, one.name): one.value}
-            )
-        except ValueError as error:
+            if one.name in TRANSLATED:
+                pairs = TRANSLATED[one.name][0](one.value, flags)
+        except UserError as error:
             raise UserError(f"{_at(one)}: {error}") from None
         for key, value in pairs.items():
             before = out.get(key)

@@ -10,13 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config.schema import (
-    TrainConfig,
-    leaves,
-    to_dict,
-    validated,
-    value_of,
-)
+from jaxllm.config.schema import TrainConfig, leaves, to_dict, validated, value_of
 from jaxllm.config.sections import PEFT_METHODS
 from jaxllm.config.verbs import JUDGING, unread
 from jaxllm.errors import UserError
@@ -45,7 +39,6 @@ def warnings(cfg: TrainConfig) -> Iterator[str]:
 
 
 def _changed(cfg: TrainConfig) -> list[str]:
-    """Keys whose value is not the default."""
     return [key for key, leaf in leaves().items() if value_of(cfg, key) != leaf.default]
 
 
@@ -214,7 +207,7 @@ def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any
     batch = batch or micro * (accumulation or 1) * data_parallel
     if batch % data_parallel:
         down = batch // data_parallel * data_parallel
-        near = f"{down} or {down + data_parallel}" if down else f"{data_parallel}"
+        near = f"{down} or {down + data_parallel}" if down else data_parallel
         raise UserError(
             f"batch_size {batch} does not divide over {data_parallel} devices (data x fsdp); "
             f"use {near}"
@@ -237,11 +230,11 @@ def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any
             f"micro_batch_size {micro} does not divide the {rows} rows of each device; "
             f"use one of {divisors}"
         )
-    size, rl = cfg.rl.group_size or 1, cfg.rl
-    if cfg.verb.online and batch * rl.minibatches % size:
+    rl = cfg.rl
+    if cfg.verb.online and rl.group_size and batch * rl.minibatches % rl.group_size:
         raise UserError(
             f"batch_size {batch} x rl.minibatches {rl.minibatches} completions do not divide into "
-            f"groups of rl.group_size {size}; change one"
+            f"groups of rl.group_size {rl.group_size}; change one"
         )
     return replace(cfg, batch_size=batch, micro_batch_size=micro, accumulation=0)
 

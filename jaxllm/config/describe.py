@@ -59,12 +59,8 @@ def kind_of(leaf: Leaf) -> str:
     """Type and unit of a key as help shows them, e.g. `INT|epoch (steps)`."""
     if isinstance(leaf.default, dict):
         return "{KEY: VALUE}"
-    names = {
-        bool: "true|false",
-        int: "INT",
-        float: "FLOAT",
-        str: "PATH" if leaf.is_path else "TEXT",
-    }
+    names = {bool: "true|false", int: "INT", float: "FLOAT"}
+    names[str] = "PATH" if leaf.is_path else "TEXT"
 
     def words(kind: Any) -> list[str]:
         inner = get_args(kind)
@@ -98,10 +94,10 @@ def explanation(cfg: TrainConfig, origins: dict[str, str]) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of the YAML file, for editors: documentation, ranges and HF names."""
     schema = type_adapter().json_schema()
-    parts = {name: schema["$defs"][kind.__name__] for name, kind in SECTIONS.items()}
-    parts |= {"": schema, "source": schema["$defs"]["Source"]}
-    for name, part in parts.items():
-        kind = (SECTIONS | {"": TrainConfig, "source": Source})[name]
+    kinds = SECTIONS | {"": TrainConfig, "source": Source}
+    parts = {name: schema["$defs"].get(kind.__name__, schema) for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        part = parts[name]
         part |= {"additionalProperties": False, "description": inspect.getdoc(kind)}
         for key, doc in field_docs(kind).items():
             part["properties"][key]["description"] = doc

@@ -17,17 +17,9 @@ from typing import Any
 
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
-from jaxllm.config.annotations import home, sources
 from jaxllm.config.deepspeed import read_deepspeed
-from jaxllm.config.schema import (
-    SECTIONS,
-    TrainConfig,
-    leaf_of,
-    leaves,
-    unknown_key,
-    validated,
-)
-from jaxllm.config.sections import Source
+from jaxllm.config.schema import SECTIONS, TrainConfig, leaf_of, leaves, unknown_key, validated
+from jaxllm.config.sections import Source, home, sources
 from jaxllm.errors import MissingFile, UserError
 
 # ---- YAML and flags
@@ -83,11 +75,8 @@ def read_yaml(path: str) -> list[Given]:
 
     def walk(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
-            name = prefix.rstrip(".") or "a config"
-            seen = value_of(node)
-            raise UserError(
-                f"{path}:{node.start_mark.line + 1}: {name} must be a mapping, seen {seen!r}"
-            )
+            at, name = f"{path}:{node.start_mark.line + 1}", prefix.rstrip(".") or "a config"
+            raise UserError(f"{at}: {name} must be a mapping, seen {value_of(node)!r}")
         names: set[str] = set()
         for key, value in node.value:
             name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
@@ -217,7 +206,6 @@ def _check_repeated(layer: Sequence[Given]) -> None:
 
 
 def _tree(given: dict[str, Given]) -> dict[str, Any]:
-    """Dotted keys -> nested dicts."""
     tree: dict[str, Any] = {}
     for key, one in sorted(given.items()):
         *parents, name = key.split(".")

@@ -17,19 +17,26 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
-from jaxllm.config.annotations import Count, Interval, Path, Positive, Read, Seed, Unit, listed
 from jaxllm.config.sections import (
     AlignSection,
+    Count,
     DataSection,
     EvalSection,
+    Interval,
     LogSection,
     MeshSection,
     ModelSection,
     OptimSection,
+    Path,
     PeftSection,
+    Positive,
+    Read,
     RlSection,
     SaveSection,
+    Seed,
     Source,
+    Unit,
+    listed,
 )
 from jaxllm.config.verbs import VERBS, Verb
 from jaxllm.errors import UserError
@@ -91,17 +98,8 @@ class TrainConfig:
         return VERBS[self.objective]
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "peft": PeftSection,
-    "optim": OptimSection,
-    "mesh": MeshSection,
-    "log": LogSection,
-    "eval": EvalSection,
-    "save": SaveSection,
-    "align": AlignSection,
-    "rl": RlSection,
+SECTIONS: dict[str, Any] = {
+    f.name: f.default_factory for f in fields(TrainConfig) if f.default_factory is not MISSING
 }
 # The key that a user who writes --model or --data probably means.
 USUAL = {"model": "model.path", "data": "data.train"}
@@ -253,9 +251,8 @@ def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
         first = min(error.errors(), key=lambda one: one["type"] != unexpected)
     loc, seen = first["loc"], first["input"]
     key = ".".join(map(str, loc[:2])) if loc[0] in SECTIONS else str(loc[0])
-    inside = "".join(
-        f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[key.count(".") + 1 :]
-    )
+    parts = loc[key.count(".") + 1 :]
+    inside = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     if Literal["epoch"] in leaves()[key].types:  # pydantic reports each member of the union
         raise UserError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
     shown = _at(key, where) + inside

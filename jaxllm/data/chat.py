@@ -15,12 +15,12 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def stop_ids(tokenizer: Any, model: str | Path | None = None) -> tuple[int, ...]
     if tokenizer.chat_template:
         names |= set(end_tokens(tokenizer))
     ids = set(tokenizer.convert_tokens_to_ids(sorted(names)))
-    return tuple(sorted(ids | generation_stop_ids(model))) if model else tuple(sorted(ids))
+    return tuple(sorted(ids | (generation_stop_ids(model) if model else set())))
 
 
 def padded(tokenizer: Any) -> Any:
@@ -165,16 +165,12 @@ def _cached_renderer(
     return _Renderer(tokenizer, ChatTemplate(source, json.loads(variables), date))
 
 
-@dataclass(frozen=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """Tokens int32 [n], and the character span [starts, ends) of each."""
 
     tokens: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-
-    def __getitem__(self, part: slice) -> _Encoded:
-        return _Encoded(self.tokens[part], self.starts[part], self.ends[part])
 
 
 class _Renderer:
@@ -191,7 +187,8 @@ class _Renderer:
         if not messages or not all(isinstance(m, dict) and m.get("role") for m in messages):
             raise UserError("a conversation must be a non-empty list of messages, each with a role")
         template = self.turns.template
-        for name, given in ("tools", tools), ("tool_calls", any(map(_tool_calls, messages))):
+        calls = any(message.get("tool_calls") for message in messages)
+        for name, given in ("tools", tools), ("tool_calls", calls):
             if given and name not in template.source:
                 raise UserError(_not_rendered(name))
         plain = template.normalize(messages)
@@ -245,14 +242,13 @@ class _Renderer:
             examples.append((turn, example))
         if spans_in_full or not examples:
             by_span = {
-                span: weights[turn] for turn, spans in spans_in_full.items() for span in spans
+                span: weights[turn] for turn in spans_in_full for span in spans_in_full[turn]
             }
-            count = len(chat.messages)
             separate = [turn for turn, _ in examples]
             example = self._example(
-                chat, full.text, by_span, default_weight, count, full_notes, separate
+                chat, full.text, by_span, default_weight, full.count, full_notes, separate
             )
-            examples.append((min(spans_in_full, default=count), example))
+            examples.append((min(spans_in_full, default=full.count), example))
         return [example for _, example in sorted(examples, key=lambda pair: pair[0])]
 
     def _example(
@@ -298,7 +294,9 @@ class _Renderer:
                     f"message {i + 1}: the chat template drops the content of the "
                     f"{message['role']} message; set data.template to one that renders it"
                 )
-            if not all(call["function"]["name"] in text for call in _tool_calls(message) or ()):
+            if not all(
+                call["function"]["name"] in text for call in message.get("tool_calls") or ()
+            ):
                 raise UserError(_not_rendered("tool_calls"))
         functions = [tool.get("function", tool) for tool in chat.tools or ()]
         names = [f["name"] for f in functions if isinstance(f.get("name"), str)]
@@ -338,7 +336,7 @@ class _Renderer:
         offsets = zip(full.starts.tolist(), full.ends.tolist(), strict=True)
         names = [text[start:end].strip() for start, end in offsets]
         special = [i for i, name in enumerate(names) if self.turns.special_pattern.fullmatch(name)]
-        parts = []
+        parts: list[Sequence[np.ndarray]] = []
         for before, after in pairwise([-1, *special, len(full.tokens)]):
             start = int(full.ends[before]) if before >= 0 else 0
             stop = int(full.starts[after]) if after < len(full.tokens) else len(text)
@@ -349,10 +347,9 @@ class _Renderer:
                 plain = self._tokenize(segment, split_special_tokens=True)
                 parts.append(_Encoded(plain.tokens, original[plain.starts], original[plain.ends]))
             else:
-                parts.append(full[before + 1 : after])
-            parts.append(full[after : after + 1])
-        columns = zip(*map(astuple, parts), strict=True)
-        return _Encoded(*map(np.concatenate, columns))
+                parts.append([column[before + 1 : after] for column in full])
+            parts.append([column[after : after + 1] for column in full])
+        return _Encoded(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _tokenize(self, text: str, *, split_special_tokens: bool) -> _Encoded:
         backend = self.tokenizer.backend_tokenizer
@@ -373,10 +370,6 @@ class _Renderer:
         for i in np.flatnonzero((encoded.starts < start) & (encoded.ends > start)):
             selected[i] = encoded.tokens[i] not in self.special_ids
         return selected
-
-
-def _tool_calls(message: dict[str, Any]) -> Any:
-    return message.get("tool_calls")
 
 
 def _reasoning(message: dict[str, Any]) -> str:

@@ -63,8 +63,6 @@ def parse_text(record: dict, columns: Mapping[str, str], location: str) -> str:
 
 
 def _report_deep_nesting(read: Callable[..., _Read]) -> Callable[..., _Read]:
-    """Raise UserError with the record's location if it is nested too deeply."""
-
     @wraps(read)
     def wrapper(record: dict, source: Source, data: DataSection, location: str) -> _Read:
         try:
@@ -87,12 +85,9 @@ def parse_conversation(
     """
     columns, context = _parse_columns(record, source, data, location)
     prompt_length = 0  # number of leading messages that are a prompt and get no loss
-    if "messages" in columns:
-        messages = _messages(_parse_nested(columns["messages"], "messages", location), context)
-    elif "conversations" in columns:
-        messages = _messages(
-            _parse_nested(columns["conversations"], "conversations", location), context
-        )
+    name = next((n for n in ("messages", "conversations") if n in columns), None)
+    if name is not None:
+        messages = _messages(_parse_nested(columns[name], name, location), context)
     elif "prompt" in columns and "completion" in columns:
         messages, prompt_length = _prompt_and_completion(columns, context)
     elif "instruction" in columns and "output" in columns:
@@ -102,10 +97,7 @@ def parse_conversation(
         turns = _as_turns("user", columns["question"]) + _as_turns("assistant", columns["answer"])
         messages = _messages(turns, context)
     else:
-        raise UserError(
-            f"{location}: found the columns {', '.join(columns) or 'none'}; a conversation needs "
-            f"{CONVERSATION_FORMS} (map others with columns: {{prompt: NAME, …}})"
-        )
+        raise _missing(columns, f"{location}:", f"a conversation needs {CONVERSATION_FORMS}")
     _apply_weight_list(messages, columns, context)
     for message in messages[:prompt_length]:
         if message["role"] == "assistant":
@@ -145,11 +137,8 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
     columns, context = _parse_columns(record, source, data, location)
     for answer in ("chosen", "rejected"):
         if answer not in columns:
-            raise UserError(
-                f"{location}: {answer} is missing; found the columns "
-                f"{', '.join(columns) or 'none'}; a pair needs chosen and rejected (map others "
-                "with columns: {chosen: NAME, …})"
-            )
+            where = f"{location}: {answer} is missing;"
+            raise _missing(columns, where, "a pair needs chosen and rejected", "chosen")
     margin = _parse_cell(columns.get("margin", 0.0))
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
         raise UserError(f"{location}: margin is {excerpt(margin)}; it must be a number")
@@ -201,22 +190,17 @@ def parse_prompt(record: dict, source: Source, data: DataSection, location: str)
     columns, context = _parse_columns(record, source, data, location)
     prompt = _prompt_turns(columns, location)
     if prompt is None:
-        raise UserError(
-            f"{location}: found the columns {', '.join(columns) or 'none'}; a prompt needs "
-            f"{PROMPT_FORMS} (map others with columns: {{prompt: NAME, …}})"
-        )
+        raise _missing(columns, f"{location}:", f"a prompt needs {PROMPT_FORMS}")
     messages = _messages(prompt, context)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise UserError(
-            f"{location}: the prompt has only assistant messages; it needs a user message"
-        )
+        raise UserError(f"{location}: the prompt has only assistant messages; add a user message")
     messages = _finish(messages, columns, context)
     texts = [columns[n] for n in ("prompt", "question") if isinstance(columns.get(n), str)]
+    text = texts[0] if texts else messages
     columns = _selected_columns(record, source, data, location)
     columns.pop("prompt", None)
-    text = texts[0] if texts else messages
     return Prompt(messages, context.tools, text, columns, context.notes)
 
 
@@ -238,6 +222,13 @@ def _parse_columns(
     name = "tools" if is_present(columns.get("tools")) else "functions"
     tools = parse_tools(columns[name], name, location) if is_present(columns.get(name)) else None
     return columns, ParseContext(data, location, tools)
+
+
+def _missing(columns: dict, where: str, needs: str, name: str = "prompt") -> UserError:
+    return UserError(
+        f"{where} found the columns {', '.join(columns) or 'none'}; {needs} (map others with "
+        f"columns: {{{name}: NAME, …}})"
+    )
 
 
 def _selected_columns(
@@ -297,18 +288,13 @@ def _prompt_turns(columns: dict[str, Any], location: str) -> list | None:
 
 def _instruction_turns(columns: dict[str, Any], location: str) -> list:
     prompt = [t for name in ("instruction", "input") if (t := _string(columns, name, location))]
-    history = _history_turns(columns.get("history") or [], location)
-    return history + _as_turns("user", "\n".join(prompt))
-
-
-def _history_turns(value: Any, location: str) -> list[dict]:
-    """The turns before an instruction."""
-    pairs = _parse_nested(value, "history", location)
+    pairs = _parse_nested(columns.get("history") or [], "history", location)
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
         raise UserError(
             f"{location}: history must be a list of [question, answer]; saw {excerpt(pairs)}"
         )
-    return [turn for q, a in pairs for turn in (*_as_turns("user", q), *_as_turns("assistant", a))]
+    history = [t for q, a in pairs for t in (*_as_turns("user", q), *_as_turns("assistant", a))]
+    return history + _as_turns("user", "\n".join(prompt))
 
 
 def _as_turns(role: str, value: Any) -> list:
@@ -381,22 +367,19 @@ def _finish(messages: list[dict], columns: dict, context: ParseContext) -> list[
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
     if data.user_template:
-        template = USER_TEMPLATES.get(data.user_template, data.user_template)
-        _rewrite_last_user(messages, template, columns, context.location)
+        _rewrite_last_user(messages, data.user_template, columns, context.location)
     return messages
 
 
-# ---- user_template
-
-
 def _rewrite_last_user(messages: list[dict], template: str, columns: dict, location: str) -> None:
+    template = USER_TEMPLATES.get(template, template)
     user = next((m for m in reversed(messages) if m["role"] == "user"), None)
     if user is None:
         raise UserError(f"{location}: there is no user message for user_template to rewrite")
-    values = {"question": message_text(user)} | {
-        name: "\n\n".join(value) if isinstance(value, list) and _are_strings(value) else value
-        for name, value in columns.items()
-    }
+    values = {"question": message_text(user)} | columns
+    for name, value in columns.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            values[name] = "\n\n".join(value)
     try:
         user["content"] = template.format_map(values)
     except (LookupError, ValueError, AttributeError, TypeError) as error:
@@ -404,7 +387,3 @@ def _rewrite_last_user(messages: list[dict], template: str, columns: dict, locat
             f"{location}: user_template {excerpt(template)} cannot be filled in: {error!r}; "
             f"the columns are {', '.join(columns)}"
         ) from None
-
-
-def _are_strings(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)

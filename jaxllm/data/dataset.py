@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from jaxllm.data.rows import Conversations, Rows, Windows
 from jaxllm.data.stream import Stream
 from jaxllm.data.tokenization import NO_PREFERENCE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 from jaxllm.errors import UserError
+
+# Key of the manifest -> (outcome that it counts, how `summarize` calls it).
+_COUNTED = {
+    "dropped_too_long": (TOO_LONG, "dropped as too long"),
+    "dropped_nothing_to_learn": (NOTHING_TO_LEARN, "dropped with nothing to learn"),
+    "dropped_no_preference": (NO_PREFERENCE, "dropped as empty or equal pairs"),
+    "truncated": (TRUNCATED, "truncated"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     for source in data.eval:
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
         subset = _Subset(source, examples, np.flatnonzero(examples.lengths))
-        evals[_free_name(_name_of(source.path), evals)] = [subset]
+        evals[_set_name(source.path, evals)] = [subset]
 
     rows = {name: _make_rows(subsets, cfg, held_out=True) for name, subsets in evals.items()}
     train_rows = _make_rows(train, cfg, held_out=False) if train else None
@@ -81,14 +90,9 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
             if "files" in source:
                 lines.append(f"{name}: {source['path']}: {source['files']:,} files, streamed")
                 continue
-            counts = {
-                "dropped as too long": source["dropped_too_long"],
-                "dropped with nothing to learn": source["dropped_nothing_to_learn"],
-                "dropped as empty or equal pairs": source["dropped_no_preference"],
-                "truncated": source["truncated"],
-            }
             first = "the first " * (source["max_samples"] == source["read"])
-            dropped = "".join(f", {count:,} {note}" for note, count in counts.items() if count)
+            counts = ((source[key], words) for key, (_, words) in _COUNTED.items())
+            dropped = "".join(f", {n:,} {words}" for n, words in counts if n)
             lines.append(
                 f"{name}: {source['path']}: {source['examples']:,} of {first}{source['read']:,} "
                 f"examples, {source['tokens']:,} tokens ({source['learned_tokens']:,} learned) in "
@@ -121,25 +125,21 @@ def _split(
         return usable, usable[:0]
     records = examples.source_record[usable]
     shuffled = rng.permutation(np.unique(records))
-    count = round(fraction * len(shuffled))
-    if not 0 < count < len(shuffled):
+    size = round(fraction * len(shuffled))
+    if not 0 < size < len(shuffled):
         raise UserError(
-            f"{examples.name}: eval_fraction {fraction} holds out {count} of {len(shuffled)} "
+            f"{examples.name}: eval_fraction {fraction} holds out {size} of {len(shuffled)} "
             "records; change it, or set data.eval to other data"
         )
-    is_held_out = np.isin(records, shuffled[-count:])
+    is_held_out = np.isin(records, shuffled[-size:])
     return usable[~is_held_out], usable[is_held_out]
 
 
-def _name_of(path: str) -> str:
-    """A file's name without the suffixes of format and compression."""
+def _set_name(path: str, taken: dict[str, Any]) -> str:
+    """A file's name without the suffixes of format and compression, numbered if it is taken."""
     file = Path(path)
-    return Path(file.stem).stem if file.suffix.lower() in COMPRESSED else file.stem
-
-
-def _free_name(name: str, taken: dict[str, Any]) -> str:
-    candidates = (name if n == 1 else f"{name}-{n}" for n in range(1, len(taken) + 2))
-    return next(candidate for candidate in candidates if candidate not in taken)
+    name = Path(file.stem).stem if file.suffix.lower() in COMPRESSED else file.stem
+    return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
 
 
 def _subset_rows(subset: _Subset, cfg: TrainConfig, held_out: bool, index: int) -> Any:
@@ -192,11 +192,14 @@ def _make_rows(subsets: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
     return Rows(tuple(parts), weights, parts[0].length)
 
 
+def _counts(examples: Examples) -> dict[str, int]:
+    return {key: int((examples.outcome == kind).sum()) for key, (kind, _) in _COUNTED.items()}
+
+
 def _empty_reason(examples: Examples, cfg: TrainConfig) -> str:
     if cfg.verb.data == "text":
         return f"{examples.name}: all {len(examples)} documents are empty"
-    outcomes = (TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE)
-    long, nothing, no_preference = (int((examples.outcome == f).sum()) for f in outcomes)
+    long, nothing, no_preference, _ = _counts(examples).values()
     return (
         f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
         f"data.max_length {cfg.data.max_length}, {nothing} with nothing to learn (no assistant "
@@ -216,7 +219,7 @@ def _manifest_entry(subsets: list[Any], rows: Rows | None) -> dict[str, Any]:
             # Unknown before the files are tokenized.
             sources.append(entry | dict.fromkeys(("examples", "tokens", "learned_tokens", "rows")))
             continue
-        outcome, examples = subset.examples.outcome, subset.examples
+        examples = subset.examples
         sources.append(
             {
                 "path": subset.source.path,
@@ -226,10 +229,7 @@ def _manifest_entry(subsets: list[Any], rows: Rows | None) -> dict[str, Any]:
                 "max_samples": subset.source.max_samples,
                 "records": len(np.unique(examples.source_record)),
                 "read": len(examples),
-                "dropped_too_long": int((outcome == TOO_LONG).sum()),
-                "dropped_nothing_to_learn": int((outcome == NOTHING_TO_LEARN).sum()),
-                "dropped_no_preference": int((outcome == NO_PREFERENCE).sum()),
-                "truncated": int((outcome == TRUNCATED).sum()),
+                **_counts(examples),
                 "examples": len(subset.indices),
                 "notes": examples.notes,
                 "tokens": int(examples.lengths[subset.indices].sum()),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenized examples of a source, cached as memory-mapped Arrow files.
 
-The cache's key is a hash of the source's bytes, the tokenizer, the settings that change tokens, and
-the code and packages that apply them. File names, workers and batch sizes do not change it.
+The cache's key is a hash of the source's bytes, the tokenizer, the settings that change tokens, our
+code that applies them, and the versions of the packages that render and tokenize.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import json
 import os
-import platform
 import tempfile
 import warnings
 from collections import Counter
@@ -33,13 +32,13 @@ from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
 
-# Modules and packages that decide tokens. They are part of the cache's key, so that a change of
-# them invalidates the cache.
+# Modules and packages that decide tokens: a change of them invalidates the cache. The versions of
+# Python and of the packages that read files do not change tokens.
 _MODULES = ("formats", "sources", "messages", "prompts", "conversations", "template", "turns")
 _MODULES += ("chat", "tokenization", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
 _CODE.append(Path(__file__).parents[1] / "tokenizer.py")  # `special_tokens`
-_PACKAGES = ("datasets", "grain", "jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
+_PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 FEATURES = datasets.Features(
     {
@@ -48,9 +47,7 @@ FEATURES = datasets.Features(
         "learned": datasets.Value("int32"),  # number of targets with a loss weight
         "outcome": datasets.Value("int8"),  # COMPLETE, TRUNCATED, … of tokenization.py
         "boundary": datasets.Value("int32"),  # tokens of a pair's chosen answer or a judged prompt
-        "value": datasets.Value(
-            "float32"
-        ),  # a pair's margin; 1 for a good answer, -1 for a bad one
+        "value": datasets.Value("float32"),  # a pair's margin; 1 = good answer, -1 = bad answer
         "record": datasets.Value("large_string"),  # a prompt's record for reward functions, as JSON
         "part": datasets.Value("int32"),  # index among the examples of a record
         "notes": datasets.Value("large_string"),  # one per line
@@ -81,7 +78,10 @@ class Examples:
         )
         self._record = table.data.column("record")
         self.source_record = np.cumsum(table.data.column("part").to_numpy() == 0) - 1
-        self.notes = _count_notes(table.data.column("notes"))
+        notes: Counter[str] = Counter()
+        for entry in table.data.column("notes").value_counts().to_pylist():
+            notes.update({line: entry["counts"] for line in (entry["values"] or "").splitlines()})
+        self.notes = dict(sorted(notes.items()))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -97,14 +97,6 @@ class Examples:
     def record(self, index: int) -> str:
         """A prompt's record for reward functions, as JSON."""
         return self._record[index].as_py()
-
-
-def _count_notes(notes: Any) -> dict[str, int]:
-    """{note: number of examples}."""
-    found: Counter[str] = Counter()
-    for text, count in ((x["values"], x["counts"]) for x in notes.value_counts().to_pylist()):
-        found.update({line: count for line in (text or "").splitlines()})
-    return dict(sorted(found.items()))
 
 
 class _Lists:
@@ -130,12 +122,7 @@ class _Lists:
 
 
 def tokenize(
-    source: Source,
-    cfg: TrainConfig,
-    tokenizer: Any,
-    tokenizer_hash: str,
-    *,
-    held_out: bool = False,
+    source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str, *, held_out: bool = False
 ) -> Examples:
     """Tokenize `source` as the verb's kind of data, or load it from the cache.
 
@@ -204,7 +191,6 @@ def cache_root(cfg: TrainConfig) -> Path:
 def cache_key(settings: dict[str, Any]) -> str:
     """Hash of the settings and of the code and packages that apply them."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
-    versions["python"] = platform.python_version()  # strftime, JSON, CSV and Unicode tables
     inputs = settings | {"code": content_hash(_CODE), "versions": versions}
     return xxhash.xxh3_128_hexdigest(json.dumps(inputs, sort_keys=True).encode())
 
@@ -222,22 +208,12 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     """The settings that change tokens."""
     if cfg.verb.data == "text":
         return {"data": "text"}
-    data = cfg.data
     templates = [template_source(tokenizer, tools=tools) for tools in (None, [{}])]
     asks_date = any("strftime_now" in template for template in templates)
-    return {
-        "data": cfg.verb.data,
-        "templates": templates,
-        "date": data.date if asks_date else None,
-        "user_template": data.user_template,
-        "reasoning": data.reasoning,
-        "roles": data.roles,
-        "drop_columns": data.drop_columns,
-        "max_length": data.max_length,
-        "too_long": data.too_long,
-        "learn": data.learn,
-        "train_on_prompt": data.train_on_prompt,
-    }
+    names = ("user_template", "reasoning", "roles", "drop_columns", "max_length", "too_long")
+    settings = {name: getattr(cfg.data, name) for name in (*names, "learn", "train_on_prompt")}
+    settings |= {"data": cfg.verb.data, "templates": templates}
+    return settings | {"date": cfg.data.date if asks_date else None}
 
 
 def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:

@@ -81,17 +81,12 @@ def json_records(file: Path) -> Records:
             for number, line in enumerate(_lines(file, stream), 1)
             if (text := line.strip(" \t\r\n"))
         )
-        first_lines = []
-        if ".json" in (suffix.lower() for suffix in file.suffixes[-2:]):
-            first_lines = list(islice(lines, 2))
-        if first_lines and (
-            len(first_lines) == 1
-            or first_lines[0][0].startswith("[")
-            or not _is_json(first_lines[0][0])
-        ):
+        is_json = ".json" in (suffix.lower() for suffix in file.suffixes[-2:])
+        first = list(islice(lines, 2)) if is_json else []
+        if first and (len(first) == 1 or first[0][0].startswith("[") or not _is_json(first[0][0])):
             yield from _multiline_records(file)
         else:
-            yield from chain(first_lines, lines)
+            yield from chain(first, lines)
 
 
 def csv_records(file: Path) -> Records:
@@ -106,23 +101,20 @@ def csv_records(file: Path) -> Records:
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise UserError(
-                    f"{location}: malformed {'TSV' if tabs else 'CSV'}: {error}"
-                ) from None
+                kind = "TSV" if tabs else "CSV"
+                raise UserError(f"{location}: malformed {kind}: {error}") from None
             if row is None:
                 return
             if not header:
                 header = row
-                if duplicates := {name for name in header if header.count(name) > 1}:
-                    raise UserError(
-                        f"{location}: the header has {min(duplicates)!r} twice; rename one"
-                    )
+                if twice := {name for name in header if header.count(name) > 1}:
+                    raise UserError(f"{location}: the header has {min(twice)!r} twice; rename one")
+            elif row and len(row) != len(header):
+                raise UserError(
+                    f"{location}: {len(row)} cells, but the header has {len(header)}; put "
+                    "cells that contain a separator or a line break in double quotes"
+                )
             elif row:
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{location}: {len(row)} cells, but the header has {len(header)}; put "
-                        "cells that contain a separator or a line break in double quotes"
-                    )
                 yield json.dumps(dict(zip(header, row, strict=True))), location
 
 
@@ -170,7 +162,6 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
 
 
 def _parse_failure(error: ValueError | RecursionError) -> str:
-    """Why well-formed JSON could not be parsed."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
@@ -192,7 +183,6 @@ def _lines(file: Path, stream: Any) -> Iterator[str]:
 
 
 def _is_json(text: str) -> bool:
-    """True if the text is a complete JSON value."""
     try:
         json.loads(text)
     except json.JSONDecodeError:
@@ -260,11 +250,10 @@ def _wraps_records(value: Any, file: Path) -> bool:
 
     if not isinstance(value, dict) or not value or any(map(is_message, value.values())):
         return False
-    nested = [isinstance(v, list | dict) for v in value.values()]
-    if len(value) == 1 and isinstance(inner := next(iter(value.values())), list):
-        if all(isinstance(element, dict) for element in inner):
-            return True
-    if all(nested):
+    inner = next(iter(value.values()))
+    if len(value) == 1 and isinstance(inner, list) and all(isinstance(one, dict) for one in inner):
+        return True
+    if all(isinstance(v, list | dict) for v in value.values()):
         names = ", ".join(list(value)[:5]) + (", …" if len(value) > 5 else "")
         raise UserError(
             f"{file}: found one object with the keys {names}, all of them lists or objects, which "
@@ -284,9 +273,7 @@ def _decode_json(text: str, offset: int) -> tuple[Any, int]:
 
 def _skip_space(text: str, offset: int) -> int:
     """The offset of the next character that is not a space."""
-    match = _SPACE.match(text, offset)
-    assert match is not None
-    return match.end()
+    return next(_SPACE.finditer(text, offset)).end()
 
 
 def excerpt(value: Any) -> str:

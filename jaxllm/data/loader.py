@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import grain
@@ -91,14 +92,8 @@ def make_loader(
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
     """Every row once, in order, as batches [B, T]; the last one is padded with empty rows."""
-    batch: list[Row] = []
-    for part in rows.parts:
-        for index in range(len(part)):
-            batch.append(part[index])
-            if len(batch) == batch_size:
-                yield {f: v[0] for f, v in _stacked(batch, 1).items()}
-                batch = []
-    if batch:
+    in_order = chain.from_iterable(map(part.__getitem__, range(len(part))) for part in rows.parts)
+    while batch := list(islice(in_order, batch_size)):
         padding = {f: np.zeros_like(v) for f, v in batch[0].items()}
         batch += [padding] * (batch_size - len(batch))
         yield {f: v[0] for f, v in _stacked(batch, 1).items()}

@@ -9,6 +9,7 @@ weight have the keys `reasoning_content`, `tool_calls` and `weight`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,9 +81,8 @@ def without_nulls(value: Any) -> Any:
 def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
     """Convert a turn of any accepted layout to a message. Raises UserError for any other."""
     if not isinstance(turn, dict):
-        raise context.error(
-            f"a message must be an object with role and content; saw {excerpt(turn)}"
-        )
+        problem = "a message must be an object with role and content"
+        raise context.error(f"{problem}; saw {excerpt(turn)}")
     drop = context.data.drop_columns
     turn = {k: v for k, v in turn.items() if v is not None and k not in drop}
     role_name = turn.pop("role", turn.pop("from", None))
@@ -238,10 +238,8 @@ def _tool_calls(turn: dict, content: Any, context: ParseContext) -> list[dict]:
         raise context.error(f"a message has calls in {' and '.join(found)}; keep one")
     calls = next(iter(found.values()), [])
     if isinstance(calls, str):
-        try:
+        with suppress(UserError):  # reported below
             calls = parse_json(calls, "")
-        except ValueError:
-            pass  # reported below
     calls = [_wrap_function(call) for call in (calls if isinstance(calls, list) else [calls])]
     if not all(map(_is_call, calls)):
         raise context.error(f"a tool call must have a name and arguments; saw {excerpt(calls)}")
@@ -373,6 +371,5 @@ def _subschemas(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> Iterator[
         for name in ("$defs", "definitions"):
             found = root.get(name)
             if isinstance(found, dict) and reference.startswith(f"#/{name}/"):
-                yield from _subschemas(
-                    found.get(reference.rpartition("/")[2]), root, (*seen, reference)
-                )
+                target = found.get(reference.rpartition("/")[2])
+                yield from _subschemas(target, root, (*seen, reference))

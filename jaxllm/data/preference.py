@@ -18,7 +18,7 @@ import xxhash
 
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
-from jaxllm.data.packing import one_per_row, pack
+from jaxllm.data.rows import one_per_row, pack
 from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])
@@ -30,8 +30,15 @@ class _PackedPairs(ABC):
     slots: the largest number of examples in a row (P of Batch).
     """
 
-    def __init__(self, lengths: np.ndarray, max_length: int, *, packing: bool) -> None:
-        self.length = 2 * max_length
+    def __init__(
+        self,
+        examples: Examples,
+        indices: np.ndarray,
+        lengths: np.ndarray,
+        max_length: int,
+        packing: bool,
+    ) -> None:
+        self._examples, self._indices, self.length = examples, indices, 2 * max_length
         self._packing = pack(lengths, self.length) if packing else one_per_row(len(lengths))
         self.slots = int(np.diff(self._packing.starts).max(initial=1))
 
@@ -45,6 +52,12 @@ class _PackedPairs(ABC):
     @abstractmethod
     def fields(self, index: int) -> dict[str, Any]:
         """{field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none."""
+
+    def _example(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(tokens, loss weights, number of tokens before the boundary)."""
+        i = self._indices[index]
+        boundary = int(self._examples.boundary[i])
+        return self._examples.tokens(i), self._examples.loss_weights(i), boundary
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.row(row, 0)
@@ -67,17 +80,11 @@ class Pairs(_PackedPairs):
     def __init__(
         self, examples: Examples, indices: np.ndarray, max_length: int, *, packing: bool
     ) -> None:
-        self._examples, self._indices = examples, indices
-        super().__init__(examples.lengths[indices], max_length, packing=packing)
+        super().__init__(examples, indices, examples.lengths[indices], max_length, packing)
 
     def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        i = self._indices[index]
-        tokens, loss_weights = self._examples.tokens(i), self._examples.loss_weights(i)
-        boundary = int(self._examples.boundary[i])
-        return (tokens[:boundary], loss_weights[:boundary]), (
-            tokens[boundary:],
-            loss_weights[boundary:],
-        )
+        tokens, weights, boundary = self._example(index)
+        return (tokens[:boundary], weights[:boundary]), (tokens[boundary:], weights[boundary:])
 
     def fields(self, index: int) -> dict[str, Any]:
         margin = self._examples.value[self._indices[index]]
@@ -105,8 +112,7 @@ class Judged(_PackedPairs):
         packing: bool,
         seed: tuple[int, ...] = (0,),
     ) -> None:
-        self._examples, self._indices, self._limit = examples, indices, max_length
-        self._seed, self._donors = seed, lru_cache(2)(self.donors)
+        self._limit, self._seed, self._donors = max_length, seed, lru_cache(2)(self.donors)
         lengths = examples.lengths[indices]
         prompt_lengths = examples.boundary[indices].astype(np.int64)
         prompts = (examples.tokens(i)[:n] for i, n in zip(indices, prompt_lengths, strict=True))
@@ -122,7 +128,7 @@ class Judged(_PackedPairs):
         for block in self._blocks:
             longest[block] = (lengths - prompt_lengths)[block].max()
         mismatched = np.minimum(prompt_lengths + longest, max_length)
-        super().__init__(lengths + mismatched, max_length, packing=packing)
+        super().__init__(examples, indices, lengths + mismatched, max_length, packing)
 
     def _blocks_by_length(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Divide the examples into blocks by the length of their answers.
@@ -163,31 +169,23 @@ class Judged(_PackedPairs):
             first_index[sizes.argmax()] = -1
             block = block[np.argsort(first_index[group], kind="stable")]
             position = np.arange(count)
-            position = (
-                np.where(position < largest, position % (count - largest), position) + largest
-            )
-            donors[block] = block[position % count]
+            donor = np.where(position < largest, position % (count - largest), position) + largest
+            donors[block] = block[donor % count]
         return donors
 
     def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        (tokens, loss_weights), prompt_length = self._answer(index)
-        (other_tokens, other_weights), start = self._answer(self._donors(epoch)[index])
-        mismatched = np.concatenate([tokens[:prompt_length], other_tokens[start:]])[: self._limit]
-        weights = np.concatenate([loss_weights[:prompt_length], other_weights[start:]])
-        return (tokens, loss_weights), (mismatched, weights[: self._limit])
-
-    def _answer(self, index: int) -> tuple[Segment, int]:
-        i = self._indices[index]
-        segment = (self._examples.tokens(i), self._examples.loss_weights(i))
-        return segment, int(self._examples.boundary[i])
+        *answer, prompt_length = self._example(index)
+        *other, start = self._example(self._donors(epoch)[index])
+        mismatched, weights = (
+            np.concatenate([mine[:prompt_length], theirs[start:]])[: self._limit]
+            for mine, theirs in zip(answer, other, strict=True)
+        )
+        return (answer[0], answer[1]), (mismatched, weights)
 
     def fields(self, index: int) -> dict[str, Any]:
         good = bool(self._examples.value[self._indices[index]] > 0)
-        return {
-            "chosen_segment": int(good),
-            "rejected_segment": int(not good),
-            "unpaired_segment": 2,
-        }
+        segments = {"chosen_segment": int(good), "rejected_segment": int(not good)}
+        return segments | {"unpaired_segment": 2}
 
 
 class Prompts:

@@ -176,30 +176,24 @@ def _split_of(file: Path) -> str:
 
 
 def _locate_hub(source: Source, held_out: bool) -> Located:
-    """A dataset of the hub or its local cache; `ID:SUBSET` selects a configuration."""
+    """A dataset of the hub or its local cache; `ID:SUBSET` selects a configuration.
+
+    To stream it, the URLs of its files are listed, pinned to one revision.
+    """
     name, _, subset = source.path.partition(":")
-    if source.streaming:
-        return _locate_urls(name, subset or None, source)
     try:
-        loaded = datasets.load_dataset(name, subset or None, split=source.split)
+        if not source.streaming:
+            loaded = datasets.load_dataset(name, subset or None, split=source.split)
+            return _from_dataset(*_select_split(loaded, source, held_out))
+        listed = datasets.load_dataset_builder(name, subset or None).config.data_files or {}
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
             f"could not be loaded: {first_line(error)}"
         ) from error
-    return _from_dataset(*_select_split(loaded, source, held_out))
-
-
-def _locate_urls(name: str, subset: str | None, source: Source) -> Located:
-    """The URLs of a hub dataset's files, pinned to one revision."""
-    try:
-        listed = datasets.load_dataset_builder(name, subset).config.data_files or {}
-        files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{source.path}: no such file or folder, and the hub's dataset of this name "
-            f"could not be opened: {first_line(error)}"
-        ) from error
+    files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
     if not files:
         raise UserError(f"{source.path}: the hub's dataset lists no files to stream")
     split = _choose_split(files, source, held_out=False)
@@ -296,27 +290,18 @@ def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
     """Write (record JSON, FILE:LINE) pairs to an Arrow file, which is then memory-mapped."""
     schema = pa.schema([(_RECORD, pa.large_string()), (_LOCATION, pa.string())])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        chunk: list[tuple[str, str]] = []
+        chunk: dict[str, list[str]] = {_RECORD: [], _LOCATION: []}
         size = 0
-        for pair in pairs:
-            chunk.append(pair)
-            size += len(pair[0])
+        for record, location in pairs:
+            chunk[_RECORD].append(record)
+            chunk[_LOCATION].append(location)
+            size += len(record)
             if size > 1 << 24:
-                writer.write_batch(_arrow_batch(chunk, schema))
-                chunk, size = [], 0
-        if chunk:
-            writer.write_batch(_arrow_batch(chunk, schema))
+                writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
+                chunk, size = {_RECORD: [], _LOCATION: []}, 0
+        if chunk[_RECORD]:
+            writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
     return datasets.Dataset.from_file(str(file))
-
-
-def _arrow_batch(chunk: list[tuple[str, str]], schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(column, field.type)
-            for column, field in zip(zip(*chunk, strict=True), schema, strict=True)
-        ],
-        schema=schema,
-    )
 
 
 def _tfds_records(source: Any) -> Iterator[tuple[str, str]]:

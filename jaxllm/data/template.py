@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from datetime import date as Date
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -80,7 +81,7 @@ def with_settings(tokenizer: Any, data: DataSection) -> Any:
     elif source:
         tokenizer.chat_template = _embed_settings(source, data, special)
     if source and data.system:
-        template = ChatTemplate(template_source(tokenizer), tokenizer.special_tokens_map, None)
+        template = ChatTemplate(template_source(tokenizer), special, None)
         user = template.normalize([{"role": "user", "content": "?"}])
         if not template.can_render(user, data.system.strip()):
             raise UserError("data.system: the chat template does not render a system message")
@@ -169,9 +170,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: dict[str, Any], date: str | None) -> None:
         self.source, self.variables = source, variables
         self._dated = _dated(source, date) if date and "strftime_now" in source else source
-        self.has_generation_blocks = (
-            re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        )
+        self.has_generation_blocks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
 
     def render(
         self,
@@ -188,7 +187,9 @@ class ChatTemplate:
         from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        settings = {**self.variables, **self._other_tools(tools)}
+        # SmolLM3 and similar templates have another variable for the tools.
+        names = [n for n in ("xml_tools", "python_tools") if tools and self._mentions(n)]
+        settings = self.variables | {name: tools for name in names[:1]}
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
@@ -205,11 +206,6 @@ class ChatTemplate:
             raise UserError(f"the chat template rejects the conversation: {why}") from None
         texts, spans = rendered
         return texts[0], spans[0] if generation_blocks else []
-
-    def _other_tools(self, tools: list[Any] | None) -> dict[str, Any]:
-        """Tools under the variable name of SmolLM3 and similar templates."""
-        names = [n for n in ("xml_tools", "python_tools") if self._mentions(n)]
-        return {names[0]: tools} if tools and names else {}
 
     def _mentions(self, word: str) -> bool:
         return re.search(rf"(?<!\w){word}(?!\w)", self.source) is not None
@@ -266,8 +262,8 @@ class ChatTemplate:
         call = {"id": "abcdefghi", "type": "function", "function": function}
         result = {"role": "tool", "tool_call_id": "abcdefghi", "name": "quite_so", "content": "!"}
         for as_json, null_content in (False, False), (True, False), (False, True), (True, True):
-            answer = {"role": "assistant", "content": None if null_content else ""}
-            answer["tool_calls"] = [_call(call, as_json)]  # type: ignore[assignment]
+            answer: dict[str, Any] = {"role": "assistant", "tool_calls": [_call(call, as_json)]}
+            answer["content"] = None if null_content else ""
             # Some templates need a result after the call.
             for chat in [user, answer], [user, answer, result]:
                 if self.can_render(chat, "quite_so", "it"):
@@ -292,10 +288,6 @@ def all_strings(value: Any) -> Iterator[str]:
     """All strings in nested lists and dicts, including keys."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from all_strings(key)
-            yield from all_strings(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, dict | list):
+        for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
             yield from all_strings(item)

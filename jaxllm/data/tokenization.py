@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ USER_TEMPLATE_SKIPPED = "the model's user_template is not applied, because colum
 
 # The outcome of an example.
 COMPLETE, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
+DROPPED = {TOO_LONG, NOTHING_TO_LEARN}  # outcomes of an answer or a conversation without tokens
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_WEIGHTS = np.zeros(0, np.float32)
@@ -86,36 +88,30 @@ def _with_user_template(
     return replace(data, user_template=embedded), ()
 
 
-class _Truncated(NamedTuple):
-    """An example of at most max_length tokens."""
-
-    tokens: np.ndarray
-    loss_weights: np.ndarray
-    outcome: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def learned(self) -> int:
-        return int(np.count_nonzero(self.loss_weights[1:]))
-
-    @property
-    def dropped(self) -> bool:
-        return self.outcome in (TOO_LONG, NOTHING_TO_LEARN)
-
-
 def _render_examples(
-    chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, location: str, **overrides: Any
-) -> list[_Truncated]:
-    """The examples of a conversation, truncated to max_length at the end."""
+    chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, location: str, learn: str | None = None
+) -> list[Encoded]:
+    """The examples of a conversation, truncated to max_length at the end.
+
+    learn: "last" or "all" for one answer, which is a separate example anyway, so this is not noted;
+    None is `data.learn`.
+    """
     data = cfg.data
-    options: dict[str, Any] = {"learn": data.learn, "train_on_prompt": data.train_on_prompt}
-    options |= overrides
-    try:
+    options: dict[str, Any] = {"learn": learn or data.learn, "date": data.date}
+    with _at(location):
         messages = _apply_reasoning(chat["messages"], data)
-        examples = render(tokenizer, messages, tools=chat["tools"], date=data.date, **options)
-    except (ValueError, RecursionError) as error:
-        raise _located_error(location, error) from error
-    return [_truncate(e.tokens, e.loss_weights, cfg)._replace(notes=e.notes) for e in examples]
+        examples = render(
+            tokenizer,
+            messages,
+            tools=chat["tools"],
+            train_on_prompt=data.train_on_prompt,
+            **options,
+        )
+    ignored = {SEPARATE_EXAMPLE} if learn else set()
+    return [
+        _truncate(e.tokens, e.loss_weights, cfg, [n for n in e.notes if n not in ignored])
+        for e in examples
+    ]
 
 
 def _apply_reasoning(messages: list[dict[str, Any]], data: DataSection) -> list[dict[str, Any]]:
@@ -125,20 +121,34 @@ def _apply_reasoning(messages: list[dict[str, Any]], data: DataSection) -> list[
     return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
 
 
-def _located_error(location: str, error: ValueError | RecursionError) -> ValueError:
-    reason = error if isinstance(error, ValueError) else "the record is nested too deeply"
-    return UserError(f"{location}: {reason}")
+@contextmanager
+def _at(location: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError(f"{location}: the record is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{location}: {error}") from error
 
 
-def _truncate(tokens: np.ndarray, loss_weights: np.ndarray, cfg: TrainConfig) -> _Truncated:
+def _truncate(
+    tokens: np.ndarray, loss_weights: np.ndarray, cfg: TrainConfig, notes: Iterable[str] = ()
+) -> Encoded:
+    """An example of at most max_length tokens, or of none if it is dropped."""
     outcome = COMPLETE
     if len(tokens) > cfg.data.max_length:
         tokens, loss_weights = tokens[: cfg.data.max_length], loss_weights[: cfg.data.max_length]
         outcome = TRUNCATED if cfg.data.too_long == "truncate" else TOO_LONG
-    example = _Truncated(tokens, loss_weights, outcome)
-    if example.learned:
-        return example
-    return example._replace(outcome=NOTHING_TO_LEARN if outcome == COMPLETE else TOO_LONG)
+    learned = int(np.count_nonzero(loss_weights[1:]))
+    if not learned:
+        outcome = NOTHING_TO_LEARN if outcome == COMPLETE else TOO_LONG
+    if outcome in DROPPED:
+        return Encoded(outcome=outcome, notes="\n".join(notes))
+    return Encoded(tokens, loss_weights, learned, outcome, notes="\n".join(notes))
+
+
+def _with_notes(example: Encoded, notes: Iterable[str], **fields: Any) -> Encoded:
+    return example._replace(notes="\n".join([*example.notes.splitlines(), *notes]), **fields)
 
 
 def _encode_conversations(
@@ -149,14 +159,7 @@ def _encode_conversations(
         data, source_notes = _with_user_template(record, source, cfg, tokenizer)
         chat = parse_conversation(record, source, data, location)
         for part, example in enumerate(_render_examples(chat, cfg, tokenizer, location)):
-            notes = "\n".join((*example.notes, *(() if part else (*source_notes, *chat["notes"]))))
-            if example.dropped:
-                yield Encoded(outcome=example.outcome, part=part, notes=notes)
-            else:
-                row = Encoded(
-                    example.tokens, example.loss_weights, example.learned, example.outcome
-                )
-                yield row._replace(part=part, notes=notes)
+            yield _with_notes(example, () if part else (*source_notes, *chat["notes"]), part=part)
 
 
 def _encode_pairs(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[Encoded]:
@@ -171,11 +174,14 @@ def _encode_pairs(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> 
         if pair.prompt is None:
             answers = _tokenize_texts(pair, cfg, tokenizer)
         else:
-            answers = (pair.chosen, pair.rejected)
-            answers = [_render_answer(pair, answer, cfg, tokenizer, location) for answer in answers]
+            answers = [
+                _render_answer(pair, answer, cfg, tokenizer, location)
+                for answer in (pair.chosen, pair.rejected)
+            ]
         chosen, rejected = answers
-        notes = "\n".join((*source_notes, *sorted({*chosen.notes, *rejected.notes})))
-        dropped = {answer.outcome for answer in answers if answer.dropped}
+        own_notes = sorted({*chosen.notes.splitlines(), *rejected.notes.splitlines()})
+        notes = "\n".join((*source_notes, *own_notes))
+        dropped = {answer.outcome for answer in answers} & DROPPED
         if not dropped and np.array_equal(chosen.tokens, rejected.tokens):
             dropped = {TOO_LONG}  # equal after truncation
         if dropped:
@@ -194,7 +200,7 @@ def _encode_pairs(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> 
 
 def _render_answer(
     pair: Pair, answer: list[dict[str, Any]], cfg: TrainConfig, tokenizer: Any, location: str
-) -> _Truncated:
+) -> Encoded:
     """A pair's prompt and one of its answers, with a loss on the answer only."""
     prompt: list[dict[str, Any]] = [message | {"weight": 0.0} for message in pair.prompt or ()]
     chat = {"messages": prompt + answer, "tools": pair.tools}
@@ -205,12 +211,7 @@ def _render_answer(
             "differently if messages follow; move all but the last turn to the prompt, or set "
             "data.template to a prefix-preserving template"
         )
-    return _without_separate_note(examples[0])
-
-
-def _without_separate_note(example: _Truncated) -> _Truncated:
-    """Drop the note on separate examples, which is irrelevant if there is one answer."""
-    return example._replace(notes=tuple(note for note in example.notes if note != SEPARATE_EXAMPLE))
+    return examples[0]
 
 
 def _tokenize_texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
@@ -231,15 +232,11 @@ def _encode_judged(records, source: Source, cfg: TrainConfig, tokenizer: Any) ->
         data, source_notes = _with_user_template(record, source, cfg, tokenizer)
         chat, good = parse_judged(record, source, data, location)
         (example,) = _render_examples(chat, cfg, tokenizer, location, learn="last")
-        example = _without_separate_note(example)
-        notes = "\n".join((*example.notes, *source_notes, *chat["notes"]))
-        if example.dropped:
-            yield Encoded(outcome=example.outcome, notes=notes)
-            continue
-        boundary = int(np.argmax(example.loss_weights[1:] > 0)) + 1
-        value = 1.0 if good else -1.0
-        tokens, weights, outcome = example.tokens, example.loss_weights, example.outcome
-        yield Encoded(tokens, weights, example.learned, outcome, boundary, value, notes=notes)
+        example = _with_notes(example, (*source_notes, *chat["notes"]))
+        if example.outcome not in DROPPED:
+            boundary = int(np.argmax(example.loss_weights[1:] > 0)) + 1
+            example = example._replace(boundary=boundary, value=1.0 if good else -1.0)
+        yield example
 
 
 def _encode_prompts(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[Encoded]:
@@ -252,15 +249,13 @@ def _encode_prompts(records, source: Source, cfg: TrainConfig, tokenizer: Any) -
         prompt = parse_prompt(record, source, data, location)
         notes = "\n".join((*source_notes, *prompt.notes))
         messages = _apply_reasoning(prompt.messages, data)
-        try:
+        with _at(location):
             tokens = prompt_tokens(tokenizer, messages, tools=prompt.tools, date=data.date)
-        except (ValueError, RecursionError) as error:
-            raise _located_error(location, error) from error
         if len(tokens) > data.max_length:
             yield Encoded(outcome=TOO_LONG, notes=notes)
             continue
         fields = {"at": location, "said": prompt.text, "columns": prompt.columns}
-        fields |= {"messages": prompt.messages}
+        fields["messages"] = prompt.messages
         yield Encoded(tokens, record=json.dumps(fields, default=str), notes=notes)
 
 

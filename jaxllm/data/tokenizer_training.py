@@ -74,19 +74,12 @@ def train_tokenizer(
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=names,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    sizes = {"vocab_size": vocab_size, "special_tokens": names, "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(show_progress=False, **sizes)
     backend.train_from_iterator(_require_text(chain(_texts(map(Path, files)), texts)), trainer)
+    special = {"bos_token": END, "eos_token": END, "pad_token": PAD}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
     )
     tokenizer.chat_template = template_source(tokenizer, template)
     save_tokenizer(tokenizer, out)
@@ -117,10 +110,11 @@ def _require_text(texts: Iterable[str]) -> Iterator[str]:
 def _texts(files: Iterable[Path], size: int = 1 << 20) -> Iterator[str]:
     """Texts of files, in chunks of about `size` characters that end at a line break."""
     files = list(files)
-    if folders := [file for file in files if file.is_dir()]:
-        raise UserError(f"{folders[0]} is a directory; give its files, such as {folders[0]}/*.txt")
-    if missing := [file for file in files if not file.is_file()]:
-        raise MissingFile(f"{missing[0]}: no such file")
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file} is a directory; give its files, such as {file}/*.txt")
+        if not file.is_file():
+            raise MissingFile(f"{file}: no such file")
     for file in files:
         if (format_of(file) or "text") != "text":
             yield from _record_texts(file)

@@ -12,10 +12,11 @@ such a turn; `render_separately` renders the conversation up to it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import islice
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from jaxllm.data.template import ChatTemplate
@@ -97,15 +98,10 @@ class Rendering:
     """
 
     def __init__(
-        self,
-        template: ChatTemplate,
-        chat: TemplateInput,
-        count: int | None = None,
-        *,
-        generation_prompt: bool = False,
+        self, template: ChatTemplate, chat: TemplateInput, count: int, generation_prompt: bool
     ) -> None:
         self._template, self._chat, self._generation_prompt = template, chat, generation_prompt
-        self.count = len(chat.messages) if count is None else count
+        self.count = count
         self.text = self._render(chat.messages)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
@@ -157,7 +153,8 @@ class Turns:
     def render(
         self, chat: TemplateInput, count: int | None = None, *, generation_prompt: bool = False
     ) -> Rendering:
-        return Rendering(self.template, chat, count, generation_prompt=generation_prompt)
+        count = len(chat.messages) if count is None else count
+        return Rendering(self.template, chat, count, generation_prompt)
 
     # ---- turns in the full conversation
 
@@ -181,8 +178,10 @@ class Turns:
         if not full.text.startswith(context):
             return None
         start = self._skip_header(full.text, len(context))
-        last = turn == len(chat.messages) - 1
-        prefix = full.text if last else self._render_prefix(chat, turn + 1)
+        try:
+            prefix = self.render(chat, turn + 1).text if turn + 1 < full.count else full.text
+        except UserError:
+            prefix = ""
         content_end = self._content_end(prefix, start, len(prefix))
         if start <= len(prefix) and full.text.startswith(prefix[:content_end]):
             # Templates may end a last turn differently, so its end is taken from the full text.
@@ -198,13 +197,6 @@ class Turns:
         closing = self.special_pattern.finditer(full.text, content_end, stop)
         first = next((token.start() for token in closing if token[0] in self.end_tokens), None)
         return None if first is None else (start, self._turn_end(full.text, first, stop))
-
-    def _render_prefix(self, chat: TemplateInput, count: int) -> str:
-        """The first `count` messages, rendered; "" if the template rejects them."""
-        try:
-            return self.render(chat, count).text
-        except ValueError:
-            return ""
 
     # ---- turns that are rendered separately
 
@@ -268,7 +260,7 @@ class Turns:
             if found >= 0 and self._tag_pattern.search(part):
                 return found + len(part)
         text = last.text[rendering_start:stop]
-        common_length = _common_prefix(text, tail)
+        common_length = len(commonprefix([text, tail]))
         return rendering_start + max(b for b in self._boundaries(text) if b <= common_length)
 
     def _boundaries(self, text: str) -> list[int]:
@@ -319,7 +311,7 @@ class Turns:
         opening = header[: token.end()] if token else header
         if not opening or text[:start].endswith(header) or not text.startswith(opening, start):
             return start
-        return start + _common_prefix(text[start:], header)
+        return start + len(commonprefix([text[start:], header]))
 
     def _marked_spans(self, chat: TemplateInput, rendering: Rendering) -> dict[int, list[Span]]:
         """{turn: the spans of its `{% generation %}` blocks}.
@@ -384,10 +376,7 @@ class Turns:
         in the middle of a conversation; else the first of `end_tokens`; else the last one before
         `stop`. If there is none, the turn ends with its content.
         """
-        closing, offset = [], content_end
-        while match := self._closing_pattern.match(text, offset):
-            offset = match.end()
-            closing.append((match[1], offset))
+        closing = list(self._closing_tokens(text, content_end))
         for candidates in [self._eos] if self._eos_closes_turns else [], self.end_tokens:
             for token, end in closing:
                 if token in candidates:
@@ -395,6 +384,12 @@ class Turns:
         return max((end for _, end in closing if end <= stop), default=content_end)
 
     # ---- end tokens
+
+    def _closing_tokens(self, text: str, offset: int = 0) -> Iterator[tuple[str, int]]:
+        """The special tokens that follow each other at `offset`, each with its end."""
+        while match := self._closing_pattern.match(text, offset):
+            offset = match.end()
+            yield match[1], offset
 
     def _answer_suffix(self, *following: dict[str, Any]) -> str | None:
         """The text after an answer in a small chat; None if the template rejects the chat."""
@@ -414,28 +409,18 @@ class Turns:
         """
         tokens = [self._eos] if self._eos else []
         for following in [], [{"role": "user", "content": "?"}]:
-            if closing := self._closing_pattern.match(self._answer_suffix(*following) or ""):
-                tokens.append(closing[1])
+            closing = self._closing_tokens(self._answer_suffix(*following) or "")
+            tokens += [token for token, _ in islice(closing, 1)]
         return list(dict.fromkeys(tokens))
 
     @cached_property
     def _eos_closes_turns(self) -> bool:
         """True if eos is among the tokens that end an answer before another question."""
-        suffix, offset = self._answer_suffix({"role": "user", "content": "?"}) or "", 0
-        while match := self._closing_pattern.match(suffix, offset):
-            if match[1] == self._eos:
-                return True
-            offset = match.end()
-        return False
+        suffix = self._answer_suffix({"role": "user", "content": "?"}) or ""
+        return any(token == self._eos for token, _ in self._closing_tokens(suffix))
 
     @cached_property
     def non_special_end(self) -> str:
         """The text that ends a last answer if it contains no special token, else ""."""
         suffix = (self._answer_suffix() or "").strip()
         return "" if self.special_pattern.search(suffix) else suffix
-
-
-def _common_prefix(first: str, second: str) -> int:
-    """The length of the common prefix of two texts."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

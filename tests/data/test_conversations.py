@@ -351,11 +351,13 @@ def test_an_answer_beside_the_pair_is_told():
     [
         (
             {"prompt": "how?", "chosen": [U, *YES], "rejected": [U, *NO]},
-            "the prompt ends with 'how.', but .* of chosen and rejected begin with 'why.'",
+            "the prompt ends with 'how.', but the messages of "
+            "chosen and rejected begin with 'why.'",
         ),
         (
             {"prompt": [system("be kind"), U], "chosen": [S, U, *YES], "rejected": [S, U, *NO]},
-            "the prompt ends with 'why.', but .* of chosen and rejected begin with 'be short'",
+            "the prompt ends with 'why.', but the messages of "
+            "chosen and rejected begin with 'be short'",
         ),
         (
             {"prompt": "why?", "chosen": [user("how?"), *YES], "rejected": "no"},

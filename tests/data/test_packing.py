@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.data.packing import one_per_row, pack
+from jaxllm.data.rows import one_per_row, pack
 
 ROW = 32
 LENGTHS = st.lists(st.integers(1, ROW), max_size=200).map(lambda x: np.array(x, np.int64))

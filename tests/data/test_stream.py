@@ -178,10 +178,10 @@ def test_a_bad_record_is_named_when_its_file_is_read(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "a streamed source has no known length; give steps"),
-        ({"data": {"eval_fraction": 0.5}}, "eval_fraction needs data that is read whole"),
-        ({"max_samples": 3}, "max_samples does not go with streaming"),
-        ({"more": Source("b")}, "a streamed source beside others needs a weight"),
+        ({"steps": 0}, "a streamed source has no known length; set steps"),
+        ({"data": {"eval_fraction": 0.5}}, "eval_fraction cannot split a streamed source"),
+        ({"max_samples": 3}, "max_samples is not supported with streaming"),
+        ({"more": Source("b")}, "streamed with other sources; give each source a weight"),
         ({"objective": "sft"}, "streaming is supported only in data.train of pretrain"),
         (
             {"data": {"eval": (Source("e", streaming=True),)}},
