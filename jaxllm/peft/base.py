@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
+from jaxllm import dist
 from jaxllm.config import PEFT_METHODS, PeftSection, validated
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
@@ -37,7 +38,7 @@ def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     tensors = {}
     for slot in slots:
         if id(slot.variable) not in arrays:
-            arrays[id(slot.variable)] = jax.device_get(slot.variable.get_value())
+            arrays[id(slot.variable)] = dist.gather(slot.variable.get_value())
         value = arrays[id(slot.variable)][slot.index]
         tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
     return tensors

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm import dist
 from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter, AdapterParam, score_paths
@@ -87,7 +88,7 @@ class PrefixAdapter(VirtualTokens):
         return cfg.num_kv_heads, cfg.num_kv_heads * cfg.head_dim
 
     def tensors(self, model: Any) -> dict[str, np.ndarray]:
-        kv_L2PNK = np.stack(jax.device_get((model.prefix.keys[...], model.prefix.values[...])), 1)
+        kv_L2PNK = np.stack(dist.gather([model.prefix.keys[...], model.prefix.values[...]]), 1)
         return {TENSOR: kv_L2PNK.transpose(2, 0, 1, 3, 4).reshape(self.length, -1)}
 
     def load(self, model: Any, tensors: dict[str, np.ndarray], file: Path, which: int = 0) -> None:

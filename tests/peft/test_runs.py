@@ -97,7 +97,7 @@ def test_resuming_and_exporting_with_another_base_are_errors(straight, capsys):
     try:
         again = tuning(straight, "moved", *LORA, *held_out, "--steps", "14")
         for args in (again, ["export", str(run), str(straight / "m"), "--merge"]):
-            assert "was trained over another model" in refused(capsys, args)
+            assert "was trained from another model" in refused(capsys, args)
     finally:
         model.write_bytes(kept)
 
