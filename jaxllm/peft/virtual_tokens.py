@@ -175,11 +175,10 @@ def context_length(cfg: ModelConfig, adapter: Adapter, max_length: int, new: int
     left = cfg.max_positions - adapter.length
     if max_length + new > left:
         tokens = f" besides {adapter.length} virtual tokens" if adapter.length else ""
-        given = f"data.max_length {max_length} is"
-        if new:
-            given = f"data.max_length {max_length} and rl.max_new_tokens {new} together are"
+        given = f"data.max_length {max_length}"
+        given += f" and rl.max_new_tokens {new} together are" if new else " is"
         raise UserError(
-            f"{given} over the model's limit of {left} positions{tokens}; lower "
-            + ("one" if new else "it")
+            f"{given} over the model's limit of {left} positions{tokens}; "
+            f"lower {'one' if new else 'it'}"
         )
     return left
