@@ -117,9 +117,6 @@ def metric_names(
     return names - {"nll"} | {"perplexity"} if "nll" in names else names
 
 
-# ---- the best evaluation and early stopping
-
-
 @dataclass(frozen=True)
 class Best:
     """The best evaluation of a run so far; saved in its checkpoints."""
@@ -182,9 +179,6 @@ def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> fl
     )
 
 
-# ---- files
-
-
 def evaluate_files(
     model: str,
     data: Sequence[str | Source],
@@ -233,14 +227,7 @@ def evaluate_files(
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded)
     eval_fn, params = make_eval(alone(graph), lm_loss), nnx.to_pure_dict(weights)
-    out = evaluate(
-        eval_fn,
-        params,
-        {},
-        list(held_out.evals.values()),
-        mesh=mesh,
-        batch_size=batch_size,
-        progress="evaluating",
-    )
+    options: Any = {"mesh": mesh, "batch_size": batch_size, "progress": "evaluating"}
+    out = evaluate(eval_fn, params, {}, list(held_out.evals.values()), **options)
     shown = {key: out[key] for key in ("loss", "perplexity", "tokens", "accuracy") if key in out}
     return shown | {"examples": sum(e["examples"] for e in held_out.manifest["eval"].values())}

@@ -110,11 +110,9 @@ def _compressed(stated: dict[str, Any]) -> Fp8 | None:
         weights = group.get("weights") if isinstance(group, dict) else None  # a list: a preset
         if not isinstance(weights, dict):
             return None
-        if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
-            return None
-        if (group.get("format") or stated.get("format")) not in FORMATS:
-            return None
-        if not weights.get("symmetric", True):
+        is_fp8 = (weights.get("type"), weights.get("num_bits")) == ("float", 8)
+        known = (group.get("format") or stated.get("format")) in FORMATS
+        if not (is_fp8 and known and weights.get("symmetric", True)):
             return None
         named: dict[Any, Any] = {"tensor": Fp8("_scale", (0, 0)), "channel": Fp8("_scale", (1, 0))}
         strategy = weights.get("strategy")

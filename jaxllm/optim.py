@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,9 +26,6 @@ from jaxllm.peft import METHODS
 DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
-
-
-# ---- schedules
 
 
 def _span(value: float, total: int) -> int:
@@ -94,9 +92,6 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     return rate
 
 
-# ---- optimizers
-
-
 def _names(path: tuple[Any, ...]) -> list[str]:
     return [key.key for key in path]
 
@@ -147,17 +142,11 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
         names = _names(path)
         return "muon" if names[-1] == "kernel" and names[0] != "head" else "adamw"
 
-    def matrices(params: Any) -> Any:  # the last two dims: each layer of a stack on its own
-        dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree.map(lambda _: dims, params)
-
+    # The last two dims: each layer of a stack on its own.
+    dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     keys: dict[str, Any] = {"consistent_rms": 0.2} | options
-    muon = contrib.muon(
-        rate,
-        weight_decay=optim.weight_decay,
-        muon_weight_dimension_numbers=matrices,
-        **keys,
-    )
+    keys["muon_weight_dimension_numbers"] = lambda params: jax.tree.map(lambda _: dims, params)
+    muon = contrib.muon(rate, weight_decay=optim.weight_decay, **keys)
     return optax.partition(
         {"muon": muon, "adamw": _adamw(rate, optim)},
         lambda params: jax.tree_util.tree_map_with_path(kind, params),
@@ -250,16 +239,14 @@ def make_optimizer(
             )
     inner = _in_float32(make(schedule, optim, **optim.options))
     ratios = {name: ratio for name, ratio in (ratios or {}).items() if ratio != 1}
-    return optax.chain(inner, _at_ratios(ratios)) if ratios else inner
-
-
-def _at_ratios(ratios: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiplies the updates of leaves by their name."""
+    if not ratios:
+        return inner
 
     def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
         return update * ratios.get(_names(path)[-1], 1.0)
 
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+    by_name = partial(jax.tree_util.tree_map_with_path, scaled)
+    return optax.chain(inner, optax.stateless(lambda updates, _: by_name(updates)))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -268,13 +255,10 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def init(params: Any) -> Any:
-        return inner.init(wide(params))
-
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return inner.update(wide(updates), state, wide(params))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
 
 
 def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
@@ -289,8 +273,7 @@ def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
         jax.tree_util.keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
     }
-    mesh = jax.tree.leaves(shardings)[0].mesh
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
@@ -306,9 +289,6 @@ def eval_params(opt_state: Any, params: Any) -> Any:
         mean = contrib.schedule_free_eval_params(opt_state, params)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), mean, params)
     return params
-
-
-# ---- clipping
 
 
 def clip(grads: Any, norm: jax.Array, max_norm: float, scale: jax.typing.ArrayLike = 1.0) -> Any:

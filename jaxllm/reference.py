@@ -84,7 +84,7 @@ def precomputed(
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     model_key = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
     file = cache_root(cfg) / f"reference-{model_key}.npz"
-    cache = _Cache.load(file)
+    cache = _load(file)
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
         """float32 [fields, rows, P] of some rows of a source."""
@@ -99,15 +99,23 @@ def precomputed(
         return np.concatenate(found, 1)
 
     def add(part: Any) -> RowsWithLogps:
-        nonlocal cache
         keys = _answer_keys(part, fields)
-        rows = np.flatnonzero(cache.lacks(keys).any((0, 2)))
+        missing = [
+            not cache.keys() >= set(keys[:, row].ravel().tolist()) for row in range(len(part))
+        ]
+        rows = np.flatnonzero(missing)
         if len(rows):
             with jax.set_mesh(mesh):
-                cache = cache.extended(keys[:, rows], compute(part, rows))
+                values = compute(part, rows)
+            for key, value in zip(
+                keys[:, rows].ravel().tolist(), values.ravel().tolist(), strict=True
+            ):
+                cache.setdefault(key, value)
             if dist.is_main():
-                cache.save(file)
-        return RowsWithLogps(part, dict(zip([LOGPS[f] for f in fields], cache[keys], strict=True)))
+                _save(file, cache)
+        logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
+        names = [LOGPS[field] for field in fields]
+        return RowsWithLogps(part, dict(zip(names, logps.reshape(keys.shape), strict=True)))
 
     def with_logps(rows: Rows) -> Rows:
         return replace(rows, parts=tuple(add(part) for part in rows.parts))
@@ -133,36 +141,17 @@ def _answer_keys(part: Any, fields: list[str]) -> np.ndarray:
     return np.asarray(keys, np.uint64).swapaxes(0, 1)
 
 
-@dataclass(frozen=True)
-class _Cache:
-    """Log-probabilities of answers by key."""
+def _load(file: Path) -> dict[int, float]:
+    """The cached log-probabilities {key of an answer: log p}; those of no answer, key 0, are 0."""
+    if not file.is_file():
+        return {0: 0.0}
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(zip(arrays["keys"].tolist(), arrays["logps"].tolist(), strict=True)) | {0: 0.0}
 
-    keys: np.ndarray  # uint64 [N], ascending
-    logps: np.ndarray  # float32 [N]
 
-    @staticmethod
-    def load(file: Path) -> _Cache:
-        if not file.is_file():
-            return _Cache(np.zeros(0, np.uint64), np.zeros(0, np.float32))
-        with np.load(file, allow_pickle=False) as arrays:
-            return _Cache(arrays["keys"], arrays["logps"])
-
-    def lacks(self, keys: np.ndarray) -> np.ndarray:
-        """bool: True for the answers that are not cached."""
-        return (keys > 0) & ~np.isin(keys, self.keys)
-
-    def extended(self, keys: np.ndarray, logps: np.ndarray) -> _Cache:
-        """With further answers; those that are cached already stay as they are."""
-        new = self.lacks(keys)
-        unique, first = np.unique(np.concatenate([self.keys, keys[new]]), return_index=True)
-        return _Cache(unique, np.concatenate([self.logps, logps[new]])[first])
-
-    def __getitem__(self, keys: np.ndarray) -> np.ndarray:
-        """float32 of the shape of `keys`, which are all cached; 0 for no answer."""
-        return np.where(keys > 0, self.logps[np.searchsorted(self.keys, keys)], np.float32(0))
-
-    def save(self, file: Path) -> None:
-        """Writes the file atomically."""
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
-            np.savez(part, keys=self.keys, logps=self.logps)
-        os.replace(part.name, file)
+def _save(file: Path, cache: dict[int, float]) -> None:
+    """Writes the cache atomically."""
+    keys, logps = np.asarray(list(cache), np.uint64), np.asarray(list(cache.values()), np.float32)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
+        np.savez(part, keys=keys, logps=logps)
+    os.replace(part.name, file)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxllm import dist
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
@@ -252,7 +253,7 @@ def completions(
         fixed, new = replace(sampling, seed=0), sampling.max_new_tokens
         state = prefill(graph, params, batch["tokens"], batch["segment_ids"], key, new, fixed)
         state = decode(graph, params, state, key, jnp.int32(new), fixed)
-        found = jax.device_get((state.tokens, state.logps))
+        found = dist.gather((state.tokens, state.logps))
         new, logps = (np.asarray(x)[: len(prompts)] for x in found)
     stopped = np.isin(new, sampling.stop_ids)
     first = np.where(stopped.any(1), stopped.argmax(1) + 1, new.shape[1]).astype(np.int32)

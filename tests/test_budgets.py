@@ -148,6 +148,17 @@ def test_only_the_tables_compare_the_name_of_an_objective():
             assert not re.search(r"\.objective (==|!=|in|not in) [\"'(]", code(path)), name
 
 
+def test_the_table_of_sweeps_names_tests_that_exist():
+    text = (ROOT / "tests" / "conftest.py").read_text()
+    swept = set(re.findall(r'^    "(test_\w+)":', text, re.MULTILINE))
+    defined = {
+        name
+        for path in tracked("tests/*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert swept and swept <= defined, f"renamed or gone: {sorted(swept - defined)}"
+
+
 def test_every_source_file_names_its_licence():
     for path in tracked("*.py"):
         first = path.read_text(encoding="utf-8").splitlines()[:2]

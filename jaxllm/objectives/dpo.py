@@ -39,7 +39,8 @@ class Answers:
     """Log-probabilities of pairs of answers, summed over their tokens; float32 [...] each.
 
     chosen_tokens, rejected_tokens: the numbers of tokens (1 if length_normalized, which makes the
-    sums means). baseline: mean of β Δ over all answers of the update (BCO).
+    sums means). baseline: mean of β Δ over all answers of the update (BCO). The properties are Δc,
+    Δr, h, c̄ and r̄.
     """
 
     chosen: Any
@@ -52,27 +53,22 @@ class Answers:
 
     @property
     def delta_chosen(self) -> Any:
-        """Δc."""
         return self.chosen - self.reference_chosen
 
     @property
     def delta_rejected(self) -> Any:
-        """Δr."""
         return self.rejected - self.reference_rejected
 
     @property
     def h(self) -> Any:
-        """Δc - Δr."""
         return self.delta_chosen - self.delta_rejected
 
     @property
     def chosen_mean(self) -> Any:
-        """c̄."""
         return self.chosen / self.chosen_tokens
 
     @property
     def rejected_mean(self) -> Any:
-        """r̄."""
         return self.rejected / self.rejected_tokens
 
 
@@ -275,9 +271,8 @@ def dpo_baseline(
     segments = [batch.chosen_segment, batch.rejected_segment]
     sums, _ = answer_logps(model, batch, segments, chunk=chunk)
     reference_sums = reference_logps(reference, batch, chunk)
-    mask_BP = batch.chosen_segment > 0
-    deltas = [x - y for x, y in zip(sums, reference_sums, strict=True)]
+    deltas = jnp.stack(sums) - jnp.stack(reference_sums)
     if length_normalized:
-        deltas = [x / answer_lengths(batch, s) for x, s in zip(deltas, segments, strict=True)]
-    deltas = [jnp.where(mask_BP, x, 0.0) for x in deltas]
-    return beta * jnp.sum(jnp.stack(deltas)), 2.0 * jnp.sum(mask_BP)
+        deltas = deltas / jnp.stack([answer_lengths(batch, s) for s in segments])
+    mask_BP = batch.chosen_segment > 0
+    return beta * jnp.sum(jnp.where(mask_BP, deltas, 0.0)), 2.0 * jnp.sum(mask_BP)

@@ -90,7 +90,7 @@ def grpo_loss(
     Dropout is off, since with dropout the ratio would not start at 1.
     """
     logp_BT, entropy_BT = logps(model, batch, None, chunk=chunk, temperature=temperature)
-    old_BT, mask_BT = batch.old_logps, batch.weights
+    old_BT, mask_BT, tokens = batch.old_logps, batch.weights, jnp.sum(batch.weights)
     with jax.named_scope("loss"):
         terms_BT, clipped_BT = clipped_terms(
             logp_BT, old_BT, batch.advantages, clip=clip, clip_high=clip_high
@@ -99,7 +99,6 @@ def grpo_loss(
             terms_BT = terms_BT + beta * kl_terms(logp_BT, batch.reference_logps, kl)
         weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens)
         loss = jnp.sum(terms_BT * weights_BT)
-    tokens = jnp.sum(mask_BT)
     metrics: Metrics = {
         "entropy": (jnp.sum(entropy_BT * mask_BT), tokens),
         "clip_fraction": (jnp.sum(clipped_BT * mask_BT), tokens),

@@ -131,21 +131,20 @@ def ppo_loss(
     def total(x_BT: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.sum(x_BT * batch.weights), tokens
 
+    old_BT = batch.old_logps
     with jax.named_scope("loss"):
         policy_BT, clipped_BT = clipped_terms(
-            logp_BT, batch.old_logps, batch.advantages, clip=clip, clip_high=clip_high
+            logp_BT, old_BT, batch.advantages, clip=clip, clip_high=clip_high
         )
-        value_BT, value_clipped_BT = value_terms(
-            values_BT, batch.old_values, batch.returns, clip_value
-        )
+        value_BT, limited_BT = value_terms(values_BT, batch.old_values, batch.returns, clip_value)
         loss, _ = total(policy_BT + value_weight * value_BT)
     metrics: Metrics = {
         "policy_loss": total(policy_BT),
         "value_loss": total(value_BT),
         "entropy": total(entropy_BT),
         "clip_fraction": total(clipped_BT),
-        "value_clip_fraction": total(value_clipped_BT),
-        "update_kl": total(batch.old_logps - logp_BT),
+        "value_clip_fraction": total(limited_BT),
+        "update_kl": total(old_BT - logp_BT),
     }
     return loss, tokens, jax.lax.stop_gradient(metrics)
 

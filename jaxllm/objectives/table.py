@@ -31,20 +31,8 @@ class Objective:
     it as `batch.baseline`, so that it does not depend on the division into micro-batches"""
 
 
-def make_objective(cfg: TrainConfig) -> Objective:
-    """The objective of a resolved config. Raises UserError for one without a row."""
-    if cfg.objective not in OBJECTIVES:
-        known = ", ".join(OBJECTIVES)
-        raise UserError(f"objective {cfg.objective!r} is not known; known: {known}")
-    return OBJECTIVES[cfg.objective](cfg)
-
-
 def _language(cfg: TrainConfig) -> Objective:
     return Objective(partial(lm_loss, z_loss=cfg.model.z_loss, chunk=cfg.model.loss_chunk))
-
-
-def _reward(cfg: TrainConfig) -> Objective:
-    return Objective(partial(reward_loss, centering=cfg.align.centering))
 
 
 def _dpo(cfg: TrainConfig) -> Objective:
@@ -52,16 +40,10 @@ def _dpo(cfg: TrainConfig) -> Objective:
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
     weights = align.loss_weights or (1.0,) * len(names)
     assert align.beta is not None  # resolve
-    loss = partial(
-        dpo_loss,
-        losses=tuple(zip(names, weights, strict=True)),
-        length_normalized=align.length_normalized,
-        chunk=chunk,
-        beta=align.beta,
-        label_smoothing=align.label_smoothing,
-        gamma=align.gamma,
-    )
     shared = {"beta": align.beta, "length_normalized": align.length_normalized, "chunk": chunk}
+    losses = tuple(zip(names, weights, strict=True))
+    options = {"label_smoothing": align.label_smoothing, "gamma": align.gamma}
+    loss = partial(dpo_loss, losses=losses, **shared, **options)
     baseline = partial(dpo_baseline, **shared) if "bco" in names else None
     return Objective(loss, not set(names) <= set(REFERENCE_FREE), baseline)
 
@@ -69,13 +51,8 @@ def _dpo(cfg: TrainConfig) -> Objective:
 def _kto(cfg: TrainConfig) -> Objective:
     align, chunk = cfg.align, cfg.model.loss_chunk
     assert align.beta is not None  # resolve
-    loss = partial(
-        kto_loss,
-        beta=align.beta,
-        desirable=align.desirable_weight,
-        undesirable=align.undesirable_weight,
-        chunk=chunk,
-    )
+    weights = {"desirable": align.desirable_weight, "undesirable": align.undesirable_weight}
+    loss = partial(kto_loss, beta=align.beta, **weights, chunk=chunk)
     return Objective(loss, True, partial(kto_baseline, chunk=chunk))
 
 
@@ -103,7 +80,7 @@ def _grpo(cfg: TrainConfig) -> Objective:
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "pretrain": _language,
     "sft": _language,
-    "reward": _reward,
+    "reward": lambda cfg: Objective(partial(reward_loss, centering=cfg.align.centering)),
     "dpo": _dpo,
     "orpo": _dpo,
     "simpo": _dpo,
@@ -111,3 +88,11 @@ OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
     "ppo": _ppo,
     "grpo": _grpo,
 }
+
+
+def make_objective(cfg: TrainConfig) -> Objective:
+    """The objective of a resolved config. Raises UserError for one without a row."""
+    if cfg.objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise UserError(f"objective {cfg.objective!r} is not known; known: {known}")
+    return OBJECTIVES[cfg.objective](cfg)

@@ -53,7 +53,8 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scale.nbytes
+        # Not of the arrays: a model built as shapes has ShapeDtypeStructs, which have no nbytes.
+        return sum(x.size * x.dtype.itemsize for x in (self.codes, self.scale))
 
 
 def _tile(inputs: int) -> int:

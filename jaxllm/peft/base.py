@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of the PEFT methods, and the exchange of weights with an adapter file."""
+"""The base class of the PEFT methods, which also exchanges weights with an adapter file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import jax
 import numpy as np
 
+from jaxllm import dist
 from jaxllm.config import PEFT_METHODS, PeftSection, validated
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
@@ -23,7 +24,7 @@ SEQUENCE_CLASSIFICATION = "SEQ_CLS"  # peft's task_type of a reward model
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of an adapter file and where the model has it: `variable[index]`."""
+    """A tensor of an adapter file and its place in the model, `variable[index]`."""
 
     name: str
     variable: Any
@@ -33,37 +34,14 @@ class Slot:
 
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """{name in the file: float32 array}, from the model."""
-    arrays: dict[int, np.ndarray] = {}
+    gathered: dict[int, np.ndarray] = {}
     tensors = {}
     for slot in slots:
-        if id(slot.variable) not in arrays:
-            arrays[id(slot.variable)] = jax.device_get(slot.variable.get_value())
-        value = arrays[id(slot.variable)][slot.index]
+        if id(slot.variable) not in gathered:
+            gathered[id(slot.variable)] = dist.gather(slot.variable.get_value())
+        value = gathered[id(slot.variable)][slot.index]
         tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
     return tensors
-
-
-def write_slots(slots: Iterable[Slot], tensors: dict[str, np.ndarray], file: Path) -> None:
-    """Copies the tensors of a file to the model and removes them from `tensors`.
-
-    Raises UserError if one is missing or has another shape.
-    """
-    arrays: dict[int, tuple[Any, np.ndarray]] = {}
-    for slot in slots:
-        if slot.name not in tensors:
-            raise UserError(f"{file} has no {slot.name}, which its config asks for")
-        tensor = tensors.pop(slot.name)
-        tensor = tensor.T if slot.transpose else tensor
-        variable = slot.variable
-        _, array = arrays.setdefault(id(variable), (variable, np.array(variable.get_value())))
-        if array[slot.index].shape != tensor.shape:
-            raise UserError(
-                f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
-                f"model's is {array[slot.index].shape}"
-            )
-        array[slot.index] = tensor
-    for variable, array in arrays.values():
-        set_value(variable, array)
 
 
 def set_value(variable: Any, value: Any) -> None:
@@ -73,8 +51,8 @@ def set_value(variable: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class PeftAdapter(Adapter):
-    """The adapter of a PEFT method. A subclass is everything that is known of its method, except
-    for its config keys and default learning rate (config.PEFT_METHODS)."""
+    """The adapter of a PEFT method. A subclass defines all of its method but the config keys and
+    the default learning rate (config.PEFT_METHODS)."""
 
     peft_type: ClassVar[str]  # peft's name of the method
     decayed: ClassVar[Mapping[str, bool]]  # {leaf name: True if weight decay applies}
@@ -136,4 +114,19 @@ class PeftAdapter(Adapter):
 
         Raises UserError if one is missing or has another shape.
         """
-        write_slots(self.slots(model, which), tensors, file)
+        arrays: dict[int, tuple[Any, np.ndarray]] = {}
+        for slot in self.slots(model, which):
+            if slot.name not in tensors:
+                raise UserError(f"{file} has no {slot.name}, which its config asks for")
+            tensor = tensors.pop(slot.name)
+            tensor = tensor.T if slot.transpose else tensor
+            variable = slot.variable
+            _, array = arrays.setdefault(id(variable), (variable, np.array(variable.get_value())))
+            if array[slot.index].shape != tensor.shape:
+                raise UserError(
+                    f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
+                    f"model's is {array[slot.index].shape}"
+                )
+            array[slot.index] = tensor
+        for variable, array in arrays.values():
+            set_value(variable, array)

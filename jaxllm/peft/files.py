@@ -37,9 +37,6 @@ class AdapterFiles:
         return self.folder / ADAPTER
 
 
-# ---- finding them
-
-
 def is_adapter(path: str) -> bool:
     """True if a directory or hub id has an adapter and no model."""
     folder = local_dir(path) if hub_id(path) else Path(path).expanduser()
@@ -89,9 +86,6 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     return base, {"default": path, **named}
 
 
-# ---- making an adapter
-
-
 def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
     """The adapter that a run trains.
 
@@ -104,9 +98,7 @@ def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
     files = find(section.path, weights=False)
     method = method_of(files.config)
     if method != section.method:
-        raise UserError(
-            f"{section.path} is of method {method}, but peft.method is {section.method}"
-        )
+        raise UserError(f"{section.path} is of method {method}; peft.method is {section.method}")
     adapter = read_adapter(cfg, {"default": files})
     training = {key: getattr(section, key) for key in PEFT_METHODS[method].training}
     return replace(adapter, **training)
@@ -125,16 +117,11 @@ def method_of(config: dict[str, Any]) -> str:
 
 def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
     """The adapter that one adapter_config.json describes, or several of LoRA."""
-    found = {
-        name: METHODS[method_of(files.config)].from_config(
-            cfg, files.config, files.folder / ADAPTER_CONFIG
-        )
-        for name, files in adapters.items()
-    }
-    return next(iter(found.values())) if len(found) == 1 else combine(cfg, found)
-
-
-# ---- the weights
+    found: dict[str, PeftAdapter] = {}
+    for name, files in adapters.items():
+        method = METHODS[method_of(files.config)]
+        found[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
+    return found[name] if len(found) == 1 else combine(cfg, found)
 
 
 def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:

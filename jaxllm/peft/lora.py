@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,8 +71,6 @@ class LoraAdapter(PeftAdapter):
     lora_dropout: float = 0.0
     loraplus_lr_ratio: float = 1.0
 
-    # ---- configs
-
     @classmethod
     def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
         saved = saved_paths(cfg, section.modules_to_save)
@@ -98,9 +96,7 @@ class LoraAdapter(PeftAdapter):
     def section_values(cls, config: dict[str, Any]) -> dict[str, Any]:
         for key in UNSUPPORTED:
             if config.get(key):
-                raise UserError(
-                    f"{ADAPTER_CONFIG}: {key} is {config[key]!r}, which is not supported"
-                )
+                raise UserError(f"{ADAPTER_CONFIG}: {key} is {config[key]!r}; it is not supported")
         if config.get("bias", "none") != "none":
             raise UserError(f"{ADAPTER_CONFIG}: bias is {config['bias']!r}; only none is supported")
         init = str(config.get("init_lora_weights", True)).lower()
@@ -162,8 +158,6 @@ class LoraAdapter(PeftAdapter):
             config["ensure_weight_tying"] = True
         return config
 
-    # ---- in the model
-
     @property
     def needs_base(self) -> bool:
         return self.init == "pissa"
@@ -202,7 +196,7 @@ class LoraAdapter(PeftAdapter):
         return total + sum(v.get_value().size for path, v in weights if self.trains(path, v))
 
     def summary(self, model: Any) -> list[str]:
-        """Adds the usual formula if every adapted matrix is d x d and of rank r."""
+        """Adds the formula 2·L·d·r if every adapted matrix is d x d and of rank r."""
         branches = [branch_of(model, target.path) for target in self.targets]
         shapes = [(b.a.get_value().shape, b.b.get_value().shape) for b in branches]
         sizes = {n for a, b in shapes for n in (a[-2], b[-1])}
@@ -211,8 +205,6 @@ class LoraAdapter(PeftAdapter):
         if len(sizes) == len(set(ranks)) == 1 and not (self.saved or self.dora):
             lines[0] += f" = 2·L·d·r = 2 · {len(ranks)} · {sizes.pop():,} · {ranks[0]}"
         return lines
-
-    # ---- tensors
 
     def slots(self, model: Any, which: int = 0, initial: bool = False) -> Iterator[Slot]:
         """initial: the A and B that PiSSA started from."""
@@ -233,8 +225,8 @@ class LoraAdapter(PeftAdapter):
                     yield Slot(prefix + "magnitude_vector", branch.magnitude, stack or ...)
 
     def tensors(self, model: Any) -> dict[str, np.ndarray]:
-        """PiSSA's A and B have twice the rank, [A, A0] and [B, -B0], which is their change of the
-        base's own weights."""
+        """PiSSA's A and B have twice the rank, [A, A0] and [B, -B0], so that their product is the
+        change of the base's original weights."""
         if len(self.names) > 1:
             names = ", ".join(self.names)
             raise UserError(f"the model has the adapters {names}; load only the one to save")
@@ -306,16 +298,11 @@ class LoraBranch(nnx.Module):
         return (self.scale(ctx, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
     def dropout_mask(self, rng_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """bool `shape`, False where an input is dropped. Each row's mask depends on its own key and
-        on the target, so it is the same in every micro-batch and on every mesh."""
+        """bool `shape`, False where an input is dropped. A row's mask depends on its own key and on
+        the target, so micro-batches and meshes do not change it."""
         target = zlib.crc32(self.target.path.encode())
-
-        def row(key: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(
-                jax.random.fold_in(key, target), 1 - self.dropout, shape[1:]
-            )
-
-        return jax.vmap(row)(rng_B)
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, target))(rng_B)
+        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, shape[1:]))(keys_B)
 
     def scale(self, ctx: Context, ndim: int) -> jax.Array:
         """s of each rank in this layer, [R]; with adapter weights [B, 1, R], of `ndim` dims."""
@@ -330,10 +317,8 @@ class LoraBranch(nnx.Module):
 
     def terms(self, x: jax.Array, ctx: Context) -> list[tuple[jax.Array, jax.Array]]:
         """[(x' [..., R], w [R, O])]: the branch's output is the sum of the products x' w."""
-        terms = [(self.inner(x, ctx), self.b[...])]
-        if self.b0 is not None:
-            terms.append((-self.inner(x, ctx, initial=True), self.b0[...]))
-        return terms
+        added = (self.inner(x, ctx), self.b[...])
+        return [added] if self.b0 is None else [added, (-self.inner(x, ctx, True), self.b0[...])]
 
     # ---- all layers at once, outside the training step
 
@@ -377,7 +362,7 @@ class LoraBranch(nnx.Module):
         return delta if self.a0 is None else delta - _matmul(self.a0[...] * scales, self.b0[...])
 
 
-# float32 products, even where a GPU or TPU would round the inputs.
+# Products in full float32, even where a GPU or TPU would round the inputs.
 _matmul = partial(jnp.matmul, precision="highest")
 
 
@@ -394,18 +379,9 @@ def column_norms(w_IO: jax.Array, a_IR: jax.Array, scaled_b_RO: jax.Array) -> ja
 # ---- a target's modules in a model
 
 
-def _parent(model: Any, path: str) -> tuple[Any, str]:
-    """The module that contains a path, and its name there."""
-    *parents, last = path.split(".")
-    for name in parents:
-        model = getattr(model, name)
-    return model, last
-
-
 def branch_of(model: Any, path: str) -> LoraBranch:
     """The branch of a target."""
-    parent, last = _parent(model, path)
-    module = getattr(parent, last)
+    module = reduce(getattr, path.split("."), model)
     return module if isinstance(module, LoraBranch) else module.lora
 
 
@@ -413,7 +389,8 @@ def kernels_of(model: Any, path: str) -> list[Any]:
     """The variables of the weights that a target adapts, in HF's order."""
     if path == EMBED:
         return [model.embed.embedding]
-    parent, last = _parent(model, path)
+    *parents, last = path.split(".")
+    parent = reduce(getattr, parents, model)
     parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
     return [getattr(parent, part).kernel for part in parts]
 

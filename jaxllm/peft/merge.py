@@ -62,7 +62,7 @@ def merged(model: Decoder) -> Decoder:
     if cfg.tied_head and any(t.path == EMBED for t in adapter.targets):
         cfg = replace(cfg, tie_embeddings=False)
         weights["head"] = nnx.State({"kernel": nnx.Param(table.T, axes=HEAD_AXES)})
-    options: Any = dict(compute_dtype=model.compute_dtype, remat=model.remat)
+    options: Any = {"compute_dtype": model.compute_dtype, "remat": model.remat}
     plain = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), dtype=table.dtype, **options))
     out = nnx.merge(nnx.graphdef(plain), weights)
     if model.hf_config:

@@ -18,6 +18,7 @@ from jaxllm.model.families import key_table
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
+PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
         suffixes = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_names(cfg, "target_modules", suffixes)
         _check_names(cfg, "exclude_modules", section.exclude_modules)
-        _check_names(cfg, "rank_pattern", section.rank_pattern, r"(.*\.)?({})")
-        _check_names(cfg, "alpha_pattern", section.alpha_pattern, r"(.*\.)?({})")
+        _check_names(cfg, "rank_pattern", section.rank_pattern, PATTERN)
+        _check_names(cfg, "alpha_pattern", section.alpha_pattern, PATTERN)
     for layer in section.layers_to_transform:
         if layer >= cfg.num_layers:
             raise UserError(
@@ -90,9 +91,8 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
             )
 
     def rank(path: str, name: str) -> int:
-        if any(_matches(entry, name) for entry in section.exclude_modules):
-            return 0
-        if name.endswith(tuple(section.modules_to_save)):
+        excluded = any(_matches(entry, name) for entry in section.exclude_modules)
+        if excluded or name.endswith(tuple(section.modules_to_save)):
             return 0
         adapted = any(
             path not in (EMBED, HEAD) if entry == ALL_LINEAR else _matches(entry, name)
@@ -168,5 +168,5 @@ def _check_names(cfg: ModelConfig, key: str, entries: Iterable[str], form: str =
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as in peft."""
-    values = (value for key, value in patterns.items() if _matches(rf"(.*\.)?({key})", name))
+    values = (value for key, value in patterns.items() if _matches(PATTERN.format(key), name))
     return next(values, default)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm import dist
 from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter, AdapterParam, score_paths
@@ -87,7 +88,7 @@ class PrefixAdapter(VirtualTokens):
         return cfg.num_kv_heads, cfg.num_kv_heads * cfg.head_dim
 
     def tensors(self, model: Any) -> dict[str, np.ndarray]:
-        kv_L2PNK = np.stack(jax.device_get((model.prefix.keys[...], model.prefix.values[...])), 1)
+        kv_L2PNK = np.stack(dist.gather([model.prefix.keys[...], model.prefix.values[...]]), 1)
         return {TENSOR: kv_L2PNK.transpose(2, 0, 1, 3, 4).reshape(self.length, -1)}
 
     def load(self, model: Any, tensors: dict[str, np.ndarray], file: Path, which: int = 0) -> None:
@@ -174,11 +175,10 @@ def context_length(cfg: ModelConfig, adapter: Adapter, max_length: int, new: int
     left = cfg.max_positions - adapter.length
     if max_length + new > left:
         tokens = f" besides {adapter.length} virtual tokens" if adapter.length else ""
-        given = f"data.max_length {max_length} is"
-        if new:
-            given = f"data.max_length {max_length} and rl.max_new_tokens {new} together are"
+        given = f"data.max_length {max_length}"
+        given += f" and rl.max_new_tokens {new} together are" if new else " is"
         raise UserError(
-            f"{given} over the model's limit of {left} positions{tokens}; lower "
-            + ("one" if new else "it")
+            f"{given} over the model's limit of {left} positions{tokens}; "
+            f"lower {'one' if new else 'it'}"
         )
     return left

@@ -30,13 +30,7 @@ from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
 from jaxllm.mesh import put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
-from jaxllm.objectives.ppo import (
-    KlController,
-    act,
-    gae,
-    token_rewards,
-    whiten,
-)
+from jaxllm.objectives.ppo import KlController, act, gae, token_rewards, whiten
 from jaxllm.rl.rewards import Completion, Reward
 from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
@@ -86,9 +80,9 @@ class Rollouts:
         """Sets what a rollout needs. models, frozen: those of the step; sample: writes a line of
         samples.jsonl."""
         self.models, self.frozen = models, frozen
-        short = [reward.name for reward in rewards]
-        names = short if len(set(short)) == len(short) else self.cfg.rl.rewards
-        self.rewards = dict(zip(names, rewards, strict=True))
+        self.rewards = {reward.name: reward for reward in rewards}
+        if len(self.rewards) < len(rewards):  # two have the same name: use the config's longer ones
+            self.rewards = dict(zip(self.cfg.rl.rewards, rewards, strict=True))
         self.tokenizer, self.sample = tokenizer, sample
         rl = self.cfg.rl
         self.sampling = Sampling(
@@ -202,6 +196,10 @@ class Rollouts:
         learned = rows["weights"] > 0
         return {name: np.where(learned, x.reshape(learned.shape), 0.0) for name, x in out.items()}
 
+    def _groups(self, rewards: np.ndarray) -> list[np.ndarray]:
+        """The rewards of each prompt's completions, without NaN."""
+        return [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
+
     def _grpo(
         self,
         rows: dict[str, np.ndarray],
@@ -221,7 +219,7 @@ class Rollouts:
         }
         if "reference_logps" in evaluated:
             experience["reference_logps"] = evaluated["reference_logps"]
-        groups = [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
+        groups = self._groups(rewards)
         constant = sum(len(group) < 2 or np.ptp(group) == 0 for group in groups)
         return experience, {"zero_variance_groups": (float(constant), float(len(groups)))}
 
@@ -269,9 +267,11 @@ class Rollouts:
         weights, count = rows["weights"], float(len(rewards))
         tokens = float(weights.sum())
         logps, reference_logps = evaluated["logps"], evaluated.get("reference_logps")
-        gap = np.abs(_sampler_logps(sampled, weights) - logps)
-        groups = [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
-        stds = [np.std(group) for group in groups if len(group)]
+        sampler_logps = np.zeros(weights.shape, np.float32)
+        is_sampled = np.arange(sampled.logps.shape[1]) < sampled.lengths[:, None]
+        sampler_logps[weights > 0] = sampled.logps[is_sampled]
+        gap = np.abs(sampler_logps - logps)
+        stds = [np.std(group) for group in self._groups(rewards) if len(group)]
         metrics: Sums = {
             **_mean_and_std("reward", "reward_std", rewards),
             "reward_group_std": (float(np.sum(stds)), float(len(stds))),
@@ -299,11 +299,3 @@ def _mean_and_std(mean: str, std: str, values: np.ndarray) -> Sums:
 
 def _number(value: Any) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _sampler_logps(sampled: Completions, weights: np.ndarray) -> np.ndarray:
-    """The sampler's log-probabilities at the positions of the rows' targets, [R, T]."""
-    out = np.zeros(weights.shape, np.float32)
-    for row, (logps, n) in enumerate(zip(sampled.logps, sampled.lengths, strict=True)):
-        out[row, weights[row] > 0] = logps[:n]
-    return out

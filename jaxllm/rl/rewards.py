@@ -134,9 +134,6 @@ def best_of(
     ]
 
 
-# ---- evaluation of a reward model
-
-
 def evaluate_rewards(
     reward_model: RewardModel, sources: Sequence[Source], *, max_length: int, batch_size: int
 ) -> dict[str, float]:
@@ -173,7 +170,7 @@ def evaluate_rewards(
     out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
     if paired:
         margin = table[0] - table[1]
-        out |= {"loss": float(np.logaddexp(0, -margin).mean())}
+        out["loss"] = float(np.logaddexp(0, -margin).mean())
         out |= {"accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
         out |= _distribution(table[0], "chosen") | _distribution(table[1], "rejected")
     return out | _distribution(table.ravel(), "reward")
@@ -192,13 +189,10 @@ def _has_pairs(source: Source) -> bool:
 
 def _distribution(scores: np.ndarray, name: str) -> dict[str, float]:
     """{NAME_mean, _std, _min, _q1, _median, _q3, _max} of some scores."""
-    quantiles = np.quantile(scores, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    values = dict(zip(("min", "q1", "median", "q3", "max"), quantiles, strict=True))
-    values = {"mean": float(scores.mean()), "std": float(scores.std())} | values
-    return {f"{name}_{k}": v for k, v in values.items()}
-
-
-# ---- rewards of completions
+    quantiles = np.quantile(scores, (0, 0.25, 0.5, 0.75, 1))
+    values = (scores.mean(), scores.std(), *quantiles)
+    names = ("mean", "std", "min", "q1", "median", "q3", "max")
+    return {f"{name}_{k}": float(v) for k, v in zip(names, values, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_resuming_and_exporting_with_another_base_are_errors(straight, capsys):
     try:
         again = tuning(straight, "moved", *LORA, *held_out, "--steps", "14")
         for args in (again, ["export", str(run), str(straight / "m"), "--merge"]):
-            assert "was trained over another model" in refused(capsys, args)
+            assert "was trained from another model" in refused(capsys, args)
     finally:
         model.write_bytes(kept)
 
@@ -120,7 +120,7 @@ def test_an_export_is_an_adapter_or_a_merged_model(straight, capsys):
         main(["export", str(run), str(straight / "whole"), "--merge", "--dtype", "bfloat16"]) == 0
     )
     said = capsys.readouterr().err
-    assert "merged: the logits differ by at most" in said and "once rounded to bfloat16" in said
+    assert "merged: the logits differ by at most" in said and "when rounded to bfloat16" in said
     assert evaluated(capsys, straight / "whole", few, "--max_length", "64") == pytest.approx(
         last, abs=2e-2
     )
@@ -217,7 +217,7 @@ def test_quantized_kernels_are_small_and_close(kind, error, size):
     found = quantize(jax.numpy.asarray(w), kind, lambda x: x)
     assert found.shape == w.shape and found.nbytes <= size * w.size
     assert np.linalg.norm(dequantized(found) - w) / np.linalg.norm(w) < error
-    with pytest.raises(ValueError, match="inputs that divide"):
+    with pytest.raises(ValueError, match="an even divisor from 16 to 128, not 13"):
         quantize(jax.numpy.zeros((1, 13, 8)), "nf4", lambda x: x)
 
 
