@@ -27,12 +27,13 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
-        self.q = qkv("layers.attn.q", ("embed", "heads"), (D, Q))
-        self.k = qkv("layers.attn.k", ("embed", "kv_heads"), (D, KV))
-        self.v = qkv("layers.attn.v", ("embed", "kv_heads"), (D, KV))
+        self.q = qkv("layers.attn.q", ("embed", heads), (D, Q))
+        self.k = qkv("layers.attn.k", ("embed", kv_heads), (D, KV))
+        self.v = qkv("layers.attn.v", ("embed", kv_heads), (D, KV))
         self.o = Linear(
-            cfg, "layers.attn.o", ("heads", "embed"), (Q, D), bias=cfg.o_bias, **options
+            cfg, "layers.attn.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options
         )
         self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.qk_norm != "none":
