@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of training state: asynchronous, atomic, the last few and the best."""
+"""Checkpoints of training state: asynchronous and atomic; keeps the latest few and the best."""
 
 from __future__ import annotations
 
@@ -22,50 +22,45 @@ from jaxllm import dist
 from jaxllm.errors import UserError
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
-AMENDED = "amended.json"  # in some: what `amend` was told
-UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of what is being written
+AMENDED = "amended.json"  # in some: the values given to `amend`
+UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a checkpoint that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class _NotOrbax(logging.Filter):
-    """Drops what orbax logs: what matters of it is raised."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-_NOT_ORBAX = _NotOrbax()
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """A logging filter that drops orbax's messages; its errors are raised as well."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 class Checkpoints:
     """Training state by step: DIRECTORY/STEP/{state/, meta/, files.json}.
 
-    A checkpoint takes its name when it is whole, so a killed run leaves none in pieces; files.json
-    tells when something happened to it later. One process group writes a folder; others may read it
-    meanwhile.
+    A checkpoint gets its name once it is complete, so a killed run leaves no partial checkpoint;
+    files.json shows whether a file changed later. One run writes a directory; others may read it at
+    the same time.
 
-    keep: how many of the newest stay (0 = all). What `save` was told is the best stays too.
+    keep: how many of the latest checkpoints are kept, besides the best one (0 = all).
     """
 
     def __init__(self, directory: Path | str, keep: int = 3):
-        logging.getLogger("absl").addFilter(_NOT_ORBAX)
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self.directory = Path(directory).absolute()
         self.keep = keep
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
-                lightweight_initialize=True,  # a torn file is found by latest(), not here
+                lightweight_initialize=True,  # latest() finds broken files
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
             ),
-            # zstd makes float32 weights 8 % smaller, and saving and restoring four times slower
+            # zstd makes float32 weights 8 % smaller, but saving and restoring four times slower.
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
-        self._problems: dict[int, str] = {}  # step -> what is wrong with it, "" when nothing is
-        self._best: int | None = None  # to stay, whatever its age
+        self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
+        self._best: int | None = None  # kept whatever its age
         self._saving: int | None = None
         self._tidied = False
 
@@ -76,8 +71,8 @@ class Checkpoints:
 
         best: the step of the best checkpoint so far, which is kept; it may be this one. The arrays
         may be donated or deleted when this returns; the files are written in the background. Waits
-        for the save before this one and raises what went wrong in it: ValueError when the disk is
-        full, which leaves every earlier checkpoint as it was.
+        for the previous save and raises its error: UserError if the disk is full. Earlier
+        checkpoints stay as they were.
         """
         self.wait()
         if not self._tidied:
@@ -92,35 +87,35 @@ class Checkpoints:
             self.manager.save(step, args=args, force=True)
 
     def amend(self, step: int, meta: dict[str, Any], best: int | None) -> None:
-        """Changes entries of checkpoint `step`'s meta, and its best, after it was written."""
+        """Updates entries of a saved checkpoint's meta, and its best step."""
         if dist.is_main():
             new = self.directory / str(step) / f"{AMENDED}.new"
             new.write_text(json.dumps({"meta": meta, "best": best}))
             new.replace(new.with_suffix(""))
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises as `save` does."""
+        """Waits until nothing is being written; raises as `save` does."""
         with self._undone_when_full():
             self.manager.wait_until_finished()
             self._saving = None
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Completes the checkpoint that is being written."""
         self.wait()
         self.manager.close()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
-        """orbax's PreservationPolicy: which of the checkpoints (oldest first) stay.
+        """orbax's PreservationPolicy: True for each checkpoint (oldest first) that is kept.
 
-        Its own BestN forgets the metrics with the process unless `best_fn` is set too, and then
-        cannot open a folder in which one of them is unreadable.
+        orbax's BestN loses the metrics when the process ends, unless `best_fn` is set too; then it
+        cannot open a directory with an unreadable checkpoint.
         """
         steps = [info.step for info in checkpoints]
-        stay = {*steps[-self.keep :], self._best}
-        return [step in stay for step in steps]
+        kept = {*steps[-self.keep :], self._best}
+        return [step in kept for step in steps]
 
     def _tidy(self) -> None:
-        """Before the first save: drops what a killed run left, moves broken checkpoints aside."""
+        """Deletes the partial files of a killed run and renames broken checkpoints."""
         if dist.is_main():
             for path in self.directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -133,19 +128,19 @@ class Checkpoints:
         self._tidied = True
 
     def _check_space(self, state: Any) -> None:
-        """Raises ValueError when the disk cannot take another checkpoint."""
+        """Raises UserError if the disk has too little space for another checkpoint."""
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         disk = shutil.disk_usage(self.directory)
         if disk.total and disk.free < need:  # some network file systems report 0 of 0
             raise UserError(
                 f"disk full: a checkpoint takes {need / 2**30:.2f} GiB and {self.directory} has "
-                f"{disk.free / 2**30:.2f} GiB left; make room and start again, the checkpoints "
-                "already saved are whole"
+                f"{disk.free / 2**30:.2f} GiB left; free some space and start again, the saved "
+                "checkpoints are valid"
             )
 
     @contextmanager
     def _undone_when_full(self) -> Iterator[None]:
-        """Takes back the save that failed, and says in one line that the disk is full."""
+        """Deletes what a failed save wrote; raises UserError if the disk is full."""
         try:
             yield
         except Exception as error:
@@ -155,17 +150,17 @@ class Checkpoints:
                 for path in self.directory.glob(f"{step}{UNFINISHED}*"):
                     shutil.rmtree(path, ignore_errors=True)
             self.manager.reload()
-            # what the disk says comes as an OSError, or as text from tensorstore
-            said = [os.strerror(code) in str(error) for code in FULL]
-            if any(said) or getattr(error, "errno", None) in FULL:
+            # It is an OSError, or a text of tensorstore.
+            named = any(os.strerror(code) in str(error) for code in FULL)
+            if named or getattr(error, "errno", None) in FULL:
                 raise UserError(
-                    f"disk full: checkpoint {step} could not be written to {self.directory}; make "
-                    "room and start again, the checkpoints already saved are whole"
+                    f"disk full: checkpoint {step} could not be written to {self.directory}; free "
+                    "some space and start again, the saved checkpoints are valid"
                 ) from error
             raise
 
     def _list_files(self) -> None:
-        """Writes files.json into a checkpoint that is written but has not got its name yet."""
+        """Writes files.json into a checkpoint that orbax is about to rename."""
         if not dist.is_main():
             return
         folder = self.directory / f"{self._saving}{UNFINISHED}"
@@ -176,53 +171,47 @@ class Checkpoints:
     # ---- reading
 
     def latest(self) -> int | None:
-        """The newest step whose files are what was written; a broken one is named and passed over.
+        """The latest valid step, None if there is no checkpoint; broken ones are reported.
 
-        None when nothing was saved yet. Raises ValueError when all there is is broken.
+        Raises UserError if all checkpoints are broken.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
-        found = next((step for step in steps if self._whole(step)), None)
-        if steps and found is None:
+        valid = next((step for step in steps if self._is_valid(step)), None)
+        if steps and valid is None:
             raise UserError(
-                f"{self.directory}: none of the checkpoints {', '.join(map(str, steps))} is whole; "
-                "move them away to start anew"
+                f"{self.directory}: all checkpoints are broken ({', '.join(map(str, steps))}); "
+                "move them away to start from step 0"
             )
-        return found
+        return valid
 
     def best(self) -> int | None:
-        """The step that the newest good checkpoint calls the best; None when it knows of none."""
+        """The best step, as recorded in the latest valid checkpoint; None if there is none."""
         latest = self.latest()
         return None if latest is None else self._record(latest).get("best")
 
     def is_good(self, step: int) -> bool:
-        """True if `step` is there and its files are what was written."""
+        """True if checkpoint `step` exists and its files are unchanged."""
         self.wait()
-        return step in self.manager.all_steps() and self._whole(step)
-
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`: a pytree of jax.Arrays like the ShapeDtypeStructs of `like`.
-
-        Each lies as the sharding of its ShapeDtypeStruct says, whatever mesh it was saved from.
-        Raises ValueError when there is no such step, when it is broken or holds another tree.
-        """
-        return self._restore(step, like)
-
-    def restore_part(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """Some fields of the state ({"trainable": …}), without reading the others."""
-        return self._restore(step, like, partial_restore=True)
+        return step in self.manager.all_steps() and self._is_valid(step)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
+        """The JSON values saved with the state."""
         self.wait()
         return self._record(step)["meta"]
 
-    def _restore(self, step: int, like: Any, **keys: Any) -> Any:
+    def restore(self, step: int, like: Any, *, partial: bool = False) -> Any:
+        """The state of `step`: jax.Arrays with the shapes and shardings of `like`.
+
+        like: a pytree of ShapeDtypeStructs; their shardings may be of another mesh than the saved
+        ones. partial: `like` is a dict of some fields of the state; no others are read. Raises
+        UserError if there is no such step, or if it is broken or has other shapes.
+        """
         self.wait()
         if step not in self.manager.all_steps():
             steps = ", ".join(map(str, self.manager.all_steps())) or "none"
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps}")
-        if not self._whole(step):
+        if not self._is_valid(step):
             problem = self._problems[step]
             raise UserError(f"{self.directory / str(step)} is broken ({problem}); use another")
         saved = _by_name(self.manager.item_metadata(step)["state"].tree)
@@ -231,10 +220,10 @@ class Checkpoints:
             if shape != leaf.shape:
                 raise UserError(
                     f"{self.directory / str(step)} is of another model or optimizer: {name} has "
-                    f"shape {leaf.shape} now and {shape or 'is not there'} in the checkpoint"
+                    f"shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        item = ocp.args.PyTreeRestore(like, restore_args=restore_args, **keys)
+        item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)
         return self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -244,47 +233,39 @@ class Checkpoints:
         later = json.loads(file.read_text()) if file.is_file() else {}
         return record | later | {"meta": record["meta"] | later.get("meta", {})}
 
-    def _whole(self, step: int) -> bool:
-        """Whether the files of `step` are those it was saved with; says so once when not."""
+    def _is_valid(self, step: int) -> bool:
+        """True if the files of `step` are unchanged; otherwise says so once."""
         if step not in self._problems:
-            problem = self._problem(self.directory / str(step))
-            if problem:
-                self._found_broken(step, problem)
-            else:
-                self._problems[step] = ""
+            problem = _problem(self.directory / str(step))
+            self._problems[step] = problem
+            if problem and dist.is_main():
+                print(f"jaxllm: checkpoint {step} is broken, skipped: {problem}", file=sys.stderr)
         return not self._problems[step]
 
-    def _found_broken(self, step: int, problem: str) -> None:
-        self._problems[step] = problem.strip().split("\n")[0] or "unreadable"
-        if dist.is_main():
-            print(
-                f"jaxllm: checkpoint {step} is broken and passed over: {self._problems[step]}",
-                file=sys.stderr,
-            )
 
-    @staticmethod
-    def _problem(folder: Path) -> str:
-        try:
-            files = json.loads((folder / FILES).read_text())
-            for name, (size, digest) in files.items():
-                seen = (folder / name).stat().st_size
-                if seen != size:
-                    return f"{name} has {seen} of {size} bytes"
-                if digest is not None and _digest(folder / name) not in (digest, None):
-                    return f"{name} is not what was written"
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
+def _problem(folder: Path) -> str:
+    """Why a checkpoint is broken, one line; "" if its files are as listed in files.json."""
+    try:
+        files = json.loads((folder / FILES).read_text())
+        for name, (size, digest) in files.items():
+            now = (folder / name).stat().st_size
+            if now != size:
+                return f"{name} has {now} of {size} bytes"
+            if digest is not None and _digest(folder / name) not in (digest, None):
+                return f"{name} has changed"
+    except (OSError, ValueError) as error:
+        return str(error).strip().split("\n")[0] or "unreadable"
+    return ""
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-    """{a/b/0: leaf}, the same for a tree and for orbax's record of it."""
+    """{a/b/0: leaf}, the same for a tree and for orbax's metadata of it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _digest(path: Path) -> str | None:
-    """xxh3 of a file. None in a multi-process run, whose checkpoints no process reads whole."""
+    """xxh3 of a file; None with several processes, as none of them has all files."""
     if dist.count() > 1:
         return None
     hasher = xxhash.xxh3_64()

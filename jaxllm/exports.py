@@ -19,7 +19,6 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import (
     DataSection,
     MeshSection,
-    OptimSection,
     TrainConfig,
     from_dict,
     tokenizer_path,
@@ -30,7 +29,7 @@ from jaxllm.files import DTYPES, read_json
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
-from jaxllm.optim import eval_params, make_optimizer, opt_state_shardings
+from jaxllm.optim import eval_params
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.peft.merge import merged
@@ -99,7 +98,7 @@ def _load_run(
     otherwise its weights are ShapeDtypeStructs.
     """
     cfg = from_dict(read_json(folder / "config.json"))
-    start = replace(cfg, output_dir=str(folder), overwrite=False)
+    start = replace(cfg, output_dir=str(folder), overwrite=False, mesh=MeshSection())
     if (folder / START).is_dir():
         section = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
         section = replace(section, overrides={})
@@ -110,7 +109,7 @@ def _load_run(
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         step = _chosen_step(run, checkpoints, step, cfg)
         print(f"exporting checkpoint {step}", file=sys.stderr)
-        mesh = make_mesh(MeshSection())
+        mesh = make_mesh(start.mesh)
         program = build(start, mesh)
         model, adapter = program.policy, program.adapter
         if adapter.frozen and (merge or adapter.needs_base):
@@ -120,16 +119,21 @@ def _load_run(
             # PiSSA started from the base weights in the dtype and quantisation of training.
             pissa = nnx.state(load(cfg), LoraStart) if adapter.needs_base else {}
             section = replace(cfg.peft, quantize_base="none")
-            wide = replace(cfg.model, weight_dtype="float32")
-            model = load(replace(cfg, peft=section, model=wide))
+            full = replace(cfg.model, weight_dtype="float32", compute_dtype="float32")
+            model = load(replace(cfg, peft=section, model=full))
             nnx.update(model, pissa)
         model.base = cfg.model.path or ""
         graph, trained, rest = nnx.split(model, adapter.trains, ...)
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            nnx.to_pure_dict(trained),
+        trainable = {k: v for k, v in program.state.trainable.items() if k != "value"}  # no critic
+        fields: dict[str, Any] = {"trainable": trainable}
+        if cfg.optim.name == "schedule_free_adamw":
+            fields = {"trainable": program.state.trainable, "opt_state": program.state.opt_state}
+        state = checkpoints.restore(step, fields, partial=True)
+        weights = eval_params(state.get("opt_state"), state["trainable"])
+        like = nnx.to_pure_dict(trained)
+        weights = jax.tree.map(
+            lambda x, w: w.astype(x.dtype), like, {name: weights[name] for name in trainable}
         )
-        weights = _trained_weights(checkpoints, step, like, cfg.optim)
         nnx.replace_by_pure_dict(trained, weights)
     tokenizer = with_settings(load_tokenizer(tokenizer_path(start)), start.data)
     return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
@@ -171,16 +175,3 @@ def _merge_and_compare(model: Decoder, dtype: str | None) -> Decoder:
         line += f", by {difference:.1e} when rounded to {dtype}"
     print(f"{line} (the largest logit is {np.abs(logits).max():.1f})", file=sys.stderr)
     return plain
-
-
-def _trained_weights(checkpoints: Any, step: int, like: Any, optim: OptimSection) -> Any:
-    """The weights of a checkpoint that are evaluated and exported (see `eval_params`)."""
-    if optim.name != "schedule_free_adamw":
-        return checkpoints.restore_part(step, {"trainable": like})["trainable"]
-    opt_state = jax.eval_shape(make_optimizer(optim, lambda _: 0.0).init, like)
-    shardings = opt_state_shardings(opt_state, like, jax.tree.map(lambda x: x.sharding, like))
-    opt_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt_state, shardings
-    )
-    state = checkpoints.restore_part(step, {"trainable": like, "opt_state": opt_state})
-    return eval_params(state["opt_state"], state["trainable"])

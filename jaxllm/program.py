@@ -34,7 +34,7 @@ from jaxllm.ops import attention
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
-from jaxllm.step import Models, TrainState, make_step, state_shardings, weight_shardings
+from jaxllm.step import Models, TrainState, alone, make_step, state_shardings, weight_shardings
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Program:
     def keeps_reference(self) -> bool:
         """True if the reference model stays in memory during training."""
         return self.reference is not None and not self.precomputes_reference
+
+    def models_with_reference(self, trainable: Any, frozen: Any) -> tuple[Decoder, Decoder]:
+        """`models` of step 0 and the reference, if it is precomputed."""
+        assert self.reference is not None and not self.keeps_reference
+        return self.models(trainable, frozen)[0], self.reference(trainable, frozen)
 
     def origin(self) -> dict[str, Any] | None:
         """What identifies the weights that a checkpoint depends on; None if it has all of them."""
@@ -206,7 +211,7 @@ def assemble(
     # ---- the models of a step
     reference: Callable[[Any, Any], Decoder] | None = None
     copied: Any = {}
-    models: Models = lambda trainable, frozen: (merge(graph, trainable, frozen), None)  # noqa: E731
+    models = alone(graph)
     if objective.compares:
         # The base model without new adapter weights is the reference, and shares every weight.
         shares = adapter.frozen and not adapter.saved and not cfg.peft.path

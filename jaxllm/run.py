@@ -66,7 +66,8 @@ class RunFolder:
 
     def latest(self) -> int | None:
         """The step of the checkpoint that this run resumes from, None if it starts from step 0."""
-        return self.checkpoints.latest() if self.cfg.resume and not self.replaces else None
+        resumes = self.cfg.resume and not self.replaces
+        return dist.agree(self.checkpoints.latest()) if resumes else None
 
     def check_same_run(
         self, step: int, manifest: dict[str, Any], origin: dict[str, Any] | None
@@ -109,7 +110,7 @@ class RunFolder:
     def _check_overwrite(self) -> None:
         cfg = self.cfg
         reads = [cfg.model.path, cfg.model.config, cfg.model.tokenizer, cfg.peft.path]
-        reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache]
+        reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache, *cfg.rl.rewards]
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):
             file = Path(path).expanduser()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`train`: the one training loop, which every objective runs. Read it from top to bottom.
+"""`train`: the training loop of every objective. Its helpers follow in the order of their use.
 
 Dims: A micro-batches of an update, B rows, T tokens.
 """
@@ -32,7 +32,7 @@ from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
-from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
+from jaxllm.evaluate import Best, evaluate, make_eval, metric_names, metric_value
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
@@ -69,8 +69,8 @@ class Result:
 def train(cfg: TrainConfig) -> Result:
     """Trains `cfg` to its end or until a signal; resumes from the latest valid checkpoint.
 
-    Raises UserError for a user's mistake, before anything compiles if it can be known by then, and
-    when a loss or a gradient is not finite.
+    Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
+    or a gradient that is not finite.
     """
     # ---- validate the config, devices, model, tokenizer, run folder and data
     check(cfg)
@@ -87,9 +87,9 @@ def train(cfg: TrainConfig) -> Result:
     timetable = Timetable(cfg, len(data.train))
     say(*summarize(data.manifest), *warnings(cfg), *program.summary())
 
-    # ---- what the run starts from: the first of these that there is
-    #   1. a checkpoint in the run folder   2. the adapter of peft.path
-    #   3. the HF weights of model.path     4. random weights of model.config's shape
+    # ---- load what the run starts from: the first of these that exists
+    #   1. a checkpoint in the run folder   2. the adapter in peft.path
+    #   3. the HF weights in model.path     4. random weights of model.config's shape
     resumed = run.latest()
     base = program.origin()
     if resumed is not None:
@@ -103,14 +103,15 @@ def train(cfg: TrainConfig) -> Result:
         data = reference.precomputed(cfg, data, program.reference, key, trainable, frozen, mesh)
     frozen = program.with_reference(trainable, frozen)
     run.claim()  # deletes the run that this one replaces; the config and data are valid by now
+    checkpoints = run.checkpoints
     with jax.set_mesh(mesh):
         if resumed is None:
             run.save_start(program.policy, tokenizer)
-            state, saved = program.begin(trainable), {}
+            state, saved = program.begin(trainable), {}  # donates `trainable`
+            del trainable
         else:
-            state = run.checkpoints.restore(resumed, program.state)
-            saved = run.checkpoints.meta(resumed)
-    del trainable  # donated to the state
+            del trainable  # before the checkpoint's weights take its place in memory
+            state, saved = checkpoints.restore(resumed, program.state), checkpoints.meta(resumed)
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
@@ -122,19 +123,28 @@ def train(cfg: TrainConfig) -> Result:
     if cfg.verb.online:
         batches.begin(program.models, frozen, rewards, tokenizer, metrics.sample)
     batches.restore(saved.get("feed", {}))
-    best = valid_best(run.checkpoints, Best(**saved.get("best_eval", {})), cfg)
-    meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), mesh_flops(program))
+    best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
+    peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
+    meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
     log = Log(metrics, meter, bar)
     run_evals = Evaluations(program, data.evals, frozen, samples, log)
-    saves, step_fn, unlogged, stop = run.checkpoints, None, False, False
+    step_fn, stop = None, False
+    unlogged = False  # a log line is due; it is written while the next step runs on the device
 
-    # ---- the loop. Whatever ends it, the checkpoint that is being written is completed.
-    with closing(saves), closing(metrics), jax.set_mesh(mesh), stop_signal() as signal_, bar, meter:
+    # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
+    with (
+        closing(checkpoints),
+        closing(metrics),
+        jax.set_mesh(mesh),
+        stop_signal() as signalled,
+        bar,
+        meter,
+    ):
         if eval_pending:
             best = run_evals(step, state, best)
             done = {"best_eval": asdict(best), "eval_pending": False}
-            saves.amend(step, done, best.step if cfg.save.keep_best else None)
+            checkpoints.amend(step, done, best.step if cfg.save.keep_best else None)
         while step < timetable.steps and not stop and not best.is_over(cfg.eval):
             step += 1
             batch, rollout_metrics = batches(step - 1, state.trainable)
@@ -142,16 +152,16 @@ def train(cfg: TrainConfig) -> Result:
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
             state, step_metrics = step_fn(state, frozen, batch)
             if unlogged:
-                log(step - 1)  # while this step runs on the device
+                log(step - 1)
             meter.add(step, step_metrics | rollout_metrics)
 
-            # The flag is read once: a signal that arrives later in this step waits for the next.
-            stop = timetable.may_stop(step) and dist.any_process(signal_.is_set())
+            # Read once: a signal that arrives later in this iteration stops the run after the next.
+            stop = timetable.may_stop(step) and dist.any_process(signalled.is_set())
             now = timetable.after(step, stop)
             unlogged = now.log
             if not (now.evaluate or now.save):
                 continue
-            log(step) if now.log else meter.read()
+            log(step) if now.log else meter.read()  # raises if a loss or gradient is not finite
             unlogged = False
             best = run_evals(step, state, best) if now.evaluate else best
             over = best.is_over(cfg.eval)
@@ -162,13 +172,13 @@ def train(cfg: TrainConfig) -> Result:
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": base}
                     meta |= {"feed": batches.state(), "best_eval": asdict(best)}
                     meta |= {"eval_pending": now.postpone_evaluation}
-                    saves.save(step, state, meta, best.step if cfg.save.keep_best else None)
+                    checkpoints.save(step, state, meta, best.step if cfg.save.keep_best else None)
         stopped = stop and step < timetable.steps
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
-            del state  # the best checkpoint takes its place in memory
-            state = saves.restore(best.step, program.state)
+            del state  # before the best checkpoint takes its place in memory
+            state = checkpoints.restore(best.step, program.state)
 
-    # ---- the trained model or adapter
+    # ---- write the trained model or adapter
     final = None
     if cfg.save.final and not stopped:
         final = str(run.path / "final")
@@ -184,8 +194,8 @@ def train(cfg: TrainConfig) -> Result:
 
 def say(*lines: str) -> None:
     """Prints lines for the user on stderr, once for all processes."""
-    if dist.is_main():
-        print(*lines, sep="\n", file=sys.stderr, flush=True) if lines else None
+    for line in lines if dist.is_main() else ():
+        print(line, file=sys.stderr, flush=True)
 
 
 # ---- before the loop
@@ -208,7 +218,11 @@ def check_metric(program: Program, data: Data) -> None:
     section = program.cfg.eval
     if not data.evals or section.metric in ("loss", "eval_loss"):
         return
-    args = program.evaluate, program.state.trainable, program.frozen
+    evaluation = program.evaluate
+    if program.precomputes_reference:  # later, so the reference's values are not in the rows yet
+        objective, models = program.objective, program.models_with_reference
+        evaluation = make_eval(models, objective.loss, objective.baseline)
+    args = evaluation, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
     metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
 
@@ -223,13 +237,6 @@ def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
         f"one of the evaluations from here on{last}"
     )
     return Best(waited=best.waited)
-
-
-def mesh_flops(program: Program) -> float | None:
-    """Peak FLOP/s of all devices; None if it is not known."""
-    device = program.mesh.devices.flat[0]
-    peak = peak_flops(device, program.cfg.model.compute_dtype)
-    return peak and peak * program.mesh.size
 
 
 # ---- when things happen

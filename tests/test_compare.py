@@ -296,7 +296,7 @@ def test_a_killed_run_gives_the_shells_status(project, stand_in, tmp_path, capfd
         (["--peft.target_modules", "q_prj"], "'q_prj' matches nothing"),
         (
             ["--peft.loraplus_lr_ratio", "2", "--optim.name", "schedule_free_adamw"],
-            "does not go wi",
+            "is not supported with schedule_free_adamw",
         ),
         (["--objective", "dpo"], "objective is 'dpo'"),
         (["--objective"], "objective needs a value, seen true"),
@@ -322,7 +322,7 @@ def test_a_run_that_is_there_is_refused_unless_overwritten(project, stand_in, tm
     assert run(project, out, "--methods", "lora") == 0
     assert run(project, out) == 2
     error = capfd.readouterr().err
-    assert f"{out / 'lora'} holds a run; change output_dir or say --overwrite" in error
+    assert f"{out / 'lora'} has the results of a run; change output_dir or say --overwrite" in error
     assert len(given()) == 1
     assert run(project, out, "--methods", "lora", "--overwrite") == 0
     assert [cfg.overwrite for _, cfg in given()] == [False, True]
