@@ -206,10 +206,10 @@ def assemble(
     frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3))
     opt_state = _shapes(jax.eval_shape(optimizer.init, trained_shapes), moments)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    state = TrainState(step, trained_shapes, opt_state)
+    state = TrainState(step, trained_shapes, opt_state)  # type: ignore[arg-type]
 
     # ---- the models of a step
-    reference: Callable[[Any, Any], Decoder] | None = None
+    reference: Any = None
     copied: Any = {}
     models = alone(graph)
     if objective.compares:
@@ -221,16 +221,20 @@ def assemble(
             split = _shapes(trained_shapes, weight_shardings(trained, mesh, whole=False))
             copied = _common(split, shapes)
 
-        def reference(trainable: Any, frozen: Any) -> Decoder:
+        def first_policy(trainable: Any, frozen: Any) -> Decoder:
             parts = _common(trainable, copied), _common(frozen, shapes)
             return merge(reference_graph, *parts)
+
+        reference = first_policy
 
         if cfg.align.reference == "model":
             frozen = {"weights": frozen, "reference": copied}
 
-            def models(trainable: Any, frozen: Any) -> tuple[Decoder, Decoder]:
+            def policy_and_reference(trainable: Any, frozen: Any) -> tuple[Any, Any]:
                 policy = merge(graph, trainable, frozen["weights"])
-                return policy, reference(frozen["reference"], frozen["weights"])
+                return policy, first_policy(frozen["reference"], frozen["weights"])
+
+            models = policy_and_reference
 
     def begin(weights: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))
@@ -290,7 +294,7 @@ def abstract_model(
 
 def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapter) -> Decoder:
     """The model a run starts with: that of model.path (and peft.path), or random weights."""
-    options = _options(cfg, adapter) | {"seed": cfg.seed}
+    options: dict[str, Any] = _options(cfg, adapter) | {"seed": cfg.seed}
     if cfg.model.path:
         return hf.load_hf(
             cfg.model.path,

@@ -151,6 +151,7 @@ def prefill(
         jnp.zeros((rows, new), jnp.int32),
         jnp.zeros((rows, new), jnp.float32),
     )
+    assert out.cache is not None
     cache = replace(out.cache, length=jnp.int32(out.cache.length))
     return empty.append(model.logits(out.x[:, -1], adapter_weights), cache, sampling, key)
 
@@ -177,6 +178,7 @@ def decode(
         positions = jnp.sum(state.cache.segment_ids != 0, 1, keepdims=True)
         ones = jnp.ones_like(token_B1)
         out = model.hidden(token_B1, ones, positions, state.cache, adapter_weights=adapter_weights)
+        assert out.cache is not None
         return state.append(model.logits(out.x[:, 0], adapter_weights), out.cache, sampling, key)
 
     return lax.while_loop(unfinished, body, state)

@@ -99,6 +99,7 @@ def train(cfg: TrainConfig) -> Result:
     trainable, frozen = program.load(resumed)
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
     if program.precomputes_reference:
+        assert program.reference is not None
         key = [base, program.policy.hf_config]
         data = reference.precomputed(cfg, data, program.reference, key, trainable, frozen, mesh)
     frozen = program.with_reference(trainable, frozen)

@@ -13,7 +13,11 @@ os.environ.update(ENV)
 SWEEPS = {
     "test_ten_steps_of_lora_equal_peft_and_adamw": ("llama", "gemma2"),
     "test_ten_steps_of_the_options_equal_peft_and_adamw": ("DoRA", "modules to save"),
-    "test_lora_and_its_options_round_trip_with_peft": ("q and v", "rsLoRA", "embeddings and head"),
+    "test_lora_and_its_options_round_trip_with_peft": (
+        "q and v",
+        "rsLoRA",
+        "embeddings and head",
+    ),
     "test_only_the_adapter_is_trained_and_checkpointed": ("lora", "dora", "prefix"),
     "test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods": (
         "prefix",

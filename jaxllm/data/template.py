@@ -189,7 +189,7 @@ class ChatTemplate:
 
         # SmolLM3 and similar templates have another variable for the tools.
         names = [n for n in ("xml_tools", "python_tools") if tools and self._mentions(n)]
-        settings = self.variables | {name: tools for name in names[:1]}
+        settings: dict[str, Any] = self.variables | {name: tools for name in names[:1]}
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],

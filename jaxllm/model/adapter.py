@@ -14,6 +14,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxllm.mesh import Axes
 from jaxllm.model.config import ModelConfig
 from jaxllm.ops.quantized import Quantized
 
@@ -81,9 +82,7 @@ class Adapter:
         """True if a variable of the model is trained; the others are frozen."""
         return isinstance(variable, nnx.Param)
 
-    def linear(
-        self, path: str, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
-    ) -> Any:
+    def linear(self, path: str, axes: Axes, shape: tuple[int, int], rngs: nnx.Rngs) -> Any:
         """None, or a module `f(x, y, kernel, context) -> y` that changes the output of a Linear
         (before its bias) or of Embed. x: the input (Embed: tokens). `kernel()`: the weight, float32
         [I, O]. context: a model.context.Context."""

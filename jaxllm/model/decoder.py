@@ -154,8 +154,8 @@ class Decoder(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
         if positions is None:
-            positions = jnp.arange(T) + (0 if cache is None else cache.length)
-            positions = jnp.broadcast_to(positions, (B, T))
+            start = 0 if cache is None else cache.length
+            positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
         pasts: tuple[Any, ...] = (None,) * len(stacks)
         key_segment_ids, offset = None, 0
         if cache is not None:
@@ -168,6 +168,7 @@ class Decoder(nnx.Module):
             key_segment_ids = jnp.pad(
                 segment_ids, ((0, 0), (offset, 0)), constant_values=EVERYWHERE
             )
+        assert positions is not None
         if cache is None:
             lengths = text_lengths(segment_ids, positions)
             ropes = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]

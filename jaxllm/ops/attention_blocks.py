@@ -56,7 +56,9 @@ def attend(
     """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T."""
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
-    front = -offset % size if size < T else 0  # blocks of keys begin where blocks of queries do
+    front: Any = (
+        -offset % size if size < T else 0
+    )  # blocks of keys begin where blocks of queries do
     queries = partial(_split, size=size)
     keys = partial(_split, size=size if size < T else S, front=front)
     q = (

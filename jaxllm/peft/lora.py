@@ -32,6 +32,7 @@ from flax import nnx
 from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
+from jaxllm.mesh import Axes
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
@@ -171,7 +172,7 @@ class LoraAdapter(PeftAdapter):
         return {"b": self.loraplus_lr_ratio}  # LoRA+ (arXiv:2402.12354)
 
     def linear(
-        self, path: str, axes: tuple[str, str], shape: tuple[int, int], rngs: nnx.Rngs
+        self, path: str, axes: Axes, shape: tuple[int, int], rngs: nnx.Rngs
     ) -> LoraBranch | None:
         target = next((t for t in self.targets if t.path == path), None)
         return None if target is None else LoraBranch(self, target, axes, shape, rngs)
@@ -245,7 +246,7 @@ class LoraBranch(nnx.Module):
         self,
         adapter: LoraAdapter,
         target: Target,
-        axes: tuple[str, str],
+        axes: Axes,
         shape: tuple[int, int],
         rngs: nnx.Rngs,
     ):
