@@ -33,7 +33,8 @@ SWEEPS = {
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train in a subprocess run first: they take longest, and each stays in one process."""
+    """Files that train in a subprocess run first, because they take longest; each stays in one
+    process."""
     long = {item.path for item in items if {"project", "workspace"} & set(item.fixturenames)}
     items.sort(key=lambda item: item.path not in long)
     for item in items:
