@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as shapes: built without arrays, also for devices that are not attached; one update."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from steps import batch_of, decoder, ragged_rows
+
+from jaxllm.config import AlignSection, ModelSection, PeftSection, RlSection, TrainConfig
+from jaxllm.config.checks import resolve
+from jaxllm.mesh import AXES
+from jaxllm.objectives.lm import lm_loss
+from jaxllm.program import build
+from jaxllm.step import TrainState, alone, make_step
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+KINDS = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite"}
+LORA = PeftSection(method="lora")
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    return ModelSection(config=str(tmp_path / "config.json"), compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "pretrain"},
+        {"objective": "sft", "peft": LORA},
+        {"objective": "dpo"},
+        {"objective": "dpo", "peft": LORA, "align": AlignSection(reference="precomputed")},
+        {"objective": "ppo", "rl": RlSection(rewards=("m:f",), critic="separate")},
+    ],
+    ids=["pretrain", "LoRA", "DPO", "precomputed", "PPO"],
+)
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_program_lowers_for_devices_that_are_not_attached(model, options, platform):
+    device = AbstractDevice(device_kind=KINDS[platform], num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * len(AXES)
+    mesh = AbstractMesh((2, 2, 1, 1, 2), AXES, axis_types=types, abstract_device=device)
+    program = build(resolve(TrainConfig(model=model, batch_size=8, **options), 4), mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = program.step(10).trace(program.state, program.frozen, program.batch(64, 2))
+    text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+    assert "LayoutConstraint" not in text and "xui16>" not in text
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_keeps_weights_and_optimizer_state(broken):
+    graph, params = nnx.split(decoder())
+    params = nnx.to_pure_dict(params)
+
+    def objective(model, batch, rng, reference):
+        loss, weight, metrics = lm_loss(model, batch, rng)
+        hidden = model.embed.embedding[...]
+        # The square root of 0 is finite, and its gradient is not.
+        extra = jnp.nan * jnp.sum(hidden) if broken == "loss" else jnp.sqrt(jnp.sum(0 * hidden))
+        return loss + extra, weight, metrics
+
+    optimizer = optax.adamw(1e-3)
+    step = jax.jit(make_step(alone(graph), objective, optimizer, lambda _: 1e-3))
+    state = TrainState(jnp.int32(4), params, optimizer.init(params))
+    after, metrics = step(state, {}, batch_of(ragged_rows(4), 2))
+    norm = float(metrics["grad_norm"][0])
+    assert not np.isfinite(norm)
+    assert np.isfinite(float(metrics["loss"][0])) == (broken == "gradient")
+    assert int(after.step) == 5
+    for new, old in zip(jax.tree.leaves(after.trainable), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(new, old)
+    for new, old in zip(
+        jax.tree.leaves(after.opt_state), jax.tree.leaves(state.opt_state), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
