@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
@@ -134,14 +134,7 @@ def train(cfg: TrainConfig) -> Result:
     unlogged = False  # a log line is due; it is written while the next step runs on the device
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with (
-        closing(checkpoints),
-        closing(metrics),
-        jax.set_mesh(mesh),
-        stop_signal() as signalled,
-        bar,
-        meter,
-    ):
+    with closing(checkpoints), log, jax.set_mesh(mesh), stop_signal() as signalled:
         if eval_pending:
             best = run_evals(step, state, best)
             done = {"best_eval": asdict(best), "eval_pending": False}
@@ -357,13 +350,24 @@ def compiled(
     return step
 
 
-@dataclass(frozen=True)
 class Log:
-    """Writes a line of metrics for the steps since the last one, and shows it on the terminal."""
+    """Writes a line of metrics for the steps since the last one, and shows it on the terminal.
 
-    metrics: Metrics
-    meter: Meter
-    bar: Progress
+    A context manager: it opens the progress bar and the meter, and closes the metrics' files.
+    """
+
+    def __init__(self, metrics: Metrics, meter: Meter, bar: Progress):
+        self.metrics, self.meter, self.bar = metrics, meter, bar
+
+    def __enter__(self) -> Log:
+        with ExitStack() as stack:
+            for context in (closing(self.metrics), self.bar, self.meter):
+                stack.enter_context(context)
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._contexts.__exit__(*error)
 
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()

@@ -151,7 +151,8 @@ def trajectory(
     made = decoder(section, **model)
 
     def make(adapter):
-        return abstract_model(made.cfg, mesh, {}, peft=adapter, **model)
+        options = {name: value for name, value in model.items() if name != "scores"}
+        return abstract_model(made.cfg, mesh, {}, peft=adapter, **options)
 
     program = assemble(cfg, mesh, make, made.peft, objective)
     graph, trained, rest = nnx.split(made, made.peft.trains, ...)

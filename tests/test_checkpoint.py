@@ -279,7 +279,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, mon
     saves = Checkpoints(tmp_path, keep=1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
-    with pytest.raises(ValueError, match="disk full: a checkpoint takes .* make room"):
+    with pytest.raises(ValueError, match="disk full: a checkpoint takes .* free some space"):
         saves.save(2, make_state(), {})
     assert saves.latest() == 1
     assert os.listdir(tmp_path) == ["1"]

@@ -290,7 +290,7 @@ def test_one_number_of_the_head_is_enough_and_its_dtype_is_not(tmp_path):
 
     rewrite(tmp_path, change)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "PART", 32 * 50)
+        patch.setattr(configs, "CHUNK", 32 * 50)
         assert load_hf(str(tmp_path)).head is not None
 
 
@@ -678,5 +678,5 @@ def test_export_names_what_is_missing(run, tmp_path):
     folder, _ = run
     with pytest.raises(ValueError, match="has no checkpoint 7; it has 1, 2"):
         export(str(folder), str(tmp_path / "out"), step=7)
-    with pytest.raises(ValueError, match="is no run folder"):
+    with pytest.raises(ValueError, match="is neither a run folder nor"):
         export(str(tmp_path), str(tmp_path / "out"))

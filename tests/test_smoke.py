@@ -99,5 +99,5 @@ def test_without_torch_every_family_is_read_and_written_and_nothing_is_said(tmp_
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert len(done.stdout.splitlines()) == len(FAMILIES)
     assert "gemma3_text Gemma3ForCausalLM Gemma3TextForSequenceClassification" in done.stdout
-    written = json.loads((tmp_path / "reward" / "config.json").read_text())
+    written = json.loads((tmp_path / "reward" / "model" / "config.json").read_text())
     assert written["architectures"] == ["LlamaForSequenceClassification"]

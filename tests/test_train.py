@@ -202,7 +202,7 @@ def test_a_run_stops_after_its_patience_and_says_why(early):
     best, losses = best_of(run)
     last = max(losses)
     assert last == best + 3 < 12 and list(lines_of(run)) == list(range(1, last + 1))
-    assert f"best: step {best}, loss {losses[best]:.4f}; final/ is that one" in said
+    assert f"best: step {best}, loss {losses[best]:.4f} (exported to final/)" in said
     assert "stopped early: loss has not improved in 3 evaluations (eval.patience)" in said
     assert f"done: {last} steps" in said
 
@@ -290,7 +290,7 @@ def test_a_run_that_ends_by_a_pending_evaluation_is_complete(project, monkeypatc
         samples = (run / "samples.jsonl").read_text().splitlines()
         assert [json.loads(x)["step"] for x in samples] == [1, 2, 3]
         said = capsys.readouterr().out
-        assert "no improvement of loss of more than 9 in 2 evaluations (eval.patience)" in said
+        assert "stopped early: loss has not improved by more than 9 in 2 evaluations" in said
     assert best_of(run)[0] == 3
     out = project / "pending-best"
     assert main(["export", str(run), str(out), "--step", "best"]) == 0

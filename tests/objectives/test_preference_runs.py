@@ -180,7 +180,7 @@ def test_a_run_from_an_adapter_is_compared_with_that_adapter(base, runs, capsys)
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({k: 2 * v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
     line = refused(capsys, aligning(base, "dpo", "again", "--steps", "7", *more))
-    assert "was trained over another model" in line
+    assert "was trained from another model" in line
 
 
 def test_a_reward_model_is_saved_for_sequence_classification(base, runs):
@@ -200,11 +200,11 @@ def test_a_reward_model_is_saved_for_sequence_classification(base, runs):
         ("dpo", ["--align.loss", "sigmoyd"], ["sigmoyd", "sigmoid"]),
         ("dpo", ["--align.label_smoothing", "0.5"], ["align.label_smoothing"]),
         ("dpo", ["--align.centering", "1"], ["align.centering", "dpo"]),
-        ("dpo", ["--align.gamma", "2"], ["align.gamma", "simpo alone"]),
+        ("dpo", ["--align.gamma", "2"], ["align.gamma", "only by the losses simpo"]),
         (
             "dpo",
             ["--align.loss", "ipo", "--align.label_smoothing", "0.1"],
-            ["align.label_smoothing", "sigmoid, robust, exo, simpo alone"],
+            ["align.label_smoothing", "only by the losses sigmoid, robust, exo, simpo"],
         ),
         ("kto", ["--align.loss", "ipo"], ["align.loss", "kto"]),
         ("reward", ["--align.beta", "0.2"], ["align.beta", "reward"]),
@@ -229,6 +229,6 @@ def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, runs
     assert "judged.jsonl:1: chosen is missing" in refused(capsys, args)
     args = aligning(base, "dpo", "wrong")
     args[args.index("--model.path") + 1] = str(base / "reward" / "final")
-    assert "is a reward model; dpo trains one that writes" in refused(capsys, args)
+    assert "is a reward model; dpo trains a language model" in refused(capsys, args)
     scores = ["generate", "--model", str(base / "reward" / "final"), "--prompt", "a"]
     assert "is a reward model; it scores texts and writes none" in refused(capsys, scores)
