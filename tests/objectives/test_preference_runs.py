@@ -231,4 +231,4 @@ def test_pairs_for_kto_and_judged_answers_for_dpo_are_refused_by_line(base, runs
     args[args.index("--model.path") + 1] = str(base / "reward" / "final")
     assert "is a reward model; dpo trains a language model" in refused(capsys, args)
     scores = ["generate", "--model", str(base / "reward" / "final"), "--prompt", "a"]
-    assert "is a reward model; it scores texts and writes none" in refused(capsys, scores)
+    assert "is a reward model; it scores texts and generates none" in refused(capsys, scores)
