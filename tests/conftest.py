@@ -15,7 +15,10 @@ SWEEPS = {
     "test_ten_steps_of_the_options_equal_peft_and_adamw": ("DoRA", "modules to save"),
     "test_lora_and_its_options_round_trip_with_peft": ("q and v", "rsLoRA", "embeddings and head"),
     "test_only_the_adapter_is_trained_and_checkpointed": ("lora", "dora", "prefix"),
-    "test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods": ("prefix", "pissa"),
+    "test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods": (
+        "prefix",
+        "pissa",
+    ),
     "test_generation_with_a_cache_equals_the_full_forward_pass": ("lora", "prefix"),
     "test_unstacked_layers_are_the_same_model": ("none", "lora"),
     "test_adapters_of_reward_models_go_to_peft_and_back": ("lora", "prefix"),
@@ -26,7 +29,7 @@ SWEEPS = {
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train in a subprocess run first: they take longest, and each stays in one process."""
+    """Runs files with training runs first: they take longest, and each stays in one process."""
     long = {item.path for item in items if {"project", "workspace"} & set(item.fixturenames)}
     items.sort(key=lambda item: item.path not in long)
     for item in items:
