@@ -118,7 +118,7 @@ def test_objects_over_several_lines_keep_their_lines(tmp_path):
     assert read_all(several, tmp_path) == [("2", {"a": 1}), ("4", {"a": 2}), ("5", {"a": 3})]
 
 
-GZIP = gzip.compress(b'{"text": "a"}\n' * 9)
+GZIP = gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)
 
 
 @pytest.mark.parametrize(
