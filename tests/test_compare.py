@@ -267,6 +267,24 @@ def test_a_signal_reaches_the_run_and_its_status_comes_back(project, stand_in, t
     assert "full ended with status 75" in capfd.readouterr().err
 
 
+def test_ctrl_c_lets_the_run_save_once(project, tmp_path):
+    """The terminal sends the signal to every process of its group; the run gets one of them."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jaxllm", "compare", str(project / "run.yaml")]
+    command += ["--output_dir", str(out), "--methods", "lora", "--steps", "1000000"]
+    process = subprocess.Popen(
+        command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics, deadline = out / "lora" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "lora ended with status 75" in error
+    assert [p for p in (out / "lora" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
 def test_a_killed_run_gives_the_shells_status(project, stand_in, tmp_path, capfd):
     stand_in(fails="none", end="import os; os.kill(os.getpid(), 9)")
     assert run(project, tmp_path / "out") == 128 + 9

@@ -107,6 +107,14 @@ def test_overwrite_does_not_delete_what_the_run_reads(cfg):
         RunFolder(inside)
 
 
+def test_overwrite_does_not_delete_a_reward_model_that_the_run_reads(cfg):
+    run = used(cfg)
+    os.makedirs(f"{run}/final")
+    inside = replace(cfg, rl=replace(cfg.rl, rewards=(f"{run}/final",)), overwrite=True)
+    with pytest.raises(UserError, match="overwrite would delete .*final"):
+        RunFolder(inside)
+
+
 def manifest(content="1", **evals):
     source = {"path": "a.txt", "content": content, "examples": 3, "tokens": 9, "rows": 2}
     sets = {name: {"sources": [source | {"path": name, "content": c}]} for name, c in evals.items()}

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -169,6 +170,32 @@ def test_sigterm_saves_and_exits_75(project):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert [p for p in (project / "stopped" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+WAITING = """
+import time
+from jaxllm.training import stop_signal
+with stop_signal() as stopped:
+    print("ready", flush=True)
+    stopped.wait()
+    print("stopping", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_run_at_once(first, second):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(first)
+    assert process.stdout.readline() == b"stopping\n"  # the first one only sets the flag
+    process.send_signal(second)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == -second
+    assert b"a second signal ends the run at once" in said
 
 
 # ---- the best model, and stopping for lack of a better one
@@ -467,6 +494,19 @@ def test_a_run_whose_text_changed_does_not_go_on(project, capsys):
     assert main([*args, "--steps", "4"]) == 0
     text.write_text(text.read_text() * 2)
     refused(capsys, args, "changing.txt changed since")
+
+
+def test_a_run_whose_evaluation_data_changed_does_not_go_on(project, capsys):
+    held_out = project / "held-out.txt"
+    held_out.write_text((project / "text.txt").read_text()[:20_000])
+    args = arguments(project, "pretrain", "changing-eval", "--data.eval", str(held_out))
+    assert main([*args, "--steps", "4"]) == 0
+    before = (project / "changing-eval" / "metrics.jsonl").read_bytes()
+    held_out.write_text(held_out.read_text()[:10_000])
+    refused(capsys, args, "held-out.txt changed since")
+    assert (project / "changing-eval" / "metrics.jsonl").read_bytes() == before
+    more = arguments(project, "pretrain", "changing-eval")  # without the evaluation
+    refused(capsys, more, "belongs to another run", "data.eval")
 
 
 def test_an_error_in_the_loop_leaves_the_checkpoint_before_it_whole(project, monkeypatch):

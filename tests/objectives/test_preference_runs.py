@@ -162,6 +162,17 @@ def test_precomputed_log_probabilities_give_the_run_of_the_live_reference(base, 
     assert len(list((base / "cache").glob("reference-*.npz"))) == 1  # both start from one model
 
 
+def test_a_metric_is_checked_before_log_probabilities_are_precomputed(base, capsys):
+    cache = set((base / "cache").glob("reference-*.npz"))
+    more = ("--micro_batch_size", "8", "--align.reference", "precomputed")
+    more += ("--data.eval", str(base / "pairs.jsonl"), "--eval.metric")
+    with one_device():
+        refused(capsys, aligning(base, "dpo", "no-metric", *more, "f1"), "'f1' is not", "accuracy")
+        assert set((base / "cache").glob("reference-*.npz")) == cache
+        more += ("margin", "--steps", "1", "--no-save.final")
+        assert main(aligning(base, "dpo", "margin", *more)) == 0
+
+
 def test_a_run_from_an_adapter_is_compared_with_that_adapter(base, runs, capsys):
     """Compared with the base model, the loss would not start at ln 2."""
     first, last = lines_of(base / "dpo")[1]["loss"], lines_of(base / "dpo")[12]["loss"]

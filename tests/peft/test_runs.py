@@ -2,6 +2,7 @@
 """Runs that train an adapter: killed and resumed, exported, merged, quantized, and errors."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -134,14 +135,14 @@ def test_an_export_is_an_adapter_or_a_merged_model(straight, capsys):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--peft.use_dora", "true"),
+        ("--peft.use_dora", "true", "--model.compute_dtype", "bfloat16"),
         ("--peft.init_lora_weights", "pissa"),
         ("--peft.init_lora_weights", "pissa", "--peft.quantize_base", "nf4"),
         ("--peft.modules_to_save", "norm", "--save.dtype", "bfloat16"),
     ],
     ids=["dora", "pissa", "pissa, nf4", "modules to save, save.dtype"],
 )
-def test_an_export_equals_the_final_folder(straight, more, request):
+def test_an_export_equals_the_final_folder(straight, more, request, capsys):
     name = request.node.callspec.id
     run, out = straight / name, straight / f"{name} exported"
     assert main(tuning(straight, name, *LORA, *more, "--steps", "2")) == 0
@@ -151,6 +152,9 @@ def test_an_export_equals_the_final_folder(straight, more, request):
     for key in want:
         np.testing.assert_allclose(got[key], want[key], atol=1e-6, err_msg=key)
     assert main(["export", str(run), str(straight / f"{name} merged"), "--merge"]) == 0
+    said = capsys.readouterr().err
+    difference = re.search(r"the logits differ by at most (\S+) in float32", said)
+    assert difference and float(difference[1]) < 1e-3  # whatever the dtype of training
 
 
 def test_training_starts_from_an_adapter(straight, capsys):
