@@ -82,11 +82,6 @@ class Program:
         """True if the reference model stays in memory during training."""
         return self.reference is not None and not self.precomputes_reference
 
-    def models_with_reference(self, trainable: Any, frozen: Any) -> tuple[Decoder, Decoder]:
-        """`models` of step 0 and the reference, if it is precomputed."""
-        assert self.reference is not None and not self.keeps_reference
-        return self.models(trainable, frozen)[0], self.reference(trainable, frozen)
-
     def origin(self) -> dict[str, Any] | None:
         """What identifies the weights that a checkpoint depends on; None if it has all of them."""
         if self.reference is None and not self.adapter.frozen:

@@ -32,7 +32,7 @@ from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
-from jaxllm.evaluate import Best, evaluate, make_eval, metric_names, metric_value
+from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
@@ -212,11 +212,7 @@ def check_metric(program: Program, data: Data) -> None:
     section = program.cfg.eval
     if not data.evals or section.metric in ("loss", "eval_loss"):
         return
-    evaluation = program.evaluate
-    if program.precomputes_reference:  # later, so the reference's values are not in the rows yet
-        objective, models = program.objective, program.models_with_reference
-        evaluation = make_eval(models, objective.loss, objective.baseline)
-    args = evaluation, program.state.trainable, program.frozen
+    args = program.evaluate, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
     metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
 
