@@ -143,9 +143,14 @@ def accumulated(run: Callable[..., Any], batch: Batch, row_keys: Callable[[Any],
 
 def updated(optimizer: Any, state: TrainState, grads: Any, finite: jax.Array) -> tuple[Any, Any]:
     """(weights, optimizer state) after an update; those of `state` unless `finite`."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    new = optax.apply_updates(state.trainable, updates), opt_state
-    return jax.tree.map(partial(jnp.where, finite), new, (state.trainable, state.opt_state))
+
+    def update(trainable: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    # A branch and not `where`, for which XLA:CPU holds the token table once more.
+    old = state.trainable, state.opt_state
+    return jax.lax.cond(finite, update, lambda *args: args[:2], *old, grads)
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
