@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax import lax
 
 from jaxllm.model.adapter import Adapter
-from jaxllm.model.config import LayerKind, ModelConfig
+from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import Linear, RMSNorm, fused
 from jaxllm.model.rope import rotate
@@ -55,30 +54,21 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None."""
         q_BTHK, k_BTNK, v_BTNK = self.project(x_BTD, ctx)
-
-        def attend(kind: LayerKind, q, k, v, past):
-            table = None if kind.rope is None else ctx.rope_tables[kind.rope]
-            q, k = rotate(q, table), rotate(k, table)
-            if past is not None:
-                past, k, v = past.extend(k, v, ctx.offset)
-            out_BTHK = attention(
-                q,
-                k.swapaxes(1, 2),
-                v.swapaxes(1, 2),
-                ctx.segment_ids,
-                ctx.key_segment_ids,
-                ctx.positions,
-                offset=ctx.offset,
-                window=kind.window,
-                softcap=self.cfg.attention_softcap,
-                scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
-                kernel=ctx.kernel,
-            )
-            return out_BTHK, past
-
-        branches = [partial(attend, kind) for kind in ctx.kinds]
-        if len(branches) == 1:
-            out_BTHK, past = branches[0](q_BTHK, k_BTNK, v_BTNK, past)
-        else:
-            out_BTHK, past = lax.switch(ctx.choice, branches, q_BTHK, k_BTNK, v_BTNK, past)
+        table = [x[ctx.rope] for x in ctx.rope_tables]
+        q_BTHK, k_BTNK = rotate(q_BTHK, *table), rotate(k_BTNK, *table)
+        if past is not None:
+            past, k_BTNK, v_BTNK = past.extend(k_BTNK, v_BTNK, ctx.offset)
+        out_BTHK = attention(
+            q_BTHK,
+            k_BTNK.swapaxes(1, 2),
+            v_BTNK.swapaxes(1, 2),
+            ctx.segment_ids,
+            ctx.key_segment_ids,
+            ctx.positions,
+            offset=ctx.offset,
+            window=ctx.window,
+            softcap=self.cfg.attention_softcap,
+            scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
+            kernel=ctx.kernel,
+        )
         return self.o(out_BTHK.reshape(*x_BTD.shape[:2], -1), ctx), past

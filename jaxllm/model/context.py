@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 
-from jaxllm.model.config import LayerKind
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -30,14 +28,14 @@ class Context:
     positions: Any = None  # int32 [B, T]
     key_segment_ids: Any = None  # int32 [B, S]; None = the keys are those of the T tokens alone
     offset: Any = 0  # index of the first token among the keys; a Python int where it is static
-    rope_tables: Any = ()  # (cos, sin) of each of ModelConfig.ropes, float32 [B, T, 1, R/2]
-    choice: Any = 0  # index into `kinds`: the kind of this layer
-    kinds: tuple[LayerKind, ...] = field(default=(), metadata={"static": True})
+    rope_tables: Any = ()  # (cos, sin), each float32 [tables, B, T, 1, R/2]
+    rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
+    window: Any = None  # of the layer: an int or int32 scalar; None = all keys
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
 
-    def at_layer(self, layer: Any, kinds: tuple[LayerKind, ...], choice: Any = 0) -> Context:
+    def at_layer(self, layer: Any, rope: Any = 0, window: Any = None) -> Context:
         """The context of one layer, whose dropout keys have the layer folded in per row."""
         rng = self.rng
         if rng is not None:
             rng = jax.vmap(jax.random.fold_in, (0, None))(rng, layer)
-        return replace(self, layer=layer, rng=rng, kinds=kinds, choice=choice)
+        return replace(self, layer=layer, rng=rng, rope=rope, window=window)

@@ -171,18 +171,20 @@ class Decoder(nnx.Module):
         assert positions is not None
         if cache is None:
             lengths = text_lengths(segment_ids, positions)
-            ropes = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
+            tables = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
         else:  # rows of a table of all slots, so that no layer computes angles
             slots = cache.segment_ids.shape[1]
             tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
-            ropes = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
+            tables = [[jnp.take(x, positions, 0, mode="clip") for x in t] for t in tables]
+        if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
+            tables.append([jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])])
         ctx = replace(
             ctx or self.context(),
             segment_ids=segment_ids,
             positions=positions,
             key_segment_ids=key_segment_ids,
             offset=offset,
-            rope_tables=ropes,
+            rope_tables=[jnp.stack(x) for x in zip(*tables, strict=True)],
         )
         new = []
         for stack, past in zip(stacks, pasts, strict=True):

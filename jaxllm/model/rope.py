@@ -79,13 +79,9 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
     return jnp.cos(angle) * mscale, jnp.sin(angle) * mscale
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Rotates the two halves of x [B, T, H, K] (its first R features) by the table's angles."""
-    return x if table is None else _rotate(x, *table)
-
-
 @jax.custom_vjp
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the two halves of x [B, T, H, K] (its first R features); cos, sin [B, T, 1, R/2]."""
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
@@ -93,7 +89,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 # The gradient turns back: the transpose of a rotation, in the forward pass's own fast form.
-_rotate.defvjp(
-    lambda x, cos, sin: (_rotate(x, cos, sin), (cos, sin)),
-    lambda table, g: (_rotate(g, table[0], -table[1]), None, None),
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda table, g: (rotate(g, table[0], -table[1]), None, None),
 )

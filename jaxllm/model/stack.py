@@ -31,6 +31,8 @@ REMAT: dict[str, Any] = {
     "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
 }
 
+UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
+
 
 def make_stack(cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -> Block:
     """A Block whose weights have a leading dim L."""
@@ -47,9 +49,9 @@ def make_stack(cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -
 class Stack:
     """The layers of a stack, which are called alike in training and in decoding.
 
-    A scan's body is one layer. Where kinds differ, `lax.switch` selects that layer's attention. (A
-    body of one period of kinds would need no switch, but XLA:CPU then copies the stacked weights:
-    +50 % of memory with a period of 2, measured on SmolLM2's widths.)
+    A scan's body is one layer. Where kinds differ, the RoPE table and the window are selected by
+    the layer's index, so there is one attention and no branch. (A body of one period of kinds would
+    take +50 % of memory on XLA:CPU, which then copies the stacked weights.)
 
     blocks: a Block whose weights have a leading dim L, or one Block per layer (`unstack`).
     kinds: of each layer. remat: a key of REMAT, or none. unroll: layers in an iteration of the
@@ -70,30 +72,44 @@ class Stack:
             return self.loop(x_BTD, ctx, past)
         return self.scan(x_BTD, ctx, past)
 
+    @property
+    def ropes(self) -> list[int]:
+        """The RoPE table of each layer; of a layer without RoPE the last one, -1."""
+        return [-1 if kind.rope is None else kind.rope for kind in self.kinds]
+
     def loop(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         new, pasts = [], past
         if not isinstance(past, tuple):
             count = len(self.kinds)
             pasts = [jax.tree.map(lambda x, i=i: x[i], past) for i in range(count)]
-        for layer, (block, kind) in enumerate(zip(self.blocks, self.kinds, strict=True)):
-            x_BTD, after = block(x_BTD, ctx.at_layer(layer, (kind,)), pasts[layer])
+        ropes, windows = self.ropes, [kind.window for kind in self.kinds]
+        for layer, block in enumerate(self.blocks):
+            here = ctx.at_layer(layer, ropes[layer], windows[layer])
+            x_BTD, after = block(x_BTD, here, pasts[layer])
             new.append(after)
         return x_BTD, tuple(new)
 
     def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         graph, weights = nnx.split(self.blocks)
-        kinds = tuple(dict.fromkeys(self.kinds))
+        windows = [kind.window for kind in self.kinds]
+        if any(windows):
+            windows = [UNBOUNDED if window is None else window for window in windows]
 
         def layer(x_BTD, inputs):
-            weights, index, choice, past = inputs
+            weights, index, past = inputs
             x_BTD = saveable(x_BTD, "layer")
-            return nnx.merge(graph, weights)(x_BTD, ctx.at_layer(index, kinds, choice), past)
+            here = ctx.at_layer(index, _select(self.ropes, index), _select(windows, index))
+            return nnx.merge(graph, weights)(x_BTD, here, past)
 
         if self.remat != "none" and not isinstance(past, LayerCache):
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        choices = jnp.asarray([kinds.index(kind) for kind in self.kinds], jnp.int32)
-        inputs = weights, jnp.arange(len(self.kinds)), choices, past
+        inputs = weights, jnp.arange(len(self.kinds)), past
         return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
+
+
+def _select(values: list[Any], index: jax.Array) -> Any:
+    """values[index]; a static value where all are equal."""
+    return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[index]
 
 
 def unstack(model: Any) -> Any:

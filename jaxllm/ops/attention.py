@@ -35,7 +35,7 @@ def attention(
     q_positions: jax.Array,
     *,
     offset: jax.Array | int = 0,
-    window: int | None = None,
+    window: jax.Array | int | None = None,
     softcap: float = 0.0,
     scale: float,
     kernel: str = "auto",
@@ -50,7 +50,7 @@ def attention(
         neither a cache nor a prefix; only then can a fused kernel run.
       q_positions: int32 [B, T], positions within the texts.
       offset: index of the first query among the keys.
-      window: number of keys that a query sees at most; None = all.
+      window: number of keys that a query sees at most, an int or int32 scalar; None = all.
       softcap: scores are within (-softcap, softcap); 0 = unbounded.
       kernel: auto | xla | mosaic | triton, as `attention_gpu.choose` describes.
 

@@ -49,7 +49,7 @@ def attend(
     *,
     size: int,
     offset: jax.Array | int,
-    window: int | None,
+    window: Any,
     softcap: float,
     scale: float,
 ) -> jax.Array:
@@ -73,7 +73,7 @@ def attend(
         queries(q_positions, 1),
         (jnp.asarray(offset), jnp.asarray(-front)),
     )
-    out: Any = _attend(q, k, v, where, scale, window, softcap)  # [n, B, N, G, size, V]
+    out: Any = _attend(q, k, v, where, window, scale, softcap)  # [n, B, N, G, size, V]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -96,7 +96,7 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _visible_pairs(where: Any, window: int | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _visible_pairs(where: Any, window: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(blocks of queries, blocks of keys, number of visible pairs), the visible pairs first.
 
     A pair is visible if some query of some row may see one of its keys.
@@ -120,14 +120,14 @@ def _visible_pairs(where: Any, window: int | None) -> tuple[jax.Array, jax.Array
     return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q, k, v, where, scale: float, window: int | None, softcap: float) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, where, window: Any, scale: float, softcap: float) -> Any:
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
 
     where: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the indices of
-    the first query and the first key.
+    the first query and the first key. window: an int32 scalar or None.
     """
-    return _forward(q, k, v, where, scale, window, softcap)[0]
+    return _forward(q, k, v, where, window, scale, softcap)[0]
 
 
 def _block(x: jax.Array, i: Any) -> jax.Array:
@@ -149,13 +149,13 @@ def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> 
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
-def _over_pairs(visit: Any, sums: Any, where: Any, window: int | None) -> Any:
+def _over_pairs(visit: Any, sums: Any, where: Any, window: Any) -> Any:
     """sums = visit(i, j, sums) for each visible pair of blocks."""
     q_blocks, k_blocks, count = _visible_pairs(where, window)
     return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, where, scale: float, window: int | None, softcap: float):
+def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
     n, B, N, G, T, _ = q.shape
     V = v.shape[-1]
 
@@ -184,11 +184,11 @@ def _forward(q, k, v, where, scale: float, window: int | None, softcap: float):
         top, total, weighted = _over_pairs(visit, start, where, window)
     out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
     lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
-    return out, (q, k, v, where, out, lse)
+    return out, (q, k, v, where, window, out, lse)
 
 
-def _backward(scale: float, window: int | None, softcap: float, saved, g):
-    q, k, v, where, out, lse = saved
+def _backward(scale: float, softcap: float, saved, g):
+    q, k, v, where, window, out, lse = saved
     n, B, N, G, T, K = q.shape
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
@@ -216,7 +216,7 @@ def _backward(scale: float, window: int | None, softcap: float, saved, g):
 
     sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
     sums = visit(0, 0, sums) if n == len(k) == 1 else _over_pairs(visit, tuple(sums), where, window)
-    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None
+    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None, None
 
 
 _attend.defvjp(_forward, _backward)

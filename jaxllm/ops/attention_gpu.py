@@ -86,7 +86,7 @@ def run(
     segments: jax.Array,
     *,
     scale: float,
-    window: int | None,
+    window: jax.Array | int | None,
     softcap: float,
 ) -> jax.Array:
     """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, T, N, K].

@@ -20,7 +20,7 @@ def visible(
     q_positions: jax.Array,
     q_indices: jax.Array,
     k_indices: jax.Array,
-    window: int | None,
+    window: jax.Array | int | None,
 ) -> jax.Array:
     """True where a query sees a key, bool [B, T, S].
 
@@ -39,7 +39,7 @@ def visible(
     return same | everywhere
 
 
-def first_visible(segments: jax.Array, window: int | None) -> jax.Array:
+def first_visible(segments: jax.Array, window: jax.Array | int | None) -> jax.Array:
     """Index of the first key that each query of a row sees, int32 [B, T].
 
     `visible` is the range from there to the query itself, where a row's queries and keys are the

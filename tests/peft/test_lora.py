@@ -143,9 +143,9 @@ def test_dropout_differs_by_row_layer_and_module_and_keeps_the_mean():
     q, k = model.layers.attn.q.lora, model.layers.attn.k.lora
     context = Context(rng=row_keys(2))
     masks = [
-        q.dropout_mask(context.at_layer(0, ()).rng, x.shape),
-        q.dropout_mask(context.at_layer(1, ()).rng, x.shape),
-        k.dropout_mask(context.at_layer(0, ()).rng, x.shape),
+        q.dropout_mask(context.at_layer(0).rng, x.shape),
+        q.dropout_mask(context.at_layer(1).rng, x.shape),
+        k.dropout_mask(context.at_layer(0).rng, x.shape),
     ]
     rows = [row for mask in masks for row in np.asarray(mask)]
     for i, row in enumerate(rows):
