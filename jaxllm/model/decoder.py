@@ -175,9 +175,9 @@ class Decoder(nnx.Module):
         else:  # rows of a table of all slots, so that no layer computes angles
             slots = cache.segment_ids.shape[1]
             tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
-            tables = [[jnp.take(x, positions, 0, mode="clip") for x in t] for t in tables]
+            tables = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
         if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
-            tables.append([jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])])
+            tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
         ctx = replace(
             ctx or self.context(),
             segment_ids=segment_ids,
