@@ -153,19 +153,24 @@ def load_hf(
     scores: bool = False,
     seed: int = 0,
 ) -> Decoder:
-    """A HF directory (or hub id) as a Decoder, its weights cast to `dtype` and laid over `mesh`.
+    """Loads a HF directory or hub id as a Decoder.
 
-    mesh None = all devices along fsdp when there are several. adapter: a directory in peft's
-    format, or {name: directory} of several, of which the first is in use (jaxllm.choose). A `path`
-    that is an adapter itself brings the model it names. compute_dtype (default `dtype`) is
-    that of activations. overrides: keys of its config to change (another RoPE scaling, say);
-    tie_word_embeddings false lets the head of a tied model begin as its token table.
-    peft: what is added and trained, its random numbers drawn by `seed`; with an adapter too, that
-    gives its values. quantize_base: int8 | nf4
-    holds the layers' kernels so. scores: as a reward model, whose score head is drawn by `seed`
-    where the files have none.
-    Raises ValueError for an unknown family, missing or unexpected tensors, shapes that disagree
-    with the config, and pickled or quantised weights.
+    Args:
+      path: the model, or an adapter in peft's format that names its base model.
+      dtype: of the weights. compute_dtype: of activations; default: `dtype`.
+      mesh: what the weights are sharded over; default: all devices along fsdp.
+      adapter: a directory in peft's format, or {name: directory} of several. The first one is
+        active (see jaxllm.choose).
+      remat, scan_unroll, attention: as in Decoder.
+      overrides: keys of the HF config to change. With tie_word_embeddings false, the head of a tied
+        model is initialised from its token table.
+      peft: what training adds to the model, with random weights drawn from `seed`; `adapter` gives
+        the weights if both are given.
+      quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
+      scores: load a reward model; a missing score head is drawn from `seed`.
+
+    Raises UserError for an unknown family, missing or unexpected tensors, shapes that disagree with
+    the config, and pickled or quantised weights.
     """
     for name in (dtype, compute_dtype or dtype):
         check_dtype(name)
@@ -175,8 +180,9 @@ def load_hf(
     config, scheme = source_config(str(folder), overrides or {}, scores=scores)
     cfg = from_hf(config)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
-    plan = adapter_files.read_adapter(cfg, saved) if saved and not peft.frozen else peft
-    options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=plan)
+    if saved and not peft.frozen:
+        peft = adapter_files.read_adapter(cfg, saved)
+    options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=peft)
     options |= {"scan_unroll": scan_unroll, "attention": attention}
     graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
     flat = dict(nnx.to_flat_state(state))
@@ -189,21 +195,15 @@ def load_hf(
     elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
         where.setdefault(HEAD, where[EMBED])  # lm_head is initialised from the embedding
     _check_names(folder, cfg, set(where), scheme)
-    where |= adapter_files.saved_tensors(cfg, plan, saved)
+    where |= adapter_files.saved_tensors(cfg, peft, saved)
     if cfg.scores and SCORE not in where:
         del weights["score", "kernel"]
-
-    def stored(path: tuple[str, ...], variable: Any, value: jax.Array) -> Any:
-        if not _is_quantized(plan, quantize_base, path, variable):
-            return value
-        return _quantized(quantize_base, variable, value)
-
-    _read_weights(cfg, weights, where, scheme, stored)
+    _read_weights(cfg, weights, where, scheme, partial(_stored, peft, quantize_base))
     added = {name: v for name, v in flat.items() if name not in weights}
     _draw(added, partial(Decoder, cfg, dtype=dtype, **options), seed)
     model = _merged(graph, nnx.from_flat_state(weights | added), config)
     model.base = path
-    plan.begin(model)
+    peft.begin(model)
     for which, one in enumerate(saved.values()):
         adapter_files.load_weights(model, one, which)
     return model
@@ -234,7 +234,12 @@ def _is_quantized(peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any
     return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
 
 
-def _quantized(kind: str, variable: Any, value: jax.Array) -> Any:
+def _stored(
+    peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any, value: jax.Array
+) -> Any:
+    """What the model stores: the array, or its quantised form."""
+    if not _is_quantized(peft, kind, path, variable):
+        return value
     axes, sharding = axes_of(variable), value.sharding
     assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
     mesh = sharding.mesh
@@ -332,8 +337,8 @@ def random_model(
     flat = dict(nnx.to_flat_state(state))
     _draw(flat, partial(Decoder, cfg, peft=peft, **options), seed)
     for path, variable in flat.items():
-        if _is_quantized(peft, quantize_base, path, variable):
-            variable.set_value(_quantized(quantize_base, variable, variable.get_value()))
+        value = variable.get_value()
+        variable.set_value(_stored(peft, quantize_base, path, variable, value))
     model = _merged(graph, nnx.from_flat_state(flat), hf_config)
     peft.begin(model)
     return model

@@ -198,7 +198,9 @@ def assemble(
     optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
     weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)
     trained_shapes = _shapes(nnx.to_pure_dict(trained), weights)
-    frozen = _shapes(nnx.to_pure_dict(rest), weight_shardings(rest, mesh, whole=cfg.mesh.zero < 3))
+    frozen = _shapes(
+        nnx.to_pure_dict(rest), weight_shardings(rest, mesh, replicated=cfg.mesh.zero < 3)
+    )
     opt_state = _shapes(jax.eval_shape(optimizer.init, trained_shapes), moments)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     state = TrainState(step, trained_shapes, opt_state)  # type: ignore[arg-type]
@@ -213,7 +215,7 @@ def assemble(
         reference_graph, variables = nnx.split(make(NO_ADAPTER if shares else adapter))
         shapes = nnx.to_pure_dict(variables)
         if not shares:
-            split = _shapes(trained_shapes, weight_shardings(trained, mesh, whole=False))
+            split = _shapes(trained_shapes, weight_shardings(trained, mesh, replicated=False))
             copied = _common(split, shapes)
 
         def first_policy(trainable: Any, frozen: Any) -> Decoder:

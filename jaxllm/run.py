@@ -82,18 +82,18 @@ class RunFolder:
 
         Call it when nothing can be wrong with the new run any more.
         """
-        if not dist.is_main():
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        # The folder itself stays: it may be a link or a mount.
-        for path in self.path.iterdir() if self.replaces else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        new = self.path / "config.json.new"
-        new.write_text(json.dumps(to_dict(self.cfg), indent=2) + "\n")
-        new.replace(self.path / "config.json")
+        if dist.is_main():
+            self.path.mkdir(parents=True, exist_ok=True)
+            # The folder itself stays: it may be a link or a mount.
+            for path in self.path.iterdir() if self.replaces else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            new = self.path / "config.json.new"
+            new.write_text(json.dumps(to_dict(self.cfg), indent=2) + "\n")
+            new.replace(self.path / "config.json")
+        dist.barrier("run folder")
 
     def save_start(self, model: Decoder, tokenizer: Any) -> None:
         """Writes the configs and the tokenizer, and the config of the adapter that the run starts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One update as a function to be jitted, and where its arrays lie.
+"""One update as a function to be jitted, and the shardings of its arrays.
 
 Dims: A micro-batches of an update, B rows, T tokens.
 """
@@ -153,18 +153,18 @@ def updated(optimizer: Any, state: TrainState, grads: Any, finite: jax.Array) ->
     return jax.lax.cond(finite, update, lambda *args: args[:2], *old, grads)
 
 
-def weight_shardings(state: Any, mesh: Mesh, *, whole: bool) -> Any:
-    """NamedShardings of weights (a quantised one has two), split along fsdp or `whole` there."""
+def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
+    """NamedShardings of weights (a quantised one has two), split or `replicated` along fsdp."""
 
-    def lay(variable: Any) -> Any:
+    def sharding(variable: Any) -> Any:
         axes = axes_of(variable)
         return jax.tree.map(
-            lambda x: param_sharding(mesh, axes, x.shape, drop="fsdp" if whole else ""),
+            lambda x: param_sharding(mesh, axes, x.shape, drop="fsdp" if replicated else ""),
             variable.get_value(),
         )
 
     variables = jax.tree.map(
-        lambda v: v.replace(lay(v)), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+        lambda v: v.replace(sharding(v)), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
     return nnx.to_pure_dict(variables)
 
@@ -173,9 +173,11 @@ def state_shardings(
     graph_state: Any, optimizer: Any, mesh: Mesh, zero: int
 ) -> tuple[Any, Any, Any]:
     """NamedShardings by ZeRO stage of (weights, gradients, optimizer state)."""
-    split, whole = (weight_shardings(graph_state, mesh, whole=w) for w in (False, True))
+    split, replicated = (
+        weight_shardings(graph_state, mesh, replicated=flag) for flag in (False, True)
+    )
     params = nnx.to_pure_dict(graph_state)
     moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else whole
+        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else replicated
     )
-    return split if zero >= 3 else whole, split if zero >= 2 else whole, moments
+    return split if zero >= 3 else replicated, split if zero >= 2 else replicated, moments

@@ -47,7 +47,7 @@ def test_heads_are_not_cut_and_the_user_is_told():
     over = mesh(fsdp=4, tensor=2)
     model = nnx.eval_shape(lambda: Decoder(CFG, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
-    attn = weight_shardings(state, over, whole=False)["layers"]["attn"]
+    attn = weight_shardings(state, over, replicated=False)["layers"]["attn"]
     for name in "qkv":
         assert attn[name]["kernel"].spec == P(None, ("fsdp",), None)
         assert attn[name]["bias"].spec == P(None, None)
@@ -71,7 +71,7 @@ def test_weights_of_heads_that_do_not_divide_give_the_same_logits():
     want = logits(params)
     over = mesh(fsdp=2, data=2, tensor=2)
     with jax.set_mesh(over):
-        shardings = weight_shardings(params, over, whole=False)
+        shardings = weight_shardings(params, over, replicated=False)
         placed = nnx.State(jax.device_put(nnx.to_pure_dict(params), shardings))
         got = logits(nnx.merge_state(params, placed))
     assert jnp.abs(got - want).max() < 1e-5
