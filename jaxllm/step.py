@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxllm.data.batch import Batch
 from jaxllm.mesh import axes_of, param_sharding
 from jaxllm.model.decoder import merge
+from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
 
 # (trainable, frozen) -> (the model, the reference or None)
@@ -148,9 +149,7 @@ def updated(optimizer: Any, state: TrainState, grads: Any, finite: jax.Array) ->
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
 
-    # A branch and not `where`, for which XLA:CPU holds the token table once more.
-    old = state.trainable, state.opt_state
-    return jax.lax.cond(finite, update, lambda *args: args[:2], *old, grads)
+    return update_if(finite, update, (state.trainable, state.opt_state), grads)
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:

@@ -18,6 +18,8 @@ from jaxllm.config import AlignSection, ModelSection, PeftSection, RlSection, Tr
 from jaxllm.config.checks import resolve
 from jaxllm.mesh import AXES
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.ops import conditional
+from jaxllm.ops.conditional import update_if
 from jaxllm.program import build
 from jaxllm.step import TrainState, alone, make_step
 
@@ -62,6 +64,22 @@ def test_a_program_lowers_for_devices_that_are_not_attached(model, options, plat
         traced = program.step(10).trace(program.state, program.frozen, program.batch(64, 2))
     text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
     assert "LayoutConstraint" not in text and "xui16>" not in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_each_platform_has_its_form_of_a_conditional_update(platform, monkeypatch):
+    monkeypatch.setattr(conditional, "platform", lambda: platform)
+
+    def run(condition):
+        old = ({"a": jnp.ones(2)}, jnp.zeros(1))
+        return update_if(condition, lambda a, b, c: ({"a": a["a"] + c}, b + c), old, 2.0)
+
+    run = jax.jit(run)
+    (after, count), (kept, same) = run(jnp.bool(True)), run(jnp.bool(False))
+    assert after["a"].tolist() == [3, 3] and count.tolist() == [2]
+    assert kept["a"].tolist() == [1, 1] and same.tolist() == [0]
+    primitives = {eqn.primitive.name for eqn in run.trace(jnp.bool(True)).jaxpr.eqns}
+    assert ("cond" in primitives) == (platform == "cpu")
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])

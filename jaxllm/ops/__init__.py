@@ -11,5 +11,6 @@ Imports config, errors and mesh only. In the order in which a layer, then the lo
     attention_blocks  attention in blocks of XLA operations
     attention_gpu     fused kernels for NVIDIA GPUs
     cross_entropy     the loss over a large vocabulary, in chunks
+    conditional       an update that keeps the old values if a condition is false
     decoding          dtype of the cache, layout of the weights, greedy argmax
 """
