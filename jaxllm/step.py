@@ -117,8 +117,10 @@ def make_step(
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             norm = scale * optax.tree.norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
-            grads = clip(grads, norm, max_norm, scale)
-            trainable, opt_state = updated(optimizer, state, grads, finite)
+            clipped = partial(clip, norm=norm, max_norm=max_norm, scale=scale)
+            old = state.trainable, state.opt_state
+            update = partial(updated, optimizer, clipped)
+            trainable, opt_state = update_if(finite, update, old, grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
         return TrainState(state.step + 1, trainable, opt_state), metrics
@@ -142,14 +144,10 @@ def accumulated(run: Callable[..., Any], batch: Batch, row_keys: Callable[[Any],
     return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
 
 
-def updated(optimizer: Any, state: TrainState, grads: Any, finite: jax.Array) -> tuple[Any, Any]:
-    """(weights, optimizer state) after an update; those of `state` unless `finite`."""
-
-    def update(trainable: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state
-
-    return update_if(finite, update, (state.trainable, state.opt_state), grads)
+def updated(optimizer: Any, clipped: Any, trainable: Any, opt_state: Any, grads: Any) -> Any:
+    """(weights, optimizer state) after an update with `clipped(grads)`."""
+    updates, opt_state = optimizer.update(clipped(grads), opt_state, trainable)
+    return optax.apply_updates(trainable, updates), opt_state
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
