@@ -113,6 +113,18 @@ def client() -> Any:
     return multihost.get_jax_distributed_client()
 
 
+def coordinator_answers() -> bool:
+    """True if something listens at the coordinator's address."""
+    from jax._src.distributed import global_state
+
+    host, _, port = str(global_state.coordinator_address).rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _key(name: str) -> str:
     _used[name] += 1
     return f"jaxllm/{name}/{_used[name]}"

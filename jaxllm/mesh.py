@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import dist
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 
@@ -53,10 +52,8 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     """The mesh of all devices (or of `devices`), axes in the order of AXES.
 
-    Raises UserError if the sizes do not multiply to the number of devices, and in a multi-process
-    run, which is not supported yet.
+    Raises UserError if the sizes do not multiply to the number of devices.
     """
-    dist.check_supported()
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(section, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]

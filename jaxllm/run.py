@@ -34,7 +34,7 @@ FREE = {
     "data": ("workers", "cache_dir"),
     "eval": ("patience", "min_delta"),
 }
-FREE_SECTIONS = ("mesh", "log", "save")
+FREE_SECTIONS = ("mesh", "cluster", "log", "save")
 
 
 class RunFolder:

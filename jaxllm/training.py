@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer
+from jaxllm.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,14 @@ def train(cfg: TrainConfig) -> Result:
     Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
     or a gradient that is not finite.
     """
-    # ---- validate the config, devices, model, tokenizer, run folder and data
     check(cfg)
+    dist.start(cfg.cluster)
+    with Watch(cfg.cluster, Path(cfg.output_dir)) as watch, stop_signal(watch):
+        return _train(cfg, watch)
+
+
+def _train(cfg: TrainConfig, watch: Watch) -> Result:
+    # ---- validate the config, devices, model, tokenizer, run folder and data
     mesh = make_mesh(cfg.mesh)
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))
     program = build(cfg, mesh)
@@ -134,13 +142,14 @@ def train(cfg: TrainConfig) -> Result:
     unlogged = False  # a log line is due; it is written while the next step runs on the device
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with closing(checkpoints), log, jax.set_mesh(mesh), stop_signal() as signalled:
+    with closing(checkpoints), log, jax.set_mesh(mesh):
         if eval_pending:
             best = run_evals(step, state, best)
             done = {"best_eval": asdict(best), "eval_pending": False}
             checkpoints.amend(step, done, best.step if cfg.save.keep_best else None)
         while step < timetable.steps and not stop and not best.is_over(cfg.eval):
             step += 1
+            watch.enter("step", step)
             batch, rollout_metrics = batches(step - 1, state.trainable)
             if step_fn is None:
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
@@ -150,7 +159,7 @@ def train(cfg: TrainConfig) -> Result:
             meter.add(step, step_metrics | rollout_metrics)
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
-            stop = timetable.may_stop(step) and dist.any_process(signalled.is_set())
+            stop = timetable.may_stop(step) and watch.should_stop(step)
             now = timetable.after(step, stop)
             unlogged = now.log
             if not (now.evaluate or now.save):
@@ -167,6 +176,7 @@ def train(cfg: TrainConfig) -> Result:
                     meta |= {"feed": batches.state(), "best_eval": asdict(best)}
                     meta |= {"eval_pending": now.postpone_evaluation}
                     checkpoints.save(step, state, meta, best.step if cfg.save.keep_best else None)
+        watch.finish(step)
         stopped = stop and step < timetable.steps
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
@@ -280,17 +290,16 @@ def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
 
 
 @contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set, so that the loop ends after a step.
+def stop_signal(watch: Watch) -> Iterator[None]:
+    """SIGTERM and SIGINT at any process end the loop of all after a step.
 
     The second signal ends the process at once, without another checkpoint.
     """
-    event = threading.Event()
     in_main_thread = threading.current_thread() is threading.main_thread()
     names = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
 
     def handle(*_: Any) -> None:
-        event.set()
+        watch.request_stop()
         for name in names:
             signal.signal(name, signal.SIG_DFL)
         # print() is not safe in a signal handler: the interrupted code may hold the stream's lock.
@@ -298,7 +307,7 @@ def stop_signal() -> Iterator[threading.Event]:
 
     before = {name: signal.signal(name, handle) for name in names}
     try:
-        yield event
+        yield
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -9,8 +9,10 @@ verdict does. Then the others exit with status 75: the same command, started aga
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ class Watch:
         self._since = time.monotonic()
         self._pace: deque[float] = deque(maxlen=50)  # seconds per step, one for each `progress`
         self._done = (0, self._since)
+        self._reported: int | None = None  # the step whose hang was reported
 
     # ---- stopping at a common step
 
@@ -99,3 +103,185 @@ class Watch:
         steps = max(self.step - done, 1)
         limit = max(HANG_SECONDS, HANG_FACTOR * statistics.median(self._pace) * steps)
         return time.monotonic() - max(then, self._since) - limit
+
+    # ---- beats and the verdict
+
+    def __enter__(self) -> Watch:
+        if dist.count() > 1:
+            _exit_if_the_coordinator_is_gone()
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._beats: dict[int, dict[str, Any]] = {}
+            self._seen = dict.fromkeys(range(dist.count()), time.monotonic())
+            self._verdict: dict[str, Any] = {}
+            self._heard = time.monotonic()
+            threading.Thread(target=self._guard, name="watch guard", daemon=True).start()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        if dist.count() == 1:
+            return
+        if error is not None:
+            self._fail(error)
+        else:
+            dist.barrier("end")
+        self._closed.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """Tells the other processes that this one ends by an error, and lets them end first."""
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            time.sleep(self.section.timeout + 4 * EVERY)  # `_run` ends the process if one is lost
+        code = 2 if isinstance(error, UserError) else 1
+        line = " ".join(str(error).split())[:500] or type(error).__name__
+        self._end = {"process": dist.index(), "host": socket.gethostname(), "code": code}
+        self._end["message"] = line
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not self._all_know():
+            time.sleep(EVERY)
+        _exit_at_the_end(code)
+
+    def _all_know(self) -> bool:
+        if not dist.is_main():
+            return bool(self._verdict.get("end"))
+        return all(self._beats.get(i, {}).get("ended") for i in range(1, dist.count()))
+
+    def _run(self) -> None:
+        """The watching thread."""
+        store, me = dist.client(), dist.index()
+        for number in itertools.count():
+            if self._closed.wait(EVERY):
+                return
+            beat = {
+                "number": number,
+                "step": self.step,
+                "phase": self.phase,
+                "host": socket.gethostname(),
+                "time": time.time(),
+                "stop": self._requested,
+                "end": self._end,
+                "ended": bool(self._end or self._verdict.get("end")),
+                "late": self.late() > 0,
+            }
+            try:
+                store.key_value_set(f"{BEAT}{me}", json.dumps(beat), allow_overwrite=True)
+                if dist.is_main():
+                    self._judge(store, number)
+                else:
+                    verdict = json.loads(store.key_value_try_get(VERDICT))
+            except jax.errors.JaxRuntimeError as error:
+                if dist.is_main() or "NOT_FOUND" not in str(error):
+                    continue  # `_guard` counts the time
+                verdict = {}
+            if not dist.is_main():
+                if verdict.get("number") != self._verdict.get("number"):
+                    self._heard = time.monotonic()
+                self._verdict = verdict
+            else:
+                self._heard = time.monotonic()
+            self._obey(self._verdict)
+
+    def _judge(self, store: Any, number: int) -> None:
+        """Reads all beats and writes the verdict."""
+        now = time.monotonic()
+        for key, text in store.key_value_dir_get(BEAT):
+            process, beat = int(key.rpartition("/")[2]), json.loads(text)
+            if beat["number"] != self._beats.get(process, {}).get("number"):
+                self._beats[process], self._seen[process] = beat, now
+        beats = self._beats
+        lost = [i for i, then in self._seen.items() if now - then > self.section.timeout]
+        late = any(beat["late"] for beat in beats.values())
+        self._verdict = {
+            "number": number,
+            "stop": self.stop.is_set() or any(beat["stop"] for beat in beats.values()),
+            "end": next((beat["end"] for beat in beats.values() if beat["end"]), None),
+            "lost": [self._describe(i) for i in lost],
+            "hang": [self._describe(i) for i in self._behind(now)] if late else None,
+        }
+        store.key_value_set(VERDICT, json.dumps(self._verdict), allow_overwrite=True)
+
+    def _behind(self, now: float) -> list[int]:
+        """Processes that the others wait for: silent ones, else those at the earliest step."""
+        silent = [i for i, then in self._seen.items() if now - then > 10 * EVERY]
+        first = min(beat["step"] for beat in self._beats.values())
+        return silent or [i for i, beat in self._beats.items() if beat["step"] == first]
+
+    def _describe(self, process: int) -> str:
+        beat = self._beats.get(process)
+        if beat is None:
+            return f"process {process} (never heard of)"
+        return f"process {process} ({beat['host']}, {beat['phase']} of step {beat['step']})"
+
+    def _obey(self, verdict: dict[str, Any]) -> None:
+        if verdict.get("stop"):
+            self.stop.set()
+        if (hang := verdict.get("hang")) is not None:
+            self._report_hang(hang)
+        if lost := verdict.get("lost"):
+            _quit(REQUEUE, f"lost {', '.join(lost)}; start the same command again to resume")
+        end = verdict.get("end")
+        if end and self._end is None:
+            time.sleep(2 * EVERY if dist.is_main() else EVERY)  # the others hear of it
+            if self._end is None:
+                _quit(end["code"], f"process {end['process']} ({end['host']}): {end['message']}")
+
+    def _report_hang(self, behind: list[str]) -> None:
+        """Writes this process's Python stacks into the run folder, once for each late step."""
+        if self._reported == self.step:
+            return
+        self._reported = self.step
+        file = self.folder / f"hang-{self.step}-process-{dist.index()}.txt"
+        with file.open("w") as stacks:
+            faulthandler.dump_traceback(stacks)
+        if dist.is_main():
+            _say(f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "
+                 f"stacks of all processes are in {self.folder}/hang-{self.step}-process-*.txt")
+
+    def _guard(self) -> None:
+        """Ends the process if it hears nothing of the coordinator, or a hang takes too long.
+
+        A thread of its own: a call to the coordinator may block.
+        """
+        while not self._closed.wait(EVERY):
+            if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
+                _quit(REQUEUE, "lost process 0; start the same command again to resume")
+            if self.late() > self.section.hang_exit:
+                _quit(REQUEUE, f"step {self.step} hung; start the same command again to resume")
+
+
+def _say(line: str) -> None:
+    os.write(2, f"\njaxllm: {line}\n".encode())
+
+
+def _quit(code: int, line: str) -> None:
+    """Ends the process from a thread; its main thread may be blocked on a device for ever."""
+    _say(line)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _exit_at_the_end(code: int) -> None:
+    """Makes the interpreter exit without waiting for the other processes, which are gone."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
+
+
+@cache
+def _exit_if_the_coordinator_is_gone() -> Any:
+    """jax aborts a process whose coordinator is gone; makes that an exit with status REQUEUE.
+
+    It cannot be asked for another way: jaxlib's callback for it does not accept Python functions.
+    """
+
+    def aborted(_: int) -> None:
+        if not dist.coordinator_answers():
+            _quit(REQUEUE, "lost process 0; start the same command again to resume")
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+    return handler  # kept alive by the cache

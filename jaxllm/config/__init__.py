@@ -28,6 +28,7 @@ from jaxllm.config.schema import (
 from jaxllm.config.sections import (
     PEFT_METHODS,
     AlignSection,
+    ClusterSection,
     DataSection,
     EvalSection,
     LogSection,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 from jaxllm.config import aliases
 from jaxllm.config.sections import (
     AlignSection,
+    ClusterSection,
     Count,
     DataSection,
     EvalSection,
@@ -83,6 +84,7 @@ class TrainConfig:
     peft: PeftSection = field(default_factory=PeftSection)
     optim: OptimSection = field(default_factory=OptimSection)
     mesh: MeshSection = field(default_factory=MeshSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     log: LogSection = field(default_factory=LogSection)
     eval: EvalSection = field(default_factory=EvalSection)
     save: SaveSection = field(default_factory=SaveSection)

@@ -245,6 +245,22 @@ class MeshSection:
 
 
 @dataclass(frozen=True)
+class ClusterSection:
+    """Several processes that run as one. The launchers set these by environment variables."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)"""
+    processes: Annotated[Count, Unit("processes")] | None = None
+    """number of processes (JAX_NUM_PROCESSES)"""
+    process: Count | None = None
+    """index of this process, from 0 (JAX_PROCESS_ID)"""
+    timeout: Annotated[Positive, Unit("seconds")] = 300.0
+    """time to wait for a process that does not arrive, or is silent, before the others end"""
+    hang_exit: Annotated[Positive, Unit("seconds")] = 1800.0
+    """time after which a step that hangs ends the run"""
+
+
+@dataclass(frozen=True)
 class LogSection:
     """Metrics, samples and progress."""
 
