@@ -140,7 +140,7 @@ class Stream:
             source = replace(self.source, path=name)
             table = tokenize_table(source, self._cfg, self._tokenizer, located, Path(folder))
         # The folder is deleted; mapped files exist until they are unmapped.
-        examples = Examples(table, name=name, split=None, content="", fingerprint="")
+        examples = Examples(table, source)
         self._cached[file] = self._make_rows(examples)
         return self._cached[file]
 
