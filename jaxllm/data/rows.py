@@ -30,7 +30,7 @@ class Windows:
     def __init__(
         self, examples: Examples, indices: np.ndarray, length: int, *, segment: bool, tail: bool
     ) -> None:
-        self._examples, self._indices = examples, indices
+        self.examples, self.indices = examples, indices
         self.length, self._segment = length, segment
         self._starts = np.concatenate([[0], np.cumsum(examples.lengths[indices])])
         targets = max(int(self._starts[-1]) - 1, 0)
@@ -50,7 +50,7 @@ class Windows:
             start = int(starts[index])
             lo, hi = max(start, begin), min(int(starts[index + 1]), end)
             window = slice(lo - begin, hi - begin)
-            tokens[window] = self._examples.tokens(self._indices[index])[lo - start : hi - start]
+            tokens[window] = self.examples.tokens(self.indices[index])[lo - start : hi - start]
             document[window] = index - first + 1
             positions[window] = np.arange(hi - lo)
         if not self._segment:
@@ -72,7 +72,7 @@ class Conversations:
     def __init__(
         self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool
     ) -> None:
-        self._examples, self._indices, self.length = examples, indices, length
+        self.examples, self.indices, self.length = examples, indices, length
         self._packing = (
             pack(examples.lengths[indices], length) if packing else one_per_row(len(indices))
         )
@@ -81,8 +81,8 @@ class Conversations:
         return len(self._packing)
 
     def __getitem__(self, row: int) -> Row:
-        indices = self._indices[self._packing[row]]
-        segments = [(self._examples.tokens(i), self._examples.loss_weights(i)) for i in indices]
+        indices = self.indices[self._packing[row]]
+        segments = [(self.examples.tokens(i), self.examples.loss_weights(i)) for i in indices]
         return make_row(segments, self.length)
 
 

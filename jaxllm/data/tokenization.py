@@ -75,9 +75,9 @@ def _encode_documents(records, source: Source, cfg: TrainConfig, tokenizer) -> I
 def _encode_parsed(
     parse, encode, records, source: Source, cfg: TrainConfig, tokenizer
 ) -> Iterator[Encoded]:
-    """Parse each record with `parse`, and encode the result as one or several examples.
+    """Parse each record, and encode it as one or several examples.
 
-    encode: (parsed record, location, cfg, tokenizer) -> Noted. Its errors get the location.
+    encode: (parsed record, location, cfg, tokenizer) -> Noted. Its errors need no location.
     """
     for location, record in records:
         data, notes = _with_user_template(record, source, cfg, tokenizer)
@@ -126,7 +126,7 @@ def _encode_pair(pair: Pair, _, cfg: TrainConfig, tokenizer) -> Noted:
     else:
         chosen = _render_answer(pair, pair.chosen, cfg, tokenizer)
         rejected = _render_answer(pair, pair.rejected, cfg, tokenizer)
-    notes = tuple({*chosen.notes, *rejected.notes})
+    notes = tuple(sorted({*chosen.notes, *rejected.notes}))
     dropped = {chosen.outcome, rejected.outcome} & DROPPED
     if not dropped and np.array_equal(chosen.tokens, rejected.tokens):
         dropped = {TOO_LONG}  # equal after truncation
