@@ -37,13 +37,18 @@ _ONLY_KEY = re.compile(r'\{[ \t\r\n]*"(?:[^"\\]|\\.)*"[ \t\r\n]*:[ \t\r\n]*')  #
 Records = Iterator[tuple[str, str]]
 
 
+def split_suffix(file: Path | str) -> tuple[str, str]:
+    """(suffix of the format, suffix of the compression) in lower case, as in (".csv", ".gz")."""
+    file = Path(file)
+    last = file.suffix.lower()
+    return (Path(file.stem).suffix.lower(), last) if last in COMPRESSED else (last, "")
+
+
 def format_of(file: Path | str) -> str | None:
     """The format (a value of FORMATS) of a file by its suffix, ignoring .gz and .zst, or None."""
-    file = Path(file)
-    if file.suffix.lower() not in COMPRESSED:
-        return FORMATS.get(file.suffix.lower())
-    inner = FORMATS.get(Path(file.stem).suffix.lower())
-    return inner if inner in COMPRESSIBLE else None
+    suffix, compression = split_suffix(file)
+    found = FORMATS.get(suffix)
+    return found if not compression or found in COMPRESSIBLE else None
 
 
 @contextmanager
@@ -81,8 +86,7 @@ def json_records(file: Path) -> Records:
             for number, line in enumerate(_lines(file, stream), 1)
             if (text := line.strip(" \t\r\n"))
         )
-        is_json = ".json" in (suffix.lower() for suffix in file.suffixes[-2:])
-        first = list(islice(lines, 2)) if is_json else []
+        first = list(islice(lines, 2)) if split_suffix(file)[0] == ".json" else []
         if first and (len(first) == 1 or first[0][0].startswith("[") or not _is_json(first[0][0])):
             yield from _multiline_records(file)
         else:
@@ -92,16 +96,17 @@ def json_records(file: Path) -> Records:
 def csv_records(file: Path) -> Records:
     """The rows of a CSV (.csv) or TSV (.tsv) file with a header; each value is a string."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for texts
-    tabs = ".tsv" in (suffix.lower() for suffix in file.suffixes[-2:])
+    kind = split_suffix(file)[0].upper().removeprefix(".")
     header: list[str] = []
     with open_file(file) as stream:
-        rows = csv.reader(_lines(file, stream), delimiter="\t" if tabs else ",", strict=True)
+        rows = csv.reader(
+            _lines(file, stream), delimiter="\t" if kind == "TSV" else ",", strict=True
+        )
         while True:
             location = f"{file}:{rows.line_num + 1}"
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                kind = "TSV" if tabs else "CSV"
                 raise UserError(f"{location}: malformed {kind}: {error}") from None
             if row is None:
                 return
@@ -278,10 +283,11 @@ def _skip_space(text: str, offset: int) -> int:
 
 def excerpt(value: Any) -> str:
     """The repr of a value, cut to 60 characters, for an error message."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "…")
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+
+    def cut(text: str) -> str:
+        return text if len(text) <= 60 else text[:57] + "…"
+
+    return repr(cut(value)) if isinstance(value, str) else cut(repr(value))
 
 
 def first_line(error: BaseException) -> str:

@@ -42,12 +42,11 @@ class _PackedPairs(ABC):
         return len(self._packing)
 
     @abstractmethod
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        """The two segments of an example in pass `epoch` (from 0) over the source."""
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
+        """The two segments of an example in pass `epoch` (from 0) over the source, and its fields.
 
-    @abstractmethod
-    def fields(self, index: int) -> dict[str, Any]:
-        """{field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none."""
+        Fields: {field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none.
+        """
 
     def _halves(self, index: int) -> tuple[Segment, Segment]:
         """(tokens, loss weights) of an example before its boundary, and from there."""
@@ -61,10 +60,10 @@ class _PackedPairs(ABC):
 
     def row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
         """The fields of `Batch` of a row in pass `epoch`, without the batch dim."""
-        indices = self._packing[row]
-        out = make_row([s for i in indices for s in self.segments(i, epoch)], self.length)
-        for slot, index in enumerate(indices):
-            for name, value in self.fields(index).items():
+        pairs = [self.pair(index, epoch) for index in self._packing[row]]
+        out = make_row([s for *segments, _ in pairs for s in segments], self.length)
+        for slot, (*_, fields) in enumerate(pairs):
+            for name, value in fields.items():
                 dtype = np.int32 if name.endswith("segment") else np.float32
                 field = out.setdefault(name, np.zeros(self.slots, dtype))
                 field[slot] = value + 2 * slot if dtype is np.int32 and value else value
@@ -74,12 +73,10 @@ class _PackedPairs(ABC):
 class Pairs(_PackedPairs):
     """Preference pairs: chosen, then rejected."""
 
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        return self._halves(index)
-
-    def fields(self, index: int) -> dict[str, Any]:
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
         margin = self.examples.value[self.indices[index]]
-        return {"chosen_segment": 1, "rejected_segment": 2, "margin": margin}
+        fields = {"chosen_segment": 1, "rejected_segment": 2, "margin": margin}
+        return *self._halves(index), fields
 
 
 class Judged(_PackedPairs):
@@ -159,7 +156,7 @@ class Judged(_PackedPairs):
             donors[block] = block[donor % count]
         return donors
 
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
         prompt, answer = self._halves(index)
         _, other_answer = self._halves(self._donors(epoch)[index])
 
@@ -167,12 +164,9 @@ class Judged(_PackedPairs):
             tokens, weights = map(np.concatenate, zip(prompt, half, strict=True))
             return tokens[: self._max_length], weights[: self._max_length]
 
-        return after_prompt(answer), after_prompt(other_answer)
-
-    def fields(self, index: int) -> dict[str, Any]:
         good = bool(self.examples.value[self.indices[index]] > 0)
-        segments = {"chosen_segment": int(good), "rejected_segment": int(not good)}
-        return segments | {"unpaired_segment": 2}
+        fields = {"chosen_segment": int(good), "rejected_segment": int(not good)}
+        return after_prompt(answer), after_prompt(other_answer), fields | {"unpaired_segment": 2}
 
 
 class Prompts:

@@ -45,24 +45,20 @@ class Windows:
         end = min(begin + self.length + 1, int(starts[-1]))
         first = int(np.searchsorted(starts, begin, "right")) - 1
         last = int(np.searchsorted(starts, end, "left"))
-        tokens, document, positions = np.empty((3, end - begin), np.int32)
-        for index in range(first, last):
-            start = int(starts[index])
-            lo, hi = max(start, begin), min(int(starts[index + 1]), end)
-            window = slice(lo - begin, hi - begin)
-            tokens[window] = self.examples.tokens(self.indices[index])[lo - start : hi - start]
-            document[window] = index - first + 1
-            positions[window] = np.arange(hi - lo)
-        if not self._segment:
-            document[:] = 1
-            positions[:] = np.arange(end - begin)
+        pieces = [
+            self.examples.tokens(self.indices[i])[max(begin - starts[i], 0) : end - starts[i]]
+            for i in range(first, last)
+        ]
+        tokens = np.concatenate(pieces)
+        sizes = [len(piece) for piece in pieces] if self._segment else [len(tokens)]
+        segment_ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)
         out = empty_row(self.length)
-        n = end - begin - 1
+        n = len(tokens) - 1
         out["tokens"][:n] = tokens[:-1]
         out["targets"][:n] = tokens[1:]
-        out["weights"][:n] = document[1:] == document[:-1]
-        out["segment_ids"][:n] = document[:-1]
-        out["positions"][:n] = positions[:-1]
+        out["weights"][:n] = segment_ids[1:] == segment_ids[:-1]
+        out["segment_ids"][:n] = segment_ids[:-1]
+        out["positions"][:n] = np.concatenate([np.arange(size) for size in sizes])[:-1]
         return out
 
 
@@ -119,9 +115,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     order = np.argsort(-lengths, kind="stable")
     rows_by_free: list[list[int]] = [[] for _ in range(row_length)]
     free_bits = 0  # bit f: a row has exactly f free tokens
-    count = 0
-    row_of = np.empty(len(lengths), np.int64)
-    rows = []
+    count, rows = 0, []
     for length in lengths[order].tolist():
         fitting = free_bits >> length
         if fitting:
@@ -137,6 +131,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
             rows_by_free[free].append(row)
             free_bits |= 1 << free
         rows.append(row)
+    row_of = np.empty(len(lengths), np.int64)
     row_of[order] = rows
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
     return Packing(np.argsort(row_of, kind="stable"), starts)

@@ -26,12 +26,12 @@ from datasets.exceptions import DatasetGenerationError
 from jaxllm.config import Source
 from jaxllm.data.formats import (
     ACCEPTED,
-    COMPRESSED,
     READERS,
     excerpt,
     first_line,
     format_of,
     parse_json,
+    split_suffix,
 )
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
@@ -106,17 +106,15 @@ def _from_files(files: list[Path], path: str) -> Located:
     formats = [format_of(f) for f in files]
     if None in formats:
         unknown = files[formats.index(None)]
-        packed = unknown.suffix.lower() in COMPRESSED
-        suffix = "".join(unknown.suffixes[-2:] if packed else unknown.suffixes[-1:])
+        suffix = "".join(split_suffix(unknown)) or "a file without suffix"
         raise UserError(
-            f"{unknown}: the format of {suffix or 'a file without suffix'} is unknown; accepted "
-            f"formats: {ACCEPTED}"
+            f"{unknown}: the format of {suffix} is unknown; accepted formats: {ACCEPTED}"
         )
-    kinds = sorted({f for f in formats if f})
+    kinds = sorted(set(map(str, formats)))
     if len(kinds) > 1:
         raise UserError(f"{path}: has {' and '.join(kinds)} files; select one format by a glob")
     for file in files:
-        if file.suffix.lower() in COMPRESSED and file.with_suffix("") in files:
+        if split_suffix(file)[1] and file.with_suffix("") in files:
             raise UserError(
                 f"{path}: has both {file.name} and {file.stem}, the same records twice; select one "
                 "of them by a glob"
@@ -290,17 +288,15 @@ def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
     """Write (record JSON, FILE:LINE) pairs to an Arrow file, which is then memory-mapped."""
     schema = pa.schema([(_RECORD, pa.large_string()), (_LOCATION, pa.string())])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        chunk: dict[str, list[str]] = {_RECORD: [], _LOCATION: []}
-        size = 0
-        for record, location in pairs:
-            chunk[_RECORD].append(record)
-            chunk[_LOCATION].append(location)
-            size += len(record)
+        chunk, size = [], 0
+        for pair in pairs:
+            chunk.append(dict(zip(schema.names, pair, strict=True)))
+            size += len(pair[0])
             if size > 1 << 24:
-                writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
-                chunk, size = {_RECORD: [], _LOCATION: []}, 0
-        if chunk[_RECORD]:
-            writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
+                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
+                chunk, size = [], 0
+        if chunk:
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
     return datasets.Dataset.from_file(str(file))
 
 
