@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +31,7 @@ COMPRESSIBLE = ("text", "json", "csv")
 ACCEPTED = ", ".join(FORMATS) + "; all but the last three also compressed (.gz, .zst)"
 # JSON's escape of a UTF-16 surrogate. A pair is one character; a lone surrogate is not text.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ONLY_KEY = re.compile(r'\{[ \t\r\n]*"(?:[^"\\]|\\.)*"[ \t\r\n]*:[ \t\r\n]*')  # up to the value
 
@@ -153,7 +154,7 @@ READERS = {
 def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any:
     """Parse JSON. Raises UserError for malformed JSON and for text with a lone surrogate."""
     try:
-        value = json.loads(text)
+        value = _decode(json.loads, text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -161,15 +162,20 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
         why = f"{error.msg} at column {error.colno}"
     except UnicodeEncodeError as error:
         why = f"{error.object[error.start]!a} is a lone surrogate, which is not a character"
-    except (ValueError, RecursionError) as error:
-        why = _parse_failure(error)
     raise UserError(f"{location}: {problem}: {why}; saw {excerpt(text)}")
 
 
-def _parse_failure(error: ValueError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
+def _decode(decode: Callable[..., Any], text: str, offset: int = 0) -> Any:
+    """Call a decoder of `json` such that it raises no error but JSONDecodeError."""
+    try:
+        return decode(text, offset) if offset else decode(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError:
+        why = f"an integer has more than {sys.get_int_max_str_digits()} digits"
+    raise json.JSONDecodeError(why, text, offset)
 
 
 def _decode_utf8(data: bytes, location: str, *, start: bool) -> str:
@@ -189,11 +195,9 @@ def _lines(file: Path, stream: Any) -> Iterator[str]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        _decode(json.loads, text)
     except json.JSONDecodeError:
         return False
-    except (ValueError, RecursionError):
-        pass  # `parse_json` reports these with their line
     return True
 
 
@@ -218,10 +222,10 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
     """The (start, end) of each record in the text."""
     offset, closing = _skip_space(text, 0), "]"
     if text[offset : offset + 1] != "[":
-        value, end = _decode_json(text, offset)
+        value, end = _decode(_DECODER.raw_decode, text, offset)
         if _skip_space(text, end) < len(text) or not _wraps_records(value, file):
             while offset < len(text):
-                _, end = _decode_json(text, offset)
+                _, end = _decode(_DECODER.raw_decode, text, offset)
                 yield offset, end
                 offset = _skip_space(text, end)
             return
@@ -230,7 +234,7 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
         offset, closing = key.end(), "]}"
     offset = _skip_space(text, offset + 1)
     while text[offset : offset + 1] != "]":
-        _, end = _decode_json(text, offset)
+        _, end = _decode(_DECODER.raw_decode, text, offset)
         yield offset, end
         offset = _skip_space(text, end)
         if text[offset : offset + 1] == ",":
@@ -265,15 +269,6 @@ def _wraps_records(value: Any, file: Path) -> bool:
             "is not a record; write the records as a list [{…}, …] or one per line"
         )
     return False
-
-
-def _decode_json(text: str, offset: int) -> tuple[Any, int]:
-    try:
-        return json.JSONDecoder().raw_decode(text, offset)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise json.JSONDecodeError(_parse_failure(error), text, offset) from None
 
 
 def _skip_space(text: str, offset: int) -> int:

@@ -41,13 +41,11 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
 
 
 def _epochs(part: Any) -> grain.MapDataset:
-    """The rows of a source; several passes of them if they differ between passes."""
-    if not isinstance(part, Judged):
+    """The rows of a source in each pass over it."""
+    if not isinstance(part, Judged):  # the rows of all passes are equal
         return grain.MapDataset.source(part)
-    count = len(part)
-    return grain.MapDataset.range(count).map_with_index(
-        lambda index, row: part.row(row, index // count)
-    )
+    rows = grain.MapDataset.range(len(part))
+    return rows.map_with_index(lambda index, row: part.row(row, index // len(part)))
 
 
 def _stack(batch: Sequence[Row], micro_batches: int) -> Row:

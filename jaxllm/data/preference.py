@@ -100,7 +100,7 @@ class Judged(_PackedPairs):
         prompts = (examples.tokens(i)[:n] for i, n in zip(indices, prompt_lengths, strict=True))
         hashes = [xxhash.xxh3_64_intdigest(tokens.tobytes()) for tokens in prompts]
         self._prompt_hashes = np.array(hashes, np.uint64)
-        if len(self._prompt_hashes) and (self._prompt_hashes == self._prompt_hashes[0]).all():
+        if len(set(hashes)) == 1:
             raise UserError(
                 f"{examples.name}: all {len(indices)} answers have the same prompt; kto also needs "
                 "answers to other prompts, so add some"

@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -267,7 +267,9 @@ def _head(table: Any, count: int | None) -> Any:
     return table if count is None else table.select(range(min(count, len(table))))
 
 
-def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterator[tuple[str, dict]]:
+def records(
+    batch: Mapping[str, list], indices: Sequence[int], path: str
+) -> Iterator[tuple[str, dict]]:
     """The (location, record) pairs of a batch of `read`'s dataset."""
     if indices and not batch:
         raise UserError(f"{path}: the table has no columns")
