@@ -19,7 +19,7 @@ from jaxllm.data.stream import Stream
 from jaxllm.data.tokenization import NO_PREFERENCE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 from jaxllm.errors import UserError
 
-# Key of the manifest -> (outcome that it counts, how `summarize` calls it).
+# Key of the manifest -> (the outcome it counts, the words for it in `summarize`).
 _COUNTED = {
     "dropped_too_long": (TOO_LONG, "dropped as too long"),
     "dropped_nothing_to_learn": (NOTHING_TO_LEARN, "dropped with nothing to learn"),
@@ -65,6 +65,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     for source in data.eval:
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
         indices = np.flatnonzero(examples.lengths)
+        # A fixed seed makes evaluations comparable between runs.
         part = _make_rows(examples, indices, cfg, (0, 0), held_out=True)
         evals[_set_name(source.path, evals)] = [part]
     weights = tuple(source.weight for source in data.train if source.weight is not None)
@@ -139,7 +140,7 @@ def _set_name(path: str, taken: dict[str, Any]) -> str:
 def _make_rows(
     examples: Examples, indices: np.ndarray, cfg: TrainConfig, seed: Any, held_out: bool = False
 ) -> Any:
-    """The rows of a source's examples. `seed` decides the mismatched answers of judged ones."""
+    """The rows of a source's examples. Mismatched answers of judged examples depend on `seed`."""
     data = cfg.data
     if not len(indices) and cfg.verb.data == "text":
         raise UserError(f"{examples.name}: all {len(examples)} documents are empty")

@@ -31,8 +31,8 @@ from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
 
-# Modules and packages that decide tokens: a change of them invalidates the cache. The versions of
-# Python and of the packages that read files do not change tokens.
+# Modules and packages that determine the tokens: changing one invalidates the cache. The versions
+# of Python and of the packages that read files do not change tokens.
 _MODULES = ("formats", "sources", "messages", "prompts", "conversations", "template", "turns")
 _MODULES += ("chat", "tokenization", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
@@ -60,8 +60,8 @@ class Examples:
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], the number of targets with a
     loss weight. outcome: int8 [N], boundary: int32 [N] and value: float32 [N] are columns of
     FEATURES. source_record: int64 [N], ascending, the index of each example's record. notes: {note:
-    number of examples}. `split` is None if there are no splits; `content` is the hash of the
-    source's bytes, and `fingerprint` the cache's key.
+    number of examples}. `name` is the source's path; `split` is None if there are no splits;
+    `content` is the hash of the source's bytes, and `fingerprint` the cache's key.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class Examples:
         column = table.data.column
         self._tokens, self._loss_weights = column("tokens"), column("loss_weights")
         self._record = column("record")
-        self.lengths = pc.list_value_length(self._tokens).to_numpy()
+        self.lengths = pc.call_function("list_value_length", [self._tokens]).to_numpy()
         self.learned = column("learned").to_numpy().astype(np.int64)
         self.outcome, self.boundary, self.value = (
             column(name).to_numpy() for name in ("outcome", "boundary", "value")
         )
         self.source_record = np.cumsum(column("part").to_numpy() == 0) - 1
-        notes = pc.list_flatten(column("notes")).value_counts().to_pylist()
+        notes = pc.call_function("list_flatten", [column("notes")]).value_counts().to_pylist()
         self.notes = dict(sorted((note["values"], note["counts"]) for note in notes))
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ def cache_key(settings: dict[str, Any]) -> str:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of everything in a tokenizer that decides tokens, except its chat template."""
+    """Hash of everything in a tokenizer that determines tokens, except its chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):
         del state[name]  # set by earlier calls, not by the tokenizer's files
@@ -208,14 +208,14 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:
     """Tokenize `raw` to a dataset of FEATURES with `data.workers` processes.
 
-    0 means one per core, but at least 2,000 records per process, to make up for its start.
+    0 means one per core, with at least 2,000 records per process: starting one takes a while.
     """
     if not len(raw):
         raise UserError(f"{source.path}: has no records")
     encode = ENCODERS[cfg.verb.data]
     workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
     with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
-        # JAX warns about forks, but the child processes never use JAX.
+        # JAX warns about forks, but the child processes do not use JAX.
         warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         return raw.map(
@@ -234,7 +234,7 @@ def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path)
 
 
 def _cores() -> int:
-    """Cores that this process may use, or all cores if the system does not tell (macOS)."""
+    """Cores that this process may use; all cores where this is unknown (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -48,8 +48,8 @@ def split_suffix(file: Path | str) -> tuple[str, str]:
 def format_of(file: Path | str) -> str | None:
     """The format (a value of FORMATS) of a file by its suffix, ignoring .gz and .zst, or None."""
     suffix, compression = split_suffix(file)
-    found = FORMATS.get(suffix)
-    return found if not compression or found in COMPRESSIBLE else None
+    name = FORMATS.get(suffix)
+    return name if not compression or name in COMPRESSIBLE else None
 
 
 @contextmanager
@@ -98,11 +98,10 @@ def csv_records(file: Path) -> Records:
     """The rows of a CSV (.csv) or TSV (.tsv) file with a header; each value is a string."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for texts
     kind = split_suffix(file)[0].upper().removeprefix(".")
+    delimiter = "\t" if kind == "TSV" else ","
     header: list[str] = []
     with open_file(file) as stream:
-        rows = csv.reader(
-            _lines(file, stream), delimiter="\t" if kind == "TSV" else ",", strict=True
-        )
+        rows = csv.reader(_lines(file, stream), delimiter=delimiter, strict=True)
         while True:
             location = f"{file}:{rows.line_num + 1}"
             try:
@@ -166,7 +165,7 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
 
 
 def _decode(decode: Callable[..., Any], text: str, offset: int = 0) -> Any:
-    """Call a decoder of `json` such that it raises no error but JSONDecodeError."""
+    """Call a decoder of `json`, and raise each of its errors as a JSONDecodeError."""
     try:
         return decode(text, offset) if offset else decode(text)
     except json.JSONDecodeError:

@@ -19,7 +19,7 @@ _OTHER_CONTENT = ("tool_calls", "reasoning_content")  # content of a message oth
 def split_pair(
     prompt: list[dict], chosen: list[dict], rejected: list[dict], context: ParseContext
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """(prompt, chosen, rejected) such that the prompt's messages are in `prompt` only.
+    """(prompt, chosen, rejected), where only the first has the prompt's messages.
 
     The common prefix of both answers belongs to the prompt; each answer keeps at least a message.
     """
@@ -91,7 +91,7 @@ def prompt_message_count(messages: list[dict]) -> int:
 
 
 def _same_messages(first: list[dict], second: list[dict]) -> bool:
-    """True if two lists of messages are equal except for surrounding white space."""
+    """True if two lists of messages are equal, apart from white space around the texts."""
 
     def content(message: dict) -> tuple:
         text = message_text(message).strip()

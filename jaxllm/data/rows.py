@@ -87,7 +87,7 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as slices of example indices: row r holds `examples[starts[r] : starts[r + 1]]`."""
+    """Rows as slices of example indices: row r has `examples[starts[r] : starts[r + 1]]`."""
 
     examples: np.ndarray  # int64 [N], each index once, ascending in a row
     starts: np.ndarray  # int64 [R + 1]
@@ -103,8 +103,8 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     """Best-fit decreasing: place the longest example first, each in the fullest row that fits it.
 
     `lengths` is int [N], each in 1..row_length, else UserError. The result depends on the lengths
-    only. There is a list of rows for each amount of free space, and an integer whose bits tell
-    which lists are not empty. So the fullest row that fits is the lowest set bit at or above the
+    only. There is a list of rows for each amount of free space, and an integer whose bits mark the
+    lists that are not empty. So the fullest row that fits is the lowest set bit at or above the
     length, and packing takes O(N · row_length / 64), in practice linear time.
     """
     lengths = np.asarray(lengths, np.int64)

@@ -79,10 +79,10 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     if os.path.isfile(path):
         return _from_files([Path(path)], source.path)
     if glob.has_magic(path):
-        found = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-        if not found:
+        files = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        if not files:
             raise MissingFile(f"{source.path}: no file matches")
-        return _from_files(found, source.path)
+        return _from_files(files, source.path)
     if not hub_id(path.partition(":")[0]) or format_of(path):
         raise MissingFile(
             f"{source.path}: no such file or directory, and not a hub id (OWNER/NAME)"
@@ -191,13 +191,13 @@ def _locate_hub(source: Source, held_out: bool) -> Located:
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
             f"could not be loaded: {first_line(error)}"
         ) from error
-    files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
+    files = {str(split): sorted(map(str, urls)) for split, urls in listed.items()}
     if not files:
         raise UserError(f"{source.path}: the hub's dataset lists no files to stream")
     split = _choose_split(files, source, held_out=False)
     urls = tuple(files[split])
-    found = _from_files([Path(url) for url in urls], source.path)
-    return Located(found.format, (), split=split, urls=urls)
+    located = _from_files([Path(url) for url in urls], source.path)
+    return replace(located, files=(), split=split, urls=urls)
 
 
 def _select_split(loaded: Any, source: Source, held_out: bool) -> tuple[Any, str]:

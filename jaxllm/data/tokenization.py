@@ -88,11 +88,9 @@ def _encode_parsed(
             raise UserError(f"{location}: the record is nested too deeply") from error
         except ValueError as error:
             raise UserError(f"{location}: {error}") from error
-        notes = (*notes, *record_notes)
         for part, example in enumerate(examples):
-            yield example._replace(
-                part=part, notes=example.notes if part else example.notes + notes
-            )
+            more = () if part else (*notes, *record_notes)
+            yield example._replace(part=part, notes=example.notes + more)
 
 
 def _with_user_template(
