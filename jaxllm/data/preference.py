@@ -18,28 +18,21 @@ import xxhash
 
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
-from jaxllm.data.rows import one_per_row, pack
+from jaxllm.data.rows import PackedRows
 from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])
 
 
-class _PackedPairs(ABC):
-    """Examples of two segments each, in rows of 2 * max_length tokens.
+class _PackedPairs(PackedRows, ABC):
+    """Examples of two segments each.
 
     slots: the largest number of examples in a row (P of Batch).
     """
 
-    def __init__(
-        self, examples: Examples, indices: np.ndarray, max_length: int, *, packing, lengths=None
-    ) -> None:
-        self.examples, self.indices, self.length = examples, indices, 2 * max_length
-        lengths = examples.lengths[indices] if lengths is None else lengths
-        self._packing = pack(lengths, self.length) if packing else one_per_row(len(lengths))
+    def __init__(self, examples, indices, max_length: int, **packing: Any) -> None:
+        super().__init__(examples, indices, 2 * max_length, **packing)
         self.slots = int(np.diff(self._packing.starts).max(initial=1))
-
-    def __len__(self) -> int:
-        return len(self._packing)
 
     @abstractmethod
     def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:

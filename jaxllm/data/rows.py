@@ -62,19 +62,22 @@ class Windows:
         return out
 
 
-class Conversations:
-    """Conversations in rows of `length` tokens: packed, or one per row."""
+class PackedRows:
+    """Examples of `lengths` tokens in rows of `length` tokens: packed, or one per row."""
 
     def __init__(
-        self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool
+        self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool, lengths=None
     ) -> None:
         self.examples, self.indices, self.length = examples, indices, length
-        self._packing = (
-            pack(examples.lengths[indices], length) if packing else one_per_row(len(indices))
-        )
+        lengths = examples.lengths[indices] if lengths is None else lengths
+        self._packing = pack(lengths, length) if packing else one_per_row(len(indices))
 
     def __len__(self) -> int:
         return len(self._packing)
+
+
+class Conversations(PackedRows):
+    """Conversations, one segment each."""
 
     def __getitem__(self, row: int) -> Row:
         indices = self.indices[self._packing[row]]
