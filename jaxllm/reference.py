@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import xxhash
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm import dist
@@ -56,16 +56,8 @@ class RowsWithLogps:
         return self.part[row] | {name: logps[row] for name, logps in self.logps.items()}
 
 
-def precomputed(
-    cfg: TrainConfig,
-    data: Data,
-    reference: Callable[[Any, Any], Decoder],
-    origin: Any,
-    trainable: Any,
-    frozen: Any,
-    mesh: Mesh,
-) -> Data:
-    """`data` with the log-probabilities under `reference(trainable, frozen)` in its rows.
+def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, mesh: Mesh) -> Data:
+    """`data` with the log-probabilities under the reference in its rows.
 
     They are cached in data.cache_dir, in one file for each `origin` of the weights (a JSON value),
     dtype and quantisation. The key of an answer is a hash of its tokens, so another packing, or
@@ -73,13 +65,14 @@ def precomputed(
     """
     assert data.train is not None
     fields = [name for name in LOGPS if name in data.train.parts[0][0]]
+    graph, weights = nnx.split(reference)
 
-    def logps_of(trainable: Any, frozen: Any, batch: Batch) -> list[jax.Array]:
+    @jax.jit
+    def logps_of(weights: Any, batch: Batch) -> list[jax.Array]:
         segments = [getattr(batch, name) for name in fields]
-        model = reference(trainable, frozen)
+        model = nnx.merge(graph, weights)
         return answer_logps(model, batch, segments, chunk=cfg.model.loss_chunk)[0]
 
-    jitted = jax.jit(logps_of)
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     model_key = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
@@ -95,7 +88,7 @@ def precomputed(
         for start in starts:
             some = [part[row] for row in rows[start : start + size]]
             batch = Batch(**put(mesh, next(eval_batches(Rows((some,), None, part.length), size))))
-            found.append(np.stack(dist.gather(jitted(trainable, frozen, batch)))[:, : len(some)])
+            found.append(np.stack(dist.gather(logps_of(weights, batch)))[:, : len(some)])
         return np.concatenate(found, 1)
 
     def add(part: Any) -> RowsWithLogps:

@@ -86,9 +86,9 @@ class Online:
 
         self.samples = []
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        self.feed = Rollouts(self.cfg, mesh, Rows((PromptList(PROMPTS),), None, 16), count, 0)
         sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
-        self.feed.begin(models, {}, rewards, Numbers, sample)
+        source = self.cfg, mesh, Rows((PromptList(PROMPTS),), None, 16), count
+        self.feed = Rollouts(*source, models, {}, rewards, Numbers, sample, state={})
 
     def updates(self, count):
         """(NumPy batches [B, T], logged metrics) of the first updates."""
