@@ -7,7 +7,6 @@ parameters and optimizer bytes follow from shapes; the rest is read from the run
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import math
@@ -108,17 +107,22 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
     """The config that the methods share, the origins of its keys, and the methods."""
     path = args[0] if args and not args[0].startswith("-") else None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--methods", nargs="*", action="append")
-    options, rest = parser.parse_known_args(args[1:] if path else args)
-    if options.methods and len(options.methods) > 1:
+    flags = loading.read_args(args[1:] if path else args)
+    named = [flag.value for flag in flags if flag.name == "methods"]
+    if len(named) > 1:
         raise UserError("--methods is given twice; give all of them after one --methods")
-    (methods,) = options.methods or [list(DEFAULT)]
+    methods = named[0] if named else list(DEFAULT)
     _check_methods(methods)
     objective: Any = "pretrain"
-    for one in (*(loading.read_yaml(path) if path else ()), *loading.read_args(rest)):
-        if one.name == "objective":
-            objective = one.value[0] if isinstance(one.value, list) and one.value else one.value
+    for one in loading.read_yaml(path) if path else ():
+        objective = one.value if one.name == "objective" else objective
+    rest: list[str] = []
+    for flag in flags:
+        first, *others = flag.value or [True]
+        if flag.name == "objective":
+            objective = first
+        if flag.name != "methods":
+            rest += [f"{flag.where}={first}" if flag.value else flag.where, *others]
     return *load_config(objective, path, rest), methods
 
 

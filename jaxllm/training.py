@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -386,21 +386,18 @@ class Samples:
             metrics.sample(step, prompt=prompt, text=self.tokenizer.decode(tokens))
 
 
+@dataclass
 class Evaluations:
     """Evaluates every held-out set, writes samples, and knows the best evaluation of the run."""
 
-    def __init__(
-        self,
-        program: Program,
-        sets: dict[str, Rows],
-        frozen: Any,
-        samples: Samples,
-        log: Log,
-        best: Best,
-    ):
-        self.program, self.sets, self.frozen = program, sets, frozen
-        self.samples, self.log, self.best = samples, log, best
-        self.latest: dict[str, dict[str, float]] = {}
+    program: Program
+    sets: dict[str, Rows]
+    frozen: Any
+    samples: Samples
+    log: Log
+    best: Best
+    latest: dict[str, dict[str, float]] = field(default_factory=dict)
+    """{set: {metric: value}}"""
 
     def __call__(self, step: int, state: TrainState) -> None:
         program, log = self.program, self.log
