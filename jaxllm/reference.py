@@ -75,35 +75,31 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
 
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
-    model_key = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
-    file = cache_root(cfg) / f"reference-{model_key}.npz"
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
+    file = cache_root(cfg) / f"reference-{digest}.npz"
     cache = _load(file)
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
-        """float32 [fields, rows, P] of some rows of a source."""
+        """float32 [fields, rows, P] for some rows of a source."""
         starts: Any = range(0, len(rows), size)
         if cfg.log.progress:
             starts = track(starts, "reference", len(starts))
-        found = []
+        logps = []
         for start in starts:
             some = [part[row] for row in rows[start : start + size]]
             batch = Batch(**put(mesh, next(eval_batches(Rows((some,), None, part.length), size))))
-            found.append(np.stack(dist.gather(logps_of(weights, batch)))[:, : len(some)])
-        return np.concatenate(found, 1)
+            logps.append(np.stack(dist.gather(logps_of(weights, batch)))[:, : len(some)])
+        return np.concatenate(logps, 1)
 
-    def add(part: Any) -> RowsWithLogps:
+    def add_logps(part: Any) -> RowsWithLogps:
         keys = _answer_keys(part, fields)
-        missing = [
-            not cache.keys() >= set(keys[:, row].ravel().tolist()) for row in range(len(part))
-        ]
-        rows = np.flatnonzero(missing)
+        is_new = [not cache.keys() >= set(row.ravel().tolist()) for row in keys.swapaxes(0, 1)]
+        rows = np.flatnonzero(is_new)
         if len(rows):
             with jax.set_mesh(mesh):
                 values = compute(part, rows)
-            for key, value in zip(
-                keys[:, rows].ravel().tolist(), values.ravel().tolist(), strict=True
-            ):
-                cache.setdefault(key, value)
+            for key, value in zip(keys[:, rows].flat, values.flat, strict=True):
+                cache.setdefault(int(key), float(value))
             if dist.is_main():
                 _save(file, cache)
         logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
@@ -111,7 +107,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
         return RowsWithLogps(part, dict(zip(names, logps.reshape(keys.shape), strict=True)))
 
     def with_logps(rows: Rows) -> Rows:
-        return replace(rows, parts=tuple(add(part) for part in rows.parts))
+        return replace(rows, parts=tuple(map(add_logps, rows.parts)))
 
     evals = {name: with_logps(rows) for name, rows in data.evals.items()}
     return replace(data, train=with_logps(data.train), evals=evals)
