@@ -48,11 +48,9 @@ class TextModel:
     stop_ids: tuple[int, ...]
 
     @staticmethod
-    def load(
-        path: str, template: str | None, dtype: str, adapter: Mapping[str, str] | None
-    ) -> TextModel:
+    def load(path: str, **options: Any) -> TextModel:
         """As `load_with_tokenizer`; raises UserError for a reward model too."""
-        model, tokenizer = load_with_tokenizer(path, template, dtype=dtype, adapter=adapter or None)
+        model, tokenizer = load_with_tokenizer(path, **options)
         if model.cfg.scores:
             raise UserError(f"{path} is a reward model; it scores texts and generates none")
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, local_dir(model.base))))
@@ -85,7 +83,7 @@ def generate_text(
     {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for all
     prompts. Raises UserError as `check_prompts` does.
     """
-    loaded = TextModel.load(model, template, dtype, adapter)
+    loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
     if len(use) not in (0, 1, len(prompts)):
         raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
     use = list(use) * len(prompts) if len(use) == 1 else use
@@ -104,15 +102,16 @@ def chat_loop(
     model: str,
     *,
     system: str | None = None,
-    template: str | None = None,
     stop: Sequence[str] = (),
-    dtype: str = "float32",
     sampling: Sampling = Sampling(),
-    adapter: Mapping[str, str] | None = None,
     use: Sequence[Choice] = (),
+    **options: Any,
 ) -> None:
-    """A conversation in the terminal, streamed; ends at end of input or an empty line."""
-    loaded = TextModel.load(model, template, dtype, adapter)
+    """A conversation in the terminal, streamed; ends at the end of input or at an empty line.
+
+    options: of `load_with_tokenizer`.
+    """
+    loaded = TextModel.load(model, **options)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -205,7 +205,7 @@ def evaluate_files(
     if TrainConfig(objective=objective).verb.data not in ("text", "chat"):
         raise UserError(f"objective is {objective!r}; an evaluation reads pretrain or sft data")
     mesh = make_mesh(MeshSection())
-    options: Any = {"mesh": mesh, "compute_dtype": dtype, "adapter": adapter or None}
+    options: Any = {"mesh": mesh, "compute_dtype": dtype, "adapter": adapter}
     loaded, tokenizer = load_with_tokenizer(model, template, **options)
     if use is not ...:
         choose(loaded, use)

@@ -75,7 +75,7 @@ def train(cfg: TrainConfig) -> Result:
     # ---- validate the config, devices, model, tokenizer, run folder and data
     check(cfg)
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))
+    cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     program = build(cfg, mesh)
     tokenizer = load_run_tokenizer(program)
     samples = Samples(program, tokenizer)
@@ -91,7 +91,7 @@ def train(cfg: TrainConfig) -> Result:
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
     #   3. the HF weights in model.path     4. random weights of model.config's shape
     resumed = run.latest()
-    origin = program.origin()
+    origin = program.origin()  # identifies the weights that checkpoints depend on
     if resumed is not None:
         run.check_same_run(resumed, data.manifest, origin)
         say(f"resuming from step {resumed}")
@@ -141,7 +141,7 @@ def train(cfg: TrainConfig) -> Result:
         while step < timetable.steps and not stop and not evals.over:
             step += 1
             batch, rollout_metrics = batches(step - 1, state.trainable)
-            if step_fn is None:
+            if step_fn is None:  # the first batch has the shapes
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
             state, step_metrics = step_fn(state, frozen, batch)
             if unlogged:
@@ -260,6 +260,7 @@ class Timetable:
         self.log, self.evaluate, self.save = (epoch if n == "epoch" else int(n) for n in every)
 
     def may_stop(self, step: int) -> bool:
+        """True if a run that stops after `step` can resume."""
         return step % self.stride == 0
 
     def after(self, step: int, stop: bool) -> Events:
