@@ -293,8 +293,7 @@ def compare(args: list[str]) -> int:
     """
     cfg, origins, methods = _read(args)
     _check(cfg, origins, methods)
-    date = resolve(cfg).data.date  # the same for all runs, even if one starts after midnight
-    cfg = replace(cfg, data=replace(cfg.data, date=date))
+    cfg = replace(cfg, data=resolve(cfg).data)  # all runs have the same date, even after midnight
     configs = {method: _config_of(cfg, method) for method in methods}
     for config in configs.values():
         check(config)  # before the imports of `_program`, which take seconds
@@ -308,13 +307,13 @@ def compare(args: list[str]) -> int:
 
     rows: list[Row] = []
     status = 0
-    for number, method in enumerate(methods, 1):
+    for number, (method, program) in enumerate(programs.items(), 1):
         print(f"compare: {method}, {number} of {len(methods)}", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        status = _run(configs[method])
+        status = _run(program.cfg)
         if status:
             break
-        rows.append(_row(method, programs[method], time.perf_counter() - start))
+        rows.append(_row(method, program, time.perf_counter() - start))
     if rows:
         notes = _notes(cfg, origins, rows)
         cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]

@@ -19,7 +19,6 @@ from fractions import Fraction
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
@@ -119,12 +118,11 @@ def train(cfg: TrainConfig) -> Result:
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
-    source = cfg, mesh, data.train, program.micro_batches
     if cfg.verb.online:
-        rollout = program.models, frozen, rewards, tokenizer, metrics.sample
-        batches: Any = online.Rollouts(*source, *rollout, state=saved.get("feed", {}))
+        sampler = program.models, frozen, rewards, tokenizer, metrics.sample
+        batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
     else:
-        batches = LoadedBatches(*source, start)
+        batches = LoadedBatches(program, data.train, start)
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     log = Log(metrics, meter, Progress(timetable.steps, start, enabled=cfg.log.progress))
@@ -213,7 +211,7 @@ def check_metric(program: Program, data: Data) -> None:
         return
     args = program.evaluate, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
-    metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
+    metric_value({name: dict.fromkeys(metrics, 0.0) for name, metrics in names.items()}, section)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
@@ -309,9 +307,9 @@ def stop_signal() -> Iterator[threading.Event]:
 class LoadedBatches:
     """The batches of a run on data: `(step, weights) -> (batch [A, B, T], {})`."""
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, micro_batches: int, start: int):
-        self.mesh = mesh
-        sizes = {"batch_size": cfg.batch_size, "micro_batches": micro_batches}
+    def __init__(self, program: Program, rows: Rows, start: int):
+        cfg, self.mesh = program.cfg, program.mesh
+        sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
         self.loader = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:

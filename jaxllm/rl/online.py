@@ -27,7 +27,7 @@ from jaxllm.data.chat import stop_ids
 from jaxllm.data.loader import ordered
 from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
-from jaxllm.mesh import put
+from jaxllm.mesh import data_parallel, put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import KlController, act, gae, token_rewards, whiten
 from jaxllm.rl.rewards import Completion, Reward
@@ -67,8 +67,8 @@ class Rollout:
 class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
-    rows: prompts; count: micro-batches of an update; models, frozen: those of the step; sample:
-    writes a line of samples.jsonl; state: of a checkpoint, {} for a new run.
+    rows: prompts; models, frozen: those of the step; sample: writes a line of samples.jsonl; state:
+    of a checkpoint, {} for a new run.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class Rollouts:
         cfg: TrainConfig,
         mesh: Mesh,
         rows: Rows,
-        count: int,
         models: Models,
         frozen: Any,
         rewards: Sequence[Reward],
@@ -87,8 +86,7 @@ class Rollouts:
     ):
         rl = cfg.rl
         assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
-        self.cfg, self.mesh, self.count = cfg, mesh, count
-        self.models, self.frozen = models, frozen
+        self.cfg, self.mesh, self.models, self.frozen = cfg, mesh, models, frozen
         self.tokenizer, self.sample = tokenizer, sample
         self.rewards = {reward.name: reward for reward in rewards}
         if len(self.rewards) < len(rewards):  # two have the same name: use the config's longer ones
@@ -132,10 +130,13 @@ class Rollouts:
         iteration, minibatch = divmod(update, cfg.rl.minibatches)
         order = np.random.default_rng((cfg.seed, number, iteration)).permutation(self.size)
         rows = order[minibatch * cfg.batch_size : (minibatch + 1) * cfg.batch_size]
-        fields = {
-            name: x[rows].reshape(self.count, -1, x.shape[1]) for name, x in self.experience.items()
-        }
-        return Experience(**put(self.mesh, fields)), metrics
+        return self._batch({name: x[rows] for name, x in self.experience.items()}), metrics
+
+    def _batch(self, fields: dict[str, np.ndarray]) -> Experience:
+        """Rows [R, T] in micro-batches [A, B, T] on the devices."""
+        size = self.cfg.micro_batch_size * data_parallel(self.mesh)
+        split = {name: x.reshape(-1, size, x.shape[1]) for name, x in fields.items()}
+        return Experience(**put(self.mesh, split))
 
     def _rollout(
         self, number: int, step: int, trainable: Any
@@ -197,11 +198,8 @@ class Rollouts:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _evaluate(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The last fields of `Rollout`. Micro-batches are as large as those of an update."""
-        size = self.cfg.batch_size // self.count
-        fields = {name: x.reshape(-1, size, x.shape[1]) for name, x in rows.items()}
-        batch = Experience(**put(self.mesh, fields))
-        out = dist.gather(self._jitted(trainable, self.frozen, batch))
+        """The last fields of `Rollout`."""
+        out = dist.gather(self._jitted(trainable, self.frozen, self._batch(rows)))
         learned = rows["weights"] > 0
         return {name: np.where(learned, x.reshape(learned.shape), 0.0) for name, x in out.items()}
 
