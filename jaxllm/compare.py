@@ -247,8 +247,8 @@ def _notes(cfg: TrainConfig, origins: dict[str, str], rows: list[Row]) -> list[s
     rate = cfg.optim.learning_rate
     defaults = ", ".join(f"{row.method} {row.learning_rate:g}" for row in rows)
     notes = [
-        f"{rows[0].steps} steps of {cfg.objective}; tokens/s is the median after the first line of "
-        "metrics, eval loss that after the last step, % of the base model's parameters.",
+        f"{rows[0].steps} steps of {cfg.objective}. tokens/s: median after the first line of "
+        "metrics; eval loss: after the last step; %: of the base model's parameters.",
         f"The learning rate {rate:g} ({origins['optim.learning_rate']}) is shared by all methods, "
         "which need different ones."
         if rate

@@ -129,7 +129,7 @@ def evaluate_rewards(
 ) -> dict[str, float]:
     """Evaluates a reward model on pairs or on conversations, whichever the first source has.
 
-    Returns {examples, tokens} and the distribution of the scores, reward_*; of pairs also {loss,
+    Returns {examples, tokens} and the distribution of the scores, reward_*; for pairs also {loss,
     accuracy, margin}, chosen_* and rejected_*. A tie counts as wrong.
     """
     paired = _has_pairs(sources[0])
@@ -141,7 +141,7 @@ def evaluate_rewards(
     print(*summarize(data.manifest), sep="\n", file=sys.stderr)
     parts = data_parallel(reward_model.mesh)
     size = -(-batch_size // parts) * parts
-    found: list[np.ndarray] = []
+    scored: list[np.ndarray] = []  # [1 or 2 answers, examples] of each batch
     tokens, count = 0, 1
     for rows in data.evals.values():
         for batch in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
@@ -154,9 +154,9 @@ def evaluate_rewards(
                 picked = [np.take_along_axis(scores, x - 1, 1)[pairs[0] > 0] for x in pairs]
             else:
                 picked = [scores[np.arange(count) < texts]]
-            found.append(np.stack(picked))
+            scored.append(np.stack(picked))
             tokens += int((batch["segment_ids"] > 0).sum())
-    table = np.concatenate(found, 1).astype(np.float64)
+    table = np.concatenate(scored, 1).astype(np.float64)
     out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
     if paired:
         margin = table[0] - table[1]
@@ -198,7 +198,7 @@ class Completion:
 
     @property
     def content(self) -> Any:
-        """What a reward function gets: text if the prompt is text, else a list of messages."""
+        """The completion for a reward function: text if the prompt is text, else messages."""
         if isinstance(self.prompt["said"], str):
             return self.text
         return [{"role": "assistant", "content": self.text}]
