@@ -36,14 +36,14 @@ def _language(cfg: TrainConfig) -> Objective:
 
 
 def _dpo(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, cfg.model.loss_chunk
+    align = cfg.align
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
-    weights = align.loss_weights or (1.0,) * len(names)
+    losses = tuple(zip(names, align.loss_weights or (1.0,) * len(names), strict=True))
     assert align.beta is not None  # resolve
-    shared = {"beta": align.beta, "length_normalized": align.length_normalized, "chunk": chunk}
-    losses = tuple(zip(names, weights, strict=True))
-    options = {"label_smoothing": align.label_smoothing, "gamma": align.gamma}
-    loss = partial(dpo_loss, losses=losses, **shared, **options)
+    shared: dict[str, Any] = {"beta": align.beta, "length_normalized": align.length_normalized}
+    shared["chunk"] = cfg.model.loss_chunk
+    smoothing, gamma = align.label_smoothing, align.gamma
+    loss = partial(dpo_loss, losses=losses, label_smoothing=smoothing, gamma=gamma, **shared)
     baseline = partial(dpo_baseline, **shared) if "bco" in names else None
     return Objective(loss, not set(names) <= set(REFERENCE_FREE), baseline)
 
