@@ -40,40 +40,36 @@ def block_size(length: int) -> int:
 
 
 def attend(
-    q_BTHK: jax.Array,
-    k_BNSK: jax.Array,
-    v_BNSV: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
-    q_positions: jax.Array,
+    q_BTHK,
+    k_BNSK,
+    v_BNSV,
+    q_segments,
+    k_segments,
+    q_positions,
     *,
     size: int,
-    offset: jax.Array | int,
-    window: Any,
-    softcap: float,
-    scale: float,
+    offset: Any,
+    **options,
 ) -> jax.Array:
-    """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T."""
+    """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T.
+
+    options: window, scale and softcap.
+    """
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
-    front: Any = (
-        -offset % size if size < T else 0
-    )  # blocks of keys begin where blocks of queries do
+    # Blocks of keys begin where blocks of queries do.
+    front: Any = -offset % size if size < T else 0
     queries = partial(_split, size=size)
     keys = partial(_split, size=size if size < T else S, front=front)
-    q = (
-        queries(q_BTHK.astype(k_BNSK.dtype), 1)
-        .reshape(-1, B, size, N, H // N, K)
-        .transpose(0, 1, 3, 4, 2, 5)
-    )
-    k, v = keys(k_BNSK, 2), keys(v_BNSV, 2)
+    q = queries(q_BTHK.astype(k_BNSK.dtype), 1).reshape(-1, B, size, N, H // N, K)
+    q, k, v = q.transpose(0, 1, 3, 4, 2, 5), keys(k_BNSK, 2), keys(v_BNSV, 2)
     where = (
         queries(q_segments, 1, fill=NOWHERE),
         keys(k_segments, 1, fill=NOWHERE),
         queries(q_positions, 1),
         (jnp.asarray(offset), jnp.asarray(-front)),
     )
-    out: Any = _attend(q, k, v, where, window, scale, softcap)  # [n, B, N, G, size, V]
+    out: Any = _attend(q, k, v, where, **options)  # [n, B, N, G, size, V]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
