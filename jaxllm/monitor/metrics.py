@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,24 +98,18 @@ def _to_json(value: Any) -> Any:
 class Metrics:
     """Writes a run's numbers to its folder and to trackers. Only the main process writes.
 
-    On resume, lines after `resume_step` are dropped, so that no step occurs twice. `eval_pending`:
+    report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after `resume_step` are dropped, so that no step occurs twice. `eval_pending`:
     the checkpoint was saved before its evaluation, so the evaluation's lines are dropped too. A
     tracker that fails, at start or later, is disabled with one line on stderr; training continues.
     """
 
     def __init__(
-        self,
-        run: Path | str,
-        report_to: tuple[str, ...] = (),
-        config: dict[str, Any] | None = None,
-        resume_step: int = 0,
-        eval_pending: bool = False,
+        self, run: Path | str, report_to=(), config=None, resume_step=0, eval_pending=False
     ):
-        unknown = [name for name in report_to if name not in TRACKERS]
-        if unknown:
-            raise UserError(
-                f"log.report_to {unknown[0]!r} is unknown; choose from {', '.join(TRACKERS)}"
-            )
+        for name in report_to:
+            if name not in TRACKERS:
+                names = ", ".join(TRACKERS)
+                raise UserError(f"log.report_to {name!r} is unknown; choose from {names}")
         self.run = Path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Tracker] = {}
@@ -123,8 +118,11 @@ class Metrics:
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _drop_after(self.run / name, resume_step, eval_pending)
+        config = _to_json(config or {})
         for name in report_to:
-            self._try(name, lambda name=name: self._start(name, config or {}, resume_step))
+            start = partial(TRACKERS[name], self.run, config, resume_step)
+            if tracker := self._try(name, start):
+                self.trackers[name] = tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends {"kind", "step", …} to metrics.jsonl and sends its numbers to the trackers.
@@ -138,7 +136,7 @@ class Metrics:
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
         for name, tracker in list(self.trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.write(group, step, numbers))
+            self._try(name, partial(tracker.write, group, step, numbers))
 
     def sample(self, step: int, **values: Any) -> None:
         """Appends a line to samples.jsonl."""
@@ -156,12 +154,9 @@ class Metrics:
             self._try(name, tracker.close)
         self.trackers.clear()
 
-    def _start(self, name: str, config: dict[str, Any], step: int) -> None:
-        self.trackers[name] = TRACKERS[name](self.run, _to_json(config), step)
-
-    def _try(self, name: str, call: Callable[[], None]) -> None:
+    def _try(self, name: str, call: Callable[[], Any]) -> Any:
         try:
-            call()
+            return call()
         except Exception as error:  # a tracker's error, of whatever kind, must not stop the run
             self.trackers.pop(name, None)
             reason = str(error).split("\n")[0]
