@@ -59,7 +59,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
         )
     timescale = warmup or 10_000
 
-    def between(share: jax.Array) -> jax.Array:  # 1 at the peak, 0 at the end
+    def between(share: jax.Array) -> jax.Array:  # share: 1 at the peak, 0 at the end
         return floor + (1 - floor) * jnp.clip(share, 0, 1)
 
     # Fraction of the peak, t steps after the warm-up.
@@ -241,15 +241,12 @@ def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
     is recognised by its shape and by a path that ends in the parameter's path. adafactor's factors
     have other shapes, so they are replicated; they are small.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    by_path = {
-        jax.tree_util.keystr(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
-    }
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in leaves}
     replicated = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+        ends = (path[start:] for start in range(len(path)))
         shape, sharding = next((by_path[end] for end in ends if end in by_path), ((), replicated))
         return sharding if leaf.shape == shape else replicated
 

@@ -11,18 +11,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
-
-
-class Tracker(Protocol):
-    """Receives the numbers of metrics.jsonl. Created with (run folder, config, resume step)."""
-
-    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Wandb:
@@ -74,10 +66,8 @@ class _TensorBoard:
         self.writer.close()
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
-    "wandb": _Wandb,
-    "tensorboard": _TensorBoard,
-}
+# They receive the numbers of metrics.jsonl, and are made with (run folder, config, resume step).
+TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
 
 
 def _to_json(value: Any) -> Any:
@@ -98,9 +88,10 @@ def _to_json(value: Any) -> Any:
 class Metrics:
     """Writes a run's numbers to its folder and to trackers. Only the main process writes.
 
-    report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after `resume_step` are dropped, so that no step occurs twice. `eval_pending`:
-    the checkpoint was saved before its evaluation, so the evaluation's lines are dropped too. A
-    tracker that fails, at start or later, is disabled with one line on stderr; training continues.
+    report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after
+    `resume_step` are dropped, so that no step occurs twice. `eval_pending`: the checkpoint was
+    saved before its evaluation, so the evaluation's lines are dropped too. A tracker that fails, at
+    start or later, is disabled with one line on stderr; training continues.
     """
 
     def __init__(
@@ -112,7 +103,7 @@ class Metrics:
                 raise UserError(f"log.report_to {name!r} is unknown; choose from {names}")
         self.run = Path(run)
         self.enabled = dist.is_main()
-        self.trackers: dict[str, Tracker] = {}
+        self.trackers: dict[str, Any] = {}
         if not self.enabled:
             return
         self.run.mkdir(parents=True, exist_ok=True)
@@ -120,8 +111,8 @@ class Metrics:
             _drop_after(self.run / name, resume_step, eval_pending)
         config = _to_json(config or {})
         for name in report_to:
-            start = partial(TRACKERS[name], self.run, config, resume_step)
-            if tracker := self._try(name, start):
+            tracker = self._try(name, partial(TRACKERS[name], self.run, config, resume_step))
+            if tracker is not None:
                 self.trackers[name] = tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -52,9 +52,7 @@ class Value(nnx.Module):
         return jnp.einsum("btd,do->bt", x_BTD, self.kernel[...]) + self.bias[...]
 
 
-def token_rewards(
-    kl: np.ndarray, scores: np.ndarray, weights: np.ndarray, beta: float
-) -> np.ndarray:
+def token_rewards(kl, scores, weights, beta: float) -> np.ndarray:
     """r_t, float32 [B, T]: -β KL_t at each token of the completion, plus scores [B] at the last."""
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, 1)
     rewards = -beta * kl * weights
@@ -62,10 +60,11 @@ def token_rewards(
     return rewards.astype(np.float32)
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, weights: np.ndarray, discount: float, decay: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (advantages, returns), float32 [B, T]; 0 outside the completion, V = 0 after it."""
+def gae(rewards, values, weights, discount, decay) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (advantages, returns), float32 [B, T]; 0 outside the completion, V = 0 after it.
+
+    rewards, values and weights are float32 [B, T]; discount is γ and decay λ.
+    """
     mask_BT = weights > 0
     advantages = np.zeros(rewards.shape, np.float64)
     advantage = next_value = np.zeros(len(rewards))

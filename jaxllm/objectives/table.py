@@ -22,13 +22,11 @@ from jaxllm.objectives.reward import reward_loss
 class Objective:
     """The functions of an objective, with its hyperparameters bound."""
 
-    loss: Callable[..., Any]
-    """(model, batch, rng, reference) -> (Σ loss, weight, {metric: (Σ, weight)})"""
-    compares: bool = False
-    """true if the loss needs the reference model"""
+    loss: Callable[..., Any]  # (model, batch, rng, reference) -> lm.Loss
+    compares: bool = False  # true if the loss needs the reference model
+    # (model, reference, batch) -> (Σ, weight), a mean over all rows of an update. The loss reads it
+    # as `batch.baseline`, so that it does not depend on the division into micro-batches.
     baseline: Callable[..., Any] | None = None
-    """(model, reference, batch) -> (Σ, weight), a mean over all rows of an update; the loss reads
-    it as `batch.baseline`, so that it does not depend on the division into micro-batches"""
 
 
 def _language(cfg: TrainConfig) -> Objective:

@@ -39,14 +39,10 @@ def _parts(rows: int) -> int:
 class Head(NamedTuple):
     """How logits become a loss. All fields are static."""
 
-    softcap: float = 0.0
-    """logits are within (-softcap, softcap); 0 = unbounded"""
-    z_loss: float = 0.0
-    """coefficient of the squared log-partition function"""
-    chunk: int = 0
-    """tokens per device whose logits exist at one time; 0 = `default_chunk`"""
-    temperature: float = 1.0
-    """divisor of the logits"""
+    softcap: float = 0.0  # logits are within (-softcap, softcap); 0 = unbounded
+    z_loss: float = 0.0  # coefficient of the squared log-partition function
+    chunk: int = 0  # tokens per device whose logits exist at one time; 0 = `default_chunk`
+    temperature: float = 1.0  # divisor of the logits
 
 
 def _chunk_terms(hs, kernels, targets, head: Head):
