@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxllm.data.chat import prompt_tokens, stop_ids
+from jaxllm.data.template import apply_user_template, chat_tokenizer
 from jaxllm.errors import UserError
+from jaxllm.files import local_dir
+from jaxllm.hf import load_hf
 from jaxllm.model.decoder import Decoder
 from jaxllm.peft.combine import Choice
+from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import Sampling, generate, stream
+from jaxllm.tokenizer import check_vocabulary
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -19,44 +25,38 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def load_with_tokenizer(
+    path: str, template: str | None = None, **options: Any
+) -> tuple[Decoder, Any]:
+    """A model and its tokenizer, from a HF directory or hub id.
+
+    template: as data.template; options: of `load_hf`. Raises UserError or FileNotFoundError if one
+    of them is missing or they do not fit each other.
+    """
+    tokenizer = chat_tokenizer(tokenizer_of(path), template)
+    model = load_hf(path, **options)
+    check_vocabulary(tokenizer, model.cfg.vocab_size)
+    return model, tokenizer
+
+
 @dataclass(frozen=True)
 class TextModel:
-    """A model with its tokenizer and stop ids."""
+    """A model that generates text, with its tokenizer and stop ids."""
 
     model: Decoder
     tokenizer: Any
     stop_ids: tuple[int, ...]
 
     @staticmethod
-    def load(
-        path: str,
-        dtype: str = "float32",
-        template: str | None = None,
-        adapter: Mapping[str, str] | None = None,
-    ) -> TextModel:
-        """From a HF directory or hub id; `template` as data.template, `adapter` as in load_hf.
-
-        Raises UserError or FileNotFoundError if it is missing or cannot generate text.
-        """
-        from jaxllm.data.chat import stop_ids
-        from jaxllm.data.template import chat_tokenizer
-        from jaxllm.files import local_dir
-        from jaxllm.hf import load_hf
-        from jaxllm.peft.files import tokenizer_of
-        from jaxllm.tokenizer import check_vocabulary
-
-        tokenizer = chat_tokenizer(tokenizer_of(path), template)
-        model = load_hf(path, dtype=dtype, adapter=adapter or None)
-        check_vocabulary(tokenizer, model.cfg.vocab_size)
+    def load(path: str, **options: Any) -> TextModel:
+        """As `load_with_tokenizer`; raises UserError for a reward model too."""
+        model, tokenizer = load_with_tokenizer(path, **options)
         if model.cfg.scores:
             raise UserError(f"{path} is a reward model; it scores texts and generates none")
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, local_dir(model.base))))
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of the rendered messages with the generation prompt."""
-        from jaxllm.data.chat import prompt_tokens
-        from jaxllm.data.template import apply_user_template
-
         return prompt_tokens(self.tokenizer, apply_user_template(self.tokenizer, messages)).tolist()
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -79,13 +79,11 @@ def generate_text(
 ) -> list[str]:
     """Continues texts, or answers them as user messages through the chat template.
 
-    adapter: {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for
-    all prompts.
-
-    Rows end at the model's stop ids and those of `sampling`, and before the strings `stop`.
-    Raises UserError as `check_prompts` does.
+    A text ends at a stop id of the model or of `sampling`, and before a string of `stop`. adapter:
+    {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for all
+    prompts. Raises UserError as `check_prompts` does.
     """
-    loaded = TextModel.load(model, dtype, template, adapter)
+    loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
     if len(use) not in (0, 1, len(prompts)):
         raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
     use = list(use) * len(prompts) if len(use) == 1 else use
@@ -100,29 +98,24 @@ def generate_text(
     return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
 
 
-def write_text(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 def chat_loop(
     model: str,
     *,
     system: str | None = None,
-    template: str | None = None,
     stop: Sequence[str] = (),
-    dtype: str = "float32",
     sampling: Sampling = Sampling(),
-    adapter: Mapping[str, str] | None = None,
     use: Sequence[Choice] = (),
-    read: Callable[[str], str] = input,
-    write: Callable[[str], None] = write_text,
+    **options: Any,
 ) -> None:
-    """A conversation in the terminal, streamed; ends at end of input or an empty line."""
-    loaded = TextModel.load(model, dtype, template, adapter)
+    """A conversation in the terminal, streamed; ends at the end of input or at an empty line.
+
+    options: of `load_with_tokenizer`.
+    """
+    loaded = TextModel.load(model, **options)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
-            line = read("> ")
+            line = input("> ")
         except (EOFError, KeyboardInterrupt):
             return
         if not line.strip():
@@ -135,11 +128,11 @@ def chat_loop(
                 tokens.append(int(new[0, 0]))
                 text, ended = cut(loaded.text(tokens), stop)
                 if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
-                    write(text[len(shown) :])
+                    print(text[len(shown) :], end="", flush=True)
                     shown = text
                 if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
                     break
         except KeyboardInterrupt:
             pass  # ends the answer, not the conversation
-        write("\n")
+        print()
         messages.append({"role": "assistant", "content": shown})

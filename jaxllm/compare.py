@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full, LoRA, adapter and prefix tuning side by side, measured: the same run once for each method.
+"""`jaxllm compare`: measures full, LoRA, adapter and prefix tuning on the same run.
 
-Each run is a process of its own, so that its peak memory is that method's alone. What is trained
-and what the optimizer keeps for it follow from shapes; the rest is read from the run folders.
+Each method runs in its own process, so that its peak memory is its own. The numbers of trained
+parameters and optimizer bytes follow from shapes; the rest is read from the run folders.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,37 +34,37 @@ from jaxllm.config import (
 from jaxllm.config.checks import check, has_results, resolve
 from jaxllm.errors import UserError
 
-# The methods by the chapter's names -> peft.method.
+# Name of a method -> peft.method.
 METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
 DEFAULT = ("full", "lora", "adapter", "prefix")
-TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, beside the runs
+TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, next to the runs
 HELP = f"""\
 usage: jaxllm compare [CONFIG.yaml] [--methods METHOD ...] [--section.key value ...]
 
-Runs the same config once for each method, one after another, and prints a table of what is trained,
-the optimizer's and a checkpoint's bytes, peak memory, speed and eval loss. The runs lie in
-output_dir/METHOD, the table in output_dir/{TABLE} and output_dir/{OBJECTS}.
+Runs the same config once for each method, one after another, and prints a table of the trained
+parameters, the size of the optimizer state and of a checkpoint, peak memory, speed and eval loss.
+The runs are in output_dir/METHOD, the table in output_dir/{TABLE} and output_dir/{OBJECTS}.
 
   --methods METHOD ... [{" ".join(DEFAULT)}]
-      which, in this order: {", ".join(METHODS)}
+      the methods, in this order: {", ".join(METHODS)}
   --objective pretrain|sft [pretrain]
-      what each run is; also `objective:` in the file
+      the objective of each run; also `objective:` in the file
   --overwrite
       delete the runs of an earlier comparison
 
-Every other key is that of a run (`jaxllm sft --help`). Keys of the peft section go to the methods
-that read them. data.eval or data.eval_fraction must be there. A learning rate, when given, is every
-method's; else each has its own default."""
+All other keys are those of a run (`jaxllm sft --help`). A key of the peft section applies to the
+methods that read it. data.eval or data.eval_fraction is required. optim.learning_rate applies to
+every method; without it, each method uses its own default."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line; a figure that the run's metrics do not hold is None.
+    """The results of a method; None where its metrics have no value.
 
-    trainable: numbers trained; share: of the model's own weights. checkpoint_bytes: files of one
-    checkpoint. memory_gib: the peak of the fullest device, of the process on a CPU.
-    tokens_per_second: median of the metrics' lines after the first, in which memory is first
-    touched. wall_seconds: of the process, from its start to its end.
+    trainable: number of trained parameters; share: relative to the base model's. checkpoint_bytes:
+    files of one checkpoint. memory_gib: peak of the device that uses most, of the process on a CPU.
+    tokens_per_second: median over the metrics' lines but the first, which is slower. wall_seconds:
+    of the process, from its start to its end.
     """
 
     method: str
@@ -89,43 +89,44 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", lambda row: row.method),
-    ("trainable", lambda row: f"{row.trainable:,} ({100 * row.share:.3g}%)"),
-    ("optimizer", lambda row: _bytes(row.optimizer_bytes)),
-    ("checkpoint", lambda row: _bytes(row.checkpoint_bytes)),
-    ("peak GiB", lambda row: f"{row.memory_gib:.2f}"),
-    ("tokens/s", lambda row: _number(row.tokens_per_second, ",.0f")),
-    ("eval loss", lambda row: _number(row.eval_loss, ".4f")),
-    ("wall", lambda row: str(timedelta(seconds=round(row.wall_seconds)))),
-)
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "method": lambda row: row.method,
+    "trainable": lambda row: f"{row.trainable:,} ({100 * row.share:.3g}%)",
+    "optimizer": lambda row: _bytes(row.optimizer_bytes),
+    "checkpoint": lambda row: _bytes(row.checkpoint_bytes),
+    "peak GiB": lambda row: f"{row.memory_gib:.2f}",
+    "tokens/s": lambda row: _number(row.tokens_per_second, ",.0f"),
+    "eval loss": lambda row: _number(row.eval_loss, ".4f"),
+    "wall": lambda row: str(timedelta(seconds=round(row.wall_seconds))),
+}
 
 
 # ---- from a config to one for each method
 
 
 def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
-    """The config that the methods share, where its keys came from, and the methods."""
+    """The config that the methods share, the origins of its keys, and the methods."""
     path = args[0] if args and not args[0].startswith("-") else None
-    given = loading.read_args(args[1:] if path else args)
-    named = [one.value for one in given if one.name == "methods"]
+    flags = loading.read_args(args[1:] if path else args)
+    named = [flag.value for flag in flags if flag.name == "methods"]
     if len(named) > 1:
         raise UserError("--methods is given twice; give all of them after one --methods")
-    methods = _known(named[0] if named else DEFAULT)
+    methods = named[0] if named else list(DEFAULT)
+    _check_methods(methods)
+    objective: Any = "pretrain"
+    for one in loading.read_yaml(path) if path else ():
+        objective = one.value if one.name == "objective" else objective
     rest: list[str] = []
-    for one in given:
-        if one.name != "methods":
-            first = [f"{one.where}={one.value[0]}"] if one.value else [one.where]
-            rest += first + one.value[1:]
-    file = loading.read_yaml(path) if path else []
-    said: list[Any] = [one.value for one in file if one.name == "objective"]
-    said += [one.value[0] if one.value else True for one in given if one.name == "objective"]
-    cfg, where = load_config(said[-1] if said else "pretrain", path, rest)
-    return cfg, where, methods
+    for flag in flags:
+        first, *others = flag.value or [True]
+        if flag.name == "objective":
+            objective = first
+        if flag.name != "methods":
+            rest += [f"{flag.where}={first}" if flag.value else flag.where, *others]
+    return *load_config(objective, path, rest), methods
 
 
-def _known(methods: Sequence[str]) -> list[str]:
-    """`methods` as they are. Raises ValueError for one that is not known, one twice, and none."""
+def _check_methods(methods: list[str]) -> None:
     known = ", ".join(METHODS)
     if not methods:
         raise UserError(f"--methods names none; there are {known}")
@@ -136,33 +137,32 @@ def _known(methods: Sequence[str]) -> list[str]:
             raise UserError(f"--methods: unknown method {method}; {hint}")
         if methods.count(method) > 1:
             raise UserError(f"--methods: {method} is given twice")
-    return list(methods)
 
 
-def _reads(method: str) -> tuple[str, ...]:
-    """The names of the peft section that a method reads."""
+def _peft_keys(method: str) -> tuple[str, ...]:
+    """The keys of the peft section that a method reads."""
     kind = METHODS[method]
     return () if kind == "none" else (*PEFT_METHODS[kind].keys, "quantize_base")
 
 
 def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
-    own = {name: getattr(cfg.peft, name) for name in _reads(method)}
-    peft = PeftSection(method=METHODS[method], **own)  # type: ignore[arg-type]
+    keys = {name: getattr(cfg.peft, name) for name in _peft_keys(method)}
+    peft = PeftSection(method=METHODS[method], **keys)  # type: ignore[arg-type]
     return replace(cfg, output_dir=str(Path(cfg.output_dir) / method), peft=peft)
 
 
-def _check(cfg: TrainConfig, where: dict[str, str], methods: list[str]) -> None:
-    """Raises ValueError for what makes no comparison, before the first run is begun."""
+def _check(cfg: TrainConfig, origins: dict[str, str], methods: list[str]) -> None:
+    """Raises UserError for a config that cannot be compared."""
     if cfg.verb.data not in ("text", "chat"):
-        raise UserError(f"objective is {cfg.objective!r}; compared are runs of pretrain and of sft")
+        raise UserError(f"objective is {cfg.objective!r}; a comparison runs pretrain or sft")
     if not cfg.data.eval and not cfg.data.eval_fraction:
-        raise UserError("nothing held out to compare by; give data.eval or data.eval_fraction")
+        raise UserError("no held-out data to compare on; give data.eval or data.eval_fraction")
     if cfg.peft.path:
         raise UserError("peft.path starts one method ahead of the others; leave it out")
-    read = {f"peft.{name}" for method in methods for name in _reads(method)}
-    for key, at in where.items():
-        if key.startswith("peft.") and at.startswith("--") and key not in read:
-            raise UserError(f"{at} is read by none of {', '.join(methods)}; leave it out")
+    read = {f"peft.{name}" for method in methods for name in _peft_keys(method)}
+    for key, origin in origins.items():
+        if key.startswith("peft.") and origin.startswith("--") and key not in read:
+            raise UserError(f"{origin} is read by none of {', '.join(methods)}; leave it out")
     for method in methods:
         folder = Path(cfg.output_dir) / method
         if has_results(folder) and not cfg.overwrite:
@@ -188,15 +188,19 @@ def _program(cfg: TrainConfig) -> Any:
 
 
 def _run(cfg: TrainConfig) -> int:
-    """Exit status of a run in a process of its own; minus the signal that killed it."""
+    """Exit status of a run in its own process; minus the signal that killed it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(to_dict(cfg), ensure_ascii=False), encoding="utf-8")
         command = [sys.executable, "-m", "jaxllm", cfg.objective, str(file)]
-        # In a session of its own the run gets Ctrl-C from this process alone, and saves once.
+        # In its own session the run gets no signal from the terminal. This process passes on Ctrl-C
+        # and the hangup of a closed terminal as SIGTERM, at which the run saves a checkpoint.
         process = subprocess.Popen(command, start_new_session=True)
-        names = (signal.SIGTERM, signal.SIGINT)
-        before = {name: signal.signal(name, lambda *_: process.terminate()) for name in names}
+        stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {name: signal.getsignal(name) for name in stops}
+        for name in stops:
+            if before[name] is not signal.SIG_IGN:  # as nohup sets for SIGHUP
+                signal.signal(name, lambda *_: process.terminate())
         try:
             return process.wait()
         finally:
@@ -205,84 +209,71 @@ def _run(cfg: TrainConfig) -> int:
 
 
 def _row(method: str, program: Any, seconds: float) -> Row:
-    """The line of a run that has ended."""
+    """The results of a run that has ended."""
+    import jax
+    from flax import nnx
+
     run = Path(program.cfg.output_dir)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
-    held_out = [line for line in lines if line["kind"] == "eval"]
-    losses = [float(line["loss"]) for line in held_out if line["step"] == held_out[-1]["step"]]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    losses = [float(line["loss"]) for line in evals if line["step"] == evals[-1]["step"]]
     speeds = [line["tokens_per_second"] for line in trained[1:]]
-    saved = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
-    trainable, total, optimizer_bytes = _sizes(program)
-    rate = program.cfg.optim.learning_rate
-    assert rate is not None
+    latest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
+    trainable = program.adapter.count(program.policy)
+    weights = nnx.to_flat_state(nnx.state(program.policy, nnx.Param))
     return Row(
         method=method,
         trainable=trainable,
-        share=trainable / total,
-        optimizer_bytes=optimizer_bytes,
-        checkpoint_bytes=sum(p.stat().st_size for p in saved.rglob("*") if p.is_file()),
+        share=trainable / sum(math.prod(v.get_value().shape) for _, v in weights),
+        optimizer_bytes=sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state)
+        ),
+        checkpoint_bytes=sum(p.stat().st_size for p in latest.rglob("*") if p.is_file()),
         memory_gib=max(line["memory_gib"] for line in trained),
         tokens_per_second=median(speeds) if speeds else None,
         eval_loss=fmean(losses) if losses else None,
         wall_seconds=seconds,
-        learning_rate=rate,
+        learning_rate=program.cfg.optim.learning_rate,
         steps=trained[-1]["step"],
-    )
-
-
-def _sizes(program: Any) -> tuple[int, int, int]:
-    """(trained parameters, parameters of the base model, bytes of the optimizer state)."""
-    import jax
-    from flax import nnx
-
-    base = nnx.to_flat_state(nnx.state(program.policy, nnx.Param))
-    optimizer = jax.tree.leaves(program.state.opt_state)
-    return (
-        program.adapter.count(program.policy),
-        sum(math.prod(v.get_value().shape) for _, v in base),
-        sum(x.size * x.dtype.itemsize for x in optimizer),
     )
 
 
 # ---- the table
 
 
-def _notes(cfg: TrainConfig, where: dict[str, str], rows: list[Row]) -> list[str]:
-    """What must be known to read the table, a line each."""
-    rate, at = cfg.optim.learning_rate, where["optim.learning_rate"]
-    each = ", ".join(f"{row.method} {row.learning_rate:g}" for row in rows)
+def _notes(cfg: TrainConfig, origins: dict[str, str], rows: list[Row]) -> list[str]:
+    """Lines below the table."""
+    rate = cfg.optim.learning_rate
+    defaults = ", ".join(f"{row.method} {row.learning_rate:g}" for row in rows)
     notes = [
-        f"{rows[0].steps} steps of {cfg.objective}; tokens/s is the median after the first line of "
-        "metrics, eval loss that after the last step, % of the model's own weights.",
-        f"The learning rate {rate:g} ({at}) is shared by all methods, which need different ones."
+        f"{rows[0].steps} steps of {cfg.objective}. tokens/s: median after the first line of "
+        "metrics; eval loss: after the last step; %: of the base model's parameters.",
+        f"The learning rate {rate:g} ({origins['optim.learning_rate']}) is shared by all methods, "
+        "which need different ones."
         if rate
-        else f"Learning rates, each method's default: {each}.",
+        else f"Learning rates, each method's default: {defaults}.",
     ]
     if any(row.tokens_per_second is None for row in rows):
         notes.append("No tokens/s: the metrics have one line; lower log.every.")
     return notes
 
 
-def _markdown(rows: list[Row], notes: list[str]) -> str:
-    lines = [
-        [heading for heading, _ in COLUMNS],
-        ["---", *["---:"] * (len(COLUMNS) - 1)],
-        *([cell(row) for _, cell in COLUMNS] for row in rows),
-    ]
+def _markdown(cells: list[list[str]], notes: list[str]) -> str:
+    lines = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *cells]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n\n".join([table, *notes]) + "\n"
 
 
-def _show(rows: list[Row], notes: list[str]) -> None:
+def _show(cells: list[list[str]], notes: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for place, (heading, _) in enumerate(COLUMNS):
-        table.add_column(heading, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*(cell(row) for _, cell in COLUMNS))
+    for heading in COLUMNS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for line in cells:
+        table.add_row(*line)
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -295,42 +286,43 @@ def _show(rows: list[Row], notes: list[str]) -> None:
 
 
 def compare(args: list[str]) -> int:
-    """`jaxllm compare ARGS`: the exit status, that of the first run that fails.
+    """`jaxllm compare ARGS`: returns 0, or the exit status of the first run that fails.
 
-    The table is then of the runs before it. Raises ValueError for a user's mistake, nearly all of
-    them before the first run.
+    The table then has the runs before it. Raises UserError for a user's mistake, nearly always
+    before the first run.
     """
-    cfg, where, methods = _read(args)
-    _check(cfg, where, methods)
-    date = resolve(cfg).data.date  # the same for all runs, even if one starts after midnight
-    cfg = replace(cfg, data=replace(cfg.data, date=date))
+    cfg, origins, methods = _read(args)
+    _check(cfg, origins, methods)
+    cfg = replace(cfg, data=resolve(cfg).data)  # all runs have the same date, even after midnight
     configs = {method: _config_of(cfg, method) for method in methods}
-    for one in configs.values():
-        check(one)  # all of them before the seconds that _plan's imports take
+    for config in configs.values():
+        check(config)  # before the imports of `_program`, which take seconds
 
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # the accelerator is the runs'
-    programs = {method: _program(one) for method, one in configs.items()}
+    jax.config.update("jax_platforms", "cpu")  # the runs use the accelerator
+    programs = {method: _program(config) for method, config in configs.items()}
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    ended: dict[str, float] = {}
+    rows: list[Row] = []
     status = 0
-    for place, method in enumerate(methods, 1):
-        print(f"compare: {method}, {place} of {len(methods)}", file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        status = _run(configs[method])
+    for number, (method, program) in enumerate(programs.items(), 1):
+        print(f"compare: {method}, {number} of {len(methods)}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        status = _run(program.cfg)
         if status:
-            end = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            print(f"compare: {method} {end}", file=sys.stderr, flush=True)
             break
-        ended[method] = time.perf_counter() - began
-    if ended:
-        rows = [_row(method, programs[method], s) for method, s in ended.items()]
-        notes = _notes(cfg, where, rows)
+        rows.append(_row(method, program, time.perf_counter() - start))
+    if rows:
+        notes = _notes(cfg, origins, rows)
+        cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]
         (out / OBJECTS).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        (out / TABLE).write_text(_markdown(rows, notes), encoding="utf-8")
-        _show(rows, notes)
+        (out / TABLE).write_text(_markdown(cells, notes), encoding="utf-8")
+    if status:  # printed once the files are written: the terminal may be closed
+        end = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        print(f"compare: {method} {end}", file=sys.stderr, flush=True)
+    if rows:
+        _show(cells, notes)
         print(out / TABLE)
     return status if status >= 0 else 128 - status

@@ -19,17 +19,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm import dist
+from jaxllm.chat import load_with_tokenizer
 from jaxllm.config import DataSection, EvalSection, MeshSection, ModelSection, Source, TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.dataset import load_data
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.rows import Rows
-from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.monitor.meter import means
 from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.peft.combine import choose
 from jaxllm.rl.rewards import RewardModel, evaluate_rewards
 from jaxllm.step import Models, alone, with_baseline
 
@@ -142,8 +143,12 @@ class Best:
     def after(self, step: int, value: float, section: EvalSection) -> Best:
         """The best after an evaluation at `step`: a tie keeps the earlier one, and a value that is
         not finite is never better."""
-        sign = 1 if is_greater(section) else -1
-        gain = math.inf if self.value is None else sign * (value - self.value)
+        greater = section.greater
+        if greater is None:
+            greater = not section.metric.endswith(LOWER_IS_BETTER)
+        gain = math.inf
+        if self.value is not None:
+            gain = value - self.value if greater else self.value - value
         if not (math.isfinite(value) and gain > 0):
             return replace(self, waited=self.waited + 1)
         return Best(step, value, 0 if gain > section.min_delta else self.waited + 1)
@@ -151,12 +156,6 @@ class Best:
     def is_over(self, section: EvalSection) -> bool:
         """True after eval.patience evaluations without an improvement; patience 0 never stops."""
         return 0 < section.patience <= self.waited
-
-
-def is_greater(section: EvalSection) -> bool:
-    """True if a higher value of eval.metric is better."""
-    by_name = not section.metric.endswith(LOWER_IS_BETTER)
-    return by_name if section.greater is None else section.greater
 
 
 def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
@@ -203,17 +202,13 @@ def evaluate_files(
     for name, value in (("max_length", max_length), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    from jaxllm.hf import load_hf
-    from jaxllm.peft.combine import choose
-    from jaxllm.peft.files import tokenizer_of
-    from jaxllm.tokenizer import check_vocabulary
-
+    if TrainConfig(objective=objective).verb.data not in ("text", "chat"):
+        raise UserError(f"objective is {objective!r}; an evaluation reads pretrain or sft data")
     mesh = make_mesh(MeshSection())
-    tokenizer = chat_tokenizer(tokenizer_of(model), template)
-    loaded = load_hf(model, mesh=mesh, compute_dtype=dtype, adapter=adapter or None)
+    options: Any = {"mesh": mesh, "compute_dtype": dtype, "adapter": adapter}
+    loaded, tokenizer = load_with_tokenizer(model, template, **options)
     if use is not ...:
         choose(loaded, use)
-    check_vocabulary(tokenizer, loaded.cfg.vocab_size)
     sources = tuple(Source(item) if isinstance(item, str) else item for item in data)
     max_length = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
     if loaded.cfg.scores:
@@ -227,7 +222,7 @@ def evaluate_files(
     held_out = load_data(cfg, tokenizer)
     graph, weights = nnx.split(loaded)
     eval_fn, params = make_eval(alone(graph), lm_loss), nnx.to_pure_dict(weights)
-    options: Any = {"mesh": mesh, "batch_size": batch_size, "progress": "evaluating"}
+    options = {"mesh": mesh, "batch_size": batch_size, "progress": "evaluating"}
     out = evaluate(eval_fn, params, {}, list(held_out.evals.values()), **options)
     shown = {key: out[key] for key in ("loss", "perplexity", "tokens", "accuracy") if key in out}
     return shown | {"examples": sum(e["examples"] for e in held_out.manifest["eval"].values())}

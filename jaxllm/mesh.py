@@ -65,9 +65,8 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
         raise UserError(f"mesh: {shape or 'one device'} does not make {len(devices)} devices")
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
 def platform() -> str:
@@ -120,20 +119,18 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
 
     variables: nnx variables with `axes` metadata. drop: as in `spec`.
     """
-    lines: dict[str, None] = {}  # in order, each once
+    lines = []
     for variable in variables:
         for axis, size in zip(axes_of(variable), variable.get_value().shape, strict=True):
             name, along, divides = _split(axis, size, mesh, drop)
             if not divides:
                 count = axis[1] if isinstance(axis, tuple) else size
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
-                lines[f"mesh: {count} {name} do not divide by {by}; they are replicated"] = None
-    return list(lines)
+                lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
+    return list(dict.fromkeys(lines))
 
 
-def param_sharding(
-    mesh: Mesh, axes: Axes, shape: tuple[int, ...], *, drop: str = ""
-) -> NamedSharding:
+def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop="") -> NamedSharding:
     """Sharding of a weight, its gradient or moments; replicated along the mesh axis `drop`."""
     return NamedSharding(mesh, spec(axes, shape, mesh, drop))
 
@@ -157,7 +154,7 @@ def data_parallel(mesh: Any) -> int:
 def constrain(x: jax.Array, *axes: Axis, drop: str = "") -> jax.Array:
     """Constrains the sharding of `x` inside jit to its logical axes; x itself on one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    if mesh.size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, drop))
 
@@ -169,9 +166,8 @@ def gathered(w: jax.Array, axes: Axes) -> jax.Array:
 
 def put(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Rows on the host, the same global batch in every process -> arrays sharded over the mesh."""
-    return {
-        name: jax.make_array_from_callback(
-            value.shape, batch_sharding(mesh, value.shape), value.__getitem__
-        )
-        for name, value in rows.items()
-    }
+
+    def sharded(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.shape), x.__getitem__)
+
+    return {name: sharded(x) for name, x in rows.items()}

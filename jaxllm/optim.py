@@ -59,7 +59,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
         )
     timescale = warmup or 10_000
 
-    def between(share: jax.Array) -> jax.Array:  # 1 at the peak, 0 at the end
+    def between(share: jax.Array) -> jax.Array:  # share: 1 at the peak, 0 at the end
         return floor + (1 - floor) * jnp.clip(share, 0, 1)
 
     # Fraction of the peak, t steps after the warm-up.
@@ -102,15 +102,8 @@ def decay_mask(params: Any) -> Any:
 
 
 def _adamw(rate: optax.Schedule, optim: OptimSection, **options: Any):
-    return optax.adamw(
-        rate,
-        optim.b1,
-        optim.b2,
-        optim.eps,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
-        **options,
-    )
+    options |= {"weight_decay": optim.weight_decay, "mask": decay_mask}
+    return optax.adamw(rate, optim.b1, optim.b2, optim.eps, **options)
 
 
 def _adam(rate: optax.Schedule, optim: OptimSection, **options: Any):
@@ -124,15 +117,13 @@ def _sgd(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 
 def _lion(rate: optax.Schedule, optim: OptimSection, **options: Any):
-    return optax.lion(
-        rate, optim.b1, optim.b2, weight_decay=optim.weight_decay, mask=decay_mask, **options
-    )
+    options |= {"weight_decay": optim.weight_decay, "mask": decay_mask}
+    return optax.lion(rate, optim.b1, optim.b2, **options)
 
 
 def _adafactor(rate: optax.Schedule, optim: OptimSection, **options: Any):
     # optax's own weight decay ignores the learning rate. optax.adafactor returns negated updates.
-    keys: dict[str, Any] = {"multiply_by_parameter_scale": False} | options
-    direction = optax.adafactor(**keys)
+    direction = optax.adafactor(**{"multiply_by_parameter_scale": False} | options)
     decay = optax.add_decayed_weights(-optim.weight_decay, decay_mask)
     return optax.chain(direction, decay, optax.scale_by_schedule(rate))
 
@@ -144,13 +135,10 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
     # The last two dims: each layer of a stack on its own.
     dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    keys: dict[str, Any] = {"consistent_rms": 0.2} | options
-    keys["muon_weight_dimension_numbers"] = lambda params: jax.tree.map(lambda _: dims, params)
-    muon = contrib.muon(rate, weight_decay=optim.weight_decay, **keys)
-    return optax.partition(
-        {"muon": muon, "adamw": _adamw(rate, optim)},
-        lambda params: jax.tree_util.tree_map_with_path(kind, params),
-    )
+    options = {"consistent_rms": 0.2, "weight_decay": optim.weight_decay} | options
+    options["muon_weight_dimension_numbers"] = partial(jax.tree.map, lambda _: dims)
+    parts = {"muon": contrib.muon(rate, **options), "adamw": _adamw(rate, optim)}
+    return optax.partition(parts, partial(jax.tree_util.tree_map_with_path, kind))
 
 
 def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: Any):
@@ -170,30 +158,17 @@ def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: A
     return contrib.schedule_free(base, lambda step: rate(step - 1), optim.b1, **options)
 
 
+MUON = ("beta", "ns_coeffs", "ns_steps", "nesterov", "preconditioning", "consistent_rms")
+ADAFACTOR = ("min_dim_size_to_factor", "multiply_by_parameter_scale", "clipping_threshold")
+ADAFACTOR += ("decay_rate", "decay_offset", "momentum", "factored")
 # name -> (constructor, keywords of the optax function for optim.options, keys of optim it ignores)
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
     "adamw": (_adamw, ("eps_root", "mu_dtype", "nesterov"), ()),
     "adam": (_adam, ("eps_root", "mu_dtype", "nesterov"), ()),
     "sgd": (_sgd, ("momentum", "nesterov"), ("b1", "b2", "eps")),
     "lion": (_lion, ("mu_dtype",), ("eps",)),
-    "adafactor": (
-        _adafactor,
-        (
-            "min_dim_size_to_factor",
-            "decay_rate",
-            "decay_offset",
-            "multiply_by_parameter_scale",
-            "clipping_threshold",
-            "momentum",
-            "factored",
-        ),
-        ("b1", "b2", "eps"),
-    ),
-    "muon": (
-        _muon,
-        ("beta", "ns_coeffs", "ns_steps", "nesterov", "preconditioning", "consistent_rms"),
-        (),
-    ),
+    "adafactor": (_adafactor, ADAFACTOR, ("b1", "b2", "eps")),
+    "muon": (_muon, MUON, ()),
     "schedule_free_adamw": (_schedule_free_adamw, ("weight_lr_power",), ()),
 }
 
@@ -223,9 +198,8 @@ def make_optimizer(
     adafactor clips a stack of layers as one block. Raises UserError for an unknown name or option.
     """
     if optim.name not in OPTIMIZERS:
-        raise UserError(
-            f"optim.name {optim.name!r} is unknown; choose from {', '.join(OPTIMIZERS)}"
-        )
+        names = ", ".join(OPTIMIZERS)
+        raise UserError(f"optim.name {optim.name!r} is unknown; choose from {names}")
     make, accepted, ignored = OPTIMIZERS[optim.name]
     for key in ignored:
         if getattr(optim, key) != getattr(OptimSection(), key):
@@ -242,11 +216,10 @@ def make_optimizer(
     if not ratios:
         return inner
 
-    def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+    def scaled(path: tuple[Any, ...], update: jax.Array, _: Any) -> jax.Array:
         return update * ratios.get(_names(path)[-1], 1.0)
 
-    by_name = partial(jax.tree_util.tree_map_with_path, scaled)
-    return optax.chain(inner, optax.stateless(lambda updates, _: by_name(updates)))
+    return optax.chain(inner, optax.stateless(partial(jax.tree_util.tree_map_with_path, scaled)))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -268,15 +241,12 @@ def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
     is recognised by its shape and by a path that ends in the parameter's path. adafactor's factors
     have other shapes, so they are replicated; they are small.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    by_path = {
-        jax.tree_util.keystr(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
-    }
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in leaves}
     replicated = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        ends = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+        ends = (path[start:] for start in range(len(path)))
         shape, sharding = next((by_path[end] for end in ends if end in by_path), ((), replicated))
         return sharding if leaf.shape == shape else replicated
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import xxhash
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm import dist
@@ -56,16 +56,8 @@ class RowsWithLogps:
         return self.part[row] | {name: logps[row] for name, logps in self.logps.items()}
 
 
-def precomputed(
-    cfg: TrainConfig,
-    data: Data,
-    reference: Callable[[Any, Any], Decoder],
-    origin: Any,
-    trainable: Any,
-    frozen: Any,
-    mesh: Mesh,
-) -> Data:
-    """`data` with the log-probabilities under `reference(trainable, frozen)` in its rows.
+def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, mesh: Mesh) -> Data:
+    """`data` with the log-probabilities under the reference in its rows.
 
     They are cached in data.cache_dir, in one file for each `origin` of the weights (a JSON value),
     dtype and quantisation. The key of an answer is a hash of its tokens, so another packing, or
@@ -73,44 +65,41 @@ def precomputed(
     """
     assert data.train is not None
     fields = [name for name in LOGPS if name in data.train.parts[0][0]]
+    graph, weights = nnx.split(reference)
 
-    def logps_of(trainable: Any, frozen: Any, batch: Batch) -> list[jax.Array]:
+    @jax.jit
+    def logps_of(weights: Any, batch: Batch) -> list[jax.Array]:
         segments = [getattr(batch, name) for name in fields]
-        model = reference(trainable, frozen)
+        model = nnx.merge(graph, weights)
         return answer_logps(model, batch, segments, chunk=cfg.model.loss_chunk)[0]
 
-    jitted = jax.jit(logps_of)
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
-    model_key = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
-    file = cache_root(cfg) / f"reference-{model_key}.npz"
+    digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
+    file = cache_root(cfg) / f"reference-{digest}.npz"
     cache = _load(file)
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
-        """float32 [fields, rows, P] of some rows of a source."""
+        """float32 [fields, rows, P] for some rows of a source."""
         starts: Any = range(0, len(rows), size)
         if cfg.log.progress:
             starts = track(starts, "reference", len(starts))
-        found = []
+        logps = []
         for start in starts:
             some = [part[row] for row in rows[start : start + size]]
             batch = Batch(**put(mesh, next(eval_batches(Rows((some,), None, part.length), size))))
-            found.append(np.stack(dist.gather(jitted(trainable, frozen, batch)))[:, : len(some)])
-        return np.concatenate(found, 1)
+            logps.append(np.stack(dist.gather(logps_of(weights, batch)))[:, : len(some)])
+        return np.concatenate(logps, 1)
 
-    def add(part: Any) -> RowsWithLogps:
+    def add_logps(part: Any) -> RowsWithLogps:
         keys = _answer_keys(part, fields)
-        missing = [
-            not cache.keys() >= set(keys[:, row].ravel().tolist()) for row in range(len(part))
-        ]
-        rows = np.flatnonzero(missing)
+        is_new = [not cache.keys() >= set(row.ravel().tolist()) for row in keys.swapaxes(0, 1)]
+        rows = np.flatnonzero(is_new)
         if len(rows):
             with jax.set_mesh(mesh):
                 values = compute(part, rows)
-            for key, value in zip(
-                keys[:, rows].ravel().tolist(), values.ravel().tolist(), strict=True
-            ):
-                cache.setdefault(key, value)
+            for key, value in zip(keys[:, rows].flat, values.flat, strict=True):
+                cache.setdefault(int(key), float(value))
             if dist.is_main():
                 _save(file, cache)
         logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
@@ -118,7 +107,7 @@ def precomputed(
         return RowsWithLogps(part, dict(zip(names, logps.reshape(keys.shape), strict=True)))
 
     def with_logps(rows: Rows) -> Rows:
-        return replace(rows, parts=tuple(add(part) for part in rows.parts))
+        return replace(rows, parts=tuple(map(add_logps, rows.parts)))
 
     evals = {name: with_logps(rows) for name, rows in data.evals.items()}
     return replace(data, train=with_logps(data.train), evals=evals)

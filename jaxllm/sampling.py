@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling and batched generation: a prefill, then one decode loop with a key/value cache.
 
-The same loop serves streams, batches, and completions of online runs with their log-probabilities.
+The loop serves streams, batches, and the completions of online runs with their log-probabilities.
 
 Dims: B rows, P tokens of the padded prompts, N new tokens, V vocabulary.
 """
@@ -38,8 +38,8 @@ CHUNK = 16  # tokens that are decoded before the host reads them
 class Sampling:
     """How the next token is selected. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off.
 
-    Filters apply in the order temperature, top_k, top_p, min_p. `stop_ids` end a row (the id itself
-    is part of the result).
+    Filters apply in the order temperature, top_k, top_p, min_p. A row ends with the first of its
+    `stop_ids`, which is part of the result.
     """
 
     max_new_tokens: int = 128
@@ -107,7 +107,7 @@ def decoding_layout(graph: Any, params: Any) -> tuple[Any, Any]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Decoding:
-    """Completions that are being generated; N is the most tokens that they may have."""
+    """Completions in progress, of at most N tokens each."""
 
     step: Any  # int32 scalar: tokens per row so far
     cache: Cache  # of the prompts and all tokens but the last
@@ -138,7 +138,7 @@ def prefill(
     sampling: Sampling,
     adapter_weights: jax.Array | None = None,
 ) -> Decoding:
-    """The first token after left-padded prompts [B, P], with room for N = `new` tokens."""
+    """The first token after left-padded prompts [B, P], with buffers for N = `new` tokens."""
     model: Decoder = nnx.merge(graph, params)
     rows, P = tokens.shape
     cache = model.empty_cache(rows, P + bucketed(new))
@@ -166,8 +166,8 @@ def decode(
     sampling: Sampling,
     adapter_weights: jax.Array | None = None,
 ) -> Decoding:
-    """Generates until rows have `stop` tokens or all have ended. Tokens of a row after its end have
-    no meaning."""
+    """Generates until rows have `stop` tokens or all have ended. Ignore the tokens of a row after
+    its end."""
     model: Decoder = nnx.merge(graph, params)
 
     def unfinished(state: Decoding) -> jax.Array:
@@ -184,10 +184,9 @@ def decode(
     return lax.while_loop(unfinished, body, state)
 
 
-def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> int:
-    """Length of the longest prompt. Raises UserError for an empty prompt, a prompt that exceeds the
-    model's positions with its new tokens, and a value of `sampling` out of range.
-    """
+def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    """Raises UserError for an empty prompt, for a prompt that exceeds the model's positions with
+    its new tokens, and for a value of `sampling` out of range."""
     sampling.check()
     lengths = [len(p) for p in prompts]
     if min(lengths, default=0) == 0:
@@ -197,7 +196,6 @@ def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sa
             f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the "
             f"model's {positions} positions; shorten the prompt or generate fewer"
         )
-    return max(lengths)
 
 
 def bucketed(length: int) -> int:
@@ -208,14 +206,16 @@ def bucketed(length: int) -> int:
 def left_padded(
     prompts: Sequence[Sequence[int]], rows: int, longest: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segments) int32 [rows, P]: prompts end at the right; P is the length of the longest
-    one, or `longest`, rounded up to a bucket."""
+    """(tokens, segment_ids) int32 [rows, P] of prompts padded on the left.
+
+    P is the length of the longest prompt, or `longest` if that is more, rounded up to a bucket.
+    """
     width = bucketed(max(longest, *map(len, prompts)))
-    tokens, segments = np.zeros((2, rows, width), np.int32)
+    tokens, segment_ids = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
-        segments[row, width - len(prompt) :] = 1
-    return tokens, segments
+        segment_ids[row, width - len(prompt) :] = 1
+    return tokens, segment_ids
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ def completions(
     """Completions of prompts by the model whose nnx.split is (graph, params).
 
     Rows are sharded over the mesh's data and fsdp axes; weights keep their sharding (but see
-    `decoding_layout`). Draws are a function of (key, row, step) on every mesh; the default key is
-    that of `sampling.seed`. longest: the longest prompt of all calls, so that they share one
+    `decoding_layout`). On every mesh, randomness is a function of (key, row, step); the default key
+    is that of `sampling.seed`. longest: the longest prompt of all calls, so that they share one
     compiled program.
     """
     parts = data_parallel(mesh)
@@ -252,14 +252,14 @@ def completions(
     with jax.set_mesh(mesh):
         graph, params = decoding_layout(graph, params)
         batch = put(mesh, {"tokens": tokens, "segment_ids": segment_ids})
-        fixed, new = replace(sampling, seed=0), sampling.max_new_tokens
-        state = prefill(graph, params, batch["tokens"], batch["segment_ids"], key, new, fixed)
-        state = decode(graph, params, state, key, jnp.int32(new), fixed)
-        found = dist.gather((state.tokens, state.logps))
-        new, logps = (np.asarray(x)[: len(prompts)] for x in found)
-    stopped = np.isin(new, sampling.stop_ids)
-    first = np.where(stopped.any(1), stopped.argmax(1) + 1, new.shape[1]).astype(np.int32)
-    return Completions(new, logps, first, np.logical_not(stopped.any(1)))
+        static, new = replace(sampling, seed=0), sampling.max_new_tokens
+        state = prefill(graph, params, batch["tokens"], batch["segment_ids"], key, new, static)
+        state = decode(graph, params, state, key, jnp.int32(new), static)
+        tokens, logps = dist.gather((state.tokens, state.logps))
+    tokens, logps = tokens[: len(prompts)], logps[: len(prompts)]
+    stopped = np.isin(tokens, sampling.stop_ids)
+    lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, new).astype(np.int32)
+    return Completions(tokens, logps, lengths, np.logical_not(stopped.any(1)))
 
 
 def stream(
@@ -269,27 +269,26 @@ def stream(
     chunk: int = 1,
     adapters: Sequence[Choice] = (),
 ) -> Iterator[np.ndarray]:
-    """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until max_new_tokens are made.
+    """Yields new tokens int32 [B, n] (n = 1, then up to `chunk`) until each row has max_new_tokens.
 
-    adapters: of each row, which of the model's to use (combine.choice_weights); empty: as the
-    model does.
-    Raises ValueError as `check_prompts` does.
+    adapters: a choice of the model's adapters for each row (combine.choice_weights); empty: the
+    model's active adapter. Raises UserError as `check_prompts` does.
     """
     check_prompts(model.cfg.max_positions - model.peft.length, prompts, sampling)
     tokens, segment_ids = left_padded(prompts, len(prompts))
     graph, params = decoding_layout(*nnx.split(model))
-    key, most = jax.random.key(sampling.seed), sampling.max_new_tokens
-    # What is left out here is no part of the compiled program.
-    fixed = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)
-    rows = [choice_weights(model.peft, chosen) for chosen in adapters]
+    key, count = jax.random.key(sampling.seed), sampling.max_new_tokens
+    # Fields that differ between calls without changing the program; the caller ends the rows.
+    static = replace(sampling, max_new_tokens=1, stop_ids=(), seed=0)
+    rows = [choice_weights(model.peft, choice) for choice in adapters]
     assert not rows or len(rows) == len(prompts)
     weights = jnp.asarray(rows, jnp.float32) if rows else None
-    state = prefill(graph, params, tokens, segment_ids, key, bucketed(most), fixed, weights)
+    state = prefill(graph, params, tokens, segment_ids, key, bucketed(count), static, weights)
     yield np.array(state.tokens)[:, :1]
-    for made in range(1, most, chunk):
-        stop = min(made + chunk, most)
-        state = decode(graph, params, state, key, jnp.int32(stop), fixed, weights)
-        yield np.array(state.tokens)[:, made:stop]
+    for done in range(1, count, chunk):
+        stop = min(done + chunk, count)
+        state = decode(graph, params, state, key, jnp.int32(stop), static, weights)
+        yield np.array(state.tokens)[:, done:stop]
 
 
 def generate(

@@ -81,16 +81,14 @@ def make_step(
     def loss_of(trainable, frozen, batch, rng):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, rng, reference)
-        metrics = {"loss": (loss, weight)} | metrics
-        real = jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
-        learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
-        counts = {"tokens": (real, jnp.zeros(())), "learned": (learned, jnp.zeros(()))}
-        return loss, metrics | counts
-
-    gradient = jax.grad(loss_of, has_aux=True)
+        counts = {
+            name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
+            for name, mask in (("tokens", batch.segment_ids > 0), ("learned", batch.weights > 0))
+        }
+        return loss, {"loss": (loss, weight)} | metrics | counts
 
     def micro_batch(trainable, frozen, batch, rng):
-        grads, metrics = gradient(trainable, frozen, batch, rng)
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, rng)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if gradient_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
@@ -99,10 +97,11 @@ def make_step(
     def step(state: TrainState, frozen: Any, batch: Batch):
         rows = batch.tokens.shape[1]
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        fold_in = jax.vmap(partial(jax.random.fold_in, rng))
 
-        def row_keys(index: Any) -> jax.Array:
-            """One key per row of a micro-batch, [B]."""
-            return jax.vmap(partial(jax.random.fold_in, rng))(index * rows + jnp.arange(rows))
+        def run(index, micro: Batch):
+            row_keys = fold_in(index * rows + jnp.arange(rows))
+            return micro_batch(state.trainable, frozen, micro, row_keys)
 
         if baseline is not None:
             with jax.named_scope("baseline"):
@@ -110,16 +109,19 @@ def make_step(
                 total, weight = jax.tree.map(jnp.sum, sums)
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
         with jax.named_scope("gradients"):
-            run = partial(micro_batch, state.trainable, frozen)
-            grads, metrics = accumulated(run, batch, row_keys)
+            grads, metrics = accumulated(run, batch)
         with jax.named_scope("optimizer"):
-            weight = metrics["loss"][1]
+            loss, weight = metrics["loss"]
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             norm = scale * optax.tree.norm(grads)
-            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
-            clipped = partial(clip, norm=norm, max_norm=max_norm, scale=scale)
+
+            def update(trainable, opt_state, grads):
+                clipped = clip(grads, norm, max_norm, scale)
+                updates, opt_state = optimizer.update(clipped, opt_state, trainable)
+                return optax.apply_updates(trainable, updates), opt_state
+
             old = state.trainable, state.opt_state
-            update = partial(updated, optimizer, clipped)
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
             trainable, opt_state = update_if(finite, update, old, grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
@@ -128,53 +130,40 @@ def make_step(
     return step
 
 
-def accumulated(run: Callable[..., Any], batch: Batch, row_keys: Callable[[Any], Any]) -> Any:
-    """The sum of `run(micro_batch [B, T], row_keys(a))` over the A micro-batches."""
+def accumulated(run: Callable[..., Any], batch: Batch) -> Any:
+    """The sum of `run(a, batch[a])` over the A micro-batches [B, T]."""
     first = jax.tree.map(lambda x: x[0], batch)
     count = len(batch.tokens)
     if count == 1:
-        return run(first, row_keys(0))
+        return run(0, first)
 
-    def add(carry, xs):
-        index, micro = xs
-        return jax.tree.map(jnp.add, carry, run(micro, row_keys(index))), None
+    def add(total, xs):
+        return jax.tree.map(jnp.add, total, run(*xs)), None
 
-    shapes = jax.eval_shape(run, first, row_keys(0))
+    shapes = jax.eval_shape(run, 0, first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
-
-
-def updated(optimizer: Any, clipped: Any, trainable: Any, opt_state: Any, grads: Any) -> Any:
-    """(weights, optimizer state) after an update with `clipped(grads)`."""
-    updates, opt_state = optimizer.update(clipped(grads), opt_state, trainable)
-    return optax.apply_updates(trainable, updates), opt_state
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
     """NamedShardings of weights (a quantised one has two), split or `replicated` along fsdp."""
 
-    def sharding(variable: Any) -> Any:
-        axes = axes_of(variable)
-        return jax.tree.map(
-            lambda x: param_sharding(mesh, axes, x.shape, drop="fsdp" if replicated else ""),
-            variable.get_value(),
-        )
+    drop = "fsdp" if replicated else ""
 
-    variables = jax.tree.map(
-        lambda v: v.replace(sharding(v)), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
-    return nnx.to_pure_dict(variables)
+    def sharded(variable: Any) -> Any:
+        axes, value = axes_of(variable), variable.get_value()
+        shardings = jax.tree.map(lambda x: param_sharding(mesh, axes, x.shape, drop=drop), value)
+        return variable.replace(shardings)
+
+    state = jax.tree.map(sharded, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return nnx.to_pure_dict(state)
 
 
-def state_shardings(
-    graph_state: Any, optimizer: Any, mesh: Mesh, zero: int
-) -> tuple[Any, Any, Any]:
-    """NamedShardings by ZeRO stage of (weights, gradients, optimizer state)."""
-    split, replicated = (
-        weight_shardings(graph_state, mesh, replicated=flag) for flag in (False, True)
+def state_shardings(state: Any, optimizer: Any, mesh: Mesh, zero: int) -> tuple[Any, Any, Any]:
+    """NamedShardings of (weights, gradients, optimizer state) at the ZeRO stage `zero`."""
+    weights, gradients, moments = (
+        weight_shardings(state, mesh, replicated=zero < stage) for stage in (3, 2, 1)
     )
-    params = nnx.to_pure_dict(graph_state)
-    moments = opt_state_shardings(
-        jax.eval_shape(optimizer.init, params), params, split if zero >= 1 else replicated
-    )
-    return split if zero >= 3 else replicated, split if zero >= 2 else replicated, moments
+    params = nnx.to_pure_dict(state)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return weights, gradients, opt_state_shardings(opt_state, params, moments)

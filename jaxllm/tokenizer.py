@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import MissingFile, UserError
-from jaxllm.files import hub_id
+from jaxllm.files import hub_id, read_json, write_json
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -55,11 +55,9 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     """Write a tokenizer's files in the form that transformers 4 and its dependents also read."""
     tokenizer.save_pretrained(str(folder))
     config = Path(folder, "tokenizer_config.json")
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     if values.get("tokenizer_class") == "TokenizersBackend":  # the name since transformers 5
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        config.write_text(text + "\n", encoding="utf-8")
+        write_json(config, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

@@ -13,14 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
@@ -76,14 +75,14 @@ def train(cfg: TrainConfig) -> Result:
     """
     check(cfg)
     dist.start(cfg.cluster)
-    with Watch(cfg.cluster, Path(cfg.output_dir)) as watch, stop_signal(watch):
+    with Watch(cfg.cluster, Path(cfg.output_dir)) as watch:
         return _train(cfg, watch)
 
 
 def _train(cfg: TrainConfig, watch: Watch) -> Result:
     # ---- validate the config, devices, model, tokenizer, run folder and data
     mesh = make_mesh(cfg.mesh)
-    cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))
+    cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     program = build(cfg, mesh)
     tokenizer = load_run_tokenizer(program)
     samples = Samples(program, tokenizer)
@@ -99,17 +98,17 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
     #   3. the HF weights in model.path     4. random weights of model.config's shape
     resumed = run.latest()
-    base = program.origin()
+    origin = program.origin()  # identifies the weights that checkpoints depend on
     if resumed is not None:
-        run.check_same_run(resumed, data.manifest, base)
+        run.check_same_run(resumed, data.manifest, origin)
         say(f"resuming from step {resumed}")
     say(f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights")
     trainable, frozen = program.load(resumed)
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
     if program.precomputes_reference:
         assert program.reference is not None
-        key = [base, program.policy.hf_config]
-        data = reference.precomputed(cfg, data, program.reference, key, trainable, frozen, mesh)
+        key = [origin, program.policy.hf_config]
+        data = reference.precomputed(cfg, data, program.reference(trainable, frozen), key, mesh)
     frozen = program.with_reference(trainable, frozen)
     run.claim()  # deletes the run that this one replaces; the config and data are valid by now
     checkpoints = run.checkpoints
@@ -127,31 +126,29 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
-    source: Any = online.Rollouts if cfg.verb.online else LoadedBatches
-    batches = source(cfg, mesh, data.train, program.micro_batches, start)
     if cfg.verb.online:
-        batches.begin(program.models, frozen, rewards, tokenizer, metrics.sample)
-    batches.restore(saved.get("feed", {}))
-    best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
+        sampler = program.models, frozen, rewards, tokenizer, metrics.sample
+        batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
+    else:
+        batches = LoadedBatches(program, data.train, start)
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
-    bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
-    log = Log(metrics, meter, bar)
-    run_evals = Evaluations(program, data.evals, frozen, samples, log)
+    log = Log(metrics, meter, Progress(timetable.steps, start, enabled=cfg.log.progress))
+    best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
+    evals = Evaluations(program, data.evals, frozen, samples, log, best)
     step_fn, stop = None, False
     unlogged = False  # a log line is due; it is written while the next step runs on the device
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with closing(checkpoints), log, jax.set_mesh(mesh):
+    with closing(checkpoints), log.opened(), jax.set_mesh(mesh), stop_signal(watch):
         if eval_pending:
-            best = run_evals(step, state, best)
-            done = {"best_eval": asdict(best), "eval_pending": False}
-            checkpoints.amend(step, done, best.step if cfg.save.keep_best else None)
-        while step < timetable.steps and not stop and not best.is_over(cfg.eval):
+            evals(step, state)
+            checkpoints.amend(step, evals.meta(False), evals.kept)
+        while step < timetable.steps and not stop and not evals.over:
             step += 1
             watch.enter("step", step)
             batch, rollout_metrics = batches(step - 1, state.trainable)
-            if step_fn is None:
+            if step_fn is None:  # the first batch has the shapes
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
             state, step_metrics = step_fn(state, frozen, batch)
             if unlogged:
@@ -160,24 +157,24 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
             stop = timetable.may_stop(step) and watch.should_stop(step)
-            now = timetable.after(step, stop)
-            unlogged = now.log
-            if not (now.evaluate or now.save):
+            events = timetable.after(step, stop)
+            unlogged = events.log
+            if not (events.evaluate or events.save):
                 continue
-            log(step) if now.log else meter.read()  # raises if a loss or gradient is not finite
+            log(step) if events.log else meter.read()  # raises if a loss or gradient is not finite
             unlogged = False
-            best = run_evals(step, state, best) if now.evaluate else best
-            over = best.is_over(cfg.eval)
-            if over and not now.log:
+            if events.evaluate:
+                evals(step, state)
+            if evals.over and not events.log:
                 log(step)
-            if now.save or over or (cfg.save.keep_best and best.step == step):
+            if events.save or evals.over or evals.kept == step:
                 with meter.paused():
-                    meta = {"sums": meter.sums, "seconds": meter.seconds, "base": base}
-                    meta |= {"feed": batches.state(), "best_eval": asdict(best)}
-                    meta |= {"eval_pending": now.postpone_evaluation}
-                    checkpoints.save(step, state, meta, best.step if cfg.save.keep_best else None)
+                    meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
+                    meta |= {"feed": batches.state()} | evals.meta(events.postpone_evaluation)
+                    checkpoints.save(step, state, meta, evals.kept)
         watch.finish(step)
         stopped = stop and step < timetable.steps
+        best = evals.best
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
             state = checkpoints.restore(best.step, program.state)
@@ -193,7 +190,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
         else:
             hf.save_hf(model, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
     early = step < timetable.steps and not stopped
-    return Result(step, stopped, early, best, run_evals.latest, final)
+    return Result(step, stopped, early, best, evals.latest, final)
 
 
 def say(*lines: str) -> None:
@@ -224,7 +221,7 @@ def check_metric(program: Program, data: Data) -> None:
         return
     args = program.evaluate, program.state.trainable, program.frozen
     names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
-    metric_value({name: dict.fromkeys(found, 0.0) for name, found in names.items()}, section)
+    metric_value({name: dict.fromkeys(metrics, 0.0) for name, metrics in names.items()}, section)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
@@ -260,19 +257,18 @@ class Timetable:
     """
 
     def __init__(self, cfg: TrainConfig, rows: int):
+        # Every row is learned: the last update of an epoch continues into the next one.
+        self.stride, epoch = 1, Fraction(rows, cfg.batch_size)
         if cfg.verb.online:
             self.stride = online.updates_per_rollout(cfg)
-            self.steps = online.online_steps(cfg, rows)
-            rollout_rows = cfg.batch_size * cfg.rl.minibatches
-            epoch = Fraction(rows * (cfg.rl.group_size or 1), rollout_rows) * self.stride
-        else:
-            # Every row is learned: the last update continues into the next epoch.
-            epoch, self.stride = Fraction(rows, cfg.batch_size), 1
-            self.steps = cfg.steps or math.ceil(Fraction(str(cfg.epochs)) * epoch)
+            epoch *= (cfg.rl.group_size or 1) * (cfg.rl.iterations or 1)
+        steps = cfg.steps or Fraction(str(cfg.epochs)) * epoch
+        self.steps = math.ceil(Fraction(steps, self.stride)) * self.stride
         every = (cfg.log.every, cfg.eval_every, cfg.save.every)
         self.log, self.evaluate, self.save = (epoch if n == "epoch" else int(n) for n in every)
 
     def may_stop(self, step: int) -> bool:
+        """True if a run that stops after `step` can resume."""
         return step % self.stride == 0
 
     def after(self, step: int, stop: bool) -> Events:
@@ -291,7 +287,7 @@ def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
 
 @contextmanager
 def stop_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM and SIGINT at any process end the loop of all after a step.
+    """SIGTERM or SIGINT at any process ends the loop of all of them after a step.
 
     The second signal ends the process at once, without another checkpoint.
     """
@@ -303,7 +299,8 @@ def stop_signal(watch: Watch) -> Iterator[None]:
         for name in names:
             signal.signal(name, signal.SIG_DFL)
         # print() is not safe in a signal handler: the interrupted code may hold the stream's lock.
-        os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
+        with suppress(OSError):  # the terminal is closed
+            os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
 
     before = {name: signal.signal(name, handle) for name in names}
     try:
@@ -319,9 +316,9 @@ def stop_signal(watch: Watch) -> Iterator[None]:
 class LoadedBatches:
     """The batches of a run on data: `(step, weights) -> (batch [A, B, T], {})`."""
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, micro_batches: int, start: int):
-        self.mesh = mesh
-        sizes = {"batch_size": cfg.batch_size, "micro_batches": micro_batches}
+    def __init__(self, program: Program, rows: Rows, start: int):
+        cfg, self.mesh = program.cfg, program.mesh
+        sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
         self.loader = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:
@@ -330,9 +327,6 @@ class LoadedBatches:
     def state(self) -> dict[str, Any]:
         """Nothing to save: the batch is a function of the seed and the step."""
         return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 def compiled(
@@ -355,24 +349,19 @@ def compiled(
     return step
 
 
+@dataclass(frozen=True)
 class Log:
-    """Writes a line of metrics for the steps since the last one, and shows it on the terminal.
+    """Writes a line of metrics for the steps since the last one, and shows it on the terminal."""
 
-    A context manager: it opens the progress bar and the meter, and closes the metrics' files.
-    """
+    metrics: Metrics
+    meter: Meter
+    bar: Progress
 
-    def __init__(self, metrics: Metrics, meter: Meter, bar: Progress):
-        self.metrics, self.meter, self.bar = metrics, meter, bar
-
-    def __enter__(self) -> Log:
-        with ExitStack() as stack:
-            for context in (closing(self.metrics), self.bar, self.meter):
-                stack.enter_context(context)
-            self._contexts = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._contexts.__exit__(*error)
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Shows the bar and starts the clock; closes the files at the end."""
+        with closing(self.metrics), self.bar, self.meter:
+            yield
 
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()
@@ -405,33 +394,44 @@ class Samples:
             metrics.sample(step, prompt=prompt, text=self.tokenizer.decode(tokens))
 
 
+@dataclass
 class Evaluations:
-    """Evaluates every held-out set and writes samples: `(step, state, best) -> the new best`."""
+    """Evaluates every held-out set, writes samples, and knows the best evaluation of the run."""
 
-    def __init__(
-        self, program: Program, sets: dict[str, Rows], frozen: Any, samples: Samples, log: Log
-    ):
-        self.program, self.sets, self.frozen = program, sets, frozen
-        self.samples, self.log = samples, log
-        self.latest: dict[str, dict[str, float]] = {}
+    program: Program
+    sets: dict[str, Rows]
+    frozen: Any
+    samples: Samples
+    log: Log
+    best: Best
+    latest: dict[str, dict[str, float]] = field(default_factory=dict)
+    """{set: {metric: value}}"""
 
-    def __call__(self, step: int, state: TrainState, best: Best) -> Best:
+    def __call__(self, step: int, state: TrainState) -> None:
         program, log = self.program, self.log
+        options: Any = {"mesh": program.mesh}
+        options["batch_size"] = program.cfg.batch_size // program.micro_batches
         with log.meter.paused():
             weights = eval_params(state.opt_state, state.trainable)
-            size = program.cfg.batch_size // program.micro_batches
             for name, rows in self.sets.items():
-                values = evaluate(
-                    program.evaluate,
-                    weights,
-                    self.frozen,
-                    [rows],
-                    mesh=program.mesh,
-                    batch_size=size,
-                )
+                values = evaluate(program.evaluate, weights, self.frozen, [rows], **options)
                 self.latest[name] = values
                 log.metrics.write("eval", step, name=name, **values)
                 log.bar.say(f"step {step}  {name}: loss {values['loss']:.4f}")
             if self.samples.prompts:
                 self.samples.write(step, program.models(weights, self.frozen)[0], log.metrics)
-            return best.after_evals(step, self.latest, program.cfg.eval)
+        self.best = self.best.after_evals(step, self.latest, program.cfg.eval)
+
+    @property
+    def over(self) -> bool:
+        """True if early stopping ends the run."""
+        return self.best.is_over(self.program.cfg.eval)
+
+    @property
+    def kept(self) -> int | None:
+        """The step of the best checkpoint, which is not deleted; None without save.keep_best."""
+        return self.best.step if self.program.cfg.save.keep_best else None
+
+    def meta(self, pending: bool) -> dict[str, Any]:
+        """What a checkpoint saves. pending: the resumed run evaluates its step first."""
+        return {"best_eval": asdict(self.best), "eval_pending": pending}

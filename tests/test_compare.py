@@ -244,7 +244,12 @@ def test_a_failing_run_ends_the_comparison_with_its_status_and_line(
     assert row["method"] == "full"
 
 
-def test_a_signal_reaches_the_run_and_its_status_comes_back(project, stand_in, tmp_path, capfd):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_reaches_the_run_and_its_status_comes_back(
+    project, stand_in, tmp_path, capfd, name
+):
+    """SIGHUP is what a process gets when its terminal is closed."""
+    number = getattr(signal, name)
     end = "signal.signal(15, lambda *_: sys.exit(75)); Path('{}').touch(); time.sleep(60)"
     ready = tmp_path / "ready"
     stand_in(fails="none", end=end.format(ready))
@@ -254,17 +259,27 @@ def test_a_signal_reaches_the_run_and_its_status_comes_back(project, stand_in, t
         while not ready.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         if ready.exists():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     thread = threading.Thread(target=stop)
     thread.start()
     try:
         assert run(project, tmp_path / "out") == 75
     finally:
         thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert "full ended with status 75" in capfd.readouterr().err
+
+
+def test_a_hangup_that_nohup_ignores_does_not_stop_the_runs(project, stand_in, tmp_path):
+    stand_in(fails="none", end="import os; os.kill(os.getppid(), signal.SIGHUP)")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(project, tmp_path / "out", "--methods", "full") == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_ctrl_c_lets_the_run_save_once(project, tmp_path):

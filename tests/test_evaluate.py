@@ -65,6 +65,11 @@ def test_nothing_to_evaluate_on_is_refused():
         evaluate_files("anywhere", ["a.txt"], batch_size=0)
 
 
+def test_an_objective_without_text_or_chats_is_refused():
+    with pytest.raises(ValueError, match="objective is 'dpo'"):
+        evaluate_files("anywhere", ["a.jsonl"], objective="dpo")
+
+
 # A template with a variable of its own.
 BRIEF = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ ' in brief' if brief }}\n{{ m.content }}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,17 @@ def model(tmp_path):
     return ModelSection(config=str(tmp_path / "config.json"), compute_dtype="bfloat16")
 
 
+def lowered(model, options, platform):
+    """The step of a run, lowered for eight devices that are not attached."""
+    device = AbstractDevice(device_kind=KINDS[platform], num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * len(AXES)
+    mesh = AbstractMesh((2, 2, 1, 1, 2), AXES, axis_types=types, abstract_device=device)
+    program = build(resolve(TrainConfig(model=model, batch_size=8, **options), 4), mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = program.step(10).trace(program.state, program.frozen, program.batch(64, 2))
+    return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,14 +68,16 @@ def model(tmp_path):
 )
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_a_program_lowers_for_devices_that_are_not_attached(model, options, platform):
-    device = AbstractDevice(device_kind=KINDS[platform], num_cores=None, platform=platform)
-    types = (AxisType.Auto,) * len(AXES)
-    mesh = AbstractMesh((2, 2, 1, 1, 2), AXES, axis_types=types, abstract_device=device)
-    program = build(resolve(TrainConfig(model=model, batch_size=8, **options), 4), mesh)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = program.step(10).trace(program.state, program.frozen, program.batch(64, 2))
-    text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+    text = lowered(model, options, platform).as_text()
     assert "LayoutConstraint" not in text and "xui16>" not in text
+
+
+@pytest.mark.parametrize("objective", ["pretrain", "reward", "dpo"])
+def test_each_part_of_a_step_has_a_named_scope(model, objective):
+    text = lowered(model, {"objective": objective}, "tpu").as_text(debug_info=True)
+    paths = re.findall(r'loc\("([^"]*)"', text)
+    scopes = {name for path in paths for name in re.split(r"[/()]", path)}
+    assert {"embed", "attention", "mlp", "head", "loss", "optimizer"} <= scopes
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

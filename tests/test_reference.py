@@ -2,8 +2,6 @@
 """The reference of a policy: which weights are copied, and what the cache of its log-probabilities
 reuses."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,6 @@ from jaxllm.data.rows import Rows
 from jaxllm.hf import abstract_model
 from jaxllm.mesh import make_mesh
 from jaxllm.model.adapter import AdapterParam
-from jaxllm.model.decoder import merge
 from jaxllm.objectives.dpo import answer_logps
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.table import Objective
@@ -92,8 +89,6 @@ def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
     quiet = LogSection(progress=False)
     cfg = TrainConfig(objective="dpo", data=folder, log=quiet, micro_batch_size=4)
     model, mesh = decoder(), make_mesh(MeshSection(), jax.devices()[:1])
-    graph, weights = nnx.split(model)
-    params = nnx.to_pure_dict(weights)
     computed = []
 
     def eval_batches(rows, size, *, original=reference.eval_batches):
@@ -104,7 +99,7 @@ def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
 
     def logps_of(rows):
         data = Data(Rows((Part(rows),), None, T), {}, {})
-        data = precomputed(cfg, data, partial(merge, graph), "tiny", params, {}, mesh)
+        data = precomputed(cfg, data, model, "tiny", mesh)
         return data.train.parts[0].logps
 
     packed = make(16)

@@ -65,8 +65,7 @@ TEXT = ("tokens", "targets", "weights", "segment_ids", "positions")  # the field
 
 def empty_row(length: int) -> dict[str, np.ndarray]:
     """A row of padding: zeros for the fields TEXT of `Batch`, without the batch dim."""
-    dtypes = {f: np.float32 if f == "weights" else np.int32 for f in TEXT}
-    return {name: np.zeros(length, dtype) for name, dtype in dtypes.items()}
+    return {f: np.zeros(length, np.float32 if f == "weights" else np.int32) for f in TEXT}
 
 
 def make_row(

@@ -4,23 +4,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxllm.config import Source, TrainConfig
+from jaxllm.config import TrainConfig
 from jaxllm.data.examples import Examples, fingerprint, tokenize
 from jaxllm.data.formats import COMPRESSED
-from jaxllm.data.preference import Judged, Pairs, Prompts, equalize_slots
+from jaxllm.data.preference import Judged, Pairs, Prompts
 from jaxllm.data.rows import Conversations, Rows, Windows
 from jaxllm.data.stream import Stream
 from jaxllm.data.tokenization import NO_PREFERENCE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 from jaxllm.errors import UserError
 
-# Key of the manifest -> (outcome that it counts, how `summarize` calls it).
+# Key of the manifest -> (the outcome it counts, the words for it in `summarize`).
 _COUNTED = {
     "dropped_too_long": (TOO_LONG, "dropped as too long"),
     "dropped_nothing_to_learn": (NOTHING_TO_LEARN, "dropped with nothing to learn"),
@@ -51,35 +50,40 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
         raise UserError("data.train has no source; give a file, folder or dataset")
     fraction = 0.0 if data.eval else data.eval_fraction
     tokenizer_hash = fingerprint(tokenizer)
-    train, held_out = [], []
+    train: list[Any] = []
+    evals: dict[str, list[Any]] = {"eval": []} if fraction else {}
     for index, source in enumerate(data.train):
+        seed = (cfg.seed, index)
         if source.streaming and cfg.verb.data == "text":
-            make_rows = partial(_file_rows, length=data.max_length, segment=data.segment)
-            stream = Stream(source, cfg, tokenizer, tokenizer_hash, make_rows, (cfg.seed, index))
-            train.append(stream)
+            train.append(Stream(source, cfg, tokenizer, tokenizer_hash, seed))
             continue
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
-        rng = np.random.default_rng((cfg.seed, index))
-        train_indices, eval_indices = _split(examples, fraction, rng)
-        train.append(_Subset(source, examples, train_indices))
-        held_out.append(_Subset(source, examples, eval_indices))
-    evals: dict[str, list[_Subset]] = {"eval": held_out} if fraction else {}
+        train_indices, eval_indices = _split(examples, fraction, np.random.default_rng(seed))
+        train.append(_make_rows(examples, train_indices, cfg, seed))
+        if fraction:
+            evals["eval"].append(_make_rows(examples, eval_indices, cfg, (0, index), held_out=True))
     for source in data.eval:
         examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
-        subset = _Subset(source, examples, np.flatnonzero(examples.lengths))
-        evals[_set_name(source.path, evals)] = [subset]
-
-    rows = {name: _make_rows(subsets, cfg, held_out=True) for name, subsets in evals.items()}
-    train_rows = _make_rows(train, cfg, held_out=False) if train else None
+        indices = np.flatnonzero(examples.lengths)
+        # A fixed seed makes evaluations comparable between runs.
+        part = _make_rows(examples, indices, cfg, (0, 0), held_out=True)
+        evals[_set_name(source.path, evals)] = [part]
+    weights = tuple(source.weight for source in data.train if source.weight is not None)
+    if 0 < len(weights) < len(train):
+        raise UserError(
+            "data.train: some sources have a weight and others do not; set it for all or none"
+        )
+    train_rows = _concatenate(train, cfg, weights or None) if train else None
+    eval_rows = {name: _concatenate(parts, cfg) for name, parts in evals.items()}
     manifest = {
         "objective": cfg.objective,
         "max_length": data.max_length,
         "seed": cfg.seed,
         "tokenizer": tokenizer_hash,
-        "train": _manifest_entry(train, train_rows),
-        "eval": {name: _manifest_entry(subsets, rows[name]) for name, subsets in evals.items()},
+        "train": _manifest_entry(train_rows),
+        "eval": {name: _manifest_entry(rows) for name, rows in eval_rows.items()},
     }
-    return Data(train_rows, rows, manifest)
+    return Data(train_rows, eval_rows, manifest)
 
 
 def summarize(manifest: dict[str, Any]) -> list[str]:
@@ -102,15 +106,6 @@ def summarize(manifest: dict[str, Any]) -> list[str]:
             lines += sorted(notes - reported)  # a divided source reports them once
             reported |= notes
     return lines
-
-
-@dataclass(frozen=True)
-class _Subset:
-    """The examples of a source that belong to the same set."""
-
-    source: Source
-    examples: Examples
-    indices: np.ndarray  # int64, ascending, without dropped examples
 
 
 def _split(
@@ -142,53 +137,45 @@ def _set_name(path: str, taken: dict[str, Any]) -> str:
     return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
 
 
-def _subset_rows(subset: _Subset, cfg: TrainConfig, held_out: bool, index: int) -> Any:
-    data, args = cfg.data, (subset.examples, subset.indices, cfg.data.max_length)
+def _make_rows(
+    examples: Examples, indices: np.ndarray, cfg: TrainConfig, seed: Any, held_out: bool = False
+) -> Any:
+    """The rows of a source's examples. Mismatched answers of judged examples depend on `seed`."""
+    data = cfg.data
+    if not len(indices) and cfg.verb.data == "text":
+        raise UserError(f"{examples.name}: all {len(examples)} documents are empty")
+    if not len(indices):
+        long, nothing, no_preference, _ = _counts(examples).values()
+        raise UserError(
+            f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
+            f"data.max_length {data.max_length}, {nothing} with nothing to learn (no assistant "
+            f"turn, or weights of 0), {no_preference} pairs with an empty answer or equal answers"
+        )
+    args = (examples, indices, data.max_length)
     match cfg.verb.data:
         case "text":
-            return Windows(*args, segment=data.segment, tail=held_out)
+            rows = Windows(*args, segment=data.segment, tail=held_out)
         case "chat":
-            return Conversations(*args, packing=data.packing)
+            rows = Conversations(*args, packing=data.packing)
         case "pairs":
-            return Pairs(*args, packing=data.packing)
-        case "judged":  # a fixed seed makes evaluations comparable between runs
-            seed = (0 if held_out else cfg.seed, index)
-            return Judged(*args, packing=data.packing, seed=seed)
+            rows = Pairs(*args, packing=data.packing)
+        case "judged":
+            rows = Judged(*args, packing=data.packing, seed=seed)
         case "prompts":
-            return Prompts(*args)
-
-
-def _file_rows(examples: Examples, length: int, segment: bool) -> Windows:
-    """The rows of a streamed file, without its tail."""
-    indices = np.flatnonzero(examples.lengths)
-    return Windows(examples, indices, length, segment=segment, tail=False)
-
-
-def _make_rows(subsets: list[Any], cfg: TrainConfig, *, held_out: bool) -> Rows:
-    data, parts = cfg.data, []
-    for index, subset in enumerate(subsets):
-        if isinstance(subset, Stream):
-            parts.append(subset)
-            continue
-        if not len(subset.indices):
-            raise UserError(_empty_reason(subset.examples, cfg))
-        rows = _subset_rows(subset, cfg, held_out, index)
-        if not len(rows):
-            raise UserError(
-                f"{subset.source.path}: {subset.examples.lengths[subset.indices].sum()} tokens "
-                f"fill no row of max_length + 1 = {data.max_length + 1}; give more text or a "
-                "smaller data.max_length"
-            )
-        parts.append(rows)
-    if cfg.verb.data in ("pairs", "judged"):
-        parts = equalize_slots(parts)
-    weights = tuple(p.source.weight for p in subsets if p.source.weight is not None)
-    if held_out or not weights:
-        return Rows(tuple(parts), None, parts[0].length)
-    if len(weights) < len(subsets):
+            rows = Prompts(*args)
+    if not len(rows):
         raise UserError(
-            "data.train: some sources have a weight and others do not; set it for all or none"
+            f"{examples.name}: {examples.lengths[indices].sum()} tokens fill no row of "
+            f"max_length + 1 = {data.max_length + 1}; give more text or a smaller data.max_length"
         )
+    return rows
+
+
+def _concatenate(parts: list[Any], cfg: TrainConfig, weights: Any = None) -> Rows:
+    if cfg.verb.data in ("pairs", "judged"):  # rows of different sources are stacked
+        slots = max(part.slots for part in parts)
+        for part in parts:
+            part.slots = slots
     return Rows(tuple(parts), weights, parts[0].length)
 
 
@@ -196,50 +183,39 @@ def _counts(examples: Examples) -> dict[str, int]:
     return {key: int((examples.outcome == kind).sum()) for key, (kind, _) in _COUNTED.items()}
 
 
-def _empty_reason(examples: Examples, cfg: TrainConfig) -> str:
-    if cfg.verb.data == "text":
-        return f"{examples.name}: all {len(examples)} documents are empty"
-    long, nothing, no_preference, _ = _counts(examples).values()
-    return (
-        f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
-        f"data.max_length {cfg.data.max_length}, {nothing} with nothing to learn (no assistant "
-        f"turn, or weights of 0), {no_preference} pairs with an empty answer or equal answers"
-    )
-
-
-def _manifest_entry(subsets: list[Any], rows: Rows | None) -> dict[str, Any]:
+def _manifest_entry(rows: Rows | None) -> dict[str, Any]:
     """A set's entry in the manifest: its sources, their totals, and the fill of its rows."""
     if rows is None:
         return {"sources": [], "examples": 0, "tokens": 0, "rows": 0}
     sources: list[dict[str, Any]] = []
-    for subset, part, share in zip(subsets, rows.parts, rows.fractions, strict=True):
-        if isinstance(subset, Stream):
-            entry = {"path": subset.source.path, "split": subset.split, "content": subset.content}
-            entry |= {"cache": subset.fingerprint, "files": len(subset.files), "share": share}
+    for part, share in zip(rows.parts, rows.fractions, strict=True):
+        if isinstance(part, Stream):
+            entry = {"path": part.source.path, "split": part.split, "content": part.content}
+            entry |= {"cache": part.fingerprint, "files": len(part.files), "share": share}
             # Unknown before the files are tokenized.
             sources.append(entry | dict.fromkeys(("examples", "tokens", "learned_tokens", "rows")))
             continue
-        examples = subset.examples
+        examples, indices = part.examples, part.indices
         sources.append(
             {
-                "path": subset.source.path,
+                "path": examples.name,
                 "split": examples.split,
                 "content": examples.content,
                 "cache": examples.fingerprint,
-                "max_samples": subset.source.max_samples,
+                "max_samples": examples.source.max_samples,
                 "records": len(np.unique(examples.source_record)),
                 "read": len(examples),
                 **_counts(examples),
-                "examples": len(subset.indices),
+                "examples": len(indices),
                 "notes": examples.notes,
-                "tokens": int(examples.lengths[subset.indices].sum()),
-                "learned_tokens": int(examples.learned[subset.indices].sum()),
+                "tokens": int(examples.lengths[indices].sum()),
+                "learned_tokens": int(examples.learned[indices].sum()),
                 "rows": len(part),
                 "share": share,
                 "passes_per_epoch": share * len(rows) / len(part),
             }
         )
-    if any(isinstance(subset, Stream) for subset in subsets):
+    if any(isinstance(part, Stream) for part in rows.parts):
         return {"sources": sources} | dict.fromkeys(("examples", "tokens", "rows"))
     totals = {
         name: sum(s[name] for s in sources) for name in ("examples", "tokens", "learned_tokens")

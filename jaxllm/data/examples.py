@@ -7,12 +7,10 @@ code that applies them, and the versions of the packages that render and tokeniz
 
 from __future__ import annotations
 
-import bisect
 import json
 import os
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
@@ -32,8 +31,8 @@ from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
 
-# Modules and packages that decide tokens: a change of them invalidates the cache. The versions of
-# Python and of the packages that read files do not change tokens.
+# Modules and packages that determine the tokens: changing one invalidates the cache. The versions
+# of Python and of the packages that read files do not change tokens.
 _MODULES = ("formats", "sources", "messages", "prompts", "conversations", "template", "turns")
 _MODULES += ("chat", "tokenization", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
@@ -50,7 +49,7 @@ FEATURES = datasets.Features(
         "value": datasets.Value("float32"),  # a pair's margin; 1 = good answer, -1 = bad answer
         "record": datasets.Value("large_string"),  # a prompt's record for reward functions, as JSON
         "part": datasets.Value("int32"),  # index among the examples of a record
-        "notes": datasets.Value("large_string"),  # one per line
+        "notes": datasets.LargeList(datasets.Value("string")),
     }
 )
 
@@ -61,66 +60,59 @@ class Examples:
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], the number of targets with a
     loss weight. outcome: int8 [N], boundary: int32 [N] and value: float32 [N] are columns of
     FEATURES. source_record: int64 [N], ascending, the index of each example's record. notes: {note:
-    number of examples}. `split` is None if there are no splits; `content` is the hash of the
-    source's bytes, and `fingerprint` the cache's key.
+    number of examples}. `name` is the source's path; `split` is None if there are no splits;
+    `content` is the hash of the source's bytes, and `fingerprint` the cache's key.
     """
 
     def __init__(
-        self, table: Any, *, name: str, split: str | None, content: str, fingerprint: str
+        self,
+        table: datasets.Dataset,
+        source: Source,
+        split: str | None = None,
+        content: str = "",
+        fingerprint: str = "",
     ) -> None:
-        self.name, self.split, self.content, self.fingerprint = name, split, content, fingerprint
-        self._tokens = _Lists(table.data.column("tokens"))
-        self._loss_weights = _Lists(table.data.column("loss_weights"))
-        self.lengths = self._tokens.lengths
-        self.learned = table.data.column("learned").to_numpy().astype(np.int64)
+        self.source, self.name = source, source.path
+        self.split, self.content, self.fingerprint = split, content, fingerprint
+        column = table.data.column
+        self._tokens, self._loss_weights = column("tokens"), column("loss_weights")
+        self._record = column("record")
+        self.lengths = pc.call_function("list_value_length", [self._tokens]).to_numpy()
+        self.learned = column("learned").to_numpy().astype(np.int64)
         self.outcome, self.boundary, self.value = (
-            table.data.column(name).to_numpy() for name in ("outcome", "boundary", "value")
+            column(name).to_numpy() for name in ("outcome", "boundary", "value")
         )
-        self._record = table.data.column("record")
-        self.source_record = np.cumsum(table.data.column("part").to_numpy() == 0) - 1
-        notes: Counter[str] = Counter()
-        for entry in table.data.column("notes").value_counts().to_pylist():
-            notes.update({line: entry["counts"] for line in (entry["values"] or "").splitlines()})
-        self.notes = dict(sorted(notes.items()))
+        self.source_record = np.cumsum(column("part").to_numpy() == 0) - 1
+        notes = pc.call_function("list_flatten", [column("notes")]).value_counts().to_pylist()
+        self.notes = dict(sorted((note["values"], note["counts"]) for note in notes))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def tokens(self, index: int) -> np.ndarray:
         """int32 [n]. A document ends with eos."""
-        return self._tokens[index]
+        return self._tokens[index].values.to_numpy()
 
     def loss_weights(self, index: int) -> np.ndarray:
         """float32 [n], the weight of predicting each token; empty for documents."""
-        return self._loss_weights[index]
+        return self._loss_weights[index].values.to_numpy()
 
     def record(self, index: int) -> str:
         """A prompt's record for reward functions, as JSON."""
         return self._record[index].as_py()
 
 
-class _Lists:
-    """An Arrow column of lists as numpy views of its chunks."""
-
-    def __init__(self, column: Any) -> None:
-        self._firsts: list[int] = []  # index of the first list of each chunk
-        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []  # offsets, values
-        count = 0
-        for chunk in column.chunks:
-            if len(chunk):
-                self._firsts.append(count)
-                self._chunks.append((chunk.offsets.to_numpy(), chunk.values.to_numpy()))
-                count += len(chunk)
-        lengths = [np.diff(offsets) for offsets, _ in self._chunks]
-        self.lengths = np.concatenate(lengths or [np.zeros(0)]).astype(np.int64)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        chunk = bisect.bisect_right(self._firsts, index) - 1
-        offsets, values = self._chunks[chunk]
-        row = index - self._firsts[chunk]
-        return values[offsets[row] : offsets[row + 1]]
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    before = datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
+@_progress_bars(False)
 def tokenize(
     source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str, *, held_out: bool = False
 ) -> Examples:
@@ -137,8 +129,7 @@ def tokenize(
     tokenizer = with_settings(tokenizer, cfg.data)
     # All sources and workers use one date.
     cfg = replace(cfg, data=replace(cfg.data, date=cfg.data.date or str(Date.today())))
-    with _progress_bars(False):
-        located = locate(source, held_out=held_out)
+    located = locate(source, held_out=held_out)
     content = content_hash(located.files)
     settings = _settings(cfg, tokenizer) | {
         "content": content,
@@ -152,24 +143,22 @@ def tokenize(
     if not (root / key).is_dir():
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
             table = tokenize_table(source, cfg, tokenizer, located, Path(folder))
-            with _progress_bars(False):
-                table.save_to_disk(str(Path(folder) / "examples"))
+            table.save_to_disk(str(Path(folder) / "examples"))
             try:
                 os.rename(Path(folder) / "examples", root / key)
             except OSError:
                 if not (root / key).is_dir():  # another process may have created it
                     raise
-    with _progress_bars(False):
-        table = datasets.load_from_disk(str(root / key))
-    return Examples(table, name=source.path, split=located.split, content=content, fingerprint=key)
+    table: Any = datasets.load_from_disk(str(root / key))
+    return Examples(table, source, located.split, content, key)
 
 
+@_progress_bars(False)
 def tokenize_table(
     source: Source, cfg: TrainConfig, tokenizer: Any, located: Located, folder: Path
 ) -> Any:
     """Tokenize located data as a `datasets.Dataset` of FEATURES, in a file of `folder`."""
-    with _progress_bars(False):
-        raw = read(located, folder, source.max_samples)
+    raw = read(located, folder, source.max_samples)
     return _map(source, cfg, tokenizer, raw, folder / "tokens.arrow")
 
 
@@ -196,7 +185,7 @@ def cache_key(settings: dict[str, Any]) -> str:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of everything in a tokenizer that decides tokens, except its chat template."""
+    """Hash of everything in a tokenizer that determines tokens, except its chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):
         del state[name]  # set by earlier calls, not by the tokenizer's files
@@ -219,14 +208,14 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
 def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:
     """Tokenize `raw` to a dataset of FEATURES with `data.workers` processes.
 
-    0 means one per core, but at least 2,000 records per process, to make up for its start.
+    0 means one per core, with at least 2,000 records per process: starting one takes a while.
     """
     if not len(raw):
         raise UserError(f"{source.path}: has no records")
     encode = ENCODERS[cfg.verb.data]
     workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
     with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
-        # JAX warns about forks, but the child processes never use JAX.
+        # JAX warns about forks, but the child processes do not use JAX.
         warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         return raw.map(
@@ -245,20 +234,10 @@ def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path)
 
 
 def _cores() -> int:
-    """Cores that this process may use, or all cores if the system does not tell (macOS)."""
+    """Cores that this process may use; all cores where this is unknown (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    before = datasets.are_progress_bars_disabled()
-    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
-    try:
-        yield
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
 def _encode_batch(encode, source, cfg, tokenizer, batch, indices) -> dict[str, list]:

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -31,19 +31,25 @@ COMPRESSIBLE = ("text", "json", "csv")
 ACCEPTED = ", ".join(FORMATS) + "; all but the last three also compressed (.gz, .zst)"
 # JSON's escape of a UTF-16 surrogate. A pair is one character; a lone surrogate is not text.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ONLY_KEY = re.compile(r'\{[ \t\r\n]*"(?:[^"\\]|\\.)*"[ \t\r\n]*:[ \t\r\n]*')  # up to the value
 
 Records = Iterator[tuple[str, str]]
 
 
+def split_suffix(file: Path | str) -> tuple[str, str]:
+    """(suffix of the format, suffix of the compression) in lower case, as in (".csv", ".gz")."""
+    file = Path(file)
+    last = file.suffix.lower()
+    return (Path(file.stem).suffix.lower(), last) if last in COMPRESSED else (last, "")
+
+
 def format_of(file: Path | str) -> str | None:
     """The format (a value of FORMATS) of a file by its suffix, ignoring .gz and .zst, or None."""
-    file = Path(file)
-    if file.suffix.lower() not in COMPRESSED:
-        return FORMATS.get(file.suffix.lower())
-    inner = FORMATS.get(Path(file.stem).suffix.lower())
-    return inner if inner in COMPRESSIBLE else None
+    suffix, compression = split_suffix(file)
+    name = FORMATS.get(suffix)
+    return name if not compression or name in COMPRESSIBLE else None
 
 
 @contextmanager
@@ -81,8 +87,7 @@ def json_records(file: Path) -> Records:
             for number, line in enumerate(_lines(file, stream), 1)
             if (text := line.strip(" \t\r\n"))
         )
-        is_json = ".json" in (suffix.lower() for suffix in file.suffixes[-2:])
-        first = list(islice(lines, 2)) if is_json else []
+        first = list(islice(lines, 2)) if split_suffix(file)[0] == ".json" else []
         if first and (len(first) == 1 or first[0][0].startswith("[") or not _is_json(first[0][0])):
             yield from _multiline_records(file)
         else:
@@ -92,16 +97,16 @@ def json_records(file: Path) -> Records:
 def csv_records(file: Path) -> Records:
     """The rows of a CSV (.csv) or TSV (.tsv) file with a header; each value is a string."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for texts
-    tabs = ".tsv" in (suffix.lower() for suffix in file.suffixes[-2:])
+    kind = split_suffix(file)[0].upper().removeprefix(".")
+    delimiter = "\t" if kind == "TSV" else ","
     header: list[str] = []
     with open_file(file) as stream:
-        rows = csv.reader(_lines(file, stream), delimiter="\t" if tabs else ",", strict=True)
+        rows = csv.reader(_lines(file, stream), delimiter=delimiter, strict=True)
         while True:
             location = f"{file}:{rows.line_num + 1}"
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                kind = "TSV" if tabs else "CSV"
                 raise UserError(f"{location}: malformed {kind}: {error}") from None
             if row is None:
                 return
@@ -148,7 +153,7 @@ READERS = {
 def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any:
     """Parse JSON. Raises UserError for malformed JSON and for text with a lone surrogate."""
     try:
-        value = json.loads(text)
+        value = _decode(json.loads, text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -156,15 +161,20 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
         why = f"{error.msg} at column {error.colno}"
     except UnicodeEncodeError as error:
         why = f"{error.object[error.start]!a} is a lone surrogate, which is not a character"
-    except (ValueError, RecursionError) as error:
-        why = _parse_failure(error)
     raise UserError(f"{location}: {problem}: {why}; saw {excerpt(text)}")
 
 
-def _parse_failure(error: ValueError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
+def _decode(decode: Callable[..., Any], text: str, offset: int = 0) -> Any:
+    """Call a decoder of `json`, and raise each of its errors as a JSONDecodeError."""
+    try:
+        return decode(text, offset) if offset else decode(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError:
+        why = f"an integer has more than {sys.get_int_max_str_digits()} digits"
+    raise json.JSONDecodeError(why, text, offset)
 
 
 def _decode_utf8(data: bytes, location: str, *, start: bool) -> str:
@@ -184,11 +194,9 @@ def _lines(file: Path, stream: Any) -> Iterator[str]:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        _decode(json.loads, text)
     except json.JSONDecodeError:
         return False
-    except (ValueError, RecursionError):
-        pass  # `parse_json` reports these with their line
     return True
 
 
@@ -213,10 +221,10 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
     """The (start, end) of each record in the text."""
     offset, closing = _skip_space(text, 0), "]"
     if text[offset : offset + 1] != "[":
-        value, end = _decode_json(text, offset)
+        value, end = _decode(_DECODER.raw_decode, text, offset)
         if _skip_space(text, end) < len(text) or not _wraps_records(value, file):
             while offset < len(text):
-                _, end = _decode_json(text, offset)
+                _, end = _decode(_DECODER.raw_decode, text, offset)
                 yield offset, end
                 offset = _skip_space(text, end)
             return
@@ -225,7 +233,7 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
         offset, closing = key.end(), "]}"
     offset = _skip_space(text, offset + 1)
     while text[offset : offset + 1] != "]":
-        _, end = _decode_json(text, offset)
+        _, end = _decode(_DECODER.raw_decode, text, offset)
         yield offset, end
         offset = _skip_space(text, end)
         if text[offset : offset + 1] == ",":
@@ -262,15 +270,6 @@ def _wraps_records(value: Any, file: Path) -> bool:
     return False
 
 
-def _decode_json(text: str, offset: int) -> tuple[Any, int]:
-    try:
-        return json.JSONDecoder().raw_decode(text, offset)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise json.JSONDecodeError(_parse_failure(error), text, offset) from None
-
-
 def _skip_space(text: str, offset: int) -> int:
     """The offset of the next character that is not a space."""
     return next(_SPACE.finditer(text, offset)).end()
@@ -278,10 +277,11 @@ def _skip_space(text: str, offset: int) -> int:
 
 def excerpt(value: Any) -> str:
     """The repr of a value, cut to 60 characters, for an error message."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "…")
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+
+    def cut(text: str) -> str:
+        return text if len(text) <= 60 else text[:57] + "…"
+
+    return repr(cut(value)) if isinstance(value, str) else cut(repr(value))
 
 
 def first_line(error: BaseException) -> str:

@@ -41,32 +41,23 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
 
 
 def _epochs(part: Any) -> grain.MapDataset:
-    """The rows of a source; several passes of them if they differ between passes."""
-    if not isinstance(part, Judged):
+    """The rows of a source in each pass over it."""
+    if not isinstance(part, Judged):  # the rows of all passes are equal
         return grain.MapDataset.source(part)
-    count = len(part)
-    return grain.MapDataset.range(count).map_with_index(
-        lambda index, row: part.row(row, index // count)
-    )
+    rows = grain.MapDataset.range(len(part))
+    return rows.map_with_index(lambda index, row: part.row(row, index // len(part)))
 
 
-def _stacked(batch: Sequence[Row], micro_batches: int) -> Row:
+def _stack(batch: Sequence[Row], micro_batches: int) -> Row:
     """Stack the fields of rows to [A, rows / A, …]."""
     fields = {f: np.stack([row[f] for row in batch]) for f in batch[0]}
     return {f: v.reshape(micro_batches, -1, *v.shape[1:]) for f, v in fields.items()}
 
 
-def _batches(rows: Rows, seed: int, batch_size: int, micro_batches: int) -> grain.MapDataset:
-    """The endless sequence of batches, with random access by step."""
-    stack = partial(_stacked, micro_batches=micro_batches)
-    return ordered(rows, seed).batch(batch_size, batch_fn=stack)
-
-
 def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:
     """The fields of Batch [B, T] of update `step` (from 0), the same on every host and mesh."""
-    batch = _batches(rows, seed, batch_size, 1)[step]
-    assert batch is not None  # None is a filtered element in Grain; nothing filters here
-    return {name: value[0] for name, value in batch.items()}
+    loader = make_loader(rows, batch_size=batch_size, seed=seed, start_step=step, prefetch=0)
+    return {name: value[0] for name, value in next(loader).items()}
 
 
 def make_loader(
@@ -85,9 +76,10 @@ def make_loader(
     """
     if batch_size % micro_batches:
         raise UserError(f"{batch_size} rows cannot be divided into {micro_batches} micro-batches")
-    batches = _batches(rows, seed, batch_size, micro_batches)[start_step:]
+    stack = partial(_stack, micro_batches=micro_batches)
+    batches = ordered(rows, seed).batch(batch_size, batch_fn=stack)
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    return iter(batches.to_iter_dataset(options))
+    return iter(batches[start_step:].to_iter_dataset(options))
 
 
 def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
@@ -96,4 +88,4 @@ def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
     while batch := list(islice(in_order, batch_size)):
         padding = {f: np.zeros_like(v) for f, v in batch[0].items()}
         batch += [padding] * (batch_size - len(batch))
-        yield {f: v[0] for f, v in _stacked(batch, 1).items()}
+        yield {f: v[0] for f, v in _stack(batch, 1).items()}

@@ -18,56 +18,45 @@ import xxhash
 
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
-from jaxllm.data.rows import one_per_row, pack
+from jaxllm.data.rows import PackedRows
 from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])
 
 
-class _PackedPairs(ABC):
-    """Examples of two segments each, in rows of 2 * max_length tokens.
+class _PackedPairs(PackedRows, ABC):
+    """Examples of two segments each.
 
     slots: the largest number of examples in a row (P of Batch).
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        indices: np.ndarray,
-        lengths: np.ndarray,
-        max_length: int,
-        packing: bool,
-    ) -> None:
-        self._examples, self._indices, self.length = examples, indices, 2 * max_length
-        self._packing = pack(lengths, self.length) if packing else one_per_row(len(lengths))
+    def __init__(self, examples, indices, max_length: int, **packing: Any) -> None:
+        super().__init__(examples, indices, 2 * max_length, **packing)
         self.slots = int(np.diff(self._packing.starts).max(initial=1))
 
-    def __len__(self) -> int:
-        return len(self._packing)
-
     @abstractmethod
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        """The two segments of an example in pass `epoch` (from 0) over the source."""
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
+        """The two segments of an example in pass `epoch` (from 0) over the source, and its fields.
 
-    @abstractmethod
-    def fields(self, index: int) -> dict[str, Any]:
-        """{field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none."""
+        Fields: {field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none.
+        """
 
-    def _example(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """(tokens, loss weights, number of tokens before the boundary)."""
-        i = self._indices[index]
-        boundary = int(self._examples.boundary[i])
-        return self._examples.tokens(i), self._examples.loss_weights(i), boundary
+    def _halves(self, index: int) -> tuple[Segment, Segment]:
+        """(tokens, loss weights) of an example before its boundary, and from there."""
+        i = self.indices[index]
+        tokens, weights = self.examples.tokens(i), self.examples.loss_weights(i)
+        n = self.examples.boundary[i]
+        return (tokens[:n], weights[:n]), (tokens[n:], weights[n:])
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.row(row, 0)
 
     def row(self, row: int, epoch: int) -> dict[str, np.ndarray]:
         """The fields of `Batch` of a row in pass `epoch`, without the batch dim."""
-        indices = self._packing[row]
-        out = make_row([s for i in indices for s in self.segments(i, epoch)], self.length)
-        for slot, index in enumerate(indices):
-            for name, value in self.fields(index).items():
+        pairs = [self.pair(index, epoch) for index in self._packing[row]]
+        out = make_row([s for *segments, _ in pairs for s in segments], self.length)
+        for slot, (*_, fields) in enumerate(pairs):
+            for name, value in fields.items():
                 dtype = np.int32 if name.endswith("segment") else np.float32
                 field = out.setdefault(name, np.zeros(self.slots, dtype))
                 field[slot] = value + 2 * slot if dtype is np.int32 and value else value
@@ -77,18 +66,10 @@ class _PackedPairs(ABC):
 class Pairs(_PackedPairs):
     """Preference pairs: chosen, then rejected."""
 
-    def __init__(
-        self, examples: Examples, indices: np.ndarray, max_length: int, *, packing: bool
-    ) -> None:
-        super().__init__(examples, indices, examples.lengths[indices], max_length, packing)
-
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        tokens, weights, boundary = self._example(index)
-        return (tokens[:boundary], weights[:boundary]), (tokens[boundary:], weights[boundary:])
-
-    def fields(self, index: int) -> dict[str, Any]:
-        margin = self._examples.value[self._indices[index]]
-        return {"chosen_segment": 1, "rejected_segment": 2, "margin": margin}
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
+        margin = self.examples.value[self.indices[index]]
+        fields = {"chosen_segment": 1, "rejected_segment": 2, "margin": margin}
+        return *self._halves(index), fields
 
 
 class Judged(_PackedPairs):
@@ -104,31 +85,26 @@ class Judged(_PackedPairs):
     MAX_BLOCKS, MIN_BLOCK = 64, 16  # number of blocks, and of answers per block
 
     def __init__(
-        self,
-        examples: Examples,
-        indices: np.ndarray,
-        max_length: int,
-        *,
-        packing: bool,
-        seed: tuple[int, ...] = (0,),
+        self, examples: Examples, indices: np.ndarray, max_length: int, *, packing, seed=(0,)
     ) -> None:
-        self._limit, self._seed, self._donors = max_length, seed, lru_cache(2)(self.donors)
-        lengths = examples.lengths[indices]
+        self._max_length, self._seed, self._donors = max_length, seed, lru_cache(2)(self.donors)
         prompt_lengths = examples.boundary[indices].astype(np.int64)
+        answer_lengths = examples.lengths[indices] - prompt_lengths
         prompts = (examples.tokens(i)[:n] for i, n in zip(indices, prompt_lengths, strict=True))
         hashes = [xxhash.xxh3_64_intdigest(tokens.tobytes()) for tokens in prompts]
         self._prompt_hashes = np.array(hashes, np.uint64)
-        if len(self._prompt_hashes) and (self._prompt_hashes == self._prompt_hashes[0]).all():
+        if len(set(hashes)) == 1:
             raise UserError(
                 f"{examples.name}: all {len(indices)} answers have the same prompt; kto also needs "
                 "answers to other prompts, so add some"
             )
-        self._blocks = self._blocks_by_length(lengths - prompt_lengths)
-        longest = np.zeros_like(lengths)
+        self._blocks = self._blocks_by_length(answer_lengths)
+        longest = np.zeros_like(answer_lengths)
         for block in self._blocks:
-            longest[block] = (lengths - prompt_lengths)[block].max()
+            longest[block] = answer_lengths[block].max()
         mismatched = np.minimum(prompt_lengths + longest, max_length)
-        super().__init__(examples, indices, lengths + mismatched, max_length, packing)
+        lengths = examples.lengths[indices] + mismatched
+        super().__init__(examples, indices, max_length, packing=packing, lengths=lengths)
 
     def _blocks_by_length(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Divide the examples into blocks by the length of their answers.
@@ -154,7 +130,7 @@ class Judged(_PackedPairs):
     def donors(self, epoch: int) -> np.ndarray:
         """int64 [N]: the example whose answer each prompt gets in pass `epoch`."""
         rng = np.random.default_rng((*self._seed, epoch))
-        donors = np.empty(len(self._indices), np.int64)
+        donors = np.empty(len(self.indices), np.int64)
         for block in self._blocks:
             block = rng.permutation(block)
             _, first_index, group, sizes = np.unique(
@@ -173,39 +149,30 @@ class Judged(_PackedPairs):
             donors[block] = block[donor % count]
         return donors
 
-    def segments(self, index: int, epoch: int) -> tuple[Segment, Segment]:
-        *answer, prompt_length = self._example(index)
-        *other, start = self._example(self._donors(epoch)[index])
-        mismatched, weights = (
-            np.concatenate([mine[:prompt_length], theirs[start:]])[: self._limit]
-            for mine, theirs in zip(answer, other, strict=True)
-        )
-        return (answer[0], answer[1]), (mismatched, weights)
+    def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
+        prompt, answer = self._halves(index)
+        _, other_answer = self._halves(self._donors(epoch)[index])
 
-    def fields(self, index: int) -> dict[str, Any]:
-        good = bool(self._examples.value[self._indices[index]] > 0)
-        segments = {"chosen_segment": int(good), "rejected_segment": int(not good)}
-        return segments | {"unpaired_segment": 2}
+        def after_prompt(half: Segment) -> Segment:
+            tokens, weights = map(np.concatenate, zip(prompt, half, strict=True))
+            return tokens[: self._max_length], weights[: self._max_length]
+
+        good = bool(self.examples.value[self.indices[index]] > 0)
+        fields = {"chosen_segment": int(good), "rejected_segment": int(not good)}
+        return after_prompt(answer), after_prompt(other_answer), fields | {"unpaired_segment": 2}
 
 
 class Prompts:
     """Prompts of an online run: {"tokens", "said", "columns", …}, at most `length` tokens each."""
 
     def __init__(self, examples: Examples, indices: np.ndarray, length: int) -> None:
-        self._examples, self._indices, self.length = examples, indices, length
+        self.examples, self.indices, self.length = examples, indices, length
         self.longest = int(examples.lengths[indices].max(initial=0))  # in tokens
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        i = self._indices[index]
-        record = json.loads(self._examples.record(i))
-        return {"tokens": self._examples.tokens(i)} | record
-
-
-def equalize_slots(parts: list[Any]) -> list[Any]:
-    """Give the rows of several sources the same number of slots, so that they can be stacked."""
-    for part in parts:
-        part.slots = max(p.slots for p in parts)
-    return parts
+        i = self.indices[index]
+        record = json.loads(self.examples.record(i))
+        return {"tokens": self.examples.tokens(i)} | record

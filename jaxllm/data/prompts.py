@@ -13,12 +13,13 @@ PROMPT_FORMS = (
 )
 # Roles of a prompt's messages. An answer begins with another role.
 _PROMPT_ROLES = ("system", "developer", "user")
+_OTHER_CONTENT = ("tool_calls", "reasoning_content")  # content of a message other than text
 
 
 def split_pair(
     prompt: list[dict], chosen: list[dict], rejected: list[dict], context: ParseContext
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """(prompt, chosen, rejected) such that the prompt's messages are in `prompt` only.
+    """(prompt, chosen, rejected), where only the first has the prompt's messages.
 
     The common prefix of both answers belongs to the prompt; each answer keeps at least a message.
     """
@@ -90,11 +91,11 @@ def prompt_message_count(messages: list[dict]) -> int:
 
 
 def _same_messages(first: list[dict], second: list[dict]) -> bool:
-    """True if two lists of messages are equal except for surrounding white space."""
+    """True if two lists of messages are equal, apart from white space around the texts."""
 
     def content(message: dict) -> tuple:
-        others = (message.get(key) for key in ("tool_calls", "reasoning_content"))
-        return message["role"], message_text(message).strip(), *others
+        text = message_text(message).strip()
+        return message["role"], text, *map(message.get, _OTHER_CONTENT)
 
     return list(map(content, first)) == list(map(content, second))
 
@@ -103,5 +104,4 @@ def is_empty_answer(answer: Any) -> bool:
     """True if an answer has no text, tool calls or reasoning."""
     if isinstance(answer, str):
         return not answer.strip()
-    others = ("tool_calls", "reasoning_content")
-    return not any(message_text(m).strip() or any(m.get(key) for key in others) for m in answer)
+    return not any(message_text(m).strip() or any(map(m.get, _OTHER_CONTENT)) for m in answer)

@@ -30,7 +30,7 @@ class Windows:
     def __init__(
         self, examples: Examples, indices: np.ndarray, length: int, *, segment: bool, tail: bool
     ) -> None:
-        self._examples, self._indices = examples, indices
+        self.examples, self.indices = examples, indices
         self.length, self._segment = length, segment
         self._starts = np.concatenate([[0], np.cumsum(examples.lengths[indices])])
         targets = max(int(self._starts[-1]) - 1, 0)
@@ -45,44 +45,43 @@ class Windows:
         end = min(begin + self.length + 1, int(starts[-1]))
         first = int(np.searchsorted(starts, begin, "right")) - 1
         last = int(np.searchsorted(starts, end, "left"))
-        tokens, document, positions = np.empty((3, end - begin), np.int32)
-        for index in range(first, last):
-            start = int(starts[index])
-            lo, hi = max(start, begin), min(int(starts[index + 1]), end)
-            window = slice(lo - begin, hi - begin)
-            tokens[window] = self._examples.tokens(self._indices[index])[lo - start : hi - start]
-            document[window] = index - first + 1
-            positions[window] = np.arange(hi - lo)
-        if not self._segment:
-            document[:] = 1
-            positions[:] = np.arange(end - begin)
+        pieces = [
+            self.examples.tokens(self.indices[i])[max(begin - starts[i], 0) : end - starts[i]]
+            for i in range(first, last)
+        ]
+        tokens = np.concatenate(pieces)
+        sizes = [len(piece) for piece in pieces] if self._segment else [len(tokens)]
+        segment_ids = np.repeat(np.arange(1, len(sizes) + 1), sizes)
         out = empty_row(self.length)
-        n = end - begin - 1
+        n = len(tokens) - 1
         out["tokens"][:n] = tokens[:-1]
         out["targets"][:n] = tokens[1:]
-        out["weights"][:n] = document[1:] == document[:-1]
-        out["segment_ids"][:n] = document[:-1]
-        out["positions"][:n] = positions[:-1]
+        out["weights"][:n] = segment_ids[1:] == segment_ids[:-1]
+        out["segment_ids"][:n] = segment_ids[:-1]
+        out["positions"][:n] = np.concatenate([np.arange(size) for size in sizes])[:-1]
         return out
 
 
-class Conversations:
-    """Conversations in rows of `length` tokens: packed, or one per row."""
+class PackedRows:
+    """Examples of `lengths` tokens in rows of `length` tokens: packed, or one per row."""
 
     def __init__(
-        self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool
+        self, examples: Examples, indices: np.ndarray, length: int, *, packing: bool, lengths=None
     ) -> None:
-        self._examples, self._indices, self.length = examples, indices, length
-        self._packing = (
-            pack(examples.lengths[indices], length) if packing else one_per_row(len(indices))
-        )
+        self.examples, self.indices, self.length = examples, indices, length
+        lengths = examples.lengths[indices] if lengths is None else lengths
+        self._packing = pack(lengths, length) if packing else one_per_row(len(indices))
 
     def __len__(self) -> int:
         return len(self._packing)
 
+
+class Conversations(PackedRows):
+    """Conversations, one segment each."""
+
     def __getitem__(self, row: int) -> Row:
-        indices = self._indices[self._packing[row]]
-        segments = [(self._examples.tokens(i), self._examples.loss_weights(i)) for i in indices]
+        indices = self.indices[self._packing[row]]
+        segments = [(self.examples.tokens(i), self.examples.loss_weights(i)) for i in indices]
         return make_row(segments, self.length)
 
 
@@ -91,7 +90,7 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows as slices of example indices: row r holds `examples[starts[r] : starts[r + 1]]`."""
+    """Rows as slices of example indices: row r has `examples[starts[r] : starts[r + 1]]`."""
 
     examples: np.ndarray  # int64 [N], each index once, ascending in a row
     starts: np.ndarray  # int64 [R + 1]
@@ -107,8 +106,8 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     """Best-fit decreasing: place the longest example first, each in the fullest row that fits it.
 
     `lengths` is int [N], each in 1..row_length, else UserError. The result depends on the lengths
-    only. There is a list of rows for each amount of free space, and an integer whose bits tell
-    which lists are not empty. So the fullest row that fits is the lowest set bit at or above the
+    only. There is a list of rows for each amount of free space, and an integer whose bits mark the
+    lists that are not empty. So the fullest row that fits is the lowest set bit at or above the
     length, and packing takes O(N · row_length / 64), in practice linear time.
     """
     lengths = np.asarray(lengths, np.int64)
@@ -119,9 +118,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
     order = np.argsort(-lengths, kind="stable")
     rows_by_free: list[list[int]] = [[] for _ in range(row_length)]
     free_bits = 0  # bit f: a row has exactly f free tokens
-    count = 0
-    row_of = np.empty(len(lengths), np.int64)
-    rows = []
+    count, rows = 0, []
     for length in lengths[order].tolist():
         fitting = free_bits >> length
         if fitting:
@@ -137,6 +134,7 @@ def pack(lengths: np.ndarray, row_length: int) -> Packing:
             rows_by_free[free].append(row)
             free_bits |= 1 << free
         rows.append(row)
+    row_of = np.empty(len(lengths), np.int64)
     row_of[order] = rows
     starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])
     return Packing(np.argsort(row_of, kind="stable"), starts)

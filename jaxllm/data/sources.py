@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,12 @@ from datasets.exceptions import DatasetGenerationError
 from jaxllm.config import Source
 from jaxllm.data.formats import (
     ACCEPTED,
-    COMPRESSED,
     READERS,
     excerpt,
     first_line,
     format_of,
     parse_json,
+    split_suffix,
 )
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
@@ -79,10 +79,10 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     if os.path.isfile(path):
         return _from_files([Path(path)], source.path)
     if glob.has_magic(path):
-        found = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-        if not found:
+        files = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
+        if not files:
             raise MissingFile(f"{source.path}: no file matches")
-        return _from_files(found, source.path)
+        return _from_files(files, source.path)
     if not hub_id(path.partition(":")[0]) or format_of(path):
         raise MissingFile(
             f"{source.path}: no such file or directory, and not a hub id (OWNER/NAME)"
@@ -106,17 +106,15 @@ def _from_files(files: list[Path], path: str) -> Located:
     formats = [format_of(f) for f in files]
     if None in formats:
         unknown = files[formats.index(None)]
-        packed = unknown.suffix.lower() in COMPRESSED
-        suffix = "".join(unknown.suffixes[-2:] if packed else unknown.suffixes[-1:])
+        suffix = "".join(split_suffix(unknown)) or "a file without suffix"
         raise UserError(
-            f"{unknown}: the format of {suffix or 'a file without suffix'} is unknown; accepted "
-            f"formats: {ACCEPTED}"
+            f"{unknown}: the format of {suffix} is unknown; accepted formats: {ACCEPTED}"
         )
-    kinds = sorted({f for f in formats if f})
+    kinds = sorted(set(map(str, formats)))
     if len(kinds) > 1:
         raise UserError(f"{path}: has {' and '.join(kinds)} files; select one format by a glob")
     for file in files:
-        if file.suffix.lower() in COMPRESSED and file.with_suffix("") in files:
+        if split_suffix(file)[1] and file.with_suffix("") in files:
             raise UserError(
                 f"{path}: has both {file.name} and {file.stem}, the same records twice; select one "
                 "of them by a glob"
@@ -193,13 +191,13 @@ def _locate_hub(source: Source, held_out: bool) -> Located:
             f"{source.path}: no such file or folder, and the hub's dataset of this name "
             f"could not be loaded: {first_line(error)}"
         ) from error
-    files = {str(split): sorted(map(str, found)) for split, found in listed.items()}
+    files = {str(split): sorted(map(str, urls)) for split, urls in listed.items()}
     if not files:
         raise UserError(f"{source.path}: the hub's dataset lists no files to stream")
     split = _choose_split(files, source, held_out=False)
     urls = tuple(files[split])
-    found = _from_files([Path(url) for url in urls], source.path)
-    return Located(found.format, (), split=split, urls=urls)
+    located = _from_files([Path(url) for url in urls], source.path)
+    return replace(located, files=(), split=split, urls=urls)
 
 
 def _select_split(loaded: Any, source: Source, held_out: bool) -> tuple[Any, str]:
@@ -269,7 +267,9 @@ def _head(table: Any, count: int | None) -> Any:
     return table if count is None else table.select(range(min(count, len(table))))
 
 
-def records(batch: Mapping[str, list], indices: list[int], path: str) -> Iterator[tuple[str, dict]]:
+def records(
+    batch: Mapping[str, list], indices: Sequence[int], path: str
+) -> Iterator[tuple[str, dict]]:
     """The (location, record) pairs of a batch of `read`'s dataset."""
     if indices and not batch:
         raise UserError(f"{path}: the table has no columns")
@@ -290,17 +290,15 @@ def _spool(pairs: Iterable[tuple[str, str]], file: Path) -> Any:
     """Write (record JSON, FILE:LINE) pairs to an Arrow file, which is then memory-mapped."""
     schema = pa.schema([(_RECORD, pa.large_string()), (_LOCATION, pa.string())])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        chunk: dict[str, list[str]] = {_RECORD: [], _LOCATION: []}
-        size = 0
-        for record, location in pairs:
-            chunk[_RECORD].append(record)
-            chunk[_LOCATION].append(location)
-            size += len(record)
+        chunk, size = [], 0
+        for pair in pairs:
+            chunk.append(dict(zip(schema.names, pair, strict=True)))
+            size += len(pair[0])
             if size > 1 << 24:
-                writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
-                chunk, size = {_RECORD: [], _LOCATION: []}, 0
-        if chunk[_RECORD]:
-            writer.write_batch(pa.RecordBatch.from_pydict(chunk, schema))
+                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
+                chunk, size = [], 0
+        if chunk:
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
     return datasets.Dataset.from_file(str(file))
 
 

@@ -13,8 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +25,7 @@ import xxhash
 
 from jaxllm.config import Source, TrainConfig
 from jaxllm.data.examples import Examples, cache_key, cache_root, tokenize_table
+from jaxllm.data.rows import Windows
 from jaxllm.data.sources import Located, content_hash, locate
 from jaxllm.errors import UserError
 
@@ -38,8 +37,8 @@ class Stream:
 
     A file is tokenized when one of its rows is read, into an unlinked temporary file. At most
     CACHED of these, and the one being written, use space on the disk, until the process ends.
-    make_rows: Examples of a file -> its rows. Raises UserError for a file that cannot be read, and
-    if no file fills a row.
+    The tail of a file that does not fill a row is dropped. Raises UserError for a file that cannot
+    be read, and if no file fills a row.
     """
 
     CACHED = 3
@@ -50,14 +49,13 @@ class Stream:
         cfg: TrainConfig,
         tokenizer: Any,
         tokenizer_hash: str,
-        make_rows: Callable[[Examples], Any],
-        seed: Sequence[int],
+        seed: tuple[int, ...],
     ) -> None:
-        self.source, self._tokenizer, self._make_rows = source, tokenizer, make_rows
+        self.source, self._tokenizer = source, tokenizer
         # One process, since forking during training is not safe with JAX.
         data = replace(cfg.data, workers=1)
         self._cfg = replace(cfg, data=data, log=replace(cfg.log, progress=False))
-        self._seed, self.length = tuple(seed), cfg.data.max_length
+        self._seed, self.length = seed, cfg.data.max_length
         self._located = locate(source)
         self.files = self._located.urls or tuple(map(str, self._located.files))
         if self._located.format in ("dataset", "tfds"):
@@ -75,7 +73,7 @@ class Stream:
         self._counts = _read_counts(self._index)
         self._starts = [0]  # first row of each segment (a file in a pass), …
         self._segments: list[tuple[int, int]] = []  # … and its (pass, file)
-        self._cached: OrderedDict[int, Any] = OrderedDict()
+        self._rows = lru_cache(self.CACHED)(self._load)
         self._lock = RLock()
         self._shuffled = lru_cache(self.CACHED + 1)(self._permutation)
         self._segment_of(0)  # report errors in the first file before anything compiles
@@ -126,13 +124,8 @@ class Stream:
             os.replace(part.name, self._index)
         return self._counts[name]
 
-    def _rows(self, file: int) -> Any:
-        """The rows of a file, which is tokenized unless it is among the last CACHED."""
-        if file in self._cached:
-            self._cached.move_to_end(file)
-            return self._cached[file]
-        while len(self._cached) >= self.CACHED:
-            self._cached.popitem(last=False)
+    def _load(self, file: int) -> Windows:
+        """Tokenize a file and divide it into rows."""
         name = self.files[file]
         with tempfile.TemporaryDirectory(dir=cache_root(self._cfg), prefix="making-") as folder:
             path = _fetch(name, Path(folder))
@@ -140,9 +133,9 @@ class Stream:
             source = replace(self.source, path=name)
             table = tokenize_table(source, self._cfg, self._tokenizer, located, Path(folder))
         # The folder is deleted; mapped files exist until they are unmapped.
-        examples = Examples(table, name=name, split=None, content="", fingerprint="")
-        self._cached[file] = self._make_rows(examples)
-        return self._cached[file]
+        examples = Examples(table, source)
+        indices, segment = np.flatnonzero(examples.lengths), self._cfg.data.segment
+        return Windows(examples, indices, self.length, segment=segment, tail=False)
 
 
 def _file_id(file: str) -> str:

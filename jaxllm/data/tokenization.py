@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxllm.config import DataSection, Source, TrainConfig
 from jaxllm.data.chat import SEPARATE_EXAMPLE, prompt_tokens, render
 from jaxllm.data.conversations import (
     Pair,
+    Prompt,
     parse_conversation,
     parse_judged,
     parse_pair,
@@ -45,12 +46,13 @@ class Encoded(NamedTuple):
     value: float = 0.0
     record: str = ""
     part: int = 0
-    notes: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def _encode_documents(
-    records, source: Source, cfg: TrainConfig, tokenizer: Any
-) -> Iterator[Encoded]:
+Noted = tuple[list[Encoded], list[str]]  # the examples of a record, and notes from its parser
+
+
+def _encode_documents(records, source: Source, cfg: TrainConfig, tokenizer) -> Iterator[Encoded]:
     """Documents, each with exactly one eos at its end, and bos if the tokenizer adds it."""
     texts = [parse_text(record, source.columns, location) for location, record in records]
     encoded = tokenizer(
@@ -70,8 +72,29 @@ def _encode_documents(
             yield Encoded(np.array(ids, np.int32), learned=len(ids) - 1)
 
 
+def _encode_parsed(
+    parse, encode, records, source: Source, cfg: TrainConfig, tokenizer
+) -> Iterator[Encoded]:
+    """Parse each record, and encode it as one or several examples.
+
+    encode: (parsed record, location, cfg, tokenizer) -> Noted. Its errors need no location.
+    """
+    for location, record in records:
+        data, notes = _with_user_template(record, source, cfg, tokenizer)
+        parsed = parse(record, source, data, location)
+        try:
+            examples, record_notes = encode(parsed, location, cfg, tokenizer)
+        except RecursionError as error:
+            raise UserError(f"{location}: the record is nested too deeply") from error
+        except ValueError as error:
+            raise UserError(f"{location}: {error}") from error
+        for part, example in enumerate(examples):
+            more = () if part else (*notes, *record_notes)
+            yield example._replace(part=part, notes=example.notes + more)
+
+
 def _with_user_template(
-    record: dict[str, Any], source: Source, cfg: TrainConfig, tokenizer: Any
+    record: dict[str, Any], source: Source, cfg: TrainConfig, tokenizer
 ) -> tuple[DataSection, tuple[str, ...]]:
     """(the data section to parse a record with, notes).
 
@@ -88,8 +111,89 @@ def _with_user_template(
     return replace(data, user_template=embedded), ()
 
 
+def _encode_conversation(chat: dict[str, Any], _, cfg: TrainConfig, tokenizer) -> Noted:
+    return _render_examples(chat["messages"], chat["tools"], cfg, tokenizer), chat["notes"]
+
+
+def _encode_pair(pair: Pair, _, cfg: TrainConfig, tokenizer) -> Noted:
+    """The chosen answer, then the rejected one, each after the prompt."""
+    if not pair.has_preference:
+        return [Encoded(outcome=NO_PREFERENCE)], pair.notes
+    if pair.prompt is None:
+        chosen, rejected = _tokenize_texts(pair, cfg, tokenizer)
+    else:
+        chosen = _render_answer(pair, pair.chosen, cfg, tokenizer)
+        rejected = _render_answer(pair, pair.rejected, cfg, tokenizer)
+    notes = tuple(sorted({*chosen.notes, *rejected.notes}))
+    dropped = {chosen.outcome, rejected.outcome} & DROPPED
+    if not dropped and np.array_equal(chosen.tokens, rejected.tokens):
+        dropped = {TOO_LONG}  # equal after truncation
+    if dropped:
+        return [Encoded(outcome=min(dropped), notes=notes)], pair.notes
+    example = Encoded(
+        np.concatenate([chosen.tokens, rejected.tokens]),
+        np.concatenate([chosen.loss_weights, rejected.loss_weights]),
+        chosen.learned + rejected.learned,
+        max(chosen.outcome, rejected.outcome),
+        len(chosen.tokens),
+        pair.margin,
+        notes=notes,
+    )
+    return [example], pair.notes
+
+
+def _tokenize_texts(pair: Pair, cfg: TrainConfig, tokenizer) -> list[Encoded]:
+    """A pair of complete texts, whose common prefix is the prompt."""
+    answers = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
+    eos = tokenizer.eos_token_id
+    answers = [np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32) for ids in answers]
+    equal = answers[0][: len(answers[1])] == answers[1][: len(answers[0])]
+    start = len(equal) if equal.all() else int((~equal).argmax())
+    return [
+        _truncate(ids, (np.arange(len(ids)) >= start).astype(np.float32), cfg) for ids in answers
+    ]
+
+
+def _render_answer(pair: Pair, answer: list[dict], cfg: TrainConfig, tokenizer) -> Encoded:
+    """A pair's prompt and one of its answers, with a loss on the answer only."""
+    prompt = [message | {"weight": 0.0} for message in pair.prompt or ()]
+    examples = _render_examples([*prompt, *answer], pair.tools, cfg, tokenizer, learn="all")
+    if len(examples) > 1:
+        raise UserError(
+            "an answer has several assistant turns, which the chat template renders differently if "
+            "messages follow; move all but the last turn to the prompt, or set data.template to a "
+            "prefix-preserving template"
+        )
+    return examples[0]
+
+
+def _encode_judged(judged: tuple[dict, bool], _, cfg: TrainConfig, tokenizer) -> Noted:
+    """A conversation with a judgment of its last answer."""
+    chat, good = judged
+    (example,) = _render_examples(chat["messages"], chat["tools"], cfg, tokenizer, learn="last")
+    if example.outcome not in DROPPED:
+        boundary = int(np.argmax(example.loss_weights[1:] > 0)) + 1
+        example = example._replace(boundary=boundary, value=1.0 if good else -1.0)
+    return [example], chat["notes"]
+
+
+def _encode_prompt(prompt: Prompt, location: str, cfg: TrainConfig, tokenizer) -> Noted:
+    """A prompt with the generation prompt, and the record for reward functions.
+
+    A long one is dropped, since the question is at the end.
+    """
+    data = cfg.data
+    messages = _apply_reasoning(prompt.messages, data)
+    tokens = prompt_tokens(tokenizer, messages, tools=prompt.tools, date=data.date)
+    if len(tokens) > data.max_length:
+        return [Encoded(outcome=TOO_LONG)], prompt.notes
+    record = {"at": location, "said": prompt.text, "columns": prompt.columns}
+    text = json.dumps(record | {"messages": prompt.messages}, default=str)
+    return [Encoded(tokens, record=text)], prompt.notes
+
+
 def _render_examples(
-    chat: dict[str, Any], cfg: TrainConfig, tokenizer: Any, location: str, learn: str | None = None
+    messages: list[dict[str, Any]], tools: Any, cfg: TrainConfig, tokenizer, learn: Any = None
 ) -> list[Encoded]:
     """The examples of a conversation, truncated to max_length at the end.
 
@@ -97,19 +201,17 @@ def _render_examples(
     None is `data.learn`.
     """
     data = cfg.data
-    options: dict[str, Any] = {"learn": learn or data.learn, "date": data.date}
-    with _at(location):
-        messages = _apply_reasoning(chat["messages"], data)
-        examples = render(
-            tokenizer,
-            messages,
-            tools=chat["tools"],
-            train_on_prompt=data.train_on_prompt,
-            **options,
-        )
+    examples = render(
+        tokenizer,
+        _apply_reasoning(messages, data),
+        tools=tools,
+        learn=learn or data.learn,
+        train_on_prompt=data.train_on_prompt,
+        date=data.date,
+    )
     ignored = {SEPARATE_EXAMPLE} if learn else set()
     return [
-        _truncate(e.tokens, e.loss_weights, cfg, [n for n in e.notes if n not in ignored])
+        _truncate(e.tokens, e.loss_weights, cfg, tuple(n for n in e.notes if n not in ignored))
         for e in examples
     ]
 
@@ -121,18 +223,8 @@ def _apply_reasoning(messages: list[dict[str, Any]], data: DataSection) -> list[
     return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
 
 
-@contextmanager
-def _at(location: str) -> Iterator[None]:
-    try:
-        yield
-    except RecursionError as error:
-        raise UserError(f"{location}: the record is nested too deeply") from error
-    except ValueError as error:
-        raise UserError(f"{location}: {error}") from error
-
-
 def _truncate(
-    tokens: np.ndarray, loss_weights: np.ndarray, cfg: TrainConfig, notes: Iterable[str] = ()
+    tokens: np.ndarray, loss_weights: np.ndarray, cfg: TrainConfig, notes: tuple[str, ...] = ()
 ) -> Encoded:
     """An example of at most max_length tokens, or of none if it is dropped."""
     outcome = COMPLETE
@@ -143,127 +235,15 @@ def _truncate(
     if not learned:
         outcome = NOTHING_TO_LEARN if outcome == COMPLETE else TOO_LONG
     if outcome in DROPPED:
-        return Encoded(outcome=outcome, notes="\n".join(notes))
-    return Encoded(tokens, loss_weights, learned, outcome, notes="\n".join(notes))
-
-
-def _with_notes(example: Encoded, notes: Iterable[str], **fields: Any) -> Encoded:
-    return example._replace(notes="\n".join([*example.notes.splitlines(), *notes]), **fields)
-
-
-def _encode_conversations(
-    records, source: Source, cfg: TrainConfig, tokenizer: Any
-) -> Iterator[Encoded]:
-    """Conversations, each as one or several examples."""
-    for location, record in records:
-        data, source_notes = _with_user_template(record, source, cfg, tokenizer)
-        chat = parse_conversation(record, source, data, location)
-        for part, example in enumerate(_render_examples(chat, cfg, tokenizer, location)):
-            yield _with_notes(example, () if part else (*source_notes, *chat["notes"]), part=part)
-
-
-def _encode_pairs(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[Encoded]:
-    """Pairs: the chosen answer, then the rejected one, each after the prompt."""
-    for location, record in records:
-        data, source_notes = _with_user_template(record, source, cfg, tokenizer)
-        pair = parse_pair(record, source, data, location)
-        source_notes = (*source_notes, *pair.notes)
-        if not pair.has_preference:
-            yield Encoded(outcome=NO_PREFERENCE, notes="\n".join(source_notes))
-            continue
-        if pair.prompt is None:
-            answers = _tokenize_texts(pair, cfg, tokenizer)
-        else:
-            answers = [
-                _render_answer(pair, answer, cfg, tokenizer, location)
-                for answer in (pair.chosen, pair.rejected)
-            ]
-        chosen, rejected = answers
-        own_notes = sorted({*chosen.notes.splitlines(), *rejected.notes.splitlines()})
-        notes = "\n".join((*source_notes, *own_notes))
-        dropped = {answer.outcome for answer in answers} & DROPPED
-        if not dropped and np.array_equal(chosen.tokens, rejected.tokens):
-            dropped = {TOO_LONG}  # equal after truncation
-        if dropped:
-            yield Encoded(outcome=min(dropped), notes=notes)
-            continue
-        yield Encoded(
-            np.concatenate([chosen.tokens, rejected.tokens]),
-            np.concatenate([chosen.loss_weights, rejected.loss_weights]),
-            chosen.learned + rejected.learned,
-            max(chosen.outcome, rejected.outcome),
-            len(chosen.tokens),
-            pair.margin,
-            notes=notes,
-        )
-
-
-def _render_answer(
-    pair: Pair, answer: list[dict[str, Any]], cfg: TrainConfig, tokenizer: Any, location: str
-) -> Encoded:
-    """A pair's prompt and one of its answers, with a loss on the answer only."""
-    prompt: list[dict[str, Any]] = [message | {"weight": 0.0} for message in pair.prompt or ()]
-    chat = {"messages": prompt + answer, "tools": pair.tools}
-    examples = _render_examples(chat, cfg, tokenizer, location, learn="all")
-    if len(examples) > 1:
-        raise UserError(
-            f"{location}: an answer has several assistant turns, which the chat template renders "
-            "differently if messages follow; move all but the last turn to the prompt, or set "
-            "data.template to a prefix-preserving template"
-        )
-    return examples[0]
-
-
-def _tokenize_texts(pair: Pair, cfg: TrainConfig, tokenizer: Any) -> list[Any]:
-    """A pair of complete texts, whose common prefix is the prompt."""
-    answers = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
-    eos = tokenizer.eos_token_id
-    answers = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in answers]
-    answers = [np.array(ids, np.int32) for ids in answers]
-    equal = answers[0][: len(answers[1])] == answers[1][: len(answers[0])]
-    start = len(equal) if equal.all() else int((~equal).argmax())
-    weights = [(np.arange(len(ids)) >= start).astype(np.float32) for ids in answers]
-    return [_truncate(*answer, cfg) for answer in zip(answers, weights, strict=True)]
-
-
-def _encode_judged(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[Encoded]:
-    """Conversations with a judgment of the last answer."""
-    for location, record in records:
-        data, source_notes = _with_user_template(record, source, cfg, tokenizer)
-        chat, good = parse_judged(record, source, data, location)
-        (example,) = _render_examples(chat, cfg, tokenizer, location, learn="last")
-        example = _with_notes(example, (*source_notes, *chat["notes"]))
-        if example.outcome not in DROPPED:
-            boundary = int(np.argmax(example.loss_weights[1:] > 0)) + 1
-            example = example._replace(boundary=boundary, value=1.0 if good else -1.0)
-        yield example
-
-
-def _encode_prompts(records, source: Source, cfg: TrainConfig, tokenizer: Any) -> Iterator[Encoded]:
-    """Prompts with the generation prompt, and the record for reward functions.
-
-    Long ones are dropped, since the question is at the end.
-    """
-    for location, record in records:
-        data, source_notes = _with_user_template(record, source, cfg, tokenizer)
-        prompt = parse_prompt(record, source, data, location)
-        notes = "\n".join((*source_notes, *prompt.notes))
-        messages = _apply_reasoning(prompt.messages, data)
-        with _at(location):
-            tokens = prompt_tokens(tokenizer, messages, tools=prompt.tools, date=data.date)
-        if len(tokens) > data.max_length:
-            yield Encoded(outcome=TOO_LONG, notes=notes)
-            continue
-        fields = {"at": location, "said": prompt.text, "columns": prompt.columns}
-        fields["messages"] = prompt.messages
-        yield Encoded(tokens, record=json.dumps(fields, default=str), notes=notes)
+        return Encoded(outcome=outcome, notes=notes)
+    return Encoded(tokens, loss_weights, learned, outcome, notes=notes)
 
 
 ENCODERS: dict[str, Callable[..., Iterator[Encoded]]] = {
     "text": _encode_documents,
-    "chat": _encode_conversations,
-    "pairs": _encode_pairs,
-    "judged": _encode_judged,
-    "prompts": _encode_prompts,
+    "chat": partial(_encode_parsed, parse_conversation, _encode_conversation),
+    "pairs": partial(_encode_parsed, parse_pair, _encode_pair),
+    "judged": partial(_encode_parsed, parse_judged, _encode_judged),
+    "prompts": partial(_encode_parsed, parse_prompt, _encode_prompt),
 }
 """by `Verb.data`"""

@@ -134,9 +134,8 @@ def _record_texts(file: Path) -> Iterator[str]:
         source, text_only = Source(str(file)), DataSection(drop_columns=MEDIA)
         table = read(locate(source), Path(folder))
         for start in range(0, len(table), 1000):
-            batch = table[start : start + 1000]
-            indices = list(range(start, start + len(next(iter(batch.values())))))
-            for location, record in records(batch, indices, str(file)):
+            indices = range(start, min(start + 1000, len(table)))
+            for location, record in records(table[indices], indices, str(file)):
                 present = {name for name, value in record.items() if value is not None}
                 if "text" in present:
                     yield parse_text(record, {}, location)

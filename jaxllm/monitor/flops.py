@@ -50,10 +50,8 @@ PEAK = {
 class Flops:
     """FLOPs of an update."""
 
-    layers: float
-    """for each token that is not padding"""
-    head: float
-    """for each token that has a loss weight"""
+    layers: float  # for each token that is not padding
+    head: float  # for each token that has a loss weight
 
 
 def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]:

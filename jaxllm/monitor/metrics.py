@@ -9,19 +9,12 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
-
-
-class Tracker(Protocol):
-    """Receives the numbers of metrics.jsonl. Created with (run folder, config, resume step)."""
-
-    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _Wandb:
@@ -73,10 +66,8 @@ class _TensorBoard:
         self.writer.close()
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {
-    "wandb": _Wandb,
-    "tensorboard": _TensorBoard,
-}
+# They receive the numbers of metrics.jsonl, and are made with (run folder, config, resume step).
+TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
 
 
 def _to_json(value: Any) -> Any:
@@ -97,34 +88,32 @@ def _to_json(value: Any) -> Any:
 class Metrics:
     """Writes a run's numbers to its folder and to trackers. Only the main process writes.
 
-    On resume, lines after `resume_step` are dropped, so that no step occurs twice. `eval_pending`:
-    the checkpoint was saved before its evaluation, so the evaluation's lines are dropped too. A
-    tracker that fails, at start or later, is disabled with one line on stderr; training continues.
+    report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after
+    `resume_step` are dropped, so that no step occurs twice. `eval_pending`: the checkpoint was
+    saved before its evaluation, so the evaluation's lines are dropped too. A tracker that fails, at
+    start or later, is disabled with one line on stderr; training continues.
     """
 
     def __init__(
-        self,
-        run: Path | str,
-        report_to: tuple[str, ...] = (),
-        config: dict[str, Any] | None = None,
-        resume_step: int = 0,
-        eval_pending: bool = False,
+        self, run: Path | str, report_to=(), config=None, resume_step=0, eval_pending=False
     ):
-        unknown = [name for name in report_to if name not in TRACKERS]
-        if unknown:
-            raise UserError(
-                f"log.report_to {unknown[0]!r} is unknown; choose from {', '.join(TRACKERS)}"
-            )
+        for name in report_to:
+            if name not in TRACKERS:
+                names = ", ".join(TRACKERS)
+                raise UserError(f"log.report_to {name!r} is unknown; choose from {names}")
         self.run = Path(run)
         self.enabled = dist.is_main()
-        self.trackers: dict[str, Tracker] = {}
+        self.trackers: dict[str, Any] = {}
         if not self.enabled:
             return
         self.run.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _drop_after(self.run / name, resume_step, eval_pending)
+        config = _to_json(config or {})
         for name in report_to:
-            self._try(name, lambda name=name: self._start(name, config or {}, resume_step))
+            tracker = self._try(name, partial(TRACKERS[name], self.run, config, resume_step))
+            if tracker is not None:
+                self.trackers[name] = tracker
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends {"kind", "step", …} to metrics.jsonl and sends its numbers to the trackers.
@@ -138,7 +127,7 @@ class Metrics:
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
         for name, tracker in list(self.trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.write(group, step, numbers))
+            self._try(name, partial(tracker.write, group, step, numbers))
 
     def sample(self, step: int, **values: Any) -> None:
         """Appends a line to samples.jsonl."""
@@ -156,12 +145,9 @@ class Metrics:
             self._try(name, tracker.close)
         self.trackers.clear()
 
-    def _start(self, name: str, config: dict[str, Any], step: int) -> None:
-        self.trackers[name] = TRACKERS[name](self.run, _to_json(config), step)
-
-    def _try(self, name: str, call: Callable[[], None]) -> None:
+    def _try(self, name: str, call: Callable[[], Any]) -> Any:
         try:
-            call()
+            return call()
         except Exception as error:  # a tracker's error, of whatever kind, must not stop the run
             self.trackers.pop(name, None)
             reason = str(error).split("\n")[0]

@@ -30,13 +30,8 @@ class Progress:
         self.first: tuple[int, float] | None = None  # (step, time) of the first update
         self.last_line = -INTERVAL
         console = Console(stderr=True)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
-        )
-        bar = Bar(*columns, console=console)
+        columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
+        bar = Bar(TextColumn("step"), *columns, console=console)
         self.task = bar.add_task("compiling", total=total, completed=start)
         self.bar = bar if self.enabled and console.is_terminal else None
 
@@ -49,39 +44,27 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(
-        self,
-        step: int,
-        *,
-        loss: float,
-        tokens_per_second: float,
-        mfu: float | None = None,
-        memory: float | None = None,
-    ) -> None:
-        """Shows the numbers after `step` updates. memory: GiB; mfu: a fraction."""
+    def update(self, step: int, *, loss, tokens_per_second, mfu=None, memory=None) -> None:
+        """Shows the numbers after `step` updates. memory: GiB or None; mfu: a fraction or None."""
         if not self.enabled:
             return
         parts = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"]
         parts += [f"MFU {mfu:.0%}"] if mfu is not None else []
         parts += [f"{memory:.1f} GiB"] if memory is not None else []
-        parts += self._time_left(step)
-        text = "  ".join(parts)
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=text)
-        elif time.monotonic() - self.last_line >= INTERVAL or step == self.total:
-            self.last_line = time.monotonic()
-            print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
-
-    def _time_left(self, step: int) -> list[str]:
-        """Estimated from the pace since the first update, so without compilation."""
         now = time.monotonic()
         if self.first is None:
             self.first = (step, now)
         done = step - self.first[0]
-        if done <= 0 or step >= self.total:
-            return []
-        seconds = (now - self.first[1]) / done * (self.total - step)
-        return [f"{timedelta(seconds=round(seconds))} left"]
+        if done > 0 and step < self.total:
+            # Estimated from the pace since the first update, so without compilation.
+            seconds = (now - self.first[1]) / done * (self.total - step)
+            parts += [f"{timedelta(seconds=round(seconds))} left"]
+        text = "  ".join(parts)
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text)
+        elif now - self.last_line >= INTERVAL or step == self.total:
+            self.last_line = now
+            print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def compiling(self) -> None:
         """Announces compilation, which may take minutes; the bar already says so at start."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxllm.data.batch import Batch
 from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.lm import Metrics, logps, segment_sums
+from jaxllm.objectives.lm import Loss, Metrics, logps, segment_sums
 
 log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
 
@@ -34,13 +35,13 @@ class Options:
     gamma: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
     """Log-probabilities of pairs of answers, summed over their tokens; float32 [...] each.
 
     chosen_tokens, rejected_tokens: the numbers of tokens (1 if length_normalized, which makes the
-    sums means). baseline: mean of β Δ over all answers of the update (BCO). The properties are Δc,
-    Δr, h, c̄ and r̄.
+    sums means). baseline: mean of β Δ over all answers of the update (BCO). Derived: Δc, Δr, h, c̄
+    and r̄.
     """
 
     chosen: Any
@@ -51,25 +52,12 @@ class Answers:
     rejected_tokens: Any
     baseline: Any = 0.0
 
-    @property
-    def delta_chosen(self) -> Any:
-        return self.chosen - self.reference_chosen
-
-    @property
-    def delta_rejected(self) -> Any:
-        return self.rejected - self.reference_rejected
-
-    @property
-    def h(self) -> Any:
-        return self.delta_chosen - self.delta_rejected
-
-    @property
-    def chosen_mean(self) -> Any:
-        return self.chosen / self.chosen_tokens
-
-    @property
-    def rejected_mean(self) -> Any:
-        return self.rejected / self.rejected_tokens
+    def __post_init__(self) -> None:
+        self.delta_chosen = self.chosen - self.reference_chosen
+        self.delta_rejected = self.rejected - self.reference_rejected
+        self.h = self.delta_chosen - self.delta_rejected
+        self.chosen_mean = self.chosen / self.chosen_tokens
+        self.rejected_mean = self.rejected / self.rejected_tokens
 
 
 def dpo(a: Answers, o: Options) -> Any:
@@ -158,50 +146,50 @@ def simpo(a: Answers, o: Options) -> Any:
     return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
 
 
+_NAMED = (robust, hinge, ipo, exo, nca, sppo, bco, apo_zero, apo_down, sft, orpo, simpo)
 LOSSES: dict[str, Callable[[Answers, Options], Any]] = {
     "sigmoid": dpo,
-    "robust": robust,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo": exo,
-    "nca": nca,
-    "sppo": sppo,
-    "bco": bco,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "sft": sft,
-    "orpo": orpo,
-    "simpo": simpo,
+    **{loss.__name__: loss for loss in _NAMED},
 }
 REFERENCE_FREE = ("sft", "orpo", "simpo")
 
 
 def answer_logps(
     model: Decoder | None, batch: Batch, segments: Sequence[Any], rng: Any = None, chunk: int = 0
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of answers; all zeros without a model.
 
-    segments: arrays of segment ids [B, P]. Returns (an array of Σ log p, float32 [B, P], for each
-    of them; entropy [B, T]).
+    segments: N arrays of segment ids [B, P]. Returns (Σ log p, float32 [N, B, P]; entropy [B, T]).
     """
+    segments_NBP = jnp.stack(segments)
     if model is None:
-        return [jnp.zeros(s.shape, jnp.float32) for s in segments], jnp.zeros(batch.tokens.shape)
-    logps_BT, entropy_BT = logps(model, batch, rng, chunk=chunk)
-    return [segment_sums(logps_BT, batch.segment_ids, s) for s in segments], entropy_BT
+        return jnp.zeros(segments_NBP.shape), jnp.zeros(batch.tokens.shape)
+    logps_BT, entropy_BT, _ = logps(model, batch, rng, chunk=chunk)
+    return segment_sums(logps_BT, batch.segment_ids, segments_NBP), entropy_BT
 
 
 def answer_lengths(batch: Batch, segments: Any) -> jax.Array:
-    """Number of tokens of each segment's answer, at least 1; float32 [B, P]."""
+    """Number of tokens of each answer, at least 1; float32, in the shape of `segments`."""
     learned = jnp.float32(batch.weights > 0)
     return jnp.maximum(segment_sums(learned, batch.segment_ids, segments), 1.0)
 
 
-def reference_logps(reference: Decoder | None, batch: Batch, chunk: int = 0) -> list[jax.Array]:
-    """[chosen, rejected] log-probabilities under the reference, from the batch or computed."""
-    if batch.chosen_logps is not None:
-        return [batch.chosen_logps, batch.rejected_logps]
+def pair_logps(
+    model: Decoder, reference: Decoder | None, batch: Batch, rng: Any = None, chunk: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities and lengths of the chosen and the rejected answers.
+
+    Returns (the policy's, the reference's, numbers of tokens, float32 [2, B, P] each; entropy
+    [B, T]). The reference's are read from the batch if it has them, and are 0 without a reference.
+    """
     segments = [batch.chosen_segment, batch.rejected_segment]
-    return jax.lax.stop_gradient(answer_logps(reference, batch, segments, chunk=chunk)[0])
+    sums, entropy_BT = answer_logps(model, batch, segments, rng, chunk)
+    if batch.chosen_logps is None:
+        reference_sums, _ = answer_logps(reference, batch, segments, chunk=chunk)
+        reference_sums = jax.lax.stop_gradient(reference_sums)
+    else:
+        reference_sums = jnp.stack([batch.chosen_logps, batch.rejected_logps])
+    return sums, reference_sums, answer_lengths(batch, jnp.stack(segments)), entropy_BT
 
 
 def dpo_loss(
@@ -214,7 +202,7 @@ def dpo_loss(
     length_normalized: bool = False,
     chunk: int = 0,
     **options: float,
-) -> tuple[jax.Array, jax.Array, Metrics]:
+) -> Loss:
     """Returns (Σ over pairs of the weighted losses, number of pairs, metrics).
 
     losses: (name in LOSSES, weight); options: fields of `Options`. length_normalized: divide the
@@ -222,57 +210,40 @@ def dpo_loss(
     the accuracy a tie counts as wrong.
     """
     o = Options(**options)
-    segments = [batch.chosen_segment, batch.rejected_segment]
-    sums, entropy_BT = answer_logps(model, batch, segments, rng, chunk)
-    lengths = [answer_lengths(batch, s) for s in segments]
     uses_reference = any(name not in REFERENCE_FREE for name, _ in losses)
-    reference_sums = reference_logps(reference if uses_reference else None, batch, chunk)
-    tokens = lengths
+    reference = reference if uses_reference else None
+    sums, reference_sums, lengths, entropy_BT = pair_logps(model, reference, batch, rng, chunk)
+    tokens: Any = lengths
     if length_normalized:
-        sums, reference_sums = (
-            [x / n for x, n in zip(xs, lengths, strict=True)] for xs in (sums, reference_sums)
-        )
-        tokens = [1.0, 1.0]
+        sums, reference_sums, tokens = sums / lengths, reference_sums / lengths, (1.0, 1.0)
     baseline = 0.0 if batch.baseline is None else batch.baseline
     a = Answers(*sums, *reference_sums, *tokens, baseline)  # type: ignore[call-issue]
-    mask_BP = batch.chosen_segment > 0
-    pairs = jnp.sum(mask_BP).astype(jnp.float32)
-
-    def total(x_BP: Any) -> jax.Array:
-        return jnp.sum(jnp.where(mask_BP, x_BP, 0.0))
-
+    mask_BP, learned_BT = batch.chosen_segment > 0, batch.weights > 0
+    pairs = jnp.sum(mask_BP, dtype=jnp.float32)
+    total = partial(jnp.sum, where=mask_BP, dtype=jnp.float32)
     with jax.named_scope("loss"):
         loss = total(sum(weight * LOSSES[name](a, o) for name, weight in losses))
     preference = a.h if uses_reference else a.chosen_mean - a.rejected_mean
-    learned_BT = batch.weights > 0
     metrics: Metrics = {
         "accuracy": (total(preference > 0), pairs),
         "margin": (total(o.beta * a.h), pairs),
         "reward_chosen": (total(o.beta * a.delta_chosen), pairs),
         "reward_rejected": (total(o.beta * a.delta_rejected), pairs),
-        "logp_chosen": (total(sums[0]), pairs),
-        "logp_rejected": (total(sums[1]), pairs),
+        "logp_chosen": (total(a.chosen), pairs),
+        "logp_rejected": (total(a.rejected), pairs),
         "nll_chosen": (total(-a.chosen_mean * lengths[0]), total(lengths[0])),
-        "entropy": (jnp.sum(entropy_BT * learned_BT), jnp.sum(learned_BT).astype(jnp.float32)),
+        "entropy": (jnp.sum(entropy_BT * learned_BT), jnp.sum(learned_BT, dtype=jnp.float32)),
     }
     return loss, pairs, jax.lax.stop_gradient(metrics)
 
 
 def dpo_baseline(
-    model: Decoder,
-    reference: Any,
-    batch: Batch,
-    *,
-    beta: float,
-    length_normalized: bool = False,
-    chunk: int = 0,
+    model: Decoder, reference: Any, batch: Batch, *, beta, length_normalized=False, chunk=0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (Σ β Δ, count) over all answers; their ratio is BCO's δ."""
-    segments = [batch.chosen_segment, batch.rejected_segment]
-    sums, _ = answer_logps(model, batch, segments, chunk=chunk)
-    reference_sums = reference_logps(reference, batch, chunk)
-    deltas = jnp.stack(sums) - jnp.stack(reference_sums)
+    sums, reference_sums, lengths, _ = pair_logps(model, reference, batch, chunk=chunk)
+    deltas = sums - reference_sums
     if length_normalized:
-        deltas = deltas / jnp.stack([answer_lengths(batch, s) for s in segments])
+        deltas = deltas / lengths
     mask_BP = batch.chosen_segment > 0
-    return beta * jnp.sum(jnp.where(mask_BP, deltas, 0.0)), 2.0 * jnp.sum(mask_BP)
+    return beta * jnp.sum(deltas, where=mask_BP), 2.0 * jnp.sum(mask_BP)

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxllm.data.batch import Experience
 from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.lm import Metrics, logps
+from jaxllm.objectives.lm import Loss, Metrics, logps
 
 STD_FLOOR = 1e-4  # added to the standard deviation of a group's rewards
 
@@ -42,9 +42,7 @@ def group_advantages(rewards: np.ndarray, group_size: int, *, scale: bool = True
     return np.where(count > 1, advantages, 0.0).reshape(-1).astype(np.float32)
 
 
-def clipped_terms(
-    logp: Any, old: Any, advantage: Any, *, clip: float, clip_high: float
-) -> tuple[Any, Any]:
+def clipped_terms(logp, old, advantage, *, clip=0.2, clip_high=0.2) -> tuple[Any, Any]:
     """Returns (-min(ρ A, clip(ρ) A), True where clipping changes the minimum) per token."""
     ratio = jnp.exp(logp - old)
     plain, clipped = ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip_high) * advantage
@@ -76,25 +74,23 @@ def grpo_loss(
     rng: Any,
     reference: Any = None,
     *,
-    clip: float = 0.2,
-    clip_high: float = 0.2,
     beta: float = 0.0,
     kl: Literal["k1", "k3"] = "k3",
     normalizer: Literal["tokens", "sequence", "constant"] = "tokens",
     max_tokens: int = 1,
     temperature: float = 1.0,
     chunk: int = 0,
-) -> tuple[jax.Array, jax.Array, Metrics]:
+    **clips: float,
+) -> Loss:
     """Returns (Σ loss, weight, metrics). max_tokens: the longest completion, for `constant`.
 
-    Dropout is off, since with dropout the ratio would not start at 1.
+    clips: `clip` and `clip_high`, ε and ε'. Dropout is off, since with dropout the ratio would not
+    start at 1.
     """
-    logp_BT, entropy_BT = logps(model, batch, None, chunk=chunk, temperature=temperature)
+    logp_BT, entropy_BT, _ = logps(model, batch, chunk=chunk, temperature=temperature)
     old_BT, mask_BT, tokens = batch.old_logps, batch.weights, jnp.sum(batch.weights)
     with jax.named_scope("loss"):
-        terms_BT, clipped_BT = clipped_terms(
-            logp_BT, old_BT, batch.advantages, clip=clip, clip_high=clip_high
-        )
+        terms_BT, clipped_BT = clipped_terms(logp_BT, old_BT, batch.advantages, **clips)
         if beta:
             terms_BT = terms_BT + beta * kl_terms(logp_BT, batch.reference_logps, kl)
         weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens)

@@ -20,54 +20,39 @@ import jax.numpy as jnp
 
 from jaxllm.data.batch import Batch
 from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.dpo import answer_logps, reference_logps
-from jaxllm.objectives.lm import Metrics
+from jaxllm.objectives.dpo import answer_logps, pair_logps
+from jaxllm.objectives.lm import Loss, Metrics
 
 
-def answer_terms(
-    delta: Any, z: Any, good: Any, *, beta: float, desirable: float, undesirable: float
-):
+def answer_terms(delta, z, good, *, beta=0.1, desirable=1.0, undesirable=1.0) -> jax.Array:
     """The loss of each answer. delta: float32 [...]; good: bool [...]; z ≥ 0, a scalar."""
     signed = jnp.where(good, delta - z, z - delta)
     return jnp.where(good, desirable, undesirable) * (1 - jax.nn.sigmoid(beta * signed))
 
 
 def kto_loss(
-    model: Decoder,
-    batch: Batch,
-    rng: Any,
-    reference: Decoder | None = None,
-    *,
-    beta: float = 0.1,
-    desirable: float = 1.0,
-    undesirable: float = 1.0,
-    chunk: int = 0,
-) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Returns (Σ loss, number of answers, metrics). batch.baseline: the mean of `kto_baseline`."""
-    segments = [batch.chosen_segment, batch.rejected_segment]
-    sums, _ = answer_logps(model, batch, segments, rng, chunk)
-    reference_sums = reference_logps(reference, batch, chunk)
-    good_BP, bad_BP = (s > 0 for s in segments)
-    deltas = [x - y for x, y in zip(sums, reference_sums, strict=True)]
-    delta_BP = jnp.where(good_BP, *deltas)
+    model: Decoder, batch: Batch, rng: Any, reference: Any = None, *, beta=0.1, chunk=0, **weights
+) -> Loss:
+    """Returns (Σ loss, number of answers, metrics). batch.baseline: the mean of `kto_baseline`.
+
+    weights: `desirable` and `undesirable`, λ_D and λ_U.
+    """
+    sums, reference_sums, _, _ = pair_logps(model, reference, batch, rng, chunk)
+    good_BP, bad_BP = batch.chosen_segment > 0, batch.rejected_segment > 0
+    delta_BP = jnp.where(good_BP, *(sums - reference_sums))
     z = jnp.maximum(batch.baseline, 0.0)
-    counts = [jnp.sum(x).astype(jnp.float32) for x in (good_BP, bad_BP)]
-    answers = counts[0] + counts[1]
-
-    def total(x_BP: Any, mask_BP: Any) -> jax.Array:
-        return jnp.sum(jnp.where(mask_BP, x_BP, 0.0))
-
+    good, bad = jnp.sum(good_BP, dtype=jnp.float32), jnp.sum(bad_BP, dtype=jnp.float32)
     with jax.named_scope("loss"):
-        constants = {"beta": beta, "desirable": desirable, "undesirable": undesirable}
-        loss = total(answer_terms(delta_BP, z, good_BP, **constants), good_BP | bad_BP)
+        terms_BP = answer_terms(delta_BP, z, good_BP, beta=beta, **weights)
+        loss = jnp.sum(terms_BP, where=good_BP | bad_BP)
     metrics: Metrics = {
-        "kl": (jnp.mean(z) * answers, answers),
-        "reward_chosen": (total(beta * delta_BP, good_BP), counts[0]),
-        "reward_rejected": (total(beta * delta_BP, bad_BP), counts[1]),
-        "logp_chosen": (total(sums[0], good_BP), counts[0]),
-        "logp_rejected": (total(sums[1], bad_BP), counts[1]),
+        "kl": (jnp.mean(z) * (good + bad), good + bad),
+        "reward_chosen": (jnp.sum(beta * delta_BP, where=good_BP), good),
+        "reward_rejected": (jnp.sum(beta * delta_BP, where=bad_BP), bad),
+        "logp_chosen": (jnp.sum(sums[0], where=good_BP), good),
+        "logp_rejected": (jnp.sum(sums[1], where=bad_BP), bad),
     }
-    return loss, answers, jax.lax.stop_gradient(metrics)
+    return loss, good + bad, jax.lax.stop_gradient(metrics)
 
 
 def kto_baseline(
@@ -75,8 +60,9 @@ def kto_baseline(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (Σ Δ, count) over prompts with the answer to another prompt."""
     segments = [batch.unpaired_segment]
-    (logps_BP,), _ = answer_logps(model, batch, segments, chunk=chunk)
+    logps_NBP, _ = answer_logps(model, batch, segments, chunk=chunk)
     reference_BP = batch.unpaired_logps
     if reference_BP is None:
         (reference_BP,), _ = answer_logps(reference, batch, segments, chunk=chunk)
-    return jnp.sum(logps_BP - reference_BP), jnp.sum(batch.unpaired_segment > 0).astype(jnp.float32)
+    count = jnp.sum(batch.unpaired_segment > 0, dtype=jnp.float32)
+    return jnp.sum(logps_NBP - reference_BP), count

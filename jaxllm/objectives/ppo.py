@@ -26,8 +26,7 @@ from flax import nnx
 from jaxllm.data.batch import Experience
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import clipped_terms
-from jaxllm.objectives.lm import Metrics
-from jaxllm.ops.cross_entropy import Head, token_logps
+from jaxllm.objectives.lm import Loss, Metrics, hidden_states, logps
 
 
 class ValueParam(nnx.Variable):
@@ -48,14 +47,12 @@ class Value(nnx.Module):
     def __call__(self, batch: Experience, x_BTD: jax.Array) -> jax.Array:
         """Values, float32 [B, T], from the policy's hidden states."""
         if self.trunk is not None:
-            x_BTD = self.trunk.hidden(batch.tokens, batch.segment_ids, batch.positions).x
+            x_BTD = hidden_states(self.trunk, batch)
         x_BTD = x_BTD.astype(jnp.float32)
         return jnp.einsum("btd,do->bt", x_BTD, self.kernel[...]) + self.bias[...]
 
 
-def token_rewards(
-    kl: np.ndarray, scores: np.ndarray, weights: np.ndarray, beta: float
-) -> np.ndarray:
+def token_rewards(kl, scores, weights, beta: float) -> np.ndarray:
     """r_t, float32 [B, T]: -β KL_t at each token of the completion, plus scores [B] at the last."""
     last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, 1)
     rewards = -beta * kl * weights
@@ -63,10 +60,11 @@ def token_rewards(
     return rewards.astype(np.float32)
 
 
-def gae(
-    rewards: np.ndarray, values: np.ndarray, weights: np.ndarray, discount: float, decay: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (advantages, returns), float32 [B, T]; 0 outside the completion, V = 0 after it."""
+def gae(rewards, values, weights, discount, decay) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (advantages, returns), float32 [B, T]; 0 outside the completion, V = 0 after it.
+
+    rewards, values and weights are float32 [B, T]; discount is γ and decay λ.
+    """
     mask_BT = weights > 0
     advantages = np.zeros(rewards.shape, np.float64)
     advantage = next_value = np.zeros(len(rewards))
@@ -117,14 +115,16 @@ def ppo_loss(
     rng: Any,
     reference: Any = None,
     *,
-    clip: float = 0.2,
-    clip_high: float = 0.2,
     clip_value: float = 0.2,
     value_weight: float = 0.1,
     temperature: float = 1.0,
     chunk: int = 0,
-) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Returns (Σ loss, number of tokens, metrics) of a policy with a `Value`. Dropout is off."""
+    **clips: float,
+) -> Loss:
+    """Returns (Σ loss, number of tokens, metrics) of a policy with a `Value`. Dropout is off.
+
+    clips: `clip` and `clip_high` of `grpo.clipped_terms`.
+    """
     logp_BT, entropy_BT, values_BT = act(model, batch, temperature=temperature, chunk=chunk)
     tokens = jnp.sum(batch.weights)
 
@@ -133,9 +133,7 @@ def ppo_loss(
 
     old_BT = batch.old_logps
     with jax.named_scope("loss"):
-        policy_BT, clipped_BT = clipped_terms(
-            logp_BT, old_BT, batch.advantages, clip=clip, clip_high=clip_high
-        )
+        policy_BT, clipped_BT = clipped_terms(logp_BT, old_BT, batch.advantages, **clips)
         value_BT, limited_BT = value_terms(values_BT, batch.old_values, batch.returns, clip_value)
         loss, _ = total(policy_BT + value_weight * value_BT)
     metrics: Metrics = {
@@ -156,8 +154,7 @@ def act(
 
     The first two are 0 outside the completion; V is 0 without a critic.
     """
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions).x
-    head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
-    terms: Any = token_logps(model.head_terms(x_BTD), batch.targets, batch.weights, head)
-    no_critic = model.value is None
-    return *terms, jnp.zeros(batch.tokens.shape) if no_critic else model.value(batch, x_BTD)
+    logp_BT, entropy_BT, x_BTD = logps(model, batch, chunk=chunk, temperature=temperature)
+    if model.value is None:
+        return logp_BT, entropy_BT, jnp.zeros(batch.tokens.shape)
+    return logp_BT, entropy_BT, model.value(batch, x_BTD)

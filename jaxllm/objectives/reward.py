@@ -11,6 +11,7 @@ Dims: B rows, T tokens, D model width, P pairs per row.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,52 +19,40 @@ import jax.numpy as jnp
 
 from jaxllm.data.batch import Batch
 from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.lm import Metrics
+from jaxllm.objectives.lm import Loss, hidden_states
 
 
-def pair_terms(
-    chosen: jax.Array, rejected: jax.Array, margin: jax.Array, *, centering: float = 0.0
-) -> jax.Array:
+def pair_terms(chosen, rejected, margin, *, centering: float = 0.0) -> jax.Array:
     """The loss of each pair; all arrays are float32 [...]."""
     offset = centering * jnp.square(chosen + rejected)
     return -jax.nn.log_sigmoid(chosen - rejected - margin) + offset
 
 
 def reward_loss(
-    model: Decoder,
-    batch: Batch,
-    rng: Any,
-    reference: Any = None,
-    *,
-    centering: float = 0.0,
-) -> tuple[jax.Array, jax.Array, Metrics]:
+    model: Decoder, batch: Batch, rng: Any, reference: Any = None, *, centering: float = 0.0
+) -> Loss:
     """Returns (Σ loss, number of pairs, metrics). In the accuracy a tie counts as wrong.
 
     reward_min and reward_max are extremes of a micro-batch, averaged over micro-batches.
     """
-    x_BTD = model.hidden(batch.tokens, batch.segment_ids, batch.positions, rng=rng).x
-    chosen_BP = model.scores(x_BTD, batch.segment_ids, batch.chosen_segment)
-    rejected_BP = model.scores(x_BTD, batch.segment_ids, batch.rejected_segment)
+    x_BTD = hidden_states(model, batch, rng)
+    with jax.named_scope("head"):
+        chosen_BP = model.scores(x_BTD, batch.segment_ids, batch.chosen_segment)
+        rejected_BP = model.scores(x_BTD, batch.segment_ids, batch.rejected_segment)
     mask_BP = batch.chosen_segment > 0
-    pairs = jnp.sum(mask_BP).astype(jnp.float32)
+    pairs = jnp.sum(mask_BP, dtype=jnp.float32)
     has_pairs = jnp.float32(pairs > 0)
-
-    def total(x_BP: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(mask_BP, x_BP, 0.0))
-
-    def extreme(reduce: Any, empty: float, *values: jax.Array) -> jax.Array:
-        value = reduce(jnp.stack([jnp.where(mask_BP, v, empty) for v in values]))
-        return jnp.where(pairs > 0, value, 0.0)
-
-    inf = float("inf")
+    total = partial(jnp.sum, where=mask_BP, dtype=jnp.float32)
+    with jax.named_scope("loss"):
+        loss = total(pair_terms(chosen_BP, rejected_BP, batch.margin, centering=centering))
+    low = jnp.min(jnp.minimum(chosen_BP, rejected_BP), where=mask_BP, initial=jnp.inf)
+    high = jnp.max(jnp.maximum(chosen_BP, rejected_BP), where=mask_BP, initial=-jnp.inf)
     metrics = {
         "accuracy": (total(chosen_BP > rejected_BP), pairs),
         "margin": (total(chosen_BP - rejected_BP), pairs),
         "reward_mean": (total(chosen_BP + rejected_BP), 2 * pairs),
         "reward_square": (total(jnp.square(chosen_BP) + jnp.square(rejected_BP)), 2 * pairs),
-        "reward_min": (extreme(jnp.min, inf, chosen_BP, rejected_BP), has_pairs),
-        "reward_max": (extreme(jnp.max, -inf, chosen_BP, rejected_BP), has_pairs),
+        "reward_min": (jnp.where(pairs > 0, low, 0.0), has_pairs),
+        "reward_max": (jnp.where(pairs > 0, high, 0.0), has_pairs),
     }
-    with jax.named_scope("loss"):
-        loss = total(pair_terms(chosen_BP, rejected_BP, batch.margin, centering=centering))
     return loss, pairs, jax.lax.stop_gradient(metrics)

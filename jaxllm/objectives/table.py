@@ -22,13 +22,11 @@ from jaxllm.objectives.reward import reward_loss
 class Objective:
     """The functions of an objective, with its hyperparameters bound."""
 
-    loss: Callable[..., Any]
-    """(model, batch, rng, reference) -> (Σ loss, weight, {metric: (Σ, weight)})"""
-    compares: bool = False
-    """true if the loss needs the reference model"""
+    loss: Callable[..., Any]  # (model, batch, rng, reference) -> lm.Loss
+    compares: bool = False  # true if the loss needs the reference model
+    # (model, reference, batch) -> (Σ, weight), a mean over all rows of an update. The loss reads it
+    # as `batch.baseline`, so that it does not depend on the division into micro-batches.
     baseline: Callable[..., Any] | None = None
-    """(model, reference, batch) -> (Σ, weight), a mean over all rows of an update; the loss reads
-    it as `batch.baseline`, so that it does not depend on the division into micro-batches"""
 
 
 def _language(cfg: TrainConfig) -> Objective:
@@ -36,14 +34,14 @@ def _language(cfg: TrainConfig) -> Objective:
 
 
 def _dpo(cfg: TrainConfig) -> Objective:
-    align, chunk = cfg.align, cfg.model.loss_chunk
+    align = cfg.align
     names = align.loss if cfg.objective == "dpo" else (cfg.objective,)
-    weights = align.loss_weights or (1.0,) * len(names)
+    losses = tuple(zip(names, align.loss_weights or (1.0,) * len(names), strict=True))
     assert align.beta is not None  # resolve
-    shared = {"beta": align.beta, "length_normalized": align.length_normalized, "chunk": chunk}
-    losses = tuple(zip(names, weights, strict=True))
-    options = {"label_smoothing": align.label_smoothing, "gamma": align.gamma}
-    loss = partial(dpo_loss, losses=losses, **shared, **options)
+    shared: dict[str, Any] = {"beta": align.beta, "length_normalized": align.length_normalized}
+    shared["chunk"] = cfg.model.loss_chunk
+    smoothing, gamma = align.label_smoothing, align.gamma
+    loss = partial(dpo_loss, losses=losses, label_smoothing=smoothing, gamma=gamma, **shared)
     baseline = partial(dpo_baseline, **shared) if "bco" in names else None
     return Objective(loss, not set(names) <= set(REFERENCE_FREE), baseline)
 

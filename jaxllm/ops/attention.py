@@ -25,7 +25,6 @@ from jaxllm.ops.residuals import saveable
 __all__ = ["EVERYWHERE", "attention", "notes"]
 
 
-@jax.named_scope("attention")
 def attention(
     q_BTHK: jax.Array,
     k_BNSK: jax.Array,

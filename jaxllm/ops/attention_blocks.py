@@ -40,40 +40,36 @@ def block_size(length: int) -> int:
 
 
 def attend(
-    q_BTHK: jax.Array,
-    k_BNSK: jax.Array,
-    v_BNSV: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
-    q_positions: jax.Array,
+    q_BTHK,
+    k_BNSK,
+    v_BNSV,
+    q_segments,
+    k_segments,
+    q_positions,
     *,
     size: int,
-    offset: jax.Array | int,
-    window: Any,
-    softcap: float,
-    scale: float,
+    offset: Any,
+    **options,
 ) -> jax.Array:
-    """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T."""
+    """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T.
+
+    options: window, scale and softcap.
+    """
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
-    front: Any = (
-        -offset % size if size < T else 0
-    )  # blocks of keys begin where blocks of queries do
+    # Blocks of keys begin where blocks of queries do.
+    front: Any = -offset % size if size < T else 0
     queries = partial(_split, size=size)
     keys = partial(_split, size=size if size < T else S, front=front)
-    q = (
-        queries(q_BTHK.astype(k_BNSK.dtype), 1)
-        .reshape(-1, B, size, N, H // N, K)
-        .transpose(0, 1, 3, 4, 2, 5)
-    )
-    k, v = keys(k_BNSK, 2), keys(v_BNSV, 2)
+    q = queries(q_BTHK.astype(k_BNSK.dtype), 1).reshape(-1, B, size, N, H // N, K)
+    q, k, v = q.transpose(0, 1, 3, 4, 2, 5), keys(k_BNSK, 2), keys(v_BNSV, 2)
     where = (
         queries(q_segments, 1, fill=NOWHERE),
         keys(k_segments, 1, fill=NOWHERE),
         queries(q_positions, 1),
         (jnp.asarray(offset), jnp.asarray(-front)),
     )
-    out: Any = _attend(q, k, v, where, window, scale, softcap)  # [n, B, N, G, size, V]
+    out: Any = _attend(q, k, v, where, **options)  # [n, B, N, G, size, V]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -120,6 +116,15 @@ def _visible_pairs(where: Any, window: Any) -> tuple[jax.Array, jax.Array, jax.A
     return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
 
 
+def _block(x: jax.Array, i: Any) -> jax.Array:
+    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _merged(x: jax.Array) -> jax.Array:
+    """[B, N, G, T, ...] -> [B, N, G * T, ...]"""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(q, k, v, where, window: Any, scale: float, softcap: float) -> Any:
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
@@ -130,18 +135,14 @@ def _attend(q, k, v, where, window: Any, scale: float, softcap: float) -> Any:
     return _forward(q, k, v, where, window, scale, softcap)[0]
 
 
-def _block(x: jax.Array, i: Any) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
-
-
 def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
     """Scores of two blocks, float32 [B, N, G, T, S]; MASKED where a query does not see a key.
 
     They are scaled in float32: a bfloat16 scale or product would be off by up to 0.4 %.
     """
     q_segments, k_segments, q_positions, (first_query, first_key) = where
-    (_, B, N, G, T, K), S = q.shape, k.shape[3]
-    scores = _product(_block(q, i).reshape(B, N, G * T, K), _block(k, j), (3, 3))
+    (_, B, N, G, T, _), S = q.shape, k.shape[3]
+    scores = _product(_merged(_block(q, i)), _block(k, j), (3, 3))
     scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
     segments = _block(q_segments, i), _block(k_segments, j)
     indices = first_query + i * T + jnp.arange(T), first_key + j * S + jnp.arange(S)
@@ -156,8 +157,7 @@ def _over_pairs(visit: Any, sums: Any, where: Any, window: Any) -> Any:
 
 
 def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
-    n, B, N, G, T, _ = q.shape
-    V = v.shape[-1]
+    shape = (*q.shape[:-1], v.shape[-1])  # [n, B, N, G, T, V]
 
     def one_pair(i: Any, j: Any) -> tuple[jax.Array, ...]:
         """max(scores), Σ exp(scores - max) and Σ exp(scores - max) v of a pair of blocks."""
@@ -165,22 +165,22 @@ def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
         top = jnp.max(scores, -1, keepdims=True)
         probs = jnp.exp(scores - top)
         total = jnp.sum(probs, -1, keepdims=True)
-        weighted = _product(probs.astype(v.dtype).reshape(B, N, G * T, -1), _block(v, j), (3, 2))
-        return top, total, weighted.reshape(B, N, G, T, V)
+        weighted = _product(_merged(probs.astype(v.dtype)), _block(v, j), (3, 2))
+        return top, total, weighted.reshape(shape[1:])
 
     def visit(i: Any, j: Any, sums: Any) -> Any:
         old, new = [_block(x, i) for x in sums], one_pair(i, j)
         top = jnp.maximum(old[0], new[0])
-        parts = [(jnp.exp(x[0] - top), x) for x in (old, new)]
-        total, weighted = (sum(factor * x[index] for factor, x in parts) for index in (1, 2))
-        updates = zip(sums, (top, total, weighted), strict=True)
+        keep, add = jnp.exp(old[0] - top), jnp.exp(new[0] - top)
+        merged = (top, *(keep * x + add * y for x, y in zip(old[1:], new[1:], strict=True)))
+        updates = zip(sums, merged, strict=True)
         return tuple(lax.dynamic_update_index_in_dim(x, y, i, 0) for x, y in updates)
 
-    if n == len(k) == 1:
+    if len(q) == len(k) == 1:
         top, total, weighted = (x[None] for x in one_pair(0, 0))
     else:
-        zeros = jnp.zeros((*q.shape[:-1], 1), jnp.float32)
-        start = (zeros + MASKED, zeros, jnp.zeros((*q.shape[:-1], V), jnp.float32))
+        zeros = jnp.zeros((*shape[:-1], 1), jnp.float32)
+        start = (zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
         top, total, weighted = _over_pairs(visit, start, where, window)
     out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
     lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
@@ -189,33 +189,29 @@ def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
 
 def _backward(scale: float, softcap: float, saved, g):
     q, k, v, where, window, out, lse = saved
-    n, B, N, G, T, K = q.shape
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
-
-    def merged(x: jax.Array) -> jax.Array:
-        """[B, N, G, T, ...] -> [B, N, G * T, ...]"""
-        return x.reshape(B, N, G * T, x.shape[-1])
 
     def visit(i: Any, j: Any, sums: Any) -> Any:
         scores = _scores(q, k, where, i, j, scale, window, softcap)
         probs = jnp.exp(scores - _block(lse, i)[..., None])
-        slope = _product(merged(_block(g, i)), _block(v, j), (3, 3)).reshape(probs.shape)
+        slope = _product(_merged(_block(g, i)), _block(v, j), (3, 3)).reshape(probs.shape)
         slope = probs * (slope - _block(inner, i)[..., None])
         if softcap:
             capped = jnp.where(scores > MASKED / 10, scores, 0.0)
             slope = slope * (1.0 - jnp.square(capped / softcap))
-        slope = merged((scale * slope).astype(q.dtype))
-        dq = _product(slope, _block(k, j), (3, 2)).reshape(B, N, G, T, K)
-        dk = _product(slope, merged(_block(q, i)), (2, 2))
-        dv = _product(merged(probs.astype(v.dtype)), merged(_block(g, i)), (2, 2))
+        slope = _merged((scale * slope).astype(q.dtype))
+        dq = _product(slope, _block(k, j), (3, 2)).reshape(q.shape[1:])
+        dk = _product(slope, _merged(_block(q, i)), (2, 2))
+        dv = _product(_merged(probs.astype(v.dtype)), _merged(_block(g, i)), (2, 2))
         updates = zip(sums, (dq, dk, dv), (i, j, j), strict=True)
         return tuple(
             lax.dynamic_update_index_in_dim(x, _block(x, n) + dx, n, 0) for x, dx, n in updates
         )
 
     sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    sums = visit(0, 0, sums) if n == len(k) == 1 else _over_pairs(visit, tuple(sums), where, window)
+    one_block = len(q) == len(k) == 1
+    sums = visit(0, 0, sums) if one_block else _over_pairs(visit, tuple(sums), where, window)
     return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None, None
 
 

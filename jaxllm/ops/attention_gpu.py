@@ -27,25 +27,17 @@ IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's name
 TOKAMAX_VERSIONS = ("0.0.17",)
 
 
-def choose(
-    kernel: str,
-    *,
-    dtype: Any,
-    softcap: float,
-    head_dims: tuple[int, int] = (0, 0),
-    prefix: bool = False,
-) -> tuple[str, str]:
+def choose(kernel: str, **facts: Any) -> tuple[str, str]:
     """(kernel to run, why it is not a faster one) for `kernel` = auto | xla | mosaic | triton.
 
-    dtype is that of q, head_dims those of (q, v); prefix: keys precede each text. The platform is
-    that of the mesh in context. "auto" is mosaic on Hopper, the fastest kernel there in
+    facts: keyword arguments of `obstacle`. "auto" is mosaic on Hopper, the fastest kernel there in
     benchmarks/results, and xla where mosaic cannot run. Raises UserError for a requested kernel
     that cannot run.
     """
     if kernel == "xla":
         return "xla", ""
     name = "mosaic" if kernel == "auto" else kernel
-    reason = _obstacle(name, dtype, softcap, head_dims, prefix)
+    reason = obstacle(name, **facts)
     if not reason and kernel == "auto" and jax.devices()[0].compute_capability[:2] != "9.":
         reason = "mosaic is the fastest kernel on Hopper only"
     if not reason:
@@ -55,10 +47,11 @@ def choose(
     raise UserError(f"model.attention: {kernel} cannot run: {reason}; set it to auto or xla")
 
 
-def _obstacle(
-    kernel: str, dtype: Any, softcap: float, head_dims: tuple[int, int], prefix: bool
-) -> str:
-    """Why the kernel cannot run; empty if it can."""
+def obstacle(kernel: str, *, dtype: Any, softcap: float, head_dims=(0, 0), prefix=False) -> str:
+    """Why the kernel cannot run on the platform of the mesh in context; empty if it can.
+
+    dtype is that of q, head_dims those of (q, v); prefix: keys precede each text.
+    """
     if platform() != "gpu":
         return f"it needs an NVIDIA GPU, and this program is for a {platform().upper()}"
     if jax.devices()[0].platform != "gpu":
@@ -78,17 +71,7 @@ def _obstacle(
     return "keys of a prefix precede each text" if prefix else ""
 
 
-def run(
-    kernel: str,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    *,
-    scale: float,
-    window: jax.Array | int | None,
-    softcap: float,
-) -> jax.Array:
+def run(kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: float) -> jax.Array:
     """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, T, N, K].
 
     segments are int32 [B, T]. tokamax.dot_product_attention would take them as a mask [B, 1, T, T],

@@ -14,22 +14,16 @@ EVERYWHERE = -1  # segment id of keys that every query sees: a prefix that prece
 NOWHERE = -2  # segment id of what fills a row's last block
 
 
-def visible(
-    q_segments: jax.Array,
-    k_segments: jax.Array,
-    q_positions: jax.Array,
-    q_indices: jax.Array,
-    k_indices: jax.Array,
-    window: jax.Array | int | None,
-) -> jax.Array:
+def visible(q_segments, k_segments, q_positions, q_indices, k_indices, window) -> jax.Array:
     """True where a query sees a key, bool [B, T, S].
 
     A query sees the keys of its own segment at or before its own index, and those of EVERYWHERE;
     with a window, only those fewer than `window` tokens away.
 
     q_segments [B, T] and k_segments [B, S] are segment ids, q_positions [B, T] positions within the
-    texts, q_indices [T] and k_indices [S] indices among the keys; all are int32. Keys of EVERYWHERE
-    precede each text, so their distance is counted from the query's position, not from its index.
+    texts, q_indices [T] and k_indices [S] indices among the keys; all are int32. window is an int,
+    an int32 scalar, or None for no limit. Keys of EVERYWHERE precede each text, so their distance
+    is counted from the query's position, not from its index.
     """
     everywhere = (k_segments == EVERYWHERE)[:, None, :]
     same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_indices <= q_indices[:, None])

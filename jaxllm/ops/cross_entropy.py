@@ -36,33 +36,21 @@ def _parts(rows: int) -> int:
     return parts if rows % parts == 0 else 1
 
 
-def _chunks(x: jax.Array, count: int, size: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, size, ...], zero-padded at the end.
-
-    Chunks are ranges of a row's tokens, so every device works on its own rows in each chunk.
-    """
-    pad = [(0, 0), (0, count * size - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad).reshape(x.shape[0], count, size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-
 class Head(NamedTuple):
     """How logits become a loss. All fields are static."""
 
-    softcap: float = 0.0
-    """logits are within (-softcap, softcap); 0 = unbounded"""
-    z_loss: float = 0.0
-    """coefficient of the squared log-partition function"""
-    chunk: int = 0
-    """tokens per device whose logits exist at one time; 0 = `default_chunk`"""
-    temperature: float = 1.0
-    """divisor of the logits"""
+    softcap: float = 0.0  # logits are within (-softcap, softcap); 0 = unbounded
+    z_loss: float = 0.0  # coefficient of the squared log-partition function
+    chunk: int = 0  # tokens per device whose logits exist at one time; 0 = `default_chunk`
+    temperature: float = 1.0  # divisor of the logits
 
 
 def _chunk_terms(hs, kernels, targets, head: Head):
     """(loss, nll, correct, entropy) of each token, [4, B, C], and the gradient of its loss with
     respect to its logits, [B, C, V], for one chunk."""
-    raw = [product(h, w, (h.ndim - 1, 0), jnp.float32) for h, w in zip(hs, kernels, strict=True)]
+    pairs = zip(hs, kernels, strict=True)
+    with jax.named_scope("head"):
+        raw = [product(h, w, (h.ndim - 1, 0), jnp.float32) for h, w in pairs]
     capped = softcapped(sum(raw[1:], raw[0]), head.softcap)
     logits = capped if head.temperature == 1 else capped / head.temperature
     top = jnp.max(logits, -1, keepdims=True)
@@ -93,7 +81,7 @@ def _chunk_terms(hs, kernels, targets, head: Head):
 def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None = None) -> Any:
     """(values [4, B, T] of `_chunk_terms`, gradients of the hs, gradients of the kernels).
 
-    The gradients are those of Σ weight · loss.
+    The gradients are those of Σ weight · loss, in the dtypes of the hs and the kernels.
     trained: which kernels need a gradient; None: no gradients, not of h either. Tokens of weight 0
     have values of 0: the others are moved to the front of their rows, and chunks of weight 0 are
     skipped.
@@ -113,7 +101,17 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
         return jnp.take_along_axis(x, order.reshape(B, -1, *[1] * (x.ndim - 2)), 1)
 
     def split(x):
-        return _chunks(reordered(x, order), count, size)
+        """[B, T, ...] -> [count, B, size, ...], zero-padded at the end.
+
+        Chunks are ranges of a row's tokens, so every device works on its own rows in each chunk.
+        """
+        pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(reordered(x, order), pad)
+        return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
+
+    def joined(x):
+        """[count, B, size, ...] -> [B, T, ...], tokens in their original order."""
+        return reordered(jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:]), original)
 
     def body(i, sums):
         dws, values, dhs = sums
@@ -123,28 +121,24 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
         if trained is None:
             return dws, values, dhs
         slope = (slope * wc[..., None]).astype(hs[0].dtype)
-        chunk_dhs = [product(slope, w, (2, 1), h.dtype) for h, w in zip(hc, ws, strict=True)]
-        pairs = zip(dhs, chunk_dhs, strict=True)
-        dhs = [lax.dynamic_update_index_in_dim(x, dh, i, 0) for x, dh in pairs]
 
-        def add(dw, h):
+        def updated(dhs, h, w):
+            return lax.dynamic_update_index_in_dim(dhs, product(slope, w, (2, 1), h.dtype), i, 0)
+
+        def added(dw, h):
             # Each device sums over its own rows, so one all-reduce follows, not one per chunk.
-            part = device_gradients(
-                h.reshape(parts, -1, h.shape[-1]), slope.reshape(parts, -1, slope.shape[-1])
-            )
+            by_device = (x.reshape(parts, -1, x.shape[-1]) for x in (h, slope))
             # The barrier keeps XLA from folding the transpose of a tied embedding into the product
             # of a single chunk, for which XLA:CPU has no bfloat16 kernel.
-            return constrain(dw + lax.optimization_barrier(part), "batch", None, "vocab")
+            part = lax.optimization_barrier(device_gradients(*by_device))
+            return constrain(dw + part, "batch", None, "vocab")
 
-        dws = [None if dw is None else add(dw, h) for dw, h in zip(dws, hc, strict=True)]
+        with jax.named_scope("head"):
+            dhs = [updated(*xs) for xs in zip(dhs, hc, ws, strict=True)]
+            dws = [None if dw is None else added(dw, h) for dw, h in zip(dws, hc, strict=True)]
         return dws, values, dhs
 
     original = jnp.argsort(order, axis=1)
-
-    def joined(x):
-        """[count, B, size, ...] -> [B, T, ...], tokens in their original order."""
-        return reordered(jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:]), original)
-
     dws = [
         jnp.zeros((parts, *w.shape), jnp.float32) if needs_gradient else None
         for w, needs_gradient in zip(ws, trained or [False] * len(ws), strict=True)
@@ -158,13 +152,12 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
     values = jnp.where(needed, values, 0.0)
     if dhs is None:
         return values, None, None
-    dws = [None if dw is None else jnp.sum(dw, 0) for dw in dws]
+    kernels = [w for _, w in terms]
+    dws = [
+        None if dw is None else jnp.sum(dw, 0).astype(w.dtype)
+        for dw, w in zip(dws, kernels, strict=True)
+    ]
     return values, [joined(dh) for dh in dhs], dws
-
-
-def _rounded(dws: Any, kernels: Any) -> Any:
-    """Gradients of kernels, cast to the kernels' dtypes."""
-    return [None if d is None else d.astype(w.dtype) for d, w in zip(dws, kernels, strict=True)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -182,19 +175,13 @@ def cross_entropy(terms, targets, weights, head: Head) -> Any:
 def _forward(terms: Any, targets: Any, weights: Any, head: Head):
     trained = [w.perturbed for _, w in terms]
     pairs = [(h.value, w.value) for h, w in terms]
-    values, dhs, dws = _over_chunks(pairs, targets.value, weights.value, head, trained)
-    sums = jnp.sum(values * weights.value, (1, 2))
-    return sums, (dhs, _rounded(dws, [w for _, w in pairs]))
+    values, *gradients = _over_chunks(pairs, targets.value, weights.value, head, trained)
+    return jnp.sum(values * weights.value, (1, 2)), gradients
 
 
 def _backward(head: Head, residuals, g):
-    dhs, dws = residuals
-
-    def scaled(d):
-        return None if d is None else d * g[0].astype(d.dtype)
-
-    pairs = [(scaled(dh), scaled(dw)) for dh, dw in zip(dhs, dws, strict=True)]
-    return pairs, None, None
+    dhs, dws = jax.tree.map(lambda d: d * g[0].astype(d.dtype), residuals)
+    return list(zip(dhs, dws, strict=True)), None, None
 
 
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -232,8 +219,7 @@ def _logps_backward(head: Head, residuals, g):
     pairs, targets, ones = inputs
     trained = [w is not None for w in structure]
     _, dhs, dws = _over_chunks(pairs, targets, weights * ones, head, trained)
-    gradients = zip(dhs, _rounded(dws, [w for _, w in pairs]), strict=True)
-    return list(gradients), None, None
+    return list(zip(dhs, dws, strict=True)), None, None
 
 
 token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)

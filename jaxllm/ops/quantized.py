@@ -87,8 +87,6 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
 
     `place` puts each resulting array on its devices. Raises UserError if no nf4 tile divides I.
     """
-    if kind == "nf4":
-        _tile(kernel.shape[1])
     layers = [_quantize_layer(w, kind) for w in kernel]
     return jax.tree.map(lambda *leaves: place(jnp.stack(leaves)), *layers)
 
@@ -96,7 +94,7 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
 def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
     """A layer's kernel [I, O] in `dtype`, replicated along fsdp.
 
-    Of a Quantized one the codes are gathered, then dequantised.
+    The codes of a Quantized kernel are gathered before they are dequantised.
     """
     if not isinstance(w, Quantized):
         return gathered(w.astype(dtype), axes)
@@ -104,11 +102,6 @@ def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
     if w.kind == "int8":
         return (codes.astype(jnp.float32) * scale).astype(dtype)
     codes = jnp.stack([codes & 15, codes >> 4], 1).reshape(scale.shape[0], -1, scale.shape[1])
-    values = _levels().at[codes].get(mode="promise_in_bounds") * scale[:, None]
+    levels = qwix.dequantize(qwix.QArray(jnp.arange(16, dtype=jnp.uint8), jnp.ones(1), None, "nf4"))
+    values = levels.at[codes].get(mode="promise_in_bounds") * scale[:, None]
     return values.reshape(-1, scale.shape[1]).astype(dtype)
-
-
-def _levels() -> jax.Array:
-    """Values of the 16 codes of nf4, float32."""
-    codes = qwix.QArray(jnp.arange(16, dtype=jnp.uint8), jnp.ones(1), None, "nf4")
-    return qwix.dequantize(codes)

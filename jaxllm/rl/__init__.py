@@ -5,5 +5,5 @@ rewards.py  reward models and reward functions: load, score, evaluate, best of n
 online.py   prompts -> completions -> rewards -> advantages -> batches for the step
 
 Losses and estimators are in objectives/ppo.py and objectives/grpo.py, sampling in sampling.py.
-May import those, data, monitor and hf; only training and the CLI import it (evaluate: rewards).
+May import those, chat, data and monitor; only training and the CLI import it (evaluate: rewards).
 """

@@ -9,10 +9,9 @@ a row, N new tokens of a completion at most.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,7 @@ from jaxllm.data.chat import stop_ids
 from jaxllm.data.loader import ordered
 from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
-from jaxllm.mesh import put
+from jaxllm.mesh import data_parallel, put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import KlController, act, gae, token_rewards, whiten
 from jaxllm.rl.rewards import Completion, Reward
@@ -39,62 +38,74 @@ Sums = dict[str, tuple[float, float]]  # {metric: (Σ, weight)}
 SAMPLES = 4  # completions of a rollout that are written to samples.jsonl
 
 
-def online_steps(cfg: TrainConfig, prompts: int) -> int:
-    """Updates of a run over a number of prompts, rounded up to complete rollouts."""
-    rl, stride = cfg.rl, updates_per_rollout(cfg)
-    if cfg.steps:
-        return -(-cfg.steps // stride) * stride
-    completions = Fraction(str(cfg.epochs)) * prompts * (rl.group_size or 1)
-    return math.ceil(completions / (cfg.batch_size * rl.minibatches)) * stride
-
-
 def updates_per_rollout(cfg: TrainConfig) -> int:
     """Updates that learn from one rollout. A run stops, saves and resumes only between rollouts."""
     return cfg.rl.minibatches * (cfg.rl.iterations or 1)
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """Completions with their rewards, and what the models say about their tokens.
+
+    The last four fields are float32 [R, T], 0 where nothing is learned.
+    """
+
+    sampled: Completions
+    rows: dict[str, np.ndarray]
+    """fields of `Batch`, [R, T]: each prompt with its completion"""
+    scores: dict[str, np.ndarray]
+    """{reward: float32 [R]}, NaN where it gives none"""
+    rewards: np.ndarray
+    """float64 [R]: their weighted sum, NaN if there is none"""
+    logps: np.ndarray
+    entropy: np.ndarray
+    values: np.ndarray
+    reference_logps: Any = None
+    """None without a reference"""
+
+
 class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
-    rows: prompts; count: micro-batches of an update.
+    rows: prompts; models, frozen: those of the step; sample: writes a line of samples.jsonl; state:
+    of a checkpoint, {} for a new run.
     """
 
-    def __init__(self, cfg: TrainConfig, mesh: Mesh, rows: Rows, count: int, start: int):
-        rl = cfg.rl
-        assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
-        self.cfg, self.mesh, self.count = cfg, mesh, count
-        self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
-        self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
-        self.controller = KlController(cfg.align.beta, rl.kl_target)
-        self.longest = max(part.longest for part in rows.parts)  # one program for all rollouts
-        self.experience: dict[str, np.ndarray] = {}
-
-    def begin(
+    def __init__(
         self,
+        cfg: TrainConfig,
+        mesh: Mesh,
+        rows: Rows,
         models: Models,
         frozen: Any,
         rewards: Sequence[Reward],
         tokenizer: Any,
         sample: Callable[..., None],
-    ) -> None:
-        """Sets what a rollout needs. models, frozen: those of the step; sample: writes a line of
-        samples.jsonl."""
-        self.models, self.frozen = models, frozen
+        *,
+        state: dict[str, float],
+    ):
+        rl = cfg.rl
+        assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
+        self.cfg, self.mesh, self.models, self.frozen = cfg, mesh, models, frozen
+        self.tokenizer, self.sample = tokenizer, sample
         self.rewards = {reward.name: reward for reward in rewards}
         if len(self.rewards) < len(rewards):  # two have the same name: use the config's longer ones
-            self.rewards = dict(zip(self.cfg.rl.rewards, rewards, strict=True))
-        self.tokenizer, self.sample = tokenizer, sample
-        rl = self.cfg.rl
+            self.rewards = dict(zip(rl.rewards, rewards, strict=True))
+        self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
+        self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
+        self.longest = max(part.longest for part in rows.parts)  # one program for all rollouts
+        self.controller = KlController(state.get("beta", cfg.align.beta), rl.kl_target)
         self.sampling = Sampling(
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
-        forward = partial(act, temperature=rl.temperature, chunk=self.cfg.model.loss_chunk)
+        self.experience: dict[str, np.ndarray] = {}
+        forward = partial(act, temperature=rl.temperature, chunk=cfg.model.loss_chunk)
 
         def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
-            """Log-probabilities, entropies and values of the rows' tokens, float32 [A, B, T]."""
+            """The last fields of `Rollout` for rows [A, B, T]."""
 
             def micro_batch(rows: Experience) -> Any:
-                policy, reference = self.models(trainable, frozen)
+                policy, reference = models(trainable, frozen)
                 logps, entropy, values = forward(policy, rows)
                 out = {"logps": logps, "entropy": entropy, "values": values}
                 if reference is not None:
@@ -109,66 +120,66 @@ class Rollouts:
         """What a checkpoint saves besides the weights."""
         return {"beta": self.controller.beta}
 
-    def restore(self, state: dict[str, float]) -> None:
-        """Restores the `state` of a checkpoint; {} for a new run."""
-        self.controller.beta = state.get("beta", self.controller.beta)
-
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:
         """(batch [A, B, T] of update `step`, from 0; the metrics of a rollout made for it)."""
         cfg = self.cfg
         number, update = divmod(step, updates_per_rollout(cfg))
         metrics: Sums = {}
         if update == 0:
-            self.experience, metrics = self._rollout(number, trainable)
+            self.experience, metrics = self._rollout(number, step + 1, trainable)
         iteration, minibatch = divmod(update, cfg.rl.minibatches)
         order = np.random.default_rng((cfg.seed, number, iteration)).permutation(self.size)
         rows = order[minibatch * cfg.batch_size : (minibatch + 1) * cfg.batch_size]
-        fields = {
-            name: x[rows].reshape(self.count, -1, x.shape[1]) for name, x in self.experience.items()
-        }
-        return Experience(**put(self.mesh, fields)), metrics
+        return self._batch({name: x[rows] for name, x in self.experience.items()}), metrics
 
-    def _rollout(self, number: int, trainable: Any) -> tuple[dict[str, np.ndarray], Sums]:
-        """(fields of Experience [R, T], metrics) of rollout `number`."""
-        start, rl = time.perf_counter(), self.cfg.rl
+    def _batch(self, fields: dict[str, np.ndarray]) -> Experience:
+        """Rows [R, T] in micro-batches [A, B, T] on the devices."""
+        size = self.cfg.micro_batch_size * data_parallel(self.mesh)
+        split = {name: x.reshape(-1, size, x.shape[1]) for name, x in fields.items()}
+        return Experience(**put(self.mesh, split))
+
+    def _rollout(
+        self, number: int, step: int, trainable: Any
+    ) -> tuple[dict[str, np.ndarray], Sums]:
+        """(fields of Experience [R, T], metrics) of a rollout. step: of the first update that
+        learns from it, from 1."""
+        start, cfg = time.perf_counter(), self.cfg
         groups: Any = self.prompts[number]
         prompts = [prompt for prompt in groups for _ in range(self.group)]
         graph, params = nnx.split(self.models(trainable, self.frozen)[0])
-        key = jax.random.fold_in(jax.random.key(self.cfg.seed), number)
+        key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         tokens = [prompt["tokens"].tolist() for prompt in prompts]
         sampled = completions(
             graph, params, tokens, self.sampling, mesh=self.mesh, key=key, longest=self.longest
         )
-        stops = set(self.sampling.stop_ids)
-        texts = [
-            self.tokenizer.decode([t for t in row[:n] if t not in stops])
-            for row, n in zip(sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)
-        ]
+        made = zip(prompts, sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)
+        answers = [Completion(prompt, self._text(row[:n])) for prompt, row, n in made]
         sampling_seconds = time.perf_counter() - start
-        answers = [Completion(p, text) for p, text in zip(prompts, texts, strict=True)]
+
         scores = {name: reward.score(answers) for name, reward in self.rewards.items()}
-        rewards = self._combine(scores) - rl.missing_eos_penalty * sampled.truncated
-        if self.cfg.verb.critic and np.isnan(rewards).any():
+        rewards = self._combine(scores) - cfg.rl.missing_eos_penalty * sampled.truncated
+        if cfg.verb.critic and np.isnan(rewards).any():
             at = prompts[int(np.isnan(rewards).argmax())]["at"]
             raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one for each")
         rows = self._rows(tokens, sampled)
-        evaluated = self._evaluate(trainable, rows)
-        learn = self._ppo if self.cfg.verb.critic else self._grpo
-        experience, metrics = learn(rows, evaluated, rewards, sampled)
-        metrics |= self._metrics(scores, rewards, sampled, rows, evaluated)
+        rollout = Rollout(sampled, rows, scores, rewards, **self._evaluate(trainable, rows))
+        experience, metrics = self._ppo(rollout) if cfg.verb.critic else self._grpo(rollout)
+        metrics |= self._metrics(rollout)
         metrics["rollout_seconds"] = (time.perf_counter() - start, 1.0)
         metrics["sampling_seconds"] = (sampling_seconds, 1.0)
-        step = number * updates_per_rollout(self.cfg) + 1  # the first update that learns from it
-        for i in range(min(SAMPLES, len(answers))):
+        for i, answer in enumerate(answers[:SAMPLES]):
             self.sample(
                 step,
-                prompt=prompts[i]["said"],
-                text=texts[i],
+                prompt=answer.prompt["said"],
+                text=answer.text,
                 reward=_number(rewards[i]),
                 rewards={name: _number(values[i]) for name, values in scores.items()},
                 truncated=bool(sampled.truncated[i]),
             )
         return experience, metrics
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode([t for t in tokens if t not in self.sampling.stop_ids])
 
     def _combine(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """The weighted sum of a completion's rewards, float64 [R]; NaN if it has none."""
@@ -187,58 +198,40 @@ class Rollouts:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _evaluate(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """logps, entropy, values and reference_logps of the rows, float32 [R, T]; 0 where nothing
-        is learned. Micro-batches are as large as those of an update."""
-        size = self.cfg.batch_size // self.count
-        fields = {name: x.reshape(-1, size, x.shape[1]) for name, x in rows.items()}
-        batch = Experience(**put(self.mesh, fields))
-        out = dist.gather(self._jitted(trainable, self.frozen, batch))
+        """The last fields of `Rollout`."""
+        out = dist.gather(self._jitted(trainable, self.frozen, self._batch(rows)))
         learned = rows["weights"] > 0
         return {name: np.where(learned, x.reshape(learned.shape), 0.0) for name, x in out.items()}
 
-    def _groups(self, rewards: np.ndarray) -> list[np.ndarray]:
+    def _groups(self, rollout: Rollout) -> list[np.ndarray]:
         """The rewards of each prompt's completions, without NaN."""
-        return [group[~np.isnan(group)] for group in rewards.reshape(-1, self.group)]
+        return [group[~np.isnan(group)] for group in rollout.rewards.reshape(-1, self.group)]
 
-    def _grpo(
-        self,
-        rows: dict[str, np.ndarray],
-        evaluated: dict[str, np.ndarray],
-        rewards: np.ndarray,
-        sampled: Completions,
-    ) -> tuple[dict[str, np.ndarray], Sums]:
+    def _grpo(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Sums]:
         """(fields of Experience, metrics) with the advantages of a completion in its group."""
-        rl, weights = self.cfg.rl, rows["weights"]
-        masked = np.isnan(rewards) | (sampled.truncated if rl.mask_truncated else False)
+        rl, rewards, weights = self.cfg.rl, rollout.rewards, rollout.rows["weights"]
+        masked = np.isnan(rewards) | (rollout.sampled.truncated if rl.mask_truncated else False)
         learned = np.logical_not(masked)[:, None]
         advantages = group_advantages(rewards, self.group, scale=rl.scale_rewards)
-        experience = rows | {
+        experience = rollout.rows | {
             "weights": weights * learned,
-            "old_logps": evaluated["logps"] * learned,
+            "old_logps": rollout.logps * learned,
             "advantages": advantages[:, None] * weights,
         }
-        if "reference_logps" in evaluated:
-            experience["reference_logps"] = evaluated["reference_logps"]
-        groups = self._groups(rewards)
+        if rollout.reference_logps is not None:
+            experience["reference_logps"] = rollout.reference_logps
+        groups = self._groups(rollout)
         constant = sum(len(group) < 2 or np.ptp(group) == 0 for group in groups)
         return experience, {"zero_variance_groups": (float(constant), float(len(groups)))}
 
-    def _ppo(
-        self,
-        rows: dict[str, np.ndarray],
-        evaluated: dict[str, np.ndarray],
-        rewards: np.ndarray,
-        sampled: Completions,
-    ) -> tuple[dict[str, np.ndarray], Sums]:
+    def _ppo(self, rollout: Rollout) -> tuple[dict[str, np.ndarray], Sums]:
         """(fields of Experience, metrics) with advantages by GAE; updates the KL coefficient."""
-        rl, weights, beta = self.cfg.rl, rows["weights"], self.controller.beta
-        assert not np.isnan(rewards).any()
-        logps, reference_logps = evaluated["logps"], evaluated["reference_logps"]
-        kl = kl_terms(logps, reference_logps, rl.kl or "k1")
-        values = evaluated["values"]
+        rl, weights, beta = self.cfg.rl, rollout.rows["weights"], self.controller.beta
+        logps, values, rewards = rollout.logps, rollout.values, rollout.rewards
+        kl = kl_terms(logps, rollout.reference_logps, rl.kl or "k1")
         per_token = token_rewards(np.asarray(kl), rewards, weights, beta)
         advantages, returns = gae(per_token, values, weights, rl.discount, rl.gae_lambda)
-        experience = rows | {
+        experience = rollout.rows | {
             "old_logps": logps,
             "advantages": whiten(advantages, weights),
             "returns": returns,
@@ -252,40 +245,33 @@ class Rollouts:
             "value_mean": (float(values[learned].sum()), float(learned.sum())),
             "beta": (beta, 1.0),
         }
-        self.controller.update(float((logps - reference_logps).sum(1).mean()), len(rewards))
+        mean_kl = float((logps - rollout.reference_logps).sum(1).mean())
+        self.controller.update(mean_kl, len(rewards))
         return experience, metrics
 
-    def _metrics(
-        self,
-        scores: dict[str, np.ndarray],
-        rewards: np.ndarray,
-        sampled: Completions,
-        rows: dict[str, np.ndarray],
-        evaluated: dict[str, np.ndarray],
-    ) -> Sums:
+    def _metrics(self, rollout: Rollout) -> Sums:
         """The metrics of every rollout. Weight 0 where no completion has a reward."""
-        weights, count = rows["weights"], float(len(rewards))
-        tokens = float(weights.sum())
-        logps, reference_logps = evaluated["logps"], evaluated.get("reference_logps")
+        sampled, weights, logps = rollout.sampled, rollout.rows["weights"], rollout.logps
+        count, tokens = float(len(weights)), float(weights.sum())
         sampler_logps = np.zeros(weights.shape, np.float32)
         is_sampled = np.arange(sampled.logps.shape[1]) < sampled.lengths[:, None]
         sampler_logps[weights > 0] = sampled.logps[is_sampled]
         gap = np.abs(sampler_logps - logps)
-        stds = [np.std(group) for group in self._groups(rewards) if len(group)]
+        stds = [np.std(group) for group in self._groups(rollout) if len(group)]
         metrics: Sums = {
-            **_mean_and_std("reward", "reward_std", rewards),
+            **_mean_and_std("reward", "reward_std", rollout.rewards),
             "reward_group_std": (float(np.sum(stds)), float(len(stds))),
             "completion_length": (float(sampled.lengths.sum()), count),
             "truncated": (float(sampled.truncated.sum()), count),
-            "sampling_entropy": (float(evaluated["entropy"].sum()), tokens),
+            "sampling_entropy": (float(rollout.entropy.sum()), tokens),
             "sampler_gap": (float(gap.sum()), tokens),
             "sampler_gap_max": (float(gap.max()), 1.0),
         }
-        if reference_logps is not None:
-            k1, k3 = (kl_terms(logps, reference_logps, kind) for kind in ("k1", "k3"))
+        if rollout.reference_logps is not None:
+            k1, k3 = (kl_terms(logps, rollout.reference_logps, kind) for kind in ("k1", "k3"))
             metrics["kl"] = (float(np.sum(k1)), count)  # nats per completion
             metrics["kl_k3"] = (float(np.sum(k3)), count)
-        for name, values in scores.items():
+        for name, values in rollout.scores.items():
             metrics |= _mean_and_std(f"reward/{name}", f"reward_std/{name}", values)
         return metrics
 

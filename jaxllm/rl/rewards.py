@@ -19,20 +19,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxllm import dist
+from jaxllm.chat import load_with_tokenizer
 from jaxllm.config import DataSection, MeshSection, Source, TrainConfig
 from jaxllm.data.batch import make_row
 from jaxllm.data.chat import render
 from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.loader import eval_batches
+from jaxllm.data.rows import Rows
 from jaxllm.data.sources import locate, read, records
-from jaxllm.data.template import chat_tokenizer
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
-from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import bucketed
-from jaxllm.tokenizer import check_vocabulary
 
 ROWS = 8  # texts that each data-parallel device scores at a time
 
@@ -61,13 +60,9 @@ class RewardModel:
 
         Raises UserError for a model without a score head.
         """
-        from jaxllm.hf import load_hf
-
-        model = load_hf(path, dtype, mesh=mesh)
+        model, tokenizer = load_with_tokenizer(path, dtype=dtype, mesh=mesh)
         if not model.cfg.scores:
             raise UserError(f"{path} is not a reward model: it is a language model")
-        tokenizer = chat_tokenizer(tokenizer_of(path))
-        check_vocabulary(tokenizer, model.cfg.vocab_size)
         return RewardModel.of(model, tokenizer, mesh)
 
     def score(self, conversations: Sequence[list[dict[str, Any]]]) -> np.ndarray:
@@ -84,10 +79,8 @@ class RewardModel:
         for start in range(0, len(texts), size):
             indices = order[start : start + size]
             width = min(bucketed(len(texts[indices[0]])), self.max_length)
-            segments = [[(texts[i], np.zeros(len(texts[i])))] for i in indices]
-            segments += [[]] * (size - len(indices))  # rows of padding
-            rows = [make_row(segment, width) for segment in segments]
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            rows = [make_row([(texts[i], np.zeros(len(texts[i])))], width) for i in indices]
+            batch = next(eval_batches(Rows((rows,), None, width), size))
             scores[indices] = self.score_rows(batch, 1)[: len(indices), 0]
         return scores
 
@@ -121,17 +114,14 @@ def best_of(
     model = RewardModel.load(path, make_mesh(MeshSection()), dtype)
     system_turn = [{"role": "system", "content": system}] if system else []
     count = len(texts) // len(prompts)
+    asked = [prompt for prompt in prompts for _ in range(count)]
     conversations = [
-        [*system_turn, {"role": "user", "content": prompts[i // count]}]
-        + [{"role": "assistant", "content": text}]
-        for i, text in enumerate(texts)
+        [*system_turn, {"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in zip(asked, texts, strict=True)
     ]
     scores = model.score(conversations).reshape(len(prompts), count)
-    best = [(i, int(row.argmax())) for i, row in enumerate(scores)]
-    return [
-        {"prompt": prompts[i], "text": texts[i * count + j], "score": float(scores[i, j])}
-        for i, j in best
-    ]
+    best = np.arange(len(prompts)) * count + scores.argmax(1)
+    return [{"prompt": asked[i], "text": texts[i], "score": float(scores.flat[i])} for i in best]
 
 
 def evaluate_rewards(
@@ -139,7 +129,7 @@ def evaluate_rewards(
 ) -> dict[str, float]:
     """Evaluates a reward model on pairs or on conversations, whichever the first source has.
 
-    Returns {examples, tokens} and the distribution of the scores, reward_*; of pairs also {loss,
+    Returns {examples, tokens} and the distribution of the scores, reward_*; for pairs also {loss,
     accuracy, margin}, chosen_* and rejected_*. A tie counts as wrong.
     """
     paired = _has_pairs(sources[0])
@@ -151,22 +141,22 @@ def evaluate_rewards(
     print(*summarize(data.manifest), sep="\n", file=sys.stderr)
     parts = data_parallel(reward_model.mesh)
     size = -(-batch_size // parts) * parts
-    found: list[np.ndarray] = []
-    tokens = count = 0
+    scored: list[np.ndarray] = []  # [1 or 2 answers, examples] of each batch
+    tokens, count = 0, 1
     for rows in data.evals.values():
         for batch in track(eval_batches(rows, size), "scoring", -(-len(rows) // size)):
-            ids = batch["segment_ids"]
-            count = max(count, int(ids.max()))  # only grows, so that few programs are compiled
+            texts = batch["segment_ids"].max(1, keepdims=True)  # in each row
+            while count < texts.max():
+                count *= 2  # each count compiles a program
             scores = reward_model.score_rows(batch, count)
             if paired:
-                segments = [batch["chosen_segment"], batch["rejected_segment"]]
+                pairs = batch["chosen_segment"], batch["rejected_segment"]
+                picked = [np.take_along_axis(scores, x - 1, 1)[pairs[0] > 0] for x in pairs]
             else:
-                numbers = np.arange(1, count + 1)
-                segments = [np.where((ids[:, None] == numbers[:, None]).any(-1), numbers, 0)]
-            picked = np.stack([np.take_along_axis(scores, s - 1, 1) for s in segments])
-            found.append(picked[:, segments[0] > 0])
-            tokens += int((ids > 0).sum())
-    table = np.concatenate(found, 1).astype(np.float64)
+                picked = [scores[np.arange(count) < texts]]
+            scored.append(np.stack(picked))
+            tokens += int((batch["segment_ids"] > 0).sum())
+    table = np.concatenate(scored, 1).astype(np.float64)
     out: dict[str, float] = {"examples": table.shape[1], "tokens": tokens}
     if paired:
         margin = table[0] - table[1]
@@ -208,7 +198,7 @@ class Completion:
 
     @property
     def content(self) -> Any:
-        """What a reward function gets: text if the prompt is text, else a list of messages."""
+        """The completion for a reward function: text if the prompt is text, else messages."""
         if isinstance(self.prompt["said"], str):
             return self.text
         return [{"role": "assistant", "content": self.text}]

@@ -191,7 +191,7 @@ def test_micro_batches_must_divide_the_batch(rows):
 def test_weighted_sources_keep_their_shares_and_an_epoch_passes_the_largest(rows):
     # Tokens of the second source's rows are marked apart.
     first, second = rows.parts
-    second._examples.stream += 1000
+    second.examples.stream += 1000
     mixed = Rows((first, second), (3.0, 1.0), 4)
     assert len(mixed) == 10  # 7 / 0.75, rounded up
     tokens = np.concatenate([batch_at(mixed, 0, step, 4)["tokens"] for step in range(25)])
@@ -253,7 +253,7 @@ def test_held_out_examples_are_chosen_by_seed_and_are_not_trained_on(tmp_path, t
         """Documents (by their last two bytes) to train on and held out."""
         cfg = config(tmp_path, file, eval_fraction=0.25, max_length=length)
         data = load_data(TrainConfig(seed=seed, data=cfg.data, log=cfg.log), tokenizer)
-        train, evals = (rows.parts[0]._indices for rows in (data.train, data.evals["eval"]))
+        train, evals = (rows.parts[0].indices for rows in (data.train, data.evals["eval"]))
         return set(train.tolist()), set(evals.tolist())
 
     train, evals = held_out(8, seed=0)
@@ -323,7 +323,7 @@ def test_no_record_has_examples_on_both_sides_of_a_split(tmp_path, tokenizer):
     assert (train["examples"], held["examples"]) == (28, 12)
     (source,) = train["sources"]
     assert (source["records"], source["read"]) == (20, 40)
-    train_rows, held_rows = (rows.parts[0]._indices for rows in (data.train, data.evals["eval"]))
+    train_rows, held_rows = (rows.parts[0].indices for rows in (data.train, data.evals["eval"]))
     records = train_rows // 2, held_rows // 2
     assert not set(records[0]) & set(records[1])
 

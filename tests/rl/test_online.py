@@ -68,7 +68,8 @@ class Online:
     def __init__(self, verb, *rewards, count=2, beta=None, **rl):
         rl = {"group_size": 4, "minibatches": 2, "max_new_tokens": 6} | rl
         names = tuple(r.name for r in rewards)
-        cfg = TrainConfig(objective=verb, batch_size=8, align=AlignSection(beta=beta))
+        sizes = {"batch_size": 8, "micro_batch_size": 8 // count}
+        cfg = TrainConfig(objective=verb, **sizes, align=AlignSection(beta=beta))
         self.cfg = resolve(replace(cfg, rl=RlSection(rewards=names, **rl)))
         self.policy, self.other = decoder(), decoder()
         state = nnx.state(self.other)
@@ -86,9 +87,9 @@ class Online:
 
         self.samples = []
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        self.feed = Rollouts(self.cfg, mesh, Rows((PromptList(PROMPTS),), None, 16), count, 0)
         sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
-        self.feed.begin(models, {}, rewards, Numbers, sample)
+        rows = Rows((PromptList(PROMPTS),), None, 16)
+        self.feed = Rollouts(self.cfg, mesh, rows, models, {}, rewards, Numbers, sample, state={})
 
     def updates(self, count):
         """(NumPy batches [B, T], logged metrics) of the first updates."""

@@ -11,9 +11,13 @@ from flax import nnx
 from runs import arguments, lines_of
 
 from jaxllm.cli import main
-from jaxllm.config import MeshSection
+from jaxllm.config import MeshSection, Source
+from jaxllm.data.batch import make_row
+from jaxllm.data.dataset import Data
+from jaxllm.data.rows import Rows
 from jaxllm.mesh import make_mesh
-from jaxllm.rl.rewards import RewardModel
+from jaxllm.rl import rewards
+from jaxllm.rl.rewards import RewardModel, evaluate_rewards
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,20 @@ def test_evaluation_on_pairs_equals_that_of_the_run_and_on_chats_the_scores(
     assert scored["reward_mean"] == pytest.approx(scores.mean(), abs=1e-5)
     assert scored["reward_max"] == pytest.approx(scores.max(), abs=1e-5)
     assert found["chosen_mean"] == pytest.approx(scores.mean(), abs=1e-5)
+
+
+def test_rows_with_more_and_more_texts_are_scored_by_few_programs(project, judge, monkeypatch):
+    texts = [np.arange(3) + 20 * n for n in range(1, 10)]
+    made = [make_row([(text, np.zeros(3)) for text in texts[:n]], 64) for n in range(1, 10)]
+    data = Data(None, {"texts": Rows((made,), None, 64)}, {})
+    monkeypatch.setattr(rewards, "load_data", lambda *_: data)
+    monkeypatch.setattr(rewards, "summarize", lambda _: [])
+    model = RewardModel.load(judge, make_mesh(MeshSection(), jax.devices()[:1]))
+    before = rewards._scores._cache_size()
+    source = Source(str(project / "few.jsonl"))
+    found = evaluate_rewards(model, [source], max_length=64, batch_size=1)
+    assert rewards._scores._cache_size() - before == 5  # 1, 2, 4, 8 and 16 texts
+    scores = model.score_tokens(texts)
+    assert found["examples"] == 45
+    assert found["reward_mean"] == pytest.approx(scores @ np.arange(9, 0, -1) / 45, abs=1e-5)
+    assert found["reward_max"] == pytest.approx(scores.max(), abs=1e-5)
