@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxllm.data.template import ChatTemplate, all_strings, template_source
-from jaxllm.data.turns import Span, TemplateInput, Turns
+from jaxllm.data.turns import Rendering, Span, TemplateInput, Turns
 from jaxllm.errors import UserError
 from jaxllm.tokenizer import generation_stop_ids, special_tokens
 
@@ -101,7 +101,7 @@ def prompt_tokens(
     """
     renderer = _renderer(tokenizer, tools, date)
     chat = renderer.prepare(messages, tools)
-    text = renderer.turns.render(chat, generation_prompt=True).text
+    text = Rendering(renderer.turns.template, chat, generation_prompt=True).text
     renderer.check_complete(chat, text, len(messages))
     return renderer.encode(text, chat.escape_mark).tokens
 
@@ -220,8 +220,8 @@ class _Renderer:
                 "of the tokenizer; add it to the tokenizer, or set data.template to a template for "
                 "this tokenizer"
             )
-        full = self.turns.render(chat)
-        spans_in_full = {} if each else self.turns.spans_in_conversation(chat, full, list(weights))
+        full = Rendering(self.turns.template, chat)
+        spans_in_full = {} if each else self.turns.spans_in_conversation(full, list(weights))
         examples: list[tuple[int, Example]] = []
         full_notes: set[str] = set()
         for turn, weight in weights.items():
