@@ -41,7 +41,7 @@ _READ_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_pla
 _READ_KEYS |= {"reasoning_content", "weight"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParseContext:
     """What parsing the messages of a record depends on, and the notes that it collects."""
 
@@ -111,9 +111,14 @@ def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
     return _check_message(message, context)
 
 
+def parse_nested(value: Any, name: str, location: str) -> Any:
+    """A nested column, which some datasets store as a JSON string."""
+    return parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
+
+
 def parse_tools(value: Any, name: str, location: str) -> list[Any] | None:
     """The tools in a record's column `name`, each {"type": "function", "function": schema}."""
-    tools = parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
+    tools = parse_nested(value, name, location)
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
