@@ -80,7 +80,9 @@ def parse_conversation(
         fits = (c for c in _CONVERSATION_COLUMNS if all(name in parser.columns for name in c))
         layout = next(fits, None)
         if layout is None:
-            raise parser.missing(f"a conversation needs {CONVERSATION_FORMS}")
+            raise _missing(
+                parser.columns, f"{location}:", f"a conversation needs {CONVERSATION_FORMS}"
+            )
         turns, *answer = map(parser.turns, layout)
         prompt = []  # gets no loss
         if layout == ("prompt", "completion"):
@@ -128,8 +130,8 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
     with _parser(record, source, data, location) as parser:
         for name in ("chosen", "rejected"):
             if name not in parser.columns:
-                needs = "a pair needs chosen and rejected"
-                raise parser.missing(needs, "chosen", f" {name} is missing;")
+                where, needs = f"{location}: {name} is missing;", "a pair needs chosen and rejected"
+                raise _missing(parser.columns, where, needs, "chosen")
         margin = _parse_cell(parser.columns.get("margin", 0.0))
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if not is_number or not abs(margin) < 3e38:
@@ -181,7 +183,7 @@ def parse_prompt(record: dict, source: Source, data: DataSection, location: str)
     with _parser(record, source, data, location) as parser:
         turns = parser.prompt_turns()
         if turns is None:
-            raise parser.missing(f"a prompt needs {PROMPT_FORMS}")
+            raise _missing(parser.columns, f"{location}:", f"a prompt needs {PROMPT_FORMS}")
         messages = parser.messages(turns)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -225,9 +227,6 @@ class _RecordParser(ParseContext):
         name = "tools" if is_present(self.columns.get("tools")) else "functions"
         if is_present(self.columns.get(name)):
             self.tools = parse_tools(self.columns[name], name, location)
-
-    def missing(self, needs: str, column: str = "prompt", problem: str = "") -> UserError:
-        return _missing(self.columns, f"{self.location}:{problem}", needs, column)
 
     def messages(self, turns: Any) -> list[dict[str, Any]]:
         if not isinstance(turns, list) or not turns:
@@ -327,7 +326,7 @@ class _RecordParser(ParseContext):
             ) from None
 
 
-def _missing(columns: dict, where: str, needs: str, column: str) -> UserError:
+def _missing(columns: dict, where: str, needs: str, column: str = "prompt") -> UserError:
     return UserError(
         f"{where} found the columns {', '.join(columns) or 'none'}; {needs} (map others with "
         f"columns: {{{column}: NAME, …}})"
