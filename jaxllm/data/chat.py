@@ -255,10 +255,10 @@ class _Renderer:
         if in_full or not separate:
             first = min(in_full, default=full.count)
             examples.append((first, example(full.text, in_full, full.count, set(), separate)))
-        return [e for _, e in sorted(examples, key=lambda pair: pair[0])]
+        return [one for _, one in sorted(examples, key=lambda pair: pair[0])]
 
     def _is_open(self, text: str, last: Span) -> bool:
-        """True if a text ends with its last turn, and the turn without an end token."""
+        """True if the text ends with its last turn, which has no end token."""
         return not text[last[1] :].strip() and not self.turns.ends_with_special(text, last)
 
     # ---- checks that nothing is dropped

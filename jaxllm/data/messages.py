@@ -32,7 +32,7 @@ CALLS = ("function_call", "tool_call")  # roles whose content is tool calls as J
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask")
 WEIGHTS += ("train", "training", "trainable")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-# Keys that are not supported, with the remedy. The last four are loss weights that are not one
+# Keys that are not supported, with the remedy. The second group are loss weights that are not one
 # number per message, or have no agreed meaning.
 _REMEDIES = dict.fromkeys(MEDIA, "remove it, or train on the text only with") | dict.fromkeys(
     ("train_detail", "training_detail", "mask", "masked"),
@@ -40,7 +40,7 @@ _REMEDIES = dict.fromkeys(MEDIA, "remove it, or train on the text only with") | 
 )
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Keys of a parsed message that chat templates, or we, read.
+# Keys of a parsed message that chat templates or this package read.
 _READ_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_plan"}
 _READ_KEYS |= {"reasoning_content", "weight"}
 
