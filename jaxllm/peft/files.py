@@ -23,6 +23,7 @@ from jaxllm.model.families import key_table
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
+from jaxllm.peft.targets import layer_names
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,8 @@ def saved_tensors(
     cfg: ModelConfig, adapter: Any, adapters: Mapping[str, AdapterFiles]
 ) -> dict[str, tuple[Path, str]]:
     """{HF tensor of modules_to_save: (the adapter's file, its name in it)}."""
-    layers = range(cfg.num_layers)
-    names = [
-        key.name.format(i=i)
-        for key in key_table(cfg)
-        if key.path in adapter.saved
-        for i in (layers if key.stacked else (0,))
-    ]
+    keys = [key for key in key_table(cfg) if key.path in adapter.saved]
+    names = [name for key in keys for name in layer_names(cfg, key.name)]
     if not names:
         return {}
     for files in adapters.values():
