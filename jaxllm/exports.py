@@ -30,9 +30,9 @@ from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params
+from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
-from jaxllm.peft.merge import merged
 from jaxllm.program import build, load_model
 from jaxllm.run import START, check_same_origin, origin
 from jaxllm.tokenizer import load_tokenizer

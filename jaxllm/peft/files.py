@@ -118,11 +118,11 @@ def method_of(config: dict[str, Any]) -> str:
 
 def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
     """The adapter that one adapter_config.json describes, or several of LoRA."""
-    found: dict[str, PeftAdapter] = {}
+    described = {}
     for name, files in adapters.items():
         method = METHODS[method_of(files.config)]
-        found[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
-    return found[name] if len(found) == 1 else combine(cfg, found)
+        described[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
+    return combine(cfg, described) if len(described) > 1 else described.popitem()[1]
 
 
 def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
