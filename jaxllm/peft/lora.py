@@ -262,11 +262,9 @@ class LoraBranch(nnx.Module):
     def __call__(self, x: jax.Array, y_BTO: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         """y plus the branch of x, [B, T, I] or tokens [B, T]. kernel() is W, float32 [I, O]."""
         axes = self.b.get_metadata("axes")[-2:]
-        added_BTO: Any = dot(self.inner(x, ctx, dtype=y_BTO.dtype), self.b[...], axes)
-        if self.b0 is not None:
-            initial_BTO: Any = dot(self.inner(x, ctx, initial=True), self.b0[...], axes)
-            added_BTO = added_BTO - initial_BTO
-        y_BTO = y_BTO + added_BTO
+        terms = self.terms(x, ctx, y_BTO.dtype)
+        products: list[Any] = [dot(h_BTR, w_RO, axes) for h_BTR, w_RO in terms]
+        y_BTO = y_BTO + sum(products[1:], products[0])
         if self.magnitude is None:
             return y_BTO
         scale_R = self.scale(replace(ctx, adapter_weights=None), 1)
@@ -307,10 +305,13 @@ class LoraBranch(nnx.Module):
         weights_BR = ctx.adapter_weights[:, adapter_of_rank]
         return scale_R * weights_BR.reshape(len(weights_BR), *(1,) * (ndim - 2), -1)
 
-    def terms(self, x: jax.Array, ctx: Context) -> list[tuple[jax.Array, jax.Array]]:
-        """[(x' [..., R], w [R, O])]: the branch's output is the sum of the products x' w."""
-        added = (self.inner(x, ctx), self.b[...])
-        return [added] if self.b0 is None else [added, (-self.inner(x, ctx, True), self.b0[...])]
+    def terms(self, x: jax.Array, ctx: Context, dtype: Any = None) -> list[tuple[Any, Any]]:
+        """[(h [..., R], w [R, O])]: the branch's output is the sum of the products h w. dtype: of h
+        if x are tokens."""
+        terms = [(self.inner(x, ctx, dtype=dtype), self.b[...])]
+        if self.b0 is not None:
+            terms.append((-self.inner(x, ctx, initial=True), self.b0[...]))
+        return terms
 
     # ---- all layers at once, outside the training step
 
