@@ -45,7 +45,7 @@ def export(
     default: the run's save.dtype, else that of the weights. merge: merge the adapter into the base
     model in float32, and print how much the logits change.
 
-    Raises UserError for something that does not exist or does not fit together.
+    Raises UserError for a missing file or checkpoint, and for arguments that contradict each other.
     """
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():

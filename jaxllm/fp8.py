@@ -76,20 +76,15 @@ def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     if stated is None:
         return rest, None
     stated = stated if isinstance(stated, dict) else {}
-    method = None if stated.get("quant_method") is None else str(stated["quant_method"])
-    scheme = None
+    default = "compressed-tensors" if "config_groups" in stated else "no quant_method"
+    method = str(stated.get("quant_method") or default)
+    read = {"fp8": _fine_grained, "compressed-tensors": _compressed}.get(method, lambda _: None)
+    if scheme := read(stated):
+        return rest, scheme
+    what = f"{folder}/config.json: the weights are quantised ({method})"
     if method == "fp8":
-        scheme = _fine_grained(stated)
-    elif method == "compressed-tensors" or (method is None and "config_groups" in stated):
-        scheme = _compressed(stated)
-    if scheme is None:
-        what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
-        if method == "fp8":
-            what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
-        raise UserError(
-            f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}"
-        )
-    return rest, scheme
+        what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
+    raise UserError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}")
 
 
 def _fine_grained(stated: dict[str, Any]) -> Fp8 | None:
@@ -127,7 +122,7 @@ def _compressed(stated: dict[str, Any]) -> Fp8 | None:
     return layouts.pop()
 
 
-def _help(method: Any, folder: Path) -> str:
+def _help(method: str, folder: Path) -> str:
     if method not in RECIPES:
         return "transformers cannot dequantise that: load the model that was quantised"
     option, call = RECIPES[method]

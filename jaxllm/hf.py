@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HuggingFace directories in and out, streamed: safetensors <-> sharded arrays.
+"""Loads and saves HuggingFace directories: safetensors <-> sharded arrays.
 
 Each device's shard of a weight is read from the files by its own slices, and each tensor is written
 as soon as it is gathered: host memory holds one shard, or one tensor of one layer, never the model.
@@ -96,7 +96,7 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
         hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
         hint += "is missing: restore it" if scheme is None else "describes others"
-    raise UserError(f"{folder}: by its config the checkpoint {' and '.join(problems)}{hint}")
+    raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
 
 
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
@@ -107,9 +107,7 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise UserError(
-            f"{name} is stored as {part.get_dtype()}, quantised, which is not read here"
-        )
+        raise UserError(f"{name} is stored as {part.get_dtype()}, an unsupported quantised format")
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
@@ -238,8 +236,7 @@ def _set_quantized(
 def _draw(model: Decoder, seed: int) -> None:
     """Gives the variables that are still ShapeDtypeStructs the values of a random model.
 
-    The base model's weights do not depend on the adapter, nor the adapter's on which of them are
-    drawn.
+    Base model and adapter have streams of their own, so neither changes the other's values.
     """
     abstract = {
         path: variable
@@ -308,8 +305,10 @@ def random_model(
 
 
 def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[Tensor]:
-    """Every HF tensor of the model (of the weights `only`), layer by layer; nothing is gathered
-    before `read()`."""
+    """Yields the model's HF tensors layer by layer; each is gathered when it is read.
+
+    only: paths of the weights to yield; default: all.
+    """
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     fused: dict[str, list[Key]] = {}  # {HF tensor: its parts}
     for key in key_table(model.cfg):
@@ -317,7 +316,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
             fused.setdefault(key.name, []).append(key)
 
     def tensor(parts: list[Key], layer: int | None) -> Tensor:
-        key = parts[0]  # all parts of a tensor are stacked or transposed, or none
+        key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
         shapes = [a.shape[key.stacked :][:: -1 if key.transpose else 1] for a in arrays]
 

@@ -96,9 +96,9 @@ def _override(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
 
 
 def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | None) -> bool:
-    """True if the config ties the embeddings but the files hold a head with other values.
+    """True if the config ties the embeddings but the files contain a head with other values.
 
-    As in transformers 5, the weights then win over the config.
+    The weights then take precedence over the config, as in transformers 5.
     """
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:

@@ -44,13 +44,14 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
     for path, module in adaptable_modules(cfg).items():
         layers = len(layer_names(cfg, module))
         unadapted = Target(path, module, ((0,) * layers,), ((1.0,) * layers,))
-        of_each = [
+        matching = [
             next((t for t in adapter.targets if t.path == path), unadapted)
             for adapter in adapters.values()
         ]
-        if any(max(t.ranks[0]) for t in of_each):
-            ranks, alphas = (t.ranks[0] for t in of_each), (t.alphas[0] for t in of_each)
-            targets.append(Target(path, module, tuple(ranks), tuple(alphas)))
+        if any(max(t.ranks[0]) for t in matching):
+            ranks = tuple(t.ranks[0] for t in matching)
+            alphas = tuple(t.alphas[0] for t in matching)
+            targets.append(Target(path, module, ranks, alphas))
     return LoraAdapter(
         targets=tuple(targets),
         names=tuple(adapters),

@@ -45,7 +45,7 @@ def is_adapter(path: str) -> bool:
 
 
 def tokenizer_of(path: str) -> str:
-    """Where the tokenizer of a model or adapter is: there, or with the adapter's base model."""
+    """The directory or hub id that has the tokenizer: `path`, or else its base model."""
     if not is_adapter(path) or (local_dir(path) / "tokenizer.json").is_file():
         return path
     return with_base(path, None)[0]
@@ -57,11 +57,13 @@ def is_reward(adapters: Mapping[str, AdapterFiles]) -> bool:
 
 
 def find(path: str, weights: bool = True) -> AdapterFiles:
-    """The adapter in a directory or hub id. Raises UserError if there is none; weights False: its
-    config is enough."""
+    """The adapter in a directory or hub id. Raises UserError if there is none.
+
+    weights: require adapter_model.safetensors as well as adapter_config.json.
+    """
     folder = local_dir(path)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
+        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is not an adapter")
     if weights and not (folder / ADAPTER).is_file():
         raise UserError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
     return AdapterFiles(folder, read_json(folder / ADAPTER_CONFIG))
@@ -79,7 +81,7 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
         raise UserError(f"{path} is an adapter too; name the other: NAME={named['default']}")
     base = find(path).config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{path} does not say which model it is an adapter of; give that one too")
+        raise UserError(f"{path} does not name its base model; give the base model's path too")
     if not Path(base).expanduser().is_dir() and not hub_id(base):
         raise UserError(
             f"{path} is an adapter of {base}, which does not exist; give the base model's path too"
