@@ -107,7 +107,7 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise UserError(f"{name} is stored as {part.get_dtype()}, an unsupported quantised format")
+        raise UserError(f"{name} is stored as {part.get_dtype()}, quantised and not supported")
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
