@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from jaxllm.evaluate import evaluate_files
     from jaxllm.exports import export
     from jaxllm.hf import load_hf, save_adapter, save_hf
-    from jaxllm.peft.combine import choose
-    from jaxllm.peft.merge import merged
+    from jaxllm.peft.combine import choose, merged
     from jaxllm.sampling import Sampling, generate
     from jaxllm.tokenizer import load_tokenizer
     from jaxllm.training import train
@@ -77,8 +76,7 @@ _HOMES = {
     "evaluate": ("evaluate_files",),
     "exports": ("export",),
     "hf": ("load_hf", "save_adapter", "save_hf"),
-    "peft.combine": ("choose",),
-    "peft.merge": ("merged",),
+    "peft.combine": ("choose", "merged"),
     "sampling": ("Sampling", "generate"),
     "tokenizer": ("load_tokenizer",),
     "training": ("train",),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of the PEFT methods, which also exchanges weights with an adapter file."""
+"""The base class of the PEFT methods; loads and saves the tensors of an adapter file."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ class Slot:
 
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """{name in the file: float32 array}, from the model."""
-    gathered: dict[int, np.ndarray] = {}
+    slots = list(slots)
+    gathered = dist.gather({id(slot.variable): slot.variable.get_value() for slot in slots})
     tensors = {}
     for slot in slots:
-        if id(slot.variable) not in gathered:
-            gathered[id(slot.variable)] = dist.gather(slot.variable.get_value())
         value = gathered[id(slot.variable)][slot.index]
         tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
     return tensors
@@ -51,8 +50,8 @@ def set_value(variable: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class PeftAdapter(Adapter):
-    """The adapter of a PEFT method. A subclass defines all of its method but the config keys and
-    the default learning rate (config.PEFT_METHODS)."""
+    """The adapter of a PEFT method. The method's config keys and default learning rate are in
+    config.PEFT_METHODS, everything else in a subclass."""
 
     peft_type: ClassVar[str]  # peft's name of the method
     decayed: ClassVar[Mapping[str, bool]]  # {leaf name: True if weight decay applies}
@@ -114,19 +113,20 @@ class PeftAdapter(Adapter):
 
         Raises UserError if one is missing or has another shape.
         """
-        arrays: dict[int, tuple[Any, np.ndarray]] = {}
-        for slot in self.slots(model, which):
+        slots = list(self.slots(model, which))
+        variables = {id(slot.variable): slot.variable for slot in slots}
+        arrays = {key: np.array(v.get_value()) for key, v in variables.items()}
+        for slot in slots:
             if slot.name not in tensors:
                 raise UserError(f"{file} has no {slot.name}, which its config asks for")
             tensor = tensors.pop(slot.name)
             tensor = tensor.T if slot.transpose else tensor
-            variable = slot.variable
-            _, array = arrays.setdefault(id(variable), (variable, np.array(variable.get_value())))
+            array = arrays[id(slot.variable)]
             if array[slot.index].shape != tensor.shape:
                 raise UserError(
                     f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
                     f"model's is {array[slot.index].shape}"
                 )
             array[slot.index] = tensor
-        for variable, array in arrays.values():
-            set_value(variable, array)
+        for key, variable in variables.items():
+            set_value(variable, arrays[key])

@@ -58,6 +58,11 @@ class Target:
         return np.concatenate(parts, 1).astype(np.float32)
 
 
+def layer_names(cfg: ModelConfig, name: str) -> list[str]:
+    """`name` for each layer, if it has `{i}` for the layer; otherwise [name]."""
+    return [name.format(i=i) for i in range(cfg.num_layers if "{i}" in name else 1)]
+
+
 def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
     """{path: HF's module, `{i}` for the layer} of every weight that LoRA can adapt."""
     modules: dict[str, str] = {}
@@ -105,7 +110,7 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
 
     targets = []
     for path, module in adaptable_modules(cfg).items():
-        names = _names(cfg, module)
+        names = layer_names(cfg, module)
         ranks = tuple(rank(path, name) for name in names)
         alphas = tuple(float(_pattern(section.alpha_pattern, n, section.lora_alpha)) for n in names)
         if max(ranks):
@@ -122,7 +127,7 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
     for entry in entries:
         matching = []
         for key in key_table(cfg):
-            hits = [name.endswith(entry) for name in _names(cfg, key.name.rpartition(".")[0])]
+            hits = [name.endswith(entry) for name in layer_names(cfg, key.name.rpartition(".")[0])]
             if any(hits) and not all(hits):
                 raise UserError(
                     f"peft.modules_to_save: {entry} matches some layers of a stack; name all or "
@@ -148,14 +153,11 @@ def _matches(entry: str, name: str) -> bool:
         raise UserError(f"peft: {entry!r} is neither a module nor a pattern: {error}") from None
 
 
-def _names(cfg: ModelConfig, module: str) -> list[str]:
-    """A module's name in each layer."""
-    return [module.format(i=i) for i in range(cfg.num_layers if "{i}" in module else 1)]
-
-
 def _check_names(cfg: ModelConfig, key: str, entries: Iterable[str], form: str = "{}") -> None:
     """Raises UserError for an entry that, inserted into the pattern `form`, matches no module."""
-    names = [name for module in adaptable_modules(cfg).values() for name in _names(cfg, module)]
+    names = [
+        name for module in adaptable_modules(cfg).values() for name in layer_names(cfg, module)
+    ]
     for entry in entries:
         if not any(_matches(form.format(entry), name) for name in names):
             suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)

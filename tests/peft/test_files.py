@@ -23,9 +23,8 @@ from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.peft.combine import choose
+from jaxllm.peft.combine import choose, fold, merged
 from jaxllm.peft.files import find, make_adapter, method_of
-from jaxllm.peft.merge import fold, merged
 from jaxllm.program import load_model, model_config
 from jaxllm.step import TrainState, alone, make_step
 
