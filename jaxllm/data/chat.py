@@ -24,10 +24,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxllm.data.template import ChatTemplate, all_strings, template_source
+from jaxllm.config import DataSection
+from jaxllm.data.template import ChatTemplate, all_strings, template_source, with_settings
 from jaxllm.data.turns import Rendering, Span, TemplateInput, Turns
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import generation_stop_ids, special_tokens
+from jaxllm.tokenizer import generation_stop_ids, load_tokenizer, special_tokens
 
 # Private-use characters; those that no message contains become the marks of a TemplateInput.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
@@ -37,6 +38,11 @@ SEPARATE_EXAMPLE = (
 )
 EOS_APPENDED = "the chat template does not end the last turn, so eos is appended"
 CONTENT_DROPPED = "the chat template drops part of an assistant message"
+
+
+def chat_tokenizer(path: str, template: str | None = None) -> Any:
+    """Load the tokenizer of `path`, with a built-in template or a file as its chat template."""
+    return with_settings(load_tokenizer(path), DataSection(template=template))
 
 
 @dataclass(frozen=True)

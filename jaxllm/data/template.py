@@ -24,7 +24,6 @@ from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, message_text
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import load_tokenizer
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -56,11 +55,6 @@ def template_source(tokenizer: Any, template: str | None = None, tools: Any = No
             f"{', '.join(TEMPLATES)}"
         )
     return tokenizer.get_chat_template(tools=tools or None)
-
-
-def chat_tokenizer(path: str, template: str | None = None) -> Any:
-    """Load the tokenizer of `path`, with a built-in template or a file as its chat template."""
-    return with_settings(load_tokenizer(path), DataSection(template=template))
 
 
 def with_settings(tokenizer: Any, data: DataSection) -> Any:
