@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config.schema import TrainConfig, leaves, to_dict, validated, value_of
-from jaxllm.config.sections import PEFT_METHODS
-from jaxllm.config.verbs import JUDGING, unread
+from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
+from jaxllm.config.sections import TrainConfig
+from jaxllm.config.verbs import JUDGING, PEFT_METHODS, unread
 from jaxllm.errors import UserError
 
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
@@ -20,7 +20,7 @@ RANKS = range(4, 65)  # usual ranks; others are often a mistake
 
 def check(cfg: TrainConfig) -> None:
     """Raise UserError for an invalid value, or for fields that contradict each other."""
-    valid = validated(to_dict(cfg), {})
+    valid = from_dict(to_dict(cfg))
     for key in leaves():
         if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
             raise UserError(f"{key} is {ours!r}; write {right!r}")

@@ -18,8 +18,8 @@ from typing import Any
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
 from jaxllm.config.deepspeed import read_deepspeed
-from jaxllm.config.schema import SECTIONS, TrainConfig, leaf_of, leaves, unknown_key, validated
-from jaxllm.config.sections import Source, home, sources
+from jaxllm.config.schema import SECTIONS, from_dict, leaf_of, leaves, unknown_key
+from jaxllm.config.sections import Source, TrainConfig, home, sources
 from jaxllm.errors import MissingFile, UserError
 
 # ---- YAML and flags
@@ -141,7 +141,7 @@ def _parsed(flag: Given) -> Given:
 def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
     """Parse data sources given as the values of `flag`. Raises UserError if one is invalid."""
     value = sources(_parsed(Given("data.eval", list(texts), flag)).value)
-    return validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
+    return from_dict({"data": {"eval": value}}, {"data.eval": flag}).data.eval
 
 
 # ---- the config
@@ -184,7 +184,7 @@ def load_config(
             given[key] = replace(one, value=leaf.read(one.value))
     given = _resume_flag(given)
     origins = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
-    cfg = validated(_tree(given), origins)
+    cfg = from_dict(_tree(given), origins)
     return cfg, {key: origins.get(key, "default") for key in leaves()}
 
 
