@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields of TrainConfig as a table of dotted keys, validation, and conversion from and to dicts.
+"""The fields of TrainConfig as a table of dotted keys, validation, conversion to and from dicts.
 
 pydantic checks types and ranges, from the annotations; `checks` tests what several fields must
 agree on.
