@@ -40,36 +40,14 @@ if TYPE_CHECKING:
     from jaxllm.training import train
 
 __version__ = "0.1.0"
+# fmt: off
 __all__ = [
-    "AlignSection",
-    "DataSection",
-    "EvalSection",
-    "LogSection",
-    "MeshSection",
-    "ModelSection",
-    "OptimSection",
-    "PeftSection",
-    "RlSection",
-    "Sampling",
-    "SaveSection",
-    "Source",
-    "TrainConfig",
-    "UserError",
-    "choose",
-    "evaluate_files",
-    "export",
-    "generate",
-    "generate_text",
-    "load_config",
-    "load_hf",
-    "load_tokenizer",
-    "merged",
-    "save_adapter",
-    "save_hf",
-    "train",
-    "train_tokenizer",
+    "AlignSection", "DataSection", "EvalSection", "LogSection", "MeshSection", "ModelSection",
+    "OptimSection", "PeftSection", "RlSection", "Sampling", "SaveSection", "Source", "TrainConfig",
+    "UserError", "choose", "evaluate_files", "export", "generate", "generate_text", "load_config",
+    "load_hf", "load_tokenizer", "merged", "save_adapter", "save_hf", "train", "train_tokenizer",
 ]
-
+# fmt: on
 _HOMES = {
     "chat": ("generate_text",),
     "data.tokenizer_training": ("train_tokenizer",),

@@ -131,6 +131,15 @@ def unknown_key(key: str, where: str = "") -> UserError:
 # ---- validation
 
 
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of nested sections by dotted key."""
+    dotted: dict[str, Any] = {}
+    for key, value in values.items():
+        is_section = key in SECTIONS and isinstance(value, dict)
+        dotted |= {f"{key}.{k}": v for k, v in value.items()} if is_section else {key: value}
+    return dotted
+
+
 @cache
 def type_adapter() -> Any:
     """pydantic's validator of TrainConfig, built once because it takes long."""
@@ -151,12 +160,9 @@ def from_dict(values: dict[str, Any], origins: Mapping[str, str] | None = None) 
         origin = (origins or {}).get(key, "")
         return key if origin.lstrip("-") in ("", key) else f"{origin}: {key}"
 
-    flat = {key: value for key, value in values.items() if key not in SECTIONS}
-    for section in (name for name in SECTIONS if name in values):
-        if not isinstance(values[section], dict):
-            raise UserError(f"{section} must be a mapping, seen {values[section]!r}")
-        flat |= {f"{section}.{key}": value for key, value in values[section].items()}
-    for key, value in flat.items():
+    for key, value in flat(values).items():
+        if key in SECTIONS:
+            raise UserError(f"{key} must be a mapping, seen {value!r}")
         if key not in leaves():
             raise unknown_key(key)
         if isinstance(value, bool) and bool not in leaves()[key].types:
