@@ -21,7 +21,6 @@ from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
 SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
 
@@ -382,7 +381,7 @@ def mistake(error: BaseException) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:  # libraries wrap the OSError of a full disk
-        full = isinstance(cause, OSError) and cause.errno in DISK_FULL
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(cause):
             return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
         cause = cause.__cause__ or cause.__context__

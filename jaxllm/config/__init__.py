@@ -16,7 +16,6 @@ Imports nothing of jaxllm but `errors`; every other module may import it.
 from jaxllm.config.loading import load_config, read_sources
 from jaxllm.config.schema import (
     SECTIONS,
-    Leaf,
     from_dict,
     leaves,
     to_dict,

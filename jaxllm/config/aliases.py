@@ -244,12 +244,8 @@ TRANSLATED: dict[str, tuple[Rule, str]] = {
     "load_in_8bit": (_switch("peft.quantize_base", "int8"), "peft.quantize_base int8"),
 }
 # Strategy -> its number of steps, which the Trainer reads only for strategy `steps`.
-STEPS = {
-    "eval_strategy": "eval_steps",
-    "evaluation_strategy": "eval_steps",
-    "save_strategy": "save_steps",
-    "logging_strategy": "logging_steps",
-}
+STEPS = {f"{name}_strategy": f"{name}_steps" for name in ("eval", "save", "logging")}
+STEPS |= {"evaluation_strategy": "eval_steps"}
 NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(REFUSED)
 
 

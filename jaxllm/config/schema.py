@@ -8,12 +8,13 @@ agree on.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from functools import cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
@@ -100,8 +101,7 @@ def leaves() -> dict[str, Leaf]:
 
 def value_of(cfg: TrainConfig, key: str) -> Any:
     """The value of a dotted key."""
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(cfg, section) if section else cfg, name)
+    return attrgetter(key)(cfg)
 
 
 def leaf_of(key: str) -> Leaf | None:
@@ -113,18 +113,17 @@ def leaf_of(key: str) -> Leaf | None:
 
 def unknown_key(key: str, where: str = "") -> UserError:
     """The error for an unknown key, which names the nearest known one."""
-    last = key.rpartition(".")[2]
+    is_flag = where.startswith("--")
+    if is_flag and key in SECTIONS:
+        hint = f"did you mean --{USUAL[key]}?" if key in USUAL else "--help lists them"
+        return UserError(f"{where}: {key} is a section with keys; {hint}")
     names = {name.rpartition(".")[2]: name for name in reversed(leaves())}
     names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
-    near = [n for k in (key, last) for n in difflib.get_close_matches(k, names, 1)]
-    flag = where.startswith("--")
-    if flag:
-        names |= USUAL
-    hint = f"did you mean {'--' * flag}{names[near[0]]}?" if near else "--help lists all keys"
-    if flag and key in SECTIONS:
-        hint = hint if key in USUAL else "--help lists them"
-        return UserError(f"{where}: {key} is a section with keys; {hint}")
-    shown = f"unknown flag {where}" if flag else f"{where}: unknown key {key}".removeprefix(": ")
+    names |= USUAL if is_flag else {}
+    last = key.rpartition(".")[2]
+    near = get_close_matches(key, names, 1) or get_close_matches(last, names, 1)
+    hint = f"did you mean {'--' * is_flag}{names[near[0]]}?" if near else "--help lists all keys"
+    shown = f"unknown flag {where}" if is_flag else f"{where}: unknown key {key}".removeprefix(": ")
     return UserError(f"{shown}; {hint}")
 
 

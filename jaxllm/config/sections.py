@@ -83,6 +83,8 @@ Path = Annotated[str, Read(home)]
 Interval = Annotated[Count, Unit("steps")] | Literal["epoch"]
 # A number of steps, or a fraction of all steps if below 1.
 StepsOrFraction = Annotated[float, Ge(0), Unit("steps, or fraction of all steps")]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"]
+LoraInit = Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 # fmt: off
 DpoLoss = Literal[
@@ -201,9 +203,7 @@ class OptimSection:
     learning_rate: Positive | None = None
     """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2; reward and
     orpo use a tenth of it, dpo, kto, simpo, ppo and grpo a hundredth"""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
-        "cosine"
-    )
+    schedule: Schedule = "cosine"
     """schedule after the warmup; wsd = warmup, stable, decay; warmup_log = DeepSpeed's WarmupLR
     with warmup_type log"""
     warmup: StepsOrFraction = 0.0
@@ -327,9 +327,7 @@ class PeftSection:
     """LoRA: alphas other than lora_alpha, {suffix of a module name: alpha}"""
     modules_to_save: tuple[str, ...] = ()
     """LoRA: modules to train in full and save with the adapter"""
-    init_lora_weights: Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)] = (
-        "kaiming"
-    )
+    init_lora_weights: LoraInit = "kaiming"
     """LoRA: initialization of A, with B = 0; pissa initializes both from the largest singular
     values of the weight"""
     use_rslora: bool = False
