@@ -146,6 +146,7 @@ Rule = Callable[[Any, Flags], dict[str, Any]]
 
 
 def _choose(value: Any, table: Mapping[Any, Any]) -> Any:
+    """Returns table[value]. Raises UserError, which lists the names that the table has."""
     if value is False and value not in table:
         value = "no"  # YAML reads no as false
     if not isinstance(value, str | bool) or value not in table:
@@ -156,13 +157,14 @@ def _choose(value: Any, table: Mapping[Any, Any]) -> Any:
     return table[value]
 
 
-def _choice(table: Mapping[Any, dict[str, Any]]) -> Rule:
-    return lambda value, _: _choose(value, table)
+def _choice(table: Mapping[Any, dict[str, Any]], about: str) -> tuple[Rule, str]:
+    return lambda value, _: _choose(value, table), about
 
 
-def _switch(key: str, on: Any, off: Any = None) -> Rule:
-    """Rule of a boolean name; without `off`, false sets nothing."""
-    return _choice({True: {key: on}, False: {} if off is None else {key: off}})
+def _switch(key: str, on: Any, off: Any = None) -> tuple[Rule, str]:
+    """Rule and help of a boolean name; without `off`, false sets nothing."""
+    table = {True: {key: on}, False: {} if off is None else {key: off}}
+    return _choice(table, f"{key} {str(on).lower()}")
 
 
 def _dtype(value: Any, flags: Flags) -> dict[str, Any]:
@@ -208,40 +210,32 @@ def _eval_strategy(value: Any, flags: Flags) -> dict[str, Any]:
     return _choose(value, known)
 
 
-_SAVE = {"no": {"save.every": 0}, "best": {"save.every": 0, "save.keep_best": True}}
+_SAVE = {"steps": {}, "epoch": {"save.every": "epoch"}, "no": {"save.every": 0}}
+_SAVE |= {"best": {"save.every": 0, "save.keep_best": True}}
 # name -> (its rule, help)
 TRANSLATED: dict[str, tuple[Rule, str]] = {
-    "bf16": (
-        _switch("model.compute_dtype", "bfloat16", "float32"),
-        "model.compute_dtype bfloat16",
-    ),
+    "bf16": _switch("model.compute_dtype", "bfloat16", "float32"),
     "torch_dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "fp16": (_fp16, "refused: use bf16"),
-    "gradient_checkpointing": (_switch("model.remat", "full", "none"), "model.remat full"),
-    "activation_checkpointing": (_switch("model.remat", "full", "none"), "model.remat full"),
+    "gradient_checkpointing": _switch("model.remat", "full", "none"),
+    "activation_checkpointing": _switch("model.remat", "full", "none"),
     "per_device_train_batch_size": (_per_device, "micro_batch_size"),
     "max_steps": (lambda value, _: {"steps": 0 if value == -1 else value}, "steps"),
     "lr_scheduler_type": (_schedule, "optim.schedule"),
     "optim": (lambda value, _: {"optim.name": _choose(value, OPTIMIZERS)}, "optim.name"),
     "eval_strategy": (_eval_strategy, "eval_every"),
     "evaluation_strategy": (_eval_strategy, "eval_every"),
-    "save_strategy": (
-        _choice({"steps": {}, "epoch": {"save.every": "epoch"}} | _SAVE),
-        "save.every",
-    ),
-    "logging_strategy": (_choice({"steps": {}, "epoch": {"log.every": "epoch"}}), "log.every"),
+    "save_strategy": _choice(_SAVE, "save.every"),
+    "logging_strategy": _choice({"steps": {}, "epoch": {"log.every": "epoch"}}, "log.every"),
     "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
-    "train_sampling_strategy": (_choice({"random": {}}), "random: the only order"),
-    "disable_tqdm": (_switch("log.progress", False, True), "log.progress false"),
+    "train_sampling_strategy": _choice({"random": {}}, "random: the only order"),
+    "disable_tqdm": _switch("log.progress", False, True),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
-    "use_peft": (_switch("peft.method", "lora"), "peft.method lora"),
-    "precompute_ref_log_probs": (
-        _switch("align.reference", "precomputed", "model"),
-        "align.reference precomputed",
-    ),
-    "load_in_4bit": (_switch("peft.quantize_base", "nf4"), "peft.quantize_base nf4"),
-    "load_in_8bit": (_switch("peft.quantize_base", "int8"), "peft.quantize_base int8"),
+    "use_peft": _switch("peft.method", "lora"),
+    "precompute_ref_log_probs": _switch("align.reference", "precomputed", "model"),
+    "load_in_4bit": _switch("peft.quantize_base", "nf4"),
+    "load_in_8bit": _switch("peft.quantize_base", "int8"),
 }
 # Strategy -> its number of steps, which the Trainer reads only for strategy `steps`.
 STEPS = {f"{name}_strategy": f"{name}_steps" for name in ("eval", "save", "logging")}
