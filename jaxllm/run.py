@@ -34,7 +34,7 @@ FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_siz
 FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "log", "save"}  # sections
-IDENTITY = ("content", "examples", "tokens")  # what a source's record must keep on resume
+IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
 
 
 class RunFolder:
@@ -58,7 +58,7 @@ class RunFolder:
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints; not to be used before `claim` if the run replaces an old one."""
+        """The checkpoints. If the run replaces an old one, call `claim` first."""
         return Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
 
     def latest(self) -> int | None:
@@ -69,7 +69,7 @@ class RunFolder:
     def claim(self) -> None:
         """Writes config.json, and deletes an old run first if this one replaces it.
 
-        Call it when nothing can be wrong with the new run any more.
+        Call it after the new run's config, model and data are validated.
         """
         if dist.is_main():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,10 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a run folder, None if there is nothing. Raises UserError for anything else."""
+    """config.json of a run folder; None if the folder is missing or empty.
+
+    Raises UserError for a file, and for a folder with other files.
+    """
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -152,8 +155,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:
-    """The peft section of a run, whose path is the run's own copy of its adapter's config, if it
-    has one."""
+    """The run's peft section; its path is the run's copy of the adapter's config, if there is one."""
     copy = Path(cfg.output_dir) / START
     if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
         return replace(cfg.peft, path=str(copy))
