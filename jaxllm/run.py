@@ -155,7 +155,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:
-    """The run's peft section; its path is the run's copy of the adapter's config, if there is one."""
+    """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
     copy = Path(cfg.output_dir) / START
     if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
         return replace(cfg.peft, path=str(copy))
