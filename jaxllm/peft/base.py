@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm import dist
-from jaxllm.config import PEFT_METHODS, PeftSection, validated
+from jaxllm.config import PEFT_METHODS, PeftSection, from_dict
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.model.adapter import Adapter, AdapterParam
@@ -77,7 +77,7 @@ class PeftAdapter(Adapter):
         given = {key: value for key, value in config.items() if value is not None}
         values = {"method": cls.method} | cls.section_values(given)
         try:
-            section = validated({"peft": values}, {}).peft
+            section = from_dict({"peft": values}).peft
         except ValueError as error:
             raise UserError(f"{ADAPTER_CONFIG}: {error}") from None
         return cls.from_section(cfg, section, strict=False)
