@@ -93,7 +93,7 @@ class Examples:
         """int32 [n]. A document ends with eos."""
         return self._tokens[index].values.to_numpy()
 
-    def loss_weights(self, index: int) -> np.ndarray:
+    def learn(self, index: int) -> np.ndarray:
         """float32 [n], the weight of predicting each token; empty for documents."""
         return self._loss_weights[index].values.to_numpy()
 

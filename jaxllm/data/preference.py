@@ -44,7 +44,7 @@ class _PackedPairs(PackedRows, ABC):
     def _halves(self, index: int) -> tuple[Segment, Segment]:
         """(tokens, loss weights) of an example before its boundary, and from there."""
         i = self.indices[index]
-        tokens, weights = self.examples.tokens(i), self.examples.loss_weights(i)
+        tokens, weights = self.examples.tokens(i), self.examples.learn(i)
         n = self.examples.boundary[i]
         return (tokens[:n], weights[:n]), (tokens[n:], weights[n:])
 

@@ -179,7 +179,7 @@ class Answers:
     def tokens(self, index):
         return self.made[index]
 
-    def loss_weights(self, index):
+    def learn(self, index):
         return (np.arange(len(self.made[index])) >= self.boundary[index]).astype(np.float32)
 
 
