@@ -97,7 +97,9 @@ def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
             remedy = f"{remedy} data.drop_columns: [{name}]"
             raise context.error(f"a message has {name}, which is not supported; {remedy}")
     if is_call and isinstance(content, str):
-        problem = f"the content of a {role_name} is not JSON (name and arguments of a call)"
+        problem = (
+            f"the content of a {role_name} is not JSON (accepted: the name and arguments of a call)"
+        )
         content = parse_json(content, context.location, problem)
     calls = _tool_calls(turn, content if is_call else None, context)
     content, reasoning_parts = "" if is_call else content, []
