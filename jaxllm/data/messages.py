@@ -97,10 +97,9 @@ def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
             remedy = f"{remedy} data.drop_columns: [{name}]"
             raise context.error(f"a message has {name}, which is not supported; {remedy}")
     if is_call and isinstance(content, str):
-        problem = (
-            f"the content of a {role_name} is not JSON (accepted: the name and arguments of a call)"
-        )
-        content = parse_json(content, context.location, problem)
+        problem = f"the content of a {role_name} is not JSON"
+        accepted = "accepted are a call's name and arguments"
+        content = parse_json(content, context.location, f"{problem} ({accepted})")
     calls = _tool_calls(turn, content if is_call else None, context)
     content, reasoning_parts = "" if is_call else content, []
     if isinstance(content, list):
