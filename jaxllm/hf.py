@@ -46,10 +46,18 @@ from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
+from jaxllm.model.families import (
+    EMBED,
+    HEAD,
+    TOKEN_IDS,
+    Key,
+    from_hf,
+    key_table,
+    tensor_names,
+    to_hf,
+)
 from jaxllm.ops.quantized import quantize
 from jaxllm.peft import files as adapter_files
-from jaxllm.peft.targets import layer_names
 from jaxllm.tokenizer import save_tokenizer
 
 # Buffers in old files, which no model reads.
@@ -77,7 +85,7 @@ def weights_hash(files: Iterable[Path]) -> str:
 
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     """Raises UserError for missing and for unexpected tensors."""
-    wanted = {name for key in key_table(cfg) for name in layer_names(cfg, key.name)}
+    wanted = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
     spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(UNUSED))
     if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
@@ -99,10 +107,14 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
 
 
+def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*dims[:-2], dims[-1], dims[-2])
+
+
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
     """Raises UserError unless `part` holds floats of our `shape`, or of `fused` rows if ours are
     some of them."""
-    want = shape[::-1] if key.transpose else shape
+    want = _swapped(shape) if key.transpose else shape
     want = (fused, *want[1:]) if key.rows else want
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
@@ -112,22 +124,22 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
-    index = index[::-1] if key.transpose else index
+    index = _swapped(index) if key.transpose else index
     if key.rows is not None:
         start, stop, _ = index[0].indices(key.rows[1] - key.rows[0])
         index = (slice(key.rows[0] + start, key.rows[0] + stop), *index[1:])
     value = part[index]
-    return value.T if key.transpose else value
+    return value.swapaxes(-1, -2) if key.transpose else value
 
 
-def _read_shard(layers: list[Any], key: Key, like: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a weight or of a stack, in the dtype of `like`. layers: a part for each layer."""
-    if not key.stacked:
-        return _read(layers[0], key, index).astype(like.dtype)
+def _read_shard(parts: list[Any], key: Key, like: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a weight, in the dtype of `like`. parts: its tensors, in order."""
+    stack = np.arange(len(parts)).reshape(like.shape[: key.stacked])
+    wanted = stack[*index[: key.stacked], ...]
     sizes = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
     out = np.empty(sizes, like.dtype)
-    for i, part in enumerate(layers[index[0]]):
-        out[i] = _read(part, key, index[1:])
+    for at, i in np.ndenumerate(wanted):
+        out[at] = _read(parts[i], key, index[key.stacked :])
     return out
 
 
@@ -142,7 +154,7 @@ def _read_weights(
     fused = {key.name: key.rows[1] for key in keys.values() if key.rows}
     with fp8.opened(locations, scheme) as tensor:
         for path, key in keys.items():
-            names = layer_names(model.cfg, key.name)
+            names = tensor_names(model.cfg, key.name)
             if names[0] not in locations:
                 continue
             like, layers = weights[path].get_value(), [tensor(name) for name in names]
@@ -315,23 +327,27 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         if only is None or key.path in only:
             fused.setdefault(key.name, []).append(key)
 
-    def tensor(parts: list[Key], layer: int | None) -> Tensor:
+    def tensor(parts: list[Key], name: str, at: tuple[int, ...]) -> Tensor:
         key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
-        shapes = [a.shape[key.stacked :][:: -1 if key.transpose else 1] for a in arrays]
+        shapes = [a.shape[key.stacked :] for a in arrays]
+        shapes = [_swapped(s) if key.transpose else s for s in shapes]
 
         def read() -> np.ndarray:
-            host = dist.gather(arrays if layer is None else [a[layer] for a in arrays])
-            host = [x.T for x in host] if key.transpose else host
+            host = dist.gather([a[at] for a in arrays] if at else arrays)
+            host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 
-        rows = sum(shape[0] for shape in shapes)
-        return Tensor(key.name.format(i=layer), (rows, *shapes[0][1:]), read)
+        return Tensor(name, (sum(s[0] for s in shapes), *shapes[0][1:]), read)
 
-    for layer in (None, *range(model.cfg.num_layers)):
-        for parts in fused.values():
-            if parts[0].stacked == (layer is not None):
-                yield tensor(parts, layer)
+    tensors = []
+    for parts in fused.values():
+        names = tensor_names(model.cfg, parts[0].name)
+        first = weights[tuple(parts[0].path.split("."))].get_value()
+        grid = np.ndindex(first.shape[: parts[0].stacked])
+        tensors += [(at[:1], tensor(parts, name, at)) for name, at in zip(names, grid, strict=True)]
+    for _, one in sorted(tensors, key=lambda pair: pair[0]):  # layer by layer
+        yield one
 
 
 def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None:

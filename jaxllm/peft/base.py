@@ -93,7 +93,7 @@ class PeftAdapter(Adapter):
         }
         if self.saved:
             names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in self.saved]
-            modules = {n.rpartition(".")[2] if "{i}" in n else n for n in names}
+            modules = {n.rpartition(".")[2] if "{layer}" in n else n for n in names}
             config["modules_to_save"] = sorted(modules)
         return config
 

@@ -20,10 +20,11 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
+from jaxllm.model.families import tensor_names
 from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.peft.base import set_value
 from jaxllm.peft.lora import LoraAdapter, branch_of, dense_kernel, kernels_of
-from jaxllm.peft.targets import EMBED, Target, adaptable_modules, layer_names
+from jaxllm.peft.targets import EMBED, Target, adaptable_modules
 
 # One of a model's adapters by name, none, or {name: weight}.
 Choice = str | Mapping[str, float] | None
@@ -42,7 +43,7 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
             )
     targets = []
     for path, module in adaptable_modules(cfg).items():
-        layers = len(layer_names(cfg, module))
+        layers = len(tensor_names(cfg, module))
         unadapted = Target(path, module, ((0,) * layers,), ((1.0,) * layers,))
         matching = [
             next((t for t in adapter.targets if t.path == path), unadapted)

@@ -19,11 +19,10 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensors, read_json
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table
+from jaxllm.model.families import key_table, tensor_names
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
-from jaxllm.peft.targets import layer_names
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def saved_tensors(
 ) -> dict[str, tuple[Path, str]]:
     """{HF tensor of modules_to_save: (the adapter's file, its name in it)}."""
     keys = [key for key in key_table(cfg) if key.path in adapter.saved]
-    names = [name for key in keys for name in layer_names(cfg, key.name)]
+    names = [name for key in keys for name in tensor_names(cfg, key.name)]
     if not names:
         return {}
     for files in adapters.values():

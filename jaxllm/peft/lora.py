@@ -36,10 +36,11 @@ from jaxllm.mesh import Axes
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.families import tensor_names
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value
-from jaxllm.peft.targets import EMBED, HEAD, Target, find_targets, layer_names, saved_paths
+from jaxllm.peft.targets import EMBED, HEAD, Target, find_targets, saved_paths
 
 # Modules that peft saves with an adapter for sequence classification, present or not.
 SCORE_MODULES = ("classifier", "score")
@@ -212,7 +213,7 @@ class LoraAdapter(PeftAdapter):
             start = sum(widths[:which])
             embedding = target.path == EMBED
             for layer, r in target.adapted_layers(which):
-                prefix = f"{self.root}{target.module.format(i=layer)}.lora_"
+                prefix = f"{self.root}{target.module.format(layer=layer)}.lora_"
                 stack = (layer,) if target.stacked else ()
                 a, b = (branch.a0, branch.b0) if initial else (branch.a, branch.b)
                 ranks = slice(start, start + r)
@@ -426,14 +427,14 @@ def _common(values: dict[str, dict[int, Any]]) -> tuple[Any, dict[str, Any]]:
         if set(layers.values()) == {common}:
             continue
         if len(set(layers.values())) == 1:
-            pattern[module.rpartition("{i}.")[2]] = next(iter(layers.values()))
+            pattern[module.rpartition("{layer}.")[2]] = next(iter(layers.values()))
         else:
-            pattern |= {module.format(i=i): v for i, v in layers.items() if v != common}
+            pattern |= {module.format(layer=i): v for i, v in layers.items() if v != common}
     return common, pattern
 
 
 def _module_names(ranks: dict[str, dict[int, int]], cfg: ModelConfig) -> list[str]:
     """target_modules: suffixes if each matches adapted modules only, else full names."""
-    if all(len(layers) == len(layer_names(cfg, module)) for module, layers in ranks.items()):
+    if all(len(layers) == len(tensor_names(cfg, module)) for module, layers in ranks.items()):
         return [module.rpartition(".")[2] for module in ranks]
-    return [module.format(i=i) for module, layers in ranks.items() for i in layers]
+    return [module.format(layer=i) for module, layers in ranks.items() for i in layers]
