@@ -419,7 +419,7 @@ def test_an_adapter_path_loads_its_base_model_or_explains_why_not(tmp_path):
     np.testing.assert_allclose(logits_of(both, tokens), want, atol=1e-5)
     file = tmp_path / "law" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not say which model"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         load_hf(places["law"])
     (tmp_path / "law" / "adapter_model.safetensors").rename(tmp_path / "law" / "adapter_model.bin")
     with pytest.raises(ValueError, match="pickled adapter is not read"):
