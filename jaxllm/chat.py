@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxllm.data.chat import prompt_tokens, stop_ids
-from jaxllm.data.template import apply_user_template, chat_tokenizer
+from jaxllm.data.chat import chat_tokenizer, prompt_tokens, stop_ids
+from jaxllm.data.template import apply_user_template
 from jaxllm.errors import UserError
 from jaxllm.files import local_dir
 from jaxllm.hf import load_hf

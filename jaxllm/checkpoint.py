@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -120,9 +121,9 @@ class Checkpoints:
             for path in self.directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
             for step in [step for step, problem in self._problems.items() if problem]:
-                aside = self.directory / f"{step}.broken"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                broken = self.directory / f"{step}.broken"
+                shutil.rmtree(broken, ignore_errors=True)
+                (self.directory / str(step)).rename(broken)
                 del self._problems[step]
         self.manager.reload()
         self._tidied = True
@@ -236,8 +237,7 @@ class Checkpoints:
     def _is_valid(self, step: int) -> bool:
         """True if the files of `step` are unchanged; otherwise says so once."""
         if step not in self._problems:
-            problem = _problem(self.directory / str(step))
-            self._problems[step] = problem
+            self._problems[step] = problem = _problem(self.directory / str(step))
             if problem and dist.is_main():
                 print(f"jaxllm: checkpoint {step} is broken, skipped: {problem}", file=sys.stderr)
         return not self._problems[step]
@@ -268,8 +268,5 @@ def _digest(path: Path) -> str | None:
     """xxh3 of a file; None with several processes, as none of them has all files."""
     if dist.count() > 1:
         return None
-    hasher = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

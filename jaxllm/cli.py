@@ -21,7 +21,8 @@ from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
+SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
 
 
 # ---- the training verbs
@@ -51,7 +52,9 @@ def training(verb: str, args: list[str]) -> int:
 def _report(cfg: TrainConfig, result: Any) -> int:
     """Print how a run ended; returns the exit status."""
     for name, values in result.evals.items():
-        print(f"{name}: {_metrics_text(values)}")
+        shown = ("loss", "perplexity") if "perplexity" in values else SHOWN
+        texts = [f"{key} {values[key]:{SHOWN[key]}}" for key in shown if key in values]
+        print(f"{name}: {'  '.join(texts)}")
     best, metric = result.best, cfg.eval.metric
     if best.step not in (None, result.step):
         exported = " (exported to final/)" if cfg.save.load_best and result.final else ""
@@ -68,17 +71,6 @@ def _report(cfg: TrainConfig, result: Any) -> int:
         return STOPPED
     print(f"done: {result.step} steps" + (f", model in {result.final}" if result.final else ""))
     return DONE
-
-
-# Metrics of an evaluation to print after its loss.
-SHOWN = {"perplexity": ".2f", "accuracy": ".4f", "margin": ".4f", "reward_mean": ".4f"}
-
-
-def _metrics_text(values: dict[str, float]) -> str:
-    shown = {name: form for name, form in SHOWN.items() if name in values}
-    if "perplexity" in shown:
-        shown = {"perplexity": shown["perplexity"]}
-    return "  ".join(f"{k} {values[k]:{form}}" for k, form in ({"loss": ".4f"} | shown).items())
 
 
 # ---- the other verbs
@@ -103,9 +95,10 @@ class _Parser(argparse.ArgumentParser):
 
     def read(self, args: list[str]) -> argparse.Namespace:
         """Parse the arguments. Raises UserError for a list flag given twice."""
-        flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-        for flag in (name for action in self._actions for name in action.option_strings):
-            if flags.count(flag) > 1 and self._option_string_actions[flag].nargs == "+":
+        flags = [arg.partition("=")[0] for arg in args]
+        lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
+        for flag in lists:
+            if flags.count(flag) > 1:
                 raise UserError(f"{flag} is given twice; give all its values after one {flag}")
         return self.parse_args(args)
 
@@ -115,11 +108,9 @@ def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         value = parse(text)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"seen {text}; must be an integer from {low} to {high}"
-            )
-        return value
+        if type(value) is int and low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"seen {text}; must be an integer from {low} to {high}")
 
     return number
 
@@ -132,11 +123,8 @@ def _model_options(parser: _Parser, **use: Any) -> None:
     about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
     flag("--use", about, metavar="NAME", **use)
     flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
-    flag(
-        "--template",
-        "chat template: a file or a built-in name; default: the tokenizer's",
-        type=home,
-    )
+    about = "chat template: a file or a built-in name; default: the tokenizer's"
+    flag("--template", about, type=home)
 
 
 def _adapters(options: argparse.Namespace) -> dict[str, str]:
@@ -191,26 +179,24 @@ def _decoding(options: argparse.Namespace) -> dict[str, Any]:
     return arguments | {"sampling": sampling, "adapter": _adapters(options)}
 
 
-def tokenizer(verb: str, args: list[str]) -> int:
-    if not args or args[0] != "train":
-        if {"-h", "--help"} & set(args[:1]):
-            print("usage: jaxllm tokenizer train FILE ... --out DIR [--vocab_size N]")
-            return DONE
+def tokenizer(verb: str, args: list[str]) -> None:
+    if args[:1] == ["train"]:
+        args = args[1:]
+    elif args[:1] not in (["-h"], ["--help"]):
         seen = repr(args[0]) if args else "nothing"
         raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
     parser = _Parser("tokenizer train")
     parser.flag("files", "text files", nargs="+", metavar="FILE")
     parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
     parser.flag("--vocab_size", "size of the vocabulary", type=_integer(1), default=32_000)
-    options = parser.read(args[1:])
+    options = parser.read(args)
     from jaxllm.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
     print(options.out)
-    return DONE
 
 
-def evaluate(verb: str, args: list[str]) -> int:
+def evaluate(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     _model_options(parser)
     flag = parser.flag
@@ -237,15 +223,11 @@ def evaluate(verb: str, args: list[str]) -> int:
         adapter=_adapters(options),
         use=_uses([options.use])[0] if options.use else ...,
     )
-    if options.json:
-        print(json.dumps(found))
-        return DONE
-    for name, value in found.items():
-        print(f"{name:<12} {value:>14{',' if isinstance(value, int) else '.4f'}}")
-    return DONE
+    lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
+    print(json.dumps(found) if options.json else "\n".join(lines))
 
 
-def generate(verb: str, args: list[str]) -> int:
+def generate(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     _model_options(parser, action="append", default=[])
     flag = parser.flag
@@ -284,10 +266,9 @@ def generate(verb: str, args: list[str]) -> int:
         best = best_of(options.reward, prompts, answers, system=options.system, dtype=options.dtype)
     for one in best:
         print(json.dumps(one, ensure_ascii=False) if options.json else one["text"])
-    return DONE
 
 
-def chat(verb: str, args: list[str]) -> int:
+def chat(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     _model_options(parser)
     _sampling_options(parser)
@@ -297,18 +278,15 @@ def chat(verb: str, args: list[str]) -> int:
     use_cache()
     use = _uses([options.use] if options.use else [])
     chat_loop(options.model, use=use, **_decoding(options))
-    return DONE
 
 
-def export(verb: str, args: list[str]) -> int:
+def export(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     flag = parser.flag
     flag("run", "run folder", type=home, metavar="RUN")
     flag("out", "output directory", type=home, metavar="OUT")
-    about = (
-        "checkpoint to export: a step, or best (evaluation); default: best with save.load_best, "
-    )
-    about += "else the latest valid one"
+    about = "checkpoint to export: a step, or best (evaluation); default: best with "
+    about += "save.load_best, else the latest valid one"
     flag("--step", about, type=lambda text: text if text == "best" else _integer(0)(text))
     about = "dtype of the weights; default: as trained"
     flag("--dtype", about, choices=("float32", "bfloat16"))
@@ -319,7 +297,6 @@ def export(verb: str, args: list[str]) -> int:
 
     use_cache()
     print(write(options.run, options.out, options.dtype, options.step, options.merge))
-    return DONE
 
 
 def comparison(verb: str, args: list[str]) -> int:
@@ -331,7 +308,8 @@ def comparison(verb: str, args: list[str]) -> int:
     return compare(args)
 
 
-VERBS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
+# verb -> (its function, which returns an exit status or None for DONE; help)
+VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
     "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
     "tokenizer": (tokenizer, "tokenizer train: train a byte-level BPE tokenizer on text files"),
@@ -364,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(verb, VERBS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
             raise UserError(f"unknown verb {verb}; {hint}")
-        return VERBS[verb][0](verb, args)
+        return VERBS[verb][0](verb, args) or DONE
     except BrokenPipeError:  # `jaxllm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -403,7 +381,7 @@ def mistake(error: BaseException) -> str | None:
     """
     cause: BaseException | None = error
     while cause is not None:  # libraries wrap the OSError of a full disk
-        full = isinstance(cause, OSError) and cause.errno in DISK_FULL
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(cause):
             return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
         cause = cause.__cause__ or cause.__context__

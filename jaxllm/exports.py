@@ -16,13 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoint import Checkpoints
-from jaxllm.config import (
-    DataSection,
-    MeshSection,
-    TrainConfig,
-    from_dict,
-    tokenizer_path,
-)
+from jaxllm.config import DataSection, MeshSection, TrainConfig, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
 from jaxllm.files import DTYPES, read_json
@@ -30,20 +24,18 @@ from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params
+from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
-from jaxllm.peft.merge import merged
 from jaxllm.program import build, load_model
 from jaxllm.run import START, check_same_origin, origin
 from jaxllm.tokenizer import load_tokenizer
 
+Step = int | Literal["best"] | None  # a checkpoint
+
 
 def export(
-    run: str,
-    out: str,
-    dtype: str | None = None,
-    step: int | Literal["best"] | None = None,
-    merge: bool = False,
+    run: str, out: str, dtype: str | None = None, step: Step = None, merge: bool = False
 ) -> str:
     """Writes a run as a HF directory, or as an adapter if that is what it trained; returns `out`.
 
@@ -53,28 +45,25 @@ def export(
     default: the run's save.dtype, else that of the weights. merge: merge the adapter into the base
     model in float32, and print how much the logits change.
 
-    Raises UserError for something that does not exist or does not fit together.
+    Raises UserError for a missing file or checkpoint, and for arguments that contradict each other.
     """
     folder = Path(run).expanduser()
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
-    if is_adapter(str(folder)) or _is_model(run, folder):
-        if step is not None:
-            raise UserError(f"{run} is a model; it has no checkpoint {step}")
-        if is_adapter(str(folder)):
-            model, tokenizer = load_hf(str(folder)), load_tokenizer(tokenizer_of(str(folder)))
-        else:
-            config = read_json(folder / "config.json")
-            stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-            model = load_hf(str(folder), stored if stored in DTYPES else "float32")
-            tokenizer = load_tokenizer(str(folder))
-    else:
-        model, tokenizer, save_dtype = _load_run(run, folder, step, merge)
+    config = {} if is_adapter(str(folder)) else _config(run, folder)
+    if config and "model_type" not in config:
+        model, tokenizer, save_dtype = _load_run(run, folder, from_dict(config), step, merge)
         if merge or not model.peft.frozen:
             dtype = dtype or save_dtype
+    elif step is not None:
+        raise UserError(f"{run} is a model; it has no checkpoint {step}")
+    else:
+        stored = str(config.get("dtype") or config.get("torch_dtype"))
+        model = load_hf(str(folder), stored if stored in DTYPES else "float32")
+        tokenizer = load_tokenizer(tokenizer_of(str(folder)))
     if merge:
-        save_hf(_merge_and_compare(model, dtype), out, dtype, tokenizer)
-    elif not model.peft.frozen:
+        model = _merge_and_compare(model, dtype)
+    if not model.peft.frozen:
         save_hf(model, out, dtype, tokenizer)
     elif dtype not in (None, "float32"):
         raise UserError("an adapter is always written in float32; --dtype needs --merge")
@@ -83,27 +72,26 @@ def export(
     return out
 
 
-def _is_model(run: str, folder: Path) -> bool:
+def _config(run: str, folder: Path) -> dict[str, Any]:
+    """The config.json of a run folder or HF directory."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{run} is neither a run folder nor a HF directory: it has no config.json")
-    return "model_type" in read_json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _load_run(
-    run: str, folder: Path, step: int | Literal["best"] | None, merge: bool
+    run: str, folder: Path, cfg: TrainConfig, step: Step, merge: bool
 ) -> tuple[Decoder, Any, str | None]:
     """(model, tokenizer, save.dtype) of a run's checkpoint.
 
     A frozen base model is loaded if it is to be merged, or if the trained weights depend on it;
     otherwise its weights are ShapeDtypeStructs.
     """
-    cfg = from_dict(read_json(folder / "config.json"))
     start = replace(cfg, output_dir=str(folder), overwrite=False, mesh=MeshSection())
     if (folder / START).is_dir():
-        section = replace(cfg.model, path=str(folder / START), config=None, tokenizer=None)
-        section = replace(section, overrides={})
+        saved = {"path": str(folder / START), "config": None, "tokenizer": None, "overrides": {}}
         # The saved template has the settings of the data section.
-        start = replace(start, model=section, data=DataSection())
+        start = replace(start, model=replace(cfg.model, **saved), data=DataSection())
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoints/")
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
@@ -131,19 +119,15 @@ def _load_run(
         state = checkpoints.restore(step, fields, partial=True)
         weights = eval_params(state.get("opt_state"), state["trainable"])
         like = nnx.to_pure_dict(trained)
-        weights = jax.tree.map(
-            lambda x, w: w.astype(x.dtype), like, {name: weights[name] for name in trainable}
-        )
+        weights = {name: weights[name] for name in trainable}
+        weights = jax.tree.map(lambda x, w: w.astype(x.dtype), like, weights)
         nnx.replace_by_pure_dict(trained, weights)
     tokenizer = with_settings(load_tokenizer(tokenizer_path(start)), start.data)
     return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
 
 
-def _chosen_step(
-    run: str, checkpoints: Checkpoints, step: int | Literal["best"] | None, cfg: TrainConfig
-) -> int:
+def _chosen_step(run: str, checkpoints: Checkpoints, step: Step, cfg: TrainConfig) -> int:
     """The checkpoint to export. Raises UserError if it does not exist."""
-    steps = checkpoints.manager.all_steps()
     if step == "best" and (step := checkpoints.best()) is None:
         raise UserError(
             f"{run} has no best checkpoint: it was not evaluated, or save.keep_best is false"
@@ -151,6 +135,7 @@ def _chosen_step(
     if step is None and cfg.save.load_best:
         best = checkpoints.best()
         step = best if best is not None and checkpoints.is_good(best) else None
+    steps = checkpoints.manager.all_steps()
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         raise UserError(f"{run} has no checkpoint {step}; it has {there}")

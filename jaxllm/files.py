@@ -60,7 +60,7 @@ def local_dir(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} is no directory, nor could the hub be asked: {reason}") from None
+        raise UserError(f"{path} is no directory, nor could the hub be reached: {reason}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -131,13 +131,13 @@ def make_sharded(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) 
 
     `read(index)` returns the values of one shard; replicas of a shard are read once.
     """
-    same: dict[Any, tuple[Any, list[Any]]] = {}
+    shards: dict[Any, tuple[Any, list[Any]]] = {}  # {key: (index, devices)}
     for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
         assert index is not None
         key = tuple((s.start, s.stop) for s in index)
-        same.setdefault(key, (index, []))[1].append(device)
+        shards.setdefault(key, (index, []))[1].append(device)
     parts: list[jax.Array] = []
-    for index, devices in same.values():
+    for index, devices in shards.values():
         value = read(index)
         parts += [jax.device_put(value, device) for device in devices]
         jax.block_until_ready(parts)
@@ -190,10 +190,10 @@ def _check_target(out: Path) -> None:
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another directory")
     entries = sorted(out.iterdir())
-    strange = [e.name for e in entries if e.is_dir() or not any(map(e.match, MODEL_FILES))]
-    ours = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    if strange or (entries and not ours):
-        what = f"holds {strange[0]}" if strange else "is not empty"
+    others = [e.name for e in entries if e.is_dir() or not any(map(e.match, MODEL_FILES))]
+    is_saved_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if others or (entries and not is_saved_model):
+        what = f"holds {others[0]}" if others else "is not empty"
         raise UserError(
             f"{out} {what}, so it is not replaced; choose another directory or empty it"
         )

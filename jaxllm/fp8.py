@@ -13,8 +13,10 @@ because only weights are read. A layout that the config does not state is an err
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import UserError
-from jaxllm.files import header
+from jaxllm.files import header, open_tensors
 
 # Keys of config.json that describe a quantisation; the second is of older compressed-tensors.
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -74,20 +76,15 @@ def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     if stated is None:
         return rest, None
     stated = stated if isinstance(stated, dict) else {}
-    method = None if stated.get("quant_method") is None else str(stated["quant_method"])
-    scheme = None
+    default = "compressed-tensors" if "config_groups" in stated else "no quant_method"
+    method = str(stated.get("quant_method") or default)
+    read = {"fp8": _fine_grained, "compressed-tensors": _compressed}.get(method, lambda _: None)
+    if scheme := read(stated):
+        return rest, scheme
+    what = f"{folder}/config.json: the weights are quantised ({method})"
     if method == "fp8":
-        scheme = _fine_grained(stated)
-    elif method == "compressed-tensors" or (method is None and "config_groups" in stated):
-        scheme = _compressed(stated)
-    if scheme is None:
-        what = f"{folder}/config.json: the weights are quantised ({method or 'no quant_method'})"
-        if method == "fp8":
-            what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
-        raise UserError(
-            f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}"
-        )
-    return rest, scheme
+        what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
+    raise UserError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}")
 
 
 def _fine_grained(stated: dict[str, Any]) -> Fp8 | None:
@@ -125,7 +122,7 @@ def _compressed(stated: dict[str, Any]) -> Fp8 | None:
     return layouts.pop()
 
 
-def _help(method: Any, folder: Path) -> str:
+def _help(method: str, folder: Path) -> str:
     if method not in RECIPES:
         return "transformers cannot dequantise that: load the model that was quantised"
     option, call = RECIPES[method]
@@ -170,17 +167,22 @@ class Dequantised:
         return value
 
 
-def tensor(
-    files: Mapping[Path, Any],
-    locations: Mapping[str, tuple[Path, str]],
-    name: str,
-    scheme: Fp8 | None,
-) -> Any:
-    """A tensor to be read by slices, FP8 dequantised.
+Locations = Mapping[str, tuple[Path, str]]  # {tensor: (file, its name in the file)}
 
-    files: {path: the opened file}; locations: {tensor: (file, its name in the file)}. Raises
-    UserError for an FP8 weight without a scale of the right shape.
+
+@contextmanager
+def opened(locations: Locations, scheme: Fp8 | None) -> Iterator[Callable[[str], Any]]:
+    """Yields `tensor(name)`: the tensor, to be read by slices, FP8 dequantised.
+
+    `tensor` raises UserError for an FP8 weight without a scale of the right shape.
     """
+    with ExitStack() as stack:
+        paths = sorted({file for file, _ in locations.values()})
+        files = {path: stack.enter_context(open_tensors(path)) for path in paths}
+        yield partial(_tensor, files, locations, scheme)
+
+
+def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, name: str) -> Any:
     file, stored = locations[name]
     part = files[file].get_slice(stored)
     scale = locations.get(name + scheme.suffix) if scheme else None

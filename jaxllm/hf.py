@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HuggingFace directories in and out, streamed: safetensors <-> sharded arrays.
+"""Loads and saves HuggingFace directories: safetensors <-> sharded arrays.
 
 Each device's shard of a weight is read from the files by its own slices, and each tensor is written
 as soon as it is gathered: host memory holds one shard, or one tensor of one layer, never the model.
@@ -8,8 +8,7 @@ as soon as it is gathered: host memory holds one shard, or one tensor of one lay
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 from flax import nnx
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import dist, fp8
@@ -31,14 +31,12 @@ from jaxllm.files import (
     ADAPTER_CONFIG,
     DTYPES,
     INDEX,
-    SINGLE,
     Tensor,
     check_dtype,
     header,
     local_dir,
     make_sharded,
     new_folder,
-    open_tensors,
     tensor_files,
     write_file,
     write_json,
@@ -48,13 +46,22 @@ from jaxllm.mesh import axes_of, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import EMBED, HEAD, TOKEN_IDS, Key, from_hf, key_table, to_hf
+from jaxllm.model.families import (
+    EMBED,
+    HEAD,
+    TOKEN_IDS,
+    Key,
+    from_hf,
+    key_table,
+    tensor_names,
+    to_hf,
+)
 from jaxllm.ops.quantized import quantize
 from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
-# Buffers that old files carry and nobody reads.
-HARMLESS = ("rotary_emb.inv_freq",)
+# Buffers in old files, which no model reads.
+UNUSED = ("rotary_emb.inv_freq",)
 SCORE = "score.weight"
 
 
@@ -76,65 +83,85 @@ def weights_hash(files: Iterable[Path]) -> str:
 # ---- reading
 
 
-def _names(key: Key, cfg: ModelConfig) -> list[str]:
-    """The HF tensors a weight is made of: one for each layer of a stack."""
-    return [key.name.format(i=i) for i in range(cfg.num_layers if key.stacked else 1)]
-
-
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
-    wanted = {name for key in key_table(cfg) for name in _names(key, cfg)}
-    missing = sorted(wanted - found)
-    spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(HARMLESS))
+    """Raises UserError for missing and for unexpected tensors."""
+    wanted = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
+    missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
+    spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(UNUSED))
     if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
-        spare.remove(HEAD)  # a second copy of the embedding; of no use to a score
-    if cfg.scores and SCORE in missing:
-        missing.remove(SCORE)  # of a model that has not been one: it is drawn
-    if missing or spare:
+        spare.remove(HEAD)  # a second copy of the embedding, or the head of a causal model
+    problems = [
+        f"{verb} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
+        for verb, names in (
+            (f"lacks {len(missing)} tensors", missing),
+            (f"has {len(spare)} unexpected ones", spare),
+        )
+        if names
+    ]
+    if not problems:
+        return
+    hint = ""
+    if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
+        hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
+        hint += "is missing: restore it" if scheme is None else "describes others"
+    raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
 
-        def listed(names: list[str]) -> str:
-            return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
 
-        hint = ""
-        if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
-            hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
-            hint += "is missing: restore it" if scheme is None else "describes others"
-        what = [f"lacks {len(missing)} tensors ({listed(missing)})"] if missing else []
-        what += [f"has {len(spare)} unexpected ones ({listed(spare)})"] if spare else []
-        raise UserError(f"{folder}: by its config the checkpoint {' and '.join(what)}{hint}")
+def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*dims[:-2], dims[-1], dims[-2])
 
 
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
-    """`part` must hold floats of our `shape`, or of `fused` rows where ours are some of them."""
-    want = shape[::-1] if key.transpose else shape
+    """Raises UserError unless `part` holds floats of our `shape`, or of `fused` rows if ours are
+    some of them."""
+    want = _swapped(shape) if key.transpose else shape
     want = (fused, *want[1:]) if key.rows else want
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise UserError(
-            f"{name} is stored as {part.get_dtype()}, quantised, which is not read here"
-        )
+        raise UserError(f"{name} is stored as {part.get_dtype()}, quantised and not supported")
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
-    """Our [in, out] (or [out]) slice of one HF tensor, read from disk as that slice alone."""
-    index = index[::-1] if key.transpose else index
+    """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
+    index = _swapped(index) if key.transpose else index
     if key.rows is not None:
         start, stop, _ = index[0].indices(key.rows[1] - key.rows[0])
         index = (slice(key.rows[0] + start, key.rows[0] + stop), *index[1:])
     value = part[index]
-    return value.T if key.transpose else value
+    return value.swapaxes(-1, -2) if key.transpose else value
 
 
-def _abstract(cfg: ModelConfig, mesh: Mesh, **options: Any) -> tuple[Any, Any]:
-    """(graph, state) of a decoder whose weights are ShapeDtypeStructs with their shardings."""
+def _read_shard(parts: list[Any], key: Key, like: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a weight, in the dtype of `like`. parts: its tensors, in order."""
+    stack = np.arange(len(parts)).reshape(like.shape[: key.stacked])
+    wanted = stack[*index[: key.stacked], ...]
+    sizes = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
+    out = np.empty(sizes, like.dtype)
+    for at, i in np.ndenumerate(wanted):
+        out[at] = _read(parts[i], key, index[key.stacked :])
+    return out
 
-    def lay(variable: Any) -> Any:
-        value = variable.get_value()
-        sharding = param_sharding(mesh, axes_of(variable), value.shape)
-        return variable.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
 
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), **options)))
-    return graph, jax.tree.map(lay, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+def _read_weights(
+    model: Decoder, locations: fp8.Locations, scheme: fp8.Fp8 | None, quantize_base: str
+) -> None:
+    """Reads the weights of an abstract model, except for a score head that no file has."""
+    keys = {tuple(key.path.split(".")): key for key in key_table(model.cfg)}
+    weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    assert keys.keys() == weights.keys()
+    # The last part of a fused tensor ends where the tensor does.
+    fused = {key.name: key.rows[1] for key in keys.values() if key.rows}
+    with fp8.opened(locations, scheme) as tensor:
+        for path, key in keys.items():
+            names = tensor_names(model.cfg, key.name)
+            if names[0] not in locations:
+                continue
+            like, layers = weights[path].get_value(), [tensor(name) for name in names]
+            for name, part in zip(names, layers, strict=True):
+                _check_tensor(part, name, key, like.shape[key.stacked :], fused.get(key.name, 0))
+            value = make_sharded(like, partial(_read_shard, layers, key, like))
+            _set_quantized(model, quantize_base, path, weights[path], value)
 
 
 def load_hf(
@@ -143,15 +170,13 @@ def load_hf(
     mesh: Mesh | None = None,
     *,
     adapter: str | Mapping[str, str] | None = None,
-    compute_dtype: str | None = None,
-    remat: str = "none",
-    scan_unroll: int = 1,
-    attention: str = "auto",
     overrides: dict[str, Any] | None = None,
     peft: Adapter = NO_ADAPTER,
     quantize_base: str = "none",
     scores: bool = False,
     seed: int = 0,
+    compute_dtype: str | None = None,
+    **options: Any,
 ) -> Decoder:
     """Loads a HF directory or hub id as a Decoder.
 
@@ -161,13 +186,13 @@ def load_hf(
       mesh: what the weights are sharded over; default: all devices along fsdp.
       adapter: a directory in peft's format, or {name: directory} of several. The first one is
         active (see jaxllm.choose).
-      remat, scan_unroll, attention: as in Decoder.
       overrides: keys of the HF config to change. With tie_word_embeddings false, the head of a tied
         model is initialised from its token table.
       peft: what training adds to the model, with random weights drawn from `seed`; `adapter` gives
         the weights if both are given.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
+      options: remat, scan_unroll, attention, as in Decoder.
 
     Raises UserError for an unknown family, missing or unexpected tensors, shapes that disagree with
     the config, and pickled or quantised weights.
@@ -176,120 +201,73 @@ def load_hf(
         check_dtype(name)
     path, named = adapter_files.with_base(path, adapter)
     folder, saved = local_dir(path), {n: adapter_files.find(one) for n, one in named.items()}
-    scores = scores or adapter_files.is_reward(saved)
-    config, scheme = source_config(str(folder), overrides or {}, scores=scores)
+    scores, overrides = scores or adapter_files.is_reward(saved), overrides or {}
+    config, scheme = source_config(str(folder), overrides, scores=scores)
     cfg = from_hf(config)
-    mesh = make_mesh(MeshSection()) if mesh is None else mesh
     if saved and not peft.frozen:
         peft = adapter_files.read_adapter(cfg, saved)
-    options: dict[str, Any] = dict(compute_dtype=compute_dtype, remat=remat, peft=peft)
-    options |= {"scan_unroll": scan_unroll, "attention": attention}
-    graph, state = _abstract(cfg, mesh, dtype=dtype, **options)
-    flat = dict(nnx.to_flat_state(state))
-    weights = {name: v for name, v in flat.items() if isinstance(v, nnx.Param)}
-    keys, found = key_table(cfg), tensor_files(folder)
-    assert {tuple(k.path.split(".")) for k in keys} == set(weights)
-    where = {name: (file, name) for name, file in found.items()}
-    if cfg.tie_embeddings and EMBED not in where and HEAD in where:
-        where[EMBED] = where.pop(HEAD)
-    elif (overrides or {}).get("tie_word_embeddings") is False and EMBED in where:
-        where.setdefault(HEAD, where[EMBED])  # lm_head is initialised from the embedding
-    _check_names(folder, cfg, set(where), scheme)
-    where |= adapter_files.saved_tensors(cfg, peft, saved)
-    if cfg.scores and SCORE not in where:
-        del weights["score", "kernel"]
-    _read_weights(cfg, weights, where, scheme, partial(_stored, peft, quantize_base))
-    added = {name: v for name, v in flat.items() if name not in weights}
-    _draw(added, partial(Decoder, cfg, dtype=dtype, **options), seed)
-    model = _merged(graph, nnx.from_flat_state(weights | added), config)
-    model.base = path
+    mesh = make_mesh(MeshSection()) if mesh is None else mesh
+    options |= {"dtype": dtype, "compute_dtype": compute_dtype}
+    model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
+    locations = {name: (file, name) for name, file in tensor_files(folder).items()}
+    if cfg.tie_embeddings and EMBED not in locations and HEAD in locations:
+        locations[EMBED] = locations.pop(HEAD)
+    elif overrides.get("tie_word_embeddings") is False and EMBED in locations:
+        locations.setdefault(HEAD, locations[EMBED])
+    _check_names(folder, cfg, set(locations), scheme)
+    locations |= adapter_files.saved_tensors(cfg, peft, saved)
+    _read_weights(model, locations, scheme, quantize_base)
+    _draw(model, seed)
     peft.begin(model)
-    for which, one in enumerate(saved.values()):
-        adapter_files.load_weights(model, one, which)
+    for which, files in enumerate(saved.values()):
+        adapter_files.load_weights(model, files, which)
     return model
 
 
-def _draw(variables: dict[Any, Any], make: Callable[..., Decoder], seed: int) -> None:
-    """Gives variables (ShapeDtypeStructs) the random values that `make` begins with.
-
-    The model's own weights and those that are added are drawn each as without the other.
-    """
-    if not variables:
-        return
-
-    def values() -> list[jax.Array]:
-        made = dict(nnx.to_flat_state(nnx.state(make(rngs=nnx.Rngs(params=seed, peft=seed + 1)))))
-        return [made[name].get_value() for name in variables]
-
-    lay = [v.get_value().sharding for v in variables.values()]
-    for variable, value in zip(
-        variables.values(), jax.jit(values, out_shardings=lay)(), strict=True
-    ):
-        variable.set_value(value)
+# ---- abstract and random models
 
 
-def _is_quantized(peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
+def _is_quantized(model: Decoder, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
     """True for the layers' frozen kernels, if the base model is to be quantised."""
-    trained = peft.frozen and peft.trains(path, variable)
+    trained = model.peft.frozen and model.peft.trains(path, variable)
     return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
 
 
-def _stored(
-    peft: Adapter, kind: str, path: tuple[Any, ...], variable: Any, value: jax.Array
-) -> Any:
-    """What the model stores: the array, or its quantised form."""
-    if not _is_quantized(peft, kind, path, variable):
-        return value
-    axes, sharding = axes_of(variable), value.sharding
-    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    mesh = sharding.mesh
-    return quantize(value, kind, lambda x: jax.device_put(x, param_sharding(mesh, axes, x.shape)))
-
-
-def _read_weights(
-    cfg: ModelConfig,
-    weights: dict[Any, Any],
-    where: dict[str, tuple[Path, str]],
-    scheme: fp8.Fp8 | None,
-    stored: Callable[..., Any],
+def _set_quantized(
+    model: Decoder, kind: str, path: tuple[Any, ...], variable: Any, value: jax.Array
 ) -> None:
-    """Fills `weights` (ShapeDtypeStructs). where: {HF tensor: (file, its name in the file)};
-    stored: (path, variable, array) -> what the model stores, the array or its quantised form."""
-    keys = key_table(cfg)
-    fused = {k.name: k.rows[1] for k in keys if k.rows}  # the last part ends where the tensor does
-    with ExitStack() as stack:
-        files = {
-            f: stack.enter_context(open_tensors(f)) for f in sorted({f for f, _ in where.values()})
-        }
-        for key in keys:
-            variable = weights.get(tuple(key.path.split(".")))
-            if variable is None:
-                continue  # no file has it
-            like = variable.get_value()
-            parts = {n: fp8.tensor(files, where, n, scheme) for n in _names(key, cfg)}
-            for name, part in parts.items():
-                one = like.shape[1:] if key.stacked else like.shape
-                _check_tensor(part, name, key, one, fused.get(key.name, 0))
-            layers = list(parts.values())
-
-            def read(index: Any, key=key, like=like, layers=layers) -> np.ndarray:
-                if not key.stacked:
-                    return _read(layers[0], key, index).astype(like.dtype)
-                sizes = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
-                out = np.empty(sizes, like.dtype)
-                for place, part in enumerate(layers[index[0]]):
-                    out[place] = _read(part, key, index[1:])
-                return out
-
-            value = make_sharded(like, read)
-            path = tuple(key.path.split("."))
-            variable.set_value(stored(path, variable, value))
+    """Sets a variable to `value`, or to its quantised form."""
+    if _is_quantized(model, kind, path, variable):
+        axes, sharding = axes_of(variable), value.sharding
+        assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+        place = partial(param_sharding, sharding.mesh, axes)
+        value = quantize(value, kind, lambda x: jax.device_put(x, place(x.shape)))
+    variable.set_value(value)
 
 
-def _merged(graph: Any, state: Any, config: dict[str, Any]) -> Decoder:
-    model = nnx.merge(graph, state)
-    model.hf_config = json.dumps(config)  # text, so that the model's graph stays hashable
-    return model
+def _draw(model: Decoder, seed: int) -> None:
+    """Gives the variables that are still ShapeDtypeStructs the values of a random model.
+
+    Base model and adapter have streams of their own, so neither changes the other's values.
+    """
+    abstract = {
+        path: variable
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    }
+    dtype = model.embed.embedding.get_value().dtype
+
+    def values() -> list[jax.Array]:
+        rngs = nnx.Rngs(params=seed, peft=seed + 1)
+        drawn = nnx.state(Decoder(model.cfg, rngs=rngs, dtype=dtype, peft=model.peft))
+        flat = dict(nnx.to_flat_state(drawn))
+        return [flat[path].get_value() for path in abstract]
+
+    if abstract:
+        shardings = [variable.get_value().sharding for variable in abstract.values()]
+        drawn = jax.jit(values, out_shardings=shardings)()
+        for variable, value in zip(abstract.values(), drawn, strict=True):
+            variable.set_value(value)
 
 
 def abstract_model(
@@ -299,26 +277,21 @@ def abstract_model(
     *,
     base: str = "",
     quantize_base: str = "none",
-    peft: Adapter = NO_ADAPTER,
     **options: Any,
 ) -> Decoder:
     """A model with ShapeDtypeStructs, which carry shardings, for weights. options: of Decoder."""
-    graph, state = _abstract(cfg, mesh, peft=peft, **options)
-    flat = dict(nnx.to_flat_state(state))
-    for path, variable in flat.items():
-        if _is_quantized(peft, quantize_base, path, variable):
-            value, axes = variable.get_value(), axes_of(variable)
-            shapes = jax.eval_shape(partial(quantize, kind=quantize_base, place=lambda x: x), value)
-            variable.set_value(
-                jax.tree.map(
-                    lambda x, axes=axes: jax.ShapeDtypeStruct(
-                        x.shape, x.dtype, sharding=param_sharding(mesh, axes, x.shape)
-                    ),
-                    shapes,
-                )
-            )
-    model = _merged(graph, nnx.from_flat_state(flat), hf_config)
+    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), **options))
+    model.hf_config = json.dumps(hf_config)  # text, so that the model's graph stays hashable
     model.base = base
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value, axes = variable.get_value(), axes_of(variable)
+        if _is_quantized(model, quantize_base, path, variable):
+            value = jax.eval_shape(partial(quantize, kind=quantize_base, place=lambda x: x), value)
+
+        def with_sharding(x: Any, axes=axes) -> jax.ShapeDtypeStruct:
+            return x.update(sharding=param_sharding(mesh, axes, x.shape))
+
+        variable.set_value(jax.tree.map(with_sharding, value))
     return model
 
 
@@ -329,18 +302,14 @@ def random_model(
     *,
     seed: int = 0,
     quantize_base: str = "none",
-    peft: Adapter = NO_ADAPTER,
     **options: Any,
 ) -> Decoder:
     """A model with random weights, sharded over `mesh`. options: of Decoder."""
-    graph, state = _abstract(cfg, mesh, peft=peft, **options)
-    flat = dict(nnx.to_flat_state(state))
-    _draw(flat, partial(Decoder, cfg, peft=peft, **options), seed)
-    for path, variable in flat.items():
-        value = variable.get_value()
-        variable.set_value(_stored(peft, quantize_base, path, variable, value))
-    model = _merged(graph, nnx.from_flat_state(flat), hf_config)
-    peft.begin(model)
+    model = abstract_model(cfg, mesh, hf_config, **options)
+    _draw(model, seed)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        _set_quantized(model, quantize_base, path, variable, variable.get_value())
+    model.peft.begin(model)
     return model
 
 
@@ -348,63 +317,68 @@ def random_model(
 
 
 def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[Tensor]:
-    """Every HF tensor of the model (of the weights `only`), layer by layer; nothing is gathered
-    before `read()`."""
-    cfg = model.cfg
-    weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    groups: dict[str, list[Key]] = {}  # of keys whose weights share a tensor
-    for key in key_table(cfg):
-        if only is None or key.path in only:
-            groups.setdefault(key.name, []).append(key)
+    """Yields the model's HF tensors layer by layer; each is gathered when it is read.
 
-    def tensor(parts: list[Key], layer: int) -> Tensor:
+    only: paths of the weights to yield; default: all.
+    """
+    weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    fused: dict[str, list[Key]] = {}  # {HF tensor: its parts}
+    for key in key_table(model.cfg):
+        if only is None or key.path in only:
+            fused.setdefault(key.name, []).append(key)
+
+    def tensor(parts: list[Key], name: str, at: tuple[int, ...]) -> Tensor:
+        key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
-        shapes = [a.shape[1:] if k.stacked else a.shape for k, a in zip(parts, arrays, strict=True)]
-        shapes = [s[::-1] if k.transpose else s for k, s in zip(parts, shapes, strict=True)]
+        shapes = [a.shape[key.stacked :] for a in arrays]
+        shapes = [_swapped(s) if key.transpose else s for s in shapes]
 
         def read() -> np.ndarray:
-            values = [a[layer] if k.stacked else a for k, a in zip(parts, arrays, strict=True)]
-            host = dist.gather(values)
-            host = [v.T if k.transpose else v for k, v in zip(parts, host, strict=True)]
+            host = dist.gather([a[at] for a in arrays] if at else arrays)
+            host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 
-        rows = sum(s[0] for s in shapes)
-        return Tensor(parts[0].name.format(i=layer), (rows, *shapes[0][1:]), read)
+        return Tensor(name, (sum(s[0] for s in shapes), *shapes[0][1:]), read)
 
-    for layer in (None, *range(cfg.num_layers)):
-        for parts in groups.values():
-            if parts[0].stacked == (layer is not None):
-                yield tensor(parts, layer or 0)
+    tensors = []
+    for parts in fused.values():
+        names = tensor_names(model.cfg, parts[0].name)
+        first = weights[tuple(parts[0].path.split("."))].get_value()
+        grid = np.ndindex(first.shape[: parts[0].stacked])
+        tensors += [(at[:1], tensor(parts, name, at)) for name, at in zip(names, grid, strict=True)]
+    for _, one in sorted(tensors, key=lambda pair: pair[0]):  # layer by layer
+        yield one
 
 
 def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None:
-    """One file, or numbered ones of at most `limit` bytes (or one tensor) and their index."""
+    """Writes one file, or numbered ones of at most `limit` bytes (or one tensor) and an index."""
+    tensors = {t.name: t for t in hf_tensors(model)}
     width = jnp.dtype(dtype).itemsize
-    files: list[list[Tensor]] = [[]]
-    used = total = 0
-    for t in hf_tensors(model):
-        size = prod(t.shape) * width
-        if files[-1] and used + size > limit:
-            files.append([])
-            used = 0
-        files[-1].append(t)
-        used, total = used + size, total + size
-    if len(files) == 1:
-        write_file(folder / SINGLE, files[0], dtype)
-        return
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    for name, tensors in zip(names, files, strict=True):
-        write_file(folder / name, tensors, dtype)
-    weight_map = {t.name: name for name, ts in zip(names, files, strict=True) for t in ts}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda t: prod(t.shape) * width,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for name, parts in split.filename_to_tensors.items():
+        write_file(folder / name, [tensors[part] for part in parts], dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
 
 
-def _configs(model: Decoder, dtype: str, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    if model.hf_config:
-        config = json.loads(model.hf_config)
-    else:
-        config = to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
-    return updated_configs(config, dtype, model.cfg.vocab_size, tokenizer)
+def save_configs(model: Decoder, folder: Path, tokenizer: Any, dtype: str | None = None) -> None:
+    """Writes config.json, generation_config.json and the tokenizer, if any, into a directory.
+
+    dtype: that config.json names; default: that of the weights.
+    """
+    config = json.loads(model.hf_config or "{}") or to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
+    dtype = dtype or str(model.embed.embedding.get_value().dtype)
+    config, generation = updated_configs(config, dtype, model.cfg.vocab_size, tokenizer)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
 
 
 def save_hf(
@@ -419,50 +393,37 @@ def save_hf(
 
     dtype: of the weights in the files (default: their own). tokenizer None: none is written.
     max_shard_bytes: the largest safetensors file. Tied weights are written once. The directory
-    appears whole or not at all; one that holds nothing but a saved model is replaced, any other
-    content is refused (ValueError).
+    appears complete or not at all. It replaces a saved model; any other content is refused
+    (UserError).
     """
-    kept = str(model.embed.embedding.get_value().dtype) if dtype is None else dtype
-    check_dtype(kept)
+    dtype = dtype or str(model.embed.embedding.get_value().dtype)
+    check_dtype(dtype)
     if model.peft.frozen:
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
         raise UserError("the weights are quantised; load the model without quantize_base to save")
-    config, generation = _configs(model, kept, tokenizer)
     with new_folder(path) as part:
-        _write_weights(model, part, kept, max_shard_bytes)
-        if tokenizer is not None:
-            save_tokenizer(tokenizer, part)
-        write_json(part / "config.json", config)
-        write_json(part / "generation_config.json", generation)
+        save_configs(model, part, tokenizer, dtype)
+        _write_weights(model, part, dtype, max_shard_bytes)
 
 
 def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
-    """Writes a model's adapter, float32, as a directory that `peft` loads (bottlenecks: that
-    jaxllm loads), and modules_to_save with it; the base is named by where it was loaded from.
+    """Writes a model's adapter and modules_to_save, float32, as a directory that `peft` loads
+    (bottlenecks: that jaxllm loads). Its config names the base by where that was loaded from.
 
-    tokenizer None: none is written. The directory appears whole or not at all, as in `save_hf`.
-    Raises ValueError for a model without an adapter or with several.
+    tokenizer None: none is written. The directory appears complete or not at all, as in `save_hf`.
+    Raises UserError for a model without an adapter or with several.
     """
     if not model.peft.frozen:
-        raise UserError("the model has no adapter; save_hf writes it whole")
+        raise UserError("the model has no adapter; save it with save_hf")
     adapter: Any = model.peft
-    found = [Tensor(n, v.shape, lambda v=v: v) for n, v in adapter.tensors(model).items()]
-    root = adapter.root
+    tensors = [Tensor(n, v.shape, lambda v=v: v) for n, v in adapter.tensors(model).items()]
     for t in hf_tensors(model, adapter.saved):
-        found.append(replace(t, name=root + t.name))
+        tensors.append(replace(t, name=adapter.root + t.name))
         if t.name == EMBED and model.cfg.tied_head:
-            found.append(replace(t, name=root + HEAD))  # as peft has the tie
+            tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
     with new_folder(path) as part:
-        write_file(part / ADAPTER, found, "float32")
+        write_file(part / ADAPTER, tensors, "float32")
         write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
         if tokenizer is not None:
             save_tokenizer(tokenizer, part)
-
-
-def save_configs(model: Decoder, folder: Path, tokenizer: Any) -> None:
-    """Writes config.json, generation_config.json and the tokenizer of a model into a directory."""
-    config, generation = _configs(model, str(model.embed.embedding.get_value().dtype), tokenizer)
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
-    save_tokenizer(tokenizer, folder)

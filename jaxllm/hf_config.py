@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError
-from jaxllm.files import INDEX, SINGLE, local_dir, open_tensors, read_json, tensor_files
+from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
     EMBED,
@@ -97,26 +96,23 @@ def _override(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
 
 
 def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | None) -> bool:
-    """True if the config ties the embeddings but the files hold a head with other values.
+    """True if the config ties the embeddings but the files contain a head with other values.
 
-    As in transformers 5, the weights then win over the config.
+    The weights then take precedence over the config, as in transformers 5.
     """
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
         return False
-    found = tensor_files(folder)
-    if EMBED not in found or HEAD not in found:
+    locations = {name: (file, name) for name, file in tensor_files(folder).items()}
+    if EMBED not in locations or HEAD not in locations:
         return False
-    locations = {name: (file, name) for name, file in found.items()}
-    with ExitStack() as stack:
-        files = {f: stack.enter_context(open_tensors(f)) for f in {found[EMBED], found[HEAD]}}
-        table, head = (fp8.tensor(files, locations, name, scheme) for name in (EMBED, HEAD))
+    with fp8.opened(locations, scheme) as tensor:
+        table, head = tensor(EMBED), tensor(HEAD)
         rows, *width = table.get_shape()
         if head.get_shape() != [rows, *width]:
             return True
         step = max(1, CHUNK // max(1, *width))
-        starts = range(0, rows, step)
-        parts = ((slice(i, min(i + step, rows)), slice(None)) for i in starts)
+        parts = ((slice(i, min(i + step, rows)), slice(None)) for i in range(0, rows, step))
         return any((np.float32(1) * table[part] != head[part]).any() for part in parts)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxllm import dist
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
+from jaxllm.config.schema import flat
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
 from jaxllm.hf import save_configs, weights_hash
@@ -28,13 +30,11 @@ from jaxllm.peft.files import find
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
 # What a resumed run may change: it keeps the data, the model and the optimizer. Another length
 # (epochs, steps) reshapes the rest of the schedule.
-FREE = {
-    "": ("output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"),
-    "model": ("attention", "remat", "scan_unroll", "loss_chunk"),
-    "data": ("workers", "cache_dir"),
-    "eval": ("patience", "min_delta"),
-}
-FREE_SECTIONS = ("mesh", "cluster", "log", "save")
+FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
+FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
+FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
+FREE |= {"mesh", "cluster", "log", "save"}  # sections
+IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
 
 
 class RunFolder:
@@ -55,32 +55,21 @@ class RunFolder:
             self._check_overwrite()
         else:
             self._check_resume(config)
-        self._checkpoints: Checkpoints | None = None
 
-    @property
+    @cached_property
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints; not to be used before `claim` if the run replaces an old one."""
-        if self._checkpoints is None:
-            self._checkpoints = Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
-        return self._checkpoints
+        """The checkpoints. If the run replaces an old one, call `claim` first."""
+        return Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
 
     def latest(self) -> int | None:
         """The step of the checkpoint that this run resumes from, None if it starts from step 0."""
         resumes = self.cfg.resume and not self.replaces
         return dist.agree(self.checkpoints.latest()) if resumes else None
 
-    def check_same_run(
-        self, step: int, manifest: dict[str, Any], origin: dict[str, Any] | None
-    ) -> None:
-        """Raises UserError if checkpoint `step` was trained on other data than `manifest`, or from
-        another `origin`."""
-        check_same_data(self.path, manifest)
-        check_same_origin(self.checkpoints, step, origin)
-
     def claim(self) -> None:
         """Writes config.json, and deletes an old run first if this one replaces it.
 
-        Call it when nothing can be wrong with the new run any more.
+        Call it after the new run's config, model and data are validated.
         """
         if dist.is_main():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -135,21 +124,16 @@ class RunFolder:
             )
 
 
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys of a config that a resumed run must share."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in FREE_SECTIONS or key in FREE[""]:
-            continue
-        if isinstance(value, dict):
-            flat |= {f"{key}.{k}": v for k, v in value.items() if k not in FREE.get(key, ())}
-        else:
-            flat[key] = value
-    return flat
+    return {k: v for k, v in flat(config).items() if not {k, k.partition(".")[0]} & FREE}
 
 
 def _read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a run folder, None if there is nothing. Raises UserError for anything else."""
+    """config.json of a run folder; None if the folder is missing or empty.
+
+    Raises UserError for a file, and for a folder with other files.
+    """
     if not folder.exists():
         return None
     if not folder.is_dir():
@@ -171,8 +155,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:
-    """The peft section of a run, whose path is the run's own copy of its adapter's config, if it
-    has one."""
+    """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
     copy = Path(cfg.output_dir) / START
     if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
         return replace(cfg.peft, path=str(copy))
@@ -207,12 +190,12 @@ def check_same_data(folder: Path, manifest: dict[str, Any]) -> None:
     if not file.is_file():
         return
     saved = json.loads(file.read_text())
-    changed = _changed(saved["train"]["sources"], manifest["train"]["sources"])
-    names = dict.fromkeys((*saved["eval"], *manifest["eval"]))
-    none: dict[str, Any] = {"sources": []}
-    for name in names:
-        sets = (one["eval"].get(name, none)["sources"] for one in (saved, manifest))
-        changed += _changed(*sets)
+    before, now = _sources(saved), _sources(manifest)
+    changed = []
+    for name in before | now:
+        for old, new in zip_longest(before.get(name, ()), now.get(name, ())):
+            if not old or not new or any(old[key] != new[key] for key in IDENTITY):
+                changed.append((new or old)["path"])
     if saved["tokenizer"] != manifest["tokenizer"]:
         changed.append("the tokenizer")
     if changed:
@@ -222,9 +205,7 @@ def check_same_data(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _changed(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """Paths of the sources that differ in content, examples or tokens, or are in one list only."""
-    keys = ("content", "examples", "tokens")
-    pairs = [(s, n) for s, n in zip(saved, now, strict=False)]
-    changed = [n["path"] for s, n in pairs if any(s[key] != n[key] for key in keys)]
-    return changed + [one["path"] for one in (*saved[len(now) :], *now[len(saved) :])]
+def _sources(manifest: dict[str, Any]) -> dict[str | None, list[dict[str, Any]]]:
+    """The sources of the training data, under None, and of each evaluation set."""
+    sets = {None: manifest["train"]} | manifest["eval"]
+    return {name: one["sources"] for name, one in sets.items()}

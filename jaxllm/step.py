@@ -78,21 +78,7 @@ def make_step(
     they were.
     """
 
-    def loss_of(trainable, frozen, batch, rng):
-        model, reference = models(trainable, frozen)
-        loss, weight, metrics = objective(model, batch, rng, reference)
-        counts = {
-            name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
-            for name, mask in (("tokens", batch.segment_ids > 0), ("learned", batch.weights > 0))
-        }
-        return loss, {"loss": (loss, weight)} | metrics | counts
-
-    def micro_batch(trainable, frozen, batch, rng):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, rng)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        if gradient_shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, gradient_shardings)
-        return grads, metrics
+    gradients = make_gradients(models, objective, gradient_shardings)
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         rows = batch.tokens.shape[1]
@@ -101,7 +87,7 @@ def make_step(
 
         def run(index, micro: Batch):
             row_keys = fold_in(index * rows + jnp.arange(rows))
-            return micro_batch(state.trainable, frozen, micro, row_keys)
+            return gradients(state.trainable, frozen, micro, row_keys)
 
         if baseline is not None:
             with jax.named_scope("baseline"):
@@ -128,6 +114,31 @@ def make_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def make_gradients(
+    models: Models, objective: Callable[..., Any], shardings: Any = None
+) -> Callable[..., Any]:
+    """(trainable, frozen, batch [B, T], row keys [B]) -> (float32 gradients of the loss sum,
+    metrics). The arguments are those of `make_step`."""
+
+    def loss_of(trainable, frozen, batch, rng):
+        model, reference = models(trainable, frozen)
+        loss, weight, metrics = objective(model, batch, rng, reference)
+        counts = {
+            name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
+            for name, mask in (("tokens", batch.segment_ids > 0), ("learned", batch.weights > 0))
+        }
+        return loss, {"loss": (loss, weight)} | metrics | counts
+
+    def gradients(trainable, frozen, batch, rng):
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, rng)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return grads, metrics
+
+    return gradients
 
 
 def accumulated(run: Callable[..., Any], batch: Batch) -> Any:

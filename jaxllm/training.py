@@ -43,7 +43,7 @@ from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
-from jaxllm.run import RunFolder
+from jaxllm.run import RunFolder, check_same_data, check_same_origin
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer
@@ -100,7 +100,8 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     resumed = run.latest()
     origin = program.origin()  # identifies the weights that checkpoints depend on
     if resumed is not None:
-        run.check_same_run(resumed, data.manifest, origin)
+        check_same_data(run.path, data.manifest)
+        check_same_origin(run.checkpoints, resumed, origin)
         say(f"resuming from step {resumed}")
     say(f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights")
     trainable, frozen = program.load(resumed)

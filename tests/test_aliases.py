@@ -452,7 +452,7 @@ def test_deepspeed_auto_takes_the_flags(deepspeed):
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}},
             ["--max_steps", "8"],
-            "total_num_steps is 9 but --max_steps sets 8",
+            "total_num_steps is 9 but --max_steps sets steps to 8",
         ),
         (
             {

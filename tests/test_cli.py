@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jaxllm import cli
-from jaxllm.config import Source, describe, leaves, validated
+from jaxllm.config import Source, describe, from_dict, leaves
 from jaxllm.errors import MissingFile, UserError
 
 HEAVY = ("jax", "flax", "optax", "grain", "orbax", "numpy", "torch")
@@ -176,7 +176,7 @@ def test_a_user_error_of_a_worker_process_is_a_message_and_a_value_error_is_not(
 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         with pytest.raises(UserError) as found:
-            pool.submit(validated, {"seed": "a"}, {}).result()
+            pool.submit(from_dict, {"seed": "a"}).result()
     assert cli.mistake(found.value).startswith("seed is 'a'")
     assert cli.mistake(ValueError("out of a library")) is None
 

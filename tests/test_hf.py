@@ -17,6 +17,7 @@ import pytest
 import torch
 from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +32,7 @@ from jaxllm.files import local_dir
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.mesh import axes_of, make_mesh, spec
+from jaxllm.model import families
 from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
@@ -680,3 +682,30 @@ def test_export_names_what_is_missing(run, tmp_path):
         export(str(folder), str(tmp_path / "out"), step=7)
     with pytest.raises(ValueError, match="is neither a run folder nor"):
         export(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_a_weight_with_two_indices_is_read_and_written_tensor_by_tensor(tmp_path, monkeypatch):
+    """As the weights of experts: [layers, experts, in, out], a tensor for each layer and expert."""
+    monkeypatch.setattr(families, "INDICES", families.INDICES | {"expert": "num_kv_heads"})
+    key = families.Key("experts.kernel", "layers.{layer}.experts.{expert}.weight", transpose=True)
+    cfg: Any = SimpleNamespace(num_layers=3, num_kv_heads=2)
+    weight = np.arange(3 * 2 * 4 * 5, dtype=np.float32).reshape(3, 2, 4, 5)
+    names = families.tensor_names(cfg, key.name)
+    assert names[:3] == [f"layers.{i}.experts.{e}.weight" for i, e in ((0, 0), (0, 1), (1, 0))]
+    files = {n: weight[divmod(i, 2)].T.copy() for i, n in enumerate(names)}
+    save_file({n: torch.tensor(x) for n, x in files.items()}, tmp_path / "model.safetensors")
+
+    with safe_open(tmp_path / "model.safetensors", "np") as opened:
+        parts = [opened.get_slice(name) for name in names]
+        like = jax.ShapeDtypeStruct(weight.shape, np.float32)
+        for index in ((slice(None),) * 4, (slice(1, 3), slice(1, 2), slice(0, 2), slice(3, 5))):
+            assert np.array_equal(hf._read_shard(parts, key, like, index), weight[index])
+
+    monkeypatch.setattr(hf, "key_table", lambda _: [key])
+    model: Any = nnx.Module()
+    model.cfg, model.experts = nnx.static(cfg), nnx.Module()
+    model.experts.kernel = nnx.Param(jnp.asarray(weight))
+    written = {tensor.name: tensor for tensor in hf.hf_tensors(model)}
+    assert list(written) == names
+    for name, tensor in written.items():
+        assert tensor.shape == (5, 4) and np.array_equal(tensor.read(), files[name])

@@ -12,8 +12,8 @@ from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
+from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
-from jaxllm.peft.merge import merged
 from jaxllm.sampling import (
     Completions,
     Sampling,

@@ -103,6 +103,7 @@ SCHEDULES = {name: name for name in ("cosine", "linear", "constant", "inverse_sq
 SCHEDULES |= {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
 OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
 OPTIMIZERS |= {"adafactor": "adafactor", "lion_32bit": "lion", "sgd": "sgd"}
+OPTIMIZERS |= {name: name for name in OPTIMIZERS.values()}  # ours
 # fmt: off
 IGNORED = frozenset({
     "accelerator_config", "activation_checkpointing_kwargs", "attn_implementation",
@@ -114,20 +115,18 @@ IGNORED = frozenset({
     "ddp_static_graph", "ddp_timeout", "debug", "do_eval", "do_predict", "do_train",
     "enable_jit_checkpoint", "eval_accumulation_steps", "eval_delay", "eval_do_concat_batches",
     "eval_on_start", "eval_use_gather_object", "fp16_full_eval", "fsdp", "fsdp_config",
-    "full_determinism", "gradient_checkpointing_kwargs", "group_by_length",
-    "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy",
-    "hub_token", "include_for_metrics", "include_num_input_tokens_seen",
-    "include_tokens_per_second", "keep_linebreaks", "label_names", "length_column_name",
-    "liger_kernel_config", "local_rank", "log_level",
-    "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
-    "logging_nan_inf_filter", "low_cpu_mem_usage",
-    "overwrite_cache", "parallelism_config", "per_device_eval_batch_size", "prediction_loss_only",
-    "project", "push_to_hub", "remove_unused_columns", "restore_callback_states_from_checkpoint",
-    "run_name", "save_on_each_node", "save_only_model", "save_safetensors", "skip_memory_metrics",
-    "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id",
-    "trackio_static_space_id", "trust_remote_code", "use_cache", "use_cpu", "use_fast_tokenizer",
-    "use_liger_kernel",
+    "full_determinism", "gradient_checkpointing_kwargs", "group_by_length", "hub_always_push",
+    "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
+    "include_for_metrics", "include_num_input_tokens_seen", "include_tokens_per_second",
+    "keep_linebreaks", "label_names", "length_column_name", "liger_kernel_config", "local_rank",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step",
+    "logging_nan_inf_filter", "low_cpu_mem_usage", "overwrite_cache", "parallelism_config",
+    "per_device_eval_batch_size", "prediction_loss_only", "project", "push_to_hub",
+    "remove_unused_columns", "restore_callback_states_from_checkpoint", "run_name",
+    "save_on_each_node", "save_only_model", "save_safetensors", "skip_memory_metrics", "tf32",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
+    "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "trust_remote_code",
+    "use_cache", "use_cpu", "use_fast_tokenizer", "use_liger_kernel",
 })
 # fmt: on
 # Not supported, and ignoring them would change the result: refused unless switched off.
@@ -142,33 +141,43 @@ REFUSED = {
 OFF = (None, False, 0, "", [], {})
 
 Flags = dict[str, Given]  # all names of the same file or command line
+# Returns our keys and values for the value of a name.
+Rule = Callable[[Any, Flags], dict[str, Any]]
 
 
-def _is_true(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"seen {value!r}; must be true or false")
-    return value
-
-
-def _choose(value: Any, table: Mapping[str, Any]) -> Any:
-    if not isinstance(value, str) or value not in table:
-        raise UserError(f"{value!r} is not known; known: {', '.join(table)}")
+def _choose(value: Any, table: Mapping[Any, Any]) -> Any:
+    """Returns table[value]. Raises UserError, which lists the names that the table has."""
+    if value is False and value not in table:
+        value = "no"  # YAML reads no as false
+    if not isinstance(value, str | bool) or value not in table:
+        known = ", ".join(name for name in table if isinstance(name, str))
+        if not known:
+            raise UserError(f"seen {value!r}; must be true or false")
+        raise UserError(f"{value!r} is not known; known: {known}")
     return table[value]
+
+
+def _choice(table: Mapping[Any, dict[str, Any]], about: str) -> tuple[Rule, str]:
+    return lambda value, _: _choose(value, table), about
+
+
+def _switch(key: str, on: Any, off: Any = None) -> tuple[Rule, str]:
+    """Rule and help of a boolean name; without `off`, false sets nothing."""
+    table = {True: {key: on}, False: {} if off is None else {key: off}}
+    return _choice(table, f"{key} {str(on).lower()}")
 
 
 def _dtype(value: Any, flags: Flags) -> dict[str, Any]:
     known = {"float32": "float32", "bfloat16": "bfloat16", "auto": None}
     dtype = _choose(str(value).removeprefix("torch."), known)
-    if dtype is None:
-        return {}
-    compute = {} if "bf16" in flags else {"model.compute_dtype": dtype}
-    return {"model.weight_dtype": dtype} | compute
+    keys = ("model.weight_dtype", "model.compute_dtype")
+    return dict.fromkeys(keys[:1] if "bf16" in flags else keys, dtype) if dtype else {}
 
 
 def _fp16(value: Any, flags: Flags) -> dict[str, Any]:
-    if _is_true(value):
+    if value is True:
         raise UserError("float16 is not supported, since it needs loss scaling; use --bf16")
-    return {}
+    return _choose(value, {False: {}})
 
 
 def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
@@ -190,75 +199,47 @@ def _deepspeed(value: Any, flags: Flags) -> dict[str, Any]:
     return {"deepspeed": home(value)}
 
 
-def _remat(value: Any, flags: Flags) -> dict[str, Any]:
-    return {"model.remat": "full" if _is_true(value) else "none"}
-
-
 def _per_device(value: Any, flags: Flags) -> dict[str, Any]:
     return {"micro_batch_size": value} | ({} if "batch_size" in flags else {"batch_size": 0})
 
 
-def _quantized(kind: str) -> Callable[[Any, Flags], dict[str, Any]]:
-    return lambda value, _: {"peft.quantize_base": kind} if _is_true(value) else {}
+def _eval_strategy(value: Any, flags: Flags) -> dict[str, Any]:
+    if value == "steps" and "eval_steps" not in flags:
+        return {"eval_every": flags["logging_steps"].value if "logging_steps" in flags else 500}
+    known = {"steps": {}, "epoch": {"eval_every": "epoch"}, "no": {"eval_every": 0}}
+    return _choose(value, known)
 
 
-# Strategy -> its number of steps, which the Trainer reads only for strategy `steps`.
-STEPS = {
-    "eval_strategy": "eval_steps",
-    "evaluation_strategy": "eval_steps",
-    "save_strategy": "save_steps",
-    "logging_strategy": "logging_steps",
-}
-
-
-def _strategy(key: str, interval: str) -> Callable[[Any, Flags], dict[str, Any]]:
-    known = {"steps": {}, "epoch": {key: "epoch"}}
-    known |= {} if key == "log.every" else {"no": {key: 0}}
-    known |= {"best": {key: 0, "save.keep_best": True}} if key == "save.every" else {}
-
-    def translate(value: Any, flags: Flags) -> dict[str, Any]:
-        chosen = _choose("no" if value is False else value, known)
-        if key == "eval_every" and value == "steps" and interval not in flags:
-            return {key: flags["logging_steps"].value if "logging_steps" in flags else 500}
-        return chosen
-
-    return translate
-
-
-# name -> (function of the value and all flags that returns our keys and values, help)
-TRANSLATED: dict[str, tuple[Callable[[Any, Flags], dict[str, Any]], str]] = {
-    "bf16": (
-        lambda v, _: {"model.compute_dtype": "bfloat16" if _is_true(v) else "float32"},
-        "model.compute_dtype bfloat16",
-    ),
+_SAVE = {"steps": {}, "epoch": {"save.every": "epoch"}, "no": {"save.every": 0}}
+_SAVE |= {"best": {"save.every": 0, "save.keep_best": True}}
+# name -> (its rule, help)
+TRANSLATED: dict[str, tuple[Rule, str]] = {
+    "bf16": _switch("model.compute_dtype", "bfloat16", "float32"),
     "torch_dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "fp16": (_fp16, "refused: use bf16"),
-    "gradient_checkpointing": (_remat, "model.remat full"),
-    "activation_checkpointing": (_remat, "model.remat full"),
+    "gradient_checkpointing": _switch("model.remat", "full", "none"),
+    "activation_checkpointing": _switch("model.remat", "full", "none"),
     "per_device_train_batch_size": (_per_device, "micro_batch_size"),
-    "max_steps": (lambda v, _: {"steps": 0 if v == -1 else v}, "steps"),
+    "max_steps": (lambda value, _: {"steps": 0 if value == -1 else value}, "steps"),
     "lr_scheduler_type": (_schedule, "optim.schedule"),
-    "optim": (
-        lambda v, _: {"optim.name": _choose(v, OPTIMIZERS | {n: n for n in OPTIMIZERS.values()})},
-        "optim.name",
-    ),
-    "eval_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
-    "evaluation_strategy": (_strategy("eval_every", "eval_steps"), "eval_every"),
-    "save_strategy": (_strategy("save.every", "save_steps"), "save.every"),
-    "logging_strategy": (_strategy("log.every", "logging_steps"), "log.every"),
+    "optim": (lambda value, _: {"optim.name": _choose(value, OPTIMIZERS)}, "optim.name"),
+    "eval_strategy": (_eval_strategy, "eval_every"),
+    "evaluation_strategy": (_eval_strategy, "eval_every"),
+    "save_strategy": _choice(_SAVE, "save.every"),
+    "logging_strategy": _choice({"steps": {}, "epoch": {"log.every": "epoch"}}, "log.every"),
     "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
-    "train_sampling_strategy": (lambda v, _: _choose(v, {"random": {}}), "random: the only order"),
-    "disable_tqdm": (lambda v, _: {"log.progress": not _is_true(v)}, "log.progress false"),
+    "train_sampling_strategy": _choice({"random": {}}, "random: the only order"),
+    "disable_tqdm": _switch("log.progress", False, True),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
-    "use_peft": (lambda v, _: {"peft.method": "lora"} if _is_true(v) else {}, "peft.method lora"),
-    "precompute_ref_log_probs": (
-        lambda v, _: {"align.reference": "precomputed" if _is_true(v) else "model"},
-        "align.reference precomputed",
-    ),
-    "load_in_4bit": (_quantized("nf4"), "peft.quantize_base nf4"),
-    "load_in_8bit": (_quantized("int8"), "peft.quantize_base int8"),
+    "use_peft": _switch("peft.method", "lora"),
+    "precompute_ref_log_probs": _switch("align.reference", "precomputed", "model"),
+    "load_in_4bit": _switch("peft.quantize_base", "nf4"),
+    "load_in_8bit": _switch("peft.quantize_base", "int8"),
 }
+# Strategy -> its number of steps, which the Trainer reads only for strategy `steps`.
+STEPS = {f"{name}_strategy": f"{name}_steps" for name in ("eval", "save", "logging")}
+STEPS |= {"evaluation_strategy": "eval_steps"}
 NAMES = frozenset(RENAMED) | set(TRANSLATED) | IGNORED | set(REFUSED)
 
 
@@ -275,19 +256,12 @@ def spellings() -> dict[str, list[str]]:
     return names
 
 
-def _at(one: Given) -> str:
-    return one.where if one.where.startswith("--") else f"{one.where}: {one.name}"
-
-
 def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
     """Translate the names of one file or command line; returns (our keys, ignored names).
 
     Raises UserError for a refused name and for two names that set one key differently.
     """
     flags: Flags = {one.name: one for one in layer}
-    for one in flags.values():
-        if one.name in REFUSED and one.value not in OFF:
-            raise UserError(f"{_at(one)}: {REFUSED[one.name]}")
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
     if overwrite and resume and overwrite.value and resume.value:
         raise UserError(
@@ -295,16 +269,19 @@ def translate(layer: Sequence[Given]) -> tuple[dict[str, Given], list[str]]:
         )
     ignored = IGNORED | {STEPS[n] for n in STEPS.keys() & flags if flags[n].value != "steps"}
     out: dict[str, Given] = {}
-    for one in flags.values():
-        if one.name in ignored or one.name in REFUSED:
+    for name, one in flags.items():
+        if name in ignored or (name in REFUSED and one.value in OFF):
             continue
-        pairs = {RENAMED.get(one.name, one.name): one.value}
+        values = {RENAMED.get(name, name): one.value}
         try:
-            if one.name in TRANSLATED:
-                pairs = TRANSLATED[one.name][0](one.value, flags)
+            if name in REFUSED:
+                raise UserError(REFUSED[name])
+            if name in TRANSLATED:
+                values = TRANSLATED[name][0](one.value, flags)
         except UserError as error:
-            raise UserError(f"{_at(one)}: {error}") from None
-        for key, value in pairs.items():
+            at = one.where if one.where.startswith("--") else f"{one.where}: {name}"
+            raise UserError(f"{at}: {error}") from None
+        for key, value in values.items():
             before = out.get(key)
             if before and before.value != value:
                 raise UserError(

@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config.schema import TrainConfig, leaves, to_dict, validated, value_of
-from jaxllm.config.sections import PEFT_METHODS
-from jaxllm.config.verbs import JUDGING, unread
+from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
+from jaxllm.config.sections import TrainConfig
+from jaxllm.config.verbs import JUDGING, PEFT_METHODS, unread
 from jaxllm.errors import UserError
 
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
@@ -20,7 +20,7 @@ RANKS = range(4, 65)  # usual ranks; others are often a mistake
 
 def check(cfg: TrainConfig) -> None:
     """Raise UserError for an invalid value, or for fields that contradict each other."""
-    valid = validated(to_dict(cfg), {})
+    valid = from_dict(to_dict(cfg))
     for key in leaves():
         if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
             raise UserError(f"{key} is {ours!r}; write {right!r}")
@@ -62,9 +62,12 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
 
 def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
     align, rl = cfg.align, cfg.rl
-    if align.loss_weights and len(align.loss_weights) != len(align.loss):
-        count = len(align.loss_weights)
-        yield f"align.loss_weights has {count} weights for {len(align.loss)} losses; give one each"
+    for key, weights, what, weighted in (
+        ("align.loss_weights", align.loss_weights, "losses", align.loss),
+        ("rl.reward_weights", rl.reward_weights, "rewards", rl.rewards),
+    ):
+        if weights and weighted and len(weights) != len(weighted):
+            yield f"{key} has {len(weights)} weights for {len(weighted)} {what}; give one each"
     smoothed = ("sigmoid", "robust", "exo", "simpo")
     readers = (("align.gamma", ("simpo",)), ("align.label_smoothing", smoothed))
     for key, names in readers if "align.loss" in cfg.verb.reads else ():
@@ -78,14 +81,11 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield f"log.samples is not used by {cfg.objective}, which generates no text; remove it"
     if not cfg.verb.online:
         return
-    size = resolve(cfg).rl.group_size or 1
     if not rl.rewards:
         yield "no reward: give rl.rewards (directory of a reward model, or module:function)"
     if len(set(rl.rewards)) < len(rl.rewards):
         yield "rl.rewards names a reward twice; use rl.reward_weights instead"
-    if rl.reward_weights and len(rl.reward_weights) != len(rl.rewards):
-        count = len(rl.reward_weights)
-        yield f"rl.reward_weights has {count} weights for {len(rl.rewards)} rewards; give one each"
+    size = resolve(cfg).rl.group_size or 1
     if size < cfg.verb.min_group:
         yield (
             f"rl.group_size is {size}; {cfg.objective} compares the completions of a prompt, so it "
@@ -155,8 +155,7 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
 
     if not cfg.batch_size and not cfg.micro_batch_size:
         yield "batch_size is 0, which requires micro_batch_size"
-    sizes = asdict(cfg.mesh)
-    sizes.pop("zero")
+    sizes = {axis: size for axis, size in asdict(cfg.mesh).items() if axis != "zero"}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the remaining devices"
@@ -165,11 +164,9 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if list(sizes.values()).count(-1) > 1:
         yield "mesh: only one axis can be -1"
 
-    steps = cfg.steps
-    if steps and optim.warmup > max(steps, 1):
-        yield f"optim.warmup is {optim.warmup:g} steps, more than the run's {steps}; lower it"
-    if steps and optim.schedule == "wsd" and optim.decay >= 1 and optim.decay > steps:
-        yield f"optim.decay is {optim.decay:g} steps, more than the run's {steps}; lower it"
+    for name in ("warmup", "decay") if optim.schedule == "wsd" else ("warmup",):
+        if 0 < cfg.steps < (length := getattr(optim, name)):
+            yield f"optim.{name} is {length:g} steps, more than the run's {cfg.steps}; lower it"
 
 
 def resolve(

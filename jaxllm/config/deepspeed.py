@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,81 +67,74 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
     """
     block = _read_json(path)
     rest = dict(_flat(block))
-    asked: dict[str, tuple[str, Any]] = {}  # our key -> (theirs, value)
-
-    def ask(key: str, theirs: str, value: Any) -> None:
-        if value in (None, "auto"):
-            return
-        other, before = asked.setdefault(key, (theirs, value))
-        if before != value:
-            raise UserError(
-                f"{path}: {other} is {before!r} but {theirs} is {value!r}; make them agree"
-            )
-
-    if rest.pop("fp16.enabled", False) is True:
-        raise UserError(f"{path}: fp16 is not supported, since it needs loss scaling; enable bf16")
-    rest = {k: v for k, v in rest.items() if not k.startswith("fp16.")}
     if "zero_optimization" in block:
         rest.setdefault("zero_optimization.stage", 0)
-    if (bf16 := rest.pop("bf16.enabled", "auto")) != "auto":
-        ask("model.compute_dtype", "bf16.enabled", "bfloat16" if bf16 else "float32")
-    _optimizer(path, rest, ask)
-    _scheduler(path, rest, ask, given)
-    for theirs, ours in CARRIED.items():
-        ask(ours, theirs, rest.pop(theirs, None))
-    if "micro_batch_size" in asked and "batch_size" not in given:
-        asked.setdefault("batch_size", (asked["micro_batch_size"][0], 0))
-
-    for key, (theirs, value) in asked.items():
-        one = given.get(key)
-        if one is None or one.value == value or (key, one.value, value) in AGREE:
-            continue
-        if key == "batch_size" and 0 in (one.value, value):  # given by the micro-batches
-            continue
-        raise UserError(
-            f"{path}: {theirs} is {value!r} but {one.where} sets {key} to {one.value!r}; "
-            'make them agree, or write "auto" in the file'
-        )
-    for part in ("zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
-        if rest.get(f"{part}.device") in UNSET:
-            rest = {k: v for k, v in rest.items() if not k.startswith(f"{part}.")}
-    spare = [key for key, value in rest.items() if not any(value is u or value == u for u in UNSET)]
+    asked: dict[str, tuple[str, Any]] = {}  # our key -> (theirs, value)
+    try:
+        for key, theirs, value in _translated(rest, given):
+            if value in (None, "auto"):
+                continue
+            other, before = asked.setdefault(key, (theirs, value))
+            if before != value:
+                raise UserError(f"{other} is {before!r} but {theirs} is {value!r}; make them agree")
+        if "micro_batch_size" in asked and "batch_size" not in given:
+            asked.setdefault("batch_size", (asked["micro_batch_size"][0], 0))
+        for key in (key for key in asked if key in given):
+            _check_agreement(key, *asked[key], given[key])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for part in ("fp16", "zero_optimization.offload_optimizer", "zero_optimization.offload_param"):
+        if part == "fp16" or rest.get(f"{part}.device") in UNSET:
+            rest = {key: value for key, value in rest.items() if not key.startswith(f"{part}.")}
+    ignored = [key for key, value in rest.items() if value not in UNSET]
     ours = {k: Given(k, value, f"{path}: {theirs}") for k, (theirs, value) in asked.items()}
-    return ours, [f"{path}: {', '.join(spare)}"] if spare else []
+    return ours, [f"{path}: {', '.join(ignored)}"] if ignored else []
 
 
-def _optimizer(path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None]) -> None:
-    kind = rest.pop("optimizer.type", None)
-    if kind is None:
+def _check_agreement(key: str, theirs: str, value: Any, given: Given) -> None:
+    agree = given.value == value or (key, given.value, value) in AGREE
+    if agree or (key == "batch_size" and 0 in (given.value, value)):  # given by the micro-batches
         return
-    name = _known(path, "optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
-    if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
-        name = "adam"  # weight decay is added to the gradient
-    ask("optim.name", "optimizer.type", name)
-    betas = rest.pop("optimizer.params.betas", "auto")
-    if betas != "auto":
-        if not isinstance(betas, list) or len(betas) != 2:
-            raise UserError(f"{path}: optimizer.params.betas is {betas!r}; must be two numbers")
-        ask("optim.b1", "optimizer.params.betas", betas[0])
-        ask("optim.b2", "optimizer.params.betas", betas[1])
+    raise UserError(
+        f"{theirs} is {value!r} but {given.where} sets {key} to {given.value!r}; make them agree, "
+        'or write "auto" in the file'
+    )
 
 
-def _scheduler(
-    path: str, rest: dict[str, Any], ask: Callable[[str, str, Any], None], given: dict[str, Given]
-) -> None:
-    kind = rest.pop("scheduler.type", None)
-    if kind is None:
-        return
+def _translated(rest: dict[str, Any], given: dict[str, Given]) -> Iterator[tuple[str, str, Any]]:
+    """(our key, theirs, value) of each key with a meaning here, which is removed from `rest`."""
+    if rest.get("fp16.enabled") is True:
+        raise UserError("fp16 is not supported, since it needs loss scaling; enable bf16")
+    if (bf16 := rest.pop("bf16.enabled", "auto")) != "auto":
+        yield "model.compute_dtype", "bf16.enabled", "bfloat16" if bf16 else "float32"
+    if (kind := rest.pop("optimizer.type", None)) is not None:
+        name = _choose("optimizer.type", kind, DEEPSPEED_OPTIMIZERS)
+        if rest.pop("optimizer.params.adam_w_mode", True) is False and name == "adamw":
+            name = "adam"  # weight decay is added to the gradient
+        yield "optim.name", "optimizer.type", name
+        betas = rest.pop("optimizer.params.betas", "auto")
+        if betas != "auto":
+            if not isinstance(betas, list) or len(betas) != 2:
+                raise UserError(f"optimizer.params.betas is {betas!r}; must be two numbers")
+            yield "optim.b1", "optimizer.params.betas", betas[0]
+            yield "optim.b2", "optimizer.params.betas", betas[1]
+    if (kind := rest.pop("scheduler.type", None)) is not None:
+        schedule = _choose("scheduler.type", kind, DEEPSPEED_SCHEDULES)
+        yield "optim.schedule", "scheduler.type", _scheduler(schedule, rest, given)
+    for theirs, ours in CARRIED.items():
+        yield ours, theirs, rest.pop(theirs, None)
+
+
+def _scheduler(schedule: str, rest: dict[str, Any], given: dict[str, Given]) -> str:
+    """Set DeepSpeed's defaults in `rest`; returns our name of the schedule."""
     params = "scheduler.params."
-    schedule = _known(path, "scheduler.type", kind, DEEPSPEED_SCHEDULES)
     warmup = rest.pop(f"{params}warmup_type", "log")
     if warmup == "log" and schedule == "constant":
         schedule = "warmup_log"
     elif warmup == "log":
         rest[f"{params}warmup_type log (the warmup is linear)"] = True
-    ask("optim.schedule", "scheduler.type", schedule)
     if "optim.warmup" not in given:
-        rest.setdefault(f"{params}warmup_num_steps", 1000)  # DeepSpeed's own default
+        rest.setdefault(f"{params}warmup_num_steps", 1000)
     if schedule == "cosine":
         rest.setdefault(f"{params}cos_min_ratio", 1e-4)
     for start in ("warmup_min_lr", "warmup_min_ratio"):
@@ -151,14 +144,12 @@ def _scheduler(
     if steps and total == steps.value:
         del rest[f"{params}total_num_steps"]
     elif steps and steps.value and isinstance(total, int):
-        raise UserError(
-            f"{path}: {params}total_num_steps is {total} but {steps.where} sets {steps.value}; "
-            'make them agree, or write "auto" in the file'
-        )
+        _check_agreement("steps", f"{params}total_num_steps", total, steps)
+    return schedule
 
 
-def _known(path: str, key: str, value: Any, table: dict[str, str]) -> str:
+def _choose(key: str, value: Any, table: dict[str, str]) -> str:
     names = {name.lower(): ours for name, ours in table.items()}
     if str(value).lower() not in names:
-        raise UserError(f"{path}: {key} {value!r} is not known; known: {', '.join(table)}")
+        raise UserError(f"{key} {value!r} is not known; known: {', '.join(table)}")
     return names[str(value).lower()]

@@ -9,17 +9,8 @@ import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 from jaxllm.config import aliases
-from jaxllm.config.schema import (
-    SECTIONS,
-    Leaf,
-    TrainConfig,
-    field_docs,
-    leaves,
-    members,
-    type_adapter,
-    value_of,
-)
-from jaxllm.config.sections import Source
+from jaxllm.config.schema import SECTIONS, Leaf, field_docs, leaves, members, type_adapter, value_of
+from jaxllm.config.sections import Source, TrainConfig, home
 from jaxllm.config.verbs import VERBS
 
 
@@ -60,18 +51,19 @@ def kind_of(leaf: Leaf) -> str:
     if isinstance(leaf.default, dict):
         return "{KEY: VALUE}"
     names = {bool: "true|false", int: "INT", float: "FLOAT"}
-    names[str] = "PATH" if leaf.is_path else "TEXT"
+    names[str] = "PATH" if leaf.read is home else "TEXT"
 
-    def words(kind: Any) -> list[str]:
-        inner = get_args(kind)
+    def word(kind: Any) -> str:
         if get_origin(kind) is Literal:
-            return [str(value) for value in inner]
+            return "|".join(map(str, get_args(kind)))
         if get_origin(kind) is tuple:
-            return [f"{'|'.join(w for one in members(inner[0]) for w in words(one))} ..."]
-        return [names.get(kind, "TEXT")]
+            return f"{words(get_args(kind)[0])} ..."
+        return names.get(kind, "TEXT")
 
-    text = "|".join(word for kind in members(leaf.annotation) for word in words(kind))
-    return f"{text} ({leaf.unit})" if leaf.unit else text
+    def words(annotation: Any) -> str:
+        return "|".join(word(kind) for kind, _ in members(annotation))
+
+    return words(leaf.annotation) + (f" ({leaf.unit})" if leaf.unit else "")
 
 
 def plain(value: Any) -> str:

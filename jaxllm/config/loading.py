@@ -18,8 +18,8 @@ from typing import Any
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
 from jaxllm.config.deepspeed import read_deepspeed
-from jaxllm.config.schema import SECTIONS, TrainConfig, leaf_of, leaves, unknown_key, validated
-from jaxllm.config.sections import Source, home, sources
+from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
+from jaxllm.config.sections import Source, TrainConfig, home, sources
 from jaxllm.errors import MissingFile, UserError
 
 # ---- YAML and flags
@@ -66,47 +66,58 @@ def read_yaml(path: str) -> list[Given]:
     if not file.is_file():
         raise MissingFile(f"{path}: no such config file")
 
+    names: set[str] = set()
+
+    def line(node: Any) -> str:
+        return f"{path}:{node.start_mark.line + 1}"
+
     def value_of(node: Any) -> Any:
         try:
             return loader.construct_object(node, deep=True)
         except ValueError:
-            at = f"{path}:{node.start_mark.line + 1}"
-            raise UserError(f"{at}: {node.value!r} is not a YAML value") from None
+            raise UserError(f"{line(node)}: {node.value!r} is not a YAML value") from None
 
     def walk(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
-            at, name = f"{path}:{node.start_mark.line + 1}", prefix.rstrip(".") or "a config"
-            raise UserError(f"{at}: {name} must be a mapping, seen {value_of(node)!r}")
-        names: set[str] = set()
+            name = prefix.rstrip(".") or "a config"
+            raise UserError(f"{line(node)}: {name} must be a mapping, seen {value_of(node)!r}")
         for key, value in node.value:
-            name, at = f"{prefix}{key.value}", f"{path}:{key.start_mark.line + 1}"
+            name = f"{prefix}{key.value}"
             if name in names:
-                raise UserError(f"{at}: {name} is given twice; keep one")
+                raise UserError(f"{line(key)}: {name} is given twice; keep one")
             names.add(name)
-            scalar = isinstance(value, yaml.ScalarNode)
-            if name in SECTIONS and not (scalar and name in aliases.TRANSLATED):
+            is_scalar = isinstance(value, yaml.ScalarNode)
+            if name in SECTIONS and not (is_scalar and name in aliases.TRANSLATED):
                 yield from walk(value, f"{name}.")
             else:
-                yield Given(name, value_of(value), at)
+                yield Given(name, value_of(value), line(key))
 
     try:
         loader = _yaml_loader()(file.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         return list(walk(node, "")) if node else []
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+        at = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{at}: not YAML: {error.problem or error.context}") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError):
         raise UserError(f"{path}: not a text file; a config is YAML") from None
 
 
 def read_args(args: Sequence[str]) -> list[Given]:
-    """Split `--key value …`, `--key=value` and bare `--key`; each value is a list of strings."""
+    """Split `--key value …`, `--key=value` and bare `--key`; each value is a list of strings.
+
+    Raises UserError for a list or dict given twice, where the second would replace the first. Of
+    other flags the last one counts.
+    """
     given: list[Given] = []
     for arg in args:
         if arg.startswith("--"):
-            name, equals, text = arg[2:].partition("=")
-            given.append(Given(name.replace("-", "_"), [text] if equals else [], f"--{name}"))
+            flag, equals, text = arg.partition("=")
+            name = flag[2:].replace("-", "_")
+            leaf, repeated = _flag_leaf(name), any(one.name == name for one in given)
+            if repeated and leaf and isinstance(leaf.default, tuple | dict):
+                raise UserError(f"{flag} is given twice; give all its values after one {flag}")
+            given.append(Given(name, [text] if equals else [], flag))
         elif given:
             given[-1].value.append(arg)
         else:
@@ -114,6 +125,11 @@ def read_args(args: Sequence[str]) -> list[Given]:
                 f"unexpected argument {arg!r}; write [CONFIG.yaml] first, then --section.key value"
             )
     return given
+
+
+def _flag_leaf(name: str) -> Leaf | None:
+    """The field that a flag sets, by our name or that of transformers."""
+    return leaves().get(aliases.RENAMED.get(name, name))
 
 
 def _parsed(flag: Given) -> Given:
@@ -124,7 +140,7 @@ def _parsed(flag: Given) -> Given:
         if leaf_of(name):
             return replace(flag, value=True)
         return Given(positive, positive == name, flag.where)
-    leaf = leaves().get(aliases.RENAMED.get(name, name))
+    leaf = _flag_leaf(name)
     is_list = leaf is not None and isinstance(leaf.default, tuple)
     is_text = leaf is not None and (is_list or leaf.types == {str})
 
@@ -141,7 +157,7 @@ def _parsed(flag: Given) -> Given:
 def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
     """Parse data sources given as the values of `flag`. Raises UserError if one is invalid."""
     value = sources(_parsed(Given("data.eval", list(texts), flag)).value)
-    return validated({"data": {"eval": value}}, {"data.eval": flag}).data.eval
+    return from_dict({"data": {"eval": value}}, {"data.eval": flag}).data.eval
 
 
 # ---- the config
@@ -166,7 +182,6 @@ def load_config(
         for one in layer:
             if leaf_of(one.name) is None and one.name not in aliases.NAMES:
                 raise unknown_key(one.name, one.where)
-        _check_repeated(layer)
         values, without_effect = aliases.translate(layer)
         given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
         ignored += without_effect
@@ -184,25 +199,8 @@ def load_config(
             given[key] = replace(one, value=leaf.read(one.value))
     given = _resume_flag(given)
     origins = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
-    cfg = validated(_tree(given), origins)
+    cfg = from_dict(_tree(given), origins)
     return cfg, {key: origins.get(key, "default") for key in leaves()}
-
-
-def _check_repeated(layer: Sequence[Given]) -> None:
-    """Raise UserError for a repeated key of a file, or flag of a list or dict.
-
-    Of other flags the last one counts; a second list would silently replace the first.
-    """
-    seen: set[str] = set()
-    for one in layer:
-        leaf = leaves().get(aliases.RENAMED.get(one.name, one.name))
-        flag = one.where.startswith("--")
-        several = leaf is not None and isinstance(leaf.default, tuple | dict)
-        if one.name in seen and (several or not flag):
-            name = one.where if flag else f"{one.where}: {one.name}"
-            hint = f"give all its values after one {one.where}" if flag else "keep one"
-            raise UserError(f"{name} is given twice; {hint}")
-        seen.add(one.name)
 
 
 def _tree(given: dict[str, Given]) -> dict[str, Any]:

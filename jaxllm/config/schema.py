@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TrainConfig: its fields as a table of dotted keys, validation, and conversion from and to dicts.
+"""The fields of TrainConfig as a table of dotted keys, validation, conversion to and from dicts.
 
 pydantic checks types and ranges, from the annotations; `checks` tests what several fields must
 agree on.
@@ -8,97 +8,18 @@ agree on.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from operator import attrgetter
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
-from jaxllm.config.sections import (
-    AlignSection,
-    ClusterSection,
-    Count,
-    DataSection,
-    EvalSection,
-    Interval,
-    LogSection,
-    MeshSection,
-    ModelSection,
-    OptimSection,
-    Path,
-    PeftSection,
-    Positive,
-    Read,
-    RlSection,
-    SaveSection,
-    Seed,
-    Source,
-    Unit,
-    listed,
-)
-from jaxllm.config.verbs import VERBS, Verb
+from jaxllm.config.sections import Read, Source, TrainConfig, Unit, listed
 from jaxllm.errors import UserError
-
-if TYPE_CHECKING:  # a type checker accepts no computed Literal
-    Objective = str
-else:
-    Objective = Literal[tuple(VERBS)]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The config of a training run."""
-
-    __pydantic_config__ = {"allow_inf_nan": False}  # also applies to the sections
-
-    objective: Objective = "pretrain"
-    """training objective; set by the verb"""
-    output_dir: Path = "run"
-    """run folder"""
-    overwrite: bool = False
-    """delete an earlier run in output_dir, after the new config, model and data are validated"""
-    resume: bool = True
-    """resume from the latest valid checkpoint in output_dir, if there is one"""
-    seed: Seed = 0
-    """seed of initialization, data order, dropout and sampling"""
-    epochs: Annotated[Positive, Unit("epochs")] = 1.0
-    """passes over the training data; ignored if steps is set"""
-    steps: Annotated[Count, Unit("steps")] = 0
-    """optimizer steps; 0 = given by epochs"""
-    batch_size: Annotated[Count, Unit("rows")] = 32
-    """global batch size, in rows per update over all devices; 0 = micro_batch_size x accumulation x
-    devices"""
-    micro_batch_size: Annotated[Count, Unit("rows")] = 0
-    """rows per device and micro-batch; smaller values save memory; 0 = batch_size / accumulation /
-    devices"""
-    accumulation: Annotated[Count, Unit("micro-batches")] = 0
-    """gradient accumulation: micro-batches per update; 0 = given by batch_size and
-    micro_batch_size"""
-    eval_every: Interval = 0
-    """interval between evaluations, in steps or epoch; 0 = only at the end"""
-    model: ModelSection = field(default_factory=ModelSection)
-    data: DataSection = field(default_factory=DataSection)
-    peft: PeftSection = field(default_factory=PeftSection)
-    optim: OptimSection = field(default_factory=OptimSection)
-    mesh: MeshSection = field(default_factory=MeshSection)
-    cluster: ClusterSection = field(default_factory=ClusterSection)
-    log: LogSection = field(default_factory=LogSection)
-    eval: EvalSection = field(default_factory=EvalSection)
-    save: SaveSection = field(default_factory=SaveSection)
-    align: AlignSection = field(default_factory=AlignSection)
-    rl: RlSection = field(default_factory=RlSection)
-
-    @property
-    def verb(self) -> Verb:
-        """The row of this objective in `VERBS`. Raises UserError if there is none."""
-        if self.objective not in VERBS:
-            known = ", ".join(VERBS)
-            raise UserError(f"objective {self.objective!r} is not known; known: {known}")
-        return VERBS[self.objective]
-
 
 SECTIONS: dict[str, Any] = {
     f.name: f.default_factory for f in fields(TrainConfig) if f.default_factory is not MISSING
@@ -122,43 +43,33 @@ class Leaf:
     @property
     def types(self) -> set[Any]:
         """The types of the union, without None; a Literal stands for itself."""
-        return set(members(self.annotation))
+        return {kind for kind, _ in members(self.annotation)}
 
     @property
     def unit(self) -> str:
         """Unit of the number, or ""."""
-        return next((mark.name for mark in _marks(self.annotation) if isinstance(mark, Unit)), "")
-
-    @property
-    def is_path(self) -> bool:
-        """True if ~ is expanded."""
-        return any(mark in get_args(Path) for mark in _marks(self.annotation))
+        return next((mark.unit for mark in self._marks() if isinstance(mark, Unit)), "")
 
     @property
     def read(self) -> Callable[[Any], Any]:
         """Converts what a user may write to the field's type; a list may be one item."""
-        marks = (mark.convert for mark in _marks(self.annotation) if isinstance(mark, Read))
-        return next(marks, listed if isinstance(self.default, tuple) else lambda value: value)
+        readers = (mark.convert for mark in self._marks() if isinstance(mark, Read))
+        return next(readers, listed if isinstance(self.default, tuple) else lambda value: value)
+
+    def _marks(self) -> Iterator[Any]:
+        return (mark for _, marks in members(self.annotation) for mark in marks)
 
 
-def members(kind: Any) -> Iterator[Any]:
-    """The alternatives of a union of annotated types."""
+def members(kind: Any, marks: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """(type, metadata) of each alternative of a union of annotated types, without None."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        yield from members(inner[0])
+        yield from members(inner[0], (*marks, *inner[1:]))
     elif inner and origin not in (Literal, tuple, dict):
         for one in inner:
-            yield from members(one)
+            yield from members(one, marks)
     elif kind is not type(None):
-        yield kind
-
-
-def _marks(kind: Any) -> Iterator[Any]:
-    """The metadata of an annotation and of the alternatives of its union."""
-    yield from getattr(kind, "__metadata__", ())
-    if get_origin(kind) not in (Literal, tuple, dict):
-        for one in get_args(kind):
-            yield from _marks(one)
+        yield kind, marks
 
 
 def field_docs(kind: type) -> dict[str, str]:
@@ -190,8 +101,7 @@ def leaves() -> dict[str, Leaf]:
 
 def value_of(cfg: TrainConfig, key: str) -> Any:
     """The value of a dotted key."""
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(cfg, section) if section else cfg, name)
+    return attrgetter(key)(cfg)
 
 
 def leaf_of(key: str) -> Leaf | None:
@@ -203,22 +113,30 @@ def leaf_of(key: str) -> Leaf | None:
 
 def unknown_key(key: str, where: str = "") -> UserError:
     """The error for an unknown key, which names the nearest known one."""
-    last = key.rpartition(".")[2]
+    is_flag = where.startswith("--")
+    if is_flag and key in SECTIONS:
+        hint = f"did you mean --{USUAL[key]}?" if key in USUAL else "--help lists them"
+        return UserError(f"{where}: {key} is a section with keys; {hint}")
     names = {name.rpartition(".")[2]: name for name in reversed(leaves())}
     names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
-    near = [n for k in (key, last) for n in difflib.get_close_matches(k, names, 1)]
-    flag = where.startswith("--")
-    if flag:
-        names |= USUAL
-    hint = f"did you mean {'--' * flag}{names[near[0]]}?" if near else "--help lists all keys"
-    if flag and key in SECTIONS:
-        hint = hint if key in USUAL else "--help lists them"
-        return UserError(f"{where}: {key} is a section with keys; {hint}")
-    shown = f"unknown flag {where}" if flag else f"{where}: unknown key {key}".removeprefix(": ")
+    names |= USUAL if is_flag else {}
+    last = key.rpartition(".")[2]
+    near = get_close_matches(key, names, 1) or get_close_matches(last, names, 1)
+    hint = f"did you mean {'--' * is_flag}{names[near[0]]}?" if near else "--help lists all keys"
+    shown = f"unknown flag {where}" if is_flag else f"{where}: unknown key {key}".removeprefix(": ")
     return UserError(f"{shown}; {hint}")
 
 
 # ---- validation
+
+
+def flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of nested sections by dotted key."""
+    dotted: dict[str, Any] = {}
+    for key, value in values.items():
+        is_section = key in SECTIONS and isinstance(value, dict)
+        dotted |= {f"{key}.{k}": v for k, v in value.items()} if is_section else {key: value}
+    return dotted
 
 
 @cache
@@ -229,58 +147,46 @@ def type_adapter() -> Any:
     return TypeAdapter(TrainConfig)
 
 
-def validated(tree: dict[str, Any], where: Mapping[str, str]) -> TrainConfig:
-    """Convert a nested dict to a TrainConfig.
+def from_dict(values: dict[str, Any], origins: Mapping[str, str] | None = None) -> TrainConfig:
+    """Convert a nested dict to a TrainConfig, the inverse of `to_dict`.
 
-    where: origins of dotted keys, for messages. Raises UserError for the first invalid value.
+    origins: origins of dotted keys, for messages. Raises UserError for the first invalid value.
     """
     from pydantic import ValidationError
 
-    flat = {k: v for k, v in tree.items() if k not in SECTIONS}
-    for section in SECTIONS.keys() & tree.keys():
-        if not isinstance(tree[section], dict):
-            raise UserError(f"{section} must be a mapping, seen {tree[section]!r}")
-        flat |= {f"{section}.{k}": v for k, v in tree[section].items()}
-    for key, value in flat.items():
-        if (leaf := leaves().get(key)) is None:
+    def shown(key: str) -> str:
+        """The key with its origin, unless that is the flag of the same name."""
+        origin = (origins or {}).get(key, "")
+        return key if origin.lstrip("-") in ("", key) else f"{origin}: {key}"
+
+    for key, value in flat(values).items():
+        if key in SECTIONS:
+            raise UserError(f"{key} must be a mapping, seen {value!r}")
+        if key not in leaves():
             raise unknown_key(key)
-        if isinstance(value, bool) and bool not in leaf.types:
-            raise UserError(f"{_at(key, where)} needs a value, seen {str(value).lower()}")
+        if isinstance(value, bool) and bool not in leaves()[key].types:
+            raise UserError(f"{shown(key)} needs a value, seen {str(value).lower()}")
     try:
-        return type_adapter().validate_python(tree)
+        return type_adapter().validate_python(values)
     except ValidationError as error:
-        unexpected = "unexpected_keyword_argument"
-        first = min(error.errors(), key=lambda one: one["type"] != unexpected)
-    loc, seen = first["loc"], first["input"]
-    key = ".".join(map(str, loc[:2])) if loc[0] in SECTIONS else str(loc[0])
-    parts = loc[key.count(".") + 1 :]
-    inside = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+        first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
+    loc, seen, wanted = first["loc"], first["input"], first["msg"].removeprefix("Input ")
+    depth = 1 + (loc[0] in SECTIONS)
+    key = ".".join(map(str, loc[:depth]))
     if Literal["epoch"] in leaves()[key].types:  # pydantic reports each member of the union
-        raise UserError(f"{_at(key, where)} is {seen!r}; it should be a number of steps, or epoch")
-    shown = _at(key, where) + inside
-    if first["type"] == unexpected:
-        known = ", ".join(f.name for f in fields(Source))
-        raise UserError(f"{shown} is not known; a source has {known}") from None
-    if first["type"] in ("missing", "missing_argument"):
-        raise UserError(f"{shown} is missing; seen {seen!r}") from None
-    wanted = first["msg"].removeprefix("Input ").removeprefix("Value ")
-    raise UserError(f"{shown} is {seen!r}; it {wanted}") from None
-
-
-def _at(key: str, where: Mapping[str, str]) -> str:
-    """The key with its origin, unless that is the flag of the same name."""
-    origin = where.get(key, "")
-    return key if origin.lstrip("-") in ("", key) else f"{origin}: {key}"
+        raise UserError(f"{shown(key)} is {seen!r}; it should be a number of steps, or epoch")
+    inside = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in loc[depth:])
+    problem = f"is {seen!r}; it {wanted.removeprefix('Value ')}"
+    if first["type"] == "unexpected_keyword_argument":
+        problem = f"is not known; a source has {', '.join(f.name for f in fields(Source))}"
+    elif first["type"] in ("missing", "missing_argument"):
+        problem = f"is missing; seen {seen!r}"
+    raise UserError(f"{shown(key)}{inside} {problem}")
 
 
 def to_dict(cfg: TrainConfig) -> dict[str, Any]:
     """Convert to nested JSON values."""
     return json.loads(json.dumps(asdict(cfg)))
-
-
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """Inverse of `to_dict`. Raises UserError for the first invalid value."""
-    return validated(values, {})
 
 
 def tokenizer_path(cfg: TrainConfig) -> str:

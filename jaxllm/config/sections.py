@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of a training config: typed fields with default, range, unit and documentation.
+"""TrainConfig and its sections: typed fields with default, range, unit and documentation.
 
 A field's annotation gives its type, range and `Unit`, and how to `Read` the short forms that a user
 may write. The string after a field is its help text.
@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, Unit
 
+from jaxllm.config.verbs import VERBS, Verb
+from jaxllm.errors import UserError
 
-@dataclass(frozen=True)
-class Unit:
-    """The unit of a number, shown by --help."""
-
-    name: str
+if TYPE_CHECKING:  # a type checker accepts no computed Literal
+    Objective = str
+else:
+    Objective = Literal[tuple(VERBS)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ Path = Annotated[str, Read(home)]
 Interval = Annotated[Count, Unit("steps")] | Literal["epoch"]
 # A number of steps, or a fraction of all steps if below 1.
 StepsOrFraction = Annotated[float, Ge(0), Unit("steps, or fraction of all steps")]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"]
+LoraInit = Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 # fmt: off
 DpoLoss = Literal[
@@ -200,9 +203,7 @@ class OptimSection:
     learning_rate: Positive | None = None
     """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2; reward and
     orpo use a tenth of it, dpo, kto, simpo, ppo and grpo a hundredth"""
-    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"] = (
-        "cosine"
-    )
+    schedule: Schedule = "cosine"
     """schedule after the warmup; wsd = warmup, stable, decay; warmup_log = DeepSpeed's WarmupLR
     with warmup_type log"""
     warmup: StepsOrFraction = 0.0
@@ -342,9 +343,7 @@ class PeftSection:
     """LoRA: alphas other than lora_alpha, {suffix of a module name: alpha}"""
     modules_to_save: tuple[str, ...] = ()
     """LoRA: modules to train in full and save with the adapter"""
-    init_lora_weights: Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)] = (
-        "kaiming"
-    )
+    init_lora_weights: LoraInit = "kaiming"
     """LoRA: initialization of A, with B = 0; pissa initializes both from the largest singular
     values of the weight"""
     use_rslora: bool = False
@@ -361,42 +360,6 @@ class PeftSection:
     """prefix, prompt: number of virtual tokens"""
     quantize_base: Literal["none", "int8", "nf4"] = "none"
     """quantization of the frozen layer weights"""
-
-
-@dataclass(frozen=True)
-class PeftMethod:
-    """One value of peft.method."""
-
-    adapter: str
-    """its class: MODULE.CLASS in jaxllm.peft"""
-    learning_rate: float
-    """default peak learning rate"""
-    shape: tuple[str, ...] = ()
-    """keys that define the adapter; with peft.path the adapter's own config gives them"""
-    training: tuple[str, ...] = ()
-    """keys that change training only, so they are also read with peft.path"""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys of the peft section that only some methods read."""
-        return self.shape + self.training
-
-
-# An adapter has few parameters and starts from zero, so its learning rate is higher.
-PEFT_METHODS: dict[str, PeftMethod] = {
-    "none": PeftMethod("", 1e-4),
-    "lora": PeftMethod(
-        "lora.LoraAdapter",
-        5e-4,
-        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
-        + ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
-        + ("use_rslora", "use_dora"),
-        ("lora_dropout", "loraplus_lr_ratio"),
-    ),
-    "adapter": PeftMethod("bottleneck.BottleneckAdapter", 5e-4, ("bottleneck", "placement")),
-    "prefix": PeftMethod("virtual_tokens.PrefixAdapter", 1e-2, ("num_virtual_tokens",)),
-    "prompt": PeftMethod("virtual_tokens.PromptAdapter", 1e-2, ("num_virtual_tokens",)),
-}
 
 
 @dataclass(frozen=True)
@@ -481,3 +444,55 @@ class RlSection:
     """PPO: coefficient of the value loss"""
     critic: Literal["shared", "separate"] = "shared"
     """PPO: compute values from the policy's hidden states, or with a separate model"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The config of a training run."""
+
+    __pydantic_config__ = {"allow_inf_nan": False}  # also applies to the sections
+
+    objective: Objective = "pretrain"
+    """training objective; set by the verb"""
+    output_dir: Path = "run"
+    """run folder"""
+    overwrite: bool = False
+    """delete an earlier run in output_dir, after the new config, model and data are validated"""
+    resume: bool = True
+    """resume from the latest valid checkpoint in output_dir, if there is one"""
+    seed: Seed = 0
+    """seed of initialization, data order, dropout and sampling"""
+    epochs: Annotated[Positive, Unit("epochs")] = 1.0
+    """passes over the training data; ignored if steps is set"""
+    steps: Annotated[Count, Unit("steps")] = 0
+    """optimizer steps; 0 = given by epochs"""
+    batch_size: Annotated[Count, Unit("rows")] = 32
+    """global batch size, in rows per update over all devices; 0 = micro_batch_size x accumulation x
+    devices"""
+    micro_batch_size: Annotated[Count, Unit("rows")] = 0
+    """rows per device and micro-batch; smaller values save memory; 0 = batch_size / accumulation /
+    devices"""
+    accumulation: Annotated[Count, Unit("micro-batches")] = 0
+    """gradient accumulation: micro-batches per update; 0 = given by batch_size and
+    micro_batch_size"""
+    eval_every: Interval = 0
+    """interval between evaluations, in steps or epoch; 0 = only at the end"""
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    peft: PeftSection = field(default_factory=PeftSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
+    log: LogSection = field(default_factory=LogSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    save: SaveSection = field(default_factory=SaveSection)
+    align: AlignSection = field(default_factory=AlignSection)
+    rl: RlSection = field(default_factory=RlSection)
+
+    @property
+    def verb(self) -> Verb:
+        """The row of this objective in `VERBS`. Raises UserError if there is none."""
+        if self.objective not in VERBS:
+            known = ", ".join(VERBS)
+            raise UserError(f"objective {self.objective!r} is not known; known: {known}")
+        return VERBS[self.objective]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training verbs: one row each, with the keys it reads and its defaults.
+"""The training verbs and the PEFT methods: one row each, with the keys it reads and its defaults.
 
 Only this file and `objectives/table.py` name an objective.
 """
@@ -123,3 +123,39 @@ _SPECIFIC = frozenset(key for verb in VERBS.values() for key in verb.reads)
 def unread(objective: str) -> list[str]:
     """Keys that other verbs read but this one does not."""
     return sorted(_SPECIFIC - set(VERBS[objective].reads))
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """One value of peft.method."""
+
+    adapter: str
+    """its class: MODULE.CLASS in jaxllm.peft"""
+    learning_rate: float
+    """default peak learning rate"""
+    shape: tuple[str, ...] = ()
+    """keys that define the adapter; with peft.path the adapter's own config gives them"""
+    training: tuple[str, ...] = ()
+    """keys that change training only, so they are also read with peft.path"""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys of the peft section that only some methods read."""
+        return self.shape + self.training
+
+
+# An adapter has few parameters and starts from zero, so its learning rate is higher.
+PEFT_METHODS: dict[str, PeftMethod] = {
+    "none": PeftMethod("", 1e-4),
+    "lora": PeftMethod(
+        "lora.LoraAdapter",
+        5e-4,
+        ("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform")
+        + ("rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights")
+        + ("use_rslora", "use_dora"),
+        ("lora_dropout", "loraplus_lr_ratio"),
+    ),
+    "adapter": PeftMethod("bottleneck.BottleneckAdapter", 5e-4, ("bottleneck", "placement")),
+    "prefix": PeftMethod("virtual_tokens.PrefixAdapter", 1e-2, ("num_virtual_tokens",)),
+    "prompt": PeftMethod("virtual_tokens.PromptAdapter", 1e-2, ("num_virtual_tokens",)),
+}

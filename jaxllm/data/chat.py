@@ -24,10 +24,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxllm.data.template import ChatTemplate, all_strings, template_source
-from jaxllm.data.turns import Span, TemplateInput, Turns
+from jaxllm.config import DataSection
+from jaxllm.data.template import ChatTemplate, all_strings, template_source, with_settings
+from jaxllm.data.turns import Rendering, Span, TemplateInput, Turns
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import generation_stop_ids, special_tokens
+from jaxllm.tokenizer import generation_stop_ids, load_tokenizer, special_tokens
 
 # Private-use characters; those that no message contains become the marks of a TemplateInput.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
@@ -37,6 +38,11 @@ SEPARATE_EXAMPLE = (
 )
 EOS_APPENDED = "the chat template does not end the last turn, so eos is appended"
 CONTENT_DROPPED = "the chat template drops part of an assistant message"
+
+
+def chat_tokenizer(path: str, template: str | None = None) -> Any:
+    """Load the tokenizer of `path`, with a built-in template or a file as its chat template."""
+    return with_settings(load_tokenizer(path), DataSection(template=template))
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def prompt_tokens(
     """
     renderer = _renderer(tokenizer, tools, date)
     chat = renderer.prepare(messages, tools)
-    text = renderer.turns.render(chat, generation_prompt=True).text
+    text = Rendering(renderer.turns.template, chat, generation_prompt=True).text
     renderer.check_complete(chat, text, len(messages))
     return renderer.encode(text, chat.escape_mark).tokens
 
@@ -220,60 +226,46 @@ class _Renderer:
                 "of the tokenizer; add it to the tokenizer, or set data.template to a template for "
                 "this tokenizer"
             )
-        full = self.turns.render(chat)
-        spans_in_full = {} if each else self.turns.spans_in_conversation(chat, full, list(weights))
-        examples: list[tuple[int, Example]] = []
-        full_notes: set[str] = set()
-        for turn, weight in weights.items():
-            if turn in spans_in_full:
-                full_notes |= self._dropped_content(chat, turn, full.text, spans_in_full[turn])
-                continue
-            if default_weight:
-                raise UserError(
-                    f"message {turn + 1}: the chat template renders it differently if messages "
-                    "follow, so data.train_on_prompt cannot train on the conversation as one text; "
-                    "remove train_on_prompt, or set data.reasoning to drop"
-                )
-            text, spans = self.turns.render_separately(chat, turn)
-            notes = self._dropped_content(chat, turn, text, spans)
-            notes |= set() if each else {SEPARATE_EXAMPLE}
-            by_span = dict.fromkeys(spans, weight)
-            example = self._example(chat, text, by_span, default_weight, turn + 1, notes)
-            examples.append((turn, example))
-        if spans_in_full or not examples:
-            by_span = {
-                span: weights[turn] for turn in spans_in_full for span in spans_in_full[turn]
-            }
-            separate = [turn for turn, _ in examples]
-            example = self._example(
-                chat, full.text, by_span, default_weight, full.count, full_notes, separate
+        full = Rendering(self.turns.template, chat)
+        in_full = {} if each else self.turns.spans_in_conversation(full, list(weights))
+        separate = [turn for turn in weights if turn not in in_full]
+        if separate and default_weight:
+            raise UserError(
+                f"message {separate[0] + 1}: the chat template renders it differently if messages "
+                "follow, so data.train_on_prompt cannot train on the conversation as one text; "
+                "remove train_on_prompt, or set data.reasoning to drop"
             )
-            examples.append((min(spans_in_full, default=full.count), example))
-        return [example for _, example in sorted(examples, key=lambda pair: pair[0])]
 
-    def _example(
-        self,
-        chat: TemplateInput,
-        text: str,
-        spans: dict[Span, float],
-        default_weight: float,
-        count: int,
-        notes: set[str],
-        separate: Iterable[int] = (),
-    ) -> Example:
-        """Tokenize a text; eos is appended if the template does not end its last turn."""
-        self.check_complete(chat, text, count, separate)
-        eos, last = self.tokenizer.eos_token, max(spans, default=(0, 0))
-        is_answer = spans and chat.messages[count - 1]["role"] == "assistant"
-        is_open = not text[last[1] :].strip() and not self.turns.ends_with_special(text, last)
-        if eos and is_answer and is_open:
-            text, notes = text + eos, notes | {EOS_APPENDED}
-            spans = {s if s != last else (last[0], len(text)): w for s, w in spans.items()}
-        encoded = self.encode(text, chat.escape_mark)
-        loss_weights = np.full(len(encoded.tokens), default_weight, np.float32)
-        for (start, end), weight in spans.items():
-            loss_weights[self._tokens_in(encoded, start, end)] = weight
-        return Example(encoded.tokens, loss_weights, tuple(sorted(notes)))
+        def example(text, spans_of, count, notes, exempt=()) -> Example:
+            """The example of a text with the first `count` messages; spans_of: {turn: spans}."""
+            for turn, spans in spans_of.items():
+                notes = notes | self._dropped_content(chat, turn, text, spans)
+            self.check_complete(chat, text, count, exempt)
+            ends_with_answer = spans_of and chat.messages[count - 1]["role"] == "assistant"
+            by_span = {span: weights[turn] for turn, spans in spans_of.items() for span in spans}
+            if ends_with_answer and self.tokenizer.eos_token and self._is_open(text, max(by_span)):
+                text, notes = text + self.tokenizer.eos_token, notes | {EOS_APPENDED}
+                last = max(by_span)
+                by_span[last[0], len(text)] = by_span.pop(last)
+            encoded = self.encode(text, chat.escape_mark)
+            loss_weights = np.full(len(encoded.tokens), default_weight, np.float32)
+            for (start, end), weight in by_span.items():
+                loss_weights[self._tokens_in(encoded, start, end)] = weight
+            return Example(encoded.tokens, loss_weights, tuple(sorted(notes)))
+
+        examples: list[tuple[int, Example]] = []
+        for turn in separate:
+            text, spans = self.turns.render_separately(chat, turn)
+            notes = set() if each else {SEPARATE_EXAMPLE}
+            examples.append((turn, example(text, {turn: spans}, turn + 1, notes)))
+        if in_full or not separate:
+            first = min(in_full, default=full.count)
+            examples.append((first, example(full.text, in_full, full.count, set(), separate)))
+        return [one for _, one in sorted(examples, key=lambda pair: pair[0])]
+
+    def _is_open(self, text: str, last: Span) -> bool:
+        """True if the text ends with its last turn, which has no end token."""
+        return not text[last[1] :].strip() and not self.turns.ends_with_special(text, last)
 
     # ---- checks that nothing is dropped
 
@@ -287,9 +279,8 @@ class _Renderer:
         for i, message in enumerate(chat.messages[:count]):
             if i in separate:
                 continue
-            content = " ".join(all_strings(message.get("content"))).strip()
-            words = re.findall(r"\w+", content)
-            if words and content not in text and not any(word in text for word in words):
+            words = _content_words(message, text)
+            if words and not any(word in text for word in words):
                 raise UserError(
                     f"message {i + 1}: the chat template drops the content of the "
                     f"{message['role']} message; set data.template to one that renders it"
@@ -317,8 +308,7 @@ class _Renderer:
                 f"message {turn + 1} has reasoning_content, which the chat template does not "
                 "render; set data.reasoning to drop, or data.template to one that renders it"
             )
-        content = " ".join(all_strings(message.get("content")))
-        words = [] if content.strip() in rendered else re.findall(r"\w+", content)
+        words = _content_words(message, rendered)
         return set() if all(word in rendered for word in words) else {CONTENT_DROPPED}
 
     # ---- tokens
@@ -375,6 +365,12 @@ class _Renderer:
 def _reasoning(message: dict[str, Any]) -> str:
     reasoning = message.get("reasoning_content")
     return reasoning if isinstance(reasoning, str) else ""
+
+
+def _content_words(message: dict[str, Any], text: str) -> list[str]:
+    """The words of a message's content; [] if the text contains the complete content."""
+    content = " ".join(all_strings(message.get("content"))).strip()
+    return [] if content in text else re.findall(r"\w+", content)
 
 
 def _not_rendered(name: str) -> str:

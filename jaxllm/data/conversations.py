@@ -9,13 +9,13 @@ source are returned as `notes`: short texts, identical for the same remark.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxllm.config import DataSection, Source
-from jaxllm.data.formats import excerpt, parse_json
+from jaxllm.data.formats import excerpt
 from jaxllm.data.messages import (
     MEDIA,
     WEIGHTS,
@@ -23,6 +23,7 @@ from jaxllm.data.messages import (
     is_present,
     message_text,
     parse_message,
+    parse_nested,
     parse_tools,
     parse_weight,
 )
@@ -47,33 +48,25 @@ USER_TEMPLATES = {
     ),
 }
 _WEIGHT_LISTS = (*WEIGHTS, "weights", "loss_weights", "loss_masks")
-
-_Read = TypeVar("_Read")
+# Columns of a conversation, or of a prompt and its answer; the first layout that fits is used.
+_CONVERSATION_COLUMNS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+_PROMPT_COLUMNS = ("prompt", "question", "messages", "conversations", "instruction")
 
 
 def parse_text(record: dict, columns: Mapping[str, str], location: str) -> str:
     """The unchanged document of a record; "" if it is null."""
     record = _rename_columns(record, columns, location)
     if "text" not in record:
-        raise UserError(
-            f"{location}: found the columns {', '.join(record) or 'none'}; pretraining needs a "
-            "column text (map another with columns: {text: NAME})"
-        )
+        raise _missing(record, f"{location}:", "pretraining needs a column text", "text")
     return "" if record["text"] is None else _string(record, "text", location)
 
 
-def _report_deep_nesting(read: Callable[..., _Read]) -> Callable[..., _Read]:
-    @wraps(read)
-    def wrapper(record: dict, source: Source, data: DataSection, location: str) -> _Read:
-        try:
-            return read(record, source, data, location)
-        except RecursionError:
-            raise UserError(f"{location}: the record is nested too deeply") from None
-
-    return wrapper
-
-
-@_report_deep_nesting
 def parse_conversation(
     record: dict, source: Source, data: DataSection, location: str
 ) -> dict[str, Any]:
@@ -83,27 +76,28 @@ def parse_conversation(
     format string or a name of USER_TEMPLATES) rewrites the last user message from the record's
     columns.
     """
-    columns, context = _parse_columns(record, source, data, location)
-    prompt_length = 0  # number of leading messages that are a prompt and get no loss
-    name = next((n for n in ("messages", "conversations") if n in columns), None)
-    if name is not None:
-        messages = _messages(_parse_nested(columns[name], name, location), context)
-    elif "prompt" in columns and "completion" in columns:
-        messages, prompt_length = _prompt_and_completion(columns, context)
-    elif "instruction" in columns and "output" in columns:
-        turns = _instruction_turns(columns, location) + _as_turns("assistant", columns["output"])
-        messages = _messages(turns, context)
-    elif "question" in columns and "answer" in columns:
-        turns = _as_turns("user", columns["question"]) + _as_turns("assistant", columns["answer"])
-        messages = _messages(turns, context)
-    else:
-        raise _missing(columns, f"{location}:", f"a conversation needs {CONVERSATION_FORMS}")
-    _apply_weight_list(messages, columns, context)
-    for message in messages[:prompt_length]:
-        if message["role"] == "assistant":
-            message.setdefault("weight", 0.0)
-    messages = _finish(messages, columns, context)
-    return {"messages": messages, "tools": context.tools, "notes": context.notes}
+    with _parser(record, source, data, location) as parser:
+        fits = (c for c in _CONVERSATION_COLUMNS if all(name in parser.columns for name in c))
+        layout = next(fits, None)
+        if layout is None:
+            raise _missing(
+                parser.columns, f"{location}:", f"a conversation needs {CONVERSATION_FORMS}"
+            )
+        turns, *answer = map(parser.turns, layout)
+        prompt = []  # gets no loss
+        if layout == ("prompt", "completion"):
+            prompt, completion = parser.messages(turns), parser.messages(*answer)
+            count = prompt_message_count(completion)
+            prompt = merge_prompt(prompt, completion[:count], "completion", parser)
+            messages = prompt + completion[count:]
+        else:
+            messages = parser.messages(turns + answer[0] if answer else turns)
+        parser.apply_weight_lists(messages)
+        for message in prompt:
+            if message["role"] == "assistant":
+                message.setdefault("weight", 0.0)
+        messages = parser.finish(messages)
+        return {"messages": messages, "tools": parser.tools, "notes": parser.notes}
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,6 @@ class Pair:
         return self.chosen != self.rejected and not is_empty
 
 
-@_report_deep_nesting
 def parse_pair(record: dict, source: Source, data: DataSection, location: str) -> Pair:
     """The pair in the columns `chosen`, `rejected` and, optionally, `margin` and the prompt.
 
@@ -134,26 +127,27 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
     without a prompt are complete texts. Raises UserError if an answer is missing, no layout fits,
     or two columns have different prompts.
     """
-    columns, context = _parse_columns(record, source, data, location)
-    for answer in ("chosen", "rejected"):
-        if answer not in columns:
-            where = f"{location}: {answer} is missing;"
-            raise _missing(columns, where, "a pair needs chosen and rejected", "chosen")
-    margin = _parse_cell(columns.get("margin", 0.0))
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < 3e38:
-        raise UserError(f"{location}: margin is {excerpt(margin)}; it must be a number")
-    answers = [columns["chosen"], columns["rejected"]]
-    prompt = _prompt_turns(columns, location)
-    if prompt is None and all(isinstance(answer, str) for answer in answers):
-        return Pair(None, answers[0], answers[1], None, float(margin), context.notes)
-    prompt = _messages(prompt, context) if prompt is not None else []
-    chosen, rejected = (_messages(_as_turns("assistant", answer), context) for answer in answers)
-    prompt, chosen, rejected = split_pair(prompt, chosen, rejected, context)
-    prompt = _finish(prompt, columns, context)
-    return Pair(prompt, chosen, rejected, context.tools, float(margin), context.notes)
+    with _parser(record, source, data, location) as parser:
+        for name in ("chosen", "rejected"):
+            if name not in parser.columns:
+                where, needs = f"{location}: {name} is missing;", "a pair needs chosen and rejected"
+                raise _missing(parser.columns, where, needs, "chosen")
+        margin = _parse_cell(parser.columns.get("margin", 0.0))
+        is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
+        if not is_number or not abs(margin) < 3e38:
+            raise parser.error(f"margin is {excerpt(margin)}; it must be a number")
+        margin = float(margin)
+        chosen, rejected = parser.columns["chosen"], parser.columns["rejected"]
+        turns = parser.prompt_turns()
+        if turns is None and isinstance(chosen, str) and isinstance(rejected, str):
+            return Pair(None, chosen, rejected, None, margin, parser.notes)
+        prompt = [] if turns is None else parser.messages(turns)
+        chosen, rejected = map(parser.messages, map(parser.turns, ("chosen", "rejected")))
+        prompt, chosen, rejected = split_pair(prompt, chosen, rejected, parser)
+        prompt = parser.finish(prompt)
+        return Pair(prompt, chosen, rejected, parser.tools, margin, parser.notes)
 
 
-@_report_deep_nesting
 def parse_judged(
     record: dict, source: Source, data: DataSection, location: str
 ) -> tuple[dict[str, Any], bool]:
@@ -161,13 +155,13 @@ def parse_judged(
 
     The latter is the column `label` (or `kto_tag`). Raises UserError if it is not true or false.
     """
-    columns, _ = _parse_columns(record, source, data, location)
-    label = _parse_cell(columns.get("label", columns.get("kto_tag")))
-    if label not in (True, False):
-        raise UserError(f"{location}: label is {excerpt(label)}; it must be true or false")
+    with _parser(record, source, data, location) as parser:
+        label = _parse_cell(parser.columns.get("label", parser.columns.get("kto_tag")))
+        if label not in (True, False):
+            raise parser.error(f"label is {excerpt(label)}; it must be true or false")
     chat = parse_conversation(record, source, data, location)
     if chat["messages"][-1]["role"] != "assistant":
-        raise UserError(f"{location}: the last message is judged, so it must be the assistant's")
+        raise parser.error("the last message is judged, so it must be the assistant's")
     return chat, bool(label)
 
 
@@ -184,59 +178,159 @@ class Prompt:
     notes: list[str] = field(default_factory=list)
 
 
-@_report_deep_nesting
 def parse_prompt(record: dict, source: Source, data: DataSection, location: str) -> Prompt:
     """The prompt of a record in a layout of PROMPT_FORMS, without an answer at its end."""
-    columns, context = _parse_columns(record, source, data, location)
-    prompt = _prompt_turns(columns, location)
-    if prompt is None:
-        raise _missing(columns, f"{location}:", f"a prompt needs {PROMPT_FORMS}")
-    messages = _messages(prompt, context)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError(f"{location}: the prompt has only assistant messages; add a user message")
-    messages = _finish(messages, columns, context)
-    texts = [columns[n] for n in ("prompt", "question") if isinstance(columns.get(n), str)]
-    text = texts[0] if texts else messages
-    columns = _selected_columns(record, source, data, location)
-    columns.pop("prompt", None)
-    return Prompt(messages, context.tools, text, columns, context.notes)
+    with _parser(record, source, data, location) as parser:
+        turns = parser.prompt_turns()
+        if turns is None:
+            raise _missing(parser.columns, f"{location}:", f"a prompt needs {PROMPT_FORMS}")
+        messages = parser.messages(turns)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise parser.error("the prompt has only assistant messages; add a user message")
+        messages = parser.finish(messages)
+        texts = (parser.columns.get(name) for name in ("prompt", "question"))
+        text = next((text for text in texts if isinstance(text, str)), messages)
+        columns = {k: v for k, v in parser.all_columns.items() if k != "prompt"}
+        return Prompt(messages, parser.tools, text, columns, parser.notes)
 
 
 # ---- a record and its columns
 
 
-def _parse_columns(
-    record: dict, source: Source, data: DataSection, location: str
-) -> tuple[dict[str, Any], ParseContext]:
-    """The record's columns that are not null, and the context to parse its messages in."""
-    selected = _selected_columns(record, source, data, location)
-    columns = {k: v for k, v in selected.items() if v is not None}
-    for name in MEDIA:
-        if is_present(columns.get(name)):
-            raise UserError(
-                f"{location}: the column {name} is not empty, but only text is supported; train on "
-                f"the text only with data.drop_columns: [{name}], or remove such records"
-            )
-    name = "tools" if is_present(columns.get("tools")) else "functions"
-    tools = parse_tools(columns[name], name, location) if is_present(columns.get(name)) else None
-    return columns, ParseContext(data, location, tools)
+@contextmanager
+def _parser(record, source, data, location) -> Iterator[_RecordParser]:
+    try:
+        yield _RecordParser(record, source, data, location)
+    except RecursionError:
+        raise UserError(f"{location}: the record is nested too deeply") from None
 
 
-def _missing(columns: dict, where: str, needs: str, name: str = "prompt") -> UserError:
+class _RecordParser(ParseContext):
+    """Parses the columns of a record that are not null.
+
+    `turns` are messages in any layout that `parse_message` accepts.
+    """
+
+    def __init__(self, record: dict, source: Source, data: DataSection, location: str) -> None:
+        super().__init__(data, location)
+        selected = {k: v for k, v in record.items() if k not in data.drop_columns}
+        self.all_columns = _rename_columns(selected, source.columns, location)
+        self.columns = {k: v for k, v in self.all_columns.items() if v is not None}
+        for name in MEDIA:
+            if is_present(self.columns.get(name)):
+                raise self.error(
+                    f"the column {name} is not empty, but only text is supported; train on the "
+                    f"text only with data.drop_columns: [{name}], or remove such records"
+                )
+        name = "tools" if is_present(self.columns.get("tools")) else "functions"
+        if is_present(self.columns.get(name)):
+            self.tools = parse_tools(self.columns[name], name, location)
+
+    def messages(self, turns: Any) -> list[dict[str, Any]]:
+        if not isinstance(turns, list) or not turns:
+            raise self.error(f"a conversation must be a list of messages; saw {excerpt(turns)}")
+        return [parse_message(turn, self) for turn in turns]
+
+    def turns(self, name: str) -> Any:
+        """The turns of a column, which is a string, a turn or a list of turns."""
+        if name == "instruction":
+            return self._instruction_turns()
+        if name in ("messages", "conversations"):
+            return parse_nested(self.columns[name], name, self.location)
+        return _as_turns("user" if name in _PROMPT_COLUMNS else "assistant", self.columns[name])
+
+    def prompt_turns(self) -> Any:
+        """The turns before the answer; None if no column has them."""
+        name = next((name for name in _PROMPT_COLUMNS if name in self.columns), None)
+        return self.turns(name) if name else None
+
+    def _instruction_turns(self) -> list:
+        columns, location = self.columns, self.location
+        prompt = [t for name in ("instruction", "input") if (t := _string(columns, name, location))]
+        pairs = parse_nested(columns.get("history") or [], "history", location)
+        if not isinstance(pairs, list) or not all(
+            isinstance(p, list) and len(p) == 2 for p in pairs
+        ):
+            problem = "history must be a list of [question, answer]"
+            raise self.error(f"{problem}; saw {excerpt(pairs)}")
+        history = [t for q, a in pairs for t in (*_as_turns("user", q), *_as_turns("assistant", a))]
+        return history + _as_turns("user", "\n".join(prompt))
+
+    def apply_weight_lists(self, messages: list[dict]) -> None:
+        """Set the loss weights of assistant messages from lists of weights.
+
+        A list has a weight per assistant message or per message.
+        """
+        answers = [m for m in messages if m["role"] == "assistant"]
+        for name in _WEIGHT_LISTS:
+            values = self.columns.get(name)
+            if isinstance(values, str) and values.startswith("["):  # a CSV cell
+                values = parse_nested(values, name, self.location)
+            if not is_present(values):
+                continue
+            if not isinstance(values, list):
+                self.note(
+                    f"the column {name} is a single value, which is ignored; use a list with a "
+                    "value per assistant message"
+                )
+                continue
+            if len(values) not in (len(answers), len(messages)):
+                raise self.error(
+                    f"{name} has {len(values)} values, but there are {len(messages)} messages, "
+                    f"{len(answers)} of them the assistant's; give one value per message or per "
+                    f"assistant message, or ignore the column with data.drop_columns: [{name}]"
+                )
+            to = answers if len(values) == len(answers) else messages
+            for message, value in zip(to, values, strict=True):
+                if message["role"] != "assistant" or value is None:
+                    continue
+                weight = parse_weight(value, name, self)
+                if message.setdefault("weight", weight) != weight:
+                    raise self.error(
+                        f"a message has the loss weight {weight:g} in {name} and "
+                        f"{message['weight']:g} elsewhere; keep one"
+                    )
+
+    def finish(self, messages: list[dict]) -> list[dict]:
+        """The messages with the record's system message and `data.user_template` applied."""
+        first, system = messages[0], _string(self.columns, "system", self.location)
+        if first["role"] in ("system", "developer"):
+            if system and message_text(first).strip() != system.strip():
+                raise self.error(
+                    f"the column system is {excerpt(system)}, but the messages begin with "
+                    f"{excerpt(message_text(first))}; keep one (data.drop_columns: [system])"
+                )
+        elif system:
+            messages = [{"role": "system", "content": system}, *messages]
+        if self.data.user_template:
+            self._rewrite_last_user(messages, self.data.user_template)
+        return messages
+
+    def _rewrite_last_user(self, messages: list[dict], template: str) -> None:
+        template = USER_TEMPLATES.get(template, template)
+        user = next((m for m in reversed(messages) if m["role"] == "user"), None)
+        if user is None:
+            raise self.error("there is no user message for user_template to rewrite")
+        values = {"question": message_text(user)} | self.columns
+        for name, value in self.columns.items():
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                values[name] = "\n\n".join(value)
+        try:
+            user["content"] = template.format_map(values)
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            raise self.error(
+                f"user_template {excerpt(template)} cannot be filled in: {error!r}; "
+                f"the columns are {', '.join(self.columns)}"
+            ) from None
+
+
+def _missing(columns: dict, where: str, needs: str, column: str = "prompt") -> UserError:
     return UserError(
         f"{where} found the columns {', '.join(columns) or 'none'}; {needs} (map others with "
-        f"columns: {{{name}: NAME, …}})"
+        f"columns: {{{column}: NAME, …}})"
     )
-
-
-def _selected_columns(
-    record: dict, source: Source, data: DataSection, location: str
-) -> dict[str, Any]:
-    """The record's columns without dropped ones, with the names that the parsers expect."""
-    selected = {k: v for k, v in record.items() if k not in data.drop_columns}
-    return _rename_columns(selected, source.columns, location)
 
 
 def _rename_columns(record: dict, columns: Mapping[str, str], location: str) -> dict:
@@ -267,123 +361,8 @@ def _string(record: dict, name: str, location: str) -> str:
     raise UserError(f"{location}: {name} is {kind}, not a string: {excerpt(value)}")
 
 
-def _parse_nested(value: Any, name: str, location: str) -> Any:
-    """A nested column, which some datasets store as a JSON string."""
-    return parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
-
-
-# ---- turns
-
-
-def _prompt_turns(columns: dict[str, Any], location: str) -> list | None:
-    """The turns before the answer; None if no column has them."""
-    for name in ("prompt", "question"):
-        if name in columns:
-            return list(_as_turns("user", columns[name]))
-    for name in ("messages", "conversations"):
-        if name in columns:
-            return _parse_nested(columns[name], name, location)
-    return _instruction_turns(columns, location) if "instruction" in columns else None
-
-
-def _instruction_turns(columns: dict[str, Any], location: str) -> list:
-    prompt = [t for name in ("instruction", "input") if (t := _string(columns, name, location))]
-    pairs = _parse_nested(columns.get("history") or [], "history", location)
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise UserError(
-            f"{location}: history must be a list of [question, answer]; saw {excerpt(pairs)}"
-        )
-    history = [t for q, a in pairs for t in (*_as_turns("user", q), *_as_turns("assistant", a))]
-    return history + _as_turns("user", "\n".join(prompt))
-
-
 def _as_turns(role: str, value: Any) -> list:
-    """Convert a prompt or an answer (a string, a message or messages) to a list of turns."""
+    """Convert a string, a turn or a list of turns to a list of turns."""
     if isinstance(value, dict):
         return [value]
     return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-
-def _messages(turns: Any, context: ParseContext) -> list[dict[str, Any]]:
-    if not isinstance(turns, list) or not turns:
-        raise context.error(f"a conversation must be a list of messages; saw {excerpt(turns)}")
-    return [parse_message(turn, context) for turn in turns]
-
-
-def _prompt_and_completion(columns: dict, context: ParseContext) -> tuple[list[dict], int]:
-    """(the messages of a prompt and its completion, the number of them in the prompt)."""
-    prompt = _messages(_as_turns("user", columns["prompt"]), context)
-    answer = _messages(_as_turns("assistant", columns["completion"]), context)
-    count = prompt_message_count(answer)
-    prompt = merge_prompt(prompt, answer[:count], "completion", context)
-    return prompt + answer[count:], len(prompt)
-
-
-def _apply_weight_list(messages: list[dict], columns: dict, context: ParseContext) -> None:
-    """Set the loss weights of assistant messages from a record's list of weights.
-
-    The list has a weight per assistant message or per message.
-    """
-    answers = [m for m in messages if m["role"] == "assistant"]
-    for name in _WEIGHT_LISTS:
-        values = columns.get(name)
-        if isinstance(values, str) and values.startswith("["):  # a CSV cell
-            values = _parse_nested(values, name, context.location)
-        if isinstance(values, list) and values:
-            if len(values) not in (len(answers), len(messages)):
-                raise context.error(
-                    f"{name} has {len(values)} values, but there are {len(messages)} messages, "
-                    f"{len(answers)} of them the assistant's; give one value per message or per "
-                    f"assistant message, or ignore the column with data.drop_columns: [{name}]"
-                )
-            to = answers if len(values) == len(answers) else messages
-            for message, value in zip(to, values, strict=True):
-                if message["role"] != "assistant" or value is None:
-                    continue
-                weight = parse_weight(value, name, context)
-                if message.setdefault("weight", weight) != weight:
-                    raise context.error(
-                        f"a message has the loss weight {weight:g} in {name} and "
-                        f"{message['weight']:g} elsewhere; keep one"
-                    )
-        elif is_present(values):
-            context.note(
-                f"the column {name} is a single value, which is ignored; use a list with a value "
-                "per assistant message"
-            )
-
-
-def _finish(messages: list[dict], columns: dict, context: ParseContext) -> list[dict]:
-    """The messages with the record's system message in front and `data.user_template` applied."""
-    data = context.data
-    first = messages[0]
-    system = _string(columns, "system", context.location)
-    if first["role"] in ("system", "developer"):
-        if system and message_text(first).strip() != system.strip():
-            raise context.error(
-                f"the column system is {excerpt(system)}, but the messages begin with "
-                f"{excerpt(message_text(first))}; keep one (data.drop_columns: [system])"
-            )
-    elif system:
-        messages = [{"role": "system", "content": system}, *messages]
-    if data.user_template:
-        _rewrite_last_user(messages, data.user_template, columns, context.location)
-    return messages
-
-
-def _rewrite_last_user(messages: list[dict], template: str, columns: dict, location: str) -> None:
-    template = USER_TEMPLATES.get(template, template)
-    user = next((m for m in reversed(messages) if m["role"] == "user"), None)
-    if user is None:
-        raise UserError(f"{location}: there is no user message for user_template to rewrite")
-    values = {"question": message_text(user)} | columns
-    for name, value in columns.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            values[name] = "\n\n".join(value)
-    try:
-        user["content"] = template.format_map(values)
-    except (LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{location}: user_template {excerpt(template)} cannot be filled in: {error!r}; "
-            f"the columns are {', '.join(columns)}"
-        ) from None

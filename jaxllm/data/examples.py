@@ -45,7 +45,7 @@ FEATURES = datasets.Features(
         "loss_weights": datasets.LargeList(datasets.Value("float32")),  # empty for documents
         "learned": datasets.Value("int32"),  # number of targets with a loss weight
         "outcome": datasets.Value("int8"),  # COMPLETE, TRUNCATED, … of tokenization.py
-        "boundary": datasets.Value("int32"),  # tokens of a pair's chosen answer or a judged prompt
+        "first": datasets.Value("int32"),  # tokens of a pair's chosen answer or a judged prompt
         "value": datasets.Value("float32"),  # a pair's margin; 1 = good answer, -1 = bad answer
         "record": datasets.Value("large_string"),  # a prompt's record for reward functions, as JSON
         "part": datasets.Value("int32"),  # index among the examples of a record
@@ -58,7 +58,7 @@ class Examples:
     """Tokenized examples of one source, with random access and without copies.
 
     lengths: int64 [N], 0 for a dropped example. learned: int64 [N], the number of targets with a
-    loss weight. outcome: int8 [N], boundary: int32 [N] and value: float32 [N] are columns of
+    loss weight. outcome: int8 [N], first: int32 [N] and value: float32 [N] are columns of
     FEATURES. source_record: int64 [N], ascending, the index of each example's record. notes: {note:
     number of examples}. `name` is the source's path; `split` is None if there are no splits;
     `content` is the hash of the source's bytes, and `fingerprint` the cache's key.
@@ -79,8 +79,8 @@ class Examples:
         self._record = column("record")
         self.lengths = pc.call_function("list_value_length", [self._tokens]).to_numpy()
         self.learned = column("learned").to_numpy().astype(np.int64)
-        self.outcome, self.boundary, self.value = (
-            column(name).to_numpy() for name in ("outcome", "boundary", "value")
+        self.outcome, self.first, self.value = (
+            column(name).to_numpy() for name in ("outcome", "first", "value")
         )
         self.source_record = np.cumsum(column("part").to_numpy() == 0) - 1
         notes = pc.call_function("list_flatten", [column("notes")]).value_counts().to_pylist()
@@ -93,7 +93,7 @@ class Examples:
         """int32 [n]. A document ends with eos."""
         return self._tokens[index].values.to_numpy()
 
-    def loss_weights(self, index: int) -> np.ndarray:
+    def learn(self, index: int) -> np.ndarray:
         """float32 [n], the weight of predicting each token; empty for documents."""
         return self._loss_weights[index].values.to_numpy()
 

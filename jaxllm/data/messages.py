@@ -31,17 +31,21 @@ CALLS = ("function_call", "tool_call")  # roles whose content is tool calls as J
 # Keys for a message's loss weight.
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "loss_mask")
 WEIGHTS += ("train", "training", "trainable")
-# Keys for loss weights that are not one number per message, or have no agreed meaning.
-UNSUPPORTED_WEIGHTS = ("train_detail", "training_detail", "mask", "masked")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# Keys that are not supported, with the remedy. The second group are loss weights that are not one
+# number per message, or have no agreed meaning.
+_REMEDIES = dict.fromkeys(MEDIA, "remove it, or train on the text only with") | dict.fromkeys(
+    ("train_detail", "training_detail", "mask", "masked"),
+    "give it a loss weight (weight, a number >= 0), or ignore the key with",
+)
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# Keys of a parsed message that chat templates, or we, read.
+# Keys of a parsed message that chat templates or this package read.
 _READ_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "tool_plan"}
 _READ_KEYS |= {"reasoning_content", "weight"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParseContext:
     """What parsing the messages of a record depends on, and the notes that it collects."""
 
@@ -52,7 +56,7 @@ class ParseContext:
     """as returned by `parse_tools`; their schemas say which arguments may be null"""
     notes: list[str] = field(default_factory=list)
 
-    def error(self, problem: str) -> ValueError:
+    def error(self, problem: str) -> UserError:
         return UserError(f"{self.location}: {problem}")
 
     def note(self, problem: str) -> None:
@@ -68,7 +72,7 @@ def message_text(message: dict[str, Any]) -> str:
 
 def is_present(value: Any) -> bool:
     """True unless the value is None or an empty string, list or dict."""
-    return not (value is None or (isinstance(value, str | list | dict) and not value))
+    return value not in (None, "", [], {})
 
 
 def without_nulls(value: Any) -> Any:
@@ -81,39 +85,42 @@ def without_nulls(value: Any) -> Any:
 def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
     """Convert a turn of any accepted layout to a message. Raises UserError for any other."""
     if not isinstance(turn, dict):
-        problem = "a message must be an object with role and content"
-        raise context.error(f"{problem}; saw {excerpt(turn)}")
+        saw = excerpt(turn)
+        raise context.error(f"a message must be an object with role and content; saw {saw}")
     drop = context.data.drop_columns
     turn = {k: v for k, v in turn.items() if v is not None and k not in drop}
     role_name = turn.pop("role", turn.pop("from", None))
     role, is_call = _parse_role(role_name, context)
     content = turn.pop("content", turn.pop("value", None))
-    for name in MEDIA:
+    for name, remedy in _REMEDIES.items():
         if is_present(turn.get(name)):
-            raise context.error(
-                f"a message has {name}, which is not supported; remove it, or train on the text "
-                f"only with data.drop_columns: [{name}]"
-            )
-    message: dict[str, Any] = {"role": role, "content": content}
+            remedy = f"{remedy} data.drop_columns: [{name}]"
+            raise context.error(f"a message has {name}, which is not supported; {remedy}")
     if is_call and isinstance(content, str):
-        problem = f"the content of a {role_name} is not JSON (name and arguments of a call)"
-        content = parse_json(content, context.location, problem)
+        problem = f"the content of a {role_name} is not JSON"
+        accepted = "accepted are a call's name and arguments"
+        content = parse_json(content, context.location, f"{problem} ({accepted})")
     calls = _tool_calls(turn, content if is_call else None, context)
-    if is_call:
-        message["content"] = content = ""
-    reasoning_parts = []
+    content, reasoning_parts = "" if is_call else content, []
     if isinstance(content, list):
-        message["content"], reasoning_parts = _text_parts(content, context)
+        content, reasoning_parts = _text_parts(content, context)
+    message: dict[str, Any] = {"role": role, "content": content}
     message |= _reasoning(turn, reasoning_parts, context) | _message_weight(turn, context)
     message |= without_nulls(turn)
     if calls:
         message["tool_calls"] = calls
-    return _check_message(message, context)
+    _check_message(message, context)
+    return message
+
+
+def parse_nested(value: Any, name: str, location: str) -> Any:
+    """A nested column, which some datasets store as a JSON string."""
+    return parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
 
 
 def parse_tools(value: Any, name: str, location: str) -> list[Any] | None:
     """The tools in a record's column `name`, each {"type": "function", "function": schema}."""
-    tools = parse_json(value, location, f"{name} is not JSON") if isinstance(value, str) else value
+    tools = parse_nested(value, name, location)
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -185,12 +192,6 @@ def parse_weight(value: Any, name: str, context: ParseContext) -> float:
 
 def _message_weight(turn: dict, context: ParseContext) -> dict[str, float]:
     """{"weight": …} or {}; removes the keys for it from `turn`."""
-    for name in UNSUPPORTED_WEIGHTS:
-        if is_present(turn.get(name)):
-            raise context.error(
-                f"a message has {name}, which is not supported; give it a loss weight (weight, a "
-                f"number >= 0), or ignore the key with data.drop_columns: [{name}]"
-            )
     found = {n: parse_weight(turn.pop(n), n, context) for n in WEIGHTS if n in turn}
     if len(set(found.values())) > 1:
         weights = ", ".join(f"{name} {value:g}" for name, value in found.items())
@@ -198,8 +199,8 @@ def _message_weight(turn: dict, context: ParseContext) -> dict[str, float]:
     return {"weight": next(iter(found.values()))} if found else {}
 
 
-def _check_message(message: dict[str, Any], context: ParseContext) -> dict[str, Any]:
-    """Return the message. Raises UserError if its content is missing; notes ignored keys."""
+def _check_message(message: dict[str, Any], context: ParseContext) -> None:
+    """Raise UserError if the content is missing, or set it to ""; note keys that are ignored."""
     role, content = message["role"], message["content"]
     unknown = sorted(k for k, v in message.items() if k not in _READ_KEYS and is_present(v))
     has_other_content = message.get("tool_calls") or message.get("reasoning_content")
@@ -224,7 +225,6 @@ def _check_message(message: dict[str, Any], context: ParseContext) -> dict[str, 
         )
     for key in unknown:
         context.note(f"a message has the key {key!r}, which only chat templates use")
-    return message
 
 
 # ---- tools and calls
@@ -232,7 +232,7 @@ def _check_message(message: dict[str, Any], context: ParseContext) -> dict[str, 
 
 def _tool_calls(turn: dict, content: Any, context: ParseContext) -> list[dict]:
     """The calls in `tool_calls`, `function_call` or `content`; removes the keys from `turn`."""
-    found = {name: turn.pop(name) for name in ("tool_calls", *CALLS[:1]) if name in turn}
+    found = {n: turn.pop(n) for n in ("tool_calls", "function_call") if n in turn}
     found = {n: calls for n, calls in (found | {"content": content}).items() if is_present(calls)}
     if len(found) > 1:
         raise context.error(f"a message has calls in {' and '.join(found)}; keep one")
@@ -267,24 +267,26 @@ def _clean_call(call: dict, context: ParseContext) -> dict:
     verbatim. Missing arguments become {}."""
     call = {k: v for k, v in call.items() if v is not None}
     function = {k: v for k, v in call["function"].items() if v is not None}
-    found = arguments = function.get("arguments")
-    if found is None or isinstance(found, str) and not found.strip():
-        found = arguments = {}
-    elif isinstance(found, str):
+    call["function"] = function
+    given = function.get("arguments", {})
+    if isinstance(given, str) and not given.strip():
+        given = {}
+    arguments = given
+    if isinstance(given, str):
         try:
-            arguments = parse_json(found, "")
+            arguments = parse_json(given, "")
         except ValueError:
-            return call | {"function": function}
+            return call
     if not isinstance(arguments, dict):
-        raise context.error(f"the arguments of a tool call are {excerpt(found)}, not an object")
+        raise context.error(f"the arguments of a tool call are {excerpt(given)}, not an object")
     schema: Any = {}
     for tool in context.tools or ():
         described = tool.get("function", tool)
         if isinstance(described, dict) and described.get("name") == function["name"]:
             schema = described.get("parameters", {})
     cleaned = _clean_argument(arguments, schema, schema)
-    function["arguments"] = found if cleaned == arguments else cleaned
-    return call | {"function": function}
+    function["arguments"] = given if cleaned == arguments else cleaned
+    return call
 
 
 # ---- nulls
@@ -309,7 +311,9 @@ def _clean_schema(value: Any) -> Any:
     for key, item in value.items():
         if item is None:
             other = value.keys() & (_TYPE_KEYS - {key})
-            if key in ("default", "const") and (not other or _nullable(value)):
+            if key in ("default", "const") and (
+                not other or any(map(_names_null, _subschemas(value)))
+            ):
                 cleaned[key] = None
         elif key in _SCHEMA_MAPS and isinstance(item, dict):
             cleaned[key] = {k: _clean_schema(v) for k, v in item.items() if v is not None}
@@ -318,15 +322,10 @@ def _clean_schema(value: Any) -> Any:
     return cleaned
 
 
-def _nullable(schema: Any) -> bool:
-    """True if the schema allows null explicitly."""
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type")
-    null_type = "null" in kinds if isinstance(kinds, list) else kinds == "null"
-    null_value = any(value is None for value in _list_at(schema, "enum"))
-    either = (*_list_at(schema, "anyOf"), *_list_at(schema, "oneOf"))
-    return null_type or null_value or schema.get("nullable") is True or any(map(_nullable, either))
+def _names_null(schema: dict) -> bool:
+    """True if the schema itself allows null explicitly."""
+    is_null_type = schema.get("type") == "null" or "null" in _list_at(schema, "type")
+    return is_null_type or None in _list_at(schema, "enum") or schema.get("nullable") is True
 
 
 def _list_at(schema: dict, name: str) -> list:
@@ -340,26 +339,24 @@ def _clean_argument(value: Any, schema: Any, root: Any) -> Any:
         return [_clean_argument(item, {"anyOf": items}, root) for item in value]
     if not isinstance(value, dict):
         return value
-    properties_by_name: dict[str, list] = {}
+    schemas: dict[str, list] = {}
     for branch in _subschemas(schema, root):
         properties = branch.get("properties")
-        for name, inner_schema in properties.items() if isinstance(properties, dict) else ():
-            properties_by_name.setdefault(name, []).append(inner_schema)
-
-    def may_be_null(name: str) -> bool:
-        branches = [b for s in properties_by_name.get(name, ()) for b in _subschemas(s, root)]
-        named = ("default", "const")
-        return any(_nullable(b) or any(b.get(n, b) is None for n in named) for b in branches)
-
-    return {
-        name: _clean_argument(item, {"anyOf": properties_by_name.get(name, [])}, root)
-        for name, item in value.items()
-        if item is not None or may_be_null(name)
-    }
+        for name, inner in properties.items() if isinstance(properties, dict) else ():
+            schemas.setdefault(name, []).append(inner)
+    cleaned = {}
+    for name, item in value.items():
+        inner = {"anyOf": schemas.get(name, [])}
+        if item is not None or any(
+            _names_null(s) or None in (s.get("default", ""), s.get("const", ""))
+            for s in _subschemas(inner, root)
+        ):
+            cleaned[name] = _clean_argument(item, inner, root)
+    return cleaned
 
 
-def _subschemas(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> Iterator[dict]:
-    """A schema and the schemas it combines or refers to."""
+def _subschemas(schema: Any, root: Any = None, seen: tuple[str, ...] = ()) -> Iterator[dict]:
+    """A schema and the schemas that it combines or refers to in `root`."""
     if not isinstance(schema, dict):
         return
     yield schema
@@ -367,9 +364,8 @@ def _subschemas(schema: Any, root: Any, seen: tuple[str, ...] = ()) -> Iterator[
         for inner_schema in _list_at(schema, name):
             yield from _subschemas(inner_schema, root, seen)
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference not in seen and isinstance(root, dict):
-        for name in ("$defs", "definitions"):
-            found = root.get(name)
-            if isinstance(found, dict) and reference.startswith(f"#/{name}/"):
-                target = found.get(reference.rpartition("/")[2])
-                yield from _subschemas(target, root, (*seen, reference))
+    if isinstance(reference, str) and reference not in seen:
+        target = root
+        for key in reference.removeprefix("#/").split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        yield from _subschemas(target, root, (*seen, reference))

@@ -42,10 +42,10 @@ class _PackedPairs(PackedRows, ABC):
         """
 
     def _halves(self, index: int) -> tuple[Segment, Segment]:
-        """(tokens, loss weights) of an example before its boundary, and from there."""
+        """(tokens, loss weights) of an example before and from token `first` on."""
         i = self.indices[index]
-        tokens, weights = self.examples.tokens(i), self.examples.loss_weights(i)
-        n = self.examples.boundary[i]
+        tokens, weights = self.examples.tokens(i), self.examples.learn(i)
+        n = self.examples.first[i]
         return (tokens[:n], weights[:n]), (tokens[n:], weights[n:])
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ class Judged(_PackedPairs):
         self, examples: Examples, indices: np.ndarray, max_length: int, *, packing, seed=(0,)
     ) -> None:
         self._max_length, self._seed, self._donors = max_length, seed, lru_cache(2)(self.donors)
-        prompt_lengths = examples.boundary[indices].astype(np.int64)
+        prompt_lengths = examples.first[indices].astype(np.int64)
         answer_lengths = examples.lengths[indices] - prompt_lengths
         prompts = (examples.tokens(i)[:n] for i, n in zip(indices, prompt_lengths, strict=True))
         hashes = [xxhash.xxh3_64_intdigest(tokens.tobytes()) for tokens in prompts]

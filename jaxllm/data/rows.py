@@ -81,7 +81,7 @@ class Conversations(PackedRows):
 
     def __getitem__(self, row: int) -> Row:
         indices = self.indices[self._packing[row]]
-        segments = [(self.examples.tokens(i), self.examples.loss_weights(i)) for i in indices]
+        segments = [(self.examples.tokens(i), self.examples.learn(i)) for i in indices]
         return make_row(segments, self.length)
 
 

@@ -24,7 +24,6 @@ from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, message_text
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import load_tokenizer
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -56,11 +55,6 @@ def template_source(tokenizer: Any, template: str | None = None, tools: Any = No
             f"{', '.join(TEMPLATES)}"
         )
     return tokenizer.get_chat_template(tools=tools or None)
-
-
-def chat_tokenizer(path: str, template: str | None = None) -> Any:
-    """Load the tokenizer of `path`, with a built-in template or a file as its chat template."""
-    return with_settings(load_tokenizer(path), DataSection(template=template))
 
 
 def with_settings(tokenizer: Any, data: DataSection) -> Any:
@@ -154,7 +148,10 @@ def _literal(value: Any) -> str:
 
 
 def _dated(source: str, date: str) -> str:
-    """The template with `strftime_now` returning `date` (YYYY-MM-DD) instead of today."""
+    """The template with `strftime_now` returning `date` (YYYY-MM-DD) instead of today.
+
+    The function is a Jinja macro, since transformers passes no callables to a template.
+    """
     day = Date.fromisoformat(date)
     filters = "".join(
         f" | replace('%{one}', {_literal(day.strftime(f'%{one}'))})" for one in _DIRECTIVES
@@ -164,11 +161,14 @@ def _dated(source: str, date: str) -> str:
 
 
 class ChatTemplate:
-    """A chat template and the form of its input. `date` (YYYY-MM-DD) is the result of its
-    `strftime_now`; None is today."""
+    """A chat template and the form of its input.
+
+    `variables` are those of every rendering. `date` (YYYY-MM-DD) is the result of its
+    `strftime_now`; None is today.
+    """
 
     def __init__(self, source: str, variables: dict[str, Any], date: str | None) -> None:
-        self.source, self.variables = source, variables
+        self.source, self._variables = source, variables
         self._dated = _dated(source, date) if date and "strftime_now" in source else source
         self.has_generation_blocks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
 
@@ -189,7 +189,7 @@ class ChatTemplate:
 
         # SmolLM3 and similar templates have another variable for the tools.
         names = [n for n in ("xml_tools", "python_tools") if tools and self._mentions(n)]
-        settings: dict[str, Any] = self.variables | {name: tools for name in names[:1]}
+        settings: dict[str, Any] = self._variables | {name: tools for name in names[:1]}
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],

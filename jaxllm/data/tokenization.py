@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
     loss_weights: np.ndarray = _NO_WEIGHTS
     learned: int = 0
     outcome: int = COMPLETE
-    boundary: int = 0
+    first: int = 0
     value: float = 0.0
     record: str = ""
     part: int = 0
@@ -172,8 +172,8 @@ def _encode_judged(judged: tuple[dict, bool], _, cfg: TrainConfig, tokenizer) ->
     chat, good = judged
     (example,) = _render_examples(chat["messages"], chat["tools"], cfg, tokenizer, learn="last")
     if example.outcome not in DROPPED:
-        boundary = int(np.argmax(example.loss_weights[1:] > 0)) + 1
-        example = example._replace(boundary=boundary, value=1.0 if good else -1.0)
+        first = int(np.argmax(example.loss_weights[1:] > 0)) + 1
+        example = example._replace(first=first, value=1.0 if good else -1.0)
     return [example], chat["notes"]
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
@@ -404,12 +407,27 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return config
 
 
+# What a tensor's name may have an index for, and the ModelConfig field that counts it.
+INDICES = {"layer": "num_layers"}
+
+
+def _indices(name: str) -> list[str]:
+    return re.findall(r"{(\w+)}", name)
+
+
+def tensor_names(cfg: ModelConfig, name: str) -> list[str]:
+    """The HF names that `name` stands for: one for each layer, if it has `{layer}`."""
+    indices = _indices(name)
+    grid = np.ndindex(*(getattr(cfg, INDICES[index]) for index in indices))
+    return [name.format(**dict(zip(indices, at, strict=True))) for at in grid]
+
+
 @dataclass(frozen=True)
 class Key:
     """A weight of the decoder and the HF tensors that store it.
 
-    path: of the weight, dotted. name: of the tensors; `{i}` is the layer, the weight's leading dim.
-    transpose: the tensor is [out, in], the weight [in, out].
+    path: of the weight, dotted. name: of the tensors; each index in it (`{layer}`) is a
+    leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
     rows: the weight is this range of a fused tensor's out dim.
     """
 
@@ -419,8 +437,9 @@ class Key:
     rows: tuple[int, int] | None = None
 
     @property
-    def stacked(self) -> bool:
-        return "{i}" in self.name
+    def stacked(self) -> int:
+        """Leading dims of the weight, which are not dims of a tensor."""
+        return len(_indices(self.name))
 
 
 NORMS: dict[str, dict[str, str]] = {
@@ -441,7 +460,7 @@ NORMS: dict[str, dict[str, str]] = {
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    layer = "model.layers.{i}."
+    layer = "model.layers.{layer}."
     keys = [Key("embed.embedding", EMBED)]
 
     def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:

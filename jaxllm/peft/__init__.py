@@ -6,8 +6,7 @@ targets         the weights that target_modules and modules_to_save name
 lora            LoRA, rsLoRA, DoRA, PiSSA, LoRA+
 bottleneck      Houlsby and Pfeiffer adapters
 virtual_tokens  prefix tuning and prompt tuning
-merge           LoRA merged into the base weights
-combine         several LoRA adapters in one model
+combine         several LoRA adapters in one model; one merged into the base weights
 files           adapter directories in peft's format
 A module imports those above it, config, files, ops and model. All layers above peft may import it.
 """

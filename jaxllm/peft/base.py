@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of the PEFT methods, which also exchanges weights with an adapter file."""
+"""The base class of the PEFT methods; loads and saves the tensors of an adapter file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm import dist
-from jaxllm.config import PEFT_METHODS, PeftSection, validated
+from jaxllm.config import PEFT_METHODS, PeftSection, from_dict
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.model.adapter import Adapter, AdapterParam
@@ -34,11 +34,10 @@ class Slot:
 
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """{name in the file: float32 array}, from the model."""
-    gathered: dict[int, np.ndarray] = {}
+    slots = list(slots)
+    gathered = dist.gather({id(slot.variable): slot.variable.get_value() for slot in slots})
     tensors = {}
     for slot in slots:
-        if id(slot.variable) not in gathered:
-            gathered[id(slot.variable)] = dist.gather(slot.variable.get_value())
         value = gathered[id(slot.variable)][slot.index]
         tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
     return tensors
@@ -51,8 +50,8 @@ def set_value(variable: Any, value: Any) -> None:
 
 @dataclass(frozen=True)
 class PeftAdapter(Adapter):
-    """The adapter of a PEFT method. A subclass defines all of its method but the config keys and
-    the default learning rate (config.PEFT_METHODS)."""
+    """The adapter of a PEFT method. The method's config keys and default learning rate are in
+    config.PEFT_METHODS, everything else in a subclass."""
 
     peft_type: ClassVar[str]  # peft's name of the method
     decayed: ClassVar[Mapping[str, bool]]  # {leaf name: True if weight decay applies}
@@ -78,7 +77,7 @@ class PeftAdapter(Adapter):
         given = {key: value for key, value in config.items() if value is not None}
         values = {"method": cls.method} | cls.section_values(given)
         try:
-            section = validated({"peft": values}, {}).peft
+            section = from_dict({"peft": values}).peft
         except ValueError as error:
             raise UserError(f"{ADAPTER_CONFIG}: {error}") from None
         return cls.from_section(cfg, section, strict=False)
@@ -94,7 +93,7 @@ class PeftAdapter(Adapter):
         }
         if self.saved:
             names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in self.saved]
-            modules = {n.rpartition(".")[2] if "{i}" in n else n for n in names}
+            modules = {n.rpartition(".")[2] if "{layer}" in n else n for n in names}
             config["modules_to_save"] = sorted(modules)
         return config
 
@@ -114,19 +113,20 @@ class PeftAdapter(Adapter):
 
         Raises UserError if one is missing or has another shape.
         """
-        arrays: dict[int, tuple[Any, np.ndarray]] = {}
-        for slot in self.slots(model, which):
+        slots = list(self.slots(model, which))
+        variables = {id(slot.variable): slot.variable for slot in slots}
+        arrays = {key: np.array(v.get_value()) for key, v in variables.items()}
+        for slot in slots:
             if slot.name not in tensors:
                 raise UserError(f"{file} has no {slot.name}, which its config asks for")
             tensor = tensors.pop(slot.name)
             tensor = tensor.T if slot.transpose else tensor
-            variable = slot.variable
-            _, array = arrays.setdefault(id(variable), (variable, np.array(variable.get_value())))
+            array = arrays[id(slot.variable)]
             if array[slot.index].shape != tensor.shape:
                 raise UserError(
                     f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
                     f"model's is {array[slot.index].shape}"
                 )
             array[slot.index] = tensor
-        for variable, array in arrays.values():
-            set_value(variable, array)
+        for key, variable in variables.items():
+            set_value(variable, arrays[key])

@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several LoRA adapters in one model: rows of a batch use one, none, or a weighted sum of them."""
+"""LoRA adapters combined: several in one model, or one merged into the weights of its base.
+
+Rows of a batch use one of a model's adapters, none, or a weighted sum of them.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
-from jaxllm.peft.lora import LoraAdapter
-from jaxllm.peft.targets import Target, adaptable_modules
+from jaxllm.model.decoder import Decoder
+from jaxllm.model.families import tensor_names
+from jaxllm.ops.cross_entropy import HEAD_AXES
+from jaxllm.peft.base import set_value
+from jaxllm.peft.lora import LoraAdapter, branch_of, dense_kernel, kernels_of
+from jaxllm.peft.targets import EMBED, Target, adaptable_modules
 
 # One of a model's adapters by name, none, or {name: weight}.
 Choice = str | Mapping[str, float] | None
@@ -30,12 +43,15 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
             )
     targets = []
     for path, module in adaptable_modules(cfg).items():
-        matching = [next((t for t in a.targets if t.path == path), None) for a in adapters.values()]
-        if any(matching):
-            layers = next(len(t.ranks[0]) for t in matching if t)
-            unadapted: tuple[Any, Any] = ((0,) * layers, (1.0,) * layers)
-            pairs = [(t.ranks[0], t.alphas[0]) if t else unadapted for t in matching]
-            ranks, alphas = zip(*pairs, strict=True)
+        layers = len(tensor_names(cfg, module))
+        unadapted = Target(path, module, ((0,) * layers,), ((1.0,) * layers,))
+        matching = [
+            next((t for t in adapter.targets if t.path == path), unadapted)
+            for adapter in adapters.values()
+        ]
+        if any(max(t.ranks[0]) for t in matching):
+            ranks = tuple(t.ranks[0] for t in matching)
+            alphas = tuple(t.alphas[0] for t in matching)
             targets.append(Target(path, module, ranks, alphas))
     return LoraAdapter(
         targets=tuple(targets),
@@ -80,3 +96,53 @@ def parse_choice(text: str) -> Choice:
 def choose(model: Any, choice: Choice) -> None:
     """Sets which of the model's adapters are used from now on: one, none, or a weighted sum."""
     model.peft = replace(model.peft, adapter_weights=choice_weights(model.peft, choice))
+
+
+def fold(model: Any, sign: int = 1) -> None:
+    """Adds the adapter to the weights in place (sign -1: subtracts it), computed in float32.
+
+    The branches stay in the model. The weights must not be quantized. Raises UserError for DoRA
+    with sign -1.
+    """
+    adapter: LoraAdapter = model.peft
+    if adapter.dora and sign < 0:
+        raise UserError("a merged DoRA adapter cannot be subtracted: the column norms are lost")
+    for target in adapter.targets:
+        branch, kernels = branch_of(model, target.path), kernels_of(model, target.path)
+        delta = branch.delta()
+        if branch.magnitude is not None:
+            kernel = dense_kernel(model, target.path)
+            factor = (branch.magnitude[...] / branch.column_norms(kernel))[..., None, :]
+            delta = (kernel + delta) * factor - kernel
+        ends = np.cumsum([k[...].shape[-1] for k in kernels])[:-1]
+        for kernel, part in zip(kernels, jnp.split(delta, ends, -1), strict=True):
+            value = kernel[...]
+            set_value(kernel, (value.astype(jnp.float32) + sign * part).astype(value.dtype))
+
+
+def merged(model: Decoder) -> Decoder:
+    """A model without an adapter that computes the same as `model`, in the weights' dtype.
+
+    A tied head is untied if the adapter changes the token table only. Raises UserError for a
+    quantized base, several adapters, and an adapter that is not LoRA.
+    """
+    adapter: Any = model.peft
+    if model.quantized:
+        raise UserError("the base is quantised; load it without quantize_base to merge")
+    if len(adapter.names) != 1:
+        raise UserError("only one LoRA adapter can be merged into the weights; export the adapter")
+    graph, state = nnx.split(model)
+    copy = nnx.merge(graph, jax.tree.map(lambda x: x, state))
+    table = copy.embed.embedding[...]
+    fold(copy)
+    cfg, weights = model.cfg, nnx.state(copy, nnx.Param)
+    if cfg.tied_head and any(t.path == EMBED for t in adapter.targets):
+        cfg = replace(cfg, tie_embeddings=False)
+        weights["head"] = nnx.State({"kernel": nnx.Param(table.T, axes=HEAD_AXES)})
+    options: Any = {"compute_dtype": model.compute_dtype, "remat": model.remat}
+    plain = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), dtype=table.dtype, **options))
+    out = nnx.merge(nnx.graphdef(plain), weights)
+    if model.hf_config:
+        config = json.loads(model.hf_config) | {"tie_word_embeddings": cfg.tie_embeddings}
+        out.hf_config = json.dumps(config)
+    return out

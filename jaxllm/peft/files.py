@@ -19,7 +19,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensors, read_json
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table
+from jaxllm.model.families import key_table, tensor_names
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
@@ -44,7 +44,7 @@ def is_adapter(path: str) -> bool:
 
 
 def tokenizer_of(path: str) -> str:
-    """Where the tokenizer of a model or adapter is: there, or with the adapter's base model."""
+    """The directory or hub id that has the tokenizer: `path`, or else its base model."""
     if not is_adapter(path) or (local_dir(path) / "tokenizer.json").is_file():
         return path
     return with_base(path, None)[0]
@@ -56,11 +56,13 @@ def is_reward(adapters: Mapping[str, AdapterFiles]) -> bool:
 
 
 def find(path: str, weights: bool = True) -> AdapterFiles:
-    """The adapter in a directory or hub id. Raises UserError if there is none; weights False: its
-    config is enough."""
+    """The adapter in a directory or hub id. Raises UserError if there is none.
+
+    weights: require adapter_model.safetensors as well as adapter_config.json.
+    """
     folder = local_dir(path)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is no adapter")
+        raise UserError(f"{path} has no {ADAPTER_CONFIG}; it is not an adapter")
     if weights and not (folder / ADAPTER).is_file():
         raise UserError(f"{path} has no {ADAPTER}; a pickled adapter is not read")
     return AdapterFiles(folder, read_json(folder / ADAPTER_CONFIG))
@@ -78,7 +80,7 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
         raise UserError(f"{path} is an adapter too; name the other: NAME={named['default']}")
     base = find(path).config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{path} does not say which model it is an adapter of; give that one too")
+        raise UserError(f"{path} does not name its base model; give the base model's path too")
     if not Path(base).expanduser().is_dir() and not hub_id(base):
         raise UserError(
             f"{path} is an adapter of {base}, which does not exist; give the base model's path too"
@@ -117,11 +119,11 @@ def method_of(config: dict[str, Any]) -> str:
 
 def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> PeftAdapter:
     """The adapter that one adapter_config.json describes, or several of LoRA."""
-    found: dict[str, PeftAdapter] = {}
+    described = {}
     for name, files in adapters.items():
         method = METHODS[method_of(files.config)]
-        found[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
-    return found[name] if len(found) == 1 else combine(cfg, found)
+        described[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
+    return combine(cfg, described) if len(described) > 1 else described.popitem()[1]
 
 
 def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
@@ -146,13 +148,8 @@ def saved_tensors(
     cfg: ModelConfig, adapter: Any, adapters: Mapping[str, AdapterFiles]
 ) -> dict[str, tuple[Path, str]]:
     """{HF tensor of modules_to_save: (the adapter's file, its name in it)}."""
-    layers = range(cfg.num_layers)
-    names = [
-        key.name.format(i=i)
-        for key in key_table(cfg)
-        if key.path in adapter.saved
-        for i in (layers if key.stacked else (0,))
-    ]
+    keys = [key for key in key_table(cfg) if key.path in adapter.saved]
+    names = [name for key in keys for name in tensor_names(cfg, key.name)]
     if not names:
         return {}
     for files in adapters.values():

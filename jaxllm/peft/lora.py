@@ -4,7 +4,7 @@
 s = alpha / r, with rsLoRA (arXiv:2312.03732) alpha / √r. DoRA (arXiv:2402.09353) scales each column
 of W + s·AB to a trained norm. PiSSA (arXiv:2404.02948) initializes A and B from W's r largest
 singular values; the initial product is subtracted in the forward pass, so W does not change.
-W + s·AB is formed only for export (merge.py).
+W + s·AB is formed only for export (combine.py).
 
 Ranks may differ between the layers of one stack: A and B have the largest rank of all layers, and
 s is 0 beyond a layer's own rank, so the surplus columns neither act nor get a gradient. Several
@@ -36,6 +36,7 @@ from jaxllm.mesh import Axes
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.families import tensor_names
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value
@@ -78,10 +79,10 @@ class LoraAdapter(PeftAdapter):
         targets = find_targets(cfg, section, strict)
         paths = {t.path for t in targets}
         if section.use_dora and HEAD in paths:
-            raise UserError("peft.use_dora does not go with lm_head; exclude it")
+            raise UserError("peft.use_dora does not support lm_head; exclude it")
         if section.init_lora_weights == "pissa" and EMBED in paths:
             raise UserError(
-                "peft.init_lora_weights pissa does not go with embed_tokens; exclude it"
+                "peft.init_lora_weights pissa does not support embed_tokens; exclude it"
             )
         return cls(
             targets,
@@ -132,14 +133,13 @@ class LoraAdapter(PeftAdapter):
 
     def to_config(self, model: Any) -> dict[str, Any]:
         cfg, config = model.cfg, super().to_config(model)
-        twice = 2 if self.init == "pissa" else 1  # see `tensors`
-        ranks: dict[str, dict[int, int]] = {}
-        alphas: dict[str, dict[int, float]] = {}
-        for target in self.targets:
-            for layer, r in target.adapted_layers(0):
-                alpha = target.alphas[0][layer] * (math.sqrt(twice) if self.rslora[0] else twice)
-                ranks.setdefault(target.module, {})[layer] = r * twice
-                alphas.setdefault(target.module, {})[layer] = alpha
+        r_factor = 2 if self.init == "pissa" else 1  # see `tensors`
+        alpha_factor = math.sqrt(r_factor) if self.rslora[0] else r_factor  # s stays the same
+        ranks, alphas = {}, {}
+        for t in self.targets:
+            layers = dict(t.adapted_layers(0))
+            ranks[t.module] = {layer: r * r_factor for layer, r in layers.items()}
+            alphas[t.module] = {layer: t.alphas[0][layer] * alpha_factor for layer in layers}
         r, rank_pattern = _common(ranks)
         alpha, alpha_pattern = _common(alphas)
         config |= {
@@ -175,7 +175,7 @@ class LoraAdapter(PeftAdapter):
         self, path: str, axes: Axes, shape: tuple[int, int], rngs: nnx.Rngs
     ) -> LoraBranch | None:
         target = next((t for t in self.targets if t.path == path), None)
-        return None if target is None else LoraBranch(self, target, axes, shape, rngs)
+        return None if target is None else LoraBranch(self, target, axes, shape, rngs.peft())
 
     def begin(self, model: Any) -> None:
         for target in self.targets:
@@ -183,8 +183,7 @@ class LoraAdapter(PeftAdapter):
             if self.init == "pissa":
                 branch.begin_pissa(kernel)
             if branch.magnitude is not None:
-                norm = branch.map_layers(column_norms, kernel, branch.a[...], branch.scaled_b())
-                set_value(branch.magnitude, norm)
+                set_value(branch.magnitude, branch.column_norms(kernel))
 
     def count(self, model: Any) -> int:
         total = 0
@@ -214,7 +213,7 @@ class LoraAdapter(PeftAdapter):
             start = sum(widths[:which])
             embedding = target.path == EMBED
             for layer, r in target.adapted_layers(which):
-                prefix = f"{self.root}{target.module.format(i=layer)}.lora_"
+                prefix = f"{self.root}{target.module.format(layer=layer)}.lora_"
                 stack = (layer,) if target.stacked else ()
                 a, b = (branch.a0, branch.b0) if initial else (branch.a, branch.b)
                 ranks = slice(start, start + r)
@@ -243,15 +242,9 @@ class LoraBranch(nnx.Module):
     """A [I, R] and B [R, O] of one target; I of an embedding is the vocabulary."""
 
     def __init__(
-        self,
-        adapter: LoraAdapter,
-        target: Target,
-        axes: Axes,
-        shape: tuple[int, int],
-        rngs: nnx.Rngs,
+        self, adapter: LoraAdapter, target: Target, axes: Axes, shape: tuple[int, int], key: Any
     ):
         (inputs, outputs), width = shape, sum(target.widths())
-        key = rngs.peft()
         a, b = jnp.zeros((inputs, width)), jnp.zeros((width, outputs))
         if target.path == EMBED:
             b = jax.random.normal(key, b.shape)
@@ -270,11 +263,9 @@ class LoraBranch(nnx.Module):
     def __call__(self, x: jax.Array, y_BTO: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         """y plus the branch of x, [B, T, I] or tokens [B, T]. kernel() is W, float32 [I, O]."""
         axes = self.b.get_metadata("axes")[-2:]
-        added_BTO: Any = dot(self.inner(x, ctx, dtype=y_BTO.dtype), self.b[...], axes)
-        if self.b0 is not None:
-            initial_BTO: Any = dot(self.inner(x, ctx, initial=True), self.b0[...], axes)
-            added_BTO = added_BTO - initial_BTO
-        y_BTO = y_BTO + added_BTO
+        terms = self.terms(x, ctx, y_BTO.dtype)
+        products: list[Any] = [dot(h_BTR, w_RO, axes) for h_BTR, w_RO in terms]
+        y_BTO = y_BTO + sum(products[1:], products[0])
         if self.magnitude is None:
             return y_BTO
         scale_R = self.scale(replace(ctx, adapter_weights=None), 1)
@@ -288,9 +279,8 @@ class LoraBranch(nnx.Module):
         """s · dropout(x) A, [B, T, R] in x's dtype (for tokens: in `dtype`). initial: with PiSSA's
         initial A and without dropout."""
         a: Any = self.a0 if initial else self.a
-        h: Any
         if jnp.issubdtype(x.dtype, jnp.integer):
-            h = jnp.take(a[...], x, axis=0, mode="clip").astype(dtype)
+            h: Any = jnp.take(a[...], x, axis=0, mode="clip").astype(dtype)
         else:
             if self.dropout and ctx.rng is not None and not initial:
                 mask = self.dropout_mask(ctx.rng, x.shape)
@@ -316,25 +306,29 @@ class LoraBranch(nnx.Module):
         weights_BR = ctx.adapter_weights[:, adapter_of_rank]
         return scale_R * weights_BR.reshape(len(weights_BR), *(1,) * (ndim - 2), -1)
 
-    def terms(self, x: jax.Array, ctx: Context) -> list[tuple[jax.Array, jax.Array]]:
-        """[(x' [..., R], w [R, O])]: the branch's output is the sum of the products x' w."""
-        added = (self.inner(x, ctx), self.b[...])
-        return [added] if self.b0 is None else [added, (-self.inner(x, ctx, True), self.b0[...])]
+    def terms(self, x: jax.Array, ctx: Context, dtype: Any = None) -> list[tuple[Any, Any]]:
+        """[(h [..., R], w [R, O])]: the branch's output is the sum of the products h w. dtype: of h
+        if x are tokens."""
+        terms = [(self.inner(x, ctx, dtype=dtype), self.b[...])]
+        if self.b0 is not None:
+            terms.append((-self.inner(x, ctx, initial=True), self.b0[...]))
+        return terms
 
     # ---- all layers at once, outside the training step
 
     def _scales(self) -> jax.Array:
         """s of each rank, float32 [L, R], or [R] without a stack."""
         scales_LR = jnp.asarray(self.target.scales(self.rslora))
-        return scales_LR if self.a[...].ndim == 3 else scales_LR[0]
+        return scales_LR if self.target.stacked else scales_LR[0]
 
-    def scaled_b(self) -> jax.Array:
-        """s·B, float32 [(L,) R, O]."""
-        return self._scales()[..., None] * self.b[...]
-
-    def map_layers(self, f: Any, *arrays: jax.Array) -> Any:
+    def _map_layers(self, f: Any, *arrays: jax.Array) -> Any:
         """f of the arrays of each layer, stacked; without a stack f(*arrays)."""
-        return jax.lax.map(lambda x: f(*x), arrays) if self.a[...].ndim == 3 else f(*arrays)
+        return jax.lax.map(lambda x: f(*x), arrays) if self.target.stacked else f(*arrays)
+
+    def column_norms(self, kernel: jax.Array) -> jax.Array:
+        """Norm of each column of W + s·AB, float32 [(L,) O]. kernel: W, [(L,) I, O]."""
+        scaled_b = self._scales()[..., None] * self.b[...]
+        return self._map_layers(column_norms, kernel, self.a[...], scaled_b)
 
     def begin_pissa(self, kernel: jax.Array) -> None:
         """A, B = U √S / √s, √S V / √s of W's R largest singular values. kernel: [(L,) I, O]."""
@@ -350,7 +344,7 @@ class LoraBranch(nnx.Module):
             root_R = jnp.sqrt(values[:R] / jnp.where(s_R > 0, s_R, 1.0))
             return u[:, :R] * root_R, root_R[:, None] * v[:R]
 
-        a, b = self.map_layers(factors, kernel, self._scales())
+        a, b = self._map_layers(factors, kernel, self._scales())
         # a0 and b0 need their own buffers, because a and b are donated to the first step.
         initial = ((self.a0, jnp.copy(a)), (self.b0, jnp.copy(b)))
         for variable, value in ((self.a, a), (self.b, b), *initial):
@@ -433,15 +427,14 @@ def _common(values: dict[str, dict[int, Any]]) -> tuple[Any, dict[str, Any]]:
         if set(layers.values()) == {common}:
             continue
         if len(set(layers.values())) == 1:
-            pattern[module.rpartition("{i}.")[2]] = next(iter(layers.values()))
+            pattern[module.rpartition("{layer}.")[2]] = next(iter(layers.values()))
         else:
-            pattern |= {module.format(i=i): v for i, v in layers.items() if v != common}
+            pattern |= {module.format(layer=i): v for i, v in layers.items() if v != common}
     return common, pattern
 
 
 def _module_names(ranks: dict[str, dict[int, int]], cfg: ModelConfig) -> list[str]:
     """target_modules: suffixes if each matches adapted modules only, else full names."""
-    layers_of = {m: cfg.num_layers if "{i}" in m else 1 for m in ranks}
-    if all(len(layers) == layers_of[module] for module, layers in ranks.items()):
+    if all(len(layers) == len(tensor_names(cfg, module)) for module, layers in ranks.items()):
         return [module.rpartition(".")[2] for module in ranks]
-    return [module.format(i=i) for module, layers in ranks.items() for i in layers]
+    return [module.format(layer=i) for module, layers in ranks.items() for i in layers]

@@ -14,7 +14,7 @@ from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table
+from jaxllm.model.families import key_table, tensor_names
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
@@ -26,7 +26,7 @@ class Target:
     """An adapted weight, in all layers.
 
     path: its module in the model; the parts of a tensor that HF fuses are one target.
-    module: its module in HF's model, with `{i}` for the layer.
+    module: its module in HF's model, with `{layer}` for the layer.
     ranks, alphas: [adapters][layers]; rank 0 = the layer is not adapted.
     """
 
@@ -38,7 +38,7 @@ class Target:
     @property
     def stacked(self) -> bool:
         """True if the weight has a dim of layers."""
-        return "{i}" in self.module
+        return "{layer}" in self.module
 
     def widths(self) -> list[int]:
         """Columns of A that each adapter has: its largest rank."""
@@ -59,7 +59,7 @@ class Target:
 
 
 def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's module, `{i}` for the layer} of every weight that LoRA can adapt."""
+    """{path: HF's module, `{layer}` for the layer} of every weight that LoRA can adapt."""
     modules: dict[str, str] = {}
     for key in key_table(cfg):
         path, _, leaf = key.path.rpartition(".")
@@ -105,7 +105,7 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
 
     targets = []
     for path, module in adaptable_modules(cfg).items():
-        names = _names(cfg, module)
+        names = tensor_names(cfg, module)
         ranks = tuple(rank(path, name) for name in names)
         alphas = tuple(float(_pattern(section.alpha_pattern, n, section.lora_alpha)) for n in names)
         if max(ranks):
@@ -122,7 +122,7 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
     for entry in entries:
         matching = []
         for key in key_table(cfg):
-            hits = [name.endswith(entry) for name in _names(cfg, key.name.rpartition(".")[0])]
+            hits = [name.endswith(entry) for name in tensor_names(cfg, key.name.rpartition(".")[0])]
             if any(hits) and not all(hits):
                 raise UserError(
                     f"peft.modules_to_save: {entry} matches some layers of a stack; name all or "
@@ -148,14 +148,11 @@ def _matches(entry: str, name: str) -> bool:
         raise UserError(f"peft: {entry!r} is neither a module nor a pattern: {error}") from None
 
 
-def _names(cfg: ModelConfig, module: str) -> list[str]:
-    """A module's name in each layer."""
-    return [module.format(i=i) for i in range(cfg.num_layers if "{i}" in module else 1)]
-
-
 def _check_names(cfg: ModelConfig, key: str, entries: Iterable[str], form: str = "{}") -> None:
     """Raises UserError for an entry that, inserted into the pattern `form`, matches no module."""
-    names = [name for module in adaptable_modules(cfg).values() for name in _names(cfg, module)]
+    names = [
+        name for module in adaptable_modules(cfg).values() for name in tensor_names(cfg, module)
+    ]
     for entry in entries:
         if not any(_matches(form.format(entry), name) for name in names):
             suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)

@@ -154,7 +154,7 @@ def test_long_conversations_are_cut_but_keep_something_to_learn(tmp_path, tokeni
     file = write_lines(tmp_path / "a.jsonl", [SHORT, LONG])
     whole = read(file, config(tmp_path, "sft", max_length=200), tokenizer)
     assert whole.outcome.tolist() == [COMPLETE, COMPLETE]
-    first_learned = int(np.flatnonzero(whole.loss_weights(1))[0])
+    first_learned = int(np.flatnonzero(whole.learn(1))[0])
     cut = read(file, config(tmp_path, "sft", max_length=first_learned + 1), tokenizer)
     assert cut.outcome[1] == TRUNCATED
     assert cut.learned[1] == 1
@@ -209,7 +209,7 @@ def test_turns_that_stand_alone_are_examples_of_the_same_record(tmp_path, tokeni
     cfg = config(tmp_path, "sft", template=str(tmp_path / "t.jinja"))
     found = read(file, cfg, tokenizer)
     assert found.source_record.tolist() == [0, 0, 0, 1]
-    learned = [tokenizer.decode(found.tokens(i)[found.loss_weights(i) > 0]) for i in range(4)]
+    learned = [tokenizer.decode(found.tokens(i)[found.learn(i) > 0]) for i in range(4)]
     assert learned == [f"so {x}. {x}<|im_end|>" for x in "abcd"]
     assert found.notes == {SEPARATE_EXAMPLE: 2}
     cut = read(file, config(tmp_path, "sft", template=cfg.data.template, max_length=60), tokenizer)
@@ -222,7 +222,7 @@ def test_reasoning_can_be_dropped(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl:1: message 2 has reasoning_content.*drop"):
         read(file, config(tmp_path, "sft"), tokenizer)
     found = read(file, config(tmp_path, "sft", reasoning="drop"), tokenizer)
-    assert tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0]) == "a<|im_end|>"
+    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "a<|im_end|>"
 
 
 def test_notes_are_counted_by_source(tmp_path, tokenizer):
@@ -266,7 +266,7 @@ def test_a_pairs_answer_is_one_text_or_is_refused(tmp_path, tokenizer):
         config(tmp_path, "dpo", template=template),
         tokenizer,
     )
-    learned = tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0])
+    learned = tokenizer.decode(found.tokens(0)[found.learn(0) > 0])
     assert learned == "so a. a<|im_end|>so a. b<|im_end|>" and not found.notes
     long = good | {"chosen": [answer, asked, answer]}
     file = write_lines(tmp_path / "b.jsonl", [long])
@@ -278,7 +278,7 @@ def test_only_the_completion_is_learned_of_a_prompt_with_examples(tmp_path, toke
     shots = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "shown"}]
     row = {"prompt": [*shots, shots[0]], "completion": "said"}
     found = read(write_lines(tmp_path / "a.jsonl", [row]), config(tmp_path, "sft"), tokenizer)
-    assert tokenizer.decode(found.tokens(0)[found.loss_weights(0) > 0]) == "said<|im_end|>"
+    assert tokenizer.decode(found.tokens(0)[found.learn(0) > 0]) == "said<|im_end|>"
 
 
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "{{ messages[0].x.y }}"])

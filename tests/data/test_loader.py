@@ -27,7 +27,7 @@ class Documents:
     def tokens(self, index: int) -> np.ndarray:
         return self.stream[self.starts[index] : self.starts[index + 1]]
 
-    def loss_weights(self, index: int) -> np.ndarray:
+    def learn(self, index: int) -> np.ndarray:
         return np.ones(self.lengths[index], np.float32)
 
 

@@ -66,7 +66,7 @@ def test_a_role_for_calls_is_an_assistant_that_calls(role):
         assert got == {"role": "assistant", "content": "", "tool_calls": [want]}
     refused(
         {"role": role, "content": "f(x)"},
-        f"the content of a {role} is not JSON .name and arguments",
+        f"the content of a {role} is not JSON .accepted are a call's name and arguments",
     )
 
 

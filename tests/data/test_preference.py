@@ -172,15 +172,15 @@ class Answers:
 
     def __init__(self, answers):
         self.made = [np.array([prompt] * n + [9] * m, np.int32) for prompt, n, m in answers]
-        self.boundary = np.array([n for _, n, _ in answers], np.int32)
+        self.first = np.array([n for _, n, _ in answers], np.int32)
         self.lengths = np.array([len(tokens) for tokens in self.made], np.int64)
         self.value = np.ones(len(answers), np.float32)
 
     def tokens(self, index):
         return self.made[index]
 
-    def loss_weights(self, index):
-        return (np.arange(len(self.made[index])) >= self.boundary[index]).astype(np.float32)
+    def learn(self, index):
+        return (np.arange(len(self.made[index])) >= self.first[index]).astype(np.float32)
 
 
 @settings(max_examples=40)
@@ -202,8 +202,8 @@ def test_equal_prompts_never_lend_to_each_other_and_rows_have_room(answers, more
         found = [rows.row(i, epoch) for i in range(len(rows))]
         assert sum((row["unpaired_segment"] > 0).sum() for row in found) == len(answers)
         learned = sum((row["weights"] > 0).sum() for row in found)
-        mine = examples.lengths - examples.boundary
-        lent = np.minimum(mine[lenders], 16 - examples.boundary)  # cut at max_length alone
+        mine = examples.lengths - examples.first
+        lent = np.minimum(mine[lenders], 16 - examples.first)  # cut at max_length alone
         assert learned == mine.sum() + lent.sum()
 
 

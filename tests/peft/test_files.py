@@ -23,9 +23,8 @@ from jaxllm.model.decoder import merge
 from jaxllm.model.families import FAMILIES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
-from jaxllm.peft.combine import choose
+from jaxllm.peft.combine import choose, fold, merged
 from jaxllm.peft.files import find, make_adapter, method_of
-from jaxllm.peft.merge import fold, merged
 from jaxllm.program import load_model, model_config
 from jaxllm.step import TrainState, alone, make_step
 
@@ -420,7 +419,7 @@ def test_an_adapter_path_loads_its_base_model_or_explains_why_not(tmp_path):
     np.testing.assert_allclose(logits_of(both, tokens), want, atol=1e-5)
     file = tmp_path / "law" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not say which model"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         load_hf(places["law"])
     (tmp_path / "law" / "adapter_model.safetensors").rename(tmp_path / "law" / "adapter_model.bin")
     with pytest.raises(ValueError, match="pickled adapter is not read"):
