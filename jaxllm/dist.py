@@ -185,11 +185,16 @@ def check_all(problem: str | None) -> None:
         raise UserError(lines[0] if count() > 1 else problem)
 
 
-def gather(tree: Any) -> Any:
-    """A pytree of (sharded) jax.Arrays as complete NumPy arrays on the host of every process."""
+def gather(tree: Any, to: int | None = None) -> Any:
+    """A pytree of (sharded) jax.Arrays as complete NumPy arrays on the host.
+
+    Every process must call it. to: the process that gets the arrays; the others get None, which
+    saves their copy to the host. Default: every process gets them.
+    """
     if count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(_replicated(x)), tree)
+    arrays = jax.tree.map(_replicated, tree)
+    return None if to not in (None, index()) else jax.tree.map(np.asarray, arrays)
 
 
 def _replicated(x: Any) -> Any:

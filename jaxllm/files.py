@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm import dist
 from jaxllm.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -154,15 +155,23 @@ def check_dtype(dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An HF tensor to be written. `read` returns it on the host, in the dtype of the weights."""
+    """An HF tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[int], Any]
+    """process -> the tensor on its host, in the dtype of the weights; None in other processes"""
 
 
-def write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
-    """Writes a safetensors file: length, JSON header, data. Holds one tensor at a time."""
+def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) -> None:
+    """Writes a safetensors file: length, JSON header, data. Holds one tensor at a time.
+
+    `process` writes it; every process must call this, since their devices hold the tensors.
+    """
+    if dist.index() != process:
+        for t in tensors:
+            t.read(process)
+        return
     width, offset = jnp.dtype(dtype).itemsize, 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in tensors:
@@ -174,7 +183,7 @@ def write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
-            out.write(t.read().astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
+            out.write(t.read(process).astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
         out.flush()
         os.fsync(out.fileno())
 
@@ -203,15 +212,23 @@ def _check_target(out: Path) -> None:
 def new_folder(path: str) -> Iterator[Path]:
     """Yields a temporary directory; renames it to `path` if the block ends without an exception.
 
-    Replaces a saved model or adapter at `path`. Raises UserError for any other directory there.
+    Replaces a saved model or adapter at `path`. Raises UserError for any other directory there. All
+    processes of a run enter it, and may write.
     """
     out = Path(path).expanduser().resolve()
-    _check_target(out)
     part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "replaced"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    if dist.is_main():
+        _check_target(out)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier("folder")
+    if not dist.is_main():
+        yield part
+        dist.barrier("folder")
+        return
     try:
         yield part
+        dist.barrier("folder")
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)

@@ -333,8 +333,10 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         shapes = [a.shape[key.stacked :] for a in arrays]
         shapes = [_swapped(s) if key.transpose else s for s in shapes]
 
-        def read() -> np.ndarray:
-            host = dist.gather([a[at] for a in arrays] if at else arrays)
+        def read(process: int) -> np.ndarray | None:
+            host = dist.gather([a[at] for a in arrays] if at else arrays, process)
+            if host is None:
+                return None
             host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 
@@ -360,9 +362,10 @@ def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
-    for name, parts in split.filename_to_tensors.items():
-        write_file(folder / name, [tensors[part] for part in parts], dtype)
-    if split.is_sharded:
+    for i, (name, parts) in enumerate(split.filename_to_tensors.items()):
+        write_file(folder / name, [tensors[p] for p in parts], dtype, i % dist.count())
+    dist.barrier("files")
+    if split.is_sharded and dist.is_main():
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
 
@@ -403,7 +406,8 @@ def save_hf(
     if model.quantized:
         raise UserError("the weights are quantised; load the model without quantize_base to save")
     with new_folder(path) as part:
-        save_configs(model, part, tokenizer, dtype)
+        if dist.is_main():
+            save_configs(model, part, tokenizer, dtype)
         _write_weights(model, part, dtype, max_shard_bytes)
 
 
@@ -417,13 +421,14 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     if not model.peft.frozen:
         raise UserError("the model has no adapter; save it with save_hf")
     adapter: Any = model.peft
-    tensors = [Tensor(n, v.shape, lambda v=v: v) for n, v in adapter.tensors(model).items()]
+    tensors = [Tensor(n, v.shape, lambda _, v=v: v) for n, v in adapter.tensors(model).items()]
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
         if t.name == EMBED and model.cfg.tied_head:
             tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
     with new_folder(path) as part:
         write_file(part / ADAPTER, tensors, "float32")
-        write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
-        if tokenizer is not None:
+        if dist.is_main():
+            write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
+        if tokenizer is not None and dist.is_main():
             save_tokenizer(tokenizer, part)

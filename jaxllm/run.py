@@ -47,7 +47,7 @@ class RunFolder:
 
     def __init__(self, cfg: TrainConfig):
         self.cfg, self.path = cfg, Path(cfg.output_dir)
-        config = _read_config(self.path)
+        config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
             self.claim()
