@@ -64,12 +64,14 @@ def _place(section: ClusterSection) -> tuple[str, int, int, Any]:
     """(the coordinator's address, number of processes, index of this one, ids of its devices or
     None for all)."""
     given = (section.coordinator, section.processes, section.process)
-    values = [os.environ.get(name) if v is None else v for name, v in zip(VARIABLES, given)]
+    values = [
+        os.environ.get(name) if v is None else v for name, v in zip(VARIABLES, given, strict=True)
+    ]
     if all(value is None for value in values):
         return _detected(section)
     keys = ("cluster.coordinator", "cluster.processes", "cluster.process")
-    named = [f"{key} ({name})" for key, name in zip(keys, VARIABLES)]
-    if missing := [name for name, value in zip(named, values) if value is None]:
+    named = [f"{key} ({name})" for key, name in zip(keys, VARIABLES, strict=True)]
+    if missing := [name for name, value in zip(named, values, strict=True) if value is None]:
         raise UserError(f"a run of several processes needs {' and '.join(missing)} too")
     try:
         processes, index = int(values[1]), int(values[2])

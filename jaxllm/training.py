@@ -145,6 +145,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
         if eval_pending:
             evals(step, state)
             checkpoints.amend(step, evals.meta(False), evals.kept)
+        watch.begin(step + timetable.stride)
         while step < timetable.steps and not stop and not evals.over:
             step += 1
             watch.enter("step", step)
@@ -157,7 +158,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
             meter.add(step, step_metrics | rollout_metrics)
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
-            stop = timetable.may_stop(step) and watch.should_stop(step)
+            stop = timetable.may_stop(step) and watch.should_stop(step, step + timetable.stride)
             events = timetable.after(step, stop)
             unlogged = events.log
             if not (events.evaluate or events.save):
@@ -173,7 +174,6 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
                     meta |= {"feed": batches.state()} | evals.meta(events.postpone_evaluation)
                     checkpoints.save(step, state, meta, evals.kept)
-        watch.finish(step)
         stopped = stop and step < timetable.steps
         best = evals.best
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):

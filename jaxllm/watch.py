@@ -49,7 +49,11 @@ class Watch:
         self.stop = threading.Event()  # a process was asked to stop
         self.step, self.phase = 0, "start"
         self._requested = False
-        self._stop_step: int | None = None
+        self._lock = threading.Lock()  # of the next two
+        self._next: int | None = None  # the step that this process is in, None before the loop
+        self._begun: int | None = None  # the same, once it is known that the run stops
+        self._last: int | None = None  # the step after which all processes stop
+        self._decided = threading.Event()
         self._end: dict[str, Any] | None = None  # why this process ends
         self._closed = threading.Event()
         self._since = time.monotonic()
@@ -64,23 +68,26 @@ class Watch:
         self._requested = True
         self.stop.set()
 
-    def should_stop(self, step: int) -> bool:
-        """True from the step on at which all processes stop; ask after each step.
+    def begin(self, step: int) -> None:
+        """The loop of this process begins with `step`."""
+        with self._lock:
+            self._next = step
 
-        Processes may be some steps apart when they hear of the request, so they stop at the step
-        of the one that is ahead.
+    def should_stop(self, step: int, following: int) -> bool:
+        """True after the step at which all processes stop; ask after each step that may be the last.
+
+        following: the next such step. A device of another process may already wait for this one in
+        a step that it has begun, so all stop after the last step that any process has begun.
         """
-        if not self.stop.is_set():
-            return False
-        if self._stop_step is None:
-            self._stop_step = max(dist.everyone(step, "stop"))
-        return step >= self._stop_step
-
-    def finish(self, step: int) -> None:
-        """To be called after the last step: a process may wait for this one's step."""
-        if self._stop_step is None:
-            self._stop_step = max(dist.everyone(step, "stop"))
-        self.enter("end", step)
+        if dist.count() == 1:
+            return self.stop.is_set()
+        with self._lock:
+            if self._begun is None:
+                self._next = following
+                return False
+        self._decided.wait()
+        assert self._last is not None
+        return step >= self._last
 
     # ---- what this process does
 
@@ -158,6 +165,7 @@ class Watch:
                 "host": socket.gethostname(),
                 "time": time.time(),
                 "stop": self._requested,
+                "begun": self._begun,
                 "end": self._end,
                 "ended": bool(self._end or self._verdict.get("end")),
                 "late": self.late() > 0,
@@ -190,8 +198,10 @@ class Watch:
         beats = self._beats
         lost = [i for i, then in self._seen.items() if now - then > self.section.timeout]
         late = any(beat["late"] for beat in beats.values())
+        begun = [beats.get(i, {}).get("begun") for i in range(dist.count())]
         self._verdict = {
             "number": number,
+            "last": None if None in begun else max(begun),
             "stop": self.stop.is_set() or any(beat["stop"] for beat in beats.values()),
             "end": next((beat["end"] for beat in beats.values() if beat["end"]), None),
             "lost": [self._describe(i) for i in lost],
@@ -214,6 +224,11 @@ class Watch:
     def _obey(self, verdict: dict[str, Any]) -> None:
         if verdict.get("stop"):
             self.stop.set()
+            with self._lock:
+                self._begun = self._next if self._begun is None else self._begun
+        if verdict.get("last") is not None:
+            self._last = verdict["last"]
+            self._decided.set()
         if (hang := verdict.get("hang")) is not None:
             self._report_hang(hang)
         if lost := verdict.get("lost"):
@@ -233,8 +248,10 @@ class Watch:
         with file.open("w") as stacks:
             faulthandler.dump_traceback(stacks)
         if dist.is_main():
-            _say(f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "
-                 f"stacks of all processes are in {self.folder}/hang-{self.step}-process-*.txt")
+            _say(
+                f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "
+                f"stacks of all processes are in {self.folder}/hang-{self.step}-process-*.txt"
+            )
 
     def _guard(self) -> None:
         """Ends the process if it hears nothing of the coordinator, or a hang takes too long.
