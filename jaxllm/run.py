@@ -9,12 +9,18 @@ metrics.jsonl   metrics                   final/              the trained model 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import distributions, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import jax
+import xxhash
 
 from jaxllm import dist
 from jaxllm.checkpoint import Checkpoints
@@ -34,7 +40,42 @@ FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_siz
 FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
+VERSIONS = {"jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax"}
+CLOCK_SKEW = 30.0  # seconds by which the clocks of two processes may differ
 IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
+
+
+def check_processes(cfg: TrainConfig) -> None:
+    """Raises UserError, before anything is loaded, if the processes of the run differ in jaxllm's
+    code, the versions of what computes, the devices, the config, or their clocks."""
+    if dist.count() == 1:
+        return
+    code = xxhash.xxh3_64()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    facts: dict[str, Any] = {"jaxllm": f"{version('jaxllm')} ({code.hexdigest()[:8]})"}
+    names = {d.name for d in distributions()} & VERSIONS
+    facts |= {name: version(name) for name in sorted(names)}
+    devices = jax.local_devices()
+    facts["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    config = flat(to_dict(cfg)).items()
+    facts |= {key: value for key, value in config if not key.startswith("cluster.")}
+    dist.check_same(facts)
+    dist.barrier("clock")
+    clocks = dist.everyone(time.time())
+    slow, fast = (clocks.index(pick(clocks)) for pick in (min, max))
+    if clocks[fast] - clocks[slow] > CLOCK_SKEW:
+        raise UserError(
+            f"the clock of process {slow} is {clocks[fast] - clocks[slow]:.0f} s behind that of "
+            f"process {fast}; synchronise them"
+        )
+
+
+def check_processes_read_the_same(manifest: dict[str, Any]) -> None:
+    """Raises UserError if the data of a source differs between the processes."""
+    sets = [manifest["train"], *manifest["eval"].values()]
+    sources = [source for one in sets for source in one["sources"]]
+    dist.check_same({f"data {s['path']}": [s[key] for key in IDENTITY] for s in sources})
 
 
 class RunFolder:
@@ -83,6 +124,15 @@ class RunFolder:
             new.write_text(json.dumps(to_dict(self.cfg), indent=2) + "\n")
             new.replace(self.path / "config.json")
         dist.barrier("run folder")
+        dist.check_all(self._problem())
+
+    def _problem(self) -> str | None:
+        """Why this process cannot use the folder, if it cannot."""
+        if not (self.path / "config.json").is_file():
+            return f"output_dir {self.path} is not the folder that process 0 sees; share it"
+        if not os.access(self.path, os.W_OK):
+            return f"output_dir {self.path} is not writable"
+        return None
 
     def save_start(self, model: Decoder, tokenizer: Any) -> None:
         """Writes the configs and the tokenizer, and the config of the adapter that the run starts

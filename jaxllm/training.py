@@ -43,7 +43,13 @@ from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
-from jaxllm.run import RunFolder, check_same_data, check_same_origin
+from jaxllm.run import (
+    RunFolder,
+    check_processes,
+    check_processes_read_the_same,
+    check_same_data,
+    check_same_origin,
+)
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer
@@ -83,6 +89,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     # ---- validate the config, devices, model, tokenizer, run folder and data
     mesh = make_mesh(cfg.mesh)
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
+    check_processes(cfg)
     program = build(cfg, mesh)
     tokenizer = load_run_tokenizer(program)
     samples = Samples(program, tokenizer)
@@ -91,6 +98,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     data = load_data(cfg, tokenizer)
     assert data.train is not None
     check_metric(program, data)
+    check_processes_read_the_same(data.manifest)
     timetable = Timetable(cfg, len(data.train))
     say(*summarize(data.manifest), *warnings(cfg), *program.summary())
 

@@ -74,7 +74,7 @@ class Watch:
             self._next = step
 
     def should_stop(self, step: int, following: int) -> bool:
-        """True after the step at which all processes stop; ask after each step that may be the last.
+        """True after the step at which all processes stop; ask after each step that may be last.
 
         following: the next such step. A device of another process may already wait for this one in
         a step that it has begun, so all stop after the last step that any process has begun.
@@ -145,6 +145,8 @@ class Watch:
         until = time.monotonic() + 10
         while time.monotonic() < until and not self._all_know():
             time.sleep(EVERY)
+        if dist.is_main():
+            time.sleep(4 * EVERY)  # the coordinator goes last
         _exit_at_the_end(code)
 
     def _all_know(self) -> bool:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Run a command as N processes on this machine: launch/local.sh N COMMAND [ARGUMENT …]
-# Exits with the largest status of the processes. A signal goes to all of them.
+# Runs a command as N processes on this machine: launch/local.sh N COMMAND [ARGUMENT ...]
+#
+# A signal goes to all processes. The exit status is that of a failed process (1 or 2), else 75 if
+# the run can be resumed: run the same command again.
 set -u
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N COMMAND [ARGUMENT ...]" >&2
@@ -8,25 +10,31 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
 fi
 count=$1
 shift
-if [[ -z ${JAX_COORDINATOR_ADDRESS:-} ]]; then
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
-fi
+free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python3 -c "$free_port")}
 export JAX_NUM_PROCESSES=$count
 pids=()
 for ((i = 0; i < count; i++)); do
   JAX_PROCESS_ID=$i "$@" &
   pids+=($!)
 done
-trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT HUP
-status=0
-for pid in "${pids[@]}"; do
-  # `wait` returns early when a signal arrives.
-  while true; do
-    wait "$pid"
-    code=$?
-    kill -0 "$pid" 2>/dev/null || break
-  done
-  ((code > status)) && status=$code
+for name in TERM INT HUP; do
+  # shellcheck disable=SC2064
+  trap "kill -$name \${pids[*]} 2>/dev/null" $name
 done
-exit "$status"
+failed=0 resumable=0
+for pid in "${pids[@]}"; do
+  status=129
+  while ((status > 128)) && kill -0 "$pid" 2>/dev/null; do  # a signal interrupts `wait`
+    wait "$pid"
+    status=$?
+  done
+  wait "$pid" 2>/dev/null
+  status=$?
+  case $status in
+    0) ;;
+    1 | 2) failed=$status ;;
+    *) resumable=75 ;;
+  esac
+done
+exit $((failed ? failed : resumable))
