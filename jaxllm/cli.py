@@ -46,11 +46,16 @@ def training(verb: str, args: list[str]) -> int:
     checks.check(cfg)  # before the import below, which takes seconds
     from jaxllm.training import train
 
-    return _report(cfg, train(cfg))
+    result = train(cfg)
+    return _report(cfg, result)
 
 
 def _report(cfg: TrainConfig, result: Any) -> int:
     """Print how a run ended; returns the exit status."""
+    from jaxllm import dist
+
+    if not dist.is_main():
+        return STOPPED if result.stopped else DONE
     for name, values in result.evals.items():
         shown = ("loss", "perplexity") if "perplexity" in values else SHOWN
         texts = [f"{key} {values[key]:{SHOWN[key]}}" for key in shown if key in values]
