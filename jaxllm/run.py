@@ -87,6 +87,7 @@ class RunFolder:
     """
 
     def __init__(self, cfg: TrainConfig):
+        check_processes(cfg)
         self.cfg, self.path = cfg, Path(cfg.output_dir)
         config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
@@ -102,10 +103,18 @@ class RunFolder:
         """The checkpoints. If the run replaces an old one, call `claim` first."""
         return Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
 
-    def latest(self) -> int | None:
-        """The step of the checkpoint that this run resumes from, None if it starts from step 0."""
+    def latest(self, manifest: dict[str, Any], origin: dict[str, Any] | None) -> int | None:
+        """The step of the checkpoint that this run resumes from, None if it starts from step 0.
+
+        Raises UserError if the data (`manifest`) or `origin` are not those of the checkpoint.
+        """
+        check_processes_read_the_same(manifest)
         resumes = self.cfg.resume and not self.replaces
-        return dist.agree(self.checkpoints.latest()) if resumes else None
+        step = dist.agree(self.checkpoints.latest()) if resumes else None
+        if step is not None:
+            check_same_data(self.path, manifest)
+            check_same_origin(self.checkpoints, step, origin)
+        return step
 
     def claim(self) -> None:
         """Writes config.json, and deletes an old run first if this one replaces it.
