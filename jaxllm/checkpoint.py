@@ -61,7 +61,7 @@ class Checkpoints:
             },
         )
         self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
-        self._best: int | None = None  # kept whatever its age
+        self._best: int | None = None  # kept, however old
         self._saving: int | None = None
         self._tidied = False
 

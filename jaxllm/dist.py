@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a run: who writes, where they meet, and values on which they agree.
+"""Processes of a run: which one writes, barriers, and values that all agree on.
 
-Every write, stop and device-to-host copy of a sharded array goes through here, so that running
-several processes is a matter of this file and the loader. With one process each function is a line.
+Every write, stop and device-to-host copy of a sharded array goes through this file, so that only it
+and the loader need to change for several processes. With one process each function is one line.
 """
 
 from __future__ import annotations

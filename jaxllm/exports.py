@@ -37,7 +37,7 @@ Step = int | Literal["best"] | None  # a checkpoint
 def export(
     run: str, out: str, dtype: str | None = None, step: Step = None, merge: bool = False
 ) -> str:
-    """Writes a run as a HF directory, or as an adapter if that is what it trained; returns `out`.
+    """Writes a run as a HF directory, or as an adapter if it trained one; returns `out`.
 
     run: a run folder, one of its checkpoints (RUN/checkpoints/STEP), a HF directory (to change the
     dtype) or an adapter. step: the checkpoint, or `best` for the best evaluation; default: the best

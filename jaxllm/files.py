@@ -162,7 +162,7 @@ class Tensor:
 
 
 def write_file(file: Path, tensors: list[Tensor], dtype: str) -> None:
-    """Writes a safetensors file: length, JSON header, data. Holds one tensor at a time."""
+    """Writes a safetensors file: length, JSON header, data. One tensor is in memory at a time."""
     width, offset = jnp.dtype(dtype).itemsize, 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in tensors:

@@ -30,7 +30,7 @@ Models = Callable[[Any, Any], tuple[Any, Any]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step replaces. `trainable` is a nested dict of arrays, the model's tree of weights."""
+    """The state that a step updates. `trainable` is the model's tree of weights, a nested dict."""
 
     step: jax.Array  # int32 scalar: updates done
     trainable: Any

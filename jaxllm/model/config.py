@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder is made of. A family selects among these; it never restructures the model."""
+"""The shape and features of a decoder. A family chooses among them and adds no code."""
 
 from __future__ import annotations
 

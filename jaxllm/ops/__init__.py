@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic whose form depends on the platform; no other package asks for the platform.
+"""Arithmetic in the form that suits the platform; no other package depends on the platform.
 
 Imports config, errors and mesh only. In the order in which a layer, then the loss, uses them:
 

@@ -45,7 +45,7 @@ def updates_per_rollout(cfg: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions with their rewards, and what the models say about their tokens.
+    """Completions with their rewards, and the models' log-probabilities and values of the tokens.
 
     The last four fields are float32 [R, T], 0 where nothing is learned.
     """
@@ -117,7 +117,7 @@ class Rollouts:
         self._jitted = jax.jit(evaluate)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint saves besides the weights."""
+        """The state that a checkpoint saves besides the weights."""
         return {"beta": self.controller.beta}
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:
