@@ -104,7 +104,7 @@ def _load_run(
             check_same_origin(checkpoints, step, origin(cfg))
             cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # the checkpoint has its values
             load = partial(load_model, mesh=mesh, shape=program.shape, adapter=adapter)
-            # PiSSA started from the base weights in the dtype and quantisation of training.
+            # PiSSA started from the base weights in the dtype and quantization of training.
             pissa = nnx.state(load(cfg), LoraStart) if adapter.needs_base else {}
             section = replace(cfg.peft, quantize_base="none")
             full = replace(cfg.model, weight_dtype="float32", compute_dtype="float32")

@@ -60,7 +60,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     """`data` with the log-probabilities under the reference in its rows.
 
     They are cached in data.cache_dir, in one file for each `origin` of the weights (a JSON value),
-    dtype and quantisation. The key of an answer is a hash of its tokens, so another packing, or
+    dtype and quantization. The key of an answer is a hash of its tokens, so another packing, or
     data with more examples, reuses the cached values.
     """
     assert data.train is not None

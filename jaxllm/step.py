@@ -157,7 +157,7 @@ def accumulated(run: Callable[..., Any], batch: Batch) -> Any:
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
-    """NamedShardings of weights (a quantised one has two), split or `replicated` along fsdp."""
+    """NamedShardings of weights (a quantized one has two), split or `replicated` along fsdp."""
 
     drop = "fsdp" if replicated else ""
 

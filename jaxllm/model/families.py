@@ -335,14 +335,14 @@ def _family(config: dict[str, Any]) -> Family:
 def normalised(config: dict[str, Any]) -> dict[str, Any]:
     """The config in transformers' newest spelling with every default filled in; a new dict.
 
-    Raises ValueError for an unknown family, quantised weights, and what transformers finds wrong.
+    Raises ValueError for an unknown family, quantized weights, and what transformers finds wrong.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     family = _family(config)
     if config.get("quantization_config"):
-        raise UserError("the weights are quantised (quantization_config); load_hf dequantises some")
+        raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
     if config.get("is_causal") is False:
         raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
