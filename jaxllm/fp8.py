@@ -206,7 +206,7 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
 
 
 def _mapped(file: Path, name: str) -> np.ndarray:
-    """A memory-mapped tensor. safe_open cannot return FP8, because numpy has no such dtype."""
+    """A memory-mapped tensor. safe_open cannot return FP8, which NumPy does not have."""
     start, tensors = header(file)
     entry = tensors[name]
     if entry["dtype"] not in DTYPES:

@@ -77,5 +77,5 @@ class ModelConfig:
 
     @property
     def tied_head(self) -> bool:
-        """Whether the token table is the head too; a reward model has no such head."""
+        """True if the token table is also the head; never for a reward model."""
         return self.tie_embeddings and not self.scores

@@ -276,7 +276,7 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
-    """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: which layer is of which."""
+    """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: the index of each layer's kind."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
     window = c.get("sliding_window")
     types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
@@ -359,7 +359,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_reward(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a model that scores texts."""
+    """True for the config.json of a reward model."""
     return any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ())
 
 

@@ -54,9 +54,9 @@ class Rollout:
     rows: dict[str, np.ndarray]
     """fields of `Batch`, [R, T]: each prompt with its completion"""
     scores: dict[str, np.ndarray]
-    """{reward: float32 [R]}, NaN where it gives none"""
+    """{reward: float32 [R]}, NaN if it gave no score"""
     rewards: np.ndarray
-    """float64 [R]: their weighted sum, NaN if there is none"""
+    """float64 [R]: weighted sum of the scores, NaN if there is none"""
     logps: np.ndarray
     entropy: np.ndarray
     values: np.ndarray
