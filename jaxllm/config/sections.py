@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
-from jaxllm.config.verbs import VERBS, Verb
+from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
-    Objective = str
+    Method = Objective = str
 else:
-    Objective = Literal[tuple(VERBS)]
+    Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class SaveSection:
 class PeftSection:
     """Parameter-efficient fine-tuning; LoRA's keys are those of `peft`."""
 
-    method: Literal["none", "lora", "adapter", "prefix", "prompt"] = "none"
+    method: Method = "none"
     """none = train all weights; lora; adapter = bottleneck layers; prefix = keys and values before
     each text; prompt = embeddings before each text"""
     path: Path | None = None
