@@ -63,7 +63,7 @@ class Checkpoints:
             },
         )
         self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
-        self._best: int | None = None  # kept whatever its age
+        self._best: int | None = None  # kept, however old
         self._saving: int | None = None
         self._digests: dict[str, str] = {}  # of the files that each process has written
         self._tidied = False
@@ -225,8 +225,8 @@ class Checkpoints:
     def restore(self, step: int, like: Any, *, partial: bool = False) -> Any:
         """The state of `step`: jax.Arrays with the shapes and shardings of `like`.
 
-        like: a pytree of ShapeDtypeStructs; their shardings may be of another mesh than the saved
-        ones. partial: `like` is a dict of some fields of the state; no others are read. Raises
+        like: a pytree of ShapeDtypeStructs, which may be sharded over another mesh than the saved
+        state. partial: `like` is a dict of some fields of the state; no others are read. Raises
         UserError if there is no such step, or if it is broken or has other shapes.
         """
         self.wait()
@@ -241,8 +241,8 @@ class Checkpoints:
             shape = saved[name].shape if name in saved else None
             if shape != leaf.shape:
                 raise UserError(
-                    f"{self.directory / str(step)} is of another model or optimizer: {name} has "
-                    f"shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
+                    f"{self.directory / str(step)} belongs to another model or optimizer: {name} "
+                    f"has shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run folder: whether this run may use it, what is in it, and what the run started from.
+"""The run folder: whether a run may use it, its files, and the model that the run started from.
 
 config.json     the resolved config       checkpoints/STEP/   training state
 data.json       the data manifest         model/              configs and tokenizer at the start
@@ -34,8 +34,8 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.peft.files import find
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
-# What a resumed run may change: it keeps the data, the model and the optimizer. Another length
-# (epochs, steps) reshapes the rest of the schedule.
+# Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
+# steps changes the rest of the schedule.
 FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
 FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
@@ -210,7 +210,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     )
 
 
-# ---- what a run started from
+# ---- the model that a run started from
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:

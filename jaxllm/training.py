@@ -409,7 +409,7 @@ class Samples:
 
 @dataclass
 class Evaluations:
-    """Evaluates every held-out set, writes samples, and knows the best evaluation of the run."""
+    """Evaluates every held-out set, writes samples, and records the run's best evaluation."""
 
     program: Program
     sets: dict[str, Rows]
@@ -446,5 +446,5 @@ class Evaluations:
         return self.best.step if self.program.cfg.save.keep_best else None
 
     def meta(self, pending: bool) -> dict[str, Any]:
-        """What a checkpoint saves. pending: the resumed run evaluates its step first."""
+        """The state that a checkpoint saves. pending: the resumed run evaluates its step first."""
         return {"best_eval": asdict(self.best), "eval_pending": pending}
