@@ -290,12 +290,15 @@ def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
 
 @contextmanager
 def stop_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM or SIGINT at any process ends the loop of all of them after a step.
+    """SIGTERM, SIGINT or SIGHUP at any process ends the loop of all of them after a step.
 
     The second signal ends the process at once, without another checkpoint.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    names = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+    names = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        names.append(signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        names = []
 
     def handle(*_: Any) -> None:
         watch.request_stop()
