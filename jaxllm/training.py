@@ -121,6 +121,7 @@ def train(cfg: TrainConfig) -> Result:
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
+    assert data.train is not None
     if cfg.verb.online:
         sampler = program.models, frozen, rewards, tokenizer, metrics.sample
         batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
