@@ -152,7 +152,7 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
     return list(dict.fromkeys(lines))
 
 
-def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop="") -> NamedSharding:
+def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop: str = "") -> NamedSharding:
     """Sharding of a weight, its gradient or moments; replicated along the mesh axis `drop`."""
     return NamedSharding(mesh, spec(axes, shape, mesh, drop))
 
