@@ -52,7 +52,7 @@ def launched(processes: int, devices: int, args: list[str], **options) -> subpro
     )
 
 
-def finished(run: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
+def finished(run: subprocess.Popen, seconds: float = 400) -> tuple[int, str]:
     """(exit status, output) of a launched run; none of its processes is left."""
     try:
         output, _ = run.communicate(timeout=seconds)
@@ -99,7 +99,7 @@ LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}
 def verbs(project: Path, layout: str) -> dict[str, list[str]]:
     """Short runs of four objectives, whose folders end with the layout."""
     base = str(project / "base")
-    common = ["--model.path", base, "--steps", "10", "--log.progress", "false"]
+    common = ["--steps", "10", "--log.progress", "false"]
     reward = str(project / f"reward_{layout}.py")
     rl = ["--data.train", str(project / "prompts.jsonl"), "--rl.rewards", f"{reward}:length"]
     rl += ["--rl.group_size", "4", "--rl.max_new_tokens", "6"]
@@ -112,10 +112,13 @@ def verbs(project: Path, layout: str) -> dict[str, list[str]]:
         "dpo": pairs,
         "grpo": rl,
     }
-    return {
-        verb: [*arguments(project, verb, f"{verb}-{layout}", *common, *options)]
-        for verb, options in more.items()
-    }
+    commands = {}
+    for verb, options in more.items():
+        args = arguments(project, verb, f"{verb}-{layout}", *common, *options)
+        args[args.index("--data.max_length") + 1] = "32"  # leaves room for completions
+        at = args.index("--model.config")
+        commands[verb] = [*args[:at], "--model.path", base, *args[at + 2 :]]
+    return commands
 
 
 @pytest.fixture(scope="module")
