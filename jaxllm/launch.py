@@ -53,11 +53,16 @@ class Launch:
 def launch(words: list[str], to: Launch) -> None:
     """Starts, or with `dry_run` prints, the run of `words`: [VERB] CONFIG [--section.key value …].
 
-    A run on this machine replaces this process. Raises UserError for a mistake in the config, before
-    anything is submitted, and if the scheduler's client is missing or fails.
+    A run on this machine replaces this process. Raises UserError for a mistake in the config,
+    before anything is submitted, and if the scheduler's client is missing or fails.
     """
     verb, path, args = _run(words)
     cfg, _ = load_config(verb, path, args)
+    if to.on != "local" and (cfg.overwrite or not cfg.resume):
+        raise UserError(
+            "--overwrite and --no-resume would act again at each restart; delete "
+            f"{cfg.output_dir} yourself, or choose another output_dir"
+        )
     name = to.name or re.sub("[^a-z0-9]+", "-", Path(path).stem.lower()).strip("-")
     here = [sys.executable, "-m", "jaxllm", verb, path, *args]
     options = shlex.split(to.options)
@@ -115,7 +120,9 @@ def _tpu_vm(to: Launch, options: list[str], path: str, args: list[str]) -> list[
     if to.name is None:
         raise UserError("--on tpu-vm needs --name, the name of the TPU VM")
     if to.nodes is not None:
-        raise UserError("--nodes is not used with --on tpu-vm, which runs on all workers; remove it")
+        raise UserError(
+            "--nodes is not used with --on tpu-vm, which runs on all workers; remove it"
+        )
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
     everywhere = ["--worker=all", *options]
     script = FILES / "tpu-vm.sh"
@@ -141,10 +148,10 @@ def _manifest(to: Launch, name: str, cfg: TrainConfig, config: str, args: list[s
     claim, _, mount = (to.volume or "").partition(":")
     if to.volume and not (claim and mount.startswith("/")):
         raise UserError(f"--volume: {to.volume!r}; must be CLAIM:/PATH")
-    if "://" not in cfg.output_dir and not (mount and cfg.output_dir.startswith(mount)):
+    if "://" not in cfg.output_dir and not (mount and Path(cfg.output_dir).is_relative_to(mount)):
         raise UserError(
-            f"output_dir {cfg.output_dir} would be lost with its container; put it on a volume: "
-            "--volume CLAIM:/PATH --output_dir /PATH/…"
+            f"output_dir {cfg.output_dir} would be lost with its container; put it in a bucket, or "
+            "on a volume: --volume CLAIM:/PATH --output_dir /PATH/…"
         )
     limits = dict([_pair("--resource", to.resource)]) if to.resource else {}
     settings, jobset = yaml.safe_load_all((FILES / "gke-jobset.yaml").read_text())
@@ -171,7 +178,21 @@ def _manifest(to: Launch, name: str, cfg: TrainConfig, config: str, args: list[s
     if to.volume:
         container["volumeMounts"].append({"name": "data", "mountPath": mount})
         pod["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": claim}})
-    return yaml.safe_dump_all([settings, jobset], sort_keys=False, width=100)
+    return _yaml([settings, jobset])
+
+
+def _yaml(documents: list[Any]) -> str:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: Any, value: str) -> Any:
+        style = "|" if "\n" in value else None  # the lines of the config stay lines
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(documents, Dumper=Dumper, sort_keys=False, width=100)
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:
