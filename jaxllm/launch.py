@@ -51,7 +51,7 @@ class Launch:
 
 
 def launch(words: list[str], to: Launch) -> None:
-    """Starts, or with `dry_run` prints, the run of `words`: [VERB] CONFIG [--section.key value …].
+    """Starts, or with `dry_run` prints, the run of `words`: [COMMAND] CONFIG [--key value …].
 
     A run on this machine replaces this process. Raises UserError for a mistake in the config,
     before anything is submitted, and if the scheduler's client is missing or fails.
@@ -85,16 +85,16 @@ def launch(words: list[str], to: Launch) -> None:
 
 
 def _run(words: list[str]) -> tuple[str, str, list[str]]:
-    """(verb, config file, further arguments) of a run; a config may state its `objective`."""
+    """(command, config file, further arguments) of a run; a config may state its `objective`."""
     verb, rest = (words[0], words[1:]) if words[:1] and words[0] in VERBS else (None, words)
     if not rest or rest[0].startswith("-"):
-        raise UserError("no config; write `jaxllm launch [VERB] CONFIG.yaml --on WHERE`")
+        raise UserError("no config; write `jaxllm launch [COMMAND] CONFIG.yaml --on WHERE`")
     path, *args = rest
     stated = {one.name: one.value for one in read_yaml(path)}
     verb = verb or stated.get("objective")
     if verb is None:
         raise UserError(
-            f"{path} does not state its objective; write the verb of the run before it, "
+            f"{path} does not state its objective; write the command of the run before it, "
             f"`jaxllm launch sft {path} …`"
         )
     return verb, path, args
