@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxllm launch`: starts a run on several processes with one of the files in launchers/.
 
-Those files set the environment of a process and decide when a run starts again; nothing else. Here
-their gaps are filled and the scheduler's own client (sbatch, kubectl, gcloud) submits them.
+Those files set the environment of a process and decide when a run restarts; nothing else. This
+module fills them in and submits them with the scheduler's own client (sbatch, kubectl, gcloud).
 """
 
 from __future__ import annotations

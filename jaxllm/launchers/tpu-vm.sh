@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command on one worker of a TPU VM (call it on all of them), and again when it can resume:
+# Runs a command on a worker of a TPU VM, and restarts it when it can resume. Start it on all workers:
 #   gcloud compute tpus tpu-vm ssh NAME --worker=all --command 'bash tpu-vm.sh COMMAND [ARGUMENT ...]'
 #
 # A signal goes to the command and ends the loop.
@@ -32,15 +32,15 @@ while :; do
   done
   wait "$pid"
   status=$?
-  # A process that was killed starts again before the others have missed it. It waits for them and
-  # ends with status 2 when they take longer than cluster.timeout.
+  # A killed process restarts before the others notice that it is gone. It then waits for them, and
+  # exits with status 2 if they take longer than cluster.timeout: two such attempts are repeated.
   ((status == 2)) && ((refused += 1)) || refused=0
   if [[ $stopped ]] || ((restarts == 100)) ||
     ! ((status == 75 || status > 128 || status == 2 && restarts > 0 && refused < 3)); then
     exit $status
   fi
   ((restarts += 1))
-  echo "tpu-vm.sh: status $status, start $restarts again" >&2
+  echo "tpu-vm.sh: status $status, restart $restarts" >&2
   sleep 10 &
   wait $!
   [[ -z $stopped ]] || exit $status
