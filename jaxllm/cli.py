@@ -313,6 +313,35 @@ def comparison(verb: str, args: list[str]) -> int:
     return compare(args)
 
 
+def launch(verb: str, args: list[str]) -> None:
+    from jaxllm.launch import PLACES, Launch
+    from jaxllm.launch import launch as start
+
+    parser = _Parser(verb)
+    parser.usage = (
+        "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n\n"
+        "All arguments but the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
+        "the config does not state its `objective`."
+    )
+    flag = parser.flag
+    flag("--on", "where to run", required=True, choices=PLACES)
+    flag("--nodes", "processes of the run, one per node; default: 1", type=_integer(1), metavar="N")
+    flag("--name", "name of the job or the TPU VM; default: that of the config file")
+    about = "options of sbatch, kubectl or gcloud: --options='--partition=gpu --time=8:00:00'"
+    flag("--options", about, default="", metavar="TEXT")
+    flag("--dry-run", "print what would be submitted", action="store_true")
+    flag("--image", "gke: container image with jaxllm")
+    about = "gke: accelerators of a node, nvidia.com/gpu=8 or google.com/tpu=4"
+    flag("--resource", about, metavar="NAME=COUNT")
+    about = "gke: label of the nodes to use; repeatable"
+    flag("--select", about, action="append", default=[], metavar="KEY=VALUE")
+    flag("--volume", "gke: persistent volume claim to mount", metavar="CLAIM:/PATH")
+    flag("--slices", "gke: TPU slices of the run", type=_integer(1), default=1, metavar="N")
+    options, words = parser.parse_known_args(args)
+    options.select = tuple(options.select)
+    start(words, Launch(**vars(options)))
+
+
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
@@ -322,6 +351,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "generate": (generate, "complete texts or answer messages"),
     "chat": (chat, "chat with a model in the terminal"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
+    "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
 }
 
 

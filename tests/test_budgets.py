@@ -32,7 +32,7 @@ FLOORS = (
     ("hf", "checkpoint", "step"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program",),
-    ("training", "compare", "exports"),
+    ("training", "compare", "exports", "launch"),
     ("cli", "__main__"),
 )
 FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 17_000

@@ -92,7 +92,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("configs", "demo"):
+        for name in ("configs", "demo", "launch"):
             (folder / name).symlink_to(ROOT / name)
         programs = folder / "bin"
         programs.mkdir()

@@ -33,7 +33,7 @@ for pid in "${pids[@]}"; do
   status=$?
   case $status in
     0) ;;
-    1 | 2) failed=$status ;;
+    1 | 2 | 126 | 127) failed=$status ;; # 126, 127: the command could not be started
     *) resumable=75 ;;
   esac
 done
