@@ -33,7 +33,7 @@ from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template, with_settings
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
-from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
@@ -328,10 +328,12 @@ class LoadedBatches:
     def __init__(self, program: Program, rows: Rows, start: int):
         cfg, self.mesh = program.cfg, program.mesh
         sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
-        self.loader = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
+        self.size = cfg.batch_size // program.micro_batches
+        local = local_rows(self.mesh, self.size)
+        self.loader = make_loader(rows, **sizes, local=local, seed=cfg.seed, start_step=start)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:
-        return Batch(**put(self.mesh, next(self.loader))), {}
+        return Batch(**put(self.mesh, next(self.loader), self.size)), {}
 
     def state(self) -> dict[str, Any]:
         """Nothing to save: the batch is a function of the seed and the step."""
