@@ -24,14 +24,14 @@ import jax
 from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
-from jaxllm.config import TrainConfig, to_dict, tokenizer_path
+from jaxllm.config import TrainConfig, to_dict
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import padded, prompt_tokens, stop_ids
+from jaxllm.data.chat import prompt_tokens, stop_ids
 from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
-from jaxllm.data.template import apply_user_template, with_settings
+from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
@@ -40,6 +40,7 @@ from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.peft.virtual_tokens import context_length
+from jaxllm.pretokenize import run_tokenizer
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
@@ -52,7 +53,6 @@ from jaxllm.run import (
 )
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 from jaxllm.watch import Watch
 
 
@@ -91,7 +91,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     check_processes(cfg)
     program = build(cfg, mesh)
-    tokenizer = load_run_tokenizer(program)
+    tokenizer = run_tokenizer(cfg, program.shape)
     samples = Samples(program, tokenizer)
     run = RunFolder(cfg)
     use_cache(cfg.log.compile_cache)
@@ -209,18 +209,6 @@ def say(*lines: str) -> None:
 
 
 # ---- before the loop
-
-
-def load_run_tokenizer(program: Program) -> Any:
-    """The tokenizer of a run, with the chat template's settings of the config.
-
-    Raises UserError if it does not fit the model.
-    """
-    cfg = program.cfg
-    tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
-    tokenizer = padded(tokenizer) if program.shape.scores else tokenizer
-    check_vocabulary(tokenizer, program.shape.vocab_size)
-    return tokenizer
 
 
 def check_metric(program: Program, data: Data) -> None:
