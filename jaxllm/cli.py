@@ -308,11 +308,22 @@ def comparison(verb: str, args: list[str]) -> int:
     return compare(args)
 
 
+TOKENIZE_HELP = """\
+usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
+
+Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
+then starts without tokenizing anything. No accelerator is used and no weights are read. Several
+processes share the work; a command that was killed continues where it stopped.
+
+  --objective VERB
+      the training verb of the run; also `objective:` in the file, or the config.json of a run
+
+All other keys are those of the run (`jaxllm sft --help`)."""
+
+
 def tokenize(verb: str, args: list[str]) -> None:
     if {"-h", "--help"} & set(args):
-        from jaxllm.pretokenize import HELP
-
-        print(HELP)
+        print(TOKENIZE_HELP)
         return
     path = args.pop(0) if args and not args[0].startswith("-") else None
     objective = find_objective(path, read_args(args))

@@ -14,22 +14,11 @@ from jaxllm.config.checks import check, recorded_config, resolve
 from jaxllm.data.chat import padded
 from jaxllm.data.dataset import load_data
 from jaxllm.data.template import with_settings
+from jaxllm.hf_config import source_config
 from jaxllm.model.config import ModelConfig
-from jaxllm.program import model_config
+from jaxllm.model.families import from_hf
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 from jaxllm.watch import Watch
-
-HELP = """\
-usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
-
-Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
-then starts without tokenizing anything. No accelerator is used and no weights are read. Several
-processes share the work; a command that was killed continues where it stopped.
-
-  --objective VERB
-      the training verb of the run; also `objective:` in the file, or the config.json of a run
-
-All other keys are those of the run (`jaxllm sft --help`)."""
 
 
 def tokenize(cfg: TrainConfig) -> dict[str, Any]:
@@ -42,7 +31,9 @@ def tokenize(cfg: TrainConfig) -> dict[str, Any]:
     dist.start(cfg.cluster)
     with Watch(cfg.cluster, Path(cfg.output_dir)):
         cfg = resolve(cfg, recorded=recorded_config(cfg))
-        return load_data(cfg, run_tokenizer(cfg, model_config(cfg)[0])).manifest
+        source, scores = cfg.model.path or str(cfg.model.config), cfg.verb.head == "score"
+        config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=False)
+        return load_data(cfg, run_tokenizer(cfg, from_hf(config))).manifest
 
 
 def run_tokenizer(cfg: TrainConfig, shape: ModelConfig) -> Any:

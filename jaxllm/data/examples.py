@@ -230,7 +230,8 @@ def _contents(sources: Sequence[Source], located: list[Located], team: list[int]
         for source, one in zip(sources, located, strict=True):
             ids = json.dumps([file_id(str(file)) for file in one.files])
             digest = xxhash.xxh3_64_hexdigest(ids.encode())
-            facts[f"data {source.path}"] = f"{len(one.files)} files ({digest})"
+            size = sum(file.stat().st_size for file in one.files)
+            facts[f"data {source.path}"] = f"{len(one.files)} file(s), {size:,} bytes ({digest})"
         dist.check_same(facts)
     files = [file for one in located for file in one.files]
     place = team.index(dist.index())
