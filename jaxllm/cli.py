@@ -16,7 +16,7 @@ from typing import Any
 from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
-from jaxllm.config.loading import parse
+from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.config.sections import home
 from jaxllm.errors import UserError
 
@@ -342,10 +342,43 @@ def launch(verb: str, args: list[str]) -> None:
     start(words, Launch(**vars(options)))
 
 
+TOKENIZE_HELP = """\
+usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
+
+Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
+then starts without tokenizing anything. No accelerator is used and no weights are read. Several
+processes share the work; a command that was killed continues where it stopped.
+
+  --objective VERB
+      the training verb of the run; also `objective:` in the file, or the config.json of a run
+
+All other keys are those of the run (`jaxllm sft --help`)."""
+
+
+def tokenize(verb: str, args: list[str]) -> None:
+    if {"-h", "--help"} & set(args):
+        print(TOKENIZE_HELP)
+        return
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    objective = find_objective(path, read_args(args))
+    if objective is None:
+        raise UserError("no objective: give --objective sft, or the verb of another training run")
+    cfg, _ = load_config(objective, path, args)
+    checks.check(cfg)  # before the imports below, which take seconds
+    from jaxllm import dist
+    from jaxllm.data.dataset import summarize
+    from jaxllm.pretokenize import tokenize
+
+    manifest = tokenize(cfg)
+    if dist.is_main():
+        print(*summarize(manifest), sep="\n")
+
+
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
     "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
+    "tokenize": (tokenize, "tokenize the data of a training run in advance"),
     "tokenizer": (tokenizer, "tokenizer train: train a byte-level BPE tokenizer on text files"),
     "eval": (evaluate, "compute a model's loss and perplexity, or a reward model's scores"),
     "generate": (generate, "complete texts or answer messages"),

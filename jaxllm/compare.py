@@ -113,14 +113,10 @@ def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
         raise UserError("--methods is given twice; give all of them after one --methods")
     methods = named[0] if named else list(DEFAULT)
     _check_methods(methods)
-    objective: Any = "pretrain"
-    for one in loading.read_yaml(path) if path else ():
-        objective = one.value if one.name == "objective" else objective
+    objective = loading.find_objective(path, flags, "pretrain")
     rest: list[str] = []
     for flag in flags:
         first, *others = flag.value or [True]
-        if flag.name == "objective":
-            objective = first
         if flag.name != "methods":
             rest += [f"{flag.where}={first}" if flag.value else flag.where, *others]
     return *load_config(objective, path, rest), methods

@@ -26,7 +26,7 @@ from jaxllm.data.dataset import load_data
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.rows import Rows
 from jaxllm.errors import UserError
-from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.meter import means
 from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import lm_loss
@@ -85,10 +85,11 @@ def evaluate(
     size = -(-batch_size // parts) * parts
 
     def batches() -> Iterator[Batch]:
-        rows = chain.from_iterable(eval_batches(rows, size) for rows in sets)
+        local = local_rows(mesh, size)
+        rows = chain.from_iterable(eval_batches(rows, size, local) for rows in sets)
         if progress:
             rows = track(rows, progress, sum(-(-len(rows) // size) for rows in sets))
-        return (Batch(**put(mesh, host)) for host in rows)
+        return (Batch(**put(mesh, host, size)) for host in rows)
 
     sums: dict[str, np.ndarray] = {}
     with jax.set_mesh(mesh):

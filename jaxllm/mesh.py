@@ -14,7 +14,9 @@ axes. ZeRO stages differ only in which tensors are split along `fsdp`:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import jax
@@ -186,10 +188,38 @@ def gathered(w: jax.Array, axes: Axes) -> jax.Array:
     return constrain(w, *axes, drop="fsdp")
 
 
-def put(mesh: Mesh, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Rows on the host, the same global batch in every process -> arrays sharded over the mesh."""
+@cache
+def local_rows(mesh: Mesh, size: int) -> tuple[int, ...]:
+    """The rows of a batch of `size` rows that the devices of this process hold, ascending.
+
+    Processes that differ only along `context` and `tensor` hold the same rows.
+    """
+    shape = (size, 1)
+    indices = batch_sharding(mesh, shape).addressable_devices_indices_map(shape)
+    held = {row for rows, _ in indices.values() for row in range(*rows.indices(size))}
+    return tuple(sorted(held))
+
+
+def put(mesh: Mesh, rows: dict[str, np.ndarray], size: int | None = None) -> dict[str, jax.Array]:
+    """Rows [B, T] or micro-batches of rows [A, B, T] on the host -> arrays sharded over the mesh.
+
+    The rows are the same global batch in every process. With `size`, the number of rows B of the
+    global batch, they are only those of this process: `local_rows(mesh, size)`.
+    """
 
     def sharded(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.shape), x.__getitem__)
+        *micro, count, length = x.shape
+        total = size or count
+        local = local_rows(mesh, total) if size else range(count)
+        assert len(local) == count, f"{count} rows, but this process holds {len(local)} of {total}"
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            *before, held, columns = index
+            start, stop, _ = held.indices(total)
+            first = bisect_left(local, start)
+            return x[(*before, slice(first, first + stop - start), columns)]
+
+        shape = (*micro, total, length)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), shard)
 
     return {name: sharded(x) for name, x in rows.items()}

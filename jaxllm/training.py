@@ -24,29 +24,29 @@ import jax
 from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
-from jaxllm.config import TrainConfig, to_dict, tokenizer_path
+from jaxllm.config import TrainConfig, to_dict
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import padded, prompt_tokens, stop_ids
+from jaxllm.data.chat import prompt_tokens, stop_ids
 from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader
 from jaxllm.data.rows import Rows
-from jaxllm.data.template import apply_user_template, with_settings
+from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
-from jaxllm.mesh import data_parallel, make_mesh, put
+from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.peft.virtual_tokens import context_length
+from jaxllm.pretokenize import run_tokenizer
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
-from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 from jaxllm.watch import Watch, current, watched
 
 
@@ -79,7 +79,7 @@ def train(cfg: TrainConfig) -> Result:
     mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     program = build(cfg, mesh)
-    tokenizer = load_run_tokenizer(program)
+    tokenizer = run_tokenizer(cfg, program.shape)
     samples = Samples(program, tokenizer)
     run = RunFolder(cfg)
     use_cache(cfg.log.compile_cache)
@@ -209,18 +209,6 @@ def say(*lines: str) -> None:
 # ---- before the loop
 
 
-def load_run_tokenizer(program: Program) -> Any:
-    """The tokenizer of a run, with the chat template's settings of the config.
-
-    Raises UserError if it does not fit the model.
-    """
-    cfg = program.cfg
-    tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
-    tokenizer = padded(tokenizer) if program.shape.scores else tokenizer
-    check_vocabulary(tokenizer, program.shape.vocab_size)
-    return tokenizer
-
-
 def check_metric(program: Program, data: Data) -> None:
     """Raises UserError if evaluations will not log eval.metric."""
     section = program.cfg.eval
@@ -329,10 +317,12 @@ class LoadedBatches:
     def __init__(self, program: Program, rows: Rows, start: int):
         cfg, self.mesh = program.cfg, program.mesh
         sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
-        self.loader = make_loader(rows, **sizes, seed=cfg.seed, start_step=start)
+        self.size = cfg.batch_size // program.micro_batches
+        local = local_rows(self.mesh, self.size)
+        self.loader = make_loader(rows, **sizes, local=local, seed=cfg.seed, start_step=start)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:
-        return Batch(**put(self.mesh, next(self.loader))), {}
+        return Batch(**put(self.mesh, next(self.loader), self.size)), {}
 
     def state(self) -> dict[str, Any]:
         """Nothing to save: the batch is a function of the seed and the step."""

@@ -32,6 +32,7 @@ FLOORS = (
     ("hf", "checkpoint", "step"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program",),
+    ("pretokenize",),
     ("training", "compare", "exports", "launch"),
     ("cli", "__main__"),
 )

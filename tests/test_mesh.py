@@ -9,9 +9,22 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
+from jaxllm.data.loader import eval_batches, make_loader
+from jaxllm.data.rows import Rows, Windows
 from jaxllm.errors import UserError
-from jaxllm.mesh import AXES, MeshSection, axes_of, joined_slices, make_mesh, replicated, spec
+from jaxllm.mesh import (
+    AXES,
+    MeshSection,
+    axes_of,
+    joined_slices,
+    local_rows,
+    make_mesh,
+    put,
+    replicated,
+    spec,
+)
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.step import weight_shardings
@@ -115,3 +128,68 @@ def test_slices_are_joined_along_data_or_fsdp_and_other_axes_stay_inside(sizes, 
 def test_slices_that_no_axis_can_join_are_refused():
     with pytest.raises(UserError, match="must be a multiple of 3"):
         joined_slices(slices_of(3, 2), dict.fromkeys(AXES, 1) | {"data": 1, "tensor": 6})
+
+
+# ---- rows of a batch over processes
+
+
+class Documents:
+    """Stands for Examples."""
+
+    def __init__(self, documents):
+        self.documents, self.lengths = documents, np.array([len(d) for d in documents])
+
+    def tokens(self, index):
+        return self.documents[index]
+
+
+PROCESSES = {  # mesh axes -> the devices of each process (fake), and the rows of 8 that they hold
+    "rows of its own": ({"fsdp": 8}, [[0, 1, 2, 3], [4, 5, 6, 7]], [range(4), range(4, 8)]),
+    "rows apart": ({"fsdp": 8}, [[0, 2], [1, 3, 4, 5, 6, 7]], [(0, 2), (1, 3, 4, 5, 6, 7)]),
+    "tensor within": ({"tensor": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]], [range(4), range(4, 8)]),
+    "tensor across": ({"tensor": 8}, [[0, 1, 2, 3], [4, 5, 6, 7]], [range(8), range(8)]),
+    "context across": (
+        {"context": 4},
+        [[0, 1], [2, 3, 4, 5], [6, 7]],
+        [range(4), range(8), range(4, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes_that_build_their_own_rows_have_the_batch_of_one_process(name, monkeypatch):
+    axes, processes, held = PROCESSES[name]
+    over = mesh(**axes)
+    documents = [np.arange(i, i + 40, dtype=np.int32) for i in range(40)]
+    parts = (Windows(Documents(documents), np.arange(40), 16, segment=True, tail=True),)
+    rows, sizes = Rows(parts, None, 16), {"batch_size": 16, "micro_batches": 2, "seed": 3}
+    whole, *evals = next(make_loader(rows, **sizes, start_step=5)), *eval_batches(rows, 8)
+    seen = []
+    for devices, expected in zip(processes, held, strict=True):
+        local_rows.cache_clear()
+        mine = set(over.devices.flat[devices])
+
+        def of_mine(sharding, shape, mine=mine):
+            indices = sharding.devices_indices_map(shape).items()
+            return {device: index for device, index in indices if device in mine}
+
+        def shards(shape, sharding, callback, mine=mine):
+            indices = of_mine(sharding, shape, mine).items()
+            return {device: (index, callback(index)) for device, index in indices}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sharding, "addressable_devices_indices_map", of_mine)
+            patch.setattr(jax, "make_array_from_callback", shards)
+            local = local_rows(over, 8)
+            assert local == tuple(expected)
+            built = next(make_loader(rows, **sizes, start_step=5, local=local))
+            built_evals = list(eval_batches(rows, 8, local))
+            assert built["tokens"].shape == (2, len(local), 16)
+            for want, got in zip([whole, *evals], [built, *built_evals], strict=True):
+                for field, parts in put(over, got, 8).items():
+                    assert parts.keys() == mine
+                    for index, part in parts.values():
+                        np.testing.assert_array_equal(part, want[field][index])
+            seen += local
+    local_rows.cache_clear()
+    assert set(seen) == set(range(8))

@@ -163,6 +163,13 @@ def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
 # ---- the config
 
 
+def find_objective(path: str | None, flags: Sequence[Given], default: Any = None) -> Any:
+    """The objective that the flags or else the file name, for a verb that trains nothing itself."""
+    named = [one.value for one in (read_yaml(path) if path else ()) if one.name == "objective"]
+    named += [(flag.value or [True])[0] for flag in flags if flag.name == "objective"]
+    return named[-1] if named else default
+
+
 def load_config(
     objective: str, path: str | None = None, args: Sequence[str] = ()
 ) -> tuple[TrainConfig, dict[str, str]]:

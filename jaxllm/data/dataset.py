@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import TrainConfig
-from jaxllm.data.examples import Examples, fingerprint, tokenize
+from jaxllm.data.examples import Examples, fingerprint, tokenize_sources
 from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.preference import Judged, Pairs, Prompts
 from jaxllm.data.rows import Conversations, Rows, Windows
@@ -52,18 +52,20 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     tokenizer_hash = fingerprint(tokenizer)
     train: list[Any] = []
     evals: dict[str, list[Any]] = {"eval": []} if fraction else {}
+    streamed = [source.streaming and cfg.verb.data == "text" for source in data.train]
+    stored = [s for s, skipped in zip(data.train, streamed, strict=True) if not skipped]
+    tokenized = iter(tokenize_sources(stored, cfg, tokenizer, tokenizer_hash, held_out=data.eval))
     for index, source in enumerate(data.train):
         seed = (cfg.seed, index)
-        if source.streaming and cfg.verb.data == "text":
+        if streamed[index]:
             train.append(Stream(source, cfg, tokenizer, tokenizer_hash, seed))
             continue
-        examples = tokenize(source, cfg, tokenizer, tokenizer_hash)
+        examples = next(tokenized)
         train_indices, eval_indices = _split(examples, fraction, np.random.default_rng(seed))
         train.append(_make_rows(examples, train_indices, cfg, seed))
         if fraction:
             evals["eval"].append(_make_rows(examples, eval_indices, cfg, (0, index), held_out=True))
-    for source in data.eval:
-        examples = tokenize(source, cfg, tokenizer, tokenizer_hash, held_out=True)
+    for source, examples in zip(data.eval, tokenized, strict=True):
         indices = np.flatnonzero(examples.lengths)
         # A fixed seed makes evaluations comparable between runs.
         part = _make_rows(examples, indices, cfg, (0, 0), held_out=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenized examples of a source, cached as memory-mapped Arrow files.
+"""Tokenized examples of a source, cached as memory-mapped Arrow files, one or more for each part.
 
 The cache's key is a hash of the source's bytes, the tokenizer, the settings that change tokens, our
 code that applies them, and the versions of the packages that render and tokenize.
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import partial
 from importlib import metadata
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,19 @@ import numpy as np
 import pyarrow.compute as pc
 import xxhash
 
+from jaxllm import dist
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.sources import Located, content_hash, locate, read, records
+from jaxllm.data.sources import (
+    Located,
+    combine_hashes,
+    content_hash,
+    divide,
+    file_hash,
+    file_id,
+    locate,
+    read,
+    records,
+)
 from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
@@ -112,54 +126,190 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
-@_progress_bars(False)
-def tokenize(
-    source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str, *, held_out: bool = False
-) -> Examples:
-    """Tokenize `source` as the kind of data of the command, or load it from the cache.
+@dataclass(frozen=True)
+class _Cached:
+    """A source and the folder of its tokens, which has a folder for each part."""
 
-    `tokenizer_hash` is the tokenizer's `fingerprint`. A `held_out` source with several splits must
-    name one. Raises UserError for an empty source and for records that cannot be parsed.
+    source: Source
+    located: Located
+    content: str
+    key: str
+    folder: Path
+    groups: list[tuple[Located, int]]
+
+    def part(self, group: int, index: int) -> Path:
+        return self.folder / f"{group:05}-{index:05}-of-{self.groups[group][1]:05}"
+
+    def load(self) -> Examples:
+        """The tokens of all parts, in the order of the records."""
+        parts = [self.part(g, i) for g, (_, count) in enumerate(self.groups) for i in range(count)]
+        tables: Any = [datasets.load_from_disk(str(part)) for part in parts]
+        table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
+        if not len(table):
+            raise UserError(f"{self.source.path}: has no records")
+        return Examples(table, self.source, self.located.split, self.content, self.key)
+
+
+def tokenize(source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str) -> Examples:
+    """The examples of one source, as `tokenize_sources` gives them."""
+    return tokenize_sources([source], cfg, tokenizer, tokenizer_hash)[0]
+
+
+@_progress_bars(False)
+def tokenize_sources(
+    sources: Sequence[Source],
+    cfg: TrainConfig,
+    tokenizer: Any,
+    tokenizer_hash: str,
+    *,
+    held_out: Sequence[Source] = (),
+) -> list[Examples]:
+    """Tokenize sources as the kind of data of the command, or load them from the cache.
+
+    The processes that see the same data.cache_dir share out the files to hash and the parts to
+    tokenize. A part appears in the cache when it is complete, so a run that was killed continues
+    with the parts that are missing. `tokenizer_hash` is the tokenizer's `fingerprint`. The
+    examples of the `held_out` sources follow those of `sources`; such a source must name one of
+    several splits. Raises UserError for an empty source, for records that cannot be parsed, and if
+    the processes see different files.
     """
-    if source.streaming:
-        raise UserError(
-            f"{source.path}: streaming is supported only in data.train of pretrain; remove "
-            "streaming from this source"
-        )
+    everything = [*sources, *held_out]
+    for source in everything:
+        if source.streaming:
+            raise UserError(
+                f"{source.path}: streaming is supported only in data.train of pretrain; remove "
+                "streaming from this source"
+            )
     tokenizer = with_settings(tokenizer, cfg.data)
     # All sources and workers use one date.
     cfg = replace(cfg, data=replace(cfg.data, date=cfg.data.date or str(Date.today())))
-    located = locate(source, held_out=held_out)
-    content = content_hash(located.files)
-    settings = _settings(cfg, tokenizer) | {
-        "content": content,
-        "format": located.format,
-        "split": located.split,
-        "columns": source.columns,
-        "max_samples": source.max_samples,
-        "tokenizer": tokenizer_hash,
-    }
-    key, root = cache_key(settings), cache_root(cfg)
-    if not (root / key).is_dir():
+    root = cache_root(cfg)
+    team = _team(root)
+    located = [locate(s) for s in sources] + [locate(s, held_out=True) for s in held_out]
+    contents = _contents(everything, located, team)
+    settings = _settings(cfg, tokenizer)
+    cached = []
+    for source, found, content in zip(everything, located, contents, strict=True):
+        key = cache_key(
+            settings
+            | {
+                "content": content,
+                "format": found.format,
+                "split": found.split,
+                "columns": source.columns,
+                "max_samples": source.max_samples,
+                "tokenizer": tokenizer_hash,
+            }
+        )
+        groups = divide(found, source.max_samples)
+        cached.append(_Cached(source, found, content, key, root / key, groups))
+    turns = cycle(team)  # one for each part of all sources
+    for one in cached:
+        for group, (_, count) in enumerate(one.groups):
+            mine = [i for i in range(count) if next(turns) == dist.index()]
+            missing = [i for i in mine if not one.part(group, i).is_dir()]
+            if missing:
+                _fill(one, group, missing, cfg, tokenizer)
+    dist.barrier("tokens")
+    return [one.load() for one in cached]
+
+
+def _team(root: Path) -> list[int]:
+    """The processes that see the same folder `root`, this one included, ascending."""
+    if dist.count() == 1:
+        return [dist.index()]
+    mark = dist.agree(uuid.uuid4().hex)
+    own = root / f"making-{mark}-{dist.index()}"
+    own.touch()
+    dist.barrier("cache")
+    seen = sorted(int(file.name.rpartition("-")[2]) for file in root.glob(f"making-{mark}-*"))
+    seen_by = dist.everyone(seen)
+    own.unlink()
+    return [process for process in seen if seen_by[process] == seen]
+
+
+def _contents(sources: Sequence[Source], located: list[Located], team: list[int]) -> list[str]:
+    """The hash of each source's bytes; each process of the team hashes some of the files."""
+    if dist.count() > 1:  # a file that is not the same on all hosts has another size or ends
+        facts = {}
+        for source, one in zip(sources, located, strict=True):
+            ids = json.dumps([file_id(str(file)) for file in one.files])
+            digest = xxhash.xxh3_64_hexdigest(ids.encode())
+            size = sum(file.stat().st_size for file in one.files)
+            facts[f"data {source.path}"] = f"{len(one.files)} file(s), {size:,} bytes ({digest})"
+        dist.check_same(facts)
+    files = [file for one in located for file in one.files]
+    place = team.index(dist.index())
+    found = dist.everyone([file_hash(file) for file in files[place :: len(team)]])
+    by_process = [iter(hashes) for hashes in found]
+    hashes = (next(by_process[process]) for process in cycle(team))
+    return [combine_hashes(islice(hashes, len(one.files))) for one in located]
+
+
+def _fill(cached: _Cached, group: int, parts: list[int], cfg: TrainConfig, tokenizer: Any) -> None:
+    """Tokenize some parts of a group into the cache."""
+    located, count = cached.groups[group]
+    source, root = cached.source, cached.folder.parent
+    if len(cached.groups) > 1:  # for messages
+        first, last = located.files[0], located.files[-1]
+        source = replace(source, path=str(first) if first == last else f"{first} … {last}")
+    try:
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
-            table = tokenize_table(source, cfg, tokenizer, located, Path(folder))
-            table.save_to_disk(str(Path(folder) / "examples"))
-            try:
-                os.rename(Path(folder) / "examples", root / key)
-            except OSError:
-                if not (root / key).is_dir():  # another process may have created it
-                    raise
-    table: Any = datasets.load_from_disk(str(root / key))
-    return Examples(table, source, located.split, content, key)
+            raw = read(located, Path(folder), source.max_samples)
+            for index in parts:
+                place = Path(folder) / f"part-{index}"
+                place.mkdir()
+                start, end = (i * len(raw) // count for i in (index, index + 1))
+                some = raw if count == 1 else raw.select(range(start, end))
+                table = tokenize_table(source, cfg, tokenizer, some, place, start)
+                table.save_to_disk(str(place / "examples"), num_shards=1)
+                _publish(place / "examples", cached.part(group, index))
+                shutil.rmtree(place)
+    except UserError:  # the mended data has another key
+        shutil.rmtree(cached.folder, ignore_errors=True)
+        raise
+
+
+def _publish(made: Path, part: Path) -> None:
+    """Move a complete part to its place in the cache."""
+    part.parent.mkdir(exist_ok=True)
+    try:
+        os.rename(made, part)
+    except OSError:
+        if not part.is_dir():  # another run may have created it
+            raise
 
 
 @_progress_bars(False)
 def tokenize_table(
-    source: Source, cfg: TrainConfig, tokenizer: Any, located: Located, folder: Path
+    source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, folder: Path, start: int = 0
 ) -> Any:
-    """Tokenize located data as a `datasets.Dataset` of FEATURES, in a file of `folder`."""
-    raw = read(located, folder, source.max_samples)
-    return _map(source, cfg, tokenizer, raw, folder / "tokens.arrow")
+    """Tokenize records of `read`, the first of which has the number `start`, as a
+    `datasets.Dataset` of FEATURES in a file of `folder`, with `data.workers` processes.
+
+    0 means one per core, with at least 2,000 records per process: starting one takes a while.
+    """
+    if not len(raw):
+        return datasets.Dataset.from_dict({name: [] for name in FEATURES}, FEATURES)
+    encode = ENCODERS[cfg.verb.data]
+    workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
+    with warnings.catch_warnings(), _progress_bars(cfg.log.progress and dist.is_main()):
+        # JAX warns about forks, but the child processes do not use JAX.
+        warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+        return raw.map(
+            partial(_encode_batch, encode, source, cfg, tokenizer, start),
+            batched=True,
+            batch_size=100,
+            with_indices=True,
+            remove_columns=raw.column_names,
+            features=FEATURES,
+            num_proc=workers if workers > 1 else None,
+            cache_file_name=str(folder / "tokens.arrow"),
+            load_from_cache_file=False,
+            new_fingerprint="unused",  # unused, and hashing a tokenizer is slow
+            desc=f"tokenize {Path(source.path).name}",
+        )
 
 
 def cache_root(cfg: TrainConfig) -> Path:
@@ -205,34 +355,6 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
     return settings | {"date": cfg.data.date if asks_date else None}
 
 
-def _map(source: Source, cfg: TrainConfig, tokenizer: Any, raw: Any, file: Path) -> Any:
-    """Tokenize `raw` to a dataset of FEATURES with `data.workers` processes.
-
-    0 means one per core, with at least 2,000 records per process: starting one takes a while.
-    """
-    if not len(raw):
-        raise UserError(f"{source.path}: has no records")
-    encode = ENCODERS[cfg.verb.data]
-    workers = min(cfg.data.workers or min(_cores(), len(raw) // 2000), len(raw))
-    with warnings.catch_warnings(), _progress_bars(cfg.log.progress):
-        # JAX warns about forks, but the child processes do not use JAX.
-        warnings.filterwarnings("ignore", message=".*fork", category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-        return raw.map(
-            partial(_encode_batch, encode, source, cfg, tokenizer),
-            batched=True,
-            batch_size=100,
-            with_indices=True,
-            remove_columns=raw.column_names,
-            features=FEATURES,
-            num_proc=workers if workers > 1 else None,
-            cache_file_name=str(file),
-            load_from_cache_file=False,
-            new_fingerprint="unused",  # unused, and hashing a tokenizer is slow
-            desc=f"tokenize {Path(source.path).name}",
-        )
-
-
 def _cores() -> int:
     """Cores that this process may use; all cores where this is unknown (macOS)."""
     if hasattr(os, "sched_getaffinity"):
@@ -240,6 +362,7 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _encode_batch(encode, source, cfg, tokenizer, batch, indices) -> dict[str, list]:
-    rows = list(encode(records(batch, indices, source.path), source, cfg, tokenizer))
+def _encode_batch(encode, source, cfg, tokenizer, start, batch, indices) -> dict[str, list]:
+    numbers = [start + index for index in indices]
+    rows = list(encode(records(batch, numbers, source.path), source, cfg, tokenizer))
     return {name: [row[i] for row in rows] for i, name in enumerate(FEATURES)}

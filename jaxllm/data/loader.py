@@ -7,8 +7,6 @@ Dims: A micro-batches of an update, B rows of an update, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import grain
@@ -32,12 +30,16 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
 
     parts = [_epochs(part) for part in rows.parts]
     if rows.weights is None:
-        return endless(grain.MapDataset.concatenate(parts) if len(parts) > 1 else parts[0], 0)
+        return endless(_concatenated(parts), 0)
     mixed = [endless(part, index) for index, part in enumerate(parts)]
     # Grain rounds up the first source's count, so an epoch has every row of the largest.
     largest = rows.largest
     order = [largest, *(i for i in range(len(parts)) if i != largest)]
     return grain.MapDataset.mix([mixed[i] for i in order], [rows.counts[i] for i in order])
+
+
+def _concatenated(parts: Sequence[grain.MapDataset]) -> grain.MapDataset:
+    return grain.MapDataset.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _epochs(part: Any) -> grain.MapDataset:
@@ -65,27 +67,40 @@ def make_loader(
     *,
     batch_size: int,
     micro_batches: int = 1,
+    local: Sequence[int] | None = None,
     seed: int = 0,
     start_step: int = 0,
     prefetch: int = 2,
 ) -> Iterator[Row]:
     """Batches [A, B/A, T] of updates start_step, start_step + 1, …, endless.
 
-    `prefetch` batches are built in advance, each in its own thread. Raises UserError if the batch
-    size is not divisible by `micro_batches`.
+    With `local`, only these rows of each micro-batch are built: [A, len(local), T]. `prefetch`
+    batches are built in advance, each in its own thread. Raises UserError if the batch size is not
+    divisible by `micro_batches`.
     """
     if batch_size % micro_batches:
         raise UserError(f"{batch_size} rows cannot be divided into {micro_batches} micro-batches")
-    stack = partial(_stack, micro_batches=micro_batches)
-    batches = ordered(rows, seed).batch(batch_size, batch_fn=stack)
+    in_order, size = ordered(rows, seed), batch_size // micro_batches
+    built = range(size) if local is None else local
+    indices = [first + row for first in range(0, batch_size, size) for row in built]
+
+    def batch(step: int) -> Row:
+        return _stack([in_order[step * batch_size + i] for i in indices], micro_batches)
+
     options = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
-    return iter(batches[start_step:].to_iter_dataset(options))
+    batches = grain.MapDataset.range(start_step, len(in_order) // batch_size).map(batch)
+    return iter(batches.to_iter_dataset(options))
 
 
-def eval_batches(rows: Rows, batch_size: int) -> Iterator[Row]:
-    """Every row once, in order, as batches [B, T]; the last one is padded with empty rows."""
-    in_order = chain.from_iterable(map(part.__getitem__, range(len(part))) for part in rows.parts)
-    while batch := list(islice(in_order, batch_size)):
-        padding = {f: np.zeros_like(v) for f, v in batch[0].items()}
-        batch += [padding] * (batch_size - len(batch))
+def eval_batches(rows: Rows, batch_size: int, local: Sequence[int] | None = None) -> Iterator[Row]:
+    """Every row once, in order, as batches [B, T]; the last one is padded with empty rows.
+
+    With `local`, only these rows of each batch are built: [len(local), T].
+    """
+    in_order = _concatenated([grain.MapDataset.source(part) for part in rows.parts])
+    built = range(batch_size) if local is None else local
+    padding = {f: np.zeros_like(v) for f, v in rows.parts[0][0].items()}
+    for start in range(0, len(in_order), batch_size):
+        indices = [start + row for row in built]
+        batch = [in_order[i] if i < len(in_order) else padding for i in indices]
         yield {f: v[0] for f, v in _stack(batch, 1).items()}

@@ -41,6 +41,8 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# A part of a source is tokenized by one process, and is what a killed run does not repeat.
+PART_BYTES, PART_RECORDS = 1 << 28, 50_000
 # Columns of a spooled table: a record as JSON, and its FILE:LINE.
 _RECORD, _LOCATION = "__record__", "__location__"
 
@@ -90,16 +92,57 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     return _locate_hub(source, held_out)
 
 
+def divide(located: Located, max_records: int | None = None) -> list[tuple[Located, int]]:
+    """Groups of consecutive files, each with the number of parts that its records make.
+
+    Small files make a group of up to PART_BYTES; a larger file, a dataset, and data of which only
+    `max_records` are read, are a group of several parts. Depends on the files' sizes only.
+    """
+    sizes = [file.stat().st_size for file in located.files]
+    if max_records is not None or located.format in ("dataset", "tfds"):
+        parts = -(-sum(sizes) // PART_BYTES)
+        if max_records is not None:
+            parts = min(parts, max_records // PART_RECORDS)
+        return [(located, max(parts, 1))]
+    groups: list[tuple[list[Path], int]] = []
+    for file, size in zip(located.files, sizes, strict=True):
+        if groups and groups[-1][1] + size <= PART_BYTES:
+            files, before = groups.pop()
+            groups.append(([*files, file], before + size))
+        else:
+            groups.append(([file], size))
+    return [(replace(located, files=tuple(g)), -(-size // PART_BYTES) or 1) for g, size in groups]
+
+
+def file_hash(file: Path) -> str:
+    """128-bit hash of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def combine_hashes(hashes: Iterable[str]) -> str:
+    """128-bit hash of the hashes of files, in their order."""
+    return xxhash.xxh3_128_hexdigest(b"".join(map(bytes.fromhex, hashes)))
+
+
 def content_hash(files: Iterable[Path]) -> str:
     """128-bit hash of the files' bytes; their names do not matter."""
-    total = xxhash.xxh3_128()
-    for file in files:
-        digest = xxhash.xxh3_128()
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        total.update(digest.digest())
-    return total.hexdigest()
+    return combine_hashes(map(file_hash, files))
+
+
+def file_id(file: str) -> str:
+    """An id of a file: its URL, or its size and a hash of its first and last 64 KiB."""
+    if "://" in file:
+        return file
+    size, ends = os.path.getsize(file), xxhash.xxh3_128()
+    with open(file, "rb") as stream:
+        for start in (0, max(size - (1 << 16), 0)):
+            stream.seek(start)
+            ends.update(stream.read(1 << 16))
+    return f"{size}-{ends.hexdigest()}"
 
 
 def _from_files(files: list[Path], path: str) -> Located:

@@ -26,7 +26,7 @@ import xxhash
 from jaxllm.config import Source, TrainConfig
 from jaxllm.data.examples import Examples, cache_key, cache_root, tokenize_table
 from jaxllm.data.rows import Windows
-from jaxllm.data.sources import Located, content_hash, locate
+from jaxllm.data.sources import Located, content_hash, file_id, locate, read
 from jaxllm.errors import UserError
 
 ENDLESS = 2**40  # rows of a stream: endless in practice, and within the limits of len() and Grain
@@ -64,7 +64,7 @@ class Stream:
                 "a dataset; remove streaming"
             )
         self.split = self._located.split
-        self._ids = [_file_id(file) for file in self.files]
+        self._ids = [file_id(file) for file in self.files]
         settings = {"columns": source.columns, "tokenizer": tokenizer_hash, "length": self.length}
         settings["rows"] = content_hash([Path(__file__).with_name("rows.py")])  # they count rows
         self.content = xxhash.xxh3_128_hexdigest(json.dumps(self._ids).encode())
@@ -131,23 +131,14 @@ class Stream:
             path = _fetch(name, Path(folder))
             located = Located(self._located.format, (path,))
             source = replace(self.source, path=name)
-            table = tokenize_table(source, self._cfg, self._tokenizer, located, Path(folder))
+            raw = read(located, Path(folder))
+            table = tokenize_table(source, self._cfg, self._tokenizer, raw, Path(folder))
         # The folder is deleted; mapped files exist until they are unmapped.
         examples = Examples(table, source)
+        if not len(examples):
+            raise UserError(f"{name}: has no records")
         indices, segment = np.flatnonzero(examples.lengths), self._cfg.data.segment
         return Windows(examples, indices, self.length, segment=segment, tail=False)
-
-
-def _file_id(file: str) -> str:
-    """An id of a file: its URL, or its size and a hash of its first and last 64 KiB."""
-    if "://" in file:
-        return file
-    size, ends = os.path.getsize(file), xxhash.xxh3_128()
-    with open(file, "rb") as stream:
-        for start in (0, max(size - (1 << 16), 0)):
-            stream.seek(start)
-            ends.update(stream.read(1 << 16))
-    return f"{size}-{ends.hexdigest()}"
 
 
 def _fetch(file: str, folder: Path) -> Path:

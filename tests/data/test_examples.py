@@ -33,7 +33,8 @@ def write_lines(file: Path, rows: list[dict]) -> Path:
 
 
 def read(file: Path, cfg: TrainConfig, tokenizer) -> examples_module.Examples:
-    return tokenize(Source(str(file)), cfg, tokenizer, fingerprint(tokenizer))
+    found = tokenize(Source(str(file)), cfg, tokenizer, fingerprint(tokenizer))
+    return found
 
 
 def documents(file: Path, cfg: TrainConfig, tokenizer) -> list[list[int]]:
@@ -103,7 +104,8 @@ def test_workers_are_as_many_as_asked_for(
     else:
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     cfg = config(tmp_path, workers=workers)
-    assert examples_module._map(Source("a"), cfg, tokenizer, Raw(), tmp_path) == processes
+    asked = examples_module.tokenize_table(Source("a"), cfg, tokenizer, Raw(), tmp_path)
+    assert asked == processes
 
 
 def test_a_bad_record_met_by_a_worker_still_names_its_line(tmp_path, tokenizer):
@@ -305,7 +307,7 @@ def test_a_record_nested_too_deeply_to_render_is_named(tmp_path, tokenizer, monk
 def test_the_same_input_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
     before = documents(file, config(tmp_path), tokenizer)
-    monkeypatch.setattr(examples_module, "_map", None)
+    monkeypatch.setattr(examples_module, "tokenize_table", None)
     tokenizer("this call must not change the fingerprint", truncation=True, max_length=4)
     assert documents(file, config(tmp_path, workers=2), tokenizer) == before
     assert documents(file.rename(tmp_path / "b.jsonl"), config(tmp_path), tokenizer) == before
@@ -322,7 +324,8 @@ def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokeni
     for change in changes:
         seen.add(read(file, replace(cfg, data=replace(cfg.data, **change)), tokenizer).fingerprint)
     mapped = Source(str(file), columns={"prompt": "other"})
-    seen.add(tokenize(mapped, cfg, tokenizer, fingerprint(tokenizer)).fingerprint)
+    found = tokenize(mapped, cfg, tokenizer, fingerprint(tokenizer))
+    seen.add(found.fingerprint)
     write_lines(file, [SHORT, SHORT])
     seen.add(read(file, cfg, tokenizer).fingerprint)
     assert len(seen) == 10
