@@ -31,7 +31,7 @@ FLOORS = (
     ("objectives", "optim"),
     ("hf", "checkpoint", "step"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
-    ("program",),
+    ("program", "rows"),
     ("training", "compare", "exports"),
     ("cli", "__main__"),
 )
