@@ -41,8 +41,8 @@ class _PackedPairs(PackedRows, ABC):
         Fields: {field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none.
         """
 
-    def segments_of(self, index: int, epoch: int) -> list[int]:
-        return [index, index]
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        return [[index], [index]]
 
     def _halves(self, index: int) -> tuple[Segment, Segment]:
         """(tokens, loss weights) of an example before and from token `first` on."""
@@ -152,8 +152,8 @@ class Judged(_PackedPairs):
             donors[block] = block[donor % count]
         return donors
 
-    def segments_of(self, index: int, epoch: int) -> list[int]:
-        return [index, int(self._donors(epoch)[index])]
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        return [[index], [index, int(self._donors(epoch)[index])]]
 
     def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
         prompt, answer = self._halves(index)

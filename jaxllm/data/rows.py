@@ -85,14 +85,14 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._packing)
 
-    def segments_of(self, index: int, epoch: int) -> list[int]:
-        """The examples in the segments of example `index` in pass `epoch` over the source."""
-        return [index]
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        """The segments of example `index` in pass `epoch`, each as the examples in it."""
+        return [[index]]
 
     def origins(self, row: int, epoch: int) -> list[list[Origin]]:
         """The examples in each segment of a row, in pass `epoch` over the source."""
-        examples = [i for index in self._packing[row] for i in self.segments_of(index, epoch)]
-        return [[(self.examples, int(self.indices[i]))] for i in examples]
+        segments = [s for index in self._packing[row] for s in self.segments_of(index, epoch)]
+        return [[(self.examples, int(self.indices[i])) for i in segment] for segment in segments]
 
 
 class Conversations(PackedRows):
