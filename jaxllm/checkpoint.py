@@ -52,7 +52,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 lightweight_initialize=True,  # latest() finds broken files
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._list_files, barrier_sync_fn=self._meet
+                ),
             ),
             # zstd makes float32 weights 8 % smaller, but saving and restoring four times slower.
             item_handlers={
@@ -61,8 +63,9 @@ class Checkpoints:
             },
         )
         self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
-        self._best: int | None = None  # kept whatever its age
+        self._best: int | None = None  # kept, however old
         self._saving: int | None = None
+        self._digests: dict[str, str] = {}  # of the files that each process has written
         self._tidied = False
 
     # ---- writing
@@ -117,14 +120,17 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Deletes the partial files of a killed run and renames broken checkpoints."""
+        broken = [step for step, problem in self._problems.items() if problem]
         if dist.is_main():
             for path in self.directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
-            for step in [step for step, problem in self._problems.items() if problem]:
-                broken = self.directory / f"{step}.broken"
-                shutil.rmtree(broken, ignore_errors=True)
-                (self.directory / str(step)).rename(broken)
-                del self._problems[step]
+            for step in broken:
+                aside = self.directory / f"{step}.broken"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        for step in broken:
+            del self._problems[step]
+        dist.barrier("tidy")
         self.manager.reload()
         self._tidied = True
 
@@ -160,14 +166,29 @@ class Checkpoints:
                 ) from error
             raise
 
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """orbax's barrier in the saving thread of several processes.
+
+        Each process reads the files that it wrote, once they are complete, for their digests.
+        """
+        own: dict[str, str] = {}
+        if "async_write_complete" in key:
+            folder = self._unfinished()
+            own = _digests(folder, folder / "state" / f"ocdbt.process_{dist.index()}")
+        for theirs in dist.everyone(own, key):
+            self._digests |= theirs
+
+    def _unfinished(self) -> Path:
+        return self.directory / f"{self._saving}{UNFINISHED}"
+
     def _list_files(self) -> None:
         """Writes files.json into a checkpoint that orbax is about to rename."""
-        if not dist.is_main():
-            return
-        folder = self.directory / f"{self._saving}{UNFINISHED}"
+        folder, known = self._unfinished(), self._digests
         files = [p for item in ("state", "meta") for p in (folder / item).rglob("*") if p.is_file()]
-        listed = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in files}
+        named = {str(p.relative_to(folder)): p for p in files}
+        listed = {n: [p.stat().st_size, known.get(n) or _digest(p)] for n, p in named.items()}
         (folder / FILES).write_text(json.dumps(listed))
+        self._digests = {}
 
     # ---- reading
 
@@ -204,8 +225,8 @@ class Checkpoints:
     def restore(self, step: int, like: Any, *, partial: bool = False) -> Any:
         """The state of `step`: jax.Arrays with the shapes and shardings of `like`.
 
-        like: a pytree of ShapeDtypeStructs; their shardings may be of another mesh than the saved
-        ones. partial: `like` is a dict of some fields of the state; no others are read. Raises
+        like: a pytree of ShapeDtypeStructs, which may be sharded over another mesh than the saved
+        state. partial: `like` is a dict of some fields of the state; no others are read. Raises
         UserError if there is no such step, or if it is broken or has other shapes.
         """
         self.wait()
@@ -220,8 +241,8 @@ class Checkpoints:
             shape = saved[name].shape if name in saved else None
             if shape != leaf.shape:
                 raise UserError(
-                    f"{self.directory / str(step)} is of another model or optimizer: {name} has "
-                    f"shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
+                    f"{self.directory / str(step)} belongs to another model or optimizer: {name} "
+                    f"has shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)
@@ -237,21 +258,25 @@ class Checkpoints:
     def _is_valid(self, step: int) -> bool:
         """True if the files of `step` are unchanged; otherwise says so once."""
         if step not in self._problems:
-            self._problems[step] = problem = _problem(self.directory / str(step))
+            problems = dist.everyone(_problem(self.directory / str(step)))
+            self._problems[step] = problem = next(filter(None, problems), "")
             if problem and dist.is_main():
                 print(f"jaxllm: checkpoint {step} is broken, skipped: {problem}", file=sys.stderr)
         return not self._problems[step]
 
 
 def _problem(folder: Path) -> str:
-    """Why a checkpoint is broken, one line; "" if its files are as listed in files.json."""
+    """Why a checkpoint is broken, one line; "" if its files are as listed in files.json.
+
+    Each process looks at its share of the files.
+    """
     try:
-        files = json.loads((folder / FILES).read_text())
-        for name, (size, digest) in files.items():
+        files = list(json.loads((folder / FILES).read_text()).items())
+        for name, (size, digest) in files[dist.index() :: dist.count()]:
             now = (folder / name).stat().st_size
             if now != size:
                 return f"{name} has {now} of {size} bytes"
-            if digest is not None and _digest(folder / name) not in (digest, None):
+            if digest is not None and _digest(folder / name) != digest:
                 return f"{name} has changed"
     except (OSError, ValueError) as error:
         return str(error).strip().split("\n")[0] or "unreadable"
@@ -264,9 +289,11 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _digest(path: Path) -> str | None:
-    """xxh3 of a file; None with several processes, as none of them has all files."""
-    if dist.count() > 1:
-        return None
+def _digests(folder: Path, part: Path) -> dict[str, str]:
+    """{path within `folder`: digest} of the files in `part`."""
+    return {str(p.relative_to(folder)): _digest(p) for p in part.rglob("*") if p.is_file()}
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: one function per verb, exit statuses, and one-line errors."""
+"""The command line: one function per command, exit statuses, and one-line errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
 SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
 
 
-# ---- the training verbs
+# ---- training commands
 
 
 def training(verb: str, args: list[str]) -> int:
@@ -46,11 +46,16 @@ def training(verb: str, args: list[str]) -> int:
     checks.check(cfg)  # before the import below, which takes seconds
     from jaxllm.training import train
 
-    return _report(cfg, train(cfg))
+    result = train(cfg)
+    return _report(cfg, result)
 
 
 def _report(cfg: TrainConfig, result: Any) -> int:
     """Print how a run ended; returns the exit status."""
+    from jaxllm import dist
+
+    if not dist.is_main():
+        return STOPPED if result.stopped else DONE
     for name, values in result.evals.items():
         shown = ("loss", "perplexity") if "perplexity" in values else SHOWN
         texts = [f"{key} {values[key]:{SHOWN[key]}}" for key in shown if key in values]
@@ -73,7 +78,7 @@ def _report(cfg: TrainConfig, result: Any) -> int:
     return DONE
 
 
-# ---- the other verbs
+# ---- other commands
 
 
 class _Parser(argparse.ArgumentParser):
@@ -329,7 +334,7 @@ def comparison(verb: str, args: list[str]) -> int:
     return compare(args)
 
 
-# verb -> (its function, which returns an exit status or None for DONE; help)
+# command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
     "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
@@ -364,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
-            raise UserError(f"unknown verb {verb}; {hint}")
+            raise UserError(f"unknown command {verb}; {hint}")
         return VERBS[verb][0](verb, args) or DONE
     except BrokenPipeError:  # `jaxllm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -383,13 +388,13 @@ def _usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {about}" for verb, (_, about) in VERBS.items())
     return f"""\
-usage: jaxllm VERB [...]
+usage: jaxllm COMMAND [...]
 
 Train language models with JAX, from HuggingFace directory to HuggingFace directory.
 
 {verbs}
 
-`jaxllm VERB --help` shows all options of a verb."""
+`jaxllm COMMAND --help` shows all options of a command."""
 
 
 # Errors of a path that a user can fix.

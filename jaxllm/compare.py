@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxllm compare`: measures full, LoRA, adapter and prefix tuning on the same run.
 
-Each method runs in its own process, so that its peak memory is its own. The numbers of trained
+Each method runs in its own process, so that its peak memory can be measured. The numbers of trained
 parameters and optimizer bytes follow from shapes; the rest is read from the run folders.
 """
 
@@ -194,7 +194,7 @@ def _run(cfg: TrainConfig) -> int:
         file.write_text(json.dumps(to_dict(cfg), ensure_ascii=False), encoding="utf-8")
         command = [sys.executable, "-m", "jaxllm", cfg.objective, str(file)]
         # In its own session the run gets no signal from the terminal. This process passes on Ctrl-C
-        # and the hangup of a closed terminal as SIGTERM, at which the run saves a checkpoint.
+        # and the hangup of a closed terminal as SIGTERM, on which the run saves a checkpoint.
         process = subprocess.Popen(command, start_new_session=True)
         stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         before = {name: signal.getsignal(name) for name in stops}
@@ -282,7 +282,7 @@ def _show(cells: list[list[str]], notes: list[str]) -> None:
         console.print(note, highlight=False, markup=False)
 
 
-# ---- the verb
+# ---- the command
 
 
 def compare(args: list[str]) -> int:

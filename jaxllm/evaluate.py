@@ -74,7 +74,7 @@ def evaluate(
     batch_size: int,
     progress: str = "",
 ) -> dict[str, float]:
-    """{loss, tokens, …}: means over all rows of the sets, whatever the batch size.
+    """{loss, tokens, …}: means over all rows of the sets, the same for any batch size.
 
     tokens: the number of tokens with a loss weight. The loss of a language model is in nats per
     token, weighted and without z-loss; perplexity is its exponential. A metric that counted nothing
@@ -129,7 +129,7 @@ class Best:
     waited: int = 0
     """evaluations since the last improvement of more than eval.min_delta"""
     loss: float | None = None
-    """the loss at that step, whatever eval.metric is"""
+    """the loss at that step, also if eval.metric is another metric"""
 
     def after_evals(
         self, step: int, evals: dict[str, dict[str, float]], section: EvalSection

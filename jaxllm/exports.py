@@ -37,7 +37,7 @@ Step = int | Literal["best"] | None  # a checkpoint
 def export(
     run: str, out: str, dtype: str | None = None, step: Step = None, merge: bool = False
 ) -> str:
-    """Writes a run as a HF directory, or as an adapter if that is what it trained; returns `out`.
+    """Writes a run as a HF directory, or as an adapter if it trained one; returns `out`.
 
     run: a run folder, one of its checkpoints (RUN/checkpoints/STEP), a HF directory (to change the
     dtype) or an adapter. step: the checkpoint, or `best` for the best evaluation; default: the best
@@ -104,7 +104,7 @@ def _load_run(
             check_same_origin(checkpoints, step, origin(cfg))
             cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # the checkpoint has its values
             load = partial(load_model, mesh=mesh, shape=program.shape, adapter=adapter)
-            # PiSSA started from the base weights in the dtype and quantisation of training.
+            # PiSSA started from the base weights in the dtype and quantization of training.
             pissa = nnx.state(load(cfg), LoraStart) if adapter.needs_base else {}
             section = replace(cfg.peft, quantize_base="none")
             full = replace(cfg.model, weight_dtype="float32", compute_dtype="float32")

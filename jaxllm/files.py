@@ -164,7 +164,7 @@ class Tensor:
 
 
 def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) -> None:
-    """Writes a safetensors file: length, JSON header, data. Holds one tensor at a time.
+    """Writes a safetensors file: length, JSON header, data. One tensor is in memory at a time.
 
     `process` writes it; every process must call this, since their devices hold the tensors.
     """

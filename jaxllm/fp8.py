@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads FP8 checkpoints, dequantised slice by slice; rejects every other quantised format.
+"""Reads FP8 checkpoints, dequantized slice by slice; rejects every other quantized format.
 
     quantization_config                      scale of X.weight    its shape
     fp8, weight_block_size [m, n]            X.weight_scale_inv   [⌈O/m⌉, ⌈I/n⌉]
@@ -26,7 +26,7 @@ import numpy as np
 from jaxllm.errors import UserError
 from jaxllm.files import header, open_tensors
 
-# Keys of config.json that describe a quantisation; the second is of older compressed-tensors.
+# Keys of config.json that describe a quantization; the second is of older compressed-tensors.
 CONFIG_KEYS = ("quantization_config", "compression_config")
 STORED = "F8_E4M3"
 DTYPES = {
@@ -37,13 +37,13 @@ DTYPES = {
     "F32": jnp.float32,
 }
 ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale")
-# Suffixes of tensor names that occur in quantised checkpoints only.
+# Suffixes of tensor names that occur in quantized checkpoints only.
 QUANTISED_SUFFIXES = (
     *("weight_scale_inv", "weight_scale", "weight_packed", "qweight", "qzeros", ".scales", "SCB"),
     *("absmax", "_blocks", "_scales", *ACTIVATION_SCALES),
 )
 FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors
-# quant_method -> how transformers dequantises: (argument of from_pretrained, call after it).
+# quant_method -> how transformers dequantizes: (argument of from_pretrained, call after it).
 RECIPES = {
     "fp8": (", quantization_config=t.FineGrainedFP8Config(dequantize=True)", ""),
     "mxfp4": (", quantization_config=t.Mxfp4Config(dequantize=True)", ""),
@@ -67,9 +67,9 @@ class Fp8:
 
 
 def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8 | None]:
-    """(config without its quantisation, how the FP8 weights are stored; None = not quantised).
+    """(config without its quantization, how the FP8 weights are stored; None = not quantized).
 
-    Raises UserError for any other format and says how to dequantise it.
+    Raises UserError for any other format and says how to dequantize it.
     """
     stated = next((config[key] for key in CONFIG_KEYS if config.get(key)), None)
     rest = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
@@ -81,7 +81,7 @@ def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     read = {"fp8": _fine_grained, "compressed-tensors": _compressed}.get(method, lambda _: None)
     if scheme := read(stated):
         return rest, scheme
-    what = f"{folder}/config.json: the weights are quantised ({method})"
+    what = f"{folder}/config.json: the weights are quantized ({method})"
     if method == "fp8":
         what += ", and no weight_block_size says how many share a scale (null: all of a weight)"
     raise UserError(f"{what}; {_help(method, folder)}; if they are not, remove {CONFIG_KEYS[0]}")
@@ -124,12 +124,12 @@ def _compressed(stated: dict[str, Any]) -> Fp8 | None:
 
 def _help(method: str, folder: Path) -> str:
     if method not in RECIPES:
-        return "transformers cannot dequantise that: load the model that was quantised"
+        return "transformers cannot dequantize that: load the model that was quantized"
     option, call = RECIPES[method]
     return (
-        'dequantise them: python -c "import transformers as t; '
+        'dequantize them: python -c "import transformers as t; '
         f"t.AutoModelForCausalLM.from_pretrained('{folder}'{option}){call}"
-        f".save_pretrained('{folder}-dequantised', save_original_format=False)\""
+        f".save_pretrained('{folder}-dequantized', save_original_format=False)\""
     )
 
 
@@ -172,7 +172,7 @@ Locations = Mapping[str, tuple[Path, str]]  # {tensor: (file, its name in the fi
 
 @contextmanager
 def opened(locations: Locations, scheme: Fp8 | None) -> Iterator[Callable[[str], Any]]:
-    """Yields `tensor(name)`: the tensor, to be read by slices, FP8 dequantised.
+    """Yields `tensor(name)`: the tensor, to be read by slices, FP8 dequantized.
 
     `tensor` raises UserError for an FP8 weight without a scale of the right shape.
     """
@@ -194,7 +194,7 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
         return part
     if scheme is None or scale is None:
         lacks = f"the checkpoint has no {name}{scheme.suffix}" if scheme else f"no {CONFIG_KEYS[0]}"
-        raise UserError(f"{file}: {name} is stored as {STORED}, quantised, but {lacks}")
+        raise UserError(f"{file}: {name} is stored as {STORED}, quantized, but {lacks}")
     weight, values = _mapped(file, stored), np.asarray(_mapped(*scale), np.float32)
     want = scheme.grid(weight.shape) if weight.ndim == 2 else None
     if want is None or (values.shape != want and not values.size == int(np.prod(want)) == 1):
@@ -206,7 +206,7 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
 
 
 def _mapped(file: Path, name: str) -> np.ndarray:
-    """A memory-mapped tensor. safe_open cannot return FP8, because numpy has no such dtype."""
+    """A memory-mapped tensor. safe_open cannot return FP8, which NumPy does not have."""
     start, tensors = header(file)
     entry = tensors[name]
     if entry["dtype"] not in DTYPES:

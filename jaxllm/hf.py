@@ -102,7 +102,7 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
         return
     hint = ""
     if any(name.endswith(fp8.QUANTISED_SUFFIXES) for name in spare):
-        hint = f"; they are of quantised weights, and {fp8.CONFIG_KEYS[0]} in config.json "
+        hint = f"; they are of quantized weights, and {fp8.CONFIG_KEYS[0]} in config.json "
         hint += "is missing: restore it" if scheme is None else "describes others"
     raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
 
@@ -119,7 +119,7 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in (*DTYPES.values(), "F64"):
-        raise UserError(f"{name} is stored as {part.get_dtype()}, quantised and not supported")
+        raise UserError(f"{name} is stored as {part.get_dtype()}, quantized and not supported")
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
@@ -187,7 +187,7 @@ def load_hf(
       adapter: a directory in peft's format, or {name: directory} of several. The first one is
         active (see jaxllm.choose).
       overrides: keys of the HF config to change. With tie_word_embeddings false, the head of a tied
-        model is initialised from its token table.
+        model is initialized from its token table.
       peft: what training adds to the model, with random weights drawn from `seed`; `adapter` gives
         the weights if both are given.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
@@ -195,7 +195,7 @@ def load_hf(
       options: remat, scan_unroll, attention, as in Decoder.
 
     Raises UserError for an unknown family, missing or unexpected tensors, shapes that disagree with
-    the config, and pickled or quantised weights.
+    the config, and pickled or quantized weights.
     """
     for name in (dtype, compute_dtype or dtype):
         check_dtype(name)
@@ -228,7 +228,7 @@ def load_hf(
 
 
 def _is_quantized(model: Decoder, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
-    """True for the layers' frozen kernels, if the base model is to be quantised."""
+    """True for the layers' frozen kernels, if the base model is to be quantized."""
     trained = model.peft.frozen and model.peft.trains(path, variable)
     return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
 
@@ -236,7 +236,7 @@ def _is_quantized(model: Decoder, kind: str, path: tuple[Any, ...], variable: An
 def _set_quantized(
     model: Decoder, kind: str, path: tuple[Any, ...], variable: Any, value: jax.Array
 ) -> None:
-    """Sets a variable to `value`, or to its quantised form."""
+    """Sets a variable to `value`, or to its quantized form."""
     if _is_quantized(model, kind, path, variable):
         axes, sharding = axes_of(variable), value.sharding
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
@@ -404,7 +404,7 @@ def save_hf(
     if model.peft.frozen:
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
-        raise UserError("the weights are quantised; load the model without quantize_base to save")
+        raise UserError("the weights are quantized; load the model without quantize_base to save")
     with new_folder(path) as part:
         if dist.is_main():
             save_configs(model, part, tokenizer, dtype)

@@ -52,9 +52,9 @@ def source_config(
     """(HF config of the model at `path` with `overrides`, how its FP8 weights are stored).
 
     path: a directory, a hub id or a config.json. scores: return the config of a reward model.
-    weights: the weights of the directory will be loaded; with False they are randomly initialised,
-    so their quantisation does not matter. Raises UserError for an unknown key in `overrides` and
-    for weights in a quantised format that cannot be read.
+    weights: the weights of the directory will be loaded; with False they are randomly initialized,
+    so their quantization does not matter. Raises UserError for an unknown key in `overrides` and
+    for weights in a quantized format that cannot be read.
     """
     config = read_config(path)
     folder = None if Path(path).expanduser().is_file() else local_dir(path)

@@ -38,10 +38,10 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
 
     The rate rises linearly from 0 to the peak and then decays to `final` times the peak: cosine and
     linear over the rest of the run, wsd (arXiv:2404.06395) linearly over its last `decay` steps.
-    inverse_sqrt is sqrt(warmup / step), or sqrt(10,000 / (step + 10,000)) without a warm-up.
+    inverse_sqrt is sqrt(warmup / step), or sqrt(10,000 / (step + 10,000)) without a warmup.
     warmup_log rises as log(step + 1) / log(warmup) and then stays constant (DeepSpeed's WarmupLR).
 
-    Raises UserError if the warm-up or wsd's decay is longer than the run, or if `final` is set for
+    Raises UserError if the warmup or wsd's decay is longer than the run, or if `final` is set for
     a schedule that does not decay to it.
     """
     warmup, floor = _span(optim.warmup, total_steps), optim.final
@@ -54,7 +54,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     decay = max(_span(optim.decay, total_steps), 1)
     if optim.schedule == "wsd" and decay > rest:
         raise UserError(
-            f"optim.decay is {decay} steps and {total_steps - warmup} are left after the warm-up; "
+            f"optim.decay is {decay} steps and {total_steps - warmup} are left after the warmup; "
             "lower one of them"
         )
     timescale = warmup or 10_000
@@ -62,7 +62,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     def between(share: jax.Array) -> jax.Array:  # share: 1 at the peak, 0 at the end
         return floor + (1 - floor) * jnp.clip(share, 0, 1)
 
-    # Fraction of the peak, t steps after the warm-up.
+    # Fraction of the peak, t steps after the warmup.
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "cosine": lambda t: between(0.5 + 0.5 * jnp.cos(math.pi * jnp.minimum(t / rest, 1))),
         "linear": lambda t: between(1 - t / rest),
@@ -238,7 +238,7 @@ def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
     """NamedShardings of an optimizer state: moments like their parameters, the rest replicated.
 
     opt_state: `jax.eval_shape(optimizer.init, params)`; shardings: a tree like `params`. A moment
-    is recognised by its shape and by a path that ends in the parameter's path. adafactor's factors
+    is recognized by its shape and by a path that ends in the parameter's path. adafactor's factors
     have other shapes, so they are replicated; they are small.
     """
     leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True)

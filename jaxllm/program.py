@@ -39,7 +39,7 @@ from jaxllm.step import Models, TrainState, alone, make_step, state_shardings, w
 
 @dataclass(frozen=True)
 class Program:
-    """What `build` makes of a config. Arrays are ShapeDtypeStructs with shardings."""
+    """A run, as `build` derives it from a config. Arrays are ShapeDtypeStructs with shardings."""
 
     cfg: TrainConfig
     mesh: Mesh
@@ -160,7 +160,7 @@ class Program:
         return trained, jax.device_put(nnx.to_pure_dict(rest), shardings)
 
     def with_reference(self, trainable: Any, frozen: Any) -> Any:
-        """The `frozen` argument of a step: the frozen weights, and what the reference copies."""
+        """The `frozen` argument of a step: the frozen weights, and the reference's copies."""
         if not self.keeps_reference:
             return frozen
         shardings = jax.tree.map(lambda x: x.sharding, self.copied)
@@ -193,7 +193,7 @@ def assemble(
         model = make(adapter)
         add_critic(model, cfg, partial(make, adapter))
 
-    # ---- what is trained, what is frozen, and where they are
+    # ---- trainable and frozen weights, and their shardings
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
     optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
     weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)

@@ -64,8 +64,8 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     """`data` with the log-probabilities under the reference in its rows.
 
     They are cached in data.cache_dir, in one file for each `origin` of the weights (a JSON value),
-    dtype and quantisation. The key of an answer is a hash of its tokens, so another packing, or
-    data with more examples, reuses what is there.
+    dtype and quantization. The key of an answer is a hash of its tokens, so another packing, or
+    data with more examples, reuses the cached values.
     """
     assert data.train is not None
     fields = [name for name in LOGPS if name in data.train.parts[0][0]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run folder: whether this run may use it, what is in it, and what the run started from.
+"""The run folder: whether a run may use it, its files, and the model that the run started from.
 
 config.json     the resolved config       checkpoints/STEP/   training state
 data.json       the data manifest         model/              configs and tokenizer at the start
@@ -35,8 +35,8 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.peft.files import find
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
-# What a resumed run may change: it keeps the data, the model and the optimizer. Another length
-# (epochs, steps) reshapes the rest of the schedule.
+# Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
+# steps changes the rest of the schedule.
 FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
 FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
@@ -88,6 +88,7 @@ class RunFolder:
     """
 
     def __init__(self, cfg: TrainConfig):
+        check_processes(cfg)
         self.cfg, self.path = cfg, Path(cfg.output_dir)
         config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
@@ -103,10 +104,18 @@ class RunFolder:
         """The checkpoints. If the run replaces an old one, call `claim` first."""
         return Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
 
-    def latest(self) -> int | None:
-        """The step of the checkpoint that this run resumes from, None if it starts from step 0."""
+    def latest(self, manifest: dict[str, Any], origin: dict[str, Any] | None) -> int | None:
+        """The step of the checkpoint that this run resumes from, None if it starts from step 0.
+
+        Raises UserError if the data (`manifest`) or `origin` are not those of the checkpoint.
+        """
+        check_processes_read_the_same(manifest)
         resumes = self.cfg.resume and not self.replaces
-        return dist.agree(self.checkpoints.latest()) if resumes else None
+        step = dist.agree(self.checkpoints.latest()) if resumes else None
+        if step is not None:
+            check_same_data(self.path, manifest)
+            check_same_origin(self.checkpoints, step, origin)
+        return step
 
     def claim(self) -> None:
         """Writes config.json, and deletes an old run first if this one replaces it.
@@ -202,7 +211,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     )
 
 
-# ---- what a run started from
+# ---- the model that a run started from
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:

@@ -30,7 +30,7 @@ Models = Callable[[Any, Any], tuple[Any, Any]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step replaces. `trainable` is a nested dict of arrays, the model's tree of weights."""
+    """The state that a step updates. `trainable` is the model's tree of weights, a nested dict."""
 
     step: jax.Array  # int32 scalar: updates done
     trainable: Any
@@ -157,7 +157,7 @@ def accumulated(run: Callable[..., Any], batch: Batch) -> Any:
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
-    """NamedShardings of weights (a quantised one has two), split or `replicated` along fsdp."""
+    """NamedShardings of weights (a quantized one has two), split or `replicated` along fsdp."""
 
     drop = "fsdp" if replicated else ""
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,17 +43,11 @@ from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
 from jaxllm.rows import RowLog
-from jaxllm.run import (
-    RunFolder,
-    check_processes,
-    check_processes_read_the_same,
-    check_same_data,
-    check_same_origin,
-)
+from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
 from jaxllm.tokenizer import check_vocabulary, load_tokenizer
-from jaxllm.watch import Watch
+from jaxllm.watch import Watch, current, watched
 
 
 @dataclass(frozen=True)
@@ -74,23 +67,17 @@ class Result:
     """directory of the trained model or adapter"""
 
 
+@watched
 def train(cfg: TrainConfig) -> Result:
     """Trains `cfg` to its end or until a signal; resumes from the latest valid checkpoint.
 
     Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
     or a gradient that is not finite.
     """
-    check(cfg)
-    dist.start(cfg.cluster)
-    with Watch(cfg.cluster, Path(cfg.output_dir)) as watch:
-        return _train(cfg, watch)
-
-
-def _train(cfg: TrainConfig, watch: Watch) -> Result:
     # ---- validate the config, devices, model, tokenizer, run folder and data
-    mesh = make_mesh(cfg.mesh)
+    check(cfg)
+    mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
-    check_processes(cfg)
     program = build(cfg, mesh)
     tokenizer = load_run_tokenizer(program)
     samples = Samples(program, tokenizer)
@@ -99,19 +86,17 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     data = load_data(cfg, tokenizer)
     assert data.train is not None
     check_metric(program, data)
-    check_processes_read_the_same(data.manifest)
     timetable = Timetable(cfg, len(data.train))
     say(*summarize(data.manifest), *warnings(cfg), *program.summary())
 
     # ---- load what the run starts from: the first of these that exists
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
     #   3. the HF weights in model.path     4. random weights of model.config's shape
-    resumed = run.latest()
     origin = program.origin()  # identifies the weights that checkpoints depend on
+    resumed = run.latest(data.manifest, origin)
     if resumed is not None:
-        check_same_data(run.path, data.manifest)
-        check_same_origin(run.checkpoints, resumed, origin)
         say(f"resuming from step {resumed}")
+    watch.enter("load", resumed or 0)
     say(f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights")
     trainable, frozen = program.load(resumed)
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
@@ -133,6 +118,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
+    watch.restore(saved)
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
@@ -144,7 +130,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
         batches = LoadedBatches(program, data.train, start, record)
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
-    log = Log(metrics, meter, Progress(timetable.steps, start, enabled=cfg.log.progress))
+    log = Log(metrics, meter, watch, Progress(timetable.steps, start, enabled=cfg.log.progress))
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
     evals = Evaluations(program, data.evals, frozen, samples, log, best)
     step_fn, stop = None, False
@@ -158,7 +144,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
         watch.begin(step + timetable.stride)
         while step < timetable.steps and not stop and not evals.over:
             step += 1
-            watch.enter("step", step)
+            watch.enter("train", step)
             batch, rollout_metrics = batches(step - 1, state.trainable)
             if step_fn is None:  # the first batch has the shapes
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
@@ -180,9 +166,10 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
             if evals.over and not events.log:
                 log(step)
             if events.save or evals.over or evals.kept == step:
-                with meter.paused():
+                with log.phase("save", step):
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
-                    meta |= {"feed": batches.state()} | evals.meta(events.postpone_evaluation)
+                    meta |= watch.meta() | evals.meta(events.postpone_evaluation)
+                    meta |= {"feed": batches.state()}
                     checkpoints.save(step, state, meta, evals.kept)
         stopped = stop and step < timetable.steps
         best = evals.best
@@ -195,13 +182,20 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
     if cfg.save.final and not stopped:
         final = str(run.path / "final")
         say(f"writing {final}")
-        model = program.models(eval_params(state.opt_state, state.trainable), frozen)[0]
-        if program.adapter.frozen:
-            hf.save_adapter(model, final, tokenizer)
-        else:
-            hf.save_hf(model, final, dtype=cfg.save.dtype, tokenizer=tokenizer)
+        watch.enter("export", step)
+        weights = eval_params(state.opt_state, state.trainable)
+        write_final(program, program.models(weights, frozen)[0], final, tokenizer)
+    metrics.write("goodput", step, **watch.finish())
     early = step < timetable.steps and not stopped
     return Result(step, stopped, early, best, evals.latest, final)
+
+
+def write_final(program: Program, model: Any, path: str, tokenizer: Any) -> None:
+    """Writes the trained model, or its adapter."""
+    if program.adapter.frozen:
+        hf.save_adapter(model, path, tokenizer)
+    else:
+        hf.save_hf(model, path, dtype=program.cfg.save.dtype, tokenizer=tokenizer)
 
 
 def say(*lines: str) -> None:
@@ -346,7 +340,7 @@ def compiled(
     program: Program, steps: int, log: Log, state: TrainState, frozen: Any, batch: Batch
 ) -> Any:
     """The step, compiled for these arguments; the terminal shows how long that took."""
-    with log.meter.paused():
+    with log.phase("compile", 1):
         log.bar.compiling()
         began = time.perf_counter()
         step = program.step(steps).lower(state, frozen, batch).compile()
@@ -368,6 +362,7 @@ class Log:
 
     metrics: Metrics
     meter: Meter
+    watch: Watch
     bar: Progress
 
     @contextmanager
@@ -376,8 +371,17 @@ class Log:
         with closing(self.metrics), self.bar, self.meter:
             yield
 
+    @contextmanager
+    def phase(self, name: str, step: int) -> Iterator[None]:
+        """Time that is not training time."""
+        self.watch.enter(name, step)
+        with self.meter.paused():
+            yield
+        self.watch.enter("train", step)
+
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()
+        self.watch.progress(step)
         self.metrics.write("train", step, **line, memory_gib=memory)
         shown = {key: line[key] for key in ("loss", "tokens_per_second", "mfu")}
         self.bar.update(step, **shown, memory=memory)
@@ -409,7 +413,7 @@ class Samples:
 
 @dataclass
 class Evaluations:
-    """Evaluates every held-out set, writes samples, and knows the best evaluation of the run."""
+    """Evaluates every held-out set, writes samples, and records the run's best evaluation."""
 
     program: Program
     sets: dict[str, Rows]
@@ -424,7 +428,7 @@ class Evaluations:
         program, log = self.program, self.log
         options: Any = {"mesh": program.mesh}
         options["batch_size"] = program.cfg.batch_size // program.micro_batches
-        with log.meter.paused():
+        with log.phase("eval", step):
             weights = eval_params(state.opt_state, state.trainable)
             for name, rows in self.sets.items():
                 values = evaluate(program.evaluate, weights, self.frozen, [rows], **options)
@@ -446,5 +450,5 @@ class Evaluations:
         return self.best.step if self.program.cfg.save.keep_best else None
 
     def meta(self, pending: bool) -> dict[str, Any]:
-        """What a checkpoint saves. pending: the resumed run evaluates its step first."""
+        """The state that a checkpoint saves. pending: the resumed run evaluates its step first."""
         return {"best_eval": asdict(self.best), "eval_pending": pending}

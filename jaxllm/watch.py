@@ -22,20 +22,45 @@ import sys
 import threading
 import time
 from collections import deque
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxllm import dist
-from jaxllm.config import ClusterSection
+from jaxllm.config import ClusterSection, TrainConfig
 from jaxllm.errors import UserError
 
 REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
 EVERY = 0.5  # seconds between beats
+
+
+_current: list[Watch] = []
+
+
+def current() -> Watch:
+    """The watch of the run that is going on in this process."""
+    return _current[-1]
+
+
+def watched(run: Callable[[TrainConfig], Any]) -> Callable[[TrainConfig], Any]:
+    """Connects the processes of a run before it and watches them until its end."""
+
+    @wraps(run)
+    def connected(cfg: TrainConfig) -> Any:
+        dist.start(cfg.cluster)
+        with Watch(cfg.cluster, Path(cfg.output_dir)) as watch:
+            _current.append(watch)
+            try:
+                return run(cfg)
+            finally:
+                _current.pop()
+
+    return connected
 
 
 class Watch:
@@ -48,6 +73,8 @@ class Watch:
         self.section, self.folder = section, folder
         self.stop = threading.Event()  # a process was asked to stop
         self.step, self.phase = 0, "start"
+        self.seconds: dict[str, float] = {}  # of each phase
+        self.restarts = 0
         self._requested = False
         self._lock = threading.Lock()  # of the next two
         self._next: int | None = None  # the step that this process is in, None before the loop
@@ -92,8 +119,35 @@ class Watch:
     # ---- what this process does
 
     def enter(self, phase: str, step: int) -> None:
-        """This process begins `phase` (compile, step, eval, save, export …) of `step`."""
-        self.phase, self.step, self._since = phase, step, time.monotonic()
+        """This process begins `phase` (load, compile, train, eval, save or export) at `step`."""
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
+        self.phase, self.step, self._since = phase, step, now
+
+    def meta(self) -> dict[str, Any]:
+        """What `restore` reads from a checkpoint."""
+        now = time.time()
+        return {"phases": self.seconds, "restarts": self.restarts, "saved_at": now}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Adds the times of the run that this one resumes; it lost those after the checkpoint."""
+        if not saved:
+            return
+        file = self.folder / "metrics.jsonl"
+        last = file.stat().st_mtime if file.is_file() else 0.0
+        lost = max(last - saved.get("saved_at", last), 0.0)
+        for phase, value in (*saved.get("phases", {}).items(), ("lost", lost)):
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        self.restarts = saved.get("restarts", 0) + 1
+
+    def finish(self) -> dict[str, float]:
+        """Seconds of each phase over all restarts, and goodput: the share of the steps."""
+        self.enter("end", self.step)
+        goodput = self.seconds.get("train", 0.0) / max(sum(self.seconds.values()), 1e-9)
+        return {f"{phase}_seconds": value for phase, value in self.seconds.items()} | {
+            "restarts": self.restarts,
+            "goodput": goodput,
+        }
 
     def progress(self, step: int) -> None:
         """The devices have finished `step`."""
@@ -104,11 +158,12 @@ class Watch:
 
     def late(self) -> float:
         """Seconds by which the current step is late; negative or 0 if it is not."""
-        if self.phase != "step" or not self._pace:
+        if self.phase != "train" or not self._pace:
             return 0.0
         done, then = self._done
         steps = max(self.step - done, 1)
-        limit = max(HANG_SECONDS, HANG_FACTOR * statistics.median(self._pace) * steps)
+        usual = HANG_FACTOR * statistics.median(self._pace) * steps
+        limit = max(min(HANG_SECONDS, self.section.hang_exit), usual)
         return time.monotonic() - max(then, self._since) - limit
 
     # ---- beats and the verdict

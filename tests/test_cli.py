@@ -241,8 +241,8 @@ def test_schema_is_json(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["pretain"], "unknown verb pretain; did you mean pretrain?"),
-        (["rlhf"], "unknown verb rlhf; known: pretrain, sft"),
+        (["pretain"], "unknown command pretain; did you mean pretrain?"),
+        (["rlhf"], "unknown command rlhf; known: pretrain, sft"),
         (["tokenizer"], "seen nothing"),
         (["tokenizer", "trian"], "seen 'trian'"),
         (["eval", "--model", "m"], "required: --data"),

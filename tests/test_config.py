@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_dataclasses():
     cfg, provenance = load_config("pretrain")
     assert cfg == TrainConfig()
     assert set(provenance) == set(leaves())
-    assert provenance.pop("objective") == "the verb"
+    assert provenance.pop("objective") == "the command"
     assert set(provenance.values()) == {"default"}
 
 

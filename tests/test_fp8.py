@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised checkpoints: FP8 is dequantised while it is read, every other format is an error."""
+"""Quantized checkpoints: FP8 is dequantized while it is read, every other format is an error."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ LAYOUTS = {
 
 
 def quantised(folder, name, scale_dtype=torch.float32):
-    """Writes a model in a layout; returns its tensors dequantised by torch, in float32."""
+    """Writes a model in a layout; returns its tensors dequantized by torch, in float32."""
     kind, config, suffix, block, one = LAYOUTS[name]
     theirs = magnified(hf_config(kind))
     theirs.save_pretrained(folder)
@@ -169,8 +169,8 @@ GROUP = compressed(strategy="channel")["config_groups"]["group_0"]
         (fine_grained(weight_block_size=[128]), "no weight_block_size says"),
         ({"quant_method": "mxfp4"}, r"\(mxfp4\).*Mxfp4Config\(dequantize=True\)"),
         (BNB, r"\(bitsandbytes\).*\.dequantize\(\)\.save_pretrained.*save_original_format=False"),
-        ({"quant_method": "gptq", "bits": 4}, r"\(gptq\); transformers cannot dequantise"),
-        ({"quant_method": "awq"}, r"\(awq\); transformers cannot dequantise"),
+        ({"quant_method": "gptq", "bits": 4}, r"\(gptq\); transformers cannot dequantize"),
+        ({"quant_method": "awq"}, r"\(awq\); transformers cannot dequantize"),
         ({"bits": 4}, r"\(no quant_method\)"),
         (5, r"\(no quant_method\)"),
         ({"quant_method": ["x"]}, r"\(\['x'\]\); transformers cannot"),
@@ -236,11 +236,11 @@ def test_quantised_weights_whose_config_was_removed_are_refused(tmp_path, blocks
     change_of = json.loads((blocks[0] / "config.json").read_text())
     change_of.pop("quantization_config")
     (tmp_path / "config.json").write_text(json.dumps(change_of))
-    with pytest.raises(ValueError, match="of quantised weights, and quantization_config .*missing"):
+    with pytest.raises(ValueError, match="of quantized weights, and quantization_config .*missing"):
         load_hf(str(tmp_path))
     rewrite(tmp_path, lambda t: [t.pop(k) for k in list(t) if "scale" in k])
     with pytest.raises(
-        ValueError, match="stored as F8_E4M3, quantised, but no quantization_config"
+        ValueError, match="stored as F8_E4M3, quantized, but no quantization_config"
     ):
         load_hf(str(tmp_path))
 

@@ -497,7 +497,7 @@ def put(name: str, value: torch.Tensor) -> Any:
         ),
         (
             put("model.layers.1.mlp.down_proj.weight", torch.ones(32, 64, dtype=torch.int8)),
-            "stored as I8, quantised",
+            "stored as I8, quantized",
         ),
     ],
 )

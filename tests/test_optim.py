@@ -105,7 +105,7 @@ def test_schedule_is_that_of_transformers_at_every_step(ours, theirs, keys, kwar
         OptimSection(schedule=ours, learning_rate=3e-4, warmup=warmup, **keys), steps
     )
     for step in range(steps + 1):
-        # wsd's warm-up starts at the final rate there, at 0 here as in the other schedules
+        # wsd's warmup starts at the final rate there, at 0 here as in the other schedules
         if theirs != "warmup_stable_decay" or step >= warmup:
             expected = reference.get_last_lr()[0]
             assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-10)

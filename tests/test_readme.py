@@ -102,7 +102,7 @@ class Workspace:
         self.env = os.environ | {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
-            "HOME": str(folder),  # the cache of tokenised text
+            "HOME": str(folder),  # the cache of tokenized text
             "XLA_FLAGS": FAST,
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",

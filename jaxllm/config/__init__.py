@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config of a run: from a YAML file and flags to one frozen TrainConfig.
 
-verbs      the training verbs and PEFT methods: what each reads, and its defaults
+verbs      the training commands and PEFT methods: what each reads, and its defaults
 sections   TrainConfig and its sections: documentation, ranges, units and short forms
 aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
 schema     the fields as a table of dotted keys; validation; conversion from and to dicts

@@ -249,7 +249,7 @@ def meanings() -> dict[str, str]:
 
 
 def spellings() -> dict[str, list[str]]:
-    """{what is set: its transformers names}, the inverse of `meanings`."""
+    """{key or keys that are set: transformers names}, the inverse of `meanings`."""
     names: dict[str, list[str]] = {}
     for name, meaning in meanings().items():
         names.setdefault(meaning, []).append(name)

@@ -174,10 +174,10 @@ def resolve(
 ) -> TrainConfig:
     """Fill in the defaults that depend on other fields: learning rate, beta, rl, date and batch.
 
-    data_parallel: devices that share the rows (mesh axes data x fsdp); None leaves the batch as it
-    is. recorded: `config.json` of the run that is resumed, whose date and batch size are kept: a
-    run resumed on other devices changes its accumulation. Resolving twice changes nothing. Raises
-    UserError if the batch does not divide.
+    data_parallel: devices that share the rows (mesh axes data x fsdp); None leaves the batch
+    unchanged. recorded: `config.json` of the run that is resumed, whose date and batch size are
+    kept: a run resumed on other devices changes its accumulation. Resolving twice changes nothing.
+    Raises UserError if the batch does not divide.
     """
     recorded, verb = recorded or {}, cfg.verb
     rate = cfg.optim.learning_rate or PEFT_METHODS[cfg.peft.method].learning_rate * verb.rate

@@ -15,7 +15,7 @@ from jaxllm.config.verbs import VERBS
 
 
 def training_help(verb: str) -> str:
-    """The text of `jaxllm VERB --help`: every key with type, unit, default and HF names."""
+    """The text of `jaxllm COMMAND --help`: every key with type, unit, default and HF names."""
     names = {meaning: [f"--{n}" for n in ns] for meaning, ns in aliases.spellings().items()}
     lines = [
         f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",

@@ -191,7 +191,7 @@ def load_config(
         ignored += without_effect
     if ignored:
         print(f"jaxllm: ignored, no effect here: {', '.join(ignored)}", file=sys.stderr)
-    verb = given.setdefault("objective", Given("objective", objective, "the verb"))
+    verb = given.setdefault("objective", Given("objective", objective, "the command"))
     if verb.value != objective:
         raise UserError(f"{verb.where}: objective is {verb.value!r}; run `jaxllm {verb.value}`")
     for key, one in given.items():

@@ -42,7 +42,7 @@ class Leaf:
 
     @property
     def types(self) -> set[Any]:
-        """The types of the union, without None; a Literal stands for itself."""
+        """The types of the union, without None; a Literal is kept as one type."""
         return {kind for kind, _ in members(self.annotation)}
 
     @property

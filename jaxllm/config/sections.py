@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
-from jaxllm.config.verbs import VERBS, Verb
+from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
-    Objective = str
+    Method = Objective = str
 else:
-    Objective = Literal[tuple(VERBS)]
+    Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ class DataSection:
     """context length of a row; for preference data: of a prompt with one answer; for ppo and grpo:
     of a prompt"""
     packing: bool = True
-    """SFT and preferences: pack several examples into a row as separate segments"""
+    """SFT and preference data: pack several examples into a row as separate segments"""
     segment: bool = True
     """pretraining: restart attention and positions at each document"""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """SFT and preferences: truncate or drop examples longer than data.max_length"""
+    """SFT and preference data: truncate or drop examples longer than data.max_length"""
     learn: Literal["all", "last", "each"] = "all"
     """SFT: assistant turns to train on; each = every turn is a separate example"""
     train_on_prompt: bool = False
@@ -235,9 +235,9 @@ class MeshSection:
     fsdp: Annotated[int, Unit("devices")] = -1
     """shards of batch, weights, gradients and optimizer state"""
     expert: Annotated[int, Unit("devices")] = 1
-    """shards of the experts"""
+    """shards of the experts; not supported yet"""
     context: Annotated[int, Unit("devices")] = 1
-    """shards of the sequence"""
+    """shards of the sequence; not supported yet"""
     tensor: Annotated[int, Unit("devices")] = 1
     """shards within each layer"""
     zero: Literal[0, 1, 2, 3] = 3
@@ -318,7 +318,7 @@ class SaveSection:
 class PeftSection:
     """Parameter-efficient fine-tuning; LoRA's keys are those of `peft`."""
 
-    method: Literal["none", "lora", "adapter", "prefix", "prompt"] = "none"
+    method: Method = "none"
     """none = train all weights; lora; adapter = bottleneck layers; prefix = keys and values before
     each text; prompt = embeddings before each text"""
     path: Path | None = None
@@ -364,7 +364,7 @@ class PeftSection:
 
 @dataclass(frozen=True)
 class AlignSection:
-    """Losses of reward models and preference training."""
+    """Losses of reward models and preference optimization."""
 
     beta: Amount | None = None
     """DPO, KTO, PPO, GRPO: strength of the KL penalty toward the reference model (β); default: dpo
@@ -453,7 +453,7 @@ class TrainConfig:
     __pydantic_config__ = {"allow_inf_nan": False}  # also applies to the sections
 
     objective: Objective = "pretrain"
-    """training objective; set by the verb"""
+    """training objective; set by the command"""
     output_dir: Path = "run"
     """run folder"""
     overwrite: bool = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training verbs and the PEFT methods: one row each, with the keys it reads and its defaults.
+"""The training commands and the PEFT methods: one row each, with its keys and defaults.
 
 Only this file and `objectives/table.py` name an objective.
 """
@@ -23,14 +23,14 @@ _ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos
 
 @dataclass(frozen=True)
 class Verb:
-    """A training verb, which is also the objective of the run."""
+    """A training command, which is also the objective of the run."""
 
     about: str
     """one line of help"""
     data: Literal["text", "chat", "pairs", "judged", "prompts"]
     """form of a training example"""
     reads: tuple[str, ...] = ()
-    """keys it reads that some other verb does not"""
+    """keys it reads that some other command does not"""
     rate: float = 1.0
     """multiplies the PEFT method's default learning rate"""
     beta: float | None = None
@@ -121,7 +121,7 @@ _SPECIFIC = frozenset(key for verb in VERBS.values() for key in verb.reads)
 
 
 def unread(objective: str) -> list[str]:
-    """Keys that other verbs read but this one does not."""
+    """Keys that other commands read but this one does not."""
     return sorted(_SPECIFIC - set(VERBS[objective].reads))
 
 

@@ -116,7 +116,7 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def tokenize(
     source: Source, cfg: TrainConfig, tokenizer: Any, tokenizer_hash: str, *, held_out: bool = False
 ) -> Examples:
-    """Tokenize `source` as the verb's kind of data, or load it from the cache.
+    """Tokenize `source` as the kind of data of the command, or load it from the cache.
 
     `tokenizer_hash` is the tokenizer's `fingerprint`. A `held_out` source with several splits must
     name one. Raises UserError for an empty source and for records that cannot be parsed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenize records: one encoder for each kind of data that a verb reads."""
+"""Tokenize records: one encoder for each kind of data that a command reads."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def train_tokenizer(
     names = list(dict.fromkeys([END, PAD, *special_tokens]))
     if vocab_size < len(alphabet) + len(names):
         raise UserError(
-            f"vocab_size {vocab_size} has no room for {len(alphabet)} bytes and {len(names)} "
+            f"vocab_size {vocab_size} is too small for {len(alphabet)} bytes and {len(names)} "
             "special tokens"
         )
     backend = Tokenizer(models.BPE())

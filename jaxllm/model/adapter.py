@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface between a model and a PEFT method.
 
-A model asks its adapter at each place where a method may add something. The methods are subclasses
-of Adapter in jaxllm/peft.
+A model calls its adapter wherever a method may add something. The methods are subclasses of Adapter
+in jaxllm/peft.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from jaxllm.ops.attention import EVERYWHERE
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of a layer, or of a stack of layers. Only this class knows their layout.
+    """Keys and values of a layer, or of a stack of layers. Only this class depends on their layout.
 
     Each has the layout in which a CPU computes its product fastest.
     """

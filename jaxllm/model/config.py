@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder is made of. A family selects among these; it never restructures the model."""
+"""The shape and features of a decoder. A family chooses among them and adds no code."""
 
 from __future__ import annotations
 
@@ -77,5 +77,5 @@ class ModelConfig:
 
     @property
     def tied_head(self) -> bool:
-        """Whether the token table is the head too; a reward model has no such head."""
+        """True if the token table is also the head; never for a reward model."""
         return self.tie_embeddings and not self.scores

@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
 
     @property
     def quantized(self) -> bool:
-        """Whether weights of the layers are held in fewer bits."""
+        """True if the kernels of the layers are quantized."""
         return isinstance(self.layers.attn.o.kernel.get_value(), Quantized)
 
     @property
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array, adapter_weights: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
-        if self.head is None:  # a CPU has a bfloat16 kernel for the table as it lies alone
+        if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
             table = gathered(self.embed.embedding[...].astype(hidden.dtype), HEAD_AXES[::-1])
             logits = product(hidden, table, (hidden.ndim - 1, 1), jnp.float32)
             return softcapped(logits, self.cfg.logit_softcap)
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
     def scores(self, hidden: jax.Array, segment_ids: jax.Array, segments: jax.Array) -> jax.Array:
         """A reward model's score of each of `segments` [B, S] (0 = none, whose score is 0).
 
-        It is read at the segment's last token, whatever that is; float32 [B, S].
+        It is read at the segment's last token, whichever token that is; float32 [B, S].
         """
         last = last_tokens(segment_ids, segments)
         found = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], 1)

@@ -2,8 +2,9 @@
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
 transformers' own config classes first fill in defaults and translate old spellings (`rope_scaling`,
-`rope_theta`, `type`), so a config.json of any age reads the same. What a model computes is what
-transformers computes from its config; what this decoder cannot compute is refused with ValueError.
+`rope_theta`, `type`), so a config.json of any age reads the same. A model computes
+the same as transformers does from its config. A config that this decoder cannot compute is refused
+with UserError.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
 class Family:
     """How the models of one `model_type` differ from plain Llama.
 
-    name: how transformers' class names begin; scores_as: those of reward models, where they begin
-      otherwise. transformers' own tables of these names need torch.
+    name: prefix of transformers' class names; scores_as: that of reward models, if it differs.
+      transformers' own tables of these names need torch.
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, those that `layer_types` names, or those
@@ -109,7 +110,7 @@ class Family:
     nope: `no_rope_layers` names layers without rotary positions.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
-    fused: q, k, v lie one after another in one tensor, and so do gate and up.
+    fused: q, k and v are concatenated in one tensor, and so are gate and up.
     refused: HF keys that must be empty, each with the reason.
     """
 
@@ -213,7 +214,7 @@ def _stretch_scale(p: dict[str, Any], max_positions: int) -> float:
 
 
 def _read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
-    """One set of `rope_parameters` in transformers' full spelling; `c` is the whole config."""
+    """One set of `rope_parameters` in transformers' full spelling; `c` is the model's config."""
     kind = p["rope_type"]
     if kind not in ROPE_KEYS:
         raise UserError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
@@ -249,8 +250,8 @@ OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotar
 
 
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
-    """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that readers
-    before transformers 5, who take their defaults where these are absent, look for."""
+    """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that
+    transformers 4 reads. It would use its own defaults for missing keys."""
     family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
@@ -264,18 +265,18 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     scaling = {k: v for k, v in p.items() if k not in OLD_ROPE and v is not None}
     if kind == "longrope":
         keys["original_max_position_embeddings"] = p["original_max_position_embeddings"]
-        if not family.partial_rope:  # there a factor of its own would be passed over
+        if not family.partial_rope:  # phi3 computes it, and transformers 4 accepts no key
             scaling.setdefault("attention_factor", _stretch_scale(p, longest))
     if kind == "yarn":
         scaling.setdefault("factor", longest / p["original_max_position_embeddings"])
-    if family.partial_rope:  # phi3 read three keys, and refused more: so it is told if it differs
+    if family.partial_rope:  # transformers 4 accepts three keys for phi3 and rejects any other
         scaling = {"type": scaling.pop("rope_type")} | scaling
         scaling.pop("original_max_position_embeddings", None)
     return keys | {"rope_scaling": None if kind == "default" else scaling}
 
 
 def _read_layers(c: dict[str, Any]) -> dict[str, Any]:
-    """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: which layer is of which."""
+    """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: the index of each layer's kind."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
     window = c.get("sliding_window")
     types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
@@ -334,14 +335,14 @@ def _family(config: dict[str, Any]) -> Family:
 def normalised(config: dict[str, Any]) -> dict[str, Any]:
     """The config in transformers' newest spelling with every default filled in; a new dict.
 
-    Raises ValueError for an unknown family, quantised weights, and what transformers finds wrong.
+    Raises ValueError for an unknown family, quantized weights, and what transformers finds wrong.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     family = _family(config)
     if config.get("quantization_config"):
-        raise UserError("the weights are quantised (quantization_config); load_hf dequantises some")
+        raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
     if config.get("is_causal") is False:
         raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
@@ -358,7 +359,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_reward(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a model that scores texts."""
+    """True for the config.json of a reward model."""
     return any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ())
 
 
@@ -371,7 +372,7 @@ def as_reward(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(config: dict[str, Any]) -> ModelConfig:
-    """The decoder that a HF config.json describes; keys that do not shape it are passed over.
+    """The decoder that a HF config.json describes; keys that do not affect it are ignored.
 
     Raises ValueError for a family, activation, rope type or option that is not supported.
     """
@@ -401,13 +402,13 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config |= _write_layers(cfg)
     config = as_reward(config) if cfg.scores else config
-    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may lie outside the vocabulary
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
         raise UserError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
     return config
 
 
-# What a tensor's name may have an index for, and the ModelConfig field that counts it.
+# Indices that a tensor's name may have, and the ModelConfig field with the size of each.
 INDICES = {"layer": "num_layers"}
 
 

@@ -58,7 +58,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense(self) -> jax.Array:
-        """The kernel in float32, whole along fsdp."""
+        """The kernel in float32, gathered along fsdp."""
         axes = self.kernel.get_metadata("axes")[-2:]
         return dense(self.kernel.get_value(), axes, jnp.float32)
 
@@ -113,7 +113,7 @@ class MLP(nnx.Module):
 
 
 def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], ctx: Context) -> list[jax.Array]:
-    """Each part's result; `lora` changes all of them as one, where HF keeps them in one tensor."""
+    """The output of each part. `lora` is one branch for all parts, if HF has them in one tensor."""
     ys = [part(x, ctx) for part in parts]
     if lora is None:
         return ys

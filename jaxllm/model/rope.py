@@ -59,7 +59,7 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
 
 
 def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
-    """Of each token, the tokens of the text it lies in, int32 [B, T]."""
+    """Length of the text that each token belongs to, int32 [B, T]."""
     T = segments.shape[1]
     last = jnp.diff(segments, axis=1, append=segments[:, -1:] - 1) != 0
     end = lax.cummin(jnp.where(last, jnp.arange(T), T), axis=1, reverse=True)

@@ -113,7 +113,7 @@ def _select(values: list[Any], index: jax.Array) -> Any:
 
 
 def unstack(model: Any) -> Any:
-    """Gives each layer of a Decoder arrays of its own, for decoding; returns the model.
+    """Splits the stacked arrays of a Decoder by layer, for decoding; returns the model.
 
     Kernels, biases and the token table are cast to the compute dtype once: in a decoding step a
     cast costs more than its product.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of a model and peak FLOP/s of devices, for model FLOPs utilisation (MFU); peak memory."""
+"""FLOPs of a model and peak FLOP/s of devices, for model FLOPs utilization (MFU); peak memory."""
 
 from __future__ import annotations
 

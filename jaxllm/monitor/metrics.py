@@ -148,7 +148,7 @@ class Metrics:
     def _try(self, name: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # a tracker's error, of whatever kind, must not stop the run
+        except Exception as error:  # no error of a tracker may stop the run
             self.trackers.pop(name, None)
             reason = str(error).split("\n")[0]
             if isinstance(error, ImportError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct alignment on preference pairs: DPO and its variants as rows of one table.
+"""Preference optimization on pairs: DPO and its variants as rows of one table.
 
 Notation: c and r are log π(answer | prompt) of the chosen and the rejected answer, summed over the
 answer's tokens; c' and r' are the same under the reference model; Δc = c - c', Δr = r - r' and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective of each verb: one row per verb, made from a config."""
+"""The objective of each training command: one row each, built from a config."""
 
 from __future__ import annotations
 

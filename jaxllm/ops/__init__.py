@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic whose form depends on the platform; no other package asks for the platform.
+"""Arithmetic in the form that suits the platform; no other package depends on the platform.
 
 Imports config, errors and mesh only. In the order in which a layer, then the loss, uses them:
 
-    quantized         int8 and nf4 kernels, and their dequantisation
+    quantized         int8 and nf4 kernels, and their dequantization
     matmul            products with float32 accumulation, and their gradients
     residuals         values that a layer stores for its backward pass
     attention         grouped-query attention: the choice of a kernel, and its shards

@@ -55,7 +55,7 @@ def _chunk_terms(hs, kernels, targets, head: Head):
     logits = capped if head.temperature == 1 else capped / head.temperature
     top = jnp.max(logits, -1, keepdims=True)
     exps = jnp.exp(logits - top)
-    # One reduction for both sums: for one of its own, XLA would write exps * logits to memory.
+    # One reduction for both sums: with two, XLA would write exps * logits to memory.
     total, dotted = lax.reduce(
         (exps, exps * logits),
         (jnp.float32(0), jnp.float32(0)),

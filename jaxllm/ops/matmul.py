@@ -56,7 +56,7 @@ def dot(x: jax.Array, w: Any, axes: Axes) -> jax.Array:
     """x [..., I] · w [I, O] in x's dtype; the gradient of w has w's dtype, without rounding before.
 
     `axes` are w's logical axes: a weight that ZeRO-3 splits is all-gathered here, after the cast to
-    x's dtype. A Quantized w is dequantised here and again in the backward pass; it has no gradient.
+    x's dtype. A Quantized w is dequantized here and again in the backward pass; it has no gradient.
     """
     return product(x, dense(w, axes, x.dtype), (x.ndim - 1, 0), x.dtype)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised frozen kernels, dequantised where they are used (QLoRA, arXiv:2305.14314).
+"""Quantized frozen kernels, dequantized where they are used (QLoRA, arXiv:2305.14314).
 
     kind   code                                      scale                        bytes per weight
     int8   int8                                      float32, per output          1.01
@@ -83,7 +83,7 @@ def _quantize_layer(w: jax.Array, kind: str) -> Quantized:
 
 
 def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array]) -> Quantized:
-    """A stack of kernels [L, I, O] as int8 or nf4, quantised layer by layer.
+    """A stack of kernels [L, I, O] as int8 or nf4, quantized layer by layer.
 
     `place` puts each resulting array on its devices. Raises UserError if no nf4 tile divides I.
     """
@@ -94,7 +94,7 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
 def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
     """A layer's kernel [I, O] in `dtype`, replicated along fsdp.
 
-    The codes of a Quantized kernel are gathered before they are dequantised.
+    The codes of a Quantized kernel are gathered before they are dequantized.
     """
     if not isinstance(w, Quantized):
         return gathered(w.astype(dtype), axes)

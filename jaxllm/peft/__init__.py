@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT methods: what is trained while the base model is frozen.
+"""PEFT methods: they add trainable weights to a frozen base model.
 
 base            PeftAdapter, the base class of the methods; tensors to and from a file
 targets         the weights that target_modules and modules_to_save name

@@ -128,7 +128,7 @@ def merged(model: Decoder) -> Decoder:
     """
     adapter: Any = model.peft
     if model.quantized:
-        raise UserError("the base is quantised; load it without quantize_base to merge")
+        raise UserError("the base is quantized; load it without quantize_base to merge")
     if len(adapter.names) != 1:
         raise UserError("only one LoRA adapter can be merged into the weights; export the adapter")
     graph, state = nnx.split(model)

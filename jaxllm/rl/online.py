@@ -50,7 +50,7 @@ def prompts_per_rollout(cfg: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions with their rewards, and what the models say about their tokens.
+    """Completions with their rewards, and the models' log-probabilities and values of the tokens.
 
     The last four fields are float32 [R, T], 0 where nothing is learned.
     """
@@ -59,9 +59,9 @@ class Rollout:
     rows: dict[str, np.ndarray]
     """fields of `Batch`, [R, T]: each prompt with its completion"""
     scores: dict[str, np.ndarray]
-    """{reward: float32 [R]}, NaN where it gives none"""
+    """{reward: float32 [R]}, NaN if it gave no score"""
     rewards: np.ndarray
-    """float64 [R]: their weighted sum, NaN if there is none"""
+    """float64 [R]: weighted sum of the scores, NaN if there is none"""
     logps: np.ndarray
     entropy: np.ndarray
     values: np.ndarray
@@ -123,7 +123,7 @@ class Rollouts:
         self._jitted = jax.jit(evaluate)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint saves besides the weights."""
+        """The state that a checkpoint saves besides the weights."""
         return {"beta": self.controller.beta}
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:

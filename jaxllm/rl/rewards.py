@@ -227,7 +227,15 @@ def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
         call = getattr(_import(module), function)
     except Exception as error:  # the user's module may raise anything on import
         raise UserError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
-    return Reward(function, lambda batch: _call(name, call, batch))
+    return Reward(function, lambda batch: _shared(name, call, batch))
+
+
+def _shared(name: str, function: Callable[..., Any], batch: Sequence[Completion]) -> np.ndarray:
+    """The rewards of a function; each process calls it for its part of the completions."""
+    start, stop = (len(batch) * (dist.index() + i) // dist.count() for i in (0, 1))
+    part = batch[start:stop]
+    parts = dist.everyone(_call(name, function, part).tolist() if part else [])
+    return np.array([reward for part in parts for reward in part], np.float32)
 
 
 def _import(name: str) -> Any:

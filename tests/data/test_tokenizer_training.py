@@ -136,7 +136,7 @@ def test_special_tokens_and_template_can_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        (["a"], {"vocab_size": 259}, "vocab_size 259 has no room for 256 bytes and 4 special"),
+        (["a"], {"vocab_size": 259}, "vocab_size 259 is too small for 256 bytes and 4 special"),
         ([], {}, "no text to train"),
         (["", ""], {}, "no text to train"),
         (["a"], {"template": "nosuch"}, "'nosuch' is neither a file nor one of"),

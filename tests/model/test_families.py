@@ -279,7 +279,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ("llama", {"hidden_size": "wide"}, "config of a llama model"),
         ("llama", {"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
-        ("llama", {"quantization_config": {"bits": 4}}, "dequantise"),
+        ("llama", {"quantization_config": {"bits": 4}}, "dequantize"),
         ("llama", {"is_causal": False}, "only causal"),
         ("gemma2", {"use_bidirectional_attention": True}, "only causal attention"),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "transformers ignores it"),

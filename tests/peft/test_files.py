@@ -445,5 +445,5 @@ def test_dora_and_modules_to_save_cannot_be_turned_off_or_saved_as_a_model(tmp_p
         with pytest.raises(ValueError, match="use save_adapter"):
             save_hf(model, str(tmp_path / "plain"))
     quantised = load_hf(base, adapter=str(tmp_path / "dora"), quantize_base="int8")
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         merged(quantised)

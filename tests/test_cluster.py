@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run over several processes: the same numbers, one stop, one failure, one export."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import DEVICES, ENV, arguments, command, lines_of
+
+from jaxllm import dist
+from jaxllm.cli import main
+from jaxllm.config import ClusterSection
+from jaxllm.errors import UserError
+from jaxllm.rendezvous import meet
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [str(ROOT / "launch" / "local.sh")]
+REQUEUE = 75
+REWARD = """
+def length(prompts, completions, **columns):
+    with open(LOG, "a") as log:
+        log.write("x" * len(completions))
+    return [float(len(text) % 7) for text in completions]
+"""
+
+
+def environment(devices: int) -> dict[str, str]:
+    return ENV | {"XLA_FLAGS": f"{DEVICES}{devices}", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def launched(processes: int, devices: int, args: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*LAUNCH, str(processes), *args],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def finished(run: subprocess.Popen, seconds: float = 150) -> tuple[int, str]:
+    """(exit status, output) of a launched run; none of its processes is left."""
+    try:
+        output, _ = run.communicate(timeout=seconds)
+    finally:
+        try:
+            os.killpg(run.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            left = False
+        else:
+            left = run.poll() is not None
+    assert not left, "a process of the run was left over"
+    return run.returncode, output
+
+
+def process_of(run: subprocess.Popen, index: int) -> int:
+    """The pid of a process of a launched run."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if os.getpgid(int(entry.name)) != run.pid:
+                continue
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            name = (entry / "cmdline").read_bytes().split(b"\0")[0]
+        except (ValueError, OSError):
+            continue
+        if f"JAX_PROCESS_ID={index}".encode() in variables and b"python" in name:
+            return int(entry.name)
+    raise AssertionError(f"process {index} is not there")
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len(lines_of(run)) >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{run} did not reach step {step}")
+
+
+# ---- the same numbers
+
+LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}
+
+
+def verbs(project: Path, layout: str) -> dict[str, list[str]]:
+    """Short runs of four objectives, whose folders end with the layout."""
+    base = str(project / "base")
+    common = ["--model.path", base, "--steps", "10", "--log.progress", "false"]
+    reward = str(project / f"reward_{layout}.py")
+    rl = ["--data.train", str(project / "prompts.jsonl"), "--rl.rewards", f"{reward}:length"]
+    rl += ["--rl.group_size", "4", "--rl.max_new_tokens", "6"]
+    pairs = ["--data.train", str(project / "pairs.jsonl")]
+    held_out = ["--data.eval", str(project / "few.jsonl")]
+    sample = ["--log.samples", "import", "--log.sample_tokens", "4"]
+    more = {
+        "pretrain": ["--data.eval", str(project / "text.txt"), *sample],
+        "sft": ["--peft.method", "lora", "--data.packing", "true", *held_out],
+        "dpo": pairs,
+        "grpo": rl,
+    }
+    return {
+        verb: [*arguments(project, verb, f"{verb}-{layout}", *common, *options)]
+        for verb, options in more.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def layouts(project):
+    """The four runs on one process with 8 devices, 2 with 4, and 4 with 2."""
+    lines = [line for line in (project / "few.jsonl").read_text().splitlines()]
+    texts = [[m["content"] for m in json.loads(line)["messages"]] for line in lines]
+    pairs = [
+        {"prompt": a, "chosen": b, "rejected": c}
+        for (a, b), (c, _) in zip(texts, texts[1:], strict=False)
+    ]
+    prompts = [{"prompt": a[:20]} for a, _ in texts]
+    for name, records in (("pairs", pairs), ("prompts", prompts)):
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main(arguments(project, "pretrain", "start", "--steps", "1")) == 0
+    shutil.copytree(project / "start" / "final", project / "base")
+    for layout in ("1x8", *LAYOUTS):
+        log = repr(str(project / f"calls-{layout}"))
+        (project / f"reward_{layout}.py").write_text(f"LOG = {log}\n{REWARD}")
+    for args in verbs(project, "1x8").values():
+        assert main(args) == 0
+    for layout, (processes, devices) in LAYOUTS.items():
+        script = str(ROOT / "tests" / "cluster_runs.py")
+        runs = json.dumps(list(verbs(project, layout).values()))
+        status, output = finished(launched(processes, devices, [sys.executable, script, runs]))
+        assert status == 0, output[-3000:]
+        assert output.count("done: 10 steps") == 4  # said once, not by each process
+    return project
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("verb", ["pretrain", "sft", "dpo", "grpo"])
+def test_losses_and_gradient_norms_do_not_depend_on_the_processes(layouts, verb, layout):
+    one, several = (lines_of(layouts / f"{verb}-{name}") for name in ("1x8", layout))
+    assert list(one) == list(several) == list(range(1, 11))
+    for step in one:
+        for key in ("loss", "grad_norm"):
+            assert several[step][key] == pytest.approx(one[step][key], rel=1e-6, abs=1e-6)
+        assert several[step]["tokens"] == one[step]["tokens"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluations_and_samples_are_those_of_one_process(layouts, layout):
+    one, several = (layouts / f"pretrain-{name}" for name in ("1x8", layout))
+    assert lines_of(several, "eval")[10]["loss"] == pytest.approx(
+        lines_of(one, "eval")[10]["loss"], rel=1e-6
+    )
+    assert (several / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "sft"])
+def test_an_export_of_one_process_has_the_bytes_of_the_export_of_two(layouts, verb, tmp_path):
+    run = layouts / f"{verb}-2x4"
+    final = run / "final"
+    written = {p.name: p.read_bytes() for p in final.iterdir()}
+    moved = tmp_path / "final"
+    final.rename(moved)
+    assert main(verbs(layouts, "2x4")[verb]) == 0  # from the checkpoint of its last step
+    assert {p.name: p.read_bytes() for p in final.iterdir()} == written
+
+
+def test_a_reward_function_is_called_once_for_each_completion(layouts):
+    calls = {name: len((layouts / f"calls-{name}").read_text()) for name in ("1x8", *LAYOUTS)}
+    assert calls["2x4"] == calls["4x2"] == calls["1x8"] == 10 * 16
+
+
+def test_each_process_records_digests_of_the_files_it_wrote(layouts):
+    folder = layouts / "pretrain-4x2" / "checkpoints" / "10"
+    files = json.loads((folder / "files.json").read_text())
+    parts = {name.split("/")[1] for name in files if "ocdbt.process" in name}
+    assert parts == {f"ocdbt.process_{i}" for i in range(4)}
+    assert all(digest for _, digest in files.values())
+
+
+# ---- one stop
+
+
+def resumed_as_never_stopped(project: Path, name: str) -> None:
+    """Resumes a run of two processes on one, and compares it with one that never stopped."""
+    assert main(arguments(project, "pretrain", name)) == 0
+    straight = project / "straight"
+    if not straight.exists():
+        assert main(arguments(project, "pretrain", "straight")) == 0
+    one, several = lines_of(straight), lines_of(project / name)
+    assert list(several) == list(one)
+    for step in one:
+        assert several[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_to_one_process_stops_all_at_one_step(project, index):
+    name = f"stopped-{index}"
+    long = ("--steps", "100000", "--save.every", "100000")
+    run = launched(2, 2, command(project, "pretrain", name, *long))
+    wait_for_step(project / name, 3)
+    os.kill(process_of(run, index), signal.SIGTERM)
+    status, output = finished(run)
+    assert status == REQUEUE, output[-3000:]
+    (checkpoint,) = (project / name / "checkpoints").iterdir()
+    assert f"stopped at step {checkpoint.name}" in output
+    assert max(lines_of(project / name)) == int(checkpoint.name)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_killed_process_ends_the_others_which_resume_on_one(project, index):
+    name = f"killed-{index}"
+    slow = ("--cluster.timeout", "5", "--steps", "100000")
+    run = launched(2, 2, command(project, "pretrain", name, *slow))
+    wait_for_step(project / name, 6)
+    os.kill(process_of(run, index), signal.SIGKILL)
+    start = time.monotonic()
+    status, output = finished(run)
+    assert time.monotonic() - start < 15
+    assert status == REQUEUE, output[-3000:]
+    assert f"lost process {index}" in output
+    for step in (project / name / "checkpoints").iterdir():  # so that 12 steps are left to do
+        if step.name.isdigit() and int(step.name) > 4:
+            shutil.rmtree(step)
+    if (project / name / "checkpoints" / "4").is_dir():
+        resumed_as_never_stopped(project, name)
+
+
+def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
+    limits = ("--cluster.hang_exit", "4", "--cluster.timeout", "60", "--steps", "100000")
+    run = launched(2, 2, command(project, "pretrain", "hangs", *limits))
+    wait_for_step(project / "hangs", 5)
+    stopped = process_of(run, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    stacks: list[Path] = []
+    while time.monotonic() < deadline and not stacks:
+        stacks = list((project / "hangs").glob("hang-*-process-0.txt"))
+        time.sleep(0.2)
+    assert stacks
+    time.sleep(8)  # process 0 ends after cluster.hang_exit more
+    os.kill(stopped, signal.SIGKILL)
+    status, output = finished(run)
+    assert status == REQUEUE, output[-3000:]
+    assert re.search(r"step \d+ hangs; the others wait for process 1 \(", output)
+    assert "train" in stacks[0].read_text()
+
+
+# ---- one start
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--optim.b2", "0.9"], "process 1 .* has optim.b2 0.9, the others 0.999"),
+        (["--data.max_length", "32"], "process 1 .* has data.max_length 32"),
+        (["--no.such_key", "1"], "no.such_key"),
+    ],
+)
+def test_a_process_that_differs_is_named_by_all(project, extra, words):
+    script = project / "odd.sh"
+    extra_args = " ".join(extra)
+    script.write_text(f'[ "$JAX_PROCESS_ID" = 1 ] && exec "$@" {extra_args}\nexec "$@"\n')
+    args = [a for a in command(project, "pretrain", "odd", "--cluster.timeout", "8")]
+    if "--data.max_length" in extra:  # given once
+        at = args.index("--data.max_length")
+        script.write_text(
+            '[ "$JAX_PROCESS_ID" = 1 ] && exec "$@" --data.max_length 32\n'
+            'exec "$@" --data.max_length 64\n'
+        )
+        args = args[:at] + args[at + 2 :]
+    status, output = finished(launched(2, 1, ["bash", str(script), *args]))
+    assert status == 2
+    assert re.search(words, output), output[-2000:]
+
+
+def test_other_data_in_one_process_is_named(project):
+    text = (project / "text.txt").read_text()
+    for i in (0, 1):
+        (project / f"local-{i}").mkdir(exist_ok=True)
+        (project / f"local-{i}" / "text.txt").write_text(text[i:])
+    args = command(project, "pretrain", "other-data", "--data.train", "text.txt")
+    script = f'cd {project}/local-$JAX_PROCESS_ID && exec "$@"'
+    status, output = finished(launched(2, 1, ["bash", "-c", script, "-", *args]))
+    assert status == 2
+    assert "process 1" in output and "has data text.txt" in output, output[-2000:]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def meeting(places: list[tuple[int, int]], timeout: float) -> list[str]:
+    """What each of the (processes, index) is told that meet; "" if nothing is wrong."""
+    address, told = f"127.0.0.1:{free_port()}", [""] * len(places)
+
+    def visit(i: int) -> None:
+        try:
+            processes, index = places[i]
+            meet(address, processes, index, timeout)
+        except UserError as error:
+            told[i] = str(error)
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(len(places))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return told
+
+
+def test_processes_meet():
+    assert meeting([(3, 0), (3, 1), (3, 2)], 20) == ["", "", ""]
+
+
+def test_a_process_that_does_not_arrive_is_named_by_those_that_did():
+    told = meeting([(3, 0), (3, 2)], 2)
+    assert all("process 1 of 3 did not arrive within cluster.timeout" in line for line in told)
+
+
+def test_a_coordinator_that_cannot_be_reached_is_named():
+    (line,) = meeting([(2, 1)], 1)
+    assert "process 1" in line and "could not reach the coordinator 127.0.0.1:" in line
+
+
+def test_processes_that_disagree_about_their_number_or_index_are_named():
+    assert all("as one of 2 processes" in line for line in meeting([(3, 0), (2, 1)], 5))
+    assert all("two processes have index 1" in x for x in meeting([(3, 0), (3, 1), (3, 1)], 5))
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"processes": 2}, "cluster.coordinator"),
+        ({"coordinator": "a:1", "processes": 2}, "cluster.process "),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "must be from 0 to 1"),
+        ({"coordinator": "nowhere", "processes": 2, "process": 1}, "must be HOST:PORT"),
+    ],
+)
+def test_half_a_place_in_a_cluster_is_refused(section, words):
+    with pytest.raises(UserError, match=words):
+        dist.start(replace(ClusterSection(timeout=1), **section))
+
+
+def test_one_process_needs_no_coordinator(monkeypatch):
+    for name, value in zip(dist.VARIABLES, ("localhost:1", "1", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    dist.start(ClusterSection(timeout=1))
+    assert dist.count() == 1
