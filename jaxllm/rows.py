@@ -224,7 +224,7 @@ def describe(found: dict[str, Any], *, colour: bool) -> str:
             lines.append(f"  {where}: {counts(segment)}")
             pieces = [(_printable(text), learned) for text, learned in segment["text"]]
             text = "".join(f"{opening}{t}{closing}" if learned else t for t, learned in pieces)
-            lines += [f"    {line}" for line in text.split("\n")]
+            lines += [f"    {line}" for line in text.removesuffix("\n").split("\n")]
     return "\n".join(lines)
 
 

@@ -226,7 +226,8 @@ def test_a_run_of_two_processes_and_then_one_saw_the_rows_of_its_seed(project):
         process.wait()
     before = np.fromfile(run / FILE, "<u8").size // 17
     assert before < 40
-    subprocess.run(args, env=ENV, check=True, timeout=120, **quiet)
+    again = subprocess.run(args, env=ENV, check=True, timeout=120, capture_output=True, text=True)
+    assert "resuming from step" in again.stderr
     assert np.fromfile(run / FILE, "<u8").size // 17 >= 40
     no_device = ENV | {"JAX_PLATFORMS": "none"}
     verify = [sys.executable, "-m", "jaxllm", "verify", str(run)]

@@ -430,6 +430,7 @@ def test_grpo_resumes_bit_for_bit_after_sigkill(straight):
     killed([sys.executable, "-m", "jaxllm", *args], run)
     assert max(lines_of(run), default=0) < 20
     assert main(args) == 0
+    assert main(["verify", str(run)]) == 0
     assert_same_run(straight / "grpo", run, 20)
 
 
