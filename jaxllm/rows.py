@@ -45,7 +45,7 @@ def row_hash(row: Row) -> int:
     hasher = xxhash.xxh3_64()
     for name in HASHED:
         if name in row:
-            hasher.update(row[name])
+            hasher.update(row[name].data)
     return hasher.intdigest()
 
 
@@ -120,11 +120,12 @@ def _sources(origins: list[Origin]) -> list[dict[str, Any]]:
         wanted[id(examples)][1].add(record)
     locations = {}
     for key, (examples, records) in wanted.items():
-        located = None if "://" in examples.name else locate(examples.source)
-        reader = READERS.get(located.format) if located else None
-        files = located.files if located and reader else ()
-        pairs = enumerate(pair for file in files for pair in reader(file))
-        some = islice(pairs, max(records) + 1)
+        if "://" in examples.name:  # a streamed file of the hub
+            continue
+        located = locate(examples.source)
+        readers = [READERS[located.format]] if located.format in READERS else []
+        pairs = (pair for read in readers for file in located.files for pair in read(file))
+        some = islice(enumerate(pairs), max(records) + 1)
         locations |= {(key, i): where for i, (_, where) in some if i in records}
     return [
         {
@@ -138,7 +139,7 @@ def _sources(origins: list[Origin]) -> list[dict[str, Any]]:
 
 def _origins(cfg: TrainConfig, rows: Rows, indices: Iterable[int]) -> list[list[list[dict]]]:
     """The sources {path, record, location} of each segment of some rows of the run's sequence."""
-    sequence = places(rows, cfg.seed)
+    sequence: Any = places(rows, cfg.seed)
     found = [rows.parts[p.part].origins(p.row, p.epoch) for p in map(sequence.__getitem__, indices)]
     sources = iter(_sources([origin for row in found for segment in row for origin in segment]))
     return [[[next(sources) for _ in segment] for segment in row] for row in found]
@@ -165,10 +166,11 @@ def rows_of_step(run: str, step: int) -> dict[str, Any]:
         records = _records(folder, cfg)
         same_step = records[records[:, 0] == 1 + number * stride]
         recorded = [f"{h:016x}" for h in same_step[-1, 1:]] if len(same_step) else recorded
-    sequence, found = ordered(rows, cfg.seed), []
+    sequence: Any = ordered(rows, cfg.seed)
+    found = []
     for i, origins in enumerate(_origins(cfg, rows, indices)):
         row = sequence[indices[i]]
-        segments = [
+        segments: list[dict[str, Any]] = [
             {"sources": sources} | _segment(tokenizer, *segment)
             for sources, segment in zip(origins, _segments(row), strict=False)
         ]
