@@ -58,12 +58,10 @@ def trl_side(a) -> None:
 
 def jaxllm_step(a):
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from jaxllm import reference
     from jaxllm.config import (
         DataSection,
+        MeshSection,
         ModelSection,
         OptimSection,
         PeftSection,
@@ -74,36 +72,34 @@ def jaxllm_step(a):
     from jaxllm.data.batch import Batch
     from jaxllm.data.dataset import load_data
     from jaxllm.data.loader import make_loader
-    from jaxllm.hf import load_hf
-    from jaxllm.objectives.table import make_objective
-    from jaxllm.optim import make_optimizer, make_schedule
-    from jaxllm.peft.files import make_adapter
-    from jaxllm.step import TrainState, make_step
+    from jaxllm.mesh import make_mesh, put
+    from jaxllm.program import build
     from jaxllm.tokenizer import load_tokenizer
 
     cache = tempfile.mkdtemp()
     section = DataSection(train=(Source(a.data),), max_length=a.length, cache_dir=cache, workers=1)
-    peft = PeftSection(method="lora", r=a.r)
-    shape = ModelSection(path=a.model, compute_dtype=a.dtype)
-    cfg = resolve(TrainConfig(objective="dpo", model=shape, data=section, peft=peft))
+    cfg = TrainConfig(
+        objective="dpo",
+        batch_size=a.rows,
+        model=ModelSection(path=a.model, compute_dtype=a.dtype, remat=a.remat),
+        data=section,
+        peft=PeftSection(method="lora", r=a.r),
+        optim=OptimSection(learning_rate=5e-5, schedule="constant"),
+    )
+    cfg, mesh = resolve(cfg, 1), make_mesh(MeshSection(), jax.devices()[:1])
     data = load_data(cfg, load_tokenizer(a.model))
+    assert data.train is not None
     loader = make_loader(data.train, batch_size=a.rows)
-    plan = make_adapter(load_hf(a.model).cfg, peft)
-    model = load_hf(a.model, compute_dtype=a.dtype, remat=a.remat, peft=plan)
-    graph, weights, rest = nnx.split(model, plan.trains, ...)
-    params, frozen = nnx.to_pure_dict(weights), nnx.to_pure_dict(rest)
-    models, frozen = reference.with_reference(cfg, model, graph, params, frozen, None)
-    optim = OptimSection(learning_rate=5e-5, schedule="constant")
-    schedule = make_schedule(optim, 10_000)
-    optimizer = make_optimizer(optim, schedule)
-    loss = make_objective(cfg).loss
-    update = jax.jit(make_step(models, loss, optimizer, schedule, max_norm=1.0), donate_argnums=0)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params))
+    program = build(cfg, mesh)
+    trainable, frozen = program.load()
+    frozen = program.with_reference(trainable, frozen)
+    state, update = program.begin(trainable), program.step(10_000)
 
     def step():
         nonlocal state
         host = next(loader)
-        state, _ = update(state, frozen, Batch(**jax.device_put(host)))
+        with jax.set_mesh(mesh):
+            state, _ = update(state, frozen, Batch(**put(mesh, host)))
         jax.block_until_ready(state)
         return float((host["segment_ids"] > 0).sum())
 

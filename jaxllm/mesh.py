@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,7 +67,28 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
         raise UserError(f"mesh: {shape or 'one device'} does not make {len(devices)} devices")
     types = (AxisType.Auto,) * len(AXES)
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return Mesh(joined_slices(devices, sizes), AXES, axis_types=types)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def joined_slices(devices: list[Any], sizes: dict[str, int]) -> np.ndarray:
+    """Devices of several slices, in the order of a mesh of `sizes`.
+
+    The slices are joined along `data`, or along `fsdp` if data is no multiple of their number. All
+    other communication stays within a slice, whose network is faster. Raises UserError if neither
+    size is a multiple.
+    """
+    slices = len({device.slice_index for device in devices})
+    axis = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
+    if axis is None:
+        raise UserError(
+            f"mesh: the devices are in {slices} slices; mesh.data or mesh.fsdp must be a multiple "
+            f"of {slices}"
+        )
+    inside = sizes | {axis: sizes[axis] // slices}
+    across = dict.fromkeys(sizes, 1) | {axis: slices}
+    return create_hybrid_device_mesh(tuple(inside.values()), tuple(across.values()), devices)
 
 
 def platform() -> str:
@@ -130,7 +152,7 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
     return list(dict.fromkeys(lines))
 
 
-def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop="") -> NamedSharding:
+def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop: str = "") -> NamedSharding:
     """Sharding of a weight, its gradient or moments; replicated along the mesh axis `drop`."""
     return NamedSharding(mesh, spec(axes, shape, mesh, drop))
 

@@ -6,6 +6,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -114,6 +115,7 @@ def train(cfg: TrainConfig) -> Result:
             del trainable
         else:
             del trainable  # before the checkpoint's weights take its place in memory
+            gc.collect()  # nnx.merge and nnx.to_pure_dict leave cycles that refer to weights
             state, saved = checkpoints.restore(resumed, program.state), checkpoints.meta(resumed)
 
     # ---- batches, metrics and progress, continued from the checkpoint
@@ -123,6 +125,7 @@ def train(cfg: TrainConfig) -> Result:
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
     record = RowLog(cfg, start)
+    assert data.train is not None
     if cfg.verb.online:
         sampler = program.models, frozen, rewards, tokenizer, metrics.sample, record
         batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
@@ -175,6 +178,7 @@ def train(cfg: TrainConfig) -> Result:
         best = evals.best
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
+            gc.collect()
             state = checkpoints.restore(best.step, program.state)
 
     # ---- write the trained model or adapter
@@ -292,12 +296,15 @@ def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
 
 @contextmanager
 def stop_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM or SIGINT at any process ends the loop of all of them after a step.
+    """SIGTERM, SIGINT or SIGHUP at any process ends the loop of all of them after a step.
 
     The second signal ends the process at once, without another checkpoint.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    names = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+    names = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        names.append(signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        names = []
 
     def handle(*_: Any) -> None:
         watch.request_stop()

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How logical dims are split along the axes of a mesh."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import MeshSection, axes_of, make_mesh, replicated, spec
+from jaxllm.mesh import AXES, MeshSection, axes_of, joined_slices, make_mesh, replicated, spec
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.step import weight_shardings
@@ -87,3 +90,28 @@ def test_an_unknown_dim_and_two_dims_of_one_axis_are_errors():
 def test_axes_of_a_stack_begin_with_layers():
     variable = nnx.Param(jnp.zeros((2, 24, 36)), axes=("embed", ("heads", 9)))
     assert axes_of(variable) == ("layers", "embed", ("heads", 9))
+
+
+def slices_of(count: int, size: int) -> list:
+    """Stand-ins for the devices of several slices, in an order that mixes the slices."""
+    return [
+        SimpleNamespace(id=i, slice_index=i % count, platform="cpu", device_kind="cpu")
+        for i in range(count * size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"), [({"data": 2, "fsdp": 4}, "data"), ({"fsdp": 4, "tensor": 2}, "fsdp")]
+)
+def test_slices_are_joined_along_data_or_fsdp_and_other_axes_stay_inside(sizes, joined):
+    sizes = dict.fromkeys(AXES, 1) | sizes
+    grid = joined_slices(slices_of(2, 4), sizes)
+    assert grid.shape == tuple(sizes.values())
+    across = AXES.index(joined)
+    for block in np.split(grid, 2, axis=across):
+        assert len({device.slice_index for device in block.flat}) == 1
+
+
+def test_slices_that_no_axis_can_join_are_refused():
+    with pytest.raises(UserError, match="must be a multiple of 3"):
+        joined_slices(slices_of(3, 2), dict.fromkeys(AXES, 1) | {"data": 1, "tensor": 6})

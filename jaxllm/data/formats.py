@@ -8,7 +8,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
@@ -153,7 +153,7 @@ READERS = {
 def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any:
     """Parse JSON. Raises UserError for malformed JSON and for text with a lone surrogate."""
     try:
-        value = _decode(json.loads, text)
+        value = json.loads(text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -161,20 +161,26 @@ def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any
         why = f"{error.msg} at column {error.colno}"
     except UnicodeEncodeError as error:
         why = f"{error.object[error.start]!a} is a lone surrogate, which is not a character"
+    except (ValueError, RecursionError) as error:
+        why = _exceeded_limit(error)
     raise UserError(f"{location}: {problem}: {why}; saw {excerpt(text)}")
 
 
-def _decode(decode: Callable[..., Any], text: str, offset: int = 0) -> Any:
-    """Call a decoder of `json`, and raise each of its errors as a JSONDecodeError."""
+def _exceeded_limit(error: ValueError | RecursionError) -> str:
+    """The limit of Python's parser that a JSON text exceeds. The error has no position."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
+
+
+def _decode(text: str, offset: int) -> tuple[Any, int]:
+    """(the JSON value at `offset`, its end). Raises JSONDecodeError for all errors."""
     try:
-        return decode(text, offset) if offset else decode(text)
+        return _DECODER.raw_decode(text, offset)
     except json.JSONDecodeError:
         raise
-    except RecursionError:
-        why = "it is nested too deeply"
-    except ValueError:
-        why = f"an integer has more than {sys.get_int_max_str_digits()} digits"
-    raise json.JSONDecodeError(why, text, offset)
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(_exceeded_limit(error), text, offset) from None
 
 
 def _decode_utf8(data: bytes, location: str, *, start: bool) -> str:
@@ -194,9 +200,11 @@ def _lines(file: Path, stream: Any) -> Iterator[str]:
 
 def _is_json(text: str) -> bool:
     try:
-        _decode(json.loads, text)
+        json.loads(text)
     except json.JSONDecodeError:
         return False
+    except (ValueError, RecursionError):
+        pass  # `parse_json` reports these with their line
     return True
 
 
@@ -221,10 +229,10 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
     """The (start, end) of each record in the text."""
     offset, closing = _skip_space(text, 0), "]"
     if text[offset : offset + 1] != "[":
-        value, end = _decode(_DECODER.raw_decode, text, offset)
+        value, end = _decode(text, offset)
         if _skip_space(text, end) < len(text) or not _wraps_records(value, file):
             while offset < len(text):
-                _, end = _decode(_DECODER.raw_decode, text, offset)
+                _, end = _decode(text, offset)
                 yield offset, end
                 offset = _skip_space(text, end)
             return
@@ -233,7 +241,7 @@ def _record_spans(file: Path, text: str) -> Iterator[tuple[int, int]]:
         offset, closing = key.end(), "]}"
     offset = _skip_space(text, offset + 1)
     while text[offset : offset + 1] != "]":
-        _, end = _decode(_DECODER.raw_decode, text, offset)
+        _, end = _decode(text, offset)
         yield offset, end
         offset = _skip_space(text, end)
         if text[offset : offset + 1] == ",":

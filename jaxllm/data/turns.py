@@ -203,10 +203,12 @@ class Turns:
         if not full.text.startswith(context):
             return None
         start = self._skip_header(full.text, len(context))
-        try:
-            prefix = Rendering(self.template, full.chat, turn + 1).text
-        except UserError:
-            prefix = ""
+        prefix = full.text
+        if turn + 1 < full.count:
+            try:
+                prefix = Rendering(self.template, full.chat, turn + 1).text
+            except UserError:
+                prefix = ""
         content_end = self._content_end(prefix, start, len(prefix))
         if start <= len(prefix) and full.text.startswith(prefix[:content_end]):
             # Templates may end a last turn differently, so its end is taken from the full text.

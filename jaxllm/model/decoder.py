@@ -25,11 +25,11 @@ from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
+from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
 
-HEAD_AXES = ("embed", "vocab")
 SCORE_AXES: Any = ("embed", None)
 
 

@@ -247,6 +247,8 @@ def test_hash_is_of_content_and_not_of_names(tmp_path):
                 ('"text"', "[" * 100_000, "it is nested too deeply"),
             )
         ),
+        ("a.jsonl", f'{{"text": {"1" * 5_000}}}', "4300 digits; saw"),  # has no column
+        ("a.json", f'{{"text": {"[" * 100_000}}}\n{{"text": "b"}}', r"json:1: .*deeply; saw"),
     ],
 )
 def test_malformed_data_names_file_and_line(name, content, message, tmp_path):

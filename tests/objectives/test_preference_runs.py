@@ -2,6 +2,7 @@
 """Reward models, DPO and KTO: an update's numbers do not depend on how it is computed, and whole
 runs resume exactly."""
 
+import gc
 import importlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from runs import arguments, killed, lines_of, refused
 from safetensors.numpy import load_file, save_file
 from steps import judged_rows, pair_rows, trajectory, unpacked_slots
 
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, TrainConfig
 from jaxllm.mesh import make_mesh
@@ -160,6 +162,28 @@ def test_precomputed_log_probabilities_give_the_run_of_the_live_reference(base, 
         want = {step: line for step, line in lines_of(base / verb).items() if step <= 3}
         equal_runs(want, lines_of(base / out), rtol=1e-3, atol=1e-4)
     assert len(list((base / "cache").glob("reference-*.npz"))) == 1  # both start from one model
+
+
+def test_a_resumed_run_frees_its_first_weights_before_it_restores(base, monkeypatch):
+    """With one copy more in memory, a run that fits at first would not fit when it resumes."""
+    out = ("dpo", "freed", "--micro_batch_size", "8", "--align.reference", "precomputed")
+    live, restore = [], Checkpoints.restore
+
+    def restoring(*args, **options):
+        live.append(sum(array.nbytes for array in jax.live_arrays()))
+        return restore(*args, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore", restoring)
+    with one_device():
+        assert main(aligning(base, *out, "--steps", "1")) == 0
+        gc.collect()
+        before = sum(array.nbytes for array in jax.live_arrays())
+        gc.disable()
+        try:
+            assert main(aligning(base, *out, "--steps", "2")) == 0
+        finally:
+            gc.enable()
+    assert live == [before]
 
 
 def test_a_metric_is_checked_before_log_probabilities_are_precomputed(base, capsys):
