@@ -304,6 +304,27 @@ def export(verb: str, args: list[str]) -> None:
     print(write(options.run, options.out, options.dtype, options.step, options.merge))
 
 
+def rows(verb: str, args: list[str]) -> None:
+    parser = _Parser(verb)
+    parser.flag("run", "run folder", type=home, metavar="RUN")
+    parser.flag("--step", "the step, from 1", type=_integer(1), required=True, metavar="N")
+    parser.flag("--json", "print one JSON object", action="store_true")
+    options = parser.read(args)
+    from jaxllm.rows import describe, rows_of_step
+
+    found = rows_of_step(options.run, options.step)
+    print(json.dumps(found) if options.json else describe(found, colour=sys.stdout.isatty()))
+
+
+def verify(verb: str, args: list[str]) -> None:
+    parser = _Parser(verb)
+    parser.flag("run", "run folder", type=home, metavar="RUN")
+    options = parser.read(args)
+    from jaxllm.rows import verify as check_rows
+
+    print(check_rows(options.run))
+
+
 def comparison(verb: str, args: list[str]) -> int:
     from jaxllm.compare import HELP, compare
 
@@ -385,6 +406,8 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "chat": (chat, "chat with a model in the terminal"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
+    "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
+    "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }
 
 

@@ -27,7 +27,7 @@ from jaxllm.data.batch import Batch
 from jaxllm.data.dataset import Data
 from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import eval_batches
-from jaxllm.data.rows import Rows
+from jaxllm.data.rows import Origin, Rows
 from jaxllm.mesh import data_parallel, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
@@ -54,6 +54,10 @@ class RowsWithLogps:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         return self.part[row] | {name: logps[row] for name, logps in self.logps.items()}
+
+    def origins(self, row: int, epoch: int) -> list[list[Origin]]:
+        """The examples in each segment of a row, which is that of pass 0."""
+        return self.part.origins(row, 0)
 
 
 def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, mesh: Mesh) -> Data:

@@ -4,6 +4,7 @@
 config.json     the resolved config       checkpoints/STEP/   training state
 data.json       the data manifest         model/              configs and tokenizer at the start
 metrics.jsonl   metrics                   final/              the trained model or adapter
+rows.bin        hashes of the rows
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens, stop_ids
 from jaxllm.data.dataset import Data, load_data, summarize
-from jaxllm.data.loader import make_loader
+from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
@@ -44,6 +44,7 @@ from jaxllm.pretokenize import run_tokenizer
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
+from jaxllm.rows import RowLog
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
@@ -123,12 +124,13 @@ def train(cfg: TrainConfig) -> Result:
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
+    record = RowLog(cfg, start)
     assert data.train is not None
     if cfg.verb.online:
-        sampler = program.models, frozen, rewards, tokenizer, metrics.sample
+        sampler = program.models, frozen, rewards, tokenizer, metrics.sample, record
         batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
     else:
-        batches = LoadedBatches(program, data.train, start)
+        batches = LoadedBatches(program, data.train, start, record)
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     log = Log(metrics, meter, watch, Progress(timetable.steps, start, enabled=cfg.log.progress))
@@ -138,7 +140,7 @@ def train(cfg: TrainConfig) -> Result:
     unlogged = False  # a log line is due; it is written while the next step runs on the device
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with closing(checkpoints), log.opened(), jax.set_mesh(mesh), stop_signal(watch):
+    with closing(checkpoints), record, log.opened(), jax.set_mesh(mesh), stop_signal(watch):
         if eval_pending:
             evals(step, state)
             checkpoints.amend(step, evals.meta(False), evals.kept)
@@ -314,15 +316,18 @@ def stop_signal(watch: Watch) -> Iterator[None]:
 class LoadedBatches:
     """The batches of a run on data: `(step, weights) -> (batch [A, B, T], {})`."""
 
-    def __init__(self, program: Program, rows: Rows, start: int):
-        cfg, self.mesh = program.cfg, program.mesh
+    def __init__(self, program: Program, rows: Rows, start: int, record: RowLog):
+        cfg, self.mesh, self.record = program.cfg, program.mesh, record
         sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
         self.size = cfg.batch_size // program.micro_batches
         local = local_rows(self.mesh, self.size)
+        self.places = [first + i for first in range(0, cfg.batch_size, self.size) for i in local]
         self.loader = make_loader(rows, **sizes, local=local, seed=cfg.seed, start_step=start)
 
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, dict[str, Any]]:
-        return Batch(**put(self.mesh, next(self.loader), self.size)), {}
+        batch = next(self.loader)
+        self.record(step + 1, unstacked(batch), self.places)
+        return Batch(**put(self.mesh, batch, self.size)), {}
 
     def state(self) -> dict[str, Any]:
         """Nothing to save: the batch is a function of the seed and the step."""

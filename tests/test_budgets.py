@@ -31,7 +31,7 @@ FLOORS = (
     ("objectives", "optim"),
     ("hf", "checkpoint", "step"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
-    ("program",),
+    ("program", "rows"),
     ("pretokenize",),
     ("training", "compare", "exports", "launch"),
     ("cli", "__main__"),

@@ -216,7 +216,9 @@ def test_help_shows_every_key_with_its_default_and_names(verb, capsys):
     assert "--model.path PATH [null]" in text
 
 
-@pytest.mark.parametrize("verb", ["tokenizer train", "eval", "generate", "chat", "export"])
+@pytest.mark.parametrize(
+    "verb", ["tokenizer train", "eval", "generate", "chat", "export", "rows", "verify"]
+)
 def test_help_of_the_other_verbs(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*verb.split(), "--help"])
@@ -268,6 +270,9 @@ def test_schema_is_json(capsys):
             ["tokenizer", "train", "a", "--out", "t", "--vocab_size", "1.5"],
             "--vocab_size: seen 1.5",
         ),
+        (["rows", "run"], "required: --step"),
+        (["rows", "run", "--step", "0"], "--step: seen 0; must be an integer from 1"),
+        (["verify"], "required: RUN"),
         (["pretrain", "nope.yaml"], "nope.yaml: no such config file"),
     ],
 )

@@ -7,7 +7,7 @@ Dims: A micro-batches of an update, B rows of an update, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -19,7 +19,25 @@ from jaxllm.errors import UserError
 
 
 def ordered(rows: Rows, seed: int) -> grain.MapDataset:
-    """The endless sequence of rows, with random access; each epoch of a source is reshuffled."""
+    """The endless sequence of rows, with random access."""
+
+    def read(place: Place) -> Row:
+        part, row, epoch = rows.parts[place.part], place.row, place.epoch
+        return part.row(row, epoch) if isinstance(part, Judged) else part[row]
+
+    return places(rows, seed).map(read)
+
+
+class Place(NamedTuple):
+    """Where a row comes from: the index of its source, the row of that, and the pass over it."""
+
+    part: int
+    row: int
+    epoch: int
+
+
+def places(rows: Rows, seed: int) -> grain.MapDataset:
+    """The place of each row of `ordered`; each epoch of a source is reshuffled."""
 
     def endless(part: grain.MapDataset, index: int) -> grain.MapDataset:
         if len(part) == ENDLESS:
@@ -28,7 +46,7 @@ def ordered(rows: Rows, seed: int) -> grain.MapDataset:
         # Grain cannot slice an endless dataset in batches of 1; this is endless in practice.
         return part.shuffle(seed=int(source_seed)).repeat(2**60 // len(part))
 
-    parts = [_epochs(part) for part in rows.parts]
+    parts = [_epochs(index, len(part)) for index, part in enumerate(rows.parts)]
     if rows.weights is None:
         return endless(_concatenated(parts), 0)
     mixed = [endless(part, index) for index, part in enumerate(parts)]
@@ -42,18 +60,22 @@ def _concatenated(parts: Sequence[grain.MapDataset]) -> grain.MapDataset:
     return grain.MapDataset.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _epochs(part: Any) -> grain.MapDataset:
-    """The rows of a source in each pass over it."""
-    if not isinstance(part, Judged):  # the rows of all passes are equal
-        return grain.MapDataset.source(part)
-    rows = grain.MapDataset.range(len(part))
-    return rows.map_with_index(lambda index, row: part.row(row, index // len(part)))
+def _epochs(part: int, count: int) -> grain.MapDataset:
+    """The places of a source of `count` rows in each pass over it."""
+    rows = grain.MapDataset.range(count)
+    return rows.map_with_index(lambda index, row: Place(part, row, index // count))
 
 
 def _stack(batch: Sequence[Row], micro_batches: int) -> Row:
     """Stack the fields of rows to [A, rows / A, …]."""
     fields = {f: np.stack([row[f] for row in batch]) for f in batch[0]}
     return {f: v.reshape(micro_batches, -1, *v.shape[1:]) for f, v in fields.items()}
+
+
+def unstacked(batch: Row) -> Iterator[Row]:
+    """The rows of a batch [A, B/A, …] in order, without copies."""
+    fields = {f: v.reshape(-1, *v.shape[2:]) for f, v in batch.items()}
+    return ({f: v[row] for f, v in fields.items()} for row in range(len(fields["tokens"])))
 
 
 def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:

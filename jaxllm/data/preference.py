@@ -18,7 +18,7 @@ import xxhash
 
 from jaxllm.data.batch import make_row
 from jaxllm.data.examples import Examples
-from jaxllm.data.rows import PackedRows
+from jaxllm.data.rows import Origin, PackedRows
 from jaxllm.errors import UserError
 
 Segment = tuple[np.ndarray, np.ndarray]  # (tokens int32 [n], loss_weights float32 [n])
@@ -40,6 +40,9 @@ class _PackedPairs(PackedRows, ABC):
 
         Fields: {field of Batch: value for the example's slot}; 1 and 2 are its segments, 0 is none.
         """
+
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        return [[index], [index]]
 
     def _halves(self, index: int) -> tuple[Segment, Segment]:
         """(tokens, loss weights) of an example before and from token `first` on."""
@@ -149,6 +152,9 @@ class Judged(_PackedPairs):
             donors[block] = block[donor % count]
         return donors
 
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        return [[index], [index, int(self._donors(epoch)[index])]]
+
     def pair(self, index: int, epoch: int) -> tuple[Segment, Segment, dict[str, Any]]:
         prompt, answer = self._halves(index)
         _, other_answer = self._halves(self._donors(epoch)[index])
@@ -176,3 +182,7 @@ class Prompts:
         i = self.indices[index]
         record = json.loads(self.examples.record(i))
         return {"tokens": self.examples.tokens(i)} | record
+
+    def origins(self, index: int, epoch: int) -> list[list[Origin]]:
+        """The example of a prompt, its only segment."""
+        return [[(self.examples, int(self.indices[index]))]]

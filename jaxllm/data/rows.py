@@ -16,6 +16,7 @@ from jaxllm.data.examples import Examples
 from jaxllm.errors import UserError
 
 Row = dict[str, np.ndarray]  # the fields of Batch without the batch dim
+Origin = tuple[Examples, int]  # an example of a source
 
 
 class Windows:
@@ -40,14 +41,11 @@ class Windows:
         return self._count
 
     def __getitem__(self, row: int) -> Row:
+        begin, end, documents = self._span(row)
         starts = self._starts
-        begin = row * self.length
-        end = min(begin + self.length + 1, int(starts[-1]))
-        first = int(np.searchsorted(starts, begin, "right")) - 1
-        last = int(np.searchsorted(starts, end, "left"))
         pieces = [
             self.examples.tokens(self.indices[i])[max(begin - starts[i], 0) : end - starts[i]]
-            for i in range(first, last)
+            for i in documents
         ]
         tokens = np.concatenate(pieces)
         sizes = [len(piece) for piece in pieces] if self._segment else [len(tokens)]
@@ -60,6 +58,18 @@ class Windows:
         out["segment_ids"][:n] = segment_ids[:-1]
         out["positions"][:n] = np.concatenate([np.arange(size) for size in sizes])[:-1]
         return out
+
+    def _span(self, row: int) -> tuple[int, int, range]:
+        """(first token of a row, end of its last target, the documents in between)."""
+        begin = row * self.length
+        end = min(begin + self.length + 1, int(self._starts[-1]))
+        first = int(np.searchsorted(self._starts, begin, "right")) - 1
+        return begin, end, range(first, int(np.searchsorted(self._starts, end, "left")))
+
+    def origins(self, row: int, epoch: int) -> list[list[Origin]]:
+        """The examples in each segment of a row."""
+        documents = [(self.examples, int(self.indices[i])) for i in self._span(row)[2]]
+        return [[document] for document in documents] if self._segment else [documents]
 
 
 class PackedRows:
@@ -74,6 +84,15 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self._packing)
+
+    def segments_of(self, index: int, epoch: int) -> list[list[int]]:
+        """The segments of example `index` in pass `epoch`, each as the examples in it."""
+        return [[index]]
+
+    def origins(self, row: int, epoch: int) -> list[list[Origin]]:
+        """The examples in each segment of a row, in pass `epoch` over the source."""
+        segments = [s for index in self._packing[row] for s in self.segments_of(index, epoch)]
+        return [[(self.examples, int(self.indices[i])) for i in segment] for segment in segments]
 
 
 class Conversations(PackedRows):

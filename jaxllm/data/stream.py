@@ -25,7 +25,7 @@ import xxhash
 
 from jaxllm.config import Source, TrainConfig
 from jaxllm.data.examples import Examples, cache_key, cache_root, tokenize_table
-from jaxllm.data.rows import Windows
+from jaxllm.data.rows import Origin, Row, Windows
 from jaxllm.data.sources import Located, content_hash, file_id, locate, read
 from jaxllm.errors import UserError
 
@@ -81,7 +81,17 @@ class Stream:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, row: int) -> Row:
+        windows, index = self._window(row)
+        return windows[index]
+
+    def origins(self, row: int, epoch: int) -> list[list[Origin]]:
+        """The examples in each segment of a row."""
+        windows, index = self._window(row)
+        return windows.origins(index, epoch)
+
+    def _window(self, row: int) -> tuple[Windows, int]:
+        """(the rows of the file that has row `row`, its index among them)."""
         with self._lock:
             segment = self._segment_of(row)
             epoch, file = self._segments[segment]
@@ -92,7 +102,7 @@ class Stream:
                     "number for it; delete that file to count again"
                 )
             order = self._shuffled(epoch, file + 1, len(rows))
-        return rows[int(order[row - self._starts[segment]])]
+        return rows, int(order[row - self._starts[segment]])
 
     def _segment_of(self, row: int) -> int:
         """The index of the segment that has row `row`; counts the rows of earlier files."""

@@ -43,6 +43,11 @@ def updates_per_rollout(cfg: TrainConfig) -> int:
     return cfg.rl.minibatches * (cfg.rl.iterations or 1)
 
 
+def prompts_per_rollout(cfg: TrainConfig) -> int:
+    """Prompts of a rollout, each of which gets a group of completions."""
+    return cfg.batch_size * cfg.rl.minibatches // (cfg.rl.group_size or 1)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Completions with their rewards, and the models' log-probabilities and values of the tokens.
@@ -67,8 +72,8 @@ class Rollout:
 class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
-    rows: prompts; models, frozen: those of the step; sample: writes a line of samples.jsonl; state:
-    of a checkpoint, {} for a new run.
+    rows: prompts; models, frozen: those of the step; sample: writes a line of samples.jsonl;
+    record: receives (step, prompts) of each rollout; state: of a checkpoint, {} for a new run.
     """
 
     def __init__(
@@ -81,18 +86,19 @@ class Rollouts:
         rewards: Sequence[Reward],
         tokenizer: Any,
         sample: Callable[..., None],
+        record: Callable[[int, list[Any]], None],
         *,
         state: dict[str, float],
     ):
         rl = cfg.rl
         assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
         self.cfg, self.mesh, self.models, self.frozen = cfg, mesh, models, frozen
-        self.tokenizer, self.sample = tokenizer, sample
+        self.tokenizer, self.sample, self.record = tokenizer, sample, record
         self.rewards = {reward.name: reward for reward in rewards}
         if len(self.rewards) < len(rewards):  # two have the same name: use the config's longer ones
             self.rewards = dict(zip(rl.rewards, rewards, strict=True))
         self.group, self.size = rl.group_size, cfg.batch_size * rl.minibatches
-        self.prompts = ordered(rows, cfg.seed).batch(self.size // self.group, batch_fn=list)
+        self.prompts = ordered(rows, cfg.seed).batch(prompts_per_rollout(cfg), batch_fn=list)
         self.longest = max(part.longest for part in rows.parts)  # one program for all rollouts
         self.controller = KlController(state.get("beta", cfg.align.beta), rl.kl_target)
         self.sampling = Sampling(
@@ -145,6 +151,7 @@ class Rollouts:
         learns from it, from 1."""
         start, cfg = time.perf_counter(), self.cfg
         groups: Any = self.prompts[number]
+        self.record(step, groups)
         prompts = [prompt for prompt in groups for _ in range(self.group)]
         graph, params = nnx.split(self.models(trainable, self.frozen)[0])
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)

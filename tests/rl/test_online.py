@@ -89,7 +89,9 @@ class Online:
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
         sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
         rows = Rows((PromptList(PROMPTS),), None, 16)
-        self.feed = Rollouts(self.cfg, mesh, rows, models, {}, rewards, Numbers, sample, state={})
+        self.feed = Rollouts(
+            self.cfg, mesh, rows, models, {}, rewards, Numbers, sample, lambda *_: None, state={}
+        )
 
     def updates(self, count):
         """(NumPy batches [B, T], logged metrics) of the first updates."""
@@ -428,6 +430,7 @@ def test_grpo_resumes_bit_for_bit_after_sigkill(straight):
     killed([sys.executable, "-m", "jaxllm", *args], run)
     assert max(lines_of(run), default=0) < 20
     assert main(args) == 0
+    assert main(["verify", str(run)]) == 0
     assert_same_run(straight / "grpo", run, 20)
 
 
