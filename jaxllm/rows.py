@@ -263,12 +263,12 @@ def verify(run: str) -> str:
     sequence = ordered(rows, cfg.seed).map(row_hash).batch(width, batch_fn=list)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     hashes = iter(sequence.to_iter_dataset(options))
-    complete = records.all(1)
+    complete = records.all(1) & (records[:, 0] == 1 + stride * np.arange(len(records)))
     saved = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
     needed = max(saved, default=0) // stride
     missing = np.flatnonzero(~complete)
     count = int(missing[0]) if len(missing) else len(records)
-    if count < max(needed, int(np.flatnonzero(complete).max(initial=-1)) + 1):
+    if count < max(needed, int(np.flatnonzero(records.any(1)).max(initial=0))):
         raise UserError(f"{run}: {FILE} does not have step {count * stride + 1}")
     for number, recorded in enumerate(records[:count, 1:].tolist()):
         for row, (before, after) in enumerate(zip(recorded, next(hashes), strict=True)):

@@ -135,11 +135,6 @@ def test_every_field_that_comes_from_the_data_changes_the_hash():
     assert row_hash(row | {"chosen_logps": np.ones(3, np.float32)}) == row_hash(row)
 
 
-def append(run: Path, *records: list[int]) -> None:
-    with (run / FILE).open("ab") as file:
-        file.write(np.array(records, "<u8").tobytes())
-
-
 def records_of(run: Path) -> np.ndarray:
     return np.fromfile(run / FILE, "<u8").reshape(-1, 1 + SIZE)
 
@@ -150,17 +145,22 @@ def test_steps_after_a_checkpoint_are_recorded_again(project, capsys):
     with (run / FILE).open("ab") as file:
         file.write(b"killed while it was writing")
     cfg, _ = load_config("sft", None, ["--output_dir", str(run), "--batch_size", str(SIZE)])
-    with RowLog(cfg, 3):
-        pass
-    assert np.array_equal(records_of(run), records)
-    append(run, *records[3:].tolist())
+    row = {"tokens": np.arange(4, dtype=np.int32)}
+    with RowLog(cfg, 3) as record:  # two processes, whose rows alternate
+        for first in (0, 1):
+            record(4, [row] * (SIZE // 2), range(first, SIZE, 2))
+    again = np.fromfile(run / FILE, "<u8")[: records.size].reshape(records.shape)
+    assert (again[3] == [4, *[row_hash(row)] * SIZE]).all()
+    assert np.array_equal(np.delete(again, 3, 0), np.delete(records, 3, 0))
+    with (run / FILE).open("r+b") as file:
+        file.write(records.tobytes())
     assert main(["verify", str(run)]) == 0
-    assert "are as recorded; 2 were repeated after a resume" in capsys.readouterr().out
+    assert f"all {len(records)} steps of {SIZE} rows are as recorded" in capsys.readouterr().out
     with RowLog(cfg, 0):  # a new run
         assert not (run / FILE).stat().st_size
 
 
-def test_only_the_main_process_writes(project, monkeypatch):
+def test_only_the_main_process_writes_rows_that_all_have(project, monkeypatch):
     run, _ = recorded(project, "sft")
     before = (run / FILE).read_bytes()
     monkeypatch.setattr(dist, "is_main", lambda: False)
@@ -173,11 +173,10 @@ def test_only_the_main_process_writes(project, monkeypatch):
 def test_the_first_row_that_differs_is_named(project, capsys):
     run, _ = recorded(project, "sft")
     right = records_of(run)
-    for record, row in ((3, 5), (2, 7)):  # the last step that is repeated, and an earlier one
+    for record, row in ((3, 5), (2, 7)):
         wrong = right.copy()
         wrong[record, 1 + row] = 0xABC
         wrong.tofile(run / FILE)
-        append(run, *right[2:].tolist())
         words = f"step {record + 1}, row {row}: the run recorded hash 0000000000000abc"
         again = f"its config and data now give {right[record, 1 + row]:016x} ("
         line = refused(capsys, ["verify", str(run)], words, again)
