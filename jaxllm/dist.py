@@ -94,18 +94,18 @@ def _detected(section: ClusterSection) -> tuple[str, int, int, Any]:
 
 
 def count() -> int:
-    """Number of processes."""
-    return jax.process_count()
+    """Number of processes. Like `index`, it touches no device if there is one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
     """Index of this process, from 0."""
-    return jax.process_index()
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_main() -> bool:
     """True in the process that writes files and prints."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def client() -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -182,30 +183,30 @@ def train(cfg: TrainConfig) -> Result:
             state = checkpoints.restore(best.step, program.state)
 
     # ---- write the trained model or adapter
-    final = None
-    if cfg.save.final and not stopped:
-        final = str(run.path / "final")
-        say(f"writing {final}")
-        watch.enter("export", step)
-        weights = eval_params(state.opt_state, state.trainable)
-        write_final(program, program.models(weights, frozen)[0], final, tokenizer)
+    watch.enter("export", step)
+    writes = cfg.save.final and not stopped
+    final = write_final(program, state, frozen, tokenizer) if writes else None
     metrics.write("goodput", step, **watch.finish())
     early = step < timetable.steps and not stopped
     return Result(step, stopped, early, best, evals.latest, final)
-
-
-def write_final(program: Program, model: Any, path: str, tokenizer: Any) -> None:
-    """Writes the trained model, or its adapter."""
-    if program.adapter.frozen:
-        hf.save_adapter(model, path, tokenizer)
-    else:
-        hf.save_hf(model, path, dtype=program.cfg.save.dtype, tokenizer=tokenizer)
 
 
 def say(*lines: str) -> None:
     """Prints lines for the user on stderr, once for all processes."""
     for line in lines if dist.is_main() else ():
         print(line, file=sys.stderr, flush=True)
+
+
+def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str:
+    """Writes the trained model, or its adapter; returns the directory."""
+    path = str(Path(program.cfg.output_dir) / "final")
+    say(f"writing {path}")
+    model = program.models(eval_params(state.opt_state, state.trainable), frozen)[0]
+    if program.adapter.frozen:
+        hf.save_adapter(model, path, tokenizer)
+    else:
+        hf.save_hf(model, path, dtype=program.cfg.save.dtype, tokenizer=tokenizer)
+    return path
 
 
 # ---- before the loop

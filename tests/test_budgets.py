@@ -24,7 +24,7 @@ MODULES = {
 FLOORS = (
     ("errors",),
     ("config",),
-    ("compilation", "dist", "mesh", "files"),
+    ("compilation", "rendezvous", "dist", "watch", "mesh", "files"),
     ("ops",),
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
@@ -36,7 +36,7 @@ FLOORS = (
     ("training", "compare", "exports", "launch"),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 17_000
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 18_800
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

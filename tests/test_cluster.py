@@ -116,6 +116,7 @@ def verbs(project: Path, layout: str) -> dict[str, list[str]]:
     for verb, options in more.items():
         args = arguments(project, verb, f"{verb}-{layout}", *common, *options)
         args[args.index("--data.max_length") + 1] = "32"  # leaves room for completions
+        args[args.index("--optim.learning_rate") + 1] = "0.001"  # rounding grows with larger steps
         at = args.index("--model.config")
         commands[verb] = [*args[:at], "--model.path", base, *args[at + 2 :]]
     return commands
