@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -93,7 +94,9 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 
 # ---- the same numbers
 
-LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}
+LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}  # processes x devices of each
+VERBS = {"2x4": ("pretrain", "sft", "dpo", "grpo"), "4x2": ("pretrain", "grpo")}
+CASES = [(verb, layout) for layout, names in VERBS.items() for verb in names]
 
 
 def verbs(project: Path, layout: str) -> dict[str, list[str]]:
@@ -143,15 +146,15 @@ def layouts(project):
         assert main(args) == 0
     for layout, (processes, devices) in LAYOUTS.items():
         script = str(ROOT / "tests" / "cluster_runs.py")
-        runs = json.dumps(list(verbs(project, layout).values()))
+        commands = verbs(project, layout)
+        runs = json.dumps([commands[verb] for verb in VERBS[layout]])
         status, output = finished(launched(processes, devices, [sys.executable, script, runs]))
         assert status == 0, output[-3000:]
-        assert output.count("done: 10 steps") == 4  # said once, not by each process
+        assert output.count("done: 10 steps") == len(VERBS[layout])  # not by each process
     return project
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("verb", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize(("verb", "layout"), CASES)
 def test_losses_and_gradient_norms_do_not_depend_on_the_processes(layouts, verb, layout):
     one, several = (lines_of(layouts / f"{verb}-{name}") for name in ("1x8", layout))
     assert list(one) == list(several) == list(range(1, 11))
@@ -365,3 +368,50 @@ def test_one_process_needs_no_coordinator(monkeypatch):
         monkeypatch.setenv(name, value)
     dist.start(ClusterSection(timeout=1))
     assert dist.count() == 1
+
+
+# ---- many times at random moments (make cluster)
+
+
+def until(project: Path, name: str, steps: int, processes: int, seed: int, number: int) -> int:
+    """Starts or resumes a run and sends `number` to a random process after random seconds; the
+    exit status. 0: it had ended before."""
+    draw = random.Random(seed)
+    sizes = ("--steps", str(steps), "--cluster.timeout", "5", "--save.every", "20")
+    run = launched(processes, 4 // processes, command(project, "pretrain", name, *sizes))
+    try:
+        run.wait(timeout=draw.uniform(4.0, 20.0))
+    except subprocess.TimeoutExpired:
+        try:
+            os.kill(process_of(run, draw.randrange(processes)), number)
+        except (AssertionError, ProcessLookupError):
+            pass  # it ends at this moment
+    start = time.monotonic()
+    status, output = finished(run, 60)
+    assert status in (0, REQUEUE), output[-3000:]
+    assert number == signal.SIGTERM or time.monotonic() - start < 20
+    return status
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_twenty_signals_at_random_moments_lose_nothing(project, number):
+    name, steps = f"random-{number.name}", 3000
+    stops = 0
+    for seed in range(200):
+        processes = 2 if number == signal.SIGKILL else 1 + seed % 2
+        status = until(project, name, steps, processes, seed, number)
+        stops += status == REQUEUE
+        if stops >= 20 or status == 0:
+            break
+    args = arguments(project, "pretrain", name, "--steps", str(steps), "--save.every", "20")
+    while main(args) == REQUEUE:
+        pass
+    assert stops >= 20
+    straight = arguments(project, "pretrain", f"{name}-straight", "--steps", str(steps))
+    assert main([*straight, "--save.every", "20"]) == 0
+    one, several = (lines_of(project / run) for run in (f"{name}-straight", name))
+    assert list(several) == list(one) == list(range(1, steps + 1))
+    for step in range(1, 11):
+        assert several[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
+    assert main(["verify", str(project / name)]) == 0

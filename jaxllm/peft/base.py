@@ -35,7 +35,10 @@ class Slot:
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """{name in the file: float32 array}, from the model."""
     slots = list(slots)
-    gathered = dist.gather({id(slot.variable): slot.variable.get_value() for slot in slots})
+    variables = {id(slot.variable): slot.variable for slot in slots}
+    # A list, since a dict of ids would be gathered in another order by each process.
+    values = dist.gather([variable.get_value() for variable in variables.values()])
+    gathered = dict(zip(variables, values, strict=True))
     tensors = {}
     for slot in slots:
         value = gathered[id(slot.variable)][slot.index]
