@@ -2,11 +2,15 @@
 """Eight host devices and no network: set before anything imports jax."""
 
 import os
+import signal
 
 import pytest
 from runs import ENV, project  # noqa: F401, a fixture of every test
 
 os.environ.update(ENV)
+# A shell's background job ignores Ctrl-C, and nohup a closed terminal; the tests send both signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
 # run with `make sweep` and .ci/run.

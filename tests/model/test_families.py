@@ -326,7 +326,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         shape = ours[key.path]
         assert key.stacked == key.path.startswith("layers.")
         for layer in range(cfg.num_layers if key.stacked else 1):
-            name = key.name.format(i=layer)
+            name = key.name.format(layer=layer)
             one = shape[1:] if key.stacked else shape
             one = one[::-1] if key.transpose else one
             start, stop = key.rows or (0, one[0])
