@@ -100,7 +100,9 @@ def make_adapter(cfg: ModelConfig, section: PeftSection) -> Adapter:
     files = find(section.path, weights=False)
     method = method_of(files.config)
     if method != section.method:
-        raise UserError(f"{section.path} is an adapter of method {method}; peft.method is {section.method}")
+        raise UserError(
+            f"{section.path} is an adapter of method {method}; peft.method is {section.method}"
+        )
     adapter = read_adapter(cfg, {"default": files})
     training = {key: getattr(section, key) for key in PEFT_METHODS[method].training}
     return replace(adapter, **training)
