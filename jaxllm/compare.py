@@ -111,7 +111,7 @@ def _read(args: list[str]) -> tuple[TrainConfig, dict[str, str], list[str]]:
     named = [flag.value for flag in flags if flag.name == "methods"]
     if len(named) > 1:
         raise UserError("--methods is given twice; give all of them after one --methods")
-    methods = named[0] if named else list(DEFAULT)
+    methods: list[str] = named[0] if named else [*DEFAULT]
     _check_methods(methods)
     objective = loading.find_objective(path, flags, "pretrain")
     rest: list[str] = []

@@ -234,9 +234,9 @@ def _is_quantized(model: Decoder, kind: str, path: tuple[Any, ...], variable: An
 
 
 def _set_quantized(
-    model: Decoder, kind: str, path: tuple[Any, ...], variable: Any, value: jax.Array
+    model: Decoder, kind: str, path: tuple[Any, ...], variable: Any, value: Any
 ) -> None:
-    """Sets a variable to `value`, or to its quantized form."""
+    """Sets a variable to a jax.Array, or to its quantized form."""
     if _is_quantized(model, kind, path, variable):
         axes, sharding = axes_of(variable), value.sharding
         assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)

@@ -123,7 +123,8 @@ def _lion(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 def _adafactor(rate: optax.Schedule, optim: OptimSection, **options: Any):
     # optax's own weight decay ignores the learning rate. optax.adafactor returns negated updates.
-    direction = optax.adafactor(**{"multiply_by_parameter_scale": False} | options)
+    options = {"multiply_by_parameter_scale": False} | options
+    direction = optax.adafactor(**options)
     decay = optax.add_decayed_weights(-optim.weight_decay, decay_mask)
     return optax.chain(direction, decay, optax.scale_by_schedule(rate))
 
@@ -137,7 +138,7 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
     dims = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     options = {"consistent_rms": 0.2, "weight_decay": optim.weight_decay} | options
     options["muon_weight_dimension_numbers"] = partial(jax.tree.map, lambda _: dims)
-    parts = {"muon": contrib.muon(rate, **options), "adamw": _adamw(rate, optim)}
+    parts: Any = {"muon": contrib.muon(rate, **options), "adamw": _adamw(rate, optim)}
     return optax.partition(parts, partial(jax.tree_util.tree_map_with_path, kind))
 
 

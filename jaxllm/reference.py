@@ -72,7 +72,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     graph, weights = nnx.split(reference)
 
     @jax.jit
-    def logps_of(weights: Any, batch: Batch) -> list[jax.Array]:
+    def logps_of(weights: Any, batch: Batch) -> jax.Array:
         segments = [getattr(batch, name) for name in fields]
         model = nnx.merge(graph, weights)
         return answer_logps(model, batch, segments, chunk=cfg.model.loss_chunk)[0]
