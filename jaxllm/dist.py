@@ -64,7 +64,7 @@ def _place(section: ClusterSection) -> tuple[str, int, int, Any]:
     """(the coordinator's address, number of processes, index of this one, ids of its devices or
     None for all)."""
     given = (section.coordinator, section.processes, section.process)
-    values = [
+    values: list[Any] = [
         os.environ.get(name) if v is None else v for name, v in zip(VARIABLES, given, strict=True)
     ]
     if all(value is None for value in values):

@@ -195,7 +195,7 @@ def local_rows(mesh: Mesh, size: int) -> tuple[int, ...]:
     Processes that differ only along `context` and `tensor` hold the same rows.
     """
     shape = (size, 1)
-    indices = batch_sharding(mesh, shape).addressable_devices_indices_map(shape)
+    indices: Any = batch_sharding(mesh, shape).addressable_devices_indices_map(shape)
     held = {row for rows, _ in indices.values() for row in range(*rows.indices(size))}
     return tuple(sorted(held))
 
@@ -213,7 +213,7 @@ def put(mesh: Mesh, rows: dict[str, np.ndarray], size: int | None = None) -> dic
         local = local_rows(mesh, total) if size else range(count)
         assert len(local) == count, f"{count} rows, but this process holds {len(local)} of {total}"
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             *before, held, columns = index
             start, stop, _ = held.indices(total)
             first = bisect_left(local, start)

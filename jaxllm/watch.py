@@ -255,7 +255,7 @@ class Watch:
         beats = self._beats
         lost = [i for i, then in self._seen.items() if now - then > self.section.timeout]
         late = any(beat["late"] for beat in beats.values())
-        begun = [beats.get(i, {}).get("begun") for i in range(dist.count())]
+        begun: list[Any] = [beats.get(i, {}).get("begun") for i in range(dist.count())]
         self._verdict = {
             "number": number,
             "last": None if None in begun else max(begun),

@@ -7,7 +7,7 @@ Dims: A micro-batches of an update, B rows of an update, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -102,7 +102,8 @@ def make_loader(
     """
     if batch_size % micro_batches:
         raise UserError(f"{batch_size} rows cannot be divided into {micro_batches} micro-batches")
-    in_order, size = ordered(rows, seed), batch_size // micro_batches
+    in_order: Any = ordered(rows, seed)
+    size = batch_size // micro_batches
     built = range(size) if local is None else local
     indices = [first + row for first in range(0, batch_size, size) for row in built]
 
@@ -119,7 +120,7 @@ def eval_batches(rows: Rows, batch_size: int, local: Sequence[int] | None = None
 
     With `local`, only these rows of each batch are built: [len(local), T].
     """
-    in_order = _concatenated([grain.MapDataset.source(part) for part in rows.parts])
+    in_order: Any = _concatenated([grain.MapDataset.source(part) for part in rows.parts])
     built = range(batch_size) if local is None else local
     padding = {f: np.zeros_like(v) for f, v in rows.parts[0][0].items()}
     for start in range(0, len(in_order), batch_size):
