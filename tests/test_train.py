@@ -174,16 +174,20 @@ def test_sigterm_saves_and_exits_75(project):
 
 WAITING = """
 import time
+from pathlib import Path
+from jaxllm.config import ClusterSection
 from jaxllm.training import stop_signal
-with stop_signal() as stopped:
+from jaxllm.watch import Watch
+watch = Watch(ClusterSection(), Path())
+with stop_signal(watch):
     print("ready", flush=True)
-    stopped.wait()
+    watch.stop.wait()
     print("stopping", flush=True)
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_run_at_once(first, second):
     process = subprocess.Popen(
