@@ -159,7 +159,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[int], Any]
+    read: Callable[..., Any]
     """process -> the tensor on its host, in the dtype of the weights; None in other processes"""
 
 

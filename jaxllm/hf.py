@@ -333,7 +333,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         shapes = [a.shape[key.stacked :] for a in arrays]
         shapes = [_swapped(s) if key.transpose else s for s in shapes]
 
-        def read(process: int) -> np.ndarray | None:
+        def read(process: int = 0) -> np.ndarray | None:
             host = dist.gather([a[at] for a in arrays] if at else arrays, process)
             if host is None:
                 return None
