@@ -186,7 +186,8 @@ def train(cfg: TrainConfig) -> Result:
     watch.enter("export", step)
     writes = cfg.save.final and not stopped
     final = write_final(program, state, frozen, tokenizer) if writes else None
-    metrics.write("goodput", step, **watch.finish())
+    if step > start:  # not for a run that was complete
+        metrics.write("goodput", step, **watch.finish())
     early = step < timetable.steps and not stopped
     return Result(step, stopped, early, best, evals.latest, final)
 

@@ -110,7 +110,7 @@ def test_manifest_is_data_json(tmp_path):
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch, recorder):
-    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr("jaxllm.dist.index", lambda: 1)
     metrics = Metrics(tmp_path, report_to=("wandb",))
     metrics.write("train", 1, loss=1.0)
     metrics.sample(1, text="")

@@ -53,7 +53,7 @@ def test_compilation_is_reported_without_a_terminal_and_when_progress_is_off(cap
     first, *after = capsys.readouterr().err.splitlines()
     assert first == "compiling the step…"
     assert after == ["compiled the step in 12.3 s", "compiled the step in 0.1 s"]
-    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr("jaxllm.dist.index", lambda: 1)
     Progress(10).compiling()
     Progress(10).compiled(1.0)
     assert capsys.readouterr().err == ""
@@ -61,7 +61,7 @@ def test_compilation_is_reported_without_a_terminal_and_when_progress_is_off(cap
 
 @pytest.mark.parametrize(("enabled", "process"), [(False, 0), (True, 1)])
 def test_progress_is_silent_when_off_and_in_other_processes(capsys, monkeypatch, enabled, process):
-    monkeypatch.setattr("jax.process_index", lambda: process)
+    monkeypatch.setattr("jaxllm.dist.index", lambda: process)
     with Progress(10, enabled=enabled) as progress:
         progress.update(10, **numbers())
         progress.say("x")
