@@ -25,7 +25,7 @@ from jaxllm import dist
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.data.dataset import Data
-from jaxllm.data.examples import cache_root
+from jaxllm.data.examples import cached_file, share
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.rows import Rows
 from jaxllm.mesh import data_parallel, put
@@ -76,7 +76,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
-    file = cache_root(cfg) / f"reference-{digest}.npz"
+    file = cached_file(cfg, f"reference-{digest}.npz")
     cache = _load(file)
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
@@ -102,6 +102,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
                 cache.setdefault(int(key), float(value))
             if dist.is_main():
                 _save(file, cache)
+                share(cfg, file)
         logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
         names = [LOGPS[field] for field in fields]
         return RowsWithLogps(part, dict(zip(names, logps.reshape(keys.shape), strict=True)))

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +38,7 @@ from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
+from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl import online
@@ -81,7 +81,7 @@ def train(cfg: TrainConfig) -> Result:
     """
     check(cfg)
     dist.start(cfg.cluster)
-    with Watch(cfg.cluster, Path(cfg.output_dir)) as watch:
+    with Watch(cfg.cluster, as_path(cfg.output_dir)) as watch:
         return _train(cfg, watch)
 
 
@@ -179,6 +179,7 @@ def _train(cfg: TrainConfig, watch: Watch) -> Result:
                 log(step)
             if events.save or evals.over or evals.kept == step:
                 with meter.paused():
+                    metrics.flush()
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
                     meta |= {"feed": batches.state()} | evals.meta(events.postpone_evaluation)
                     checkpoints.save(step, state, meta, evals.kept)

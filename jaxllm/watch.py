@@ -19,6 +19,7 @@ import signal
 import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -247,8 +248,10 @@ class Watch:
             return
         self._reported = self.step
         file = self.folder / f"hang-{self.step}-process-{dist.index()}.txt"
-        with file.open("w") as stacks:
+        with tempfile.TemporaryFile() as stacks:  # the folder may be in a bucket
             faulthandler.dump_traceback(stacks)
+            stacks.seek(0)
+            file.write_bytes(stacks.read())
         if dist.is_main():
             _say(
                 f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "

@@ -25,11 +25,13 @@ import numpy as np
 import pyarrow.compute as pc
 import xxhash
 
+from jaxllm import dist
 from jaxllm.config import Source, TrainConfig
 from jaxllm.data.sources import Located, content_hash, locate, read, records
 from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, copy, files_in, is_bucket
 
 # Modules and packages that determine the tokens: changing one invalidates the cache. The versions
 # of Python and of the packages that read files do not change tokens.
@@ -38,6 +40,8 @@ _MODULES += ("chat", "tokenization", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
 _CODE.append(Path(__file__).parents[1] / "tokenizer.py")  # `special_tokens`
 _PACKAGES = ("jinja2", "tokenizers", "transformers")
+
+_LAST = "state.json"  # the file of a saved table that is written last to a bucket
 
 FEATURES = datasets.Features(
     {
@@ -142,8 +146,11 @@ def tokenize(
     key, root = cache_key(settings), cache_root(cfg)
     if not (root / key).is_dir():
         with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
-            table = tokenize_table(source, cfg, tokenizer, located, Path(folder))
-            table.save_to_disk(str(Path(folder) / "examples"))
+            made, shared = Path(folder) / "examples", shared_cache(cfg)
+            if not (shared and (shared / key / _LAST).exists() and _download(shared / key, made)):
+                table = tokenize_table(source, cfg, tokenizer, located, Path(folder))
+                table.save_to_disk(str(made))
+                _upload(made, shared / key if shared else None)
             try:
                 os.rename(Path(folder) / "examples", root / key)
             except OSError:
@@ -162,10 +169,46 @@ def tokenize_table(
     return _map(source, cfg, tokenizer, raw, folder / "tokens.arrow")
 
 
+def shared_cache(cfg: TrainConfig) -> Path | None:
+    """data.cache_dir if it is in a bucket. What is made in `cache_root` is copied to it, and from
+    it to machines that lack it, since Arrow tables are memory-mapped."""
+    return as_path(cfg.data.cache_dir) if is_bucket(cfg.data.cache_dir) else None
+
+
+def cached_file(cfg: TrainConfig, name: str) -> Path:
+    """A file in `cache_root`, which is copied from the shared cache if it is there alone."""
+    file, shared = cache_root(cfg) / name, shared_cache(cfg)
+    if shared and not file.is_file() and (shared / name).is_file():
+        copy(shared / name, file)
+    return file
+
+
+def share(cfg: TrainConfig, file: Path) -> None:
+    """Copies a file in `cache_root` to the shared cache, if there is one."""
+    if (shared := shared_cache(cfg)) and dist.is_main():
+        copy(file, shared / file.name)
+
+
+def _upload(folder: Path, target: Path | None) -> None:
+    """Copies a table to a bucket; _LAST marks it as complete."""
+    files = files_in(folder) if target and dist.is_main() else ()
+    for file in sorted(files, key=lambda file: file.name == _LAST):
+        copy(file, target / file.name)
+
+
+def _download(source: Path, folder: Path) -> Path:
+    """Copies a table from a bucket."""
+    folder.mkdir()
+    for file in files_in(source):
+        copy(file, folder / file.name)
+    return folder
+
+
 def cache_root(cfg: TrainConfig) -> Path:
-    """The folder of tokenized data, which is created if missing."""
+    """The local folder of tokenized data, which is created if missing."""
+    local = None if shared_cache(cfg) else cfg.data.cache_dir
     try:
-        root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
+        root = Path(local or "~/.cache/jaxllm").expanduser()
     except RuntimeError:
         raise UserError(
             "there is no home directory for tokenized data; set data.cache_dir"

@@ -59,10 +59,10 @@ def open_file(file: Path) -> Iterator[Any]:
 
     codec = COMPRESSED.get(file.suffix.lower())
     if codec is None:
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             yield stream
         return
-    with pa.input_stream(str(file), compression=codec) as stream:
+    with file.open("rb") as data, pa.input_stream(data, compression=codec) as stream:
         try:
             yield io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
         except OSError as error:

@@ -24,10 +24,11 @@ import numpy as np
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.examples import Examples, cache_key, cache_root, tokenize_table
+from jaxllm.data.examples import Examples, cache_key, cache_root, cached_file, share, tokenize_table
 from jaxllm.data.rows import Windows
 from jaxllm.data.sources import Located, content_hash, locate
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, file_size, is_bucket, read_bytes
 
 ENDLESS = 2**40  # rows of a stream: endless in practice, and within the limits of len() and Grain
 
@@ -69,7 +70,7 @@ class Stream:
         settings["rows"] = content_hash([Path(__file__).with_name("rows.py")])  # they count rows
         self.content = xxhash.xxh3_128_hexdigest(json.dumps(self._ids).encode())
         self.fingerprint = cache_key(settings | {"streaming": self._located.format})
-        self._index = cache_root(cfg) / f"rows-{self.fingerprint}.json"
+        self._index = cached_file(cfg, f"rows-{self.fingerprint}.json")
         self._counts = _read_counts(self._index)
         self._starts = [0]  # first row of each segment (a file in a pass), …
         self._segments: list[tuple[int, int]] = []  # … and its (pass, file)
@@ -122,6 +123,7 @@ class Stream:
             ) as part:
                 json.dump(self._counts, part)
             os.replace(part.name, self._index)
+            share(self._cfg, self._index)
         return self._counts[name]
 
     def _load(self, file: int) -> Windows:
@@ -140,13 +142,12 @@ class Stream:
 
 def _file_id(file: str) -> str:
     """An id of a file: its URL, or its size and a hash of its first and last 64 KiB."""
-    if "://" in file:
+    if "://" in file and not is_bucket(file):
         return file
-    size, ends = os.path.getsize(file), xxhash.xxh3_128()
-    with open(file, "rb") as stream:
-        for start in (0, max(size - (1 << 16), 0)):
-            stream.seek(start)
-            ends.update(stream.read(1 << 16))
+    path, ends = as_path(file), xxhash.xxh3_128()
+    size = file_size(path)
+    for start in (0, max(size - (1 << 16), 0)) if size else ():
+        ends.update(*read_bytes(path, [(start, min(start + (1 << 16), size))]))
     return f"{size}-{ends.hexdigest()}"
 
 
