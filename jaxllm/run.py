@@ -125,7 +125,7 @@ class RunFolder:
             make_folder(self.path)
             # The folder itself stays: it may be a link or a mount.
             for path in self.path.iterdir() if self.replaces else ():
-                if path.is_dir() and not path.is_symlink():
+                if is_bucket(path) or (path.is_dir() and not path.is_symlink()):
                     delete(path)
                 else:
                     path.unlink()
