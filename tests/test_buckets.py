@@ -6,13 +6,16 @@ import json
 import logging
 import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from runs import arguments, refused
+from runs import ENV, arguments, refused
 from safetensors import safe_open
 
 import jaxllm
@@ -333,6 +336,37 @@ def test_files_in_the_bucket_are_streamed(project, tmp_path, monkeypatch):
     args[train + 1 : train + 2] = ["{path: s3://bucket/in/text.txt, streaming: true}"]
     assert main(args) == 0
     assert any(f.name.startswith("rows-") for f in files_in(as_path(f"{B}/in/cache")))
+
+
+# ---- gs://
+
+
+def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path):
+    """The clients read the emulator's address when they are imported: in processes of their own."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    service = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    service.start()
+    url = f"http://127.0.0.1:{port}"
+    env = ENV | {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    env |= {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    args = arguments(project, "pretrain", "unused", "--output_dir", "gs://bucket/run")
+    python = "from jaxllm.cli import main; from jaxllm import load_hf; import sys\n"
+    python += "assert main([*sys.argv[1:], '--steps', '2', '--save.final', 'false']) == 0\n"
+    python += "assert main([*sys.argv[1:], '--steps', '4']) == 0\n"
+    python += "load_hf('gs://bucket/run/final')"
+    command = [sys.executable, "-c", python, *args, "--data.cache_dir", "gs://bucket/cache"]
+    try:
+        done = subprocess.run(
+            command, env=env | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=280
+        )
+    finally:
+        service.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from step 2" in done.stderr
 
 
 # ---- mistakes
