@@ -39,26 +39,34 @@ def as_path(path: str | Path) -> Path:
     if find_spec(PACKAGES[scheme]) is None:
         extra = "gcs" if scheme == "gs" else scheme
         raise UserError(f"{path}: {PACKAGES[scheme]} is missing; pip install 'jaxllm[{extra}]'")
-    import fsspec
     from etils import epath
+    from fsspec.config import conf
 
     os.environ.setdefault("EPATH_USE_TF", "false")  # it uses TensorFlow where that is installed
     # Listings are cached by default, but other processes and tensorstore write as well.
     for name in ("gcs" if scheme == "gs" else scheme, scheme):
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     bucket: Any = epath.Path(path)
     return bucket
 
 
+def local_path(path: str | Path) -> Path:
+    """The path of a local file. Raises UserError for one in a bucket."""
+    if is_bucket(path):
+        raise UserError(f"{path} is in a bucket, where this is not supported; use the local disk")
+    return Path(path)
+
+
 def filesystem(path: str | Path) -> Any:
     """fsspec's file system of a bucket."""
-    import fsspec
+    from fsspec.core import url_to_fs
 
     as_path(path)
-    return fsspec.core.url_to_fs(str(path))[0]
+    return url_to_fs(str(path))[0]
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

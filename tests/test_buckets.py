@@ -380,6 +380,13 @@ def test_a_bucket_that_does_not_exist_is_one_line_without_credentials(project, c
         jaxllm.load_hf(f"{B}/nothing")
 
 
+def test_what_needs_the_local_disk_says_so(project, capsys):
+    text = str(project / "text.txt")
+    refused(capsys, ["tokenizer", "train", text, "--out", f"{B}/tok"], "use the local disk")
+    args = arguments(project, "pretrain", "x", "--log.compile_cache", f"{B}/compiled")
+    refused(capsys, args, f"{B}/compiled", "use the local disk")
+
+
 def test_a_missing_client_is_named(monkeypatch):
     monkeypatch.setattr("jaxllm.paths.find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape("pip install 'jaxllm[gcs]'")):

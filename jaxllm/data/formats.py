@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError
+from jaxllm.paths import first_line
 
 FORMATS = {
     ".txt": "text",
@@ -282,8 +283,3 @@ def excerpt(value: Any) -> str:
         return text if len(text) <= 60 else text[:57] + "…"
 
     return repr(cut(value)) if isinstance(value, str) else cut(repr(value))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,14 +27,13 @@ from jaxllm.data.formats import (
     ACCEPTED,
     READERS,
     excerpt,
-    first_line,
     format_of,
     parse_json,
     split_suffix,
 )
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
-from jaxllm.paths import as_path, files_in, is_bucket, local_copy, matching
+from jaxllm.paths import as_path, files_in, first_line, is_bucket, local_copy, matching
 
 _SPLITS = {
     "train": ("train", "training"),
