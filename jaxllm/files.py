@@ -26,6 +26,7 @@ from jaxllm.paths import (
     as_path,
     check_bucket,
     delete,
+    file_size,
     is_bucket,
     read_array,
     read_bytes,
@@ -155,6 +156,9 @@ class BucketTensors:
     def __init__(self, file: Path):
         self.file = file
         self.start, self.tensors = header(file)
+        end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
+        if (size := file_size(file)) != self.start + end:
+            raise ValueError(f"it has {size} of {self.start + end} bytes")
 
     def __enter__(self) -> BucketTensors:
         return self

@@ -193,6 +193,13 @@ def test_a_model_is_written_as_streams_with_its_config_last(weights, monkeypatch
     jaxllm.load_hf(bucket)
 
 
+def test_a_truncated_file_is_an_error(weights):
+    file = next(f for f in files_in(as_path(weights[1])) if f.suffix == ".safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match="is not a complete safetensors file: it has"):
+        jaxllm.load_hf(weights[1])
+
+
 def test_a_folder_with_other_objects_is_not_replaced(weights):
     _, bucket = weights
     (as_path(bucket) / "notes.md").write_text("mine")
