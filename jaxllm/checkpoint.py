@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,16 @@ import xxhash
 
 from jaxllm import dist
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, delete, file_size, files_in, is_bucket, rename_folder, write_text
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
 AMENDED = "amended.json"  # in some: the values given to `amend`
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a checkpoint that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+COMMIT_FILE = ocp.path.atomicity.CommitFileTemporaryPath
+COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -45,13 +51,18 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, keep: int = 3):
         logging.getLogger("absl").addFilter(_not_of_orbax)
-        self.directory = Path(directory).absolute()
+        path = as_path(directory)
+        self.remote = is_bucket(path)
+        self.directory = path if self.remote else path.absolute()
         self.keep = keep
+        if str(path).startswith("s3://"):
+            _teach_orbax_s3()
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 lightweight_initialize=True,  # latest() finds broken files
+                temporary_path_class=COMMIT_FILE if self.remote else None,
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=self._list_files, barrier_sync_fn=self._meet
                 ),
@@ -65,7 +76,7 @@ class Checkpoints:
         self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
         self._best: int | None = None  # kept, however old
         self._saving: int | None = None
-        self._digests: dict[str, str] = {}  # of the files that each process has written
+        self._digests: dict[str, str | None] = {}  # of the files that each process has written
         self._tidied = False
 
     # ---- writing
@@ -93,9 +104,8 @@ class Checkpoints:
     def amend(self, step: int, meta: dict[str, Any], best: int | None) -> None:
         """Updates entries of a saved checkpoint's meta, and its best step."""
         if dist.is_main():
-            new = self.directory / str(step) / f"{AMENDED}.new"
-            new.write_text(json.dumps({"meta": meta, "best": best}))
-            new.replace(new.with_suffix(""))
+            file = self.directory / str(step) / AMENDED
+            write_text(file, json.dumps({"meta": meta, "best": best}))
 
     def wait(self) -> None:
         """Waits until nothing is being written; raises as `save` does."""
@@ -122,20 +132,31 @@ class Checkpoints:
         """Deletes the partial files of a killed run and renames broken checkpoints."""
         broken = [step for step, problem in self._problems.items() if problem]
         if dist.is_main():
-            for path in self.directory.glob(f"*{UNFINISHED}*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in self._unfinished("*"):
+                delete(path)
             for step in broken:
                 aside = self.directory / f"{step}.broken"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                delete(aside)
+                rename_folder(self.directory / str(step), aside)
         for step in broken:
             del self._problems[step]
         dist.barrier("tidy")
         self.manager.reload()
         self._tidied = True
 
+    def _unfinished(self, step: str) -> list[Path]:
+        """The directories of saves of `step` ("*": of all) that did not end. In a bucket, where
+        none can be renamed, orbax ends a save by writing a file."""
+        if not self.remote:
+            return list(self.directory.glob(f"{step}{UNFINISHED}*"))
+        folders = self.directory.iterdir() if self.directory.exists() else ()
+        here = [p for p in folders if p.name.isdigit() and step in ("*", p.name)]
+        return [p for p in here if not (p / COMMITTED).exists()]
+
     def _check_space(self, state: Any) -> None:
         """Raises UserError if the disk has too little space for another checkpoint."""
+        if self.remote:
+            return
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         disk = shutil.disk_usage(self.directory)
         if disk.total and disk.free < need:  # some network file systems report 0 of 0
@@ -154,8 +175,8 @@ class Checkpoints:
             step, self._saving = self._saving, None
             if step is not None:
                 self._problems.pop(step, None)
-                for path in self.directory.glob(f"{step}{UNFINISHED}*"):
-                    shutil.rmtree(path, ignore_errors=True)
+                for path in self._unfinished(str(step)):
+                    delete(path)
             self.manager.reload()
             # It is an OSError, or a text of tensorstore.
             named = any(os.strerror(code) in str(error) for code in FULL)
@@ -171,22 +192,23 @@ class Checkpoints:
 
         Each process reads the files that it wrote, once they are complete, for their digests.
         """
-        own: dict[str, str] = {}
+        own: dict[str, str | None] = {}
         if "async_write_complete" in key:
-            folder = self._unfinished()
+            folder = self._folder()
             own = _digests(folder, folder / "state" / f"ocdbt.process_{dist.index()}")
         for theirs in dist.everyone(own, key):
             self._digests |= theirs
 
-    def _unfinished(self) -> Path:
-        return self.directory / f"{self._saving}{UNFINISHED}"
+    def _folder(self) -> Path:
+        """The folder in which orbax writes a checkpoint that is not complete."""
+        return self.directory / f"{self._saving}{'' if self.remote else UNFINISHED}"
 
     def _list_files(self) -> None:
         """Writes files.json into a checkpoint that orbax is about to rename."""
-        folder, known = self._unfinished(), self._digests
-        files = [p for item in ("state", "meta") for p in (folder / item).rglob("*") if p.is_file()]
+        folder, known = self._folder(), self._digests
+        files = [p for item in ("state", "meta") for p in files_in(folder / item)]
         named = {str(p.relative_to(folder)): p for p in files}
-        listed = {n: [p.stat().st_size, known.get(n) or _digest(p)] for n, p in named.items()}
+        listed = {n: [file_size(p), known.get(n) or _digest(p)] for n, p in named.items()}
         (folder / FILES).write_text(json.dumps(listed))
         self._digests = {}
 
@@ -273,7 +295,7 @@ def _problem(folder: Path) -> str:
     try:
         files = list(json.loads((folder / FILES).read_text()).items())
         for name, (size, digest) in files[dist.index() :: dist.count()]:
-            now = (folder / name).stat().st_size
+            now = file_size(folder / name)
             if now != size:
                 return f"{name} has {now} of {size} bytes"
             if digest is not None and _digest(folder / name) != digest:
@@ -283,17 +305,52 @@ def _problem(folder: Path) -> str:
     return ""
 
 
+@cache
+def _teach_orbax_s3() -> None:
+    """Makes orbax read and write arrays in s3:// by tensorstore's driver of that name.
+
+    orbax 0.12 knows files and gs:// only (github.com/google/orbax/pull/2739), and has no option for
+    the key-value store. The keys are the same, so the specification of gs:// is changed to S3's.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    build = tensorstore_utils.build_kvstore_tspec
+    store = {"driver": "s3"}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        store |= {"endpoint": endpoint, "aws_region": region}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # else the files and services that AWS's clients ask
+        store["aws_credentials"] = {"type": "environment"}
+
+    def with_s3(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if value.get("driver") in ("gcs", "gcs_grpc"):
+            return {k: value[k] for k in ("bucket", "path")} | store
+        return {key: with_s3(item) for key, item in value.items()}
+
+    def build_kvstore_tspec(directory: str, *args: Any, **options: Any) -> Any:
+        if not directory.startswith("s3://"):
+            return build(directory, *args, **options)
+        return with_s3(build(f"gs{directory[2:]}", *args, **options))
+
+    tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
+
+
 def _by_name(tree: Any) -> dict[str, Any]:
     """{a/b/0: leaf}, the same for a tree and for orbax's metadata of it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _digests(folder: Path, part: Path) -> dict[str, str]:
+def _digests(folder: Path, part: Path) -> dict[str, str | None]:
     """{path within `folder`: digest} of the files in `part`."""
-    return {str(p.relative_to(folder)): _digest(p) for p in part.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)): _digest(p) for p in files_in(part)}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path) -> str | None:
+    """xxh3 of a file; None in a bucket, which keeps checksums itself."""
+    if is_bucket(path):
+        return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

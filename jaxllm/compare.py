@@ -33,6 +33,7 @@ from jaxllm.config import (
 )
 from jaxllm.config.checks import check, has_results, resolve
 from jaxllm.errors import UserError
+from jaxllm.paths import local_path
 
 # Name of a method -> peft.method.
 METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
@@ -160,7 +161,7 @@ def _check(cfg: TrainConfig, origins: dict[str, str], methods: list[str]) -> Non
         if key.startswith("peft.") and origin.startswith("--") and key not in read:
             raise UserError(f"{origin} is read by none of {', '.join(methods)}; leave it out")
     for method in methods:
-        folder = Path(cfg.output_dir) / method
+        folder = local_path(cfg.output_dir) / method
         if has_results(folder) and not cfg.overwrite:
             raise UserError(
                 f"{folder} has the results of a run; change output_dir or say --overwrite"

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxllm.paths import local_path
+
 DIRECTORY = "jax_compilation_cache_dir"
 DEFAULT_FOLDER = "~/.cache/jaxllm/compiled"
 # Bounds of DEFAULT_FOLDER only: its size in bytes, beyond which the least recently used programs
@@ -51,7 +53,7 @@ def use_cache(folder: str | None = None) -> None:
 
 def _prepared(path: str, is_default: bool) -> str | None:
     """Absolute path of a writable directory; prints a warning and returns None if it is not."""
-    folder = Path(path)
+    folder = local_path(path)
     try:
         folder = folder.expanduser().absolute()  # RuntimeError without a home directory
         # Cached programs are executed, so the default folder is private.

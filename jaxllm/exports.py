@@ -24,6 +24,7 @@ from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params
+from jaxllm.paths import as_path
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
@@ -47,7 +48,7 @@ def export(
 
     Raises UserError for a missing file or checkpoint, and for arguments that contradict each other.
     """
-    folder = Path(run).expanduser()
+    folder = as_path(run)
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     config = {} if is_adapter(str(folder)) else _config(run, folder)

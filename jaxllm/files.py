@@ -21,12 +21,30 @@ import numpy as np
 
 from jaxllm import dist
 from jaxllm.errors import UserError
+from jaxllm.paths import (
+    absolute,
+    as_path,
+    check_bucket,
+    delete,
+    file_size,
+    is_bucket,
+    read_array,
+    read_bytes,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The dtypes in which weights may be saved -> their names in a safetensors header.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STORED_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+}
 # Files of a saved model or adapter. A directory that holds any other file is never replaced.
 MODEL_FILES = (
     "config.json generation_config.json model*.safetensors model.safetensors.index.json "
@@ -47,9 +65,11 @@ def local_dir(path: str) -> Path:
 
     Raises UserError if `path` is neither a directory nor a hub id that can be downloaded.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     if folder.is_dir():
         return folder
+    if is_bucket(path):
+        raise UserError(f"{path} does not exist")
     if not hub_id(path):
         why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
         raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
@@ -108,29 +128,103 @@ def open_tensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if is_bucket(file):
+            return BucketTensors(file)
         return safe_open(file, framework="np")
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def header(file: Path) -> tuple[int, dict[str, Any]]:
     """(offset of the data, {tensor: its dtype, shape and data_offsets}) of a safetensors file."""
+    if is_bucket(file):
+        return _header(file)
     stat = file.stat()
     return _header(file, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=64)
 def _header(file: Path, *_: int) -> tuple[int, dict[str, Any]]:
-    with file.open("rb") as data:
-        length = int.from_bytes(data.read(8), "little")
-        tensors = json.loads(data.read(length))
+    length = int.from_bytes(read_bytes(file, [(0, 8)])[0], "little")
+    tensors = json.loads(read_bytes(file, [(8, 8 + length)])[0])
     return 8 + length, {name: t for name, t in tensors.items() if name != "__metadata__"}
 
 
-def make_sharded(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) -> jax.Array:
+class BucketTensors:
+    """A safetensors file in a bucket, with the interface of safe_open."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.start, self.tensors = header(file)
+        end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
+        if (size := file_size(file)) != self.start + end:
+            raise ValueError(f"it has {size} of {self.start + end} bytes")
+
+    def __enter__(self) -> BucketTensors:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _kept_rows.cache_clear()
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get_slice(self, name: str) -> BucketTensor:
+        return BucketTensor(self.file, self.start, self.tensors[name])
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return self.get_slice(name)[...]
+
+
+class BucketTensor:
+    """A tensor in a bucket with the interface of safe_open's slices.
+
+    `tensor[rows, :]` reads the rows alone. A slice of the columns reads its rows completely and
+    keeps them, because the next shard usually is another slice of the same rows.
+    """
+
+    def __init__(self, file: Path, start: int, entry: dict[str, Any]):
+        self.file, self.entry = file, entry
+        self.shape, self.ndim = tuple(entry["shape"]), len(entry["shape"])
+        self.first = start + entry["data_offsets"][0]
+        self.end = start + entry["data_offsets"][1]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.entry["dtype"]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        if index == (...,) or not self.shape:
+            return self._rows(0, self.shape[0] if self.shape else 1)
+        start, stop, step = index[0].indices(self.shape[0])
+        assert step == 1
+        sizes = zip(index[1:], self.shape[1:], strict=False)
+        if all(part.indices(n) == (0, n, 1) for part, n in sizes):
+            return self._rows(start, stop)
+        return np.ascontiguousarray(_kept_rows(self, start, stop)[:, *index[1:]])
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        width = (self.end - self.first) // (self.shape[0] if self.shape else 1)
+        data = read_array(self.file, self.first + start * width, self.first + stop * width)
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return data.view(STORED_DTYPES[self.entry["dtype"]]).reshape(shape)
+
+
+@lru_cache(maxsize=1)
+def _kept_rows(tensor: BucketTensor, start: int, stop: int) -> np.ndarray:
+    return tensor._rows(start, stop)
+
+
+def make_sharded(
+    like: jax.ShapeDtypeStruct, read: Callable[[list], list[np.ndarray]], *, together: bool = False
+) -> jax.Array:
     """Creates an array of the shape and sharding of `like`, one shard at a time.
 
-    `read(index)` returns the values of one shard; replicas of a shard are read once.
+    `read([index, …])` returns the values of shards; replicas of a shard are read once. together:
+    read all shards of this process in one call, which takes more host memory.
     """
     shards: dict[Any, tuple[Any, list[Any]]] = {}  # {key: (index, devices)}
     for device, index in like.sharding.addressable_devices_indices_map(like.shape).items():
@@ -138,11 +232,14 @@ def make_sharded(like: jax.ShapeDtypeStruct, read: Callable[[Any], np.ndarray]) 
         key = tuple((s.start, s.stop) for s in index)
         shards.setdefault(key, (index, []))[1].append(device)
     parts: list[jax.Array] = []
-    for index, devices in shards.values():
-        value = read(index)
-        parts += [jax.device_put(value, device) for device in devices]
+    todo = list(shards.values())
+    while todo:
+        group, todo = (todo, []) if together else (todo[:1], todo[1:])
+        values = read([index for index, _ in group])
+        for value, (_, devices) in zip(values, group, strict=True):
+            parts += [jax.device_put(value, device) for device in devices]
         jax.block_until_ready(parts)
-        del value
+        del value, values
         jax.device_put(0)  # jax frees the host copy at its next call; reading a file is not one
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, parts)
 
@@ -184,12 +281,14 @@ def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) 
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             out.write(t.read(process).astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
-        out.flush()
-        os.fsync(out.fileno())
+        if not is_bucket(file):
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_bytes(text.encode())
 
 
 def _check_target(out: Path) -> None:
@@ -201,6 +300,7 @@ def _check_target(out: Path) -> None:
     entries = sorted(out.iterdir())
     others = [e.name for e in entries if e.is_dir() or not any(map(e.match, MODEL_FILES))]
     is_saved_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    is_saved_model |= is_bucket(out)  # what a killed export leaves there is not complete
     if others or (entries and not is_saved_model):
         what = f"holds {others[0]}" if others else "is not empty"
         raise UserError(
@@ -213,9 +313,21 @@ def new_folder(path: str) -> Iterator[Path]:
     """Yields a temporary directory; renames it to `path` if the block ends without an exception.
 
     Replaces a saved model or adapter at `path`. Raises UserError for any other directory there. All
-    processes of a run enter it, and may write.
+    processes of a run enter it, and may write. In a bucket, which cannot rename, `path` is emptied
+    and yielded: write config.json or adapter_config.json last, readers need it.
     """
-    out = Path(path).expanduser().resolve()
+    out = absolute(as_path(path))
+    if is_bucket(out):
+        if dist.is_main():
+            _check_target(out)
+            check_bucket(out)
+            for name in ("config.json", ADAPTER_CONFIG):
+                (out / name).unlink(missing_ok=True)
+            delete(out)
+        dist.barrier("folder")
+        yield out
+        dist.barrier("folder")
+        return
     part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "replaced"))
     if dist.is_main():
         _check_target(out)

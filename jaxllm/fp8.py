@@ -20,22 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.errors import UserError
-from jaxllm.files import header, open_tensors
+from jaxllm.files import STORED_DTYPES, BucketTensor, header, open_tensors
+from jaxllm.paths import is_bucket
 
 # Keys of config.json that describe a quantization; the second is of older compressed-tensors.
 CONFIG_KEYS = ("quantization_config", "compression_config")
 STORED = "F8_E4M3"
-DTYPES = {
-    STORED: jnp.float8_e4m3fn,
-    "F8_E8M0": jnp.float8_e8m0fnu,
-    "BF16": jnp.bfloat16,
-    "F16": jnp.float16,
-    "F32": jnp.float32,
-}
+DTYPES = {name: dtype for name, dtype in STORED_DTYPES.items() if name != "F64"}
 ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale")
 # Suffixes of tensor names that occur in quantized checkpoints only.
 QUANTISED_SUFFIXES = (
@@ -195,7 +189,7 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
     if scheme is None or scale is None:
         lacks = f"the checkpoint has no {name}{scheme.suffix}" if scheme else f"no {CONFIG_KEYS[0]}"
         raise UserError(f"{file}: {name} is stored as {STORED}, quantized, but {lacks}")
-    weight, values = _mapped(file, stored), np.asarray(_mapped(*scale), np.float32)
+    weight, values = _mapped(file, stored), np.asarray(_mapped(*scale)[...], np.float32)
     want = scheme.grid(weight.shape) if weight.ndim == 2 else None
     if want is None or (values.shape != want and not values.size == int(np.prod(want)) == 1):
         raise UserError(
@@ -205,14 +199,17 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
     return Dequantised(weight, values.reshape(want), scheme.block)
 
 
-def _mapped(file: Path, name: str) -> np.ndarray:
-    """A memory-mapped tensor. safe_open cannot return FP8, which NumPy does not have."""
+def _mapped(file: Path, name: str) -> Any:
+    """A memory-mapped tensor, or one in a bucket. safe_open cannot return FP8, which NumPy does not
+    have."""
     start, tensors = header(file)
     entry = tensors[name]
     if entry["dtype"] not in DTYPES:
         raise UserError(
             f"{file}: {name} is stored as {entry['dtype']}; that cannot be a scale of {STORED}"
         )
+    if is_bucket(file):
+        return BucketTensor(file, start, entry)
     first, end = entry["data_offsets"]
     data = np.memmap(file, np.uint8, "r", start + first, (end - first,))
     return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])

@@ -57,6 +57,7 @@ from jaxllm.model.families import (
     to_hf,
 )
 from jaxllm.ops.quantized import quantize
+from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
@@ -71,12 +72,12 @@ def weights_hash(files: Iterable[Path]) -> str:
     hasher = xxhash.xxh3_64()
     for file in sorted(set(files)):
         start, tensors = header(file)
-        with file.open("rb") as data:
-            hasher.update(data.read(start)[8:])
-            for first, end in (tensor["data_offsets"] for tensor in tensors.values()):
-                for offset in (first, (first + end) // 2):
-                    data.seek(start + offset)
-                    hasher.update(data.read(min(4096, end - offset)))
+        ranges = [(8, start)]
+        for first, end in (tensor["data_offsets"] for tensor in tensors.values()):
+            for offset in (first, (first + end) // 2) if first < end else ():
+                ranges.append((start + offset, start + min(offset + 4096, end)))
+        for part in read_bytes(file, ranges):
+            hasher.update(part)
     return hasher.hexdigest()
 
 
@@ -132,15 +133,23 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     return value.swapaxes(-1, -2) if key.transpose else value
 
 
-def _read_shard(parts: list[Any], key: Key, like: Any, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of a weight, in the dtype of `like`. parts: its tensors, in order."""
+def _read_shards(
+    parts: list[Any], key: Key, like: Any, indices: list[tuple[slice, ...]]
+) -> list[np.ndarray]:
+    """Slices of a weight, in the dtype of `like`. parts: its tensors, in order.
+
+    All slices of one tensor are read before the next one is.
+    """
     stack = np.arange(len(parts)).reshape(like.shape[: key.stacked])
-    wanted = stack[*index[: key.stacked], ...]
-    sizes = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
-    out = np.empty(sizes, like.dtype)
-    for at, i in np.ndenumerate(wanted):
-        out[at] = _read(parts[i], key, index[key.stacked :])
-    return out
+    outs, reads = [], []
+    for index in indices:
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, like.shape, strict=True)]
+        outs.append(np.empty(sizes, like.dtype))
+        wanted = stack[*index[: key.stacked], ...]
+        reads += [(i, len(outs) - 1, at) for at, i in np.ndenumerate(wanted)]
+    for i, which, at in sorted(reads):
+        outs[which][at] = _read(parts[i], key, indices[which][key.stacked :])
+    return outs
 
 
 def _read_weights(
@@ -160,7 +169,8 @@ def _read_weights(
             like, layers = weights[path].get_value(), [tensor(name) for name in names]
             for name, part in zip(names, layers, strict=True):
                 _check_tensor(part, name, key, like.shape[key.stacked :], fused.get(key.name, 0))
-            value = make_sharded(like, partial(_read_shard, layers, key, like))
+            read = partial(_read_shards, layers, key, like)
+            value = make_sharded(like, read, together=is_bucket(locations[names[0]][0]))
             _set_quantized(model, quantize_base, path, weights[path], value)
 
 
@@ -378,10 +388,10 @@ def save_configs(model: Decoder, folder: Path, tokenizer: Any, dtype: str | None
     config = json.loads(model.hf_config or "{}") or to_hf(model.cfg) | dict.fromkeys(TOKEN_IDS)
     dtype = dtype or str(model.embed.embedding.get_value().dtype)
     config, generation = updated_configs(config, dtype, model.cfg.vocab_size, tokenizer)
-    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+    write_json(folder / "config.json", config)  # last, see `new_folder`
 
 
 def save_hf(
@@ -406,9 +416,9 @@ def save_hf(
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
     with new_folder(path) as part:
+        _write_weights(model, part, dtype, max_shard_bytes)
         if dist.is_main():
             save_configs(model, part, tokenizer, dtype)
-        _write_weights(model, part, dtype, max_shard_bytes)
 
 
 def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
@@ -428,7 +438,7 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
             tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
     with new_folder(path) as part:
         write_file(part / ADAPTER, tensors, "float32")
-        if dist.is_main():
-            write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
         if tokenizer is not None and dist.is_main():
             save_tokenizer(tokenizer, part)
+        if dist.is_main():
+            write_json(part / ADAPTER_CONFIG, adapter.to_config(model))

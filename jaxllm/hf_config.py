@@ -25,6 +25,7 @@ from jaxllm.model.families import (
     normalised,
     rope_keys,
 )
+from jaxllm.paths import as_path
 
 # Key of a model's hf_config that holds the content of generation_config.json.
 GENERATION = "generation_config"
@@ -33,7 +34,7 @@ CHUNK = 1 << 22  # elements of the embedding and the head that are compared at a
 
 def read_config(path: str) -> dict[str, Any]:
     """Reads config.json of a directory or hub id, or the JSON file that `path` names."""
-    file = Path(path).expanduser()
+    file = as_path(path)
     if not file.is_file():
         file = local_dir(path) / "config.json"
     if not file.is_file():
@@ -57,7 +58,7 @@ def source_config(
     for weights in a quantized format that cannot be read.
     """
     config = read_config(path)
-    folder = None if Path(path).expanduser().is_file() else local_dir(path)
+    folder = None if as_path(path).is_file() else local_dir(path)
     if folder and weights:
         config, scheme = fp8.split_quantization(config, folder)
     else:

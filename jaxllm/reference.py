@@ -9,7 +9,6 @@ Dims: P answers of a row at most.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +23,8 @@ from jax.sharding import Mesh
 from jaxllm import dist
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
+from jaxllm.data.cache import Cache
 from jaxllm.data.dataset import Data
-from jaxllm.data.examples import cache_root
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.rows import Origin, Rows
 from jaxllm.mesh import data_parallel, put
@@ -80,8 +79,8 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     size = cfg.micro_batch_size * data_parallel(mesh)
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
-    file = cache_root(cfg) / f"reference-{digest}.npz"
-    cache = _load(file)
+    files, name = Cache(cfg.data.cache_dir), f"reference-{digest}.npz"
+    cache = _load(files.get(name))
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
         """float32 [fields, rows, P] for some rows of a source."""
@@ -105,7 +104,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
             for key, value in zip(keys[:, rows].flat, values.flat, strict=True):
                 cache.setdefault(int(key), float(value))
             if dist.is_main():
-                _save(file, cache)
+                _save(files, name, cache)
         logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
         names = [LOGPS[field] for field in fields]
         return RowsWithLogps(part, dict(zip(names, logps.reshape(keys.shape), strict=True)))
@@ -134,17 +133,16 @@ def _answer_keys(part: Any, fields: list[str]) -> np.ndarray:
     return np.asarray(keys, np.uint64).swapaxes(0, 1)
 
 
-def _load(file: Path) -> dict[int, float]:
+def _load(file: Path | None) -> dict[int, float]:
     """The cached log-probabilities {key of an answer: log p}; those of no answer, key 0, are 0."""
-    if not file.is_file():
+    if file is None:
         return {0: 0.0}
     with np.load(file, allow_pickle=False) as arrays:
         return dict(zip(arrays["keys"].tolist(), arrays["logps"].tolist(), strict=True)) | {0: 0.0}
 
 
-def _save(file: Path, cache: dict[int, float]) -> None:
-    """Writes the cache atomically."""
+def _save(files: Cache, name: str, cache: dict[int, float]) -> None:
     keys, logps = np.asarray(list(cache), np.uint64), np.asarray(list(cache.values()), np.float32)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
+    with tempfile.NamedTemporaryFile(dir=files.root, suffix=".npz", delete=False) as part:
         np.savez(part, keys=keys, logps=logps)
-    os.replace(part.name, file)
+    files.put(Path(part.name), name)

@@ -8,11 +8,11 @@ resumed run writes the records of the steps after its checkpoint again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,18 @@ import numpy as np
 import xxhash
 
 from jaxllm import dist
-from jaxllm.config import TrainConfig, from_dict, tokenizer_path
-from jaxllm.data.chat import padded
+from jaxllm.config import TrainConfig, from_dict
+from jaxllm.data.chat import run_tokenizer
 from jaxllm.data.dataset import load_data
 from jaxllm.data.formats import READERS
 from jaxllm.data.loader import ordered, places
 from jaxllm.data.rows import Origin, Row, Rows
 from jaxllm.data.sources import locate
-from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
+from jaxllm.paths import as_path, is_bucket
 from jaxllm.reference import RowsWithLogps
 from jaxllm.rl.online import prompts_per_rollout, updates_per_rollout
-from jaxllm.tokenizer import load_tokenizer
 
 FILE = "rows.bin"
 # The fields of `Batch` that come from the data; positions follow from segment_ids.
@@ -60,17 +59,21 @@ def _record_shape(cfg: TrainConfig) -> tuple[int, int]:
 class RowLog:
     """Records the hashes of the rows of each step; each process writes those of its own rows.
 
-    start: the step that the run resumes from. A new run (0) empties the file.
+    folder: the run folder, or the local one of `monitor.metrics.Spool` that the main process has of
+    a run in a bucket, where the others send it theirs (`flush`). start: the step that the run
+    resumes from. A new run (0) empties the file.
     """
 
-    def __init__(self, cfg: TrainConfig, start: int):
+    def __init__(self, cfg: TrainConfig, folder: Path, start: int):
         self.stride, self.width = _record_shape(cfg)
-        path = Path(cfg.output_dir) / FILE
+        self.in_bucket = is_bucket(cfg.output_dir)
         if dist.is_main():
-            with path.open("ab") as file:
+            with (folder / FILE).open("ab") as file:
                 file.truncate(None if start else 0)
         dist.barrier("rows")
-        self.file = path.open("r+b", buffering=0)
+        writes = dist.is_main() or not self.in_bucket
+        self.file = (folder / FILE).open("r+b", buffering=0) if writes else None
+        self._unsent: list[tuple[int, str]] = []  # (offset, bytes as hex)
 
     def __call__(self, step: int, rows: Iterable[Row], places: Sequence[int] | None = None) -> None:
         """Records rows of `step`, NumPy arrays on the host.
@@ -86,20 +89,34 @@ class RowLog:
         ends = np.flatnonzero(np.diff(places) != 1) + 1  # of the ranges of rows that are adjacent
         parts = zip(np.split(np.asarray(places), ends), np.split(hashes, ends), strict=True)
         for place, values in ((-1, np.array([step], "<u8")), *((p[0], v) for p, v in parts)):
-            os.pwrite(self.file.fileno(), values.tobytes(), 8 * int(offset + 1 + place))
+            self._write(8 * int(offset + 1 + place), values.tobytes())
+
+    def _write(self, offset: int, data: bytes) -> None:
+        if self.file is None:
+            self._unsent.append((offset, data.hex()))
+        else:
+            os.pwrite(self.file.fileno(), data, offset)
+
+    def flush(self) -> None:
+        """Sends the records to the main process of a run in a bucket. All processes call it."""
+        if self.in_bucket:
+            unsent, self._unsent = dist.everyone(self._unsent), []
+            for offset, data in itertools.chain(*unsent) if self.file else ():
+                self._write(offset, bytes.fromhex(data))
 
     def __enter__(self) -> RowLog:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def _records(folder: Path, cfg: TrainConfig) -> np.ndarray:
     """uint64 [records, 1 + rows]: the records of rows.bin; an incomplete one has zeros."""
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} has no {FILE}: the run did not record its rows")
-    values, width = np.fromfile(folder / FILE, "<u8"), 1 + _record_shape(cfg)[1]
+    values, width = np.frombuffer((folder / FILE).read_bytes(), "<u8"), 1 + _record_shape(cfg)[1]
     return np.pad(values, (0, -len(values) % width)).reshape(-1, width)
 
 
@@ -108,14 +125,13 @@ def _records(folder: Path, cfg: TrainConfig) -> np.ndarray:
 
 def _load(run: str) -> tuple[Path, TrainConfig, Any, Rows]:
     """(folder, config, tokenizer, training rows) of a run. No device is used."""
-    folder = Path(run).expanduser()
+    folder = as_path(run)
     file = folder / "config.json"
     values = read_json(file) if file.is_file() else {}
     if not {"objective", "optim", "data"} <= values.keys():
         raise UserError(f"{run} is not a run folder")
     cfg = from_dict(values)
-    tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
-    tokenizer = padded(tokenizer) if cfg.verb.head == "score" else tokenizer
+    tokenizer = run_tokenizer(cfg)
     rows = load_data(replace(cfg, data=replace(cfg.data, eval=())), tokenizer).train
     assert rows is not None
     if cfg.align.reference == "precomputed":  # such a run reads the rows of pass 0 in each pass
@@ -137,7 +153,7 @@ def _sources(origins: list[Origin]) -> list[dict[str, Any]]:
         located = locate(examples.source)
         readers = [READERS[located.format]] if located.format in READERS else []
         pairs = (pair for read in readers for file in located.files for pair in read(file))
-        some = islice(enumerate(pairs), max(records) + 1)
+        some = itertools.islice(enumerate(pairs), max(records) + 1)
         locations |= {(key, i): where for i, (_, where) in some if i in records}
     return [
         {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -32,6 +31,15 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
 from jaxllm.hf import save_configs, weights_hash
 from jaxllm.model.decoder import Decoder
+from jaxllm.paths import (
+    absolute,
+    as_path,
+    check_bucket,
+    delete,
+    is_bucket,
+    make_folder,
+    write_text,
+)
 from jaxllm.peft.files import find
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
@@ -89,7 +97,8 @@ class RunFolder:
 
     def __init__(self, cfg: TrainConfig):
         check_processes(cfg)
-        self.cfg, self.path = cfg, Path(cfg.output_dir)
+        self.cfg, self.path = cfg, as_path(cfg.output_dir)
+        check_bucket(self.path)
         config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
@@ -123,16 +132,14 @@ class RunFolder:
         Call it after the new run's config, model and data are validated.
         """
         if dist.is_main():
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             # The folder itself stays: it may be a link or a mount.
             for path in self.path.iterdir() if self.replaces else ():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
+                if is_bucket(path) or (path.is_dir() and not path.is_symlink()):
+                    delete(path)
                 else:
                     path.unlink()
-            new = self.path / "config.json.new"
-            new.write_text(json.dumps(to_dict(self.cfg), indent=2) + "\n")
-            new.replace(self.path / "config.json")
+            write_text(self.path / "config.json", json.dumps(to_dict(self.cfg), indent=2) + "\n")
         dist.barrier("run folder")
         dist.check_all(self._problem())
 
@@ -140,7 +147,7 @@ class RunFolder:
         """Why this process cannot use the folder, if it cannot."""
         if not (self.path / "config.json").is_file():
             return f"output_dir {self.path} is not the folder that process 0 sees; share it"
-        if not os.access(self.path, os.W_OK):
+        if not is_bucket(self.path) and not os.access(self.path, os.W_OK):
             return f"output_dir {self.path} is not writable"
         return None
 
@@ -150,11 +157,12 @@ class RunFolder:
         if not dist.is_main():
             return
         folder = self.path / START
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        delete(folder)
+        make_folder(folder)
         save_configs(model, folder, tokenizer)
         if self.cfg.peft.path:
-            shutil.copy(local_dir(self.cfg.peft.path) / ADAPTER_CONFIG, folder)
+            config = local_dir(self.cfg.peft.path) / ADAPTER_CONFIG
+            (folder / ADAPTER_CONFIG).write_bytes(config.read_bytes())
 
     def _check_overwrite(self) -> None:
         cfg = self.cfg
@@ -162,8 +170,8 @@ class RunFolder:
         reads += [cfg.data.template, cfg.data.cache_dir, cfg.log.compile_cache, *cfg.rl.rewards]
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):
-            file = Path(path).expanduser()
-            if file.exists() and file.resolve().is_relative_to(self.path.resolve()):
+            file = as_path(path)
+            if file.exists() and absolute(file).is_relative_to(absolute(self.path)):
                 raise UserError(
                     f"overwrite would delete {path}, which this run reads; change output_dir"
                 )
@@ -216,7 +224,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 
 def started_from(cfg: TrainConfig) -> PeftSection:
     """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
-    copy = Path(cfg.output_dir) / START
+    copy = as_path(cfg.output_dir) / START
     if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
         return replace(cfg.peft, path=str(copy))
     return cfg.peft

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id, read_json, write_json
+from jaxllm.paths import as_path, copy, is_bucket
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of the files that a tokenizer is read from
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -23,7 +28,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     folder = folder.parent if folder.is_file() else folder
     is_local = folder.is_dir()
     if is_local:
@@ -31,9 +36,8 @@ def load_tokenizer(path: str | Path) -> Any:
     elif not hub_id(str(path)):
         raise MissingFile(f"{path}: no such directory, and not a hub id (OWNER/NAME)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder if is_local else path), trust_remote_code=False
-        )
+        with _on_disk(folder if is_local else path) as source:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions for broken files
         reason = str(error).strip().split("\n")[0]
         what = "the tokenizer" if is_local else "no such directory, and the hub's tokenizer"
@@ -51,8 +55,27 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
+@contextmanager
+def _on_disk(source: Any) -> Iterator[Any]:
+    """The directory or hub id `source`, or a local copy of the small files of one in a bucket."""
+    if not is_bucket(source):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxllm-") as folder:
+        for file in source.iterdir():
+            if file.suffix in _SUFFIXES and file.is_file():
+                copy(file, Path(folder, file.name))
+        yield folder
+
+
 def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     """Write a tokenizer's files in the form that transformers 4 and its dependents also read."""
+    if is_bucket(folder):
+        with tempfile.TemporaryDirectory(prefix="jaxllm-") as part:
+            save_tokenizer(tokenizer, part)
+            for file in Path(part).iterdir():
+                copy(file, as_path(folder) / file.name)
+        return
     tokenizer.save_pretrained(str(folder))
     config = Path(folder, "tokenizer_config.json")
     values = read_json(config)
@@ -85,7 +108,7 @@ def generation_stop_ids(model: str | Path) -> set[int]:
 
     Raises UserError for a malformed file.
     """
-    file = Path(model, "generation_config.json")
+    file = as_path(model) / "generation_config.json"
     if not file.is_file():
         return set()
     try:
@@ -110,7 +133,7 @@ def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
     is_run = isinstance(config, dict) and {"objective", "optim", "data"} <= config.keys()
     if is_run or (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} is a run folder; its model is {folder / 'final'}")
-    is_file = Path(path).expanduser().is_file()
+    is_file = as_path(path).is_file()
     problem = "is a file in a directory without a tokenizer" if is_file else "has no tokenizer"
     raise UserError(
         f"{path}: {problem} ({', '.join(_VOCABULARIES[:2])}); give a directory that has one"

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import prompt_tokens, stop_ids
+from jaxllm.data.chat import prompt_tokens, run_tokenizer, stop_ids
 from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
@@ -40,8 +39,8 @@ from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
+from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
-from jaxllm.pretokenize import run_tokenizer
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
@@ -49,6 +48,7 @@ from jaxllm.rows import RowLog
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
+from jaxllm.tokenizer import check_vocabulary
 from jaxllm.watch import Watch, current, watched
 
 
@@ -81,7 +81,8 @@ def train(cfg: TrainConfig) -> Result:
     mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     program = build(cfg, mesh)
-    tokenizer = run_tokenizer(cfg, program.shape)
+    tokenizer = run_tokenizer(cfg)
+    check_vocabulary(tokenizer, program.shape.vocab_size)
     samples = Samples(program, tokenizer)
     run = RunFolder(cfg)
     use_cache(cfg.log.compile_cache)
@@ -125,7 +126,7 @@ def train(cfg: TrainConfig) -> Result:
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
-    record = RowLog(cfg, start)
+    record = RowLog(cfg, metrics.run, start)
     assert data.train is not None
     if cfg.verb.online:
         sampler = program.models, frozen, rewards, tokenizer, metrics.sample, record
@@ -171,6 +172,8 @@ def train(cfg: TrainConfig) -> Result:
                 log(step)
             if events.save or evals.over or evals.kept == step:
                 with log.phase("save", step):
+                    record.flush()
+                    metrics.flush()
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
                     meta |= watch.meta() | evals.meta(events.postpone_evaluation)
                     meta |= {"feed": batches.state()}
@@ -200,7 +203,7 @@ def say(*lines: str) -> None:
 
 def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str:
     """Writes the trained model, or its adapter; returns the directory."""
-    path = str(Path(program.cfg.output_dir) / "final")
+    path = str(as_path(program.cfg.output_dir) / "final")
     say(f"writing {path}")
     model = program.models(eval_params(state.opt_state, state.trainable), frozen)[0]
     if program.adapter.frozen:

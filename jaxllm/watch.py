@@ -19,6 +19,7 @@ import signal
 import socket
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -32,6 +33,7 @@ import jax
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path
 
 REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
@@ -53,7 +55,7 @@ def watched(run: Callable[[TrainConfig], Any]) -> Callable[[TrainConfig], Any]:
     @wraps(run)
     def connected(cfg: TrainConfig) -> Any:
         dist.start(cfg.cluster)
-        with Watch(cfg.cluster, Path(cfg.output_dir)) as watch:
+        with Watch(cfg.cluster, as_path(cfg.output_dir)) as watch:
             _current.append(watch)
             try:
                 return run(cfg)
@@ -302,8 +304,10 @@ class Watch:
             return
         self._reported = self.step
         file = self.folder / f"hang-{self.step}-process-{dist.index()}.txt"
-        with file.open("w") as stacks:
+        with tempfile.TemporaryFile() as stacks:  # the folder may be in a bucket
             faulthandler.dump_traceback(stacks)
+            stacks.seek(0)
+            file.write_bytes(stacks.read())
         if dist.is_main():
             _say(
                 f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "

@@ -23,6 +23,7 @@ MODULES = {
 # may import what is in it.
 FLOORS = (
     ("errors",),
+    ("paths",),
     ("config",),
     ("compilation", "rendezvous", "dist", "watch", "mesh", "files"),
     ("ops",),

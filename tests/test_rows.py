@@ -72,7 +72,7 @@ def recorded(project: Path, case: str) -> tuple[Path, int]:
     if verb == "grpo":
         batches = iter(ordered(rows, cfg.seed).batch(12, batch_fn=list))
     stride = 3 if verb == "grpo" else 1
-    with RowLog(cfg, 0) as record:
+    with RowLog(cfg, Path(cfg.output_dir), 0) as record:
         for index, batch in enumerate(islice(batches, STEPS)):
             record(1 + index * stride, batch)
     return run, stride
@@ -146,7 +146,7 @@ def test_steps_after_a_checkpoint_are_recorded_again(project, capsys):
         file.write(b"killed while it was writing")
     cfg, _ = load_config("sft", None, ["--output_dir", str(run), "--batch_size", str(SIZE)])
     row = {"tokens": np.arange(4, dtype=np.int32)}
-    with RowLog(cfg, 3) as record:  # two processes, whose rows alternate
+    with RowLog(cfg, Path(cfg.output_dir), 3) as record:  # two processes, whose rows alternate
         for first in (0, 1):
             record(4, [row] * (SIZE // 2), range(first, SIZE, 2))
     again = np.fromfile(run / FILE, "<u8")[: records.size].reshape(records.shape)
@@ -156,7 +156,7 @@ def test_steps_after_a_checkpoint_are_recorded_again(project, capsys):
         file.write(records.tobytes())
     assert main(["verify", str(run)]) == 0
     assert f"all {len(records)} steps of {SIZE} rows are as recorded" in capsys.readouterr().out
-    with RowLog(cfg, 0):  # a new run
+    with RowLog(cfg, Path(cfg.output_dir), 0):  # a new run
         assert not (run / FILE).stat().st_size
 
 
@@ -165,7 +165,7 @@ def test_only_the_main_process_writes_rows_that_all_have(project, monkeypatch):
     before = (run / FILE).read_bytes()
     monkeypatch.setattr(dist, "is_main", lambda: False)
     cfg, _ = load_config("sft", None, ["--output_dir", str(run), "--batch_size", str(SIZE)])
-    with RowLog(cfg, 0) as record:
+    with RowLog(cfg, Path(cfg.output_dir), 0) as record:
         record(1, iter([]))
     assert (run / FILE).read_bytes() == before
 

@@ -19,8 +19,9 @@ from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
 from jaxllm.config.deepspeed import read_deepspeed
 from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
-from jaxllm.config.sections import Source, TrainConfig, home, sources
+from jaxllm.config.sections import Source, TrainConfig, sources
 from jaxllm.errors import MissingFile, UserError
+from jaxllm.paths import absolute, as_path
 
 # ---- YAML and flags
 
@@ -228,8 +229,8 @@ def _resume_flag(given: dict[str, Given]) -> dict[str, Given]:
     one = given.get("resume")
     if one is None or not isinstance(one.value, str):
         return given
-    run = Path(str(given["output_dir"].value) if "output_dir" in given else "run").resolve()
-    checkpoint = Path(home(one.value)).resolve()
+    run = absolute(as_path(str(given["output_dir"].value) if "output_dir" in given else "run"))
+    checkpoint = absolute(as_path(one.value))
     if run not in (checkpoint, *checkpoint.parents):
         raise UserError(
             f"{one.where}: {one.value} is not in output_dir {run.name}; a run resumes from the "

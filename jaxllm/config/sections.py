@@ -191,7 +191,7 @@ class DataSection:
     workers: Annotated[Count, Unit("processes")] = 0
     """processes that tokenize; 0 = one per core, with at least 2,000 records each"""
     cache_dir: Path | None = None
-    """directory for tokenized data; default: ~/.cache/jaxllm"""
+    """directory for tokenized data, or a bucket to share it; default: ~/.cache/jaxllm"""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxllm.config import DataSection
+from jaxllm.config import DataSection, TrainConfig, tokenizer_path
 from jaxllm.data.template import ChatTemplate, all_strings, template_source, with_settings
 from jaxllm.data.turns import Rendering, Span, TemplateInput, Turns
 from jaxllm.errors import UserError
@@ -146,6 +146,12 @@ def padded(tokenizer: Any) -> Any:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = (unused or [tokenizer.eos_token])[0]
     return tokenizer
+
+
+def run_tokenizer(cfg: TrainConfig) -> Any:
+    """The tokenizer of a run, with the chat template's settings of its config."""
+    tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
+    return padded(tokenizer) if cfg.verb.head == "score" else tokenizer
 
 
 def _message_weight(message: dict[str, Any]) -> float:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import xxhash
 
 from jaxllm import dist
 from jaxllm.config import Source, TrainConfig
+from jaxllm.data.cache import Cache
 from jaxllm.data.sources import (
     Located,
     combine_hashes,
@@ -44,6 +44,7 @@ from jaxllm.data.sources import (
 from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
+from jaxllm.paths import file_size
 
 # Modules and packages that determine the tokens: changing one invalidates the cache. The versions
 # of Python and of the packages that read files do not change tokens.
@@ -128,22 +129,23 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Cached:
-    """A source and the folder of its tokens, which has a folder for each part."""
+    """A source and its tokens in the cache, which has an entry for each part."""
 
     source: Source
     located: Located
     content: str
+    cache: Cache
     key: str
-    folder: Path
     groups: list[tuple[Located, int]]
 
-    def part(self, group: int, index: int) -> Path:
-        return self.folder / f"{group:05}-{index:05}-of-{self.groups[group][1]:05}"
+    def part(self, group: int, index: int) -> str:
+        """The name of a part's entry."""
+        return f"{self.key}/{group:05}-{index:05}-of-{self.groups[group][1]:05}"
 
     def load(self) -> Examples:
         """The tokens of all parts, in the order of the records."""
         parts = [self.part(g, i) for g, (_, count) in enumerate(self.groups) for i in range(count)]
-        tables: Any = [datasets.load_from_disk(str(part)) for part in parts]
+        tables: Any = [datasets.load_from_disk(str(self.cache.get(part))) for part in parts]
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
         if not len(table):
             raise UserError(f"{self.source.path}: has no records")
@@ -166,7 +168,7 @@ def tokenize_sources(
 ) -> list[Examples]:
     """Tokenize sources as the kind of data of the command, or load them from the cache.
 
-    The processes that see the same data.cache_dir share out the files to hash and the parts to
+    The processes that share data.cache_dir share out the files to hash and the parts to
     tokenize. A part appears in the cache when it is complete, so a run that was killed continues
     with the parts that are missing. `tokenizer_hash` is the tokenizer's `fingerprint`. The
     examples of the `held_out` sources follow those of `sources`; such a source must name one of
@@ -183,8 +185,8 @@ def tokenize_sources(
     tokenizer = with_settings(tokenizer, cfg.data)
     # All sources and workers use one date.
     cfg = replace(cfg, data=replace(cfg.data, date=cfg.data.date or str(Date.today())))
-    root = cache_root(cfg)
-    team = _team(root)
+    cache = Cache(cfg.data.cache_dir)
+    team = cache.team()
     located = [locate(s) for s in sources] + [locate(s, held_out=True) for s in held_out]
     contents = _contents(everything, located, team)
     settings = _settings(cfg, tokenizer)
@@ -202,30 +204,16 @@ def tokenize_sources(
             }
         )
         groups = divide(found, source.max_samples)
-        cached.append(_Cached(source, found, content, key, root / key, groups))
+        cached.append(_Cached(source, found, content, cache, key, groups))
     turns = cycle(team)  # one for each part of all sources
     for one in cached:
         for group, (_, count) in enumerate(one.groups):
             mine = [i for i in range(count) if next(turns) == dist.index()]
-            missing = [i for i in mine if not one.part(group, i).is_dir()]
+            missing = [i for i in mine if one.cache.get(one.part(group, i)) is None]
             if missing:
                 _fill(one, group, missing, cfg, tokenizer)
     dist.barrier("tokens")
     return [one.load() for one in cached]
-
-
-def _team(root: Path) -> list[int]:
-    """The processes that see the same folder `root`, this one included, ascending."""
-    if dist.count() == 1:
-        return [dist.index()]
-    mark = dist.agree(uuid.uuid4().hex)
-    own = root / f"making-{mark}-{dist.index()}"
-    own.touch()
-    dist.barrier("cache")
-    seen = sorted(int(file.name.rpartition("-")[2]) for file in root.glob(f"making-{mark}-*"))
-    seen_by = dist.everyone(seen)
-    own.unlink()
-    return [process for process in seen if seen_by[process] == seen]
 
 
 def _contents(sources: Sequence[Source], located: list[Located], team: list[int]) -> list[str]:
@@ -235,7 +223,7 @@ def _contents(sources: Sequence[Source], located: list[Located], team: list[int]
         for source, one in zip(sources, located, strict=True):
             ids = json.dumps([file_id(str(file)) for file in one.files])
             digest = xxhash.xxh3_64_hexdigest(ids.encode())
-            size = sum(file.stat().st_size for file in one.files)
+            size = sum(map(file_size, one.files))
             facts[f"data {source.path}"] = f"{len(one.files)} file(s), {size:,} bytes ({digest})"
         dist.check_same(facts)
     files = [file for one in located for file in one.files]
@@ -249,12 +237,12 @@ def _contents(sources: Sequence[Source], located: list[Located], team: list[int]
 def _fill(cached: _Cached, group: int, parts: list[int], cfg: TrainConfig, tokenizer: Any) -> None:
     """Tokenize some parts of a group into the cache."""
     located, count = cached.groups[group]
-    source, root = cached.source, cached.folder.parent
+    source, cache = cached.source, cached.cache
     if len(cached.groups) > 1:  # for messages
         first, last = located.files[0], located.files[-1]
         source = replace(source, path=str(first) if first == last else f"{first} … {last}")
     try:
-        with tempfile.TemporaryDirectory(dir=root, prefix="making-") as folder:
+        with tempfile.TemporaryDirectory(dir=cache.root, prefix="making-") as folder:
             raw = read(located, Path(folder), source.max_samples)
             for index in parts:
                 place = Path(folder) / f"part-{index}"
@@ -263,21 +251,11 @@ def _fill(cached: _Cached, group: int, parts: list[int], cfg: TrainConfig, token
                 some = raw if count == 1 else raw.select(range(start, end))
                 table = tokenize_table(source, cfg, tokenizer, some, place, start)
                 table.save_to_disk(str(place / "examples"), num_shards=1)
-                _publish(place / "examples", cached.part(group, index))
+                cache.put(place / "examples", cached.part(group, index))
                 shutil.rmtree(place)
     except UserError:  # the mended data has another key
-        shutil.rmtree(cached.folder, ignore_errors=True)
+        shutil.rmtree(cache.root / cached.key, ignore_errors=True)
         raise
-
-
-def _publish(made: Path, part: Path) -> None:
-    """Move a complete part to its place in the cache."""
-    part.parent.mkdir(exist_ok=True)
-    try:
-        os.rename(made, part)
-    except OSError:
-        if not part.is_dir():  # another run may have created it
-            raise
 
 
 @_progress_bars(False)
@@ -310,21 +288,6 @@ def tokenize_table(
             new_fingerprint="unused",  # unused, and hashing a tokenizer is slow
             desc=f"tokenize {Path(source.path).name}",
         )
-
-
-def cache_root(cfg: TrainConfig) -> Path:
-    """The folder of tokenized data, which is created if missing."""
-    try:
-        root = Path(cfg.data.cache_dir or "~/.cache/jaxllm").expanduser()
-    except RuntimeError:
-        raise UserError(
-            "there is no home directory for tokenized data; set data.cache_dir"
-        ) from None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"data.cache_dir: {root} is a file, or is inside one") from None
-    return root
 
 
 def cache_key(settings: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError
+from jaxllm.paths import first_line
 
 FORMATS = {
     ".txt": "text",
@@ -59,10 +60,10 @@ def open_file(file: Path) -> Iterator[Any]:
 
     codec = COMPRESSED.get(file.suffix.lower())
     if codec is None:
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             yield stream
         return
-    with pa.input_stream(str(file), compression=codec) as stream:
+    with file.open("rb") as data, pa.input_stream(data, compression=codec) as stream:
         try:
             yield io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]
         except OSError as error:
@@ -290,8 +291,3 @@ def excerpt(value: Any) -> str:
         return text if len(text) <= 60 else text[:57] + "…"
 
     return repr(cut(value)) if isinstance(value, str) else cut(repr(value))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

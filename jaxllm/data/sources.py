@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +27,22 @@ from jaxllm.data.formats import (
     ACCEPTED,
     READERS,
     excerpt,
-    first_line,
     format_of,
     parse_json,
     split_suffix,
 )
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.files import hub_id
+from jaxllm.paths import (
+    as_path,
+    file_size,
+    files_in,
+    first_line,
+    is_bucket,
+    local_copy,
+    matching,
+    read_bytes,
+)
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -75,16 +83,18 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
     """
     if source.path.startswith("tfds:"):
         return _locate_tfds(source, held_out)
-    path = os.path.expanduser(source.path)
-    if os.path.isdir(path):
-        return _locate_folder(Path(path), source, held_out)
-    if os.path.isfile(path):
-        return _from_files([Path(path)], source.path)
+    file = as_path(source.path)
+    path = str(file)
+    if file.is_dir():
+        return _locate_folder(file, source, held_out)
+    if file.is_file():
+        return _from_files([file], source.path)
     if glob.has_magic(path):
-        files = sorted(Path(p) for p in glob.glob(path, recursive=True) if os.path.isfile(p))
-        if not files:
+        if not (files := matching(path)):
             raise MissingFile(f"{source.path}: no file matches")
         return _from_files(files, source.path)
+    if is_bucket(path):
+        raise MissingFile(f"{source.path}: no such object or folder in the bucket")
     if not hub_id(path.partition(":")[0]) or format_of(path):
         raise MissingFile(
             f"{source.path}: no such file or directory, and not a hub id (OWNER/NAME)"
@@ -98,7 +108,7 @@ def divide(located: Located, max_records: int | None = None) -> list[tuple[Locat
     Small files make a group of up to PART_BYTES; a larger file, a dataset, and data of which only
     `max_records` are read, are a group of several parts. Depends on the files' sizes only.
     """
-    sizes = [file.stat().st_size for file in located.files]
+    sizes = list(map(file_size, located.files))
     if max_records is not None or located.format in ("dataset", "tfds"):
         parts = -(-sum(sizes) // PART_BYTES)
         if max_records is not None:
@@ -117,7 +127,7 @@ def divide(located: Located, max_records: int | None = None) -> list[tuple[Locat
 def file_hash(file: Path) -> str:
     """128-bit hash of a file's bytes."""
     digest = xxhash.xxh3_128()
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -135,13 +145,12 @@ def content_hash(files: Iterable[Path]) -> str:
 
 def file_id(file: str) -> str:
     """An id of a file: its URL, or its size and a hash of its first and last 64 KiB."""
-    if "://" in file:
+    if "://" in file and not is_bucket(file):
         return file
-    size, ends = os.path.getsize(file), xxhash.xxh3_128()
-    with open(file, "rb") as stream:
-        for start in (0, max(size - (1 << 16), 0)):
-            stream.seek(start)
-            ends.update(stream.read(1 << 16))
+    path, ends = as_path(file), xxhash.xxh3_128()
+    size = file_size(path)
+    for start in (0, max(size - (1 << 16), 0)) if size else ():
+        ends.update(*read_bytes(path, [(start, min(start + (1 << 16), size))]))
     return f"{size}-{ends.hexdigest()}"
 
 
@@ -190,7 +199,7 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
         folder = folder / split
     if (folder / "state.json").exists():
         return _from_dataset(datasets.load_from_disk(str(folder)), split)
-    seen = (f.relative_to(folder) for f in sorted(folder.rglob("*")) if format_of(f))
+    seen = (f.relative_to(folder) for f in files_in(folder) if format_of(f))
     files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
     if not files:
         raise UserError(f"{folder}: has no data files; accepted formats: {ACCEPTED}")
@@ -288,7 +297,7 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
         case "dataset":
             return _head(located.dataset, max_records)
         case "parquet" | "arrow":
-            files = [str(f) for f in located.files]
+            files = [str(local_copy(f, _numbered(folder, i))) for i, f in enumerate(located.files)]
             try:
                 table = datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
@@ -302,8 +311,18 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
             pairs = _tfds_records(located.dataset)
         case _:
             reader = READERS[located.format]
-            pairs = (pair for file in located.files for pair in reader(file))
+            files = located.files
+            if located.format == "array_record":
+                files = [local_copy(f, _numbered(folder, i)) for i, f in enumerate(files)]
+            pairs = (pair for file in files for pair in reader(file))
     return _spool(islice(pairs, max_records), folder / "records.arrow")
+
+
+def _numbered(folder: Path, index: int) -> Path:
+    """A subdirectory for the local copy of a file: two files may have the same name."""
+    path = folder / str(index)
+    path.mkdir(exist_ok=True)
+    return path
 
 
 def _head(table: Any, count: int | None) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -24,7 +23,8 @@ import numpy as np
 import xxhash
 
 from jaxllm.config import Source, TrainConfig
-from jaxllm.data.examples import Examples, cache_key, cache_root, tokenize_table
+from jaxllm.data.cache import Cache
+from jaxllm.data.examples import Examples, cache_key, tokenize_table
 from jaxllm.data.rows import Origin, Row, Windows
 from jaxllm.data.sources import Located, content_hash, file_id, locate, read
 from jaxllm.errors import UserError
@@ -69,8 +69,9 @@ class Stream:
         settings["rows"] = content_hash([Path(__file__).with_name("rows.py")])  # they count rows
         self.content = xxhash.xxh3_128_hexdigest(json.dumps(self._ids).encode())
         self.fingerprint = cache_key(settings | {"streaming": self._located.format})
-        self._index = cache_root(cfg) / f"rows-{self.fingerprint}.json"
-        self._counts = _read_counts(self._index)
+        self._cache = Cache(cfg.data.cache_dir)
+        self._index = f"rows-{self.fingerprint}.json"
+        self._counts = self._read_counts()
         self._starts = [0]  # first row of each segment (a file in a pass), …
         self._segments: list[tuple[int, int]] = []  # … and its (pass, file)
         self._rows = lru_cache(self.CACHED)(self._load)
@@ -98,8 +99,8 @@ class Stream:
             rows = self._rows(file)
             if len(rows) != self._counts[self._ids[file]]:
                 raise UserError(
-                    f"{self.files[file]}: has {len(rows):,} rows, but {self._index} has another "
-                    "number for it; delete that file to count again"
+                    f"{self.files[file]}: has {len(rows):,} rows, but {self._index} in "
+                    "data.cache_dir has another number for it; delete that file to count again"
                 )
             order = self._shuffled(epoch, file + 1, len(rows))
         return rows, int(order[row - self._starts[segment]])
@@ -126,18 +127,22 @@ class Stream:
         """The number of rows of a file, from the index if it was counted before."""
         name = self._ids[file]
         if name not in self._counts:
-            self._counts = _read_counts(self._index) | self._counts | {name: len(self._rows(file))}
+            self._counts |= self._read_counts() | {name: len(self._rows(file))}
             with tempfile.NamedTemporaryFile(
-                "w", dir=self._index.parent, prefix="making-", delete=False
+                "w", dir=self._cache.root, prefix="making-", delete=False
             ) as part:
                 json.dump(self._counts, part)
-            os.replace(part.name, self._index)
+            self._cache.put(Path(part.name), self._index)
         return self._counts[name]
+
+    def _read_counts(self) -> dict[str, int]:
+        index = self._cache.get(self._index)
+        return json.loads(index.read_text()) if index else {}
 
     def _load(self, file: int) -> Windows:
         """Tokenize a file and divide it into rows."""
         name = self.files[file]
-        with tempfile.TemporaryDirectory(dir=cache_root(self._cfg), prefix="making-") as folder:
+        with tempfile.TemporaryDirectory(dir=self._cache.root, prefix="making-") as folder:
             path = _fetch(name, Path(folder))
             located = Located(self._located.format, (path,))
             source = replace(self.source, path=name)
@@ -162,7 +167,3 @@ def _fetch(file: str, folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{file}: cannot be downloaded: {error}") from error
     return path
-
-
-def _read_counts(index: Path) -> dict[str, int]:
-    return json.loads(index.read_text()) if index.is_file() else {}

@@ -17,6 +17,7 @@ from jaxllm.data.messages import MEDIA, message_text
 from jaxllm.data.sources import locate, read, records
 from jaxllm.data.template import template_source
 from jaxllm.errors import MissingFile, UserError
+from jaxllm.paths import local_path
 from jaxllm.tokenizer import save_tokenizer
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -58,7 +59,7 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    _check_target(Path(out))
+    _check_target(local_path(out))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = list(dict.fromkeys([END, PAD, *special_tokens]))
     if vocab_size < len(alphabet) + len(names):

@@ -8,6 +8,8 @@ import math
 import os
 import secrets
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, copy, files_in, first_line, is_bucket
 
 
 class _Wandb:
@@ -66,6 +69,7 @@ class _TensorBoard:
         self.writer.close()
 
 
+SPOOLED = ("metrics.jsonl", "samples.jsonl", "wandb-id.txt", "rows.bin")
 # They receive the numbers of metrics.jsonl, and are made with (run folder, config, resume step).
 TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
 
@@ -85,6 +89,53 @@ def _to_json(value: Any) -> Any:
     return str(value)
 
 
+class Spool:
+    """The local folder of files that a run in a bucket appends to, as objects cannot be.
+
+    The files at the top of the run folder are copied to it. A thread uploads those that changed
+    every EVERY seconds; a process that is killed loses the lines since.
+    """
+
+    EVERY = 10.0
+
+    def __init__(self, run: Path):
+        self.run, self._parent = run, tempfile.TemporaryDirectory(prefix="jaxllm-")
+        self.folder = Path(self._parent.name, run.name)
+        self.folder.mkdir()
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        for name in SPOOLED:
+            if (run / name).is_file():
+                copy(run / name, self.folder / name)
+        self._thread = threading.Thread(target=self._run, name="upload metrics", daemon=True)
+        self._thread.start()
+
+    def flush(self) -> None:
+        """Uploads the files that changed; prints a line if the bucket does not take one."""
+        with self._lock:
+            for file in files_in(self.folder):
+                stat = file.stat()
+                version = stat.st_size, stat.st_mtime_ns
+                if self._sent.get(file) == version:
+                    continue
+                try:
+                    copy(file, self.run / file.relative_to(self.folder).as_posix())
+                    self._sent[file] = version
+                except Exception as error:  # each client has errors of its own
+                    line = f"{file.name} is not uploaded yet: {first_line(error)}"
+                    print(f"jaxllm: {line}", file=sys.stderr)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self.flush()
+        self._parent.cleanup()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.EVERY):
+            self.flush()
+
+
 class Metrics:
     """Writes a run's numbers to its folder and to trackers. Only the main process writes.
 
@@ -101,13 +152,17 @@ class Metrics:
             if name not in TRACKERS:
                 names = ", ".join(TRACKERS)
                 raise UserError(f"log.report_to {name!r} is unknown; choose from {names}")
-        self.run = Path(run)
+        self.run = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
+        self.spool: Spool | None = None
         if not self.enabled:
             return
+        if is_bucket(self.run):
+            self.spool = Spool(self.run)
+            self.run = self.spool.folder
         self.run.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in SPOOLED[:2]:
             _drop_after(self.run / name, resume_step, eval_pending)
         config = _to_json(config or {})
         for name in report_to:
@@ -139,11 +194,18 @@ class Metrics:
         if self.enabled:
             (self.run / "data.json").write_text(json.dumps(_to_json(data), indent=2) + "\n")
 
+    def flush(self) -> None:
+        """Uploads what was written, if the run folder is in a bucket."""
+        if self.spool:
+            self.spool.flush()
+
     def close(self) -> None:
         """Closes the trackers."""
         for name, tracker in list(self.trackers.items()):
             self._try(name, tracker.close)
         self.trackers.clear()
+        if self.spool:
+            self.spool.close()
 
     def _try(self, name: str, call: Callable[[], Any]) -> Any:
         try:

@@ -20,6 +20,7 @@ from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensor
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table, tensor_names
+from jaxllm.paths import as_path
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
@@ -39,7 +40,7 @@ class AdapterFiles:
 
 def is_adapter(path: str) -> bool:
     """True if a directory or hub id has an adapter and no model."""
-    folder = local_dir(path) if hub_id(path) else Path(path).expanduser()
+    folder = local_dir(path) if hub_id(path) else as_path(path)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
@@ -81,7 +82,7 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     base = find(path).config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path} does not name its base model; give the base model's path too")
-    if not Path(base).expanduser().is_dir() and not hub_id(base):
+    if not as_path(base).is_dir() and not hub_id(base):
         raise UserError(
             f"{path} is an adapter of {base}, which does not exist; give the base model's path too"
         )

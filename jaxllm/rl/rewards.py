@@ -31,6 +31,7 @@ from jaxllm.errors import MissingFile, UserError
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
+from jaxllm.paths import as_path
 from jaxllm.sampling import bucketed
 
 ROWS = 8  # texts that each data-parallel device scores at a time
@@ -220,7 +221,7 @@ def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
     neither.
     """
     module, colon, function = name.rpartition(":")
-    if not colon or Path(name).expanduser().is_dir():
+    if not colon or as_path(name).is_dir():
         model = RewardModel.load(name, mesh, dtype)
         return Reward(Path(name).name, lambda batch: model.score([c.conversation for c in batch]))
     try:

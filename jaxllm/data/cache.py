@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of what is made from data once: files and directories that never change."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from jaxllm import dist
+from jaxllm.errors import UserError
+from jaxllm.paths import as_path, copy, files_in, is_bucket
+
+_LAST = "state.json"  # the file of a directory (a saved `datasets.Dataset`) that is uploaded last
+
+
+class Cache:
+    """The directory data.cache_dir, which is created if missing.
+
+    Arrow tables are memory-mapped, so entries are on the local disk. If data.cache_dir is in a
+    bucket, they are also copied to it, and from it to the machines that lack them.
+    """
+
+    def __init__(self, directory: str | None) -> None:
+        self.shared = as_path(str(directory)) if is_bucket(directory) else None
+        local = None if self.shared else directory
+        try:
+            self.root = Path(local or "~/.cache/jaxllm").expanduser()
+        except RuntimeError:
+            raise UserError(
+                "there is no home directory for tokenized data; set data.cache_dir"
+            ) from None
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"data.cache_dir: {self.root} is a file, or is inside one") from None
+
+    def get(self, name: str) -> Path | None:
+        """The local path of an entry, None if there is none."""
+        entry = self.root / name
+        if entry.exists() or self.shared is None:
+            return entry if entry.exists() else None
+        remote, made = self.shared / name, self.root / f"making-{uuid.uuid4().hex}"
+        if (remote / _LAST).is_file():
+            made.mkdir()
+            for file in files_in(remote):
+                copy(file, made / file.name)
+        elif remote.is_file():
+            copy(remote, made)
+        else:
+            return None
+        return self._move(made, entry)
+
+    def put(self, made: Path, name: str) -> Path:
+        """Moves a complete file or directory, which is in `root`, to the entry `name`."""
+        if self.shared:
+            files = files_in(made) if made.is_dir() else [made]
+            for file in sorted(files, key=lambda file: file.name == _LAST):
+                copy(file, self.shared / name / file.relative_to(made))
+        return self._move(made, self.root / name)
+
+    def _move(self, made: Path, entry: Path) -> Path:
+        entry.parent.mkdir(exist_ok=True)
+        try:
+            os.replace(made, entry)
+        except OSError:
+            if not entry.is_dir():  # another process may have made it
+                raise
+        return entry
+
+    def team(self) -> list[int]:
+        """The processes that share this cache, this one included, ascending."""
+        if self.shared or dist.count() == 1:
+            return list(range(dist.count()))
+        mark = dist.agree(uuid.uuid4().hex)
+        own = self.root / f"making-{mark}-{dist.index()}"
+        own.touch()
+        dist.barrier("cache")
+        seen = sorted(int(f.name.rpartition("-")[2]) for f in self.root.glob(f"making-{mark}-*"))
+        seen_by = dist.everyone(seen)
+        own.unlink()
+        return [process for process in seen if seen_by[process] == seen]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths of local files and of objects in a bucket (gs://…, s3://…), by one interface: pathlib's.
+
+`as_path` makes them: pathlib.Path for a local path, etils.epath.Path for a bucket, which reads and
+writes by fsspec (gcsfs, s3fs). The functions below do what the two do differently. In a bucket an
+object is written at once, directories need not be created, and none can be renamed.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxllm.errors import UserError
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> its client, the extra `gcs` or `s3`
+PART, PARTS = 1 << 25, 8  # bytes of a request; requests at a time
+
+
+def is_bucket(path: Any) -> bool:
+    """True for gs://… and s3://…"""
+    return str(path).partition("://")[0] in PACKAGES and "://" in str(path)
+
+
+def as_path(path: str | Path) -> Path:
+    """The path of a local file or of an object; `~` is expanded.
+
+    Raises UserError if the client of the bucket is not installed.
+    """
+    if not is_bucket(path):
+        return Path(path).expanduser()
+    scheme = str(path).partition("://")[0]
+    if find_spec(PACKAGES[scheme]) is None:
+        extra = "gcs" if scheme == "gs" else scheme
+        raise UserError(f"{path}: {PACKAGES[scheme]} is missing; pip install 'jaxllm[{extra}]'")
+    from etils import epath
+    from fsspec.config import conf
+
+    os.environ.setdefault("EPATH_USE_TF", "false")  # it uses TensorFlow where that is installed
+    # Listings are cached by default, but other processes and tensorstore write as well.
+    for name in ("gcs" if scheme == "gs" else scheme, scheme):
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    bucket: Any = epath.Path(path)
+    return bucket
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of a local file. Raises UserError for one in a bucket."""
+    if is_bucket(path):
+        raise UserError(f"{path} is in a bucket, where this is not supported; use the local disk")
+    return Path(path)
+
+
+def filesystem(path: str | Path) -> Any:
+    """fsspec's file system of a bucket."""
+    from fsspec.core import url_to_fs
+
+    as_path(path)
+    return url_to_fs(str(path))[0]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_bucket(path: Path) -> None:
+    """Raises UserError if objects cannot be written to a bucket; does nothing for a local path."""
+    if not is_bucket(path):
+        return
+    probe = path / f".access-{os.urandom(4).hex()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # each client has errors of its own
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from error
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path; symbolic links are resolved."""
+    return path if is_bucket(path) else path.resolve()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in a directory and its subdirectories, sorted."""
+    if not is_bucket(folder):
+        return sorted(p for p in folder.rglob("*") if p.is_file())
+    fs = filesystem(folder)
+    names = (fs.unstrip_protocol(n) for n in fs.find(str(folder)) if not n.endswith("/"))
+    return sorted(map(as_path, names))
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that match a pattern with *, ? or **, sorted."""
+    if not is_bucket(pattern):
+        return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    fs = filesystem(pattern)
+    found = fs.glob(pattern, detail=True)
+    return sorted(as_path(fs.unstrip_protocol(n)) for n, i in found.items() if i["type"] == "file")
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a directory and its parents, if it does not exist."""
+    if not is_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a directory, if it exists."""
+    if not is_bucket(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        filesystem(folder).rm(str(folder), recursive=True)
+
+
+def rename_folder(folder: Path, target: Path) -> None:
+    """Renames a directory; in a bucket each of its objects, which copies them there."""
+    if not is_bucket(folder):
+        folder.rename(target)
+        return
+    fs = filesystem(folder)
+    for file in files_in(folder):
+        fs.cp_file(str(file), str(target / file.relative_to(folder)))
+    delete(folder)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file by `text` at once: a reader sees the old file or the new one."""
+    if is_bucket(file):
+        file.write_bytes(text.encode())
+        return
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
+def file_size(file: Path) -> int:
+    """Bytes of a file."""
+    stat: Any = file.stat()
+    return stat.length if is_bucket(file) else stat.st_size
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file between local disk and bucket. The target appears complete."""
+    if is_bucket(source):
+        filesystem(source).get_file(str(source), str(target))
+    elif is_bucket(target):
+        filesystem(target).put_file(str(source), str(target))
+    else:
+        shutil.copy(source, target)
+
+
+def local_copy(file: Path, folder: Path) -> Path:
+    """`file` if it is local, else a copy of it in the local `folder`."""
+    if not is_bucket(file):
+        return file
+    copy(file, folder / file.name)
+    return folder / file.name
+
+
+def read_bytes(file: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes of a file in each of the ranges (start, end); a bucket sends no others."""
+    if is_bucket(file):
+        starts, ends = zip(*ranges, strict=True)
+        return filesystem(file).cat_ranges([str(file)] * len(ranges), starts, ends)
+    with file.open("rb") as data:
+
+        def read(start: int, end: int) -> bytes:
+            data.seek(start)
+            return data.read(end - start)
+
+        return [read(*one) for one in ranges]
+
+
+def read_array(file: Path, start: int, end: int) -> np.ndarray:
+    """The bytes from `start` to `end` as uint8. Holds them and PARTS requests of PART bytes."""
+    out = np.empty(end - start, np.uint8)
+    for group in range(start, end, PART * PARTS):
+        stop = min(end, group + PART * PARTS)
+        ranges = [(i, min(i + PART, stop)) for i in range(group, stop, PART)]
+        for (first, last), part in zip(ranges, read_bytes(file, ranges), strict=True):
+            out[first - start : last - start] = np.frombuffer(part, np.uint8)
+    return out
