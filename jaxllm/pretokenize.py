@@ -15,7 +15,6 @@ from jaxllm.data.dataset import load_data
 from jaxllm.hf_config import source_config
 from jaxllm.model.families import from_hf
 from jaxllm.paths import as_path
-from jaxllm.tokenizer import check_vocabulary
 from jaxllm.watch import Watch
 
 
@@ -31,6 +30,4 @@ def tokenize(cfg: TrainConfig) -> dict[str, Any]:
         cfg = resolve(cfg, recorded=recorded_config(cfg))
         source, scores = cfg.model.path or str(cfg.model.config), cfg.verb.head == "score"
         config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=False)
-        tokenizer = run_tokenizer(cfg)
-        check_vocabulary(tokenizer, from_hf(config).vocab_size)
-        return load_data(cfg, tokenizer).manifest
+        return load_data(cfg, run_tokenizer(cfg, from_hf(config).vocab_size)).manifest

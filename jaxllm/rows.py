@@ -116,7 +116,8 @@ def _records(folder: Path, cfg: TrainConfig) -> np.ndarray:
     """uint64 [records, 1 + rows]: the records of rows.bin; an incomplete one has zeros."""
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} has no {FILE}: the run did not record its rows")
-    values, width = np.frombuffer((folder / FILE).read_bytes(), "<u8"), 1 + _record_shape(cfg)[1]
+    data, width = (folder / FILE).read_bytes(), 1 + _record_shape(cfg)[1]
+    values = np.frombuffer(data[: len(data) // 8 * 8], "<u8")
     return np.pad(values, (0, -len(values) % width)).reshape(-1, width)
 
 

@@ -48,7 +48,6 @@ from jaxllm.rows import RowLog
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.step import TrainState
-from jaxllm.tokenizer import check_vocabulary
 from jaxllm.watch import Watch, current, watched
 
 
@@ -81,8 +80,7 @@ def train(cfg: TrainConfig) -> Result:
     mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
     program = build(cfg, mesh)
-    tokenizer = run_tokenizer(cfg)
-    check_vocabulary(tokenizer, program.shape.vocab_size)
+    tokenizer = run_tokenizer(cfg, program.shape.vocab_size)
     samples = Samples(program, tokenizer)
     run = RunFolder(cfg)
     use_cache(cfg.log.compile_cache)
@@ -135,26 +133,27 @@ def train(cfg: TrainConfig) -> Result:
         batches = LoadedBatches(program, data.train, start, record)
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
-    log = Log(metrics, meter, watch, Progress(timetable.steps, start, enabled=cfg.log.progress))
+    bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
+    log = Log(metrics, record, meter, watch, bar)
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
     evals = Evaluations(program, data.evals, frozen, samples, log, best)
-    step_fn, stop = None, False
-    unlogged = False  # a log line is due; it is written while the next step runs on the device
+    step_fn, stop, unlogged = None, False, False
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with closing(checkpoints), record, log.opened(), jax.set_mesh(mesh), stop_signal(watch):
+    with closing(checkpoints), log.opened(), jax.set_mesh(mesh), stop_signal(watch):
         if eval_pending:
             evals(step, state)
             checkpoints.amend(step, evals.meta(False), evals.kept)
         watch.begin(step + timetable.stride)
         while step < timetable.steps and not stop and not evals.over:
             step += 1
-            watch.enter("train", step)
+            watch.enter(batches.phase, step)
             batch, rollout_metrics = batches(step - 1, state.trainable)
+            watch.enter("train", step)
             if step_fn is None:  # the first batch has the shapes
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
             state, step_metrics = step_fn(state, frozen, batch)
-            if unlogged:
+            if unlogged:  # the line is written while this step runs on the device
                 log(step - 1)
             meter.add(step, step_metrics | rollout_metrics)
 
@@ -171,14 +170,14 @@ def train(cfg: TrainConfig) -> Result:
             if evals.over and not events.log:
                 log(step)
             if events.save or evals.over or evals.kept == step:
-                with log.phase("save", step):
-                    record.flush()
-                    metrics.flush()
+                with log.saving(step):
                     meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
                     meta |= watch.meta() | evals.meta(events.postpone_evaluation)
                     meta |= {"feed": batches.state()}
                     checkpoints.save(step, state, meta, evals.kept)
         stopped = stop and step < timetable.steps
+        if step > start:  # not for a run that was complete
+            metrics.write("goodput", step, **watch.finish())
         best = evals.best
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
@@ -187,10 +186,7 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- write the trained model or adapter
     watch.enter("export", step)
-    writes = cfg.save.final and not stopped
-    final = write_final(program, state, frozen, tokenizer) if writes else None
-    if step > start:  # not for a run that was complete
-        metrics.write("goodput", step, **watch.finish())
+    final = None if stopped else write_final(program, state, frozen, tokenizer)
     early = step < timetable.steps and not stopped
     return Result(step, stopped, early, best, evals.latest, final)
 
@@ -201,8 +197,10 @@ def say(*lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str:
-    """Writes the trained model, or its adapter; returns the directory."""
+def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str | None:
+    """Writes the trained model, or its adapter, unless save.final is false; the directory."""
+    if not program.cfg.save.final:
+        return None
     path = str(as_path(program.cfg.output_dir) / "final")
     say(f"writing {path}")
     model = program.models(eval_params(state.opt_state, state.trainable), frozen)[0]
@@ -321,6 +319,8 @@ def stop_signal(watch: Watch) -> Iterator[None]:
 class LoadedBatches:
     """The batches of a run on data: `(step, weights) -> (batch [A, B, T], {})`."""
 
+    phase = "data"
+
     def __init__(self, program: Program, rows: Rows, start: int, record: RowLog):
         cfg, self.mesh, self.record = program.cfg, program.mesh, record
         sizes = {"batch_size": cfg.batch_size, "micro_batches": program.micro_batches}
@@ -364,6 +364,7 @@ class Log:
     """Writes a line of metrics for the steps since the last one, and shows it on the terminal."""
 
     metrics: Metrics
+    rows: RowLog
     meter: Meter
     watch: Watch
     bar: Progress
@@ -371,7 +372,7 @@ class Log:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Shows the bar and starts the clock; closes the files at the end."""
-        with closing(self.metrics), self.bar, self.meter:
+        with closing(self.metrics), self.rows, self.bar, self.meter:
             yield
 
     @contextmanager
@@ -381,6 +382,14 @@ class Log:
         with self.meter.paused():
             yield
         self.watch.enter("train", step)
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """The phase in which a checkpoint is saved; a bucket has what was logged before it."""
+        with self.phase("save", step):
+            self.rows.flush()
+            self.metrics.flush()
+            yield
 
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()

@@ -121,7 +121,8 @@ class Watch:
     # ---- what this process does
 
     def enter(self, phase: str, step: int) -> None:
-        """This process begins `phase` (load, compile, train, eval, save or export) at `step`."""
+        """This process begins `phase` at `step`: load, compile, data or rollout (it makes the
+        batch), train, eval, save or export."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self.phase, self.step, self._since = phase, step, now
@@ -160,7 +161,7 @@ class Watch:
 
     def late(self) -> float:
         """Seconds by which the current step is late; negative or 0 if it is not."""
-        if self.phase != "train" or not self._pace:
+        if self.phase not in ("data", "rollout", "train") or not self._pace:
             return 0.0
         done, then = self._done
         steps = max(self.step - done, 1)

@@ -28,7 +28,12 @@ from jaxllm.config import DataSection, TrainConfig, tokenizer_path
 from jaxllm.data.template import ChatTemplate, all_strings, template_source, with_settings
 from jaxllm.data.turns import Rendering, Span, TemplateInput, Turns
 from jaxllm.errors import UserError
-from jaxllm.tokenizer import generation_stop_ids, load_tokenizer, special_tokens
+from jaxllm.tokenizer import (
+    check_vocabulary,
+    generation_stop_ids,
+    load_tokenizer,
+    special_tokens,
+)
 
 # Private-use characters; those that no message contains become the marks of a TemplateInput.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
@@ -148,10 +153,16 @@ def padded(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def run_tokenizer(cfg: TrainConfig) -> Any:
-    """The tokenizer of a run, with the chat template's settings of its config."""
+def run_tokenizer(cfg: TrainConfig, vocab_size: int | None = None) -> Any:
+    """The tokenizer of a run, with the chat template's settings of its config.
+
+    Raises UserError if it has more tokens than the `vocab_size` of the model.
+    """
     tokenizer = with_settings(load_tokenizer(tokenizer_path(cfg)), cfg.data)
-    return padded(tokenizer) if cfg.verb.head == "score" else tokenizer
+    tokenizer = padded(tokenizer) if cfg.verb.head == "score" else tokenizer
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
 
 
 def _message_weight(message: dict[str, Any]) -> float:

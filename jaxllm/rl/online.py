@@ -76,6 +76,8 @@ class Rollouts:
     record: receives (step, prompts) of each rollout; state: of a checkpoint, {} for a new run.
     """
 
+    phase = "rollout"
+
     def __init__(
         self,
         cfg: TrainConfig,

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a run went, and when a step is late."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from runs import arguments, lines_of
+
+from jaxllm.cli import main
+from jaxllm.config import ClusterSection
+from jaxllm.watch import HANG_FACTOR, HANG_SECONDS, Watch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until `clock(seconds)` moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    return move
+
+
+def test_the_seconds_of_a_phase_end_when_the_next_begins(clock, tmp_path):
+    watch = Watch(ClusterSection(), tmp_path)
+    for phase, seconds in (("load", 4), ("data", 1), ("train", 12), ("data", 1), ("train", 12)):
+        watch.enter(phase, 1)
+        clock(seconds)
+    assert watch.finish() == {
+        "start_seconds": 0,
+        "load_seconds": 4,
+        "data_seconds": 2,
+        "train_seconds": 24,
+        "restarts": 0,
+        "goodput": 24 / 30,
+    }
+
+
+def test_a_resumed_run_adds_its_seconds_and_those_that_were_lost(clock, tmp_path):
+    first = Watch(ClusterSection(), tmp_path)
+    first.enter("train", 1)
+    clock(30)
+    first.enter("save", 3)
+    saved = first.meta()
+    file = tmp_path / "metrics.jsonl"  # the last line was written 10 s after the checkpoint
+    file.write_text("")
+    os.utime(file, (saved["saved_at"] + 10, saved["saved_at"] + 10))
+
+    second = Watch(ClusterSection(), tmp_path)
+    second.restore(json.loads(json.dumps(saved)))
+    second.enter("train", 3)
+    clock(20)
+    ledger = second.finish()
+    assert ledger["train_seconds"] == 50 and ledger["lost_seconds"] == pytest.approx(10)
+    assert ledger["restarts"] == 1 and ledger["goodput"] == pytest.approx(50 / 60)
+
+
+def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_path):
+    watch = Watch(ClusterSection(), tmp_path)
+    for step in range(1, 11):
+        watch.enter("train", step)
+        clock(20)
+        watch.progress(step)
+    watch.enter("train", 11)
+    clock(HANG_FACTOR * 20)
+    assert watch.late() == 0
+    clock(1)
+    assert watch.late() == 1
+    watch.enter("eval", 11)
+    assert watch.late() == 0  # an evaluation may take longer
+    quick = Watch(ClusterSection(), tmp_path)
+    quick.enter("train", 1)
+    clock(0.1)
+    quick.progress(1)
+    clock(HANG_SECONDS)
+    assert quick.late() == pytest.approx(0)
+
+
+def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project):
+    args = arguments(project, "pretrain", "ledger", "--data.eval", str(project / "text.txt"))
+    args += ["--eval_every", "2", "--save.every", "2"]
+    start = time.perf_counter()
+    for steps in ("2", "4"):
+        assert main([*args, "--steps", steps]) == 0
+    took = time.perf_counter() - start
+    lines = (project / "ledger" / "metrics.jsonl").read_text().splitlines()
+    ledger = [one for one in map(json.loads, lines) if one["kind"] == "goodput"][-1]
+    seconds = {name: ledger[f"{name}_seconds"] for name in PHASES}
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds.values()) < took
+    assert ledger["step"] == 4 and ledger["restarts"] == 1 and ledger["lost_seconds"] >= 0
+    total = sum(value for name, value in ledger.items() if name.endswith("_seconds"))
+    assert ledger["goodput"] == pytest.approx(seconds["train"] / total)
+    assert list(lines_of(project / "ledger")) == [1, 2, 3, 4]
+
+
+PHASES = ("start", "load", "compile", "data", "train", "eval", "save")
