@@ -146,6 +146,12 @@ def file_size(file: Path) -> int:
     return stat.length if is_bucket(file) else stat.st_size
 
 
+def modified(file: Path) -> float:
+    """When a file was written last, in seconds since 1970."""
+    stat: Any = file.stat()
+    return stat.mtime if is_bucket(file) else stat.st_mtime
+
+
 def copy(source: Path, target: Path) -> None:
     """Copies a file between local disk and bucket. The target appears complete."""
     if is_bucket(source):

@@ -33,7 +33,7 @@ import jax
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path
+from jaxllm.paths import as_path, modified
 
 REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
@@ -137,7 +137,7 @@ class Watch:
         if not saved:
             return
         file = self.folder / "metrics.jsonl"
-        last = file.stat().st_mtime if file.is_file() else 0.0
+        last = modified(file) if file.is_file() else 0.0
         lost = max(last - saved.get("saved_at", last), 0.0)
         for phase, value in (*saved.get("phases", {}).items(), ("lost", lost)):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value

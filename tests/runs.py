@@ -113,3 +113,31 @@ def refused(capsys, args: list[str], *words: str) -> str:
     for word in words:
         assert word in lines[0], lines[0]
     return lines[0]
+
+
+def launched(processes: int, devices: int, args: list[str]) -> subprocess.Popen:
+    """A command as several processes of this machine, each with some devices."""
+    env = {"XLA_FLAGS": f"{DEVICES}{devices}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [str(Path(__file__).parents[1] / "launch" / "local.sh"), str(processes), *args],
+        env=ENV | os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(run: subprocess.Popen, seconds: float = 400) -> tuple[int, str]:
+    """(exit status, output) of a launched run; none of its processes is left."""
+    try:
+        output, _ = run.communicate(timeout=seconds)
+    finally:
+        try:
+            os.killpg(run.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            left = False
+        else:
+            left = run.poll() is not None
+    assert not left, "a process of the run was left over"
+    return run.returncode, output

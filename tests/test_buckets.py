@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from runs import ENV, arguments, refused
+from runs import ENV, arguments, finished, launched, refused
 from safetensors import safe_open
 
 import jaxllm
@@ -116,6 +116,42 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_resumes(project, capsys, tmp_p
     assert main(["export", f"{B}/run", f"{B}/export", "--step", "2"]) == 0
     assert (as_path(f"{B}/export") / "config.json").is_file()
     assert (as_path(f"{B}/export") / "tokenizer.json").is_file()
+
+
+def test_hosts_that_share_only_a_bucket_train_one_run(project, monkeypatch, tmp_path):
+    """Two processes with home directories of their own, then one: the numbers are those of a run
+    on the disk."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = in_bucket(project, f"{B}/hosts", "--save.load_best", "false")
+    args[args.index(f"{B}/in/cache")] = f"{B}/hosts-cache"
+    assert (
+        main([arg.replace(f"{B}/in", str(project)).replace(B, str(project)) for arg in args]) == 0
+    )
+    host = ["bash", "-c", 'HOME=$0/$JAX_PROCESS_ID exec "$@"', str(tmp_path)]
+    command = [
+        *host,
+        sys.executable,
+        "-m",
+        "jaxllm",
+        *args,
+        "--steps",
+        "2",
+        "--save.final",
+        "false",
+    ]
+    status, output = finished(launched(2, 2, command))
+    assert status == 0, output[-3000:]
+    folders = (as_path(f"{B}/hosts-cache"), tmp_path / "0", tmp_path / "1")
+    tables = [[f for f in files_in(folder) if f.name == "state.json"] for folder in folders]
+    assert [len(found) for found in tables] == [2, 2, 2]  # of text.txt and eval.txt
+    assert main(args) == 0
+    theirs, ours = lines(str(project / "hosts")), lines(f"{B}/hosts")
+    assert list(ours) == list(theirs) == [1, 2, 3, 4]
+    for step in ours:
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-6)
+    recorded = (as_path(f"{B}/hosts") / "rows.bin").read_bytes()
+    assert recorded == (project / "hosts" / "rows.bin").read_bytes()
+    assert main(["verify", f"{B}/hosts"]) == 0
 
 
 def test_overwrite_deletes_the_run_in_the_bucket_and_no_other(project, capsys):
@@ -348,11 +384,31 @@ def test_files_in_the_bucket_are_streamed(project, tmp_path, monkeypatch):
 # ---- gs://
 
 
-def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path):
+def emulate_generations(emulator, patch) -> None:
+    """Adds the generation of an object to what the emulator answers to a download, as Google does.
+    tensorstore needs it to write an object that it has read."""
+    from gcp_storage_emulator.handlers import objects
+
+    answer = objects.download
+
+    def download(request, response, storage, *args):
+        answer(request, response, storage, *args)
+        if response.status in (200, 206):
+            place = (request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
+
+    patch.setattr(objects, "download", download)
+    for _, methods in emulator.HANDLERS:
+        if methods.get("GET") is answer:
+            patch.setitem(methods, "GET", download)
+
+
+def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
     """The clients read the emulator's address when they are imported: in processes of their own."""
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    emulate_generations(emulator, monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     service = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import DEVICES, ENV, arguments, command, lines_of
+from runs import arguments, command, finished, launched, lines_of
 
 from jaxllm import dist
 from jaxllm.cli import main
@@ -27,7 +27,6 @@ from jaxllm.errors import UserError
 from jaxllm.rendezvous import meet
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [str(ROOT / "launch" / "local.sh")]
 REQUEUE = 75
 REWARD = """
 def length(prompts, completions, **columns):
@@ -35,37 +34,6 @@ def length(prompts, completions, **columns):
         log.write("x" * len(completions))
     return [float(len(text) % 7) for text in completions]
 """
-
-
-def environment(devices: int) -> dict[str, str]:
-    return ENV | {"XLA_FLAGS": f"{DEVICES}{devices}", "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
-def launched(processes: int, devices: int, args: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*LAUNCH, str(processes), *args],
-        env=environment(devices),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
-
-
-def finished(run: subprocess.Popen, seconds: float = 400) -> tuple[int, str]:
-    """(exit status, output) of a launched run; none of its processes is left."""
-    try:
-        output, _ = run.communicate(timeout=seconds)
-    finally:
-        try:
-            os.killpg(run.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            left = False
-        else:
-            left = run.poll() is not None
-    assert not left, "a process of the run was left over"
-    return run.returncode, output
 
 
 def process_of(run: subprocess.Popen, index: int) -> int:

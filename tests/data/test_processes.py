@@ -13,7 +13,8 @@ import pytest
 from runs import DEVICES, ENV
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
-from jaxllm.data import examples, sources
+from jaxllm.data import sources
+from jaxllm.data.cache import Cache
 from jaxllm.data.dataset import load_data
 from jaxllm.data.loader import batch_at
 
@@ -195,22 +196,20 @@ def test_a_killed_run_goes_on_with_the_parts_that_are_missing(
     folder, one, tokenizer, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(sources, "PART_BYTES", 400)
-    done, publish = [], examples._publish
+    done, put = [], Cache.put
 
-    def killed(made, part):
+    def killed(cache, made, part):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(part)
-        publish(made, part)
+        put(cache, made, part)
 
     cfg = config(folder, "one")
     cfg = replace(cfg, data=replace(cfg.data, cache_dir=str(tmp_path)))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(examples, "_publish", killed)
+        patch.setattr(Cache, "put", killed)
         load_data(cfg, tokenizer)
     more = []
-    monkeypatch.setattr(
-        examples, "_publish", lambda made, part: (more.append(part), publish(made, part))
-    )
+    monkeypatch.setattr(Cache, "put", lambda *args: (more.append(args[2]), put(*args)))
     assert load_data(cfg, tokenizer).manifest == one.manifest
     assert len(more) > 3 and not set(done) & set(more)
