@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from typing import Any
 
@@ -177,7 +178,7 @@ def train(cfg: TrainConfig) -> Result:
                     checkpoints.save(step, state, meta, evals.kept)
         stopped = stop and step < timetable.steps
         if step > start:  # not for a run that was complete
-            metrics.write("goodput", step, **watch.finish())
+            log.ledger(step)
         best = evals.best
         if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
@@ -397,6 +398,18 @@ class Log:
         self.metrics.write("train", step, **line, memory_gib=memory)
         shown = {key: line[key] for key in ("loss", "tokens_per_second", "mfu")}
         self.bar.update(step, **shown, memory=memory)
+
+    def ledger(self, step: int) -> None:
+        """Writes and shows where the time of the run went, over all restarts."""
+        ledger = self.watch.finish()
+        self.metrics.write("goodput", step, **ledger)
+        seconds = {k.removesuffix("_seconds"): v for k, v in ledger.items() if "_seconds" in k}
+        shares = {phase: value / sum(seconds.values()) for phase, value in seconds.items()}
+        shown = sorted(shares.items(), key=lambda share: -share[1])
+        text = ", ".join(f"{phase} {share:.0%}" for phase, share in shown if share >= 0.01)
+        restarts = int(ledger["restarts"])
+        more = f"; {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
+        self.bar.say(f"{timedelta(seconds=round(sum(seconds.values())))}: {text}{more}")
 
 
 class Samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_pa
     assert quick.late() == pytest.approx(0)
 
 
-def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project):
+def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project, capsys):
     args = arguments(project, "pretrain", "ledger", "--data.eval", str(project / "text.txt"))
     args += ["--eval_every", "2", "--save.every", "2"]
     start = time.perf_counter()
@@ -98,6 +99,9 @@ def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project):
     total = sum(value for name, value in ledger.items() if name.endswith("_seconds"))
     assert ledger["goodput"] == pytest.approx(seconds["train"] / total)
     assert list(lines_of(project / "ledger")) == [1, 2, 3, 4]
+    *_, shown = re.findall(r"\n(\d:\d\d:\d\d: .*)\n", capsys.readouterr().err)
+    share = f"train {seconds['train'] / total:.0%}"
+    assert share in shown and shown.endswith("; 1 restart")
 
 
 PHASES = ("start", "load", "compile", "data", "train", "eval", "save")
