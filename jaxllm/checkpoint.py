@@ -92,7 +92,8 @@ class Checkpoints:
         self.wait()
         if not self._tidied:
             self._tidy()
-        self._check_space(state)
+        if problem := self.missing_space(state):
+            raise UserError(problem)
         self._best = best
         record = {"meta": meta, "best": best}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record))
@@ -153,18 +154,20 @@ class Checkpoints:
         here = [p for p in folders if p.name.isdigit() and step in ("*", p.name)]
         return [p for p in here if not (p / COMMITTED).exists()]
 
-    def _check_space(self, state: Any) -> None:
-        """Raises UserError if the disk has too little space for another checkpoint."""
+    def missing_space(self, state: Any) -> str | None:
+        """An error message if the disk has too little space for another checkpoint of `state`, a
+        pytree of arrays or of ShapeDtypeStructs."""
         if self.remote:
-            return
-        need = sum(x.nbytes for x in jax.tree.leaves(state))
+            return None
+        need = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         disk = shutil.disk_usage(self.directory)
-        if disk.total and disk.free < need:  # some network file systems report 0 of 0
-            raise UserError(
-                f"disk full: a checkpoint takes {need / 2**30:.2f} GiB and {self.directory} has "
-                f"{disk.free / 2**30:.2f} GiB left; free some space and start again, the saved "
-                "checkpoints are valid"
-            )
+        if not disk.total or disk.free >= need:  # some network file systems report 0 of 0
+            return None
+        return (
+            f"disk full: a checkpoint takes {need / 2**30:.2f} GiB and {self.directory} has "
+            f"{disk.free / 2**30:.2f} GiB left; free some space and start again, the saved "
+            "checkpoints are valid"
+        )
 
     @contextmanager
     def _undone_when_full(self) -> Iterator[None]:

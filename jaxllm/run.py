@@ -50,6 +50,7 @@ FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chun
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
 VERSIONS = {"jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax"}
+NFS_SECONDS = 60.0  # after which a new file on NFS is seen by all hosts (acdirmax)
 CLOCK_SKEW = 30.0  # seconds by which the clocks of two processes may differ
 IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
 
@@ -126,10 +127,12 @@ class RunFolder:
             check_same_origin(self.checkpoints, step, origin)
         return step
 
-    def claim(self) -> None:
+    def claim(self, state: Any = None) -> None:
         """Writes config.json, and deletes an old run first if this one replaces it.
 
-        Call it after the new run's config, model and data are validated.
+        Call it after the new run's config, model and data are validated. Raises UserError if a
+        process cannot use the folder, or if there is no space for a checkpoint of `state`, a pytree
+        of arrays or of ShapeDtypeStructs.
         """
         if dist.is_main():
             make_folder(self.path)
@@ -141,12 +144,18 @@ class RunFolder:
                     path.unlink()
             write_text(self.path / "config.json", json.dumps(to_dict(self.cfg), indent=2) + "\n")
         dist.barrier("run folder")
-        dist.check_all(self._problem())
+        problem = self._problem()
+        if problem is None and state is not None:
+            problem = self.checkpoints.missing_space(state)
+        dist.check_all(problem)
 
     def _problem(self) -> str | None:
         """Why this process cannot use the folder, if it cannot."""
-        if not (self.path / "config.json").is_file():
-            return f"output_dir {self.path} is not the folder that process 0 sees; share it"
+        until = time.monotonic() + min(self.cfg.cluster.timeout, NFS_SECONDS)
+        while not (self.path / "config.json").is_file():
+            if time.monotonic() > until:
+                return f"output_dir {self.path} is not the folder that process 0 sees; share it"
+            time.sleep(1)
         if not is_bucket(self.path) and not os.access(self.path, os.W_OK):
             return f"output_dir {self.path} is not writable"
         return None

@@ -107,7 +107,7 @@ def train(cfg: TrainConfig) -> Result:
         key = [origin, program.policy.hf_config]
         data = reference.precomputed(cfg, data, program.reference(trainable, frozen), key, mesh)
     frozen = program.with_reference(trainable, frozen)
-    run.claim()  # deletes the run that this one replaces; the config and data are valid by now
+    run.claim(program.state)  # deletes the run that this one replaces; config and data are valid
     checkpoints = run.checkpoints
     with jax.set_mesh(mesh):
         if resumed is None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import arguments, command, finished, launched, lines_of
+from runs import DEVICES, ENV, arguments, command, finished, launched, lines_of
 
 from jaxllm import dist
 from jaxllm.cli import main
@@ -341,45 +341,103 @@ def test_one_process_needs_no_coordinator(monkeypatch):
 # ---- many times at random moments (make cluster)
 
 
-def until(project: Path, name: str, steps: int, processes: int, seed: int, number: int) -> int:
-    """Starts or resumes a run and sends `number` to a random process after random seconds; the
-    exit status. 0: it had ended before."""
-    draw = random.Random(seed)
-    sizes = ("--steps", str(steps), "--cluster.timeout", "5", "--save.every", "20")
-    run = launched(processes, 4 // processes, command(project, "pretrain", name, *sizes))
+def short(project: Path) -> list[str]:
+    sizes = ["--steps", "40", "--save.every", "10", "--eval_every", "10", "--cluster.timeout", "5"]
+    return [*sizes, "--data.eval", str(project / "few.txt"), "--optim.learning_rate", "0.001"]
+
+
+def pair(project: Path, name: str, port: int, *more: str) -> list[subprocess.Popen]:
+    """The two processes of a run, started without a launcher to see the exit status of each."""
+    args = command(project, "pretrain", name, *short(project), *more)
+    values = (f"127.0.0.1:{port}", "2")
+    env = ENV | dict(zip(dist.VARIABLES, values, strict=False)) | {"XLA_FLAGS": f"{DEVICES}2"}
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(args, env=env | {dist.VARIABLES[2]: str(i)}, **options) for i in range(2)
+    ]
+
+
+def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Their exit statuses; fails if one of them lives longer."""
     try:
-        run.wait(timeout=draw.uniform(4.0, 20.0))
-    except subprocess.TimeoutExpired:
-        try:
-            os.kill(process_of(run, draw.randrange(processes)), number)
-        except (AssertionError, ProcessLookupError):
-            pass  # it ends at this moment
-    start = time.monotonic()
-    status, output = finished(run, 60)
-    assert status in (0, REQUEUE), output[-3000:]
-    assert number == signal.SIGTERM or time.monotonic() - start < 20
-    return status
+        for process in processes:
+            process.communicate(timeout=seconds)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def straight(project):
+    """A run of two processes that nobody disturbs, and its seconds after the processes met."""
+    (project / "few.txt").write_text((project / "text.txt").read_text()[:9000])
+    for _ in range(2):  # the first one compiles
+        shutil.rmtree(project / "undisturbed", ignore_errors=True)
+        processes = pair(project, "undisturbed", free_port())
+        start = arrival(project / "undisturbed")
+        assert ended(processes, 100) == [0, 0]
+        seconds = time.monotonic() - start
+    return project / "undisturbed", seconds
+
+
+def arrival(run: Path) -> float:
+    """The time at which the processes of a new run have met."""
+    while not (run / "config.json").is_file():
+        time.sleep(0.02)
+    return time.monotonic()
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_twenty_signals_at_random_moments_lose_nothing(project, number):
-    name, steps = f"random-{number.name}", 3000
-    stops = 0
-    for seed in range(200):
-        processes = 2 if number == signal.SIGKILL else 1 + seed % 2
-        status = until(project, name, steps, processes, seed, number)
-        stops += status == REQUEUE
-        if stops >= 20 or status == 0:
-            break
-    args = arguments(project, "pretrain", name, "--steps", str(steps), "--save.every", "20")
-    while main(args) == REQUEUE:
-        pass
-    assert stops >= 20
-    straight = arguments(project, "pretrain", f"{name}-straight", "--steps", str(steps))
-    assert main([*straight, "--save.every", "20"]) == 0
-    one, several = (lines_of(project / run) for run in (f"{name}-straight", name))
-    assert list(several) == list(one) == list(range(1, steps + 1))
-    for step in range(1, 11):
-        assert several[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-5)
-    assert main(["verify", str(project / name)]) == 0
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sigkill_at_a_random_moment_loses_nothing(project, straight, seed):
+    """One of two processes is killed while the run loads, compiles, steps, evaluates, saves or
+    exports; the run resumes on two processes or on one."""
+    (undisturbed, seconds), name, port = straight, f"killed-at-random-{seed}", free_port()
+    draw, run = random.Random(seed), project / f"killed-at-random-{seed}"
+    processes = pair(project, name, port)
+    arrival(run)
+    time.sleep(draw.uniform(0, seconds))
+    victim = draw.randrange(2)
+    processes[victim].kill()
+    start = time.monotonic()
+    statuses = ended(processes, 60)
+    assert time.monotonic() - start < 5 + 10  # cluster.timeout, and time to end
+    assert statuses[1 - victim] in (0, REQUEUE), statuses  # 0: it had ended before
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=1)
+    if seed % 2:
+        assert main(arguments(project, "pretrain", name, *short(project))) == 0
+    else:
+        assert ended(pair(project, name, free_port()), 100) == [0, 0]
+
+    one, several = lines_of(undisturbed), lines_of(run)
+    assert list(several) == list(one) == list(range(1, 41))
+    evals = lines_of(undisturbed, "eval"), lines_of(run, "eval")
+    assert list(evals[0]) == list(evals[1]) == [10, 20, 30, 40]
+    tolerance = 1e-5 if seed % 2 else 0
+    for step in one:
+        for key in ("loss", "grad_norm"):
+            assert several[step][key] == pytest.approx(one[step][key], rel=tolerance, abs=tolerance)
+    final = [(folder / "final" / "model.safetensors").read_bytes() for folder in (undisturbed, run)]
+    assert final[0] == final[1] or seed % 2
+    assert main(["verify", str(run)]) == 0
+    left = [p.name for p in (*run.rglob("*"), *(project / "cache").iterdir())]
+    assert not [n for n in left if re.search(r"orbax-checkpoint-tmp|partial|replaced|^making", n)]
+
+
+@pytest.mark.cluster
+def test_twenty_sigterms_to_one_of_two_save_one_checkpoint_each(project, straight):
+    draw, run, before = random.Random(0), project / "stopped-at-random", 0
+    for _ in range(20):
+        processes = pair(project, run.name, free_port(), "--steps", "100000")
+        if before == 0:
+            arrival(run)
+        wait_for_step(run, before + 1)
+        time.sleep(draw.uniform(0, 2))
+        processes[draw.randrange(2)].send_signal(signal.SIGTERM)
+        assert ended(processes, 60) == [REQUEUE, REQUEUE]
+        latest = max(int(p.name) for p in (run / "checkpoints").iterdir())
+        assert latest > before and max(lines_of(run)) == latest
+        before = latest
+    assert main(["verify", str(run)]) == 0

@@ -6,9 +6,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
+from jaxllm import dist
 from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
 from jaxllm.errors import UserError
 from jaxllm.run import RunFolder, check_same_data
@@ -87,6 +91,23 @@ def test_a_folder_that_is_a_link_is_emptied_not_removed(cfg, tmp_path):
     used(cfg)
     RunFolder(replace(cfg, overwrite=True)).claim()
     assert os.listdir(tmp_path / "disk") == ["config.json"]
+
+
+def test_a_folder_that_process_0_does_not_see_is_named(cfg, monkeypatch):
+    """As where output_dir is on a disk of each host."""
+    cfg = replace(cfg, cluster=replace(cfg.cluster, timeout=0.1))
+    monkeypatch.setattr(dist, "is_main", lambda: False)
+    with pytest.raises(ValueError, match="is not the folder that process 0 sees; share it"):
+        RunFolder(cfg)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_run(cfg, monkeypatch):
+    usage = SimpleNamespace(total=10**9, used=10**9, free=100)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    state = {"x": jax.ShapeDtypeStruct((1000,), np.float32)}
+    with pytest.raises(ValueError, match="disk full: a checkpoint takes"):
+        RunFolder(cfg).claim(state)
+    RunFolder(cfg).claim({"x": jax.ShapeDtypeStruct((25,), np.float32)})
 
 
 def test_a_cache_in_the_run_folder_does_not_make_it_strange(cfg):
