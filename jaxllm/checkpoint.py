@@ -193,8 +193,12 @@ class Checkpoints:
     def _meet(self, *, key: str, timeout_ms: int) -> None:
         """orbax's barrier in the saving thread of several processes.
 
-        Each process reads the files that it wrote, once they are complete, for their digests.
+        Each process reads the files that it wrote, once they are complete, for their digests. A
+        process whose save fails raises the error in `wait`, which ends all of them (watch.py); it
+        must not wait at the barrier after a save, which the others do not reach.
         """
+        if "async_" not in key:
+            return
         own: dict[str, str | None] = {}
         if "async_write_complete" in key:
             folder = self._folder()
@@ -318,7 +322,7 @@ def _teach_orbax_s3() -> None:
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     build = tensorstore_utils.build_kvstore_tspec
-    store = {"driver": "s3"}
+    store: dict[str, Any] = {"driver": "s3"}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
         store |= {"endpoint": endpoint, "aws_region": region}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.config.sections import home
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, mistake
 
 DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
@@ -458,28 +457,3 @@ Train language models with JAX, from HuggingFace directory to HuggingFace direct
 {verbs}
 
 `jaxllm COMMAND --help` shows all options of a command."""
-
-
-# Errors of a path that a user can fix.
-PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-PATH_ERRORS += (PermissionError,)
-
-
-def mistake(error: BaseException) -> str | None:
-    """The line to print if the user can fix `error`, else None: it is a bug.
-
-    The user can fix a UserError, a path that is missing or not accessible, and a full disk.
-    """
-    cause: BaseException | None = error
-    while cause is not None:  # libraries wrap the OSError of a full disk
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(cause):
-            return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
-        cause = cause.__cause__ or cause.__context__
-    return _one_line(error) if isinstance(error, (UserError, *PATH_ERRORS)) else None
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())

@@ -37,7 +37,8 @@ def start(section: ClusterSection) -> None:
     the index of this one are those of `section`, else those of the environment variables VARIABLES,
     else what jax finds out from Slurm, Open MPI or a TPU pod.
 
-    Raises UserError if one of the three is missing, and for the problems of `rendezvous.meet`.
+    Raises UserError if one of the three is missing, and for the problems of `rendezvous.meet`, and
+    JaxRuntimeError if a process is lost while jax connects them.
     """
     if jax.distributed.is_initialized():
         return
@@ -47,14 +48,14 @@ def start(section: ClusterSection) -> None:
     meet(address, processes, index, section.timeout)
     # It catches SIGTERM, which stops a run here (watch.py).
     jax.config.update("jax_enable_preemption_service", False)
-    patience = int(2 * section.timeout) + 60  # watch.py ends the process before jax aborts it
+    patience = int(2 * section.timeout) + 60  # watch.py ends a process before jax aborts it
     jax.distributed.initialize(
         address,
         processes,
         index,
         local_devices,
         cluster_detection_method="deactivate",
-        initialization_timeout=patience,
+        initialization_timeout=max(int(section.timeout), 60),  # all of them have met
         heartbeat_timeout_seconds=patience,
         shutdown_timeout_seconds=30,
     )
@@ -140,20 +141,31 @@ def barrier(name: str) -> None:
 
 def agree(value: Any) -> Any:
     """The value of the main process, which JSON can hold, in every process."""
-    return everyone(value)[0] if count() > 1 else value
+    if count() == 1:
+        return value
+    store, key = client(), _key("agree")
+    if is_main():
+        store.key_value_set(key, json.dumps(value))
+    return json.loads(store.blocking_key_value_get(key, FOREVER))
 
 
-def everyone(value: Any, name: str = "value") -> list[Any]:
+def everyone(value: Any, name: str = "value", to: int | None = None) -> list[Any]:
     """The values of all processes, which JSON can hold, in the order of their index.
 
-    All processes must call it in the same order; a `name` has an order of its own.
+    All processes must call it in the same order; a `name` has an order of its own. to: the process
+    that gets the values; the others get []. Default: every process gets them.
     """
     if count() == 1:
         return [value]
     store, key = client(), _key(name)
     store.key_value_set(f"{key}/{index()}", json.dumps(value))
-    found = [store.blocking_key_value_get(f"{key}/{i}", FOREVER) for i in range(count())]
-    return [json.loads(text) for text in found]
+    store.wait_at_barrier(f"{key}/barrier", FOREVER)
+    if _used[name] > 1:  # every process has read the values of the call before
+        store.key_value_delete(f"jaxllm/{name}/{_used[name] - 1}/{index()}")
+    if to not in (None, index()):
+        return []
+    found = {int(k.rpartition("/")[2]): v for k, v in store.key_value_dir_get(f"{key}/")}
+    return [json.loads(found[process]) for process in range(count())]
 
 
 def any_process(flag: bool) -> bool:

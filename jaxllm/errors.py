@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can fix."""
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake of the user's.
@@ -13,3 +15,28 @@ class UserError(ValueError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file or directory that the user named does not exist."""
+
+
+# Errors of a path that a user can fix.
+PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+PATH_ERRORS += (PermissionError,)
+
+
+def mistake(error: BaseException) -> str | None:
+    """The line to print if the user can fix `error`, else None: it is a bug.
+
+    The user can fix a UserError, a path that is missing or not accessible, and a full disk.
+    """
+    cause: BaseException | None = error
+    while cause is not None:  # libraries wrap the OSError of a full disk
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(cause):
+            return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
+        cause = cause.__cause__ or cause.__context__
+    return _one_line(error) if isinstance(error, (UserError, *PATH_ERRORS)) else None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

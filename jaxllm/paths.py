@@ -13,13 +13,15 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> its client, the extra `gcs` or `s3`
+PROBE = ".access-"  # prefix of the object that is written to see whether a bucket can be
 PART, PARTS = 1 << 25, 8  # bytes of a request; requests at a time
 
 
@@ -74,7 +76,7 @@ def check_bucket(path: Path) -> None:
     """Raises UserError if objects cannot be written to a bucket; does nothing for a local path."""
     if not is_bucket(path):
         return
-    probe = path / f".access-{os.urandom(4).hex()}"
+    probe = path / f"{PROBE}{os.urandom(4).hex()}"
     try:
         probe.write_bytes(b"")
         probe.unlink()
@@ -186,6 +188,8 @@ def read_bytes(file: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 def read_array(file: Path, start: int, end: int) -> np.ndarray:
     """The bytes from `start` to `end` as uint8. Holds them and PARTS requests of PART bytes."""
+    import numpy as np
+
     out = np.empty(end - start, np.uint8)
     for group in range(start, end, PART * PARTS):
         stop = min(end, group + PART * PARTS)

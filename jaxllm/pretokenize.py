@@ -7,15 +7,13 @@ from typing import Any
 
 import jax
 
-from jaxllm import dist
 from jaxllm.config import TrainConfig
 from jaxllm.config.checks import check, recorded_config, resolve
 from jaxllm.data.chat import run_tokenizer
 from jaxllm.data.dataset import load_data
 from jaxllm.hf_config import source_config
 from jaxllm.model.families import from_hf
-from jaxllm.paths import as_path
-from jaxllm.watch import Watch
+from jaxllm.watch import connected
 
 
 def tokenize(cfg: TrainConfig) -> dict[str, Any]:
@@ -25,8 +23,7 @@ def tokenize(cfg: TrainConfig) -> dict[str, Any]:
     """
     check(cfg)
     jax.config.update("jax_platforms", "cpu")
-    dist.start(cfg.cluster)
-    with Watch(cfg.cluster, as_path(cfg.output_dir)):
+    with connected(cfg):
         cfg = resolve(cfg, recorded=recorded_config(cfg))
         source, scores = cfg.model.path or str(cfg.model.config), cfg.verb.head == "score"
         config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=False)

@@ -80,7 +80,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
     files, name = Cache(cfg.data.cache_dir), f"reference-{digest}.npz"
-    cache = _load(files.get(name))
+    cache, writes = _load(files.get(name)), files.team()[0] == dist.index()
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
         """float32 [fields, rows, P] for some rows of a source."""
@@ -97,13 +97,14 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     def add_logps(part: Any) -> RowsWithLogps:
         keys = _answer_keys(part, fields)
         is_new = [not cache.keys() >= set(row.ravel().tolist()) for row in keys.swapaxes(0, 1)]
-        rows = np.flatnonzero(is_new)
+        missing = dist.everyone(np.flatnonzero(is_new).tolist())  # hosts may have own caches
+        rows = np.array(sorted(set().union(*missing)), int)
         if len(rows):
             with jax.set_mesh(mesh):
                 values = compute(part, rows)
             for key, value in zip(keys[:, rows].flat, values.flat, strict=True):
-                cache.setdefault(int(key), float(value))
-            if dist.is_main():
+                cache[int(key)] = float(value)
+            if writes:
                 _save(files, name, cache)
         logps = np.asarray([cache[key] for key in keys.ravel().tolist()], np.float32)
         names = [LOGPS[field] for field in fields]

@@ -29,7 +29,10 @@ def meet(address: str, processes: int, index: int, timeout: float) -> None:
         raise UserError(f"the coordinator's address is {address!r}; it must be HOST:PORT")
     hello = {"index": index, "processes": processes, "host": socket.gethostname()}
     end = time.monotonic() + timeout
-    problem = _host(int(port), hello, end) if index == 0 else _visit(host, int(port), hello, end)
+    if index == 0:
+        problem = _host(int(port), hello, end)
+    else:
+        problem = _visit(host, int(port), hello, end, timeout)
     if problem:
         raise UserError(problem)
 
@@ -40,17 +43,20 @@ def _host(port: int, hello: dict[str, Any], end: float) -> str:
         server = _listen(port)
     except OSError as error:
         return f"process 0 cannot listen on port {port} ({error.strerror}); choose another"
-    present: dict[int, str] = {0: hello["host"]}
-    visitors: list[socket.socket] = []
+    processes, here = hello["processes"], hello["host"]
+    visitors: list[tuple[int, str, socket.socket]] = []  # (index, host, connection)
     problem = ""
     with server:
-        while len(present) < hello["processes"] and not problem:
+        while not problem:
+            visitors = [one for one in visitors if not _is_closed(one[2])]  # it may start again
+            present = {0: here} | {index: host for index, host, _ in visitors}
+            if len(present) == processes:
+                break
             server.settimeout(max(end - time.monotonic(), 0.001))
             try:
                 visitor, _ = server.accept()
             except TimeoutError:
-                missing = [i for i in range(hello["processes"]) if i not in present]
-                problem = _missing(missing, present, hello["processes"])
+                problem = _missing(present, processes)
                 break
             visitor.settimeout(5.0)
             try:
@@ -59,15 +65,15 @@ def _host(port: int, hello: dict[str, Any], end: float) -> str:
             except (OSError, ValueError, KeyError, TypeError):
                 visitor.close()  # not a process of a run
                 continue
-            visitors.append(visitor)
-            if count != hello["processes"]:
+            if count != processes:
                 problem = f"process {index} ({host}) was started as one of {count} processes, "
-                problem += f"process 0 ({hello['host']}) as one of {hello['processes']}"
-            elif index in present:
+                problem += f"process 0 ({here}) as one of {processes}"
+            elif index == 0 or any(i == index and not _is_closed(c) for i, _, c in visitors):
                 problem = f"two processes have index {index}: on {present[index]} and on {host}"
-            present[index] = host
-        for visitor in visitors:
+            visitors.append((index, host, visitor))
+        for _, _, visitor in visitors:
             try:
+                visitor.settimeout(5.0)
                 visitor.sendall(json.dumps(problem).encode() + b"\n")
                 visitor.recv(1)  # the visitor closes first, so the port is free at once
             except OSError:
@@ -76,13 +82,25 @@ def _host(port: int, hello: dict[str, Any], end: float) -> str:
     return problem
 
 
+def _is_closed(connection: socket.socket) -> bool:
+    """True if the other end is gone; it sends nothing else."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
 
 
-def _missing(missing: list[int], present: dict[int, str], count: int) -> str:
+def _missing(present: dict[int, str], count: int) -> str:
+    missing = [i for i in range(count) if i not in present]
     names = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
     hosts = ", ".join(f"{i} ({present[i]})" for i in sorted(present)[:4])
     word = "process" if len(missing) == 1 else "processes"
@@ -92,14 +110,17 @@ def _missing(missing: list[int], present: dict[int, str], count: int) -> str:
     )
 
 
-def _visit(host: str, port: int, hello: dict[str, Any], end: float) -> str:
-    """Tells process 0 that this one is there, and returns its verdict."""
+def _visit(host: str, port: int, hello: dict[str, Any], end: float, timeout: float) -> str:
+    """Tells process 0 that this one is there, and returns its verdict.
+
+    end: of the attempts to reach process 0, which may have begun to wait later than this one.
+    """
     reason = ""
     while (left := end - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=min(left, 5.0)) as server:
                 server.sendall(json.dumps(hello).encode() + b"\n")
-                server.settimeout(left + 5.0)  # process 0 may have begun to wait later
+                server.settimeout(timeout + 5.0)
                 return json.loads(server.makefile("rb").readline(LONGEST))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

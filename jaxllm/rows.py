@@ -100,9 +100,9 @@ class RowLog:
     def flush(self) -> None:
         """Sends the records to the main process of a run in a bucket. All processes call it."""
         if self.in_bucket:
-            unsent, self._unsent = dist.everyone(self._unsent), []
-            for offset, data in itertools.chain(*unsent) if self.file else ():
+            for offset, data in itertools.chain(*dist.everyone(self._unsent, "rows", to=0)):
                 self._write(offset, bytes.fromhex(data))
+            self._unsent = []
 
     def __enter__(self) -> RowLog:
         return self

@@ -4,13 +4,14 @@
 config.json     the resolved config       checkpoints/STEP/   training state
 data.json       the data manifest         model/              configs and tokenizer at the start
 metrics.jsonl   metrics                   final/              the trained model or adapter
-rows.bin        hashes of the rows
+rows.bin        hashes of the rows        starts.jsonl        when the run was started or resumed
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -32,10 +33,12 @@ from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
 from jaxllm.hf import save_configs, weights_hash
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (
+    PROBE,
     absolute,
     as_path,
     check_bucket,
     delete,
+    files_in,
     is_bucket,
     make_folder,
     write_text,
@@ -49,7 +52,11 @@ FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_siz
 FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
-VERSIONS = {"jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax"}
+# Packages that must have one version in all processes: what computes, tokenizes and orders rows.
+VERSIONS = re.compile(
+    "jax|jaxlib|libtpu|(jax-cuda|nvidia-).*|flax|optax|orbax-checkpoint|grain|datasets|numpy|"
+    "tokenizers|transformers|jinja2"
+)
 NFS_SECONDS = 60.0  # after which a new file on NFS is seen by all hosts (acdirmax)
 CLOCK_SKEW = 30.0  # seconds by which the clocks of two processes may differ
 IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
@@ -64,10 +71,11 @@ def check_processes(cfg: TrainConfig) -> None:
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
     facts: dict[str, Any] = {"jaxllm": f"{version('jaxllm')} ({code.hexdigest()[:8]})"}
-    names = {d.name for d in distributions()} & VERSIONS
-    facts |= {name: version(name) for name in sorted(names)}
+    names = {d.name.lower() for d in distributions()}
+    facts |= {name: version(name) for name in sorted(names) if VERSIONS.fullmatch(name)}
     devices = jax.local_devices()
     facts["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    facts["platform"] = devices[0].client.platform_version  # of CUDA, or of libtpu's build
     config = flat(to_dict(cfg)).items()
     facts |= {key: value for key, value in config if not key.startswith("cluster.")}
     dist.check_same(facts)
@@ -81,11 +89,23 @@ def check_processes(cfg: TrainConfig) -> None:
         )
 
 
-def check_processes_read_the_same(manifest: dict[str, Any]) -> None:
-    """Raises UserError if the data of a source differs between the processes."""
+def check_processes_read_the_same(cfg: TrainConfig, manifest: dict[str, Any]) -> None:
+    """Raises UserError if the data, the tokenizer, the weights or the reward functions differ
+    between the processes."""
+    if dist.count() == 1:
+        return
     sets = [manifest["train"], *manifest["eval"].values()]
     sources = [source for one in sets for source in one["sources"]]
-    dist.check_same({f"data {s['path']}": [s[key] for key in IDENTITY] for s in sources})
+    facts: dict[str, Any] = {f"data {s['path']}": [s[key] for key in IDENTITY] for s in sources}
+    facts["the tokenizer"] = manifest["tokenizer"]
+    rewards = [Path(name.rpartition(":")[0]) for name in cfg.rl.rewards]
+    files = [file for file in (*rewards, Path(cfg.data.template or "")) if file.is_file()]
+    facts |= {str(file): xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
+    named = [cfg.model.path, cfg.peft.path, *(n for n in cfg.rl.rewards if as_path(n).is_dir())]
+    for path in filter(None, named):
+        weights = [f for f in files_in(local_dir(path)) if f.suffix == ".safetensors"]
+        facts[path] = weights_hash(weights)
+    dist.check_same(facts)
 
 
 class RunFolder:
@@ -99,8 +119,8 @@ class RunFolder:
     def __init__(self, cfg: TrainConfig):
         check_processes(cfg)
         self.cfg, self.path = cfg, as_path(cfg.output_dir)
-        check_bucket(self.path)
         config = dist.agree(_read_config(self.path) if dist.is_main() else None)
+        check_bucket(self.path)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
             self.claim()
@@ -119,7 +139,7 @@ class RunFolder:
 
         Raises UserError if the data (`manifest`) or `origin` are not those of the checkpoint.
         """
-        check_processes_read_the_same(manifest)
+        check_processes_read_the_same(self.cfg, manifest)
         resumes = self.cfg.resume and not self.replaces
         step = dist.agree(self.checkpoints.latest()) if resumes else None
         if step is not None:
@@ -144,10 +164,9 @@ class RunFolder:
                     path.unlink()
             write_text(self.path / "config.json", json.dumps(to_dict(self.cfg), indent=2) + "\n")
         dist.barrier("run folder")
-        problem = self._problem()
-        if problem is None and state is not None:
-            problem = self.checkpoints.missing_space(state)
-        dist.check_all(problem)
+        dist.check_all(self._problem())
+        if state is not None:
+            dist.check_all(self.checkpoints.missing_space(state))
 
     def _problem(self) -> str | None:
         """Why this process cannot use the folder, if it cannot."""
@@ -215,7 +234,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     if not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another directory")
-    if not any(folder.iterdir()):
+    if all(path.name.startswith(PROBE) for path in folder.iterdir()):
         return None
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes stop, fail and hang as one run.
 
-Every process writes a beat (step, phase, host, …) to jax's coordinator every second. The main
+Every process writes a beat (step, phase, host, …) to jax's coordinator twice a second. The main
 process reads them all and writes its verdict, which every process reads: stop at a common step, or
 end. A process whose beat stands still for cluster.timeout is lost; so is the main one, if its
 verdict does. Then the others exit with status 75: the same command, started again, resumes.
@@ -23,8 +23,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,19 @@ import jax
 
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
-from jaxllm.errors import UserError
-from jaxllm.paths import as_path, modified
+from jaxllm.errors import mistake
+from jaxllm.paths import as_path, modified, write_text
 
 REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
 EVERY = 0.5  # seconds between beats
+# The phases of a step, in order. A run hangs if one of STEP takes too long; others may take hours.
+STEP, PHASES = ("data", "train"), ("start", "load", "rollout", "data", "compile", "train", "eval")
+PHASES += ("save", "export", "end")
+STARTS = "starts.jsonl"
+# Errors of the devices of this process; others may come from a process that is gone.
+OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED")
 
 
 _current: list[Watch] = []
@@ -49,20 +57,31 @@ def current() -> Watch:
     return _current[-1]
 
 
+@contextmanager
+def connected(cfg: TrainConfig) -> Iterator[Watch]:
+    """Connects the processes of a run and watches them."""
+    try:
+        dist.start(cfg.cluster)
+    except jax.errors.JaxRuntimeError as error:
+        _say(f"a process was lost at the start ({_line(error)}); start the same command again")
+        raise SystemExit(REQUEUE) from error
+    with Watch(cfg.cluster, as_path(cfg.output_dir)) as watch:
+        _current.append(watch)
+        try:
+            yield watch
+        finally:
+            _current.pop()
+
+
 def watched(run: Callable[[TrainConfig], Any]) -> Callable[[TrainConfig], Any]:
-    """Connects the processes of a run before it and watches them until its end."""
+    """A function of a config that runs `connected`."""
 
     @wraps(run)
-    def connected(cfg: TrainConfig) -> Any:
-        dist.start(cfg.cluster)
-        with Watch(cfg.cluster, as_path(cfg.output_dir)) as watch:
-            _current.append(watch)
-            try:
-                return run(cfg)
-            finally:
-                _current.pop()
+    def with_watch(cfg: TrainConfig) -> Any:
+        with connected(cfg):
+            return run(cfg)
 
-    return connected
+    return with_watch
 
 
 class Watch:
@@ -99,6 +118,7 @@ class Watch:
 
     def begin(self, step: int) -> None:
         """The loop of this process begins with `step`."""
+        self._done = step - 1, time.monotonic()
         with self._lock:
             self._next = step
 
@@ -121,8 +141,7 @@ class Watch:
     # ---- what this process does
 
     def enter(self, phase: str, step: int) -> None:
-        """This process begins `phase` at `step`: load, compile, data or rollout (it makes the
-        batch), train, eval, save or export."""
+        """This process begins a phase of PHASES at `step`."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._since
         self.phase, self.step, self._since = phase, step, now
@@ -133,15 +152,21 @@ class Watch:
         return {"phases": self.seconds, "restarts": self.restarts, "saved_at": now}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Adds the times of the run that this one resumes; it lost those after the checkpoint."""
-        if not saved:
+        """Adds the times of the run that this one resumes, as `meta` saved them, and notes this
+        start in STARTS. What the run did after the checkpoint is lost."""
+        if not dist.is_main():
             return
-        file = self.folder / "metrics.jsonl"
-        last = modified(file) if file.is_file() else 0.0
-        lost = max(last - saved.get("saved_at", last), 0.0)
+        file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
+        text = file.read_text() if file.is_file() else ""
+        last = modified(lines) if lines.is_file() else 0.0  # sign of life of the run before
+        text += json.dumps({"time": time.time(), "last": last}) + "\n"
+        write_text(file, text)
+        starts, since = [*map(json.loads, text.splitlines())], saved.get("saved_at", 0.0)
+        self.restarts = saved.get("restarts", -1) + sum(start["time"] > since for start in starts)
+        ran = [(before["time"], after["last"]) for before, after in pairwise(starts)]
+        lost = sum(max(end - max(begin, since), 0.0) for begin, end in ran)
         for phase, value in (*saved.get("phases", {}).items(), ("lost", lost)):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        self.restarts = saved.get("restarts", 0) + 1
 
     def finish(self) -> dict[str, float]:
         """Seconds of each phase over all restarts, and goodput: the share of the steps."""
@@ -160,10 +185,12 @@ class Watch:
         self._done = step, now
 
     def late(self) -> float:
-        """Seconds by which the current step is late; negative or 0 if it is not."""
-        if self.phase not in ("data", "rollout", "train") or not self._pace:
+        """Seconds by which the current phase is late; negative or 0 if it is not."""
+        if self.phase in ("start", "end"):  # tokenizing may take hours
             return 0.0
         done, then = self._done
+        if self.phase not in STEP or not self._pace:
+            return time.monotonic() - self._since - self.section.hang_exit
         steps = max(self.step - done, 1)
         usual = HANG_FACTOR * statistics.median(self._pace) * steps
         limit = max(min(HANG_SECONDS, self.section.hang_exit), usual)
@@ -194,17 +221,19 @@ class Watch:
 
     def _fail(self, error: BaseException) -> None:
         """Tells the other processes that this one ends by an error, and lets them end first."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(self.section.timeout + 4 * EVERY)  # `_run` ends the process if one is lost
-        code = 2 if isinstance(error, UserError) else 1
-        line = " ".join(str(error).split())[:500] or type(error).__name__
+        line = _line(error)
+        if isinstance(error, jax.errors.JaxRuntimeError) and not line.startswith(OWN_ERRORS):
+            wait = self.section.timeout + 4 * EVERY  # `_run` ends this process if one is lost
+            _say(f"{line}; waiting {wait:.0f} s to see whether another process is lost")
+            time.sleep(wait)
+        code = 2 if mistake(error) else 130 if isinstance(error, KeyboardInterrupt) else 1
         self._end = {"process": dist.index(), "host": socket.gethostname(), "code": code}
-        self._end["message"] = line
+        self._end["message"] = mistake(error) or line
         until = time.monotonic() + 10
         while time.monotonic() < until and not self._all_know():
             time.sleep(EVERY)
         if dist.is_main():
-            time.sleep(4 * EVERY)  # the coordinator goes last
+            time.sleep(2 * EVERY)  # the coordinator goes last
         _exit_at_the_end(code)
 
     def _all_know(self) -> bool:
@@ -214,43 +243,47 @@ class Watch:
 
     def _run(self) -> None:
         """The watching thread."""
-        store, me = dist.client(), dist.index()
         for number in itertools.count():
             if self._closed.wait(EVERY):
                 return
-            beat = {
-                "number": number,
-                "step": self.step,
-                "phase": self.phase,
-                "host": socket.gethostname(),
-                "time": time.time(),
-                "stop": self._requested,
-                "begun": self._begun,
-                "end": self._end,
-                "ended": bool(self._end or self._verdict.get("end")),
-                "late": self.late() > 0,
-            }
             try:
-                store.key_value_set(f"{BEAT}{me}", json.dumps(beat), allow_overwrite=True)
+                self._beat(number)
                 if dist.is_main():
-                    self._judge(store, number)
+                    self._judge(number)
                 else:
-                    verdict = json.loads(store.key_value_try_get(VERDICT))
+                    verdict = json.loads(dist.client().key_value_try_get(VERDICT))
             except jax.errors.JaxRuntimeError as error:
                 if dist.is_main() or "NOT_FOUND" not in str(error):
                     continue  # `_guard` counts the time
                 verdict = {}
-            if not dist.is_main():
+            if dist.is_main():
+                self._heard = time.monotonic()
+            else:
                 if verdict.get("number") != self._verdict.get("number"):
                     self._heard = time.monotonic()
                 self._verdict = verdict
-            else:
-                self._heard = time.monotonic()
-            self._obey(self._verdict)
+            self._obey(self._verdict, number)
 
-    def _judge(self, store: Any, number: int) -> None:
+    def _beat(self, number: int, *, ended: bool = False) -> None:
+        """Writes what this process does. ended: it ends because of an error."""
+        beat = {
+            "number": number,
+            "step": self.step,
+            "phase": self.phase,
+            "host": socket.gethostname(),
+            "stop": self._requested,
+            "begun": self._begun,
+            "end": self._end,
+            "ended": ended or self._end is not None,
+            "late": self.late() > 0,
+            "time": time.time(),
+        }
+        key = f"{BEAT}{dist.index()}"
+        dist.client().key_value_set(key, json.dumps(beat), allow_overwrite=True)
+
+    def _judge(self, number: int) -> None:
         """Reads all beats and writes the verdict."""
-        now = time.monotonic()
+        store, now = dist.client(), time.monotonic()
         for key, text in store.key_value_dir_get(BEAT):
             process, beat = int(key.rpartition("/")[2]), json.loads(text)
             if beat["number"] != self._beats.get(process, {}).get("number"):
@@ -265,15 +298,18 @@ class Watch:
             "stop": self.stop.is_set() or any(beat["stop"] for beat in beats.values()),
             "end": next((beat["end"] for beat in beats.values() if beat["end"]), None),
             "lost": [self._describe(i) for i in lost],
-            "hang": [self._describe(i) for i in self._behind(now)] if late else None,
+            "hang": self._hang(now) if late else None,
         }
         store.key_value_set(VERDICT, json.dumps(self._verdict), allow_overwrite=True)
 
-    def _behind(self, now: float) -> list[int]:
-        """Processes that the others wait for: silent ones, else those at the earliest step."""
+    def _hang(self, now: float) -> dict[str, Any]:
+        """The step of the process that is furthest, and which processes the others wait for: silent
+        ones, else those in the earliest phase; none if all are in the same."""
+        where = {i: (b["step"], PHASES.index(b["phase"])) for i, b in self._beats.items()}
         silent = [i for i, then in self._seen.items() if now - then > 10 * EVERY]
-        first = min(beat["step"] for beat in self._beats.values())
-        return silent or [i for i, beat in self._beats.items() if beat["step"] == first]
+        behind = silent or [i for i, place in where.items() if place == min(where.values())]
+        behind = [] if len(behind) == dist.count() else behind
+        return {"step": max(where.values())[0], "behind": [self._describe(i) for i in behind]}
 
     def _describe(self, process: int) -> str:
         beat = self._beats.get(process)
@@ -281,7 +317,7 @@ class Watch:
             return f"process {process} (never heard of)"
         return f"process {process} ({beat['host']}, {beat['phase']} of step {beat['step']})"
 
-    def _obey(self, verdict: dict[str, Any]) -> None:
+    def _obey(self, verdict: dict[str, Any], number: int) -> None:
         if verdict.get("stop"):
             self.stop.set()
             with self._lock:
@@ -289,30 +325,35 @@ class Watch:
         if verdict.get("last") is not None:
             self._last = verdict["last"]
             self._decided.set()
-        if (hang := verdict.get("hang")) is not None:
-            self._report_hang(hang)
+        if hang := verdict.get("hang"):
+            try:
+                self._report_hang(hang["step"], hang["behind"])
+            except Exception as error:  # of a disk or a bucket
+                _say(f"the stacks of the hang are not written: {_line(error)}")
         if lost := verdict.get("lost"):
             _quit(REQUEUE, f"lost {', '.join(lost)}; start the same command again to resume")
         end = verdict.get("end")
         if end and self._end is None:
-            time.sleep(2 * EVERY if dist.is_main() else EVERY)  # the others hear of it
-            if self._end is None:
-                _quit(end["code"], f"process {end['process']} ({end['host']}): {end['message']}")
+            with suppress(jax.errors.JaxRuntimeError):
+                self._beat(number + 1, ended=True)
+            time.sleep(4 * EVERY if dist.is_main() else 0)  # the others hear of it
+            _quit(end["code"], f"process {end['process']} ({end['host']}): {end['message']}")
 
-    def _report_hang(self, behind: list[str]) -> None:
-        """Writes this process's Python stacks into the run folder, once for each late step."""
-        if self._reported == self.step:
+    def _report_hang(self, step: int, behind: list[str]) -> None:
+        """Writes this process's Python stacks into the run folder, once for each step."""
+        if self._reported == step:
             return
-        self._reported = self.step
-        file = self.folder / f"hang-{self.step}-process-{dist.index()}.txt"
+        self._reported = step
+        file = self.folder / f"hang-{step}-process-{dist.index()}.txt"
         with tempfile.TemporaryFile() as stacks:  # the folder may be in a bucket
             faulthandler.dump_traceback(stacks)
             stacks.seek(0)
             file.write_bytes(stacks.read())
         if dist.is_main():
+            where = f"the others wait for {', '.join(behind)}" if behind else "all processes wait"
             _say(
-                f"step {self.step} hangs; the others wait for {', '.join(behind)}; the Python "
-                f"stacks of all processes are in {self.folder}/hang-{self.step}-process-*.txt"
+                f"step {step} hangs in phase {self.phase}; {where}; the Python stacks of all "
+                f"processes are in {self.folder}/hang-{step}-process-*.txt"
             )
 
     def _guard(self) -> None:
@@ -323,12 +364,16 @@ class Watch:
         while not self._closed.wait(EVERY):
             if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
                 _quit(REQUEUE, "lost process 0; start the same command again to resume")
-            if self.late() > self.section.hang_exit:
+            if self.phase in STEP and self.late() > self.section.hang_exit:
                 _quit(REQUEUE, f"step {self.step} hung; start the same command again to resume")
 
 
 def _say(line: str) -> None:
     os.write(2, f"\njaxllm: {line}\n".encode())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def _quit(code: int, line: str) -> None:
@@ -357,9 +402,10 @@ def _exit_if_the_coordinator_is_gone() -> Any:
     """
 
     def aborted(_: int) -> None:
+        if _current and (end := _current[-1]._end):
+            os._exit(end["code"])
         if not dist.coordinator_answers():
             _quit(REQUEUE, "lost process 0; start the same command again to resume")
-        signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)

@@ -133,11 +133,21 @@ def finished(run: subprocess.Popen, seconds: float = 400) -> tuple[int, str]:
     try:
         output, _ = run.communicate(timeout=seconds)
     finally:
-        try:
-            os.killpg(run.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            left = False
-        else:
-            left = run.poll() is not None
+        left = processes_of(run)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
     assert not left, "a process of the run was left over"
     return run.returncode, output
+
+
+def processes_of(run: subprocess.Popen) -> list[int]:
+    """The pids in the session of a launched run, but those that have ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            is_dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if os.getsid(int(entry.name)) == run.pid and not is_dead:
+                found.append(int(entry.name))
+        except (ValueError, OSError):
+            continue
+    return found

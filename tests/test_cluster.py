@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import DEVICES, ENV, arguments, command, finished, launched, lines_of
+from runs import DEVICES, ENV, arguments, command, finished, launched, lines_of, processes_of
 
 from jaxllm import dist
 from jaxllm.cli import main
@@ -38,16 +38,12 @@ def length(prompts, completions, **columns):
 
 def process_of(run: subprocess.Popen, index: int) -> int:
     """The pid of a process of a launched run."""
-    for entry in Path("/proc").iterdir():
-        try:
-            if os.getpgid(int(entry.name)) != run.pid:
-                continue
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            name = (entry / "cmdline").read_bytes().split(b"\0")[0]
-        except (ValueError, OSError):
-            continue
+    for pid in processes_of(run):
+        entry = Path(f"/proc/{pid}")
+        variables = (entry / "environ").read_bytes().split(b"\0")
+        name = (entry / "cmdline").read_bytes().split(b"\0")[0]
         if f"JAX_PROCESS_ID={index}".encode() in variables and b"python" in name:
-            return int(entry.name)
+            return pid
     raise AssertionError(f"process {index} is not there")
 
 

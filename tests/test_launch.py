@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -95,22 +96,30 @@ def test_local_command_that_does_not_exist_is_not_started_again():
 WAITS = """
 import os, signal, sys, time
 def save(*_):
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
     time.sleep(0.5)
     os.write(1, b"saved\\n")
     sys.exit(75)
-signal.signal(signal.SIGTERM, save)
+for name in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(name, save)
 os.write(1, b"ready\\n")
 time.sleep(60)
 """
 
 
-def stopped(command: list, env: dict, count: int) -> tuple[int, str]:
-    """Sends SIGTERM to a launcher once `count` processes are ready; (status, further output)."""
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+def stopped(
+    command: list, env: dict, count: int, send: Callable[[int], None] | None = None
+) -> tuple[int, str]:
+    """Sends a signal to a launcher once `count` processes are ready; (status, further output).
+    send: by its pid; default: SIGTERM."""
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     for _ in range(count):
         assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
+    send(process.pid) if send else process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     return process.returncode, out
 
@@ -118,6 +127,14 @@ def stopped(command: list, env: dict, count: int) -> tuple[int, str]:
 def test_a_signal_reaches_all_local_processes():
     command = ["bash", str(FILES / "local.sh"), "2", sys.executable, "-c", WAITS]
     assert stopped(command, ENV, 2) == (75, "saved\nsaved\n")
+
+
+def test_ctrl_c_in_a_terminal_reaches_each_local_process_once():
+    """A terminal sends SIGINT to the whole foreground group. A second one would end a run without a
+    checkpoint."""
+    command = ["bash", str(FILES / "local.sh"), "2", sys.executable, "-c", WAITS]
+    send = lambda pid: os.killpg(pid, signal.SIGINT)  # noqa: E731
+    assert stopped(command, ENV, 2, send) == (75, "saved\nsaved\n")
 
 
 # ---- slurm.sbatch

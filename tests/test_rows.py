@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import DEVICES, ENV, arguments, command, refused
+from runs import ENV, arguments, command, launched, processes_of, refused
 
 from jaxllm import dist
 from jaxllm.cli import main
@@ -211,18 +211,16 @@ def test_a_missing_step_is_named(project, capsys):
 def test_a_run_of_two_processes_and_then_one_saw_the_rows_of_its_seed(project):
     run, sizes = project / "two-then-one", ("--steps", "40", "--save.every", "4")
     args = command(project, "sft", run.name, *sizes)
-    local = str(Path(__file__).parents[1] / "launch" / "local.sh")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    two = ENV | {"XLA_FLAGS": DEVICES + "4"}
-    process = subprocess.Popen([local, "2", *args], env=two, start_new_session=True, **quiet)
+    process = launched(2, 4, args)
     try:
         deadline = time.time() + 120
         while process.poll() is None and not (run / "checkpoints" / "4").is_dir():
             assert time.time() < deadline
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and its two processes
-        process.wait()
+        for pid in processes_of(process):  # the launcher and its two processes
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
     before = np.fromfile(run / FILE, "<u8").size // 17
     assert before < 40
     again = subprocess.run(args, env=ENV, check=True, timeout=120, capture_output=True, text=True)

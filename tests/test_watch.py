@@ -45,6 +45,8 @@ def test_the_seconds_of_a_phase_end_when_the_next_begins(clock, tmp_path):
 
 def test_a_resumed_run_adds_its_seconds_and_those_that_were_lost(clock, tmp_path):
     first = Watch(ClusterSection(), tmp_path)
+    first.restore({})
+    assert first.restarts == 0
     first.enter("train", 1)
     clock(30)
     first.enter("save", 3)
@@ -62,6 +64,20 @@ def test_a_resumed_run_adds_its_seconds_and_those_that_were_lost(clock, tmp_path
     assert ledger["restarts"] == 1 and ledger["goodput"] == pytest.approx(50 / 60)
 
 
+def test_restarts_and_lost_seconds_count_without_a_checkpoint(clock, tmp_path, monkeypatch):
+    now = iter((100.0, 200.0, 300.0))
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    file = tmp_path / "metrics.jsonl"
+    for number, died in enumerate((None, 130.0, 205.0)):  # the second start found a line of 130 s
+        if died:
+            file.write_text("")
+            os.utime(file, (died, died))
+        watch = Watch(ClusterSection(), tmp_path)
+        watch.restore({})
+        assert watch.restarts == number
+    assert watch.finish()["lost_seconds"] == 30 + 5
+
+
 def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_path):
     watch = Watch(ClusterSection(), tmp_path)
     for step in range(1, 11):
@@ -74,7 +90,7 @@ def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_pa
     clock(1)
     assert watch.late() == 1
     watch.enter("eval", 11)
-    assert watch.late() == 0  # an evaluation may take longer
+    assert watch.late() == -ClusterSection().hang_exit  # an evaluation may take longer
     quick = Watch(ClusterSection(), tmp_path)
     quick.enter("train", 1)
     clock(0.1)

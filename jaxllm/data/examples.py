@@ -183,8 +183,9 @@ def tokenize_sources(
                 "streaming from this source"
             )
     tokenizer = with_settings(tokenizer, cfg.data)
-    # All sources and workers use one date.
-    cfg = replace(cfg, data=replace(cfg.data, date=cfg.data.date or str(Date.today())))
+    # All sources, workers and processes use one date.
+    date = cfg.data.date or dist.agree(str(Date.today()))
+    cfg = replace(cfg, data=replace(cfg.data, date=date))
     cache = Cache(cfg.data.cache_dir)
     team = cache.team()
     located = [locate(s) for s in sources] + [locate(s, held_out=True) for s in held_out]
@@ -205,6 +206,7 @@ def tokenize_sources(
         )
         groups = divide(found, source.max_samples)
         cached.append(_Cached(source, found, content, cache, key, groups))
+    dist.check_same({f"tokens of {one.source.path}": one.key for one in cached})
     turns = cycle(team)  # one for each part of all sources
     for one in cached:
         for group, (_, count) in enumerate(one.groups):

@@ -3,7 +3,7 @@
 #
 # A signal goes to all processes. The exit status is that of a failed process (1 or 2), else 75 if
 # the run can be resumed: run the same command again.
-set -u
+set -um # -m: a process group for each, so that Ctrl-C reaches them once, through the trap
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh N COMMAND [ARGUMENT ...]" >&2
   exit 2
@@ -14,13 +14,13 @@ free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s
 export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python3 -c "$free_port")}
 export JAX_NUM_PROCESSES=$count
 pids=()
-for ((i = 0; i < count; i++)); do
-  JAX_PROCESS_ID=$i "$@" &
-  pids+=($!)
-done
 for name in TERM INT HUP; do
   # shellcheck disable=SC2064
   trap "kill -$name \${pids[*]} 2>/dev/null" $name
+done
+for ((i = 0; i < count; i++)); do
+  JAX_PROCESS_ID=$i "$@" &
+  pids+=($!)
 done
 failed=0 resumable=0
 for pid in "${pids[@]}"; do

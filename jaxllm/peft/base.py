@@ -118,7 +118,8 @@ class PeftAdapter(Adapter):
         """
         slots = list(self.slots(model, which))
         variables = {id(slot.variable): slot.variable for slot in slots}
-        arrays = {key: np.array(v.get_value()) for key, v in variables.items()}
+        values = dist.gather([v.get_value() for v in variables.values()])
+        arrays = {key: np.array(value) for key, value in zip(variables, values, strict=True)}
         for slot in slots:
             if slot.name not in tensors:
                 raise UserError(f"{file} has no {slot.name}, which its config asks for")

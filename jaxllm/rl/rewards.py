@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -232,9 +233,10 @@ def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
 
 
 def _shared(name: str, function: Callable[..., Any], batch: Sequence[Completion]) -> np.ndarray:
-    """The rewards of a function; each process calls it for its part of the completions."""
-    start, stop = (len(batch) * (dist.index() + i) // dist.count() for i in (0, 1))
-    part = batch[start:stop]
+    """The rewards of a function; each process calls it for all completions of some prompts."""
+    prompts = [list(group) for _, group in groupby(batch, lambda one: id(one.prompt))]
+    start, stop = (len(prompts) * (dist.index() + i) // dist.count() for i in (0, 1))
+    part = list(chain(*prompts[start:stop]))
     parts = dist.everyone(_call(name, function, part).tolist() if part else [])
     return np.array([reward for part in parts for reward in part], np.float32)
 
