@@ -126,6 +126,8 @@ def test_losses_and_gradient_norms_do_not_depend_on_the_processes(layouts, verb,
         for key in ("loss", "grad_norm"):
             assert several[step][key] == pytest.approx(one[step][key], rel=1e-6, abs=1e-6)
         assert several[step]["tokens"] == one[step]["tokens"]
+    rows = [(layouts / f"{verb}-{name}" / "rows.bin").read_bytes() for name in ("1x8", layout)]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -193,7 +195,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(project, index):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_killed_process_ends_the_others_which_resume_on_one(project, index):
     name = f"killed-{index}"
-    slow = ("--cluster.timeout", "5", "--steps", "100000")
+    slow = ("--cluster.timeout", "5", "--steps", "100000", "--save.keep", "0")
     run = launched(2, 2, command(project, "pretrain", name, *slow))
     wait_for_step(project / name, 6)
     os.kill(process_of(run, index), signal.SIGKILL)
@@ -205,8 +207,8 @@ def test_a_killed_process_ends_the_others_which_resume_on_one(project, index):
     for step in (project / name / "checkpoints").iterdir():  # so that 12 steps are left to do
         if step.name.isdigit() and int(step.name) > 4:
             shutil.rmtree(step)
-    if (project / name / "checkpoints" / "4").is_dir():
-        resumed_as_never_stopped(project, name)
+    assert (project / name / "checkpoints" / "4").is_dir()
+    resumed_as_never_stopped(project, name)
 
 
 def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
@@ -225,7 +227,7 @@ def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
     os.kill(stopped, signal.SIGKILL)
     status, output = finished(run)
     assert status == REQUEUE, output[-3000:]
-    assert re.search(r"step \d+ hangs; the others wait for process 1 \(", output)
+    assert re.search(r"step \d+ hangs in phase \w+; the others wait for process 1 \(", output)
     assert "train" in stacks[0].read_text()
 
 
@@ -267,6 +269,35 @@ def test_other_data_in_one_process_is_named(project):
     status, output = finished(launched(2, 1, ["bash", "-c", script, "-", *args]))
     assert status == 2
     assert "process 1" in output and "has data text.txt" in output, output[-2000:]
+
+
+# What differs in tests/cluster_odd.py -> what both processes are told.
+NAMED = {
+    "config": "has seed 1, the others 0",
+    "code": "has jaxllm ",
+    "jax": 'has jax "9.9"',
+    "transformers": 'has transformers "9.9"',
+    "grain": 'has grain "9.9"',
+    "devices": 'has devices "1 x other"',
+    "platform": 'has platform "CUDA 9"',
+    "clock": "the clock of process 0 is 99 s behind that of process 1",
+    "data": "has data a.txt",
+    "tokenizer": 'has the tokenizer "1", the others "0"',
+    "template": "has t.jinja ",
+    "reward": "has reward.py ",
+    "weights": "has model ",
+}
+
+
+def test_each_thing_that_may_differ_between_hosts_is_named_by_both(tmp_path):
+    script = str(ROOT / "tests" / "cluster_odd.py")
+    status, output = finished(launched(2, 2, [sys.executable, script, str(tmp_path)]))
+    assert status == 0, output[-3000:]
+    for told in (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1)):
+        assert told.pop("nothing") == ""
+        assert told.keys() == NAMED.keys()
+        for name, words in NAMED.items():
+            assert words in told[name] and "process 1" in told[name], told[name]
 
 
 def free_port() -> int:
@@ -335,6 +366,64 @@ def test_one_process_needs_no_coordinator(monkeypatch):
 
 
 # ---- many times at random moments (make cluster)
+
+
+FULL_IN_PROCESS_1 = """
+import errno, os, sys
+from jaxllm import checkpoint, dist
+from jaxllm.cli import main
+digests = checkpoint._digests
+def full(*args):
+    if dist.index() == 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
+    return digests(*args)
+checkpoint._digests = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.cluster
+def test_a_save_that_fails_in_one_process_ends_both(project):
+    args = arguments(project, "pretrain", "full", "--cluster.timeout", "60")
+    status, output = finished(launched(2, 2, [sys.executable, "-c", FULL_IN_PROCESS_1, *args]), 60)
+    assert status == 2
+    assert output.count("the disk is full (disk: No space left on device)") == 2, output[-3000:]
+
+
+@pytest.mark.cluster
+def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(project, layouts):
+    """Each process has a home directory of its own; the second run of each verb resumes."""
+    args = verbs(layouts, "own")
+    dpo = [a for a in args["dpo"] if a != "--data.cache_dir"]
+    dpo.remove(str(project / "cache"))
+    dpo += ["--align.reference", "precomputed"]
+    adapter = ["--peft.path", str(project / "sft-2x4" / "final"), "--output_dir"]
+    runs = [[*dpo, "--steps", "2"], [*dpo, "--steps", "4"]]
+    runs += [[*args["sft"], *adapter, str(project / "own"), "--steps", "2"]]
+    host = f'HOME={project}/home-$JAX_PROCESS_ID exec "$@"'
+    script = [sys.executable, str(ROOT / "tests" / "cluster_runs.py")]
+    for some in (runs[:1], runs[1:]):
+        command = ["bash", "-c", host, "-", *script, json.dumps(some)]
+        status, output = finished(launched(2, 4, command), 200)
+        assert status == 0, output[-3000:]
+    found = lines_of(project / "dpo-own")
+    assert list(found) == [1, 2, 3, 4]
+    for step, line in lines_of(project / "dpo-1x8").items():
+        if step in found:
+            assert found[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("verb", ["sft", "dpo"])
+def test_four_processes_have_the_losses_of_one(layouts, verb):
+    args = [sys.executable, "-m", "jaxllm", *verbs(layouts, "4x2")[verb]]
+    status, output = finished(launched(4, 2, args))
+    assert status == 0, output[-3000:]
+    one, several = (lines_of(layouts / f"{verb}-{name}") for name in ("1x8", "4x2"))
+    assert list(one) == list(several)
+    for step in one:
+        for key in ("loss", "grad_norm"):
+            assert several[step][key] == pytest.approx(one[step][key], rel=1e-6, abs=1e-6)
 
 
 def short(project: Path) -> list[str]:
