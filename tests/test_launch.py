@@ -16,6 +16,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from runs import ENV, FAST, MODEL, refused
@@ -272,6 +273,8 @@ class TestTpuVm:
 # ---- gke-jobset.yaml
 
 TEXT, NUMBER, TEXTS = str, int, [str]
+# The fields of batch/v1 and v1 that a run uses, with their types. `make cluster` compares them with
+# the published models.
 POD = {
     "restartPolicy": TEXT,
     "terminationGracePeriodSeconds": NUMBER,
@@ -313,19 +316,20 @@ JOB = {
     },
     "template": {"spec": POD},
 }
-# The fields of jobset.x-k8s.io/v1alpha2, batch/v1 and v1 that a run uses, with their types.
-JOBSET = {
-    "apiVersion": TEXT,
-    "kind": TEXT,
-    "metadata": {"name": TEXT, "annotations": dict},
-    "spec": {
-        "failurePolicy": {
-            "maxRestarts": NUMBER,
-            "rules": [{"name": TEXT, "action": TEXT, "onJobFailureReasons": TEXTS}],
-        },
-        "replicatedJobs": [{"name": TEXT, "replicas": NUMBER, "template": {"spec": JOB}}],
-    },
-}
+
+
+def check_jobset(document: dict) -> None:
+    """Validates a JobSet by the schema of its API, which here allows no unknown field, and its job
+    by the fields above."""
+    schema = json.loads((Path(__file__).parent / "schemas" / "jobset.json").read_text())
+    for kind in schema["definitions"].values():
+        kind["additionalProperties"] = False
+    schema["$ref"] = "#/definitions/jobset.v1alpha2.JobSet"
+    jsonschema.Draft4Validator.check_schema(schema)
+    jsonschema.Draft4Validator(schema).validate(document)
+    check_fields(document["metadata"], {"name": TEXT, "annotations": dict})
+    for group in document["spec"]["replicatedJobs"]:
+        check_fields(group["template"], {"spec": JOB})
 
 
 def check_fields(value, expected, where=""):
@@ -355,10 +359,12 @@ def gke(capsys, config, *flags):
 
 def test_the_jobset_has_only_fields_of_its_api(capsys, config):
     for document in list(yaml.safe_load_all((FILES / "gke-jobset.yaml").read_text()))[1:]:
-        check_fields(document, JOBSET)
+        check_jobset(document)
     more = ("--nodes", "4", "--resource", "google.com/tpu=4", "--select", "a/b=c")
     _, jobset, pod = gke(capsys, config, *more)
-    check_fields(jobset, JOBSET)
+    check_jobset(jobset)
+    with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+        check_jobset(jobset | {"spec": jobset["spec"] | {"failurePolicy": {"maxRestart": 1}}})
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "my-run" and "annotations" in jobset["metadata"]
     assert pod["nodeSelector"] == {"a/b": "c"}
