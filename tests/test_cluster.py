@@ -414,6 +414,21 @@ def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(pro
 
 
 @pytest.mark.cluster
+def test_online_rl_over_processes_resumes_exactly(layouts):
+    args = verbs(layouts, "2x4")["grpo"]
+    args[args.index("--output_dir") + 1] = str(layouts / "grpo-resumed")
+    for steps in ("4", "10"):  # in processes of their own
+        run = launched(2, 4, [sys.executable, "-m", "jaxllm", *args, "--steps", steps])
+        status, output = finished(run)
+        assert status == 0, output[-3000:]
+    assert "resuming from step 4" in output
+    straight, resumed = (lines_of(layouts / f"grpo-{name}") for name in ("2x4", "resumed"))
+    for step in range(1, 11):
+        for key in ("loss", "grad_norm", "reward_mean"):
+            assert resumed[step].get(key) == straight[step].get(key)
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("verb", ["sft", "dpo"])
 def test_four_processes_have_the_losses_of_one(layouts, verb):
     args = [sys.executable, "-m", "jaxllm", *verbs(layouts, "4x2")[verb]]
