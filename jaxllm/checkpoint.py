@@ -56,7 +56,7 @@ class Checkpoints:
         self.directory = path if self.remote else path.absolute()
         self.keep = keep
         if str(path).startswith("s3://"):
-            _teach_orbax_s3()
+            _patch_orbax_for_s3()
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -305,7 +305,7 @@ def _problem(folder: Path) -> str:
             now = file_size(folder / name)
             if now != size:
                 return f"{name} has {now} of {size} bytes"
-            if digest is not None and _digest(folder / name) != digest:
+            if digest is not None and _digest(folder / name) not in (None, digest):
                 return f"{name} has changed"
     except (OSError, ValueError) as error:
         return str(error).strip().split("\n")[0] or "unreadable"
@@ -313,7 +313,7 @@ def _problem(folder: Path) -> str:
 
 
 @cache
-def _teach_orbax_s3() -> None:
+def _patch_orbax_for_s3() -> None:
     """Makes orbax read and write arrays in s3:// by tensorstore's driver of that name.
 
     orbax 0.12 knows files and gs:// only (github.com/google/orbax/pull/2739), and has no option for

@@ -20,12 +20,15 @@ class MissingFile(UserError, FileNotFoundError):
 # Errors of a path that a user can fix.
 PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 PATH_ERRORS += (PermissionError,)
+# Modules whose errors come from a bucket: missing credentials, access that is denied, no network.
+BUCKET_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google.auth")
 
 
 def mistake(error: BaseException) -> str | None:
     """The line to print if the user can fix `error`, else None: it is a bug.
 
-    The user can fix a UserError, a path that is missing or not accessible, and a full disk.
+    The user can fix a UserError, a path or bucket that is missing or not accessible, and a full
+    disk.
     """
     cause: BaseException | None = error
     while cause is not None:  # libraries wrap the OSError of a full disk
@@ -33,7 +36,11 @@ def mistake(error: BaseException) -> str | None:
         if full or "No space left" in str(cause):
             return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
         cause = cause.__cause__ or cause.__context__
-    return _one_line(error) if isinstance(error, (UserError, *PATH_ERRORS)) else None
+    if isinstance(error, UserError):
+        return _one_line(error)
+    if any(type(e).__module__.startswith(BUCKET_CLIENTS) for e in (error, error.__cause__)):
+        return f"the bucket cannot be accessed: {_one_line(error)}"
+    return _one_line(error) if isinstance(error, PATH_ERRORS) else None
 
 
 def _one_line(error: BaseException) -> str:

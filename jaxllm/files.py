@@ -26,10 +26,11 @@ from jaxllm.paths import (
     as_path,
     check_bucket,
     delete,
+    entries,
     file_size,
     is_bucket,
-    read_array,
     read_bytes,
+    version,
 )
 
 SINGLE = "model.safetensors"
@@ -52,6 +53,8 @@ MODEL_FILES = (
     "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja chat_template.json "
     f"{ADAPTER} {ADAPTER_CONFIG} README.md"
 ).split()
+PART, PARTS = 1 << 25, 8  # bytes of a request to a bucket; requests at a time
+TEMPLATES = "additional_chat_templates"  # a directory in that of a model
 
 
 def hub_id(path: str) -> bool:
@@ -113,7 +116,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
             raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there")
         return files
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    pickles = sorted(p.name for p in entries(folder) if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise UserError(
             f"{folder / pickles[0]} is a pickle, which can run code and is not read. Convert it "
@@ -137,14 +140,11 @@ def open_tensors(file: Path) -> Any:
 
 def header(file: Path) -> tuple[int, dict[str, Any]]:
     """(offset of the data, {tensor: its dtype, shape and data_offsets}) of a safetensors file."""
-    if is_bucket(file):
-        return _header(file)
-    stat = file.stat()
-    return _header(file, stat.st_mtime_ns, stat.st_size)
+    return _header(file, version(file))
 
 
 @lru_cache(maxsize=64)
-def _header(file: Path, *_: int) -> tuple[int, dict[str, Any]]:
+def _header(file: Path, _: str) -> tuple[int, dict[str, Any]]:
     length = int.from_bytes(read_bytes(file, [(0, 8)])[0], "little")
     tensors = json.loads(read_bytes(file, [(8, 8 + length)])[0])
     return 8 + length, {name: t for name, t in tensors.items() if name != "__metadata__"}
@@ -211,6 +211,17 @@ class BucketTensor:
         data = read_array(self.file, self.first + start * width, self.first + stop * width)
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         return data.view(STORED_DTYPES[self.entry["dtype"]]).reshape(shape)
+
+
+def read_array(file: Path, start: int, end: int) -> np.ndarray:
+    """The bytes from `start` to `end` as uint8. Holds them and PARTS requests of PART bytes."""
+    out = np.empty(end - start, np.uint8)
+    for group in range(start, end, PART * PARTS):
+        stop = min(end, group + PART * PARTS)
+        ranges = [(i, min(i + PART, stop)) for i in range(group, stop, PART)]
+        for (first, last), part in zip(ranges, read_bytes(file, ranges), strict=True):
+            out[first - start : last - start] = np.frombuffer(part, np.uint8)
+    return out
 
 
 @lru_cache(maxsize=1)
@@ -291,17 +302,24 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_bytes(text.encode())
 
 
+def _is_of_model(path: Path) -> bool:
+    """True for a file of a saved model, and for the directory of its further chat templates."""
+    if path.is_dir():
+        return path.name == TEMPLATES and all(f.suffix == ".jinja" for f in entries(path))
+    return any(map(path.match, MODEL_FILES))
+
+
 def _check_target(out: Path) -> None:
     """Raises UserError unless `out` does not exist, is empty or holds only a model or adapter."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another directory")
-    entries = sorted(out.iterdir())
-    others = [e.name for e in entries if e.is_dir() or not any(map(e.match, MODEL_FILES))]
+    present = entries(out)
+    others = [e.name for e in present if not _is_of_model(e)]
     is_saved_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     is_saved_model |= is_bucket(out)  # what a killed export leaves there is not complete
-    if others or (entries and not is_saved_model):
+    if others or (present and not is_saved_model):
         what = f"holds {others[0]}" if others else "is not empty"
         raise UserError(
             f"{out} {what}, so it is not replaced; choose another directory or empty it"
@@ -319,8 +337,8 @@ def new_folder(path: str) -> Iterator[Path]:
     out = absolute(as_path(path))
     if is_bucket(out):
         if dist.is_main():
-            _check_target(out)
             check_bucket(out)
+            _check_target(out)
             for name in ("config.json", ADAPTER_CONFIG):
                 (out / name).unlink(missing_ok=True)
             delete(out)

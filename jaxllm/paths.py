@@ -11,18 +11,15 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxllm.errors import UserError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> its client, the extra `gcs` or `s3`
-PROBE = ".access-"  # prefix of the object that is written to see whether a bucket can be
-PART, PARTS = 1 << 25, 8  # bytes of a request; requests at a time
+PROBE = ".access-"  # prefix of the objects by which processes see whether they can write
 
 
 def is_bucket(path: Any) -> bool:
@@ -73,9 +70,11 @@ def first_line(error: BaseException) -> str:
 
 
 def check_bucket(path: Path) -> None:
-    """Raises UserError if objects cannot be written to a bucket; does nothing for a local path."""
+    """Raises UserError if a folder in a bucket cannot be written; a local path is not checked."""
     if not is_bucket(path):
         return
+    if "/" not in str(path).partition("://")[2].strip("/"):
+        raise UserError(f"{path} is a bucket; give a folder in it, such as {path}/NAME")
     probe = path / f"{PROBE}{os.urandom(4).hex()}"
     try:
         probe.write_bytes(b"")
@@ -104,7 +103,25 @@ def matching(pattern: str) -> list[Path]:
         return sorted(Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     fs = filesystem(pattern)
     found = fs.glob(pattern, detail=True)
-    return sorted(as_path(fs.unstrip_protocol(n)) for n, i in found.items() if i["type"] == "file")
+    names = (n for n, i in found.items() if i["type"] == "file" and not n.endswith("/"))
+    return sorted(as_path(fs.unstrip_protocol(name)) for name in names)
+
+
+def listed(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """{path: its size, checksum, …} of objects, from listings of their folders."""
+    found = {}
+    for folder in dict.fromkeys(file.parent for file in files):
+        fs = filesystem(folder)
+        inside = (info for info in fs.ls(str(folder), detail=True) if info["type"] == "file")
+        found |= {fs.unstrip_protocol(info["name"]): info for info in inside}
+    return {str(file): found[str(file)] for file in files}
+
+
+def entries(folder: Path) -> list[Path]:
+    """The files and directories in a directory, sorted."""
+    # In a bucket, an empty object that some tools make for a folder is listed as the folder itself.
+    found = (path for path in folder.iterdir() if path != folder)
+    return sorted(path for path in found if not path.name.startswith(PROBE))
 
 
 def make_folder(folder: Path) -> None:
@@ -114,11 +131,12 @@ def make_folder(folder: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a directory, if it exists."""
+    """Deletes a directory, if it exists; in a bucket its objects, or the object of this name."""
     if not is_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        filesystem(folder).rm(str(folder), recursive=True)
+    # fsspec deletes the bucket as well if all is in it, and takes names for patterns.
+    elif names := [glob.escape(str(file)) for file in files_in(folder)]:
+        filesystem(folder).rm(names)
 
 
 def rename_folder(folder: Path, target: Path) -> None:
@@ -149,9 +167,19 @@ def file_size(file: Path) -> int:
 
 
 def modified(file: Path) -> float:
-    """When a file was written last, in seconds since 1970."""
-    stat: Any = file.stat()
-    return stat.mtime if is_bucket(file) else stat.st_mtime
+    """Time of the last write, in seconds since 1970."""
+    if is_bucket(file):  # epath has no time for S3
+        return filesystem(file).modified(str(file)).timestamp()
+    return file.stat().st_mtime
+
+
+def version(file: Path) -> str:
+    """Text that changes when a file is replaced: its size and time; in a bucket also its ETag or
+    generation."""
+    if is_bucket(file):
+        return filesystem(file).ukey(str(file))
+    stat = file.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def copy(source: Path, target: Path) -> None:
@@ -173,10 +201,11 @@ def local_copy(file: Path, folder: Path) -> Path:
 
 
 def read_bytes(file: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes of a file in each of the ranges (start, end); a bucket sends no others."""
+    """The bytes of a file in each of the ranges (start, end); only these bytes are requested."""
     if is_bucket(file):
         starts, ends = zip(*ranges, strict=True)
-        return filesystem(file).cat_ranges([str(file)] * len(ranges), starts, ends)
+        names = [str(file)] * len(ranges)
+        return filesystem(file).cat_ranges(names, starts, ends, on_error="raise")
     with file.open("rb") as data:
 
         def read(start: int, end: int) -> bytes:
@@ -184,16 +213,3 @@ def read_bytes(file: Path, ranges: list[tuple[int, int]]) -> list[bytes]:
             return data.read(end - start)
 
         return [read(*one) for one in ranges]
-
-
-def read_array(file: Path, start: int, end: int) -> np.ndarray:
-    """The bytes from `start` to `end` as uint8. Holds them and PARTS requests of PART bytes."""
-    import numpy as np
-
-    out = np.empty(end - start, np.uint8)
-    for group in range(start, end, PART * PARTS):
-        stop = min(end, group + PART * PARTS)
-        ranges = [(i, min(i + PART, stop)) for i in range(group, stop, PART)]
-        for (first, last), part in zip(ranges, read_bytes(file, ranges), strict=True):
-            out[first - start : last - start] = np.frombuffer(part, np.uint8)
-    return out

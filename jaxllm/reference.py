@@ -80,7 +80,7 @@ def precomputed(cfg: TrainConfig, data: Data, reference: Decoder, origin: Any, m
     dtypes = [cfg.peft.quantize_base, cfg.model.weight_dtype, cfg.model.compute_dtype]
     digest = xxhash.xxh3_128_hexdigest(json.dumps([origin, *dtypes]).encode())
     files, name = Cache(cfg.data.cache_dir), f"reference-{digest}.npz"
-    cache, writes = _load(files.get(name)), files.team()[0] == dist.index()
+    cache, writes = _load(files.get(name)), files.processes()[0] == dist.index()
 
     def compute(part: Any, rows: np.ndarray) -> np.ndarray:
         """float32 [fields, rows, P] for some rows of a source."""
@@ -144,6 +144,8 @@ def _load(file: Path | None) -> dict[int, float]:
 
 def _save(files: Cache, name: str, cache: dict[int, float]) -> None:
     keys, logps = np.asarray(list(cache), np.uint64), np.asarray(list(cache.values()), np.float32)
-    with tempfile.NamedTemporaryFile(dir=files.root, suffix=".npz", delete=False) as part:
+    with tempfile.NamedTemporaryFile(
+        dir=files.root, prefix="making-", suffix=".npz", delete=False
+    ) as part:
         np.savez(part, keys=keys, logps=logps)
     files.put(Path(part.name), name)

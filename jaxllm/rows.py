@@ -149,10 +149,12 @@ def _sources(origins: list[Origin]) -> list[dict[str, Any]]:
         wanted[id(examples)][1].add(record)
     locations = {}
     for key, (examples, records) in wanted.items():
-        if "://" in examples.name:  # a streamed file of the hub
+        if "://" in examples.name and not is_bucket(examples.name):  # a streamed file of the hub
             continue
         located = locate(examples.source)
         readers = [READERS[located.format]] if located.format in READERS else []
+        if located.format == "array_record" and is_bucket(examples.name):  # needs a local copy
+            readers = []
         pairs = (pair for read in readers for file in located.files for pair in read(file))
         some = itertools.islice(enumerate(pairs), max(records) + 1)
         locations |= {(key, i): where for i, (_, where) in some if i in records}
@@ -271,8 +273,8 @@ def verify(run: str) -> str:
     """Computes the hashes of all recorded steps again from the run's config and data.
 
     Returns a line that says how many are equal. Raises UserError if a step before the last one or
-    a checkpoint is missing, and for the first step whose hashes differ. The last record of a run
-    that was killed may be incomplete; it does not count.
+    a checkpoint is missing, and for the first step whose hashes differ. The last records of a run
+    that was killed may be incomplete; they do not count.
     """
     folder, cfg, _, rows = _load(run)
     stride, width = _record_shape(cfg)
@@ -283,9 +285,10 @@ def verify(run: str) -> str:
     complete = records.all(1) & (records[:, 0] == 1 + stride * np.arange(len(records)))
     saved = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
     needed = max(saved, default=0) // stride
-    missing = np.flatnonzero(~complete)
-    count = int(missing[0]) if len(missing) else len(records)
-    if count < max(needed, int(np.flatnonzero(records.any(1)).max(initial=0))):
+    written = int(np.flatnonzero(records.all(1)).max(initial=-1)) + 1
+    missing = np.flatnonzero(~complete[:written])
+    count = int(missing[0]) if len(missing) else written
+    if count < max(needed, written):
         raise UserError(f"{run}: {FILE} does not have step {count * stride + 1}")
     for number, recorded in enumerate(records[:count, 1:].tolist()):
         for row, (before, after) in enumerate(zip(recorded, next(hashes), strict=True)):

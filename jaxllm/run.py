@@ -33,14 +33,15 @@ from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
 from jaxllm.hf import save_configs, weights_hash
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (
-    PROBE,
     absolute,
     as_path,
     check_bucket,
     delete,
+    entries,
     files_in,
     is_bucket,
     make_folder,
+    matching,
     write_text,
 )
 from jaxllm.peft.files import find
@@ -157,7 +158,7 @@ class RunFolder:
         if dist.is_main():
             make_folder(self.path)
             # The folder itself stays: it may be a link or a mount.
-            for path in self.path.iterdir() if self.replaces else ():
+            for path in entries(self.path) if self.replaces else ():
                 if is_bucket(path) or (path.is_dir() and not path.is_symlink()):
                     delete(path)
                 else:
@@ -199,7 +200,8 @@ class RunFolder:
         reads += [source.path for source in (*cfg.data.train, *cfg.data.eval)]
         for path in filter(None, reads):
             file = as_path(path)
-            if file.exists() and absolute(file).is_relative_to(absolute(self.path)):
+            files = [file] if file.exists() else matching(str(file))
+            if any(absolute(one).is_relative_to(absolute(self.path)) for one in files):
                 raise UserError(
                     f"overwrite would delete {path}, which this run reads; change output_dir"
                 )
@@ -234,7 +236,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     if not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another directory")
-    if all(path.name.startswith(PROBE) for path in folder.iterdir()):
+    if not entries(folder):
         return None
     try:
         config = json.loads((folder / "config.json").read_text())

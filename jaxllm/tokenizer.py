@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import MissingFile, UserError
-from jaxllm.files import hub_id, read_json, write_json
-from jaxllm.paths import as_path, copy, is_bucket
+from jaxllm.files import TEMPLATES, hub_id, read_json, write_json
+from jaxllm.paths import as_path, copy, files_in, is_bucket
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -62,9 +62,11 @@ def _on_disk(source: Any) -> Iterator[Any]:
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="jaxllm-") as folder:
-        for file in source.iterdir():
-            if file.suffix in _SUFFIXES and file.is_file():
-                copy(file, Path(folder, file.name))
+        Path(folder, TEMPLATES).mkdir()
+        for file in files_in(source):
+            name = file.relative_to(source).as_posix()
+            if file.suffix in _SUFFIXES and name in (file.name, f"{TEMPLATES}/{file.name}"):
+                copy(file, Path(folder, name))
         yield folder
 
 
@@ -73,8 +75,8 @@ def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
     if is_bucket(folder):
         with tempfile.TemporaryDirectory(prefix="jaxllm-") as part:
             save_tokenizer(tokenizer, part)
-            for file in Path(part).iterdir():
-                copy(file, as_path(folder) / file.name)
+            for file in files_in(Path(part)):
+                copy(file, as_path(folder) / file.relative_to(part).as_posix())
         return
     tokenizer.save_pretrained(str(folder))
     config = Path(folder, "tokenizer_config.json")

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from bucket import SECRET, B, server, upload  # noqa: F401, a fixture of every test
 from jax.sharding import NamedSharding, PartitionSpec
 from runs import ENV, arguments, finished, launched, refused
 from safetensors import safe_open
@@ -26,37 +27,7 @@ from jaxllm.config import Source
 from jaxllm.data import sources
 from jaxllm.errors import UserError
 from jaxllm.monitor import metrics
-from jaxllm.paths import as_path, copy, files_in, filesystem, is_bucket
-
-pytest.importorskip("s3fs")
-moto = pytest.importorskip("moto.server")
-SECRET = "secret-of-the-test"
-B = "s3://bucket"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """The address of a server with an empty bucket; its credentials are in the environment."""
-    service = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    service.start()
-    host, port = service.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem(B).mkdir("bucket")
-        yield f"http://{host}:{port}"
-    filesystem(B).clear_instance_cache()
-    service.stop()
-
-
-def upload(folder: Path, target: str) -> str:
-    for file in files_in(folder):
-        copy(file, as_path(target) / file.relative_to(folder).as_posix())
-    return target
+from jaxllm.paths import as_path, copy, files_in, is_bucket
 
 
 def lines(run: str, kind: str = "train") -> dict[int, dict]:
@@ -161,6 +132,10 @@ def test_overwrite_deletes_the_run_in_the_bucket_and_no_other(project, capsys):
     assert main(args) == 0
     refused(capsys, [*args, "--seed", "7"], f"{B}/over belongs to another run", "seed")
     refused(capsys, [*args, "--resume", "false"], f"{B}/over has checkpoints")
+    copy(project / "text.txt", as_path(f"{B}/over/data/text.txt"))
+    inside = [arg.replace(f"{B}/in/text.txt", f"{B}/over/da*/*.txt") for arg in args]
+    inside += ["--overwrite", "true"]
+    refused(capsys, inside, "overwrite would delete", "which this run reads")
     assert main([*args, "--seed", "7", "--overwrite", "true"]) == 0
     assert json.loads(as_path(f"{B}/over/config.json").read_text())["seed"] == 7
     assert sorted(lines(f"{B}/over")) == [1] and other.is_file()
@@ -372,13 +347,17 @@ def test_globs_folders_and_splits_are_found_in_the_bucket(tmp_path):
         sources.locate(Source(f"{B}/g/*.csv"))
 
 
-def test_files_in_the_bucket_are_streamed(project, tmp_path, monkeypatch):
+def test_files_in_the_bucket_are_streamed(project, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = in_bucket(project, f"{B}/streamed", "--steps", "1", "--save.final", "false")
     train = args.index("--data.train")
     args[train + 1 : train + 2] = ["{path: s3://bucket/in/text.txt, streaming: true}"]
     assert main(args) == 0
     assert any(f.name.startswith("rows-") for f in files_in(as_path(f"{B}/in/cache")))
+    capsys.readouterr()
+    assert main(["rows", f"{B}/streamed", "--step", "1"]) == 0
+    assert f"{B}/in/text.txt (record 0)" in capsys.readouterr().out
+    assert main(["verify", f"{B}/streamed"]) == 0
 
 
 # ---- gs://
@@ -404,7 +383,8 @@ def emulate_generations(emulator, patch) -> None:
 
 
 def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
-    """The clients read the emulator's address when they are imported: in processes of their own."""
+    """Its losses equal those of a run on the disk. The clients read the emulator's address when
+    they are imported: in processes of their own."""
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
@@ -420,7 +400,9 @@ def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
     python = "from jaxllm.cli import main; from jaxllm import load_hf; import sys\n"
     python += "assert main([*sys.argv[1:], '--steps', '2', '--save.final', 'false']) == 0\n"
     python += "assert main([*sys.argv[1:], '--steps', '4']) == 0\n"
-    python += "load_hf('gs://bucket/run/final')"
+    python += "load_hf('gs://bucket/run/final')\n"
+    python += "from jaxllm.paths import as_path\n"
+    python += "print(as_path('gs://bucket/run/metrics.jsonl').read_text())"
     command = [sys.executable, "-c", python, *args, "--data.cache_dir", "gs://bucket/cache"]
     try:
         done = subprocess.run(
@@ -430,6 +412,11 @@ def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
         service.stop()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming from step 2" in done.stderr
+    assert main([*args, "--output_dir", str(tmp_path / "run"), "--steps", "4"]) == 0
+    there = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kind"')]
+    losses = {line["step"]: line["loss"] for line in there if line["kind"] == "train"}
+    assert losses == {step: line["loss"] for step, line in lines(str(tmp_path / "run")).items()}
+    assert list(losses) == [1, 2, 3, 4]
 
 
 # ---- mistakes
@@ -456,7 +443,14 @@ def test_a_missing_client_is_named(monkeypatch):
         as_path("gs://bucket/x")
 
 
-def test_nothing_in_the_bucket_has_the_credentials():
-    for file in files_in(as_path(B)):
-        assert SECRET.encode() not in file.read_bytes(), file
+def test_a_run_neither_writes_nor_prints_the_credentials(project, capfd):
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+    args = in_bucket(project, f"{B}/secret", "--steps", "1")
+    assert main(args) == 0
+    printed = capfd.readouterr()
+    line = refused(capfd, [*args, "--seed", "7"], "belongs to another run")
+    written = files_in(as_path(B))
+    assert {"config.json", "metrics.jsonl", "files.json"} <= {file.name for file in written}
+    for file in written:
+        assert SECRET.encode() not in file.read_bytes(), file
+    assert SECRET not in printed.out + printed.err + line

@@ -203,6 +203,11 @@ def test_a_missing_step_is_named(project, capsys):
     checkpoint.mkdir(parents=True)
     refused(capsys, ["verify", str(run)], f"rows.bin does not have step {STEPS + 1}")
     checkpoint.rmdir()
+    partial = records[:2] * (np.arange(1 + SIZE) < 4)  # a killed run of two processes
+    with (run / FILE).open("ab") as file:
+        file.write(np.zeros_like(records[:1]).tobytes() + partial.tobytes())
+    assert main(["verify", str(run)]) == 0
+    assert f"all {len(records)} steps" in capsys.readouterr().out
     (run / FILE).unlink()
     refused(capsys, ["verify", str(run)], "has no rows.bin: the run did not record its rows")
     refused(capsys, ["rows", str(project), "--step", "1"], "is not a run folder")

@@ -128,6 +128,16 @@ def test_overwrite_does_not_delete_what_the_run_reads(cfg):
         RunFolder(inside)
 
 
+@pytest.mark.parametrize("pattern", ["run/d*/a.jsonl", "*/data/[a-z].jsonl", "**/?.jsonl"])
+def test_overwrite_does_not_delete_data_that_a_pattern_names(cfg, tmp_path, pattern):
+    run = used(cfg)
+    os.makedirs(f"{run}/data")
+    (tmp_path / "run" / "data" / "a.jsonl").touch()
+    data = replace(cfg.data, train=(Source(str(tmp_path / pattern)),))
+    with pytest.raises(UserError, match="overwrite would delete .*jsonl"):
+        RunFolder(replace(cfg, data=data, overwrite=True))
+
+
 def test_overwrite_does_not_delete_a_reward_model_that_the_run_reads(cfg):
     run = used(cfg)
     os.makedirs(f"{run}/final")

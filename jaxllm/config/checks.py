@@ -14,7 +14,7 @@ from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
 from jaxllm.config.sections import TrainConfig
 from jaxllm.config.verbs import JUDGING, PEFT_METHODS, unread
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, read_bytes
+from jaxllm.paths import as_path, file_size
 
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
 
@@ -253,7 +253,7 @@ def has_results(folder: Path) -> bool:
     """True if a run folder has a checkpoint or a line of metrics."""
     metrics = folder / "metrics.jsonl"
     saved = any((folder / "checkpoints").glob("[0-9]*"))
-    return saved or (metrics.is_file() and bool(read_bytes(metrics, [(0, 1)])[0]))
+    return saved or (metrics.is_file() and file_size(metrics) > 0)
 
 
 def _is_date(text: str) -> bool:

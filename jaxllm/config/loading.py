@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jaxllm.config import aliases
@@ -21,7 +20,7 @@ from jaxllm.config.deepspeed import read_deepspeed
 from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
 from jaxllm.config.sections import Source, TrainConfig, sources
 from jaxllm.errors import MissingFile, UserError
-from jaxllm.paths import absolute, as_path
+from jaxllm.paths import absolute, as_path, local_path
 
 # ---- YAML and flags
 
@@ -63,7 +62,7 @@ def read_yaml(path: str) -> list[Given]:
     """
     import yaml
 
-    file = Path(path)
+    file = local_path(path)
     if not file.is_file():
         raise MissingFile(f"{path}: no such config file")
 

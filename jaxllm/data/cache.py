@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of what is made from data once: files and directories that never change."""
+"""The cache of what is made from data once: directories that never change, and files that grow."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from jaxllm import dist
@@ -12,6 +15,7 @@ from jaxllm.errors import UserError
 from jaxllm.paths import as_path, copy, files_in, is_bucket
 
 _LAST = "state.json"  # the file of a directory (a saved `datasets.Dataset`) that is uploaded last
+_ABANDONED = 86_400.0  # seconds after which the temporary files of a killed run are deleted
 
 
 class Cache:
@@ -34,11 +38,16 @@ class Cache:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"data.cache_dir: {self.root} is a file, or is inside one") from None
+        for left in self.root.glob("making-*"):
+            with suppress(OSError):  # another process deletes it, or another user owns it
+                if left.stat().st_mtime < time.time() - _ABANDONED:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def get(self, name: str) -> Path | None:
-        """The local path of an entry, None if there is none."""
+        """The local path of an entry, None if there is none. A file is read from the bucket again,
+        since another machine may have replaced it."""
         entry = self.root / name
-        if entry.exists() or self.shared is None:
+        if entry.is_dir() or self.shared is None:
             return entry if entry.exists() else None
         remote, made = self.shared / name, self.root / f"making-{uuid.uuid4().hex}"
         if (remote / _LAST).is_file():
@@ -66,9 +75,10 @@ class Cache:
         except OSError:
             if not entry.is_dir():  # another process may have made it
                 raise
+            shutil.rmtree(made)
         return entry
 
-    def team(self) -> list[int]:
+    def processes(self) -> list[int]:
         """The processes that share this cache, this one included, ascending."""
         if self.shared or dist.count() == 1:
             return list(range(dist.count()))

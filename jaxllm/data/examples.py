@@ -36,7 +36,7 @@ from jaxllm.data.sources import (
     content_hash,
     divide,
     file_hash,
-    file_id,
+    file_ids,
     locate,
     read,
     records,
@@ -187,7 +187,7 @@ def tokenize_sources(
     date = cfg.data.date or dist.agree(str(Date.today()))
     cfg = replace(cfg, data=replace(cfg.data, date=date))
     cache = Cache(cfg.data.cache_dir)
-    team = cache.team()
+    team = cache.processes()
     located = [locate(s) for s in sources] + [locate(s, held_out=True) for s in held_out]
     contents = _contents(everything, located, team)
     settings = _settings(cfg, tokenizer)
@@ -223,7 +223,7 @@ def _contents(sources: Sequence[Source], located: list[Located], team: list[int]
     if dist.count() > 1:  # a file that is not the same on all hosts has another size or ends
         facts = {}
         for source, one in zip(sources, located, strict=True):
-            ids = json.dumps([file_id(str(file)) for file in one.files])
+            ids = json.dumps(file_ids(list(map(str, one.files))))
             digest = xxhash.xxh3_64_hexdigest(ids.encode())
             size = sum(map(file_size, one.files))
             facts[f"data {source.path}"] = f"{len(one.files)} file(s), {size:,} bytes ({digest})"

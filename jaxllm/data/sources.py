@@ -39,6 +39,7 @@ from jaxllm.paths import (
     files_in,
     first_line,
     is_bucket,
+    listed,
     local_copy,
     matching,
     read_bytes,
@@ -108,7 +109,8 @@ def divide(located: Located, max_records: int | None = None) -> list[tuple[Locat
     Small files make a group of up to PART_BYTES; a larger file, a dataset, and data of which only
     `max_records` are read, are a group of several parts. Depends on the files' sizes only.
     """
-    sizes = list(map(file_size, located.files))
+    objects = listed([file for file in located.files if is_bucket(file)])
+    sizes = [objects[str(f)]["size"] if is_bucket(f) else file_size(f) for f in located.files]
     if max_records is not None or located.format in ("dataset", "tfds"):
         parts = -(-sum(sizes) // PART_BYTES)
         if max_records is not None:
@@ -143,15 +145,24 @@ def content_hash(files: Iterable[Path]) -> str:
     return combine_hashes(map(file_hash, files))
 
 
-def file_id(file: str) -> str:
-    """An id of a file: its URL, or its size and a hash of its first and last 64 KiB."""
-    if "://" in file and not is_bucket(file):
-        return file
-    path, ends = as_path(file), xxhash.xxh3_128()
-    size = file_size(path)
-    for start in (0, max(size - (1 << 16), 0)) if size else ():
-        ends.update(*read_bytes(path, [(start, min(start + (1 << 16), size))]))
-    return f"{size}-{ends.hexdigest()}"
+def file_ids(files: Sequence[str]) -> list[str]:
+    """An id of each file: its URL, or its size and a hash of its first and last 64 KiB; in a bucket
+    its size and the checksum (else ETag, or generation) in the listing of the folder."""
+    objects = listed([as_path(file) for file in files if is_bucket(file)])
+
+    def one(file: str) -> str:
+        if info := objects.get(file):
+            keys = ("crc32c", "ETag", "generation")
+            return f"{info['size']}-{next(info[key] for key in keys if info.get(key))}"
+        if "://" in file:
+            return file
+        path, ends = Path(file), xxhash.xxh3_128()
+        size = file_size(path)
+        for start in (0, max(size - (1 << 16), 0)) if size else ():
+            ends.update(*read_bytes(path, [(start, min(start + (1 << 16), size))]))
+        return f"{size}-{ends.hexdigest()}"
+
+    return list(map(one, files))
 
 
 def _from_files(files: list[Path], path: str) -> Located:

@@ -26,8 +26,9 @@ from jaxllm.config import Source, TrainConfig
 from jaxllm.data.cache import Cache
 from jaxllm.data.examples import Examples, cache_key, tokenize_table
 from jaxllm.data.rows import Origin, Row, Windows
-from jaxllm.data.sources import Located, content_hash, file_id, locate, read
+from jaxllm.data.sources import Located, content_hash, file_ids, locate, read
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, is_bucket, local_copy
 
 ENDLESS = 2**40  # rows of a stream: endless in practice, and within the limits of len() and Grain
 
@@ -64,7 +65,7 @@ class Stream:
                 "a dataset; remove streaming"
             )
         self.split = self._located.split
-        self._ids = [file_id(file) for file in self.files]
+        self._ids = file_ids(self.files)
         settings = {"columns": source.columns, "tokenizer": tokenizer_hash, "length": self.length}
         settings["rows"] = content_hash([Path(__file__).with_name("rows.py")])  # they count rows
         self.content = xxhash.xxh3_128_hexdigest(json.dumps(self._ids).encode())
@@ -157,11 +158,11 @@ class Stream:
 
 
 def _fetch(file: str, folder: Path) -> Path:
-    """The path of a local file, or of a downloaded copy of a URL."""
-    if "://" not in file:
-        return Path(file)
+    """The path of a local file, or of a downloaded copy of an object or a URL."""
     path = folder / file.rpartition("/")[2]
     try:
+        if "://" not in file or is_bucket(file):
+            return local_copy(as_path(file), folder)
         with fsspec.open(file, "rb") as stream, open(path, "wb") as out:
             shutil.copyfileobj(stream, out, 1 << 22)  # type: ignore[arg-type]
     except OSError as error:

@@ -24,6 +24,7 @@ from jaxllm.config import DataSection
 from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, message_text
 from jaxllm.errors import UserError
+from jaxllm.paths import local_path
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -39,7 +40,7 @@ def template_source(tokenizer: Any, template: str | None = None, tools: Any = No
     there is no template, or if the file is not text.
     """
     if template is not None:
-        file = TEMPLATES.get(template, Path(template))
+        file = TEMPLATES.get(template) or local_path(template)
         if not file.is_file():
             raise UserError(
                 f"the chat template {template!r} is neither a file nor one of "

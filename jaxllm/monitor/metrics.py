@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, copy, files_in, first_line, is_bucket
+from jaxllm.paths import as_path, copy, first_line, is_bucket, version
 
 
 class _Wandb:
@@ -99,10 +100,10 @@ class Spool:
     EVERY = 10.0
 
     def __init__(self, run: Path):
-        self.run, self._parent = run, tempfile.TemporaryDirectory(prefix="jaxllm-")
-        self.folder = Path(self._parent.name, run.name)
+        self.run, self._parent = run, Path(tempfile.mkdtemp(prefix="jaxllm-"))
+        self.folder = self._parent / run.name
         self.folder.mkdir()
-        self._sent: dict[Path, tuple[int, int]] = {}
+        self._sent: dict[Path, str] = {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         for name in SPOOLED:
             if (run / name).is_file():
@@ -110,26 +111,33 @@ class Spool:
         self._thread = threading.Thread(target=self._run, name="upload metrics", daemon=True)
         self._thread.start()
 
-    def flush(self) -> None:
-        """Uploads the files that changed; prints a line if the bucket does not take one."""
+    def flush(self) -> bool:
+        """Uploads the files that changed. If the bucket does not take one, prints a line and
+        returns False."""
+        done = True
         with self._lock:
-            for file in files_in(self.folder):
-                stat = file.stat()
-                version = stat.st_size, stat.st_mtime_ns
-                if self._sent.get(file) == version:
-                    continue
+            # rglob raises for a directory that vanishes, such as a tracker's; os.walk skips it.
+            walk = os.walk(self.folder)
+            for file in [Path(folder, name) for folder, _, names in walk for name in names]:
                 try:
-                    copy(file, self.run / file.relative_to(self.folder).as_posix())
-                    self._sent[file] = version
+                    changed = version(file)
+                    if self._sent.get(file) != changed:
+                        copy(file, self.run / file.relative_to(self.folder).as_posix())
+                        self._sent[file] = changed
                 except Exception as error:  # each client has errors of its own
-                    line = f"{file.name} is not uploaded yet: {first_line(error)}"
-                    print(f"jaxllm: {line}", file=sys.stderr)
+                    if file.exists():
+                        done = False
+                        line = f"{file.name} is not uploaded yet: {first_line(error)}"
+                        print(f"jaxllm: {line}", file=sys.stderr)
+        return done
 
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-        self.flush()
-        self._parent.cleanup()
+        if self.flush():
+            shutil.rmtree(self._parent)
+        else:
+            print(f"jaxllm: copy {self.folder} to {self.run}; it is complete", file=sys.stderr)
 
     def _run(self) -> None:
         while not self._closed.wait(self.EVERY):
