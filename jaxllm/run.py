@@ -120,8 +120,8 @@ class RunFolder:
     def __init__(self, cfg: TrainConfig):
         check_processes(cfg)
         self.cfg, self.path = cfg, as_path(cfg.output_dir)
-        config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         check_bucket(self.path)
+        config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
             self.claim()
