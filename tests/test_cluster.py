@@ -59,7 +59,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 # ---- the same numbers
 
 LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}  # processes x devices of each
-VERBS = {"2x4": ("pretrain", "sft", "dpo", "grpo"), "4x2": ("pretrain", "grpo")}
+VERBS = {"2x4": ("pretrain", "sft", "dpo", "grpo"), "4x2": ("pretrain",)}
 CASES = [(verb, layout) for layout, names in VERBS.items() for verb in names]
 
 
@@ -151,8 +151,8 @@ def test_an_export_of_one_process_has_the_bytes_of_the_export_of_two(layouts, ve
 
 
 def test_a_reward_function_is_called_once_for_each_completion(layouts):
-    calls = {name: len((layouts / f"calls-{name}").read_text()) for name in ("1x8", *LAYOUTS)}
-    assert calls["2x4"] == calls["4x2"] == calls["1x8"] == 10 * 16
+    calls = {name: len((layouts / f"calls-{name}").read_text()) for name in ("1x8", "2x4")}
+    assert calls["2x4"] == calls["1x8"] == 10 * 16
 
 
 def test_each_process_records_digests_of_the_files_it_wrote(layouts):
@@ -178,7 +178,7 @@ def resumed_as_never_stopped(project: Path, name: str) -> None:
         assert several[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.cluster), 1])
 def test_a_signal_to_one_process_stops_all_at_one_step(project, index):
     name = f"stopped-{index}"
     long = ("--steps", "100000", "--save.every", "100000")
@@ -429,7 +429,7 @@ def test_online_rl_over_processes_resumes_exactly(layouts):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("verb", ["sft", "dpo"])
+@pytest.mark.parametrize("verb", ["sft", "dpo", "grpo"])
 def test_four_processes_have_the_losses_of_one(layouts, verb):
     args = [sys.executable, "-m", "jaxllm", *verbs(layouts, "4x2")[verb]]
     status, output = finished(launched(4, 2, args))
