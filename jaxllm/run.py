@@ -72,7 +72,7 @@ def check_processes(cfg: TrainConfig) -> None:
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
     facts: dict[str, Any] = {"jaxllm": f"{version('jaxllm')} ({code.hexdigest()[:8]})"}
-    names = {d.name.lower() for d in distributions()}
+    names = {d.name.lower() for d in distributions() if d.name}  # None: its files are damaged
     facts |= {name: version(name) for name in sorted(names) if VERSIONS.fullmatch(name)}
     devices = jax.local_devices()
     facts["devices"] = f"{len(devices)} x {devices[0].device_kind}"
@@ -90,9 +90,11 @@ def check_processes(cfg: TrainConfig) -> None:
         )
 
 
-def check_processes_read_the_same(cfg: TrainConfig, manifest: dict[str, Any]) -> None:
-    """Raises UserError if the data, the tokenizer, the weights or the reward functions differ
-    between the processes."""
+def check_processes_read_the_same(
+    cfg: TrainConfig, manifest: dict[str, Any], *, resumed: bool = False
+) -> None:
+    """Raises UserError if the data, the tokenizer, the weights or the reward functions that the run
+    reads differ between the processes."""
     if dist.count() == 1:
         return
     sets = [manifest["train"], *manifest["eval"].values()]
@@ -102,8 +104,10 @@ def check_processes_read_the_same(cfg: TrainConfig, manifest: dict[str, Any]) ->
     rewards = [Path(name.rpartition(":")[0]) for name in cfg.rl.rewards]
     files = [file for file in (*rewards, Path(cfg.data.template or "")) if file.is_file()]
     facts |= {str(file): xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
-    named = [cfg.model.path, cfg.peft.path, *(n for n in cfg.rl.rewards if as_path(n).is_dir())]
-    for path in filter(None, named):
+    named = [name for name in cfg.rl.rewards if as_path(name).is_dir()]
+    if not resumed or cfg.peft.method != "none":  # else the weights are in the checkpoint
+        named += filter(None, [cfg.model.path, None if resumed else cfg.peft.path])
+    for path in named:
         weights = [f for f in files_in(local_dir(path)) if f.suffix == ".safetensors"]
         facts[path] = weights_hash(weights)
     dist.check_same(facts)
@@ -140,9 +144,9 @@ class RunFolder:
 
         Raises UserError if the data (`manifest`) or `origin` are not those of the checkpoint.
         """
-        check_processes_read_the_same(self.cfg, manifest)
         resumes = self.cfg.resume and not self.replaces
         step = dist.agree(self.checkpoints.latest()) if resumes else None
+        check_processes_read_the_same(self.cfg, manifest, resumed=step is not None)
         if step is not None:
             check_same_data(self.path, manifest)
             check_same_origin(self.checkpoints, step, origin)

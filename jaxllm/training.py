@@ -121,7 +121,7 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
-    watch.restore(saved)
+    watch.restore(saved, complete=start >= timetable.steps)
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
@@ -344,7 +344,7 @@ def compiled(
     program: Program, steps: int, log: Log, state: TrainState, frozen: Any, batch: Batch
 ) -> Any:
     """The step, compiled for these arguments; the terminal shows how long that took."""
-    with log.phase("compile", 1):
+    with log.phase("compile", log.watch.step):
         log.bar.compiling()
         began = time.perf_counter()
         step = program.step(steps).lower(state, frozen, batch).compile()

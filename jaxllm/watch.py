@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -41,7 +42,7 @@ REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
 EVERY = 0.5  # seconds between beats
-# The phases of a step, in order. A run hangs if one of STEP takes too long; others may take hours.
+# The phases of a run, in order. A run ends if one of a step takes too long; others are reported.
 STEP, PHASES = ("data", "train"), ("start", "load", "rollout", "data", "compile", "train", "eval")
 PHASES += ("save", "export", "end")
 STARTS = "starts.jsonl"
@@ -107,7 +108,7 @@ class Watch:
         self._since = time.monotonic()
         self._pace: deque[float] = deque(maxlen=50)  # seconds per step, one for each `progress`
         self._done = (0, self._since)
-        self._reported: int | None = None  # the step whose hang was reported
+        self._reported: tuple[int, str] | None = None  # the step and phase that were reported
 
     # ---- stopping at a common step
 
@@ -151,14 +152,14 @@ class Watch:
         now = time.time()
         return {"phases": self.seconds, "restarts": self.restarts, "saved_at": now}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any], *, complete: bool = False) -> None:
         """Adds the times of the run that this one resumes, as `meta` saved them, and notes this
-        start in STARTS. What the run did after the checkpoint is lost."""
-        if not dist.is_main():
+        start in STARTS, unless the run is complete. What it did after the checkpoint is lost."""
+        if complete or not dist.is_main():
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
         text = file.read_text() if file.is_file() else ""
-        last = modified(lines) if lines.is_file() else 0.0  # sign of life of the run before
+        last = modified(lines) if lines.is_file() else 0.0  # write of the previous run
         text += json.dumps({"time": time.time(), "last": last}) + "\n"
         write_text(file, text)
         starts, since = [*map(json.loads, text.splitlines())], saved.get("saved_at", 0.0)
@@ -190,7 +191,8 @@ class Watch:
             return 0.0
         done, then = self._done
         if self.phase not in STEP or not self._pace:
-            return time.monotonic() - self._since - self.section.hang_exit
+            first = HANG_FACTOR * HANG_SECONDS if self.phase in STEP else math.inf
+            return time.monotonic() - self._since - min(first, self.section.hang_exit)
         steps = max(self.step - done, 1)
         usual = HANG_FACTOR * statistics.median(self._pace) * steps
         limit = max(min(HANG_SECONDS, self.section.hang_exit), usual)
@@ -303,13 +305,15 @@ class Watch:
         store.key_value_set(VERDICT, json.dumps(self._verdict), allow_overwrite=True)
 
     def _hang(self, now: float) -> dict[str, Any]:
-        """The step of the process that is furthest, and which processes the others wait for: silent
-        ones, else those in the earliest phase; none if all are in the same."""
+        """The step and phase of the process that is furthest, and the processes that the others
+        wait for: silent ones, else those in the earliest phase; none if all are in the same."""
         where = {i: (b["step"], PHASES.index(b["phase"])) for i, b in self._beats.items()}
         silent = [i for i, then in self._seen.items() if now - then > 10 * EVERY]
         behind = silent or [i for i, place in where.items() if place == min(where.values())]
         behind = [] if len(behind) == dist.count() else behind
-        return {"step": max(where.values())[0], "behind": [self._describe(i) for i in behind]}
+        step, phase = max(where.values())
+        who = [self._describe(i) for i in behind]
+        return {"step": step, "phase": PHASES[phase], "behind": who}
 
     def _describe(self, process: int) -> str:
         beat = self._beats.get(process)
@@ -327,7 +331,7 @@ class Watch:
             self._decided.set()
         if hang := verdict.get("hang"):
             try:
-                self._report_hang(hang["step"], hang["behind"])
+                self._report_hang(**hang)
             except Exception as error:  # of a disk or a bucket
                 _say(f"the stacks of the hang are not written: {_line(error)}")
         if lost := verdict.get("lost"):
@@ -339,11 +343,11 @@ class Watch:
             time.sleep(4 * EVERY if dist.is_main() else 0)  # the others hear of it
             _quit(end["code"], f"process {end['process']} ({end['host']}): {end['message']}")
 
-    def _report_hang(self, step: int, behind: list[str]) -> None:
-        """Writes this process's Python stacks into the run folder, once for each step."""
-        if self._reported == step:
+    def _report_hang(self, step: int, phase: str, behind: list[str]) -> None:
+        """Writes this process's Python stacks into the run folder, once for each phase."""
+        if self._reported == (step, phase):
             return
-        self._reported = step
+        self._reported = step, phase
         file = self.folder / f"hang-{step}-process-{dist.index()}.txt"
         with tempfile.TemporaryFile() as stacks:  # the folder may be in a bucket
             faulthandler.dump_traceback(stacks)
@@ -352,7 +356,7 @@ class Watch:
         if dist.is_main():
             where = f"the others wait for {', '.join(behind)}" if behind else "all processes wait"
             _say(
-                f"step {step} hangs in phase {self.phase}; {where}; the Python stacks of all "
+                f"step {step} hangs in phase {phase}; {where}; the Python stacks of all "
                 f"processes are in {self.folder}/hang-{step}-process-*.txt"
             )
 
@@ -364,12 +368,13 @@ class Watch:
         while not self._closed.wait(EVERY):
             if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
                 _quit(REQUEUE, "lost process 0; start the same command again to resume")
-            if self.phase in STEP and self.late() > self.section.hang_exit:
+            if self.phase in (*STEP, "rollout") and self.late() > self.section.hang_exit:
                 _quit(REQUEUE, f"step {self.step} hung; start the same command again to resume")
 
 
 def _say(line: str) -> None:
-    os.write(2, f"\njaxllm: {line}\n".encode())
+    with suppress(OSError):  # the terminal is closed
+        os.write(2, f"\njaxllm: {line}\n".encode())
 
 
 def _line(error: BaseException) -> str:
@@ -379,7 +384,8 @@ def _line(error: BaseException) -> str:
 def _quit(code: int, line: str) -> None:
     """Ends the process from a thread; its main thread may be blocked on a device for ever."""
     _say(line)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -387,8 +393,9 @@ def _exit_at_the_end(code: int) -> None:
     """Makes the interpreter exit without waiting for the other processes, which are gone."""
 
     def leave() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
     atexit.register(leave)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,8 @@ def finished(run: subprocess.Popen, seconds: float = 400) -> tuple[int, str]:
     finally:
         left = processes_of(run)
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     assert not left, "a process of the run was left over"
     return run.returncode, output
 

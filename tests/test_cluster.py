@@ -40,8 +40,11 @@ def process_of(run: subprocess.Popen, index: int) -> int:
     """The pid of a process of a launched run."""
     for pid in processes_of(run):
         entry = Path(f"/proc/{pid}")
-        variables = (entry / "environ").read_bytes().split(b"\0")
-        name = (entry / "cmdline").read_bytes().split(b"\0")[0]
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0")
+            name = (entry / "cmdline").read_bytes().split(b"\0")[0]
+        except OSError:  # it has ended
+            continue
         if f"JAX_PROCESS_ID={index}".encode() in variables and b"python" in name:
             return pid
     raise AssertionError(f"process {index} is not there")
@@ -211,7 +214,7 @@ def test_a_killed_process_ends_the_others_which_resume_on_one(project, index):
     resumed_as_never_stopped(project, name)
 
 
-def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
+def test_a_process_that_hangs_is_named_and_the_others_write_their_stacks(project):
     limits = ("--cluster.hang_exit", "4", "--cluster.timeout", "60", "--steps", "100000")
     run = launched(2, 2, command(project, "pretrain", "hangs", *limits))
     wait_for_step(project / "hangs", 5)
@@ -220,7 +223,8 @@ def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
     deadline = time.monotonic() + 60
     stacks: list[Path] = []
     while time.monotonic() < deadline and not stacks:
-        stacks = list((project / "hangs").glob("hang-*-process-0.txt"))
+        found = (project / "hangs").glob("hang-*-process-0.txt")
+        stacks = [file for file in found if int(file.name.split("-")[1]) >= 5]
         time.sleep(0.2)
     assert stacks
     time.sleep(8)  # process 0 ends after cluster.hang_exit more
@@ -228,7 +232,7 @@ def test_a_process_that_hangs_is_named_with_the_stacks_of_all(project):
     status, output = finished(run)
     assert status == REQUEUE, output[-3000:]
     assert re.search(r"step \d+ hangs in phase \w+; the others wait for process 1 \(", output)
-    assert "train" in stacks[0].read_text()
+    assert re.search(r"training.py\", line \d+ in train\n", stacks[0].read_text())
 
 
 # ---- one start

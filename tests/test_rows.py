@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -224,7 +225,8 @@ def test_a_run_of_two_processes_and_then_one_saw_the_rows_of_its_seed(project):
             time.sleep(0.01)
     finally:
         for pid in processes_of(process):  # the launcher and its two processes
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
     before = np.fromfile(run / FILE, "<u8").size // 17
     assert before < 40

@@ -13,21 +13,24 @@ shift
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python3 -c "$free_port")}
 export JAX_NUM_PROCESSES=$count
-pids=()
+pids=() stopped=
 for name in TERM INT HUP; do
   # shellcheck disable=SC2064
-  trap "kill -$name \${pids[*]} 2>/dev/null" $name
+  trap "stopped=1; kill -$name \${pids[*]-} 2>/dev/null" $name
 done
 for ((i = 0; i < count; i++)); do
-  JAX_PROCESS_ID=$i "$@" &
+  [[ -z $stopped ]] || break
+  JAX_PROCESS_ID=$i "$@" </dev/null &
   pids+=($!)
 done
+((${#pids[@]})) || exit 75
 failed=0 resumable=0
 for pid in "${pids[@]}"; do
   status=129
   while ((status > 128)) && kill -0 "$pid" 2>/dev/null; do  # a signal interrupts `wait`
     wait "$pid"
     status=$?
+    ((status <= 128)) || sleep 0.2 # a stopped process does not block `wait`
   done
   wait "$pid" 2>/dev/null
   status=$?
