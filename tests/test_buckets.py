@@ -89,6 +89,7 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_resumes(project, capsys, tmp_p
     assert (as_path(f"{B}/export") / "tokenizer.json").is_file()
 
 
+@pytest.mark.sweep
 def test_hosts_that_share_only_a_bucket_train_one_run(project, monkeypatch, tmp_path):
     """Two processes with home directories of their own, then one: the numbers are those of a run
     on the disk."""
@@ -125,6 +126,7 @@ def test_hosts_that_share_only_a_bucket_train_one_run(project, monkeypatch, tmp_
     assert main(["verify", f"{B}/hosts"]) == 0
 
 
+@pytest.mark.sweep
 def test_overwrite_deletes_the_run_in_the_bucket_and_no_other(project, capsys):
     other = as_path(f"{B}/over-other/config.json")
     other.write_text("{}")
@@ -141,6 +143,7 @@ def test_overwrite_deletes_the_run_in_the_bucket_and_no_other(project, capsys):
     assert sorted(lines(f"{B}/over")) == [1] and other.is_file()
 
 
+@pytest.mark.sweep
 def test_an_adapter_in_the_bucket_starts_a_run(project, capsys):
     """On the model of the first test's run, all of it in the bucket."""
     if not (as_path(f"{B}/run/final") / "config.json").is_file():
@@ -382,6 +385,7 @@ def emulate_generations(emulator, patch) -> None:
             patch.setitem(methods, "GET", download)
 
 
+@pytest.mark.sweep
 def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
     """Its losses equal those of a run on the disk. The clients read the emulator's address when
     they are imported: in processes of their own."""
@@ -443,6 +447,7 @@ def test_a_missing_client_is_named(monkeypatch):
         as_path("gs://bucket/x")
 
 
+@pytest.mark.sweep
 def test_a_run_neither_writes_nor_prints_the_credentials(project, capfd):
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
     args = in_bucket(project, f"{B}/secret", "--steps", "1")
