@@ -214,6 +214,7 @@ def test_a_killed_process_ends_the_others_which_resume_on_one(project, index):
     resumed_as_never_stopped(project, name)
 
 
+@pytest.mark.sweep
 def test_a_process_that_hangs_is_named_and_the_others_write_their_stacks(project):
     limits = ("--cluster.hang_exit", "4", "--cluster.timeout", "60", "--steps", "100000")
     run = launched(2, 2, command(project, "pretrain", "hangs", *limits))

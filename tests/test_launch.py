@@ -537,6 +537,7 @@ def test_mistakes_are_one_line_before_anything_is_submitted(capsys, config, flag
     refused(capsys, ["launch", config, *flags], *words)
 
 
+@pytest.mark.sweep
 def test_launch_trains_on_two_processes_of_this_machine(tmp_path):
     from jaxllm.data.tokenizer_training import train_tokenizer
 

@@ -214,6 +214,7 @@ def test_a_missing_step_is_named(project, capsys):
     refused(capsys, ["rows", str(project), "--step", "1"], "is not a run folder")
 
 
+@pytest.mark.sweep
 def test_a_run_of_two_processes_and_then_one_saw_the_rows_of_its_seed(project):
     run, sizes = project / "two-then-one", ("--steps", "40", "--save.every", "4")
     args = command(project, "sft", run.name, *sizes)
