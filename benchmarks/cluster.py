@@ -158,7 +158,7 @@ def measure_watch(folder: Path) -> None:
         close(watch, *error)
 
     Watch.__exit__ = read
-    steps, start = 3000, time.perf_counter()
+    steps, start = 600, time.perf_counter()
     assert main([*project(folder), "--output_dir", f"{folder}/run", "--steps", str(steps)]) == 0
     took = time.perf_counter() - start
     watch = Watch(*[None] * 2)  # type: ignore[list-item]
