@@ -19,20 +19,10 @@ import threading
 import time
 from pathlib import Path
 
+from train_vs_hf import SHAPE
+
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
-SHAPE = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 def launched(processes: int, *args: object) -> str:

@@ -28,8 +28,7 @@ FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
 AMENDED = "amended.json"  # in some: the values given to `amend`
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a checkpoint that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
+# In a bucket, orbax completes a checkpoint by writing a file.
 COMMIT_FILE = ocp.path.atomicity.CommitFileTemporaryPath
 COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 

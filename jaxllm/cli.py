@@ -17,9 +17,8 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.config.sections import home
-from jaxllm.errors import UserError, mistake
+from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake
 
-DONE, MISTAKE, STOPPED, INTERRUPTED = 0, 2, 75, 130  # exit statuses
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
 SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a user can fix."""
+"""Errors that a user can fix, and the exit statuses of a run."""
 
 import errno
+
+DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+STOPPED = 75  # the same command, started again, resumes
 
 
 class UserError(ValueError):

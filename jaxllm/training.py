@@ -404,12 +404,12 @@ class Log:
         ledger = self.watch.finish()
         self.metrics.write("goodput", step, **ledger)
         seconds = {k.removesuffix("_seconds"): v for k, v in ledger.items() if "_seconds" in k}
-        shares = {phase: value / sum(seconds.values()) for phase, value in seconds.items()}
-        shown = sorted(shares.items(), key=lambda share: -share[1])
-        text = ", ".join(f"{phase} {share:.0%}" for phase, share in shown if share >= 0.01)
+        total = sum(seconds.values())
+        shown = sorted(seconds.items(), key=lambda item: -item[1])
+        text = ", ".join(f"{p} {value / total:.0%}" for p, value in shown if value >= total / 100)
         restarts = int(ledger["restarts"])
         more = f"; {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
-        self.bar.say(f"{timedelta(seconds=round(sum(seconds.values())))}: {text}{more}")
+        self.bar.say(f"{timedelta(seconds=round(total))}: {text}{more}")
 
 
 class Samples:

@@ -35,16 +35,15 @@ import jax
 
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
-from jaxllm.errors import mistake
+from jaxllm.errors import BUG, INTERRUPTED, MISTAKE, STOPPED, mistake
 from jaxllm.paths import as_path, modified, write_text
 
-REQUEUE = 75  # exit status: start the same command again
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
 EVERY = 0.5  # seconds between beats
-# The phases of a run, in order. A run ends if one of a step takes too long; others are reported.
-STEP, PHASES = ("data", "train"), ("start", "load", "rollout", "data", "compile", "train", "eval")
-PHASES += ("save", "export", "end")
+# The phases of a run, in order. Those that take too long are reported; those in ENDING end the run.
+PHASES = ("start", "load", "rollout", "data", "compile", "train", "eval", "save", "export", "end")
+STEP, ENDING = ("data", "train"), ("data", "train", "rollout")
 STARTS = "starts.jsonl"
 # Errors of the devices of this process; others may come from a process that is gone.
 OWN_ERRORS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED")
@@ -65,7 +64,7 @@ def connected(cfg: TrainConfig) -> Iterator[Watch]:
         dist.start(cfg.cluster)
     except jax.errors.JaxRuntimeError as error:
         _say(f"a process was lost at the start ({_line(error)}); start the same command again")
-        raise SystemExit(REQUEUE) from error
+        raise SystemExit(STOPPED) from error
     with Watch(cfg.cluster, as_path(cfg.output_dir)) as watch:
         _current.append(watch)
         try:
@@ -203,13 +202,12 @@ class Watch:
     def __enter__(self) -> Watch:
         if dist.count() > 1:
             _exit_if_the_coordinator_is_gone()
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._beats: dict[int, dict[str, Any]] = {}
             self._seen = dict.fromkeys(range(dist.count()), time.monotonic())
             self._verdict: dict[str, Any] = {}
             self._heard = time.monotonic()
             threading.Thread(target=self._guard, name="watch guard", daemon=True).start()
-            self._thread.start()
+            threading.Thread(target=self._run, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
@@ -228,9 +226,11 @@ class Watch:
             wait = self.section.timeout + 4 * EVERY  # `_run` ends this process if one is lost
             _say(f"{line}; waiting {wait:.0f} s to see whether another process is lost")
             time.sleep(wait)
-        code = 2 if mistake(error) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        self._end = {"process": dist.index(), "host": socket.gethostname(), "code": code}
-        self._end["message"] = mistake(error) or line
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BUG
+        if (said := mistake(error)) is not None:
+            code, line = MISTAKE, said
+        where = {"process": dist.index(), "host": socket.gethostname()}
+        self._end = where | {"code": code, "message": line}
         until = time.monotonic() + 10
         while time.monotonic() < until and not self._all_know():
             time.sleep(EVERY)
@@ -335,7 +335,7 @@ class Watch:
             except Exception as error:  # of a disk or a bucket
                 _say(f"the stacks of the hang are not written: {_line(error)}")
         if lost := verdict.get("lost"):
-            _quit(REQUEUE, f"lost {', '.join(lost)}; start the same command again to resume")
+            _quit(STOPPED, f"lost {', '.join(lost)}; start the same command again to resume")
         end = verdict.get("end")
         if end and self._end is None:
             with suppress(jax.errors.JaxRuntimeError):
@@ -367,9 +367,9 @@ class Watch:
         """
         while not self._closed.wait(EVERY):
             if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
-                _quit(REQUEUE, "lost process 0; start the same command again to resume")
-            if self.phase in (*STEP, "rollout") and self.late() > self.section.hang_exit:
-                _quit(REQUEUE, f"step {self.step} hung; start the same command again to resume")
+                _quit(STOPPED, "lost process 0; start the same command again to resume")
+            if self.phase in ENDING and self.late() > self.section.hang_exit:
+                _quit(STOPPED, f"step {self.step} hung; start the same command again to resume")
 
 
 def _say(line: str) -> None:
@@ -403,7 +403,7 @@ def _exit_at_the_end(code: int) -> None:
 
 @cache
 def _exit_if_the_coordinator_is_gone() -> Any:
-    """jax aborts a process whose coordinator is gone; makes that an exit with status REQUEUE.
+    """jax aborts a process whose coordinator is gone; makes that an exit with status STOPPED.
 
     It cannot be asked for another way: jaxlib's callback for it does not accept Python functions.
     """
@@ -412,7 +412,7 @@ def _exit_if_the_coordinator_is_gone() -> Any:
         if _current and (end := _current[-1]._end):
             os._exit(end["code"])
         if not dist.coordinator_answers():
-            _quit(REQUEUE, "lost process 0; start the same command again to resume")
+            _quit(STOPPED, "lost process 0; start the same command again to resume")
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)

@@ -17,7 +17,7 @@ B = "s3://bucket"
 
 @cache
 def started() -> str:
-    """The address of the server, which ends with the process: orbax is told it once."""
+    """Starts the server and returns its address. One per process: orbax keeps the first address."""
     service = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     service.start()

@@ -277,7 +277,7 @@ def test_other_data_in_one_process_is_named(project):
     assert "process 1" in output and "has data text.txt" in output, output[-2000:]
 
 
-# What differs in tests/cluster_odd.py -> what both processes are told.
+# Each case of tests/cluster_odd.py, and part of the error that both processes get.
 NAMED = {
     "config": "has seed 1, the others 0",
     "code": "has jaxllm ",

@@ -131,8 +131,8 @@ def test_a_signal_reaches_all_local_processes():
 
 
 def test_ctrl_c_in_a_terminal_reaches_each_local_process_once():
-    """A terminal sends SIGINT to the whole foreground group. A second one would end a run without a
-    checkpoint."""
+    """A terminal sends SIGINT to every process of the foreground group. If the launcher sent it
+    again, the run would end without a checkpoint."""
     command = ["bash", str(FILES / "local.sh"), "2", sys.executable, "-c", WAITS]
     send = lambda pid: os.killpg(pid, signal.SIGINT)  # noqa: E731
     assert stopped(command, ENV, 2, send) == (75, "saved\nsaved\n")
