@@ -2,25 +2,37 @@
 """The device mesh, and one table that maps logical dims to the mesh axes they are split along.
 
 A weight names its dims (`axes`), e.g. ("layers", "embed", "mlp"); RULES maps the names to mesh
-axes. ZeRO stages differ only in which tensors are split along `fsdp`:
+axes, and `fsdp` splits the first dim of a matrix that no other axis splits. ZeRO stages differ only
+in which tensors are split along `fsdp`:
 
     stage   optimizer state   gradients    weights
     0       replicated        replicated   replicated
     1       split             replicated   replicated
     2       split             split        replicated
     3       split             split        split
+
+Gradients are computed inside a shard_map over the axes that split rows (`over_rows`), where these
+axes are manual: a layer's weights are gathered by `gathered`, and its transpose reduces their
+gradients. Elsewhere all axes are automatic, and `gathered` is a sharding constraint.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +41,7 @@ from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
 
 # A logical dim: its name, (name, units) where the dim is that many units which are never split, as
 # ("heads", H) of H * head_dim elements, or None: replicated.
@@ -39,17 +52,20 @@ Axes = tuple[Axis, ...]
 RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
     "norm": (),
     "micro": (),  # micro-batches of one update
-    "batch": ("data", "fsdp"),
+    "batch": ROWS,
     "length": ("context",),
     "features": (),  # the model width of an activation
 }
+# Dims of a matrix that fsdp may split. The token table is not split along the vocabulary: a device
+# could not look up all tokens in its part.
+FSDP_DIMS = ("embed", "heads", "kv_heads", "mlp")
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
@@ -104,18 +120,18 @@ def platform() -> str:
     return "gpu" if device.platform == "cuda" else device.platform
 
 
-def _split(axis: Axis, size: int, mesh: Any, drop: str) -> tuple[str, tuple[str, ...], bool]:
+def _split(axis: Axis, size: int, mesh: Any) -> tuple[str, tuple[str, ...], bool]:
     """(logical name, mesh axes that RULES splits the dim along, True if the dim divides by them).
 
     A dim of `units` divides where both the number of units and its size do; a packed weight's size
-    is less than the number of its elements.
+    is less than the number of its elements. Manual axes split nothing: a device's arrays are parts.
     """
     name, units = axis if isinstance(axis, tuple) else (axis, size)
     if name is None:
         return "", (), True
     if name not in RULES:
         raise UserError(f"logical axis {name!r} has no rule; known: {', '.join(RULES)}")
-    along = tuple(a for a in RULES[name] if a != drop and mesh.shape[a] > 1)
+    along = tuple(a for a in RULES[name] if mesh.shape[a] > 1 and a not in _manual(mesh))
     parts = math.prod(mesh.shape[a] for a in along)
     return name, along, units % parts == 0 and size % parts == 0
 
@@ -130,12 +146,41 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
     used: set[str] = set()
     entries: list[Any] = []
     for axis, size in zip(axes, shape, strict=True):
-        _, along, divides = _split(axis, size, mesh, drop)
+        _, along, divides = _split(axis, size, mesh)
         if used & set(along):
             raise UserError(f"axes {axes}: two dims use mesh axis {', '.join(used & set(along))}")
         used |= set(along)
         entries.append(along if along and divides else None)
+    fsdp = _fsdp_dim(axes, shape, mesh)
+    if fsdp is not None and drop != "fsdp" and entries[fsdp] is None:
+        entries[fsdp] = ("fsdp",)
     return P(*entries)
+
+
+def with_shapes(model: Any) -> Any:
+    """The model, whose variables remember the shapes of a layer's arrays on all devices: inside
+    `over_rows` they hold parts."""
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            axes, leaves = variable.get_metadata("axes"), jax.tree.leaves(variable.get_value())
+            variable.set_metadata(shapes=tuple(x.shape[x.ndim - len(axes) :] for x in leaves))
+    return model
+
+
+def _fsdp_dim(axes: Axes, shape: tuple[int, ...], mesh: Any) -> int | None:
+    """The dim of a matrix that is split along fsdp: the first of FSDP_DIMS that divides and that no
+    other axis splits, so that no matrix is split along its last dim, the lanes of a TPU, if another
+    is free. None if there is none, and for vectors, which are replicated."""
+    names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
+    matrix = len([name for name in names if name != "layers"]) == 2
+    if mesh.shape["fsdp"] == 1 or "fsdp" in _manual(mesh) or not matrix or "batch" in names:
+        return None
+    for dim, (name, axis, size) in enumerate(zip(names, axes, shape, strict=True)):
+        if name in FSDP_DIMS and size % mesh.shape["fsdp"] == 0:
+            _, along, divides = _split(axis, size, mesh)
+            if not (along and divides):
+                return dim
+    return None
 
 
 def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]:
@@ -144,13 +189,18 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
     variables: nnx variables with `axes` metadata. drop: as in `spec`.
     """
     lines = []
+    fsdp = 1 if drop == "fsdp" else mesh.shape["fsdp"]
     for variable in variables:
-        for axis, size in zip(axes_of(variable), variable.get_value().shape, strict=True):
-            name, along, divides = _split(axis, size, mesh, drop)
+        axes, shape = axes_of(variable), variable.get_value().shape
+        for axis, size in zip(axes, shape, strict=True):
+            name, along, divides = _split(axis, size, mesh)
             if not divides:
                 count = axis[1] if isinstance(axis, tuple) else size
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
                 lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
+        if fsdp > 1 and set(axes) & {"embed"} and _fsdp_dim(axes, shape, mesh) is None:
+            size = shape[axes.index("embed")]
+            lines.append(f"mesh: {size} embed do not divide by fsdp {fsdp}; they are replicated")
     return list(dict.fromkeys(lines))
 
 
@@ -171,21 +221,176 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def data_parallel(mesh: Any) -> int:
-    """Number of devices that the rows of a batch are split among."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Number of devices that the rows of a batch are split among; 1 inside `over_rows`."""
+    return math.prod(mesh.shape[a] for a in ROWS if a not in _manual(mesh))
 
 
 def constrain(x: jax.Array, *axes: Axis, drop: str = "") -> jax.Array:
-    """Constrains the sharding of `x` inside jit to its logical axes; x itself on one device."""
+    """Constrains the sharding of `x` inside jit to its logical axes, where axes are automatic; x
+    itself on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape[a] == 1 or a in mesh.manual_axes for a in mesh.axis_names):
+        return x
+    return lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, drop))
+
+
+# ---- gradients: weights are gathered along fsdp, their gradients are reduced
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How gradients are summed over devices.
+
+    dtype: on the wire; None = that of the gradient. line: devices, consecutive along fsdp, that the
+    last stage of a reduce-scatter sums over (`fsdp_line`).
+    """
+
+    dtype: Any = None
+    line: int = 1
+
+
+_reduction: ContextVar[Reduction] = ContextVar("reduction", default=Reduction())
+
+
+@contextmanager
+def reducing(reduction: Reduction) -> Iterator[None]:
+    """Traces `gathered` and `scattered` with this reduction."""
+    token = _reduction.set(reduction)
+    try:
+        yield
+    finally:
+        _reduction.reset(token)
+
+
+def _manual(mesh: Any) -> tuple[str, ...]:
+    return getattr(mesh, "manual_axes", ())  # a concrete mesh has none
+
+
+def manual_rows() -> tuple[str, ...]:
+    """The axes of ROWS over which a device's arrays are parts; empty outside `over_rows`."""
+    return tuple(a for a in ROWS if a in _manual(jax.sharding.get_abstract_mesh()))
+
+
+def fsdp_dim(spec: P) -> int:
+    """The dim that a spec splits along fsdp; -1 if it splits none."""
+    return next((d for d, entry in enumerate(spec) if entry and "fsdp" in entry), -1)
+
+
+def over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    """f on each device's own rows: a shard_map over ROWS and all axes of size 1.
+
+    The specs may name other axes too; these stay automatic in f.
+    """
+    axes = {a for a in mesh.axis_names if a in ROWS or mesh.shape[a] == 1}
+
+    def of_axes(spec: P) -> P:
+        entries = [(e,) if isinstance(e, str) else e or () for e in spec]
+        return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
+
+    ins, outs = (
+        jax.tree.map(of_axes, specs, is_leaf=lambda x: isinstance(x, P))
+        for specs in (in_specs, out_specs)
+    )
+    # check_vma=False: Pallas kernels do not declare along which axes their results vary.
+    return jax.shard_map(f, in_specs=ins, out_specs=outs, axis_names=axes, check_vma=False)
+
+
+def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
+    """A weight of `shape`, whole along fsdp: the all-gather of ZeRO-3; in w's dtype.
+
+    dtype: what the values are rounded to before they are sent, if it is narrower than w's. The
+    gradient is rounded only to the dtype of the reduction.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, drop))
+        return w
+    narrow = dtype if dtype is not None and dtype.itemsize < w.dtype.itemsize else w.dtype
+    if not manual_rows():
+        return constrain(w.astype(narrow), *axes, drop="fsdp").astype(w.dtype)
+    dim = _split_dim(w.shape, shape)
+    return w if dim is None else checkpoint_name(_gathered(w, dim, narrow), "gathered")
 
 
-def gathered(w: jax.Array, axes: Axes) -> jax.Array:
-    """A layer's weight, replicated along fsdp: the all-gather of ZeRO-3, in w's dtype."""
-    return constrain(w, *axes, drop="fsdp")
+def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+    """The dim in which a device holds a part of the whole."""
+    return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: jax.Array, dim: int, dtype: Any) -> jax.Array:
+    # XLA removes the second conversion where the product reads the narrower dtype.
+    return lax.all_gather(w.astype(dtype), "fsdp", axis=dim, tiled=True).astype(w.dtype)
+
+
+def _gathered_forward(w: jax.Array, dim: int, dtype: Any):
+    return _gathered(w, dim, dtype), None
+
+
+def _gathered_backward(dim: int, dtype: Any, _: None, g: jax.Array):
+    return (scattered(g, dim),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def scattered(g: jax.Array, dim: int) -> jax.Array:
+    """The transpose of `gathered`: a device's gradient of a whole weight -> the sum over fsdp of
+    its own part of `dim`, in g's dtype.
+
+    A reduce-scatter in two stages: over every `line`-th device, then over lines. In one stage over
+    all dims of a TPU's torus, libtpu would compile an all-reduce, which sends twice as much. The
+    stages give each device its part only in this order.
+    """
+    reduction = _reduction.get()
+    x = g.astype(reduction.dtype or g.dtype)
+    size, line = lax.axis_size("fsdp"), reduction.line
+    stages: list[Any] = [None]
+    if 1 < line < size:
+        grid = np.arange(size).reshape(-1, line)
+        stages = [grid.T.tolist(), grid.tolist()]
+    for groups in stages:
+        x = lax.psum_scatter(
+            x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True
+        )
+    return x.astype(g.dtype)
+
+
+def summed_gradient(g: jax.Array, split: bool) -> jax.Array:
+    """A device's gradient summed over all rows; only over data if fsdp splits it, since then it is
+    already summed along fsdp."""
+    axes = tuple(a for a in (ROWS[:1] if split else ROWS) if lax.axis_size(a) > 1)
+    return lax.psum(g.astype(_reduction.get().dtype or g.dtype), axes).astype(g.dtype) if axes else g
+
+
+def summed(tree: Any) -> Any:
+    """The sums over all rows of a tree of a device's sums."""
+    return lax.psum(tree, manual_rows()) if manual_rows() else tree
+
+
+def reduction(section: MeshSection, mesh: Any) -> Reduction:
+    """The reduction of a mesh's gradients."""
+    dtype = section.reduce_dtype
+    if dtype == "auto":
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            dtype = "float32" if platform() == "cpu" else "bfloat16"
+    return Reduction(jnp.dtype(dtype), fsdp_line(mesh))
+
+
+def fsdp_line(mesh: Any) -> int:
+    """Devices, consecutive along fsdp, that are a line of a TPU's torus: the longest run in which
+    one coordinate changes. 1 if the mesh has no TPUs, or fsdp does not span all of a slice."""
+    devices = getattr(mesh, "devices", None)  # an abstract mesh has none
+    if devices is None or devices.flat[0].platform != "tpu":
+        return 1
+    along = np.moveaxis(devices, mesh.axis_names.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])
+    coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in along[0]])
+    size = len(coords)
+    lines = [n for n in range(2, size) if size % n == 0 and _is_line(coords[:n])]
+    return max(lines, default=1)
+
+
+def _is_line(coords: np.ndarray) -> bool:
+    return int((coords != coords[0]).any(0).sum()) == 1
 
 
 @cache

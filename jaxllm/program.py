@@ -23,7 +23,7 @@ from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
-from jaxllm.mesh import batch_sharding, data_parallel, replicated
+from jaxllm.mesh import batch_sharding, data_parallel, reduction, replicated, with_shapes
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
@@ -34,7 +34,15 @@ from jaxllm.ops import attention
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
-from jaxllm.step import Models, TrainState, alone, make_step, state_shardings, weight_shardings
+from jaxllm.step import (
+    Layout,
+    Models,
+    TrainState,
+    alone,
+    make_step,
+    state_shardings,
+    weight_shardings,
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Program:
     """the trainable weights that the reference copies; {} if it shares every weight"""
     state: TrainState
     frozen: Any
-    gradient_shardings: Any
+    layout: Layout
     begin: Callable[[Any], TrainState]
     """jitted: trainable weights, which are donated -> the state of step 0"""
     evaluate: Eval
@@ -113,10 +121,9 @@ class Program:
             baseline=self.objective.baseline,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
-            gradient_shardings=self.gradient_shardings if self.mesh.size > 1 else None,
+            layout=self.layout if self.mesh.size > 1 else None,
         )
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(self.state), None))
 
     def batch(self, length: int, pairs: int = 1) -> Batch:
         """Shapes of an update's batch with rows of `length` tokens and at most `pairs` pairs."""
@@ -154,17 +161,14 @@ class Program:
             add_critic(model, cfg, load)
         _, trained, rest = nnx.split(model, trained_by(self.adapter), ...)
         shapes = self.frozen["weights"] if self.keeps_reference else self.frozen
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        trained_shardings = jax.tree.map(lambda x: x.sharding, self.state.trainable)
-        trained = jax.device_put(nnx.to_pure_dict(trained), trained_shardings)
-        return trained, jax.device_put(nnx.to_pure_dict(rest), shardings)
+        trained = jax.device_put(nnx.to_pure_dict(trained), shardings_of(self.state.trainable))
+        return trained, jax.device_put(nnx.to_pure_dict(rest), shardings_of(shapes))
 
     def with_reference(self, trainable: Any, frozen: Any) -> Any:
         """The `frozen` argument of a step: the frozen weights, and the reference's copies."""
         if not self.keeps_reference:
             return frozen
-        shardings = jax.tree.map(lambda x: x.sharding, self.copied)
-        copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
+        copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings_of(self.copied))
         return {"weights": frozen, "reference": copy(_common(trainable, self.copied))}
 
 
@@ -188,10 +192,11 @@ def assemble(
 ) -> Program:
     """The program of a model, an adapter and an objective. make: an adapter -> the abstract model
     that has it."""
-    policy = model = make(adapter)
+    sized = lambda adapter: with_shapes(make(adapter))
+    policy = model = sized(adapter)
     if cfg.verb.critic:
-        model = make(adapter)
-        add_critic(model, cfg, partial(make, adapter))
+        model = sized(adapter)
+        add_critic(model, cfg, partial(sized, adapter))
 
     # ---- trainable and frozen weights, and their shardings
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
@@ -212,7 +217,7 @@ def assemble(
     if objective.compares:
         # The base model without new adapter weights is the reference, and shares every weight.
         shares = adapter.frozen and not adapter.saved and not cfg.peft.path
-        reference_graph, variables = nnx.split(make(NO_ADAPTER if shares else adapter))
+        reference_graph, variables = nnx.split(sized(NO_ADAPTER if shares else adapter))
         shapes = nnx.to_pure_dict(variables)
         if not shares:
             split = _shapes(trained_shapes, weight_shardings(trained, mesh, replicated=False))
@@ -246,10 +251,8 @@ def assemble(
         copied=copied,
         state=state,
         frozen=frozen,
-        gradient_shardings=gradients,
-        begin=jax.jit(
-            begin, out_shardings=jax.tree.map(lambda x: x.sharding, state), donate_argnums=0
-        ),
+        layout=Layout(mesh, weights, shardings_of(frozen), gradients, reduction(cfg.mesh, mesh)),
+        begin=jax.jit(begin, out_shardings=shardings_of(state), donate_argnums=0),
         evaluate=make_eval(models, objective.loss, objective.baseline),
     )
 
@@ -331,6 +334,10 @@ def trained_by(adapter: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
 
 
 # ---- trees of shapes
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _shapes(tree: Any, shardings: Any) -> Any:

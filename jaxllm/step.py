@@ -16,9 +16,21 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.data.batch import Batch
-from jaxllm.mesh import axes_of, param_sharding
+from jaxllm.mesh import (
+    ROWS,
+    Reduction,
+    axes_of,
+    fsdp_dim,
+    over_rows,
+    param_sharding,
+    reducing,
+    scattered,
+    summed,
+    summed_gradient,
+)
 from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
@@ -35,6 +47,18 @@ class TrainState:
     step: jax.Array  # int32 scalar: updates done
     trainable: Any
     opt_state: Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step's arrays lie on a mesh of several devices: trees of NamedShardings, and how
+    gradients are summed over the devices."""
+
+    mesh: Any
+    weights: Any
+    frozen: Any
+    gradients: Any
+    reduction: Reduction = Reduction()
 
 
 def with_baseline(batch: Batch, mean: Any) -> Batch:
@@ -56,7 +80,7 @@ def make_step(
     baseline: Callable[..., Any] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
-    gradient_shardings: Any = None,
+    layout: Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """One update, to be jitted: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`.
 
@@ -72,30 +96,19 @@ def make_step(
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
-      gradient_shardings: shardings of the accumulated gradients.
+      layout: of the arrays on a mesh; None = one device.
 
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
     """
-
-    gradients = make_gradients(models, objective, gradient_shardings)
+    gradients = make_gradients(models, objective, baseline, layout)
 
     def step(state: TrainState, frozen: Any, batch: Batch):
-        rows = batch.tokens.shape[1]
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        fold_in = jax.vmap(partial(jax.random.fold_in, rng))
-
-        def run(index, micro: Batch):
-            row_keys = fold_in(index * rows + jnp.arange(rows))
-            return gradients(state.trainable, frozen, micro, row_keys)
-
-        if baseline is not None:
-            with jax.named_scope("baseline"):
-                sums = jax.lax.map(partial(baseline, *models(state.trainable, frozen)), batch)
-                total, weight = jax.tree.map(jnp.sum, sums)
-                batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
+        rows = jnp.arange(batch.tokens[..., 0].size).reshape(batch.tokens.shape[:2])
+        keys = jax.vmap(jax.vmap(partial(jax.random.fold_in, rng)))(rows)
         with jax.named_scope("gradients"):
-            grads, metrics = accumulated(run, batch)
+            grads, metrics = gradients(state.trainable, frozen, batch, keys)
         with jax.named_scope("optimizer"):
             loss, weight = metrics["loss"]
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
@@ -117,43 +130,79 @@ def make_step(
 
 
 def make_gradients(
-    models: Models, objective: Callable[..., Any], shardings: Any = None
+    models: Models, objective: Callable[..., Any], baseline: Any = None, layout: Any = None
 ) -> Callable[..., Any]:
-    """(trainable, frozen, batch [B, T], row keys [B]) -> (float32 gradients of the loss sum,
-    metrics). The arguments are those of `make_step`."""
+    """(trainable, frozen, batch [A, B, T], row keys [A, B]) -> (float32 gradients of the loss sum,
+    metrics). The arguments are those of `make_step`.
 
-    def loss_of(trainable, frozen, batch, rng):
+    On a mesh each device computes the gradients of its own rows, which are then summed.
+    """
+
+    def loss_of(trainable, frozen, batch, keys):
         model, reference = models(trainable, frozen)
-        loss, weight, metrics = objective(model, batch, rng, reference)
+        loss, weight, metrics = objective(model, batch, keys, reference)
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
             for name, mask in (("tokens", batch.segment_ids > 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def gradients(trainable, frozen, batch, rng):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, rng)
+    def of_micro_batch(trainable, frozen, batch, keys):
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        if layout is not None:
+            grads = jax.tree.map(scatter_whole, grads, weights, gradients)
         return grads, metrics
 
-    return gradients
+    def of_rows(trainable, frozen, batch, keys):
+        if baseline is not None:
+            with jax.named_scope("baseline"):
+                sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
+                total, weight = summed(jax.tree.map(jnp.sum, sums))
+                batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
+        return accumulated(partial(of_micro_batch, trainable, frozen), batch, keys)
+
+    if layout is None:
+        return of_rows
+
+    weights, frozen, gradients = (
+        jax.tree.map(lambda sharding: sharding.spec, tree)
+        for tree in (layout.weights, layout.frozen, layout.gradients)
+    )
+
+    def scatter_whole(g, weight, gradient):
+        """ZeRO-2: the part of a weight that is whole on each device."""
+        split = fsdp_dim(gradient) >= 0 and fsdp_dim(weight) < 0
+        return scattered(g, fsdp_dim(gradient)) if split else g
+
+    def of_device(*args):
+        with reducing(layout.reduction):
+            grads, metrics = of_rows(*args)
+            grads = jax.tree.map(lambda g, s: summed_gradient(g, fsdp_dim(s) >= 0), grads, gradients)
+            return grads, summed(metrics)
+
+    in_specs = weights, frozen, P(None, ROWS), P(None, ROWS)
+    run = over_rows(of_device, layout.mesh, in_specs, (gradients, P()))
+
+    def on_mesh(*args):
+        grads, metrics = run(*args)
+        return jax.lax.with_sharding_constraint(grads, layout.gradients), metrics
+
+    return on_mesh
 
 
-def accumulated(run: Callable[..., Any], batch: Batch) -> Any:
-    """The sum of `run(a, batch[a])` over the A micro-batches [B, T]."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    count = len(batch.tokens)
-    if count == 1:
-        return run(0, first)
+def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:
+    """The sum of `run(batch[a], keys[a])` over the A micro-batches [B, T]."""
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    if len(batch.tokens) == 1:
+        return run(*first)
 
     def add(total, xs):
         return jax.tree.map(jnp.add, total, run(*xs)), None
 
-    shapes = jax.eval_shape(run, 0, first)
+    shapes = jax.eval_shape(run, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
+    return jax.lax.scan(add, zeros, (batch, keys))[0]
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:

@@ -243,6 +243,9 @@ class MeshSection:
     zero: Literal[0, 1, 2, 3] = 3
     """ZeRO stage: shard along fsdp 0 = nothing, 1 = optimizer state, 2 = also gradients, 3 = also
     weights"""
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype in which gradients are summed over devices; auto: bfloat16 on accelerators, float32 on
+    CPU"""
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
-from jaxllm.ops.cross_entropy import HEAD_AXES
+from jaxllm.ops.cross_entropy import HEAD_AXES, whole_head
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
 
-SCORE_AXES: Any = ("embed", None)
+SCORE_AXES: Any = (None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +102,8 @@ class Decoder(nnx.Module):
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of layers, in order; one today."""
-        return (Stack(self.layers, self.cfg.kinds_by_layer, self.remat, self.scan_unroll),)
+        kinds, dtype = self.cfg.kinds_by_layer, self.compute_dtype
+        return (Stack(self.layers, kinds, dtype, self.remat, self.scan_unroll),)
 
     def context(
         self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
@@ -202,7 +203,8 @@ class Decoder(nnx.Module):
         return cache if self.prefix is None else cache.with_prefix(*self.prefix.kv(self))
 
     def head_kernel(self) -> jax.Array:
-        """[D, V], the transposed token table when tied; float32 or bfloat16 as stored."""
+        """[D, V], the transposed token table when tied; float32 or bfloat16 as stored. Split along
+        fsdp."""
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def head_terms(
@@ -217,11 +219,12 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, adapter_weights: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
         if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
-            table = gathered(self.embed.embedding[...].astype(hidden.dtype), HEAD_AXES[::-1])
+            table = self.embed.embedding[...].astype(hidden.dtype)
+            table = gathered(table, HEAD_AXES[::-1], (self.cfg.vocab_size, self.cfg.hidden_size))
             logits = product(hidden, table, (hidden.ndim - 1, 1), jnp.float32)
             return softcapped(logits, self.cfg.logit_softcap)
         raw = [
-            product(x, gathered(w.astype(x.dtype), HEAD_AXES), (x.ndim - 1, 0), jnp.float32)
+            product(x, whole_head(x, w), (x.ndim - 1, 0), jnp.float32)
             for x, w in self.head_terms(hidden, adapter_weights=adapter_weights)
         ]
         return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)
@@ -234,8 +237,8 @@ class Decoder(nnx.Module):
         last = last_tokens(segment_ids, segments)
         found = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], 1)
         assert self.score is not None
-        w = gathered(self.score.kernel[...], SCORE_AXES)
-        score = jnp.einsum("bsd,do->bs", found.astype(jnp.float32), w.astype(jnp.float32))
+        w_DO = self.score.kernel[...].astype(jnp.float32)
+        score = jnp.einsum("bsd,do->bs", found.astype(jnp.float32), w_DO)
         return jnp.where(last >= 0, score, 0.0)
 
     def __call__(

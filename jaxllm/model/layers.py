@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import Axes, constrain
+from jaxllm.mesh import Axes, constrain, gathered
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.ops.embedding import lookup
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import dense
 from jaxllm.ops.residuals import saveable
@@ -51,16 +52,14 @@ class Linear(nnx.Module):
         self.lora = peft.linear(path, axes, shape, rngs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        axes = self.kernel.get_metadata("axes")[-2:]
-        y = saveable(dot(x, self.kernel.get_value(), axes), "dot")
+        y = saveable(dot(x, self.kernel.get_value()), "dot")
         if self.lora is not None:
             y = self.lora(x, y, self.dense, ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense(self) -> jax.Array:
-        """The kernel in float32, gathered along fsdp."""
-        axes = self.kernel.get_metadata("axes")[-2:]
-        return dense(self.kernel.get_value(), axes, jnp.float32)
+        """The kernel in float32."""
+        return dense(self.kernel.get_value(), jnp.float32)
 
 
 class Embed(nnx.Module):
@@ -73,11 +72,13 @@ class Embed(nnx.Module):
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.embedding = nnx.Param(table.astype(dtype), axes=axes)
         self.lora = peft.linear("embed", axes, shape, rngs)
+        self.cfg = cfg
 
     def __call__(self, tokens: jax.Array, dtype: Any, ctx: Context) -> jax.Array:
-        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(dtype)
+        shape, axes = (self.cfg.vocab_size, self.cfg.hidden_size), ("vocab", "embed")
+        x = lookup(self.embedding[...], tokens, shape[1], dtype)
         if self.lora is not None:
-            x = self.lora(tokens, x, lambda: self.embedding[...], ctx)
+            x = self.lora(tokens, x, lambda: gathered(self.embedding[...], axes, shape), ctx)
         return constrain(x, "batch", "length", "features")
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import constrain
+from jaxllm.mesh import constrain, gathered, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
@@ -29,6 +29,7 @@ REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.save_only_these_names("layer"),
     "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
     "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
+    "gathered": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
 }
 
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
@@ -54,12 +55,13 @@ class Stack:
     take +50 % of memory on XLA:CPU, which then copies the stacked weights.)
 
     blocks: a Block whose weights have a leading dim L, or one Block per layer (`unstack`).
-    kinds: of each layer. remat: a key of REMAT, or none. unroll: layers in an iteration of the
-    scan.
+    kinds: of each layer. dtype: of products. remat: a key of REMAT, or none. unroll: layers in an
+    iteration of the scan.
     """
 
     blocks: Any
     kinds: tuple[LayerKind, ...]
+    dtype: Any
     remat: str = "none"
     unroll: int = 1
 
@@ -85,6 +87,7 @@ class Stack:
         ropes, windows = self.ropes, [kind.window for kind in self.kinds]
         for layer, block in enumerate(self.blocks):
             here = ctx.at_layer(layer, ropes[layer], windows[layer])
+            block = nnx.merge(*gathered_layer(*nnx.split(block), self.dtype))
             x_BTD, after = block(x_BTD, here, pasts[layer])
             new.append(after)
         return x_BTD, tuple(new)
@@ -99,10 +102,13 @@ class Stack:
             weights, index, past = inputs
             x_BTD = saveable(x_BTD, "layer")
             here = ctx.at_layer(index, _select(self.ropes, index), _select(windows, index))
-            return nnx.merge(graph, weights)(x_BTD, here, past)
+            block = nnx.merge(*gathered_layer(graph, weights, self.dtype))
+            return block(x_BTD, here, past)
 
-        if self.remat != "none" and not isinstance(past, LayerCache):
-            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        # Without remat, gathered weights are still not stored for the backward pass.
+        remat = self.remat if self.remat != "none" or not manual_rows() else "gathered"
+        if remat != "none" and not isinstance(past, LayerCache):
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
         inputs = weights, jnp.arange(len(self.kinds)), past
         return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
 
@@ -110,6 +116,26 @@ class Stack:
 def _select(values: list[Any], index: jax.Array) -> Any:
     """values[index]; a static value where all are equal."""
     return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[index]
+
+
+def gathered_layer(graph: Any, weights: Any, dtype: Any) -> tuple[Any, Any]:
+    """(graph, weights) of a layer with its matrices whole along fsdp, sent in `dtype`.
+
+    Quantized kernels are sent as they are. Vectors are not split.
+    """
+
+    def one(variable: Any) -> Any:
+        axes, value = variable.get_metadata("axes"), variable.get_value()
+        if len(axes) < 2:
+            return variable
+        leaves, structure = jax.tree.flatten(value)
+        shapes = variable.get_metadata().get("shapes") or [x.shape for x in leaves]
+        narrow = None if isinstance(value, Quantized) else jnp.dtype(dtype)
+        pairs = zip(leaves, shapes, strict=True)
+        whole = [gathered(x, axes, shape, narrow) for x, shape in pairs]
+        return variable.replace(structure.unflatten(whole))
+
+    return graph, jax.tree.map(one, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def unstack(model: Any) -> Any:

@@ -40,7 +40,7 @@ class Value(nnx.Module):
     """
 
     def __init__(self, size: int, trunk: Decoder | None = None):
-        self.kernel = ValueParam(jnp.zeros((size, 1)), axes=("embed", None))
+        self.kernel = ValueParam(jnp.zeros((size, 1)), axes=(None, None))
         self.bias = ValueParam(jnp.zeros(1), axes=(None,))
         self.trunk = trunk
 

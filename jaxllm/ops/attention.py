@@ -85,7 +85,8 @@ def _per_shard(attend: Callable[..., Any], q, k, v, *per_token: jax.Array) -> ja
     everything else is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    axes = {a for a in mesh.axis_names if a not in mesh.manual_axes}
+    if mesh.size <= 1 or not axes:
         return attend(q, k, v, *per_token)
     parts, (B, _, H, _), N = mesh.shape["tensor"], q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
@@ -95,11 +96,13 @@ def _per_shard(attend: Callable[..., Any], q, k, v, *per_token: jax.Array) -> ja
     # The gradient of an input is summed over the axes that its spec leaves out. Axes of size 1 are
     # named, so that these sums do not become all-reduces of one device each.
     split = RULES["batch"] if B % data_parallel(mesh) == 0 else ()
-    rows = tuple(a for a in mesh.axis_names if a in split or mesh.shape[a] == 1 and a != heads)
+    rows = tuple(a for a in axes if a in split or mesh.shape[a] == 1 and a != heads)
     q_spec, kv_spec = P(rows, None, heads), P(rows, heads)
     in_specs = (q_spec, kv_spec, kv_spec, *[P(rows)] * len(per_token))
     # check_vma=False: Pallas kernels do not declare along which axes their results vary.
-    run = jax.shard_map(attend, in_specs=in_specs, out_specs=q_spec, check_vma=False)
+    run = jax.shard_map(
+        attend, in_specs=in_specs, out_specs=q_spec, axis_names=axes, check_vma=False
+    )
     return run(q, k, v, *per_token)
 
 

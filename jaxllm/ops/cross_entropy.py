@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxllm.mesh import constrain, data_parallel, gathered, platform
+from jaxllm.mesh import constrain, data_parallel, gathered, platform, scattered
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
@@ -34,6 +34,11 @@ def _parts(rows: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else data_parallel(mesh)
     return parts if rows % parts == 0 else 1
+
+
+def whole_head(h: jax.Array, w: jax.Array) -> jax.Array:
+    """A kernel [D, V] of h [..., D], whole along fsdp, in h's dtype."""
+    return gathered(w.astype(h.dtype), HEAD_AXES, (h.shape[-1], w.shape[1]))
 
 
 class Head(NamedTuple):
@@ -91,7 +96,7 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
     parts = _parts(B)
     size = min(T, max((head.chunk or default_chunk()) * parts // B, 1))
     count = math.ceil(T / size)
-    ws = [gathered(w.astype(h.dtype), HEAD_AXES) for h, w in terms]
+    ws = [whole_head(h, w) for h, w in terms]
     needed = weights != 0
     order = jnp.argsort(~needed, axis=1, stable=True)
     device_gradients = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
@@ -154,10 +159,15 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
         return values, None, None
     kernels = [w for _, w in terms]
     dws = [
-        None if dw is None else jnp.sum(dw, 0).astype(w.dtype)
+        None if dw is None else _part(jnp.sum(dw, 0), w).astype(w.dtype)
         for dw, w in zip(dws, kernels, strict=True)
     ]
     return values, [joined(dh) for dh in dhs], dws
+
+
+def _part(dw: jax.Array, w: jax.Array) -> jax.Array:
+    """The gradient of a whole kernel -> that of w, which may be split along fsdp."""
+    return dw if dw.shape == w.shape else scattered(dw, 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

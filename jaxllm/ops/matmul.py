@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxllm.mesh import Axes, platform
+from jaxllm.mesh import platform
 from jaxllm.ops.quantized import dense
 
 THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
@@ -51,28 +51,27 @@ def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
     return product(transposed(x), g, (1, 0), dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dot(x: jax.Array, w: Any, axes: Axes) -> jax.Array:
+@jax.custom_vjp
+def dot(x: jax.Array, w: Any) -> jax.Array:
     """x [..., I] · w [I, O] in x's dtype; the gradient of w has w's dtype, without rounding before.
 
-    `axes` are w's logical axes: a weight that ZeRO-3 splits is all-gathered here, after the cast to
-    x's dtype. A Quantized w is dequantized here and again in the backward pass; it has no gradient.
+    A Quantized w is dequantized here and again in the backward pass; it has no gradient.
     """
-    return product(x, dense(w, axes, x.dtype), (x.ndim - 1, 0), x.dtype)
+    return product(x, dense(w, x.dtype), (x.ndim - 1, 0), x.dtype)
 
 
-def _dot_forward(x: Any, w: Any, axes: Axes):
+def _dot_forward(x: Any, w: Any):
     # A frozen weight has no gradient, so its input is not stored.
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(w))
     w = jax.tree.map(lambda leaf: leaf.value, w)
     residual = x.value if trained else jnp.zeros((), x.value.dtype)
-    return dot(x.value, w, axes), (residual, w)
+    return dot(x.value, w), (residual, w)
 
 
-def _dot_backward(axes: Axes, residuals, g):
+def _dot_backward(residuals, g):
     x, w = residuals
     g = jnp.zeros(g.shape, x.dtype) if isinstance(g, SymbolicZero) else g.astype(x.dtype)
-    dx = product(g, dense(w, axes, x.dtype), (g.ndim - 1, 1), x.dtype)
+    dx = product(g, dense(w, x.dtype), (g.ndim - 1, 1), x.dtype)
     return dx, weight_gradient(x, g, w.dtype) if x.ndim else None
 
 

@@ -21,7 +21,6 @@ import qwix
 from flax import struct
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import Axes, gathered
 
 TILE = 64  # inputs that share a scale: QLoRA's block size
 
@@ -91,14 +90,11 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
     return jax.tree.map(lambda *leaves: place(jnp.stack(leaves)), *layers)
 
 
-def dense(w: Any, axes: Axes, dtype: Any) -> jax.Array:
-    """A layer's kernel [I, O] in `dtype`, replicated along fsdp.
-
-    The codes of a Quantized kernel are gathered before they are dequantized.
-    """
+def dense(w: Any, dtype: Any) -> jax.Array:
+    """A layer's kernel [I, O] in `dtype`."""
     if not isinstance(w, Quantized):
-        return gathered(w.astype(dtype), axes)
-    codes, scale = gathered(w.codes, axes), gathered(w.scale, axes).astype(jnp.float32)
+        return w.astype(dtype)
+    codes, scale = w.codes, w.scale.astype(jnp.float32)
     if w.kind == "int8":
         return (codes.astype(jnp.float32) * scale).astype(dtype)
     codes = jnp.stack([codes & 15, codes >> 4], 1).reshape(scale.shape[0], -1, scale.shape[1])

@@ -71,7 +71,7 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
         dtype = h_BTD.dtype
-        inner_BTW: Any = dot(h_BTD, self.down[...], ("embed", None))
+        inner_BTW: Any = dot(h_BTD, self.down[...])
         inner_BTW = inner_BTW + self.down_bias[...].astype(dtype)
-        outer_BTD: Any = dot(jax.nn.gelu(inner_BTW), self.up[...], (None, "embed"))
+        outer_BTD: Any = dot(jax.nn.gelu(inner_BTW), self.up[...])
         return h_BTD + (outer_BTD + self.up_bias[...].astype(dtype))

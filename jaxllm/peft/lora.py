@@ -252,6 +252,8 @@ class LoraBranch(nnx.Module):
             a = jax.random.normal(key, a.shape) / width
         else:
             a = jax.random.uniform(key, a.shape, minval=-1, maxval=1) / math.sqrt(inputs)
+        if not target.stacked:  # only the layers' weights are gathered along fsdp
+            axes = tuple(None if axis == "embed" else axis for axis in axes)
         a_axes, b_axes = (axes[0], None), (None, axes[1])
         self.a, self.b = AdapterParam(a, axes=a_axes), AdapterParam(b, axes=b_axes)
         pissa = adapter.init == "pissa"
@@ -262,9 +264,8 @@ class LoraBranch(nnx.Module):
 
     def __call__(self, x: jax.Array, y_BTO: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         """y plus the branch of x, [B, T, I] or tokens [B, T]. kernel() is W, float32 [I, O]."""
-        axes = self.b.get_metadata("axes")[-2:]
         terms = self.terms(x, ctx, y_BTO.dtype)
-        products: list[Any] = [dot(h_BTR, w_RO, axes) for h_BTR, w_RO in terms]
+        products: list[Any] = [dot(h_BTR, w_RO) for h_BTR, w_RO in terms]
         y_BTO = y_BTO + sum(products[1:], products[0])
         if self.magnitude is None:
             return y_BTO
@@ -285,7 +286,7 @@ class LoraBranch(nnx.Module):
             if self.dropout and ctx.rng is not None and not initial:
                 mask = self.dropout_mask(ctx.rng, x.shape)
                 x = jnp.where(mask, x / (1 - self.dropout), 0).astype(x.dtype)
-            h = dot(x, a[...], a.get_metadata("axes")[-2:])
+            h = dot(x, a[...])
         return (self.scale(ctx, h.ndim) * h).astype(h.dtype)  # in float32, as in torch
 
     def dropout_mask(self, rng_B: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -397,7 +398,7 @@ def dense_kernel(model: Any, path: str) -> jax.Array:
     def to_float32(value: Any) -> jax.Array:
         if not isinstance(value, Quantized):
             return value.astype(jnp.float32)
-        return jax.lax.map(lambda w: dense(w, (None, None), jnp.float32), value)
+        return jax.lax.map(lambda w: dense(w, jnp.float32), value)
 
     return jnp.concatenate([to_float32(k.get_value()) for k in kernels_of(model, path)], -1)
 

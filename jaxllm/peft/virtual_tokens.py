@@ -152,7 +152,7 @@ class Prompt(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, length: int, rngs: nnx.Rngs):
         start = jax.random.normal(rngs.peft(), (length, cfg.hidden_size)) * cfg.initializer_range
-        self.embeddings = AdapterParam(start, axes=(None, "embed"))
+        self.embeddings = AdapterParam(start, axes=(None, None))
         self.length = length
 
     def kv(self, model: Any) -> tuple[jax.Array, jax.Array]:
