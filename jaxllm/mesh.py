@@ -379,10 +379,9 @@ def reduction(section: MeshSection, mesh: Any) -> Reduction:
 def fsdp_line(mesh: Any) -> int:
     """Devices, consecutive along fsdp, that are a line of a TPU's torus: the longest run in which
     one coordinate changes. 1 if the mesh has no TPUs, or fsdp does not span all of a slice."""
-    devices = getattr(mesh, "devices", None)  # an abstract mesh has none
-    if devices is None or devices.flat[0].platform != "tpu":
+    if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "tpu":
         return 1
-    along = np.moveaxis(devices, mesh.axis_names.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])
+    along = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])
     coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in along[0]])
     size = len(coords)
     lines = [n for n in range(2, size) if size % n == 0 and _is_line(coords[:n])]

@@ -279,6 +279,7 @@ def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
         "remat": model.remat,
         "scan_unroll": model.scan_unroll,
         "attention": model.attention,
+        "loss_blocks": model.loss_blocks,
         "peft": adapter,
         "quantize_base": cfg.peft.quantize_base,
     }

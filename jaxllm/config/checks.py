@@ -156,7 +156,8 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
 
     if not cfg.batch_size and not cfg.micro_batch_size:
         yield "batch_size is 0, which requires micro_batch_size"
-    sizes = {axis: size for axis, size in asdict(cfg.mesh).items() if axis != "zero"}
+    options = ("zero", "reduce_dtype")
+    sizes = {axis: size for axis, size in asdict(cfg.mesh).items() if axis not in options}
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the remaining devices"

@@ -121,6 +121,10 @@ class ModelSection:
     loss_chunk: Annotated[Count, Unit("tokens")] = 0
     """tokens per chunk of the cross-entropy, which limits the memory for logits; 0 = 512 on CPU,
     4,096 on accelerators"""
+    loss_blocks: Annotated[Count, Unit("blocks")] = 0
+    """blocks of the vocabulary in the cross-entropy. The head's weights are gathered block by block,
+    which limits their memory, but the logits are computed twice. 0 = 8 on accelerators where fsdp
+    splits the head, else 1"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
 

@@ -53,6 +53,7 @@ class Decoder(nnx.Module):
       remat: none | full | dots | names, what a layer's backward pass recomputes.
       scan_unroll: layers in one iteration of the scan.
       attention: auto | xla | mosaic | triton, the kernel (ops.attention).
+      loss_blocks: blocks of the vocabulary in the loss; 0 = `cross_entropy.blocks_of`.
       peft: the PEFT method, which adds weights and selects those that are trained.
     """
 
@@ -66,6 +67,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         scan_unroll: int = 1,
         attention: str = "auto",
+        loss_blocks: int = 0,
         peft: Adapter = NO_ADAPTER,
     ):
         self.cfg = cfg
@@ -74,6 +76,7 @@ class Decoder(nnx.Module):
         self.base = ""  # where its weights were loaded from
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
+        self.loss_blocks = loss_blocks
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
         # One Block whose weights have a leading dim L; an nnx.List of Blocks after `unstack`.
         self.layers: Any = make_stack(cfg, peft=peft, dtype=dtype, rngs=rngs)

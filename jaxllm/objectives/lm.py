@@ -35,7 +35,7 @@ def lm_loss(
     rng: keys for dropout; None = no dropout. z_loss: coefficient of (log Z)². chunk: tokens whose
     logits exist at one time; 0 = the platform's default. These mean the same in every objective.
     """
-    head = Head(model.cfg.logit_softcap, z_loss, chunk)
+    head = Head(model.cfg.logit_softcap, z_loss, chunk, blocks=model.loss_blocks)
     terms = model.head_terms(hidden_states(model, batch, rng), rng)
     sums: Any = cross_entropy(terms, batch.targets, batch.weights, head)
     weight = jnp.sum(batch.weights)
@@ -51,7 +51,7 @@ def logps(
     The first two are float32 [B, T], and 0 at tokens without a loss weight.
     """
     x_BTD = hidden_states(model, batch, rng)
-    head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature)
+    head = Head(model.cfg.logit_softcap, 0.0, chunk, temperature, model.loss_blocks)
     terms: Any = token_logps(model.head_terms(x_BTD, rng), batch.targets, batch.weights, head)
     return *terms, x_BTD
 

@@ -19,6 +19,7 @@ from jaxllm.mesh import constrain, data_parallel, gathered, platform, scattered
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
+MASKED = -1e30  # a logit whose exp is 0
 
 
 def default_chunk() -> int:
@@ -27,6 +28,12 @@ def default_chunk() -> int:
     Small chunks fit a CPU's cache; an accelerator needs large products.
     """
     return 512 if platform() == "cpu" else 4096
+
+
+def blocks_of(head: Head, terms: Any) -> int:
+    """Blocks of the vocabulary; by default 8 on accelerators where fsdp splits the head, else 1."""
+    split = any(w.shape[0] != h.shape[-1] for h, w in terms)
+    return head.blocks or (8 if split and platform() != "cpu" else 1)
 
 
 def _parts(rows: int) -> int:
@@ -48,16 +55,20 @@ class Head(NamedTuple):
     z_loss: float = 0.0  # coefficient of the squared log-partition function
     chunk: int = 0  # tokens per device whose logits exist at one time; 0 = `default_chunk`
     temperature: float = 1.0  # divisor of the logits
+    blocks: int = 0  # of the vocabulary; 0 = `blocks_of`
 
 
-def _chunk_terms(hs, kernels, targets, head: Head):
-    """(loss, nll, correct, entropy) of each token, [4, B, C], and the gradient of its loss with
-    respect to its logits, [B, C, V], for one chunk."""
-    pairs = zip(hs, kernels, strict=True)
+def _logits(hs, ws, head: Head) -> tuple[jax.Array, jax.Array]:
+    """(soft-capped logits, these divided by the temperature), float32 [B, C, V]."""
+    pairs = zip(hs, ws, strict=True)
     with jax.named_scope("head"):
         raw = [product(h, w, (h.ndim - 1, 0), jnp.float32) for h, w in pairs]
     capped = softcapped(sum(raw[1:], raw[0]), head.softcap)
-    logits = capped if head.temperature == 1 else capped / head.temperature
+    return capped, capped if head.temperature == 1 else capped / head.temperature
+
+
+def _sums(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(max, exp(logits - max), Σ exp, Σ exp · logits) over the last dim; max keeps it."""
     top = jnp.max(logits, -1, keepdims=True)
     exps = jnp.exp(logits - top)
     # One reduction for both sums: with two, XLA would write exps * logits to memory.
@@ -67,19 +78,78 @@ def _chunk_terms(hs, kernels, targets, head: Head):
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
         (logits.ndim - 1,),
     )
-    lse = jnp.log(total) + top[..., 0]
-    picked = jnp.take_along_axis(logits, targets[..., None], -1)
-    nll = lse - picked[..., 0]
-    entropy = lse - dotted / total
-    correct = (picked == top)[..., 0]
-    loss = nll + head.z_loss * lse * lse
-    one_hot = jnp.arange(logits.shape[-1]) == targets[..., None]
-    slope = exps * ((1.0 + 2.0 * head.z_loss * lse) / total)[..., None] - one_hot
+    return top, exps, total, dotted
+
+
+def _values(top, total, dotted, picked, head: Head) -> tuple[jax.Array, jax.Array]:
+    """([loss, nll, correct, entropy] of each token, log Σ exp) from sums over the vocabulary, each
+    float32 [...]. picked: the targets' logits."""
+    lse = jnp.log(total) + top
+    nll = lse - picked
+    correct = (picked == top).astype(jnp.float32)
+    return jnp.stack([nll + head.z_loss * lse * lse, nll, correct, lse - dotted / total]), lse
+
+
+def _slope(probs, one_hot, capped, lse, head: Head) -> jax.Array:
+    """Gradient of a token's loss with respect to its logits. probs: softmax, times 1 + 2 z lse."""
+    slope = probs - one_hot
     if head.softcap:
         slope = slope * (1.0 - (capped / head.softcap) ** 2)
-    if head.temperature != 1:
-        slope = slope / head.temperature
-    return jnp.stack([loss, nll, correct.astype(jnp.float32), entropy]), slope
+    return slope if head.temperature == 1 else slope / head.temperature
+
+
+def _chunk_terms(hs, kernels, targets, head: Head):
+    """(`_values` of a chunk, [4, B, C]; the gradient of its loss with respect to its logits,
+    [B, C, V])."""
+    capped, logits = _logits(hs, kernels, head)
+    top, exps, total, dotted = _sums(logits)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    values, lse = _values(top[..., 0], total, dotted, picked, head)
+    probs = exps * ((1.0 + 2.0 * head.z_loss * lse) / total)[..., None]
+    one_hot = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return values, _slope(probs, one_hot, capped, lse, head)
+
+
+class _Chunks:
+    """Ranges of the tokens of all rows, so that every device works on its own rows in each chunk.
+
+    Tokens of weight 0 are moved to the end of their rows; chunks of them alone are not `used`.
+    """
+
+    def __init__(self, rows: int, length: int, needed: jax.Array, chunk: int):
+        self.rows, self.length = rows, length
+        size = (chunk or default_chunk()) * _parts(rows) // rows
+        self.size = min(length, max(size, 1))
+        self.count = math.ceil(length / self.size)
+        self.order = jnp.argsort(~needed, axis=1, stable=True)
+        self.original = jnp.argsort(self.order, axis=1)
+        self.used = -(-jnp.max(jnp.sum(needed, 1)) // self.size)
+
+    def _reordered(self, x: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order.reshape(self.rows, -1, *[1] * (x.ndim - 2)), 1)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [count, B, size, ...], zero-padded at the end."""
+        pad = [(0, 0), (0, self.count * self.size - self.length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(self._reordered(x, self.order), pad)
+        return jnp.moveaxis(x.reshape(self.rows, self.count, self.size, *x.shape[2:]), 1, 0)
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """[count, B, size, ...] -> [B, T, ...], tokens in their original order."""
+        x = jnp.moveaxis(x, 0, 1).reshape(self.rows, self.count * self.size, *x.shape[3:])
+        return self._reordered(x, self.original)
+
+    def each(self, body: Any, sums: Any) -> Any:
+        """sums = body(i, sums) for each used chunk."""
+        return lax.fori_loop(0, self.used, body, sums)
+
+
+def _at(tree: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), tree)
+
+
+def _put(x: jax.Array, value: jax.Array, i: Any) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(x, value, i, 0)
 
 
 @jax.named_scope("loss")
@@ -88,47 +158,26 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
 
     The gradients are those of Σ weight · loss, in the dtypes of the hs and the kernels.
     trained: which kernels need a gradient; None: no gradients, not of h either. Tokens of weight 0
-    have values of 0: the others are moved to the front of their rows, and chunks of weight 0 are
-    skipped.
+    have values of 0.
     """
+    if blocks_of(head, terms) > 1:
+        return _over_blocks(terms, targets, weights, head, trained)
     hs = [h for h, _ in terms]
     B, T, _ = hs[0].shape
     parts = _parts(B)
-    size = min(T, max((head.chunk or default_chunk()) * parts // B, 1))
-    count = math.ceil(T / size)
-    ws = [whole_head(h, w) for h, w in terms]
     needed = weights != 0
-    order = jnp.argsort(~needed, axis=1, stable=True)
+    chunks = _Chunks(B, T, needed, head.chunk)
+    ws = [whole_head(h, w) for h, w in terms]
     device_gradients = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
-
-    def reordered(x, order):
-        """x [B, T, ...] with the tokens of each row in another order."""
-        return jnp.take_along_axis(x, order.reshape(B, -1, *[1] * (x.ndim - 2)), 1)
-
-    def split(x):
-        """[B, T, ...] -> [count, B, size, ...], zero-padded at the end.
-
-        Chunks are ranges of a row's tokens, so every device works on its own rows in each chunk.
-        """
-        pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(reordered(x, order), pad)
-        return jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
-
-    def joined(x):
-        """[count, B, size, ...] -> [B, T, ...], tokens in their original order."""
-        return reordered(jnp.moveaxis(x, 0, 1).reshape(B, count * size, *x.shape[3:]), original)
 
     def body(i, sums):
         dws, values, dhs = sums
-        hc, tc, wc = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, False), chunks)
+        hc, tc, wc = _at(inputs, i)
         chunk_values, slope = _chunk_terms(hc, ws, tc, head)
-        values = lax.dynamic_update_index_in_dim(values, chunk_values, i, 0)
+        values = _put(values, chunk_values, i)
         if trained is None:
             return dws, values, dhs
         slope = (slope * wc[..., None]).astype(hs[0].dtype)
-
-        def updated(dhs, h, w):
-            return lax.dynamic_update_index_in_dim(dhs, product(slope, w, (2, 1), h.dtype), i, 0)
 
         def added(dw, h):
             # Each device sums over its own rows, so one all-reduce follows, not one per chunk.
@@ -139,21 +188,20 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
             return constrain(dw + part, "batch", None, "vocab")
 
         with jax.named_scope("head"):
-            dhs = [updated(*xs) for xs in zip(dhs, hc, ws, strict=True)]
+            new = [product(slope, w, (2, 1), h.dtype) for h, w in zip(hc, ws, strict=True)]
+            dhs = [_put(dh, x, i) for dh, x in zip(dhs, new, strict=True)]
             dws = [None if dw is None else added(dw, h) for dw, h in zip(dws, hc, strict=True)]
         return dws, values, dhs
 
-    original = jnp.argsort(order, axis=1)
     dws = [
         jnp.zeros((parts, *w.shape), jnp.float32) if needs_gradient else None
         for w, needs_gradient in zip(ws, trained or [False] * len(ws), strict=True)
     ]
-    chunks = ([split(h) for h in hs], split(targets), split(weights))
-    values = jnp.zeros((count, 4, B, size), jnp.float32)
-    dhs = None if trained is None else [jnp.zeros_like(h) for h in chunks[0]]
-    used = -(-jnp.max(jnp.sum(needed, 1)) // size)
-    dws, values, dhs = lax.fori_loop(0, used, body, (dws, values, dhs))
-    values = jnp.stack([joined(x) for x in jnp.moveaxis(values, 1, 0)])
+    inputs = ([chunks.split(h) for h in hs], chunks.split(targets), chunks.split(weights))
+    values = jnp.zeros((chunks.count, 4, B, chunks.size), jnp.float32)
+    dhs = None if trained is None else [jnp.zeros_like(h) for h in inputs[0]]
+    dws, values, dhs = chunks.each(body, (dws, values, dhs))
+    values = jnp.stack([chunks.joined(x) for x in jnp.moveaxis(values, 1, 0)])
     values = jnp.where(needed, values, 0.0)
     if dhs is None:
         return values, None, None
@@ -162,7 +210,127 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
         None if dw is None else _part(jnp.sum(dw, 0), w).astype(w.dtype)
         for dw, w in zip(dws, kernels, strict=True)
     ]
-    return values, [joined(dh) for dh in dhs], dws
+    return values, [chunks.joined(dh) for dh in dhs], dws
+
+
+class _Blocks:
+    """The vocabulary in blocks of columns of the kernels [D, V].
+
+    Where the tensor axis splits the vocabulary, a block has columns of each part, so that no
+    column moves.
+    """
+
+    LANES = 2048  # libtpu scatters columns in multiples of this; others become an all-reduce
+
+    def __init__(self, size: int, blocks: int):
+        mesh = jax.sharding.get_abstract_mesh()
+        split = 1 if mesh.empty else mesh.shape["tensor"]
+        self.parts = split if size % split == 0 else 1
+        self.size, self.count = size, max(blocks // self.parts, 1)
+        width = math.ceil(size / self.parts / self.count)
+        self.width = width if width < self.LANES else math.ceil(width / self.LANES) * self.LANES
+
+    def _grouped(self, w: jax.Array) -> jax.Array:
+        """[D, V] -> [D, parts, count, width], padded."""
+        w = w.reshape(len(w), self.parts, -1)
+        w = jnp.pad(w, ((0, 0), (0, 0), (0, self.count * self.width - w.shape[-1])))
+        return w.reshape(len(w), self.parts, self.count, self.width)
+
+    def split(self, w: jax.Array) -> jax.Array:
+        """[D, V] -> [count, D, parts · width]"""
+        w = jnp.moveaxis(self._grouped(w), 2, 0)
+        return w.reshape(self.count, w.shape[1], -1)
+
+    def ids(self) -> jax.Array:
+        """The tokens of the columns, int32 [count, parts · width]; -1 = padding."""
+        ids = jnp.arange(self.size).reshape(1, -1)
+        return self.split(ids + 1)[:, 0] - 1
+
+    def joined(self, blocks: jax.Array) -> jax.Array:
+        """[count, D, parts · width] -> [D, V]"""
+        w = blocks.reshape(self.count, -1, self.parts, self.width)
+        w = jnp.moveaxis(w, 0, 2).reshape(w.shape[1], self.parts, -1)
+        return w[..., : self.size // self.parts].reshape(len(w), self.size)
+
+
+def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None) -> Any:
+    """`_over_chunks` with the kernels gathered block by block, and their gradients scattered so.
+
+    A first pass over the blocks computes the sums of the softmax, a second one the gradients, so
+    the logits are computed twice and no more than a block of a kernel is whole at one time.
+    """
+    hs, ws = [h for h, _ in terms], [w for _, w in terms]
+    B, T, _ = hs[0].shape
+    needed = weights != 0
+    chunks, vocab = _Chunks(B, T, needed, head.chunk), _Blocks(ws[0].shape[1], blocks_of(head, terms))
+    inputs = ([chunks.split(h) for h in hs], chunks.split(targets), chunks.split(weights))
+    blocks = [vocab.split(w.astype(h.dtype)) for h, w in zip(hs, ws, strict=True)], vocab.ids()
+
+    def logits_of(hc, whole, ids):
+        capped, logits = _logits(hc, whole, head)
+        return capped, jnp.where(ids >= 0, logits, MASKED)
+
+    def sums_of_block(sums, block):
+        parts, ids = block
+        whole = [whole_head(h, w) for h, w in zip(hs, parts, strict=True)]
+
+        def body(i, sums):
+            hc, tc, _ = _at(inputs, i)
+            _, logits = logits_of(hc, whole, ids)
+            top, _, total, dotted = _sums(logits)
+            picked = jnp.max(jnp.where(ids == tc[..., None], logits, MASKED), -1)
+            old = _at(sums, i)
+            both = jnp.maximum(old[0], top[..., 0])
+            keep, add = jnp.exp(old[0] - both), jnp.exp(top[..., 0] - both)
+            new = both, keep * old[1] + add * total, keep * old[2] + add * dotted
+            new = (*new, jnp.maximum(old[3], picked))
+            return [_put(x, y, i) for x, y in zip(sums, new, strict=True)]
+
+        return chunks.each(body, sums), None
+
+    zeros = jnp.zeros((chunks.count, B, chunks.size), jnp.float32)
+    start = [zeros + MASKED, zeros, zeros, zeros + MASKED]
+    sums, _ = lax.scan(sums_of_block, start, blocks)
+    values, lse = _values(*sums, head)
+    result = jnp.where(needed, jnp.stack([chunks.joined(x) for x in values]), 0.0)
+    if trained is None:
+        return result, None, None
+
+    def gradients_of_block(dhs, block):
+        parts, ids = block
+        whole = [whole_head(h, w) for h, w in zip(hs, parts, strict=True)]
+
+        def body(i, sums):
+            dhs, dws = sums
+            (hc, tc, wc), lsec = _at((inputs, lse), i)
+            capped, logits = logits_of(hc, whole, ids)
+            probs = jnp.exp(logits - lsec[..., None]) * (1.0 + 2.0 * head.z_loss * lsec)[..., None]
+            slope = _slope(probs, ids == tc[..., None], capped, lsec, head) * wc[..., None]
+            slope = jnp.where(ids >= 0, slope, 0.0).astype(hs[0].dtype)
+            with jax.named_scope("head"):
+                new = [product(slope, w, (2, 1), jnp.float32) for w in whole]
+                dhs = [_put(dh, _at(dh, i) + x, i) for dh, x in zip(dhs, new, strict=True)]
+                dws = [
+                    None if dw is None else dw + weight_gradient(h, slope, jnp.float32)
+                    for dw, h in zip(dws, hc, strict=True)
+                ]
+            return dhs, dws
+
+        dws = [
+            jnp.zeros(w.shape, jnp.float32) if needs_gradient else None
+            for w, needs_gradient in zip(whole, trained, strict=True)
+        ]
+        dhs, dws = chunks.each(body, (dhs, dws))
+        pairs = zip(dws, parts, strict=True)
+        return dhs, [None if dw is None else _part(dw, w) for dw, w in pairs]
+
+    dhs = [jnp.zeros(h.shape, jnp.float32) for h in inputs[0]]
+    dhs, dws = lax.scan(gradients_of_block, dhs, blocks)
+    dws = [
+        None if dw is None else vocab.joined(dw).astype(w.dtype)
+        for dw, w in zip(dws, ws, strict=True)
+    ]
+    return result, [chunks.joined(dh).astype(h.dtype) for dh, h in zip(dhs, hs, strict=True)], dws
 
 
 def _part(dw: jax.Array, w: jax.Array) -> jax.Array:

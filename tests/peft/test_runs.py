@@ -212,7 +212,7 @@ def test_a_run_with_a_quantized_base_resumes_exactly(straight, capsys, kind):
 def dequantized(kernel):
     """All layers of a quantized kernel in float32."""
     layers = [jax.tree.map(lambda x, i=i: x[i], kernel) for i in range(kernel.shape[0])]
-    return np.stack([dense(layer, (None, None), "float32") for layer in layers])
+    return np.stack([dense(layer, "float32") for layer in layers])
 
 
 @pytest.mark.parametrize(("kind", "error", "size"), [("int8", 0.009, 1.02), ("nf4", 0.095, 0.54)])
