@@ -249,7 +249,7 @@ class Reduction:
     line: int = 1
 
 
-_reduction: ContextVar[Reduction] = ContextVar("reduction", default=Reduction())
+_reduction: ContextVar[Reduction] = ContextVar("reduction")  # set by `reducing`
 
 
 @contextmanager
@@ -341,7 +341,7 @@ def scattered(g: jax.Array, dim: int) -> jax.Array:
     all dims of a TPU's torus, libtpu would compile an all-reduce, which sends twice as much. The
     stages give each device its part only in this order.
     """
-    reduction = _reduction.get()
+    reduction = _reduction.get(Reduction())
     x = g.astype(reduction.dtype or g.dtype)
     size, line = lax.axis_size("fsdp"), reduction.line
     stages: list[Any] = [None]
@@ -349,22 +349,23 @@ def scattered(g: jax.Array, dim: int) -> jax.Array:
         grid = np.arange(size).reshape(-1, line)
         stages = [grid.T.tolist(), grid.tolist()]
     for groups in stages:
-        x = lax.psum_scatter(
-            x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True
-        )
+        x = lax.psum_scatter(x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True)
     return x.astype(g.dtype)
 
 
-def summed_gradient(g: jax.Array, split: bool) -> jax.Array:
-    """A device's gradient summed over all rows; only over data if fsdp splits it, since then it is
-    already summed along fsdp."""
-    axes = tuple(a for a in (ROWS[:1] if split else ROWS) if lax.axis_size(a) > 1)
-    return lax.psum(g.astype(_reduction.get().dtype or g.dtype), axes).astype(g.dtype) if axes else g
+def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
+    """A device's gradient summed over all rows. spec: of the gradient; one that is split along fsdp
+    is already summed along it."""
+    axes = tuple(a for a in (ROWS[:1] if fsdp_dim(spec) >= 0 else ROWS) if lax.axis_size(a) > 1)
+    if not axes:
+        return g
+    dtype = _reduction.get(Reduction()).dtype or g.dtype
+    return lax.psum(g.astype(dtype), axes).astype(g.dtype)
 
 
-def summed(tree: Any) -> Any:
-    """The sums over all rows of a tree of a device's sums."""
-    return lax.psum(tree, manual_rows()) if manual_rows() else tree
+def across_rows(reduce: Callable[..., Any], tree: Any) -> Any:
+    """lax.psum, pmin or pmax of a device's values over all rows; the values outside `over_rows`."""
+    return reduce(tree, manual_rows()) if manual_rows() else tree
 
 
 def reduction(section: MeshSection, mesh: Any) -> Reduction:
@@ -381,7 +382,9 @@ def fsdp_line(mesh: Any) -> int:
     one coordinate changes. 1 if the mesh has no TPUs, or fsdp does not span all of a slice."""
     if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "tpu":
         return 1
-    along = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(-1, mesh.shape["fsdp"])
+    along = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(
+        -1, mesh.shape["fsdp"]
+    )
     coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in along[0]])
     size = len(coords)
     lines = [n for n in range(2, size) if size % n == 0 and _is_line(coords[:n])]

@@ -23,7 +23,14 @@ from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
-from jaxllm.mesh import batch_sharding, data_parallel, reduction, replicated, with_shapes
+from jaxllm.mesh import (
+    batch_sharding,
+    data_parallel,
+    platform,
+    reduction,
+    replicated,
+    with_shapes,
+)
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
@@ -177,6 +184,10 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
 
     Raises UserError for a model, a module or a combination that does not exist.
     """
+    if cfg.model.remat == "offload":
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            if platform() == "cpu":
+                raise UserError("model.remat: offload requires a TPU or GPU; set it to full")
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
@@ -192,7 +203,10 @@ def assemble(
 ) -> Program:
     """The program of a model, an adapter and an objective. make: an adapter -> the abstract model
     that has it."""
-    sized = lambda adapter: with_shapes(make(adapter))
+
+    def sized(adapter: Adapter) -> Decoder:
+        return with_shapes(make(adapter))
+
     policy = model = sized(adapter)
     if cfg.verb.critic:
         model = sized(adapter)

@@ -50,7 +50,8 @@ START = "model"  # in a run folder: the configs and tokenizer that the run start
 # Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
 # steps changes the rest of the schedule.
 FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
-FREE |= {"model.attention", "model.remat", "model.scan_unroll", "model.loss_chunk", "model.loss_blocks"}
+FREE |= {"model.attention", "model.remat", "model.scan_unroll"}
+FREE |= {"model.loss_chunk", "model.loss_blocks"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
 # Packages that must have one version in all processes: what computes, tokenizes and orders rows.

@@ -22,13 +22,13 @@ from jaxllm.data.batch import Batch
 from jaxllm.mesh import (
     ROWS,
     Reduction,
+    across_rows,
     axes_of,
     fsdp_dim,
     over_rows,
     param_sharding,
     reducing,
     scattered,
-    summed,
     summed_gradient,
 )
 from jaxllm.model.decoder import merge
@@ -158,7 +158,7 @@ def make_gradients(
         if baseline is not None:
             with jax.named_scope("baseline"):
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
-                total, weight = summed(jax.tree.map(jnp.sum, sums))
+                total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
         return accumulated(partial(of_micro_batch, trainable, frozen), batch, keys)
 
@@ -178,8 +178,8 @@ def make_gradients(
     def of_device(*args):
         with reducing(layout.reduction):
             grads, metrics = of_rows(*args)
-            grads = jax.tree.map(lambda g, s: summed_gradient(g, fsdp_dim(s) >= 0), grads, gradients)
-            return grads, summed(metrics)
+            grads = jax.tree.map(summed_gradient, grads, gradients)
+            return grads, across_rows(jax.lax.psum, metrics)
 
     in_specs = weights, frozen, P(None, ROWS), P(None, ROWS)
     run = over_rows(of_device, layout.mesh, in_specs, (gradients, P()))

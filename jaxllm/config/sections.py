@@ -110,9 +110,10 @@ class ModelSection:
     """dtype of the master weights"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of activations and matrix products, which accumulate in float32"""
-    remat: Literal["none", "full", "dots", "names"] = "full"
+    remat: Literal["none", "full", "dots", "names", "offload"] = "full"
     """activations recomputed in the backward pass: none; full = all; dots = all but matrix products
-    and attention; names = all but attention"""
+    and attention; names = all but attention; offload = all, with the layers' inputs in the host's
+    memory (not on CPU)"""
     attention: Literal["auto", "xla", "mosaic", "triton"] = "auto"
     """attention kernel; auto = the fastest one measured on this platform; mosaic and triton need an
     NVIDIA GPU and tokamax"""
@@ -122,9 +123,9 @@ class ModelSection:
     """tokens per chunk of the cross-entropy, which limits the memory for logits; 0 = 512 on CPU,
     4,096 on accelerators"""
     loss_blocks: Annotated[Count, Unit("blocks")] = 0
-    """blocks of the vocabulary in the cross-entropy. The head's weights are gathered block by block,
-    which limits their memory, but the logits are computed twice. 0 = 8 on accelerators where fsdp
-    splits the head, else 1"""
+    """blocks of the vocabulary in the cross-entropy. The head is gathered block by block, which
+    limits its memory, but logits are computed twice. 0 = 8 on accelerators where fsdp splits the
+    head, else 1"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
 

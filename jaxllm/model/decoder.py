@@ -50,7 +50,7 @@ class Decoder(nnx.Module):
       cfg: the model's shape.
       rngs: stream `params` initializes the weights, stream `peft` those of the PEFT method.
       dtype: of the weights. compute_dtype: of activations and products (default: the weights').
-      remat: none | full | dots | names, what a layer's backward pass recomputes.
+      remat: none | full | dots | names | offload, what a layer's backward pass recomputes.
       scan_unroll: layers in one iteration of the scan.
       attention: auto | xla | mosaic | triton, the kernel (ops.attention).
       loss_blocks: blocks of the vocabulary in the loss; 0 = `cross_entropy.blocks_of`.

@@ -24,11 +24,18 @@ from jaxllm.model.context import Context
 from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import saveable
 
-# Residuals that the backward pass reads; it recomputes the rest of each layer.
+# Residuals that the backward pass reads; it recomputes the rest of each layer. "offload" keeps them
+# in the host's memory.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.save_only_these_names("layer"),
     "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
     "names": jax.checkpoint_policies.save_only_these_names("layer", "attention"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "gathered": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
 }
 

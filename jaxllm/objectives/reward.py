@@ -16,8 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.data.batch import Batch
+from jaxllm.mesh import across_rows
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import Loss, hidden_states
 
@@ -47,12 +49,15 @@ def reward_loss(
         loss = total(pair_terms(chosen_BP, rejected_BP, batch.margin, centering=centering))
     low = jnp.min(jnp.minimum(chosen_BP, rejected_BP), where=mask_BP, initial=jnp.inf)
     high = jnp.max(jnp.maximum(chosen_BP, rejected_BP), where=mask_BP, initial=-jnp.inf)
+    # Not of a device's own rows. Each device counts the same pair, so their mean is that pair's.
+    low, high = across_rows(lax.pmin, low), across_rows(lax.pmax, high)
+    has_pairs = across_rows(lax.pmax, has_pairs)
     metrics = {
         "accuracy": (total(chosen_BP > rejected_BP), pairs),
         "margin": (total(chosen_BP - rejected_BP), pairs),
         "reward_mean": (total(chosen_BP + rejected_BP), 2 * pairs),
         "reward_square": (total(jnp.square(chosen_BP) + jnp.square(rejected_BP)), 2 * pairs),
-        "reward_min": (jnp.where(pairs > 0, low, 0.0), has_pairs),
-        "reward_max": (jnp.where(pairs > 0, high, 0.0), has_pairs),
+        "reward_min": (jnp.where(has_pairs > 0, low, 0.0), has_pairs),
+        "reward_max": (jnp.where(has_pairs > 0, high, 0.0), has_pairs),
     }
-    return loss, pairs, jax.lax.stop_gradient(metrics)
+    return loss, pairs, lax.stop_gradient(metrics)

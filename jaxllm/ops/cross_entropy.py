@@ -262,7 +262,10 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
     hs, ws = [h for h, _ in terms], [w for _, w in terms]
     B, T, _ = hs[0].shape
     needed = weights != 0
-    chunks, vocab = _Chunks(B, T, needed, head.chunk), _Blocks(ws[0].shape[1], blocks_of(head, terms))
+    chunks, vocab = (
+        _Chunks(B, T, needed, head.chunk),
+        _Blocks(ws[0].shape[1], blocks_of(head, terms)),
+    )
     inputs = ([chunks.split(h) for h in hs], chunks.split(targets), chunks.split(weights))
     blocks = [vocab.split(w.astype(h.dtype)) for h, w in zip(hs, ws, strict=True)], vocab.ids()
 

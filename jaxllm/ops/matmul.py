@@ -6,7 +6,6 @@ Dims: B rows, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
