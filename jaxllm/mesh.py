@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -61,6 +60,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "micro": (),  # micro-batches of one update
     "batch": ROWS,
     "length": ("context",),
+    "sequence": ("context", "tensor"),  # the length of the residual stream
     "features": (),  # the model width of an activation
 }
 # Dims of a matrix that fsdp may split. The token table is not split along the vocabulary: a device
@@ -276,19 +276,20 @@ def fsdp_dim(spec: P) -> int:
     return next((d for d, entry in enumerate(spec) if entry and "fsdp" in entry), -1)
 
 
+def along(spec: P, axes: Iterable[str]) -> P:
+    """The spec with these mesh axes alone."""
+    entries = [(e,) if isinstance(e, str) else e or () for e in spec]
+    return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
+
+
 def over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
     """f on each device's own rows: a shard_map over ROWS and all axes of size 1.
 
     The specs may name other axes too; these stay automatic in f.
     """
     axes = {a for a in mesh.axis_names if a in ROWS or mesh.shape[a] == 1}
-
-    def of_axes(spec: P) -> P:
-        entries = [(e,) if isinstance(e, str) else e or () for e in spec]
-        return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
-
     ins, outs = (
-        jax.tree.map(of_axes, specs, is_leaf=lambda x: isinstance(x, P))
+        jax.tree.map(partial(along, axes=axes), specs, is_leaf=lambda x: isinstance(x, P))
         for specs in (in_specs, out_specs)
     )
     # check_vma=False: Pallas kernels do not declare along which axes their results vary.
@@ -308,7 +309,9 @@ def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None
     if not manual_rows():
         return constrain(w.astype(narrow), *axes, drop="fsdp").astype(w.dtype)
     dim = _split_dim(w.shape, shape)
-    return w if dim is None else checkpoint_name(_gathered(w, dim, narrow), "gathered")
+    if dim is None:
+        return w
+    return _gathered(w, dim, spec(axes, w.shape, mesh), narrow)
 
 
 def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
@@ -316,41 +319,63 @@ def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
     return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w: jax.Array, dim: int, dtype: Any) -> jax.Array:
+def _of_part(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
+    """f of a device's part of x along the automatic axes. (XLA would replicate x along them before
+    a collective of the manual axes.)"""
+    axes = automatic_axes()
+    if not axes:
+        return f(x)
+    run = jax.shard_map(f, in_specs=split, out_specs=split, axis_names=axes, check_vma=False)
+    return run(x)
+
+
+def automatic_axes() -> set[str]:
+    """The axes of the mesh in context that are not manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(mesh.axis_names) - set(_manual(mesh))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(w: jax.Array, dim: int, split: P, dtype: Any) -> jax.Array:
+    gather = partial(lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
     # XLA removes the second conversion where the product reads the narrower dtype.
-    return lax.all_gather(w.astype(dtype), "fsdp", axis=dim, tiled=True).astype(w.dtype)
+    return _of_part(gather, w.astype(dtype), split).astype(w.dtype)
 
 
-def _gathered_forward(w: jax.Array, dim: int, dtype: Any):
-    return _gathered(w, dim, dtype), None
+def _gathered_forward(w: jax.Array, *static: Any):
+    return _gathered(w, *static), None
 
 
-def _gathered_backward(dim: int, dtype: Any, _: None, g: jax.Array):
-    return (scattered(g, dim),)
+def _gathered_backward(dim: int, split: P, dtype: Any, _: None, g: jax.Array):
+    return (scattered(g, dim, split),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def scattered(g: jax.Array, dim: int) -> jax.Array:
+def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
     """The transpose of `gathered`: a device's gradient of a whole weight -> the sum over fsdp of
-    its own part of `dim`, in g's dtype.
+    its own part of `dim`, in g's dtype. split: how the automatic axes split the weight.
 
     A reduce-scatter in two stages: over every `line`-th device, then over lines. In one stage over
     all dims of a TPU's torus, libtpu would compile an all-reduce, which sends twice as much. The
     stages give each device its part only in this order.
     """
     reduction = _reduction.get(Reduction())
-    x = g.astype(reduction.dtype or g.dtype)
     size, line = lax.axis_size("fsdp"), reduction.line
     stages: list[Any] = [None]
     if 1 < line < size:
         grid = np.arange(size).reshape(-1, line)
         stages = [grid.T.tolist(), grid.tolist()]
-    for groups in stages:
-        x = lax.psum_scatter(x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True)
-    return x.astype(g.dtype)
+
+    def scatter(x: jax.Array) -> jax.Array:
+        for groups in stages:
+            x = lax.psum_scatter(
+                x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True
+            )
+        return x
+
+    return _of_part(scatter, g.astype(reduction.dtype or g.dtype), split).astype(g.dtype)
 
 
 def summed_gradient(g: jax.Array, spec: P) -> jax.Array:

@@ -23,6 +23,8 @@ from jaxllm.mesh import (
     ROWS,
     Reduction,
     across_rows,
+    along,
+    automatic_axes,
     axes_of,
     fsdp_dim,
     over_rows,
@@ -172,8 +174,9 @@ def make_gradients(
 
     def scatter_whole(g, weight, gradient):
         """ZeRO-2: the part of a weight that is whole on each device."""
-        split = fsdp_dim(gradient) >= 0 and fsdp_dim(weight) < 0
-        return scattered(g, fsdp_dim(gradient)) if split else g
+        if fsdp_dim(gradient) < 0 or fsdp_dim(weight) >= 0:
+            return g
+        return scattered(g, fsdp_dim(gradient), along(gradient, automatic_axes()))
 
     def of_device(*args):
         with reducing(layout.reduction):

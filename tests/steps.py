@@ -145,9 +145,10 @@ def trajectory(
     rows, section=WHOLE, *, objective=LANGUAGE, count=1, steps=3, mesh=None, devices=1, **model
 ):
     """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows."""
-    mesh = make_mesh(mesh or MeshSection(), jax.devices()[:devices])
+    section_of_mesh = mesh or MeshSection()
+    mesh = make_mesh(section_of_mesh, jax.devices()[:devices])
     optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
-    cfg = TrainConfig(peft=section, optim=optim)
+    cfg = TrainConfig(peft=section, optim=optim, mesh=section_of_mesh)
     made = decoder(section, **model)
 
     def make(adapter):

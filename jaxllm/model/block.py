@@ -48,4 +48,4 @@ class Block(nnx.Module):
             h_BTD = self.mlp(h_BTD, ctx)
             h_BTD = h_BTD if self.mlp_post_norm is None else self.mlp_post_norm(h_BTD)
             x_BTD = x_BTD + (h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD))
-        return constrain(x_BTD, "batch", "length", "features"), past
+        return constrain(x_BTD, "batch", "sequence", "features"), past

@@ -20,7 +20,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.ops.embedding import lookup
-from jaxllm.ops.matmul import dot
+from jaxllm.ops.matmul import dots
 from jaxllm.ops.quantized import dense
 from jaxllm.ops.residuals import saveable
 
@@ -52,7 +52,11 @@ class Linear(nnx.Module):
         self.lora = peft.linear(path, axes, shape, rngs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = saveable(dot(x, self.kernel.get_value()), "dot")
+        return self.output(x, *products(x, (self,)), ctx)
+
+    def output(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
+        """The output from the product y of x and the kernel."""
+        y = saveable(y, "dot")
         if self.lora is not None:
             y = self.lora(x, y, self.dense, ctx)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -79,7 +83,7 @@ class Embed(nnx.Module):
         x = lookup(self.embedding[...], tokens, shape[1], dtype)
         if self.lora is not None:
             x = self.lora(tokens, x, lambda: gathered(self.embedding[...], axes, shape), ctx)
-        return constrain(x, "batch", "length", "features")
+        return constrain(x, "batch", "sequence", "features")
 
 
 class RMSNorm(nnx.Module):
@@ -113,9 +117,15 @@ class MLP(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](gate) * up, ctx)
 
 
+def products(x: jax.Array, parts: tuple[Linear, ...]) -> list[jax.Array]:
+    kernels = [part.kernel for part in parts]
+    return dots(x, [k.get_value() for k in kernels], [k.get_metadata("axes")[-2:] for k in kernels])
+
+
 def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], ctx: Context) -> list[jax.Array]:
     """The output of each part. `lora` is one branch for all parts, if HF has them in one tensor."""
-    ys = [part(x, ctx) for part in parts]
+    pairs = zip(parts, products(x, parts), strict=True)
+    ys = [part.output(x, y, ctx) for part, y in pairs]
     if lora is None:
         return ys
     ends = np.cumsum([y.shape[-1] for y in ys])[:-1]

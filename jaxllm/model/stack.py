@@ -25,7 +25,7 @@ from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import saveable
 
 # Residuals that the backward pass reads; it recomputes the rest of each layer. "offload" keeps them
-# in the host's memory.
+# in the host's memory; without remat all but gathered weights is stored.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.save_only_these_names("layer"),
     "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
@@ -36,8 +36,13 @@ REMAT: dict[str, Any] = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    "gathered": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
 }
+
+
+def _activations(primitive: Any, *inputs: Any, **options: Any) -> bool:
+    """A policy that saves what is computed from activations [B, T, ...], and no gathered weights."""
+    return any(x.ndim > 2 for x in inputs)
+
 
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
 
@@ -112,10 +117,9 @@ class Stack:
             block = nnx.merge(*gathered_layer(graph, weights, self.dtype))
             return block(x_BTD, here, past)
 
-        # Without remat, gathered weights are still not stored for the backward pass.
-        remat = self.remat if self.remat != "none" or not manual_rows() else "gathered"
-        if remat != "none" and not isinstance(past, LayerCache):
-            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+        policy = REMAT.get(self.remat, _activations if manual_rows() else None)
+        if policy is not None and not isinstance(past, LayerCache):
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         inputs = weights, jnp.arange(len(self.kinds)), past
         return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
 

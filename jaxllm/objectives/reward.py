@@ -50,6 +50,7 @@ def reward_loss(
     low = jnp.min(jnp.minimum(chosen_BP, rejected_BP), where=mask_BP, initial=jnp.inf)
     high = jnp.max(jnp.maximum(chosen_BP, rejected_BP), where=mask_BP, initial=-jnp.inf)
     # Not of a device's own rows. Each device counts the same pair, so their mean is that pair's.
+    low, high = lax.stop_gradient((low, high))
     low, high = across_rows(lax.pmin, low), across_rows(lax.pmax, high)
     has_pairs = across_rows(lax.pmax, has_pairs)
     metrics = {

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxllm.mesh import constrain, data_parallel, gathered, platform, scattered
+from jaxllm.mesh import constrain, data_parallel, gathered, platform, scattered, spec
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
@@ -338,7 +338,9 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
 
 def _part(dw: jax.Array, w: jax.Array) -> jax.Array:
     """The gradient of a whole kernel -> that of w, which may be split along fsdp."""
-    return dw if dw.shape == w.shape else scattered(dw, 0)
+    if dw.shape == w.shape:
+        return dw
+    return scattered(dw, 0, spec(HEAD_AXES, w.shape, jax.sharding.get_abstract_mesh()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
-from jaxllm.mesh import platform
+from jaxllm.mesh import Axes, automatic_axes, manual_rows, platform, spec
 from jaxllm.ops.quantized import dense
 
 THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
@@ -75,6 +76,51 @@ def _dot_backward(residuals, g):
 
 
 dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
+
+
+def dots(x: jax.Array, ws: list[Any], axes: list[Axes]) -> list[jax.Array]:
+    """x [B, T, I] · each w [I, O], as `dot`. axes: the logical axes of each w.
+
+    Inside `mesh.over_rows` the communication along a tensor axis is explicit (arXiv:2105.13120,
+    arXiv:2205.05198): x and what a product along split inputs returns are split along T, so that
+    products are preceded by one all-gather and followed by one reduce-scatter, in both passes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = [jax.tree.map(lambda leaf, a=a: spec(a, leaf.shape, mesh), w) for w, a in zip(ws, axes)]
+    if "tensor" not in automatic_axes() or not manual_rows():
+        return [dot(x, w) for w in ws]
+    rows = spec(("batch", "sequence", None), x.shape, mesh)
+    whole = spec(("batch", "length", None), x.shape, mesh)
+    by_sequence = rows != whole
+    inputs = {dims[0] for leaf in jax.tree.leaves(specs) for dims in [tuple(leaf)]}
+    if inputs == {None}:  # outputs are split
+
+        def products(x, *ws):
+            x = lax.all_gather(x, "tensor", axis=1, tiled=True) if by_sequence else x
+            return [dot(x, w) for w in ws]
+
+        ins = rows
+        outs = [P(*whole[:2], jax.tree.leaves(s)[0][1]) for s in specs]
+    elif None not in inputs:  # inputs are split
+
+        def products(x, *ws):
+            ys = [dot(x, w) for w in ws]
+            if by_sequence:
+                return [lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) for y in ys]
+            return lax.psum(ys, "tensor")
+
+        ins = P(*whole[:2], "tensor")
+        outs = [rows for _ in ws]
+    else:
+        return [dot(x, w) for w in ws]
+    run = jax.shard_map(
+        products,
+        in_specs=(ins, *specs),
+        out_specs=outs,
+        axis_names=automatic_axes(),
+        check_vma=False,
+    )
+    return run(x, *ws)
 
 
 def softcapped(logits: jax.Array, cap: float) -> jax.Array:

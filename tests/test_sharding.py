@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients over a mesh: the numbers of one device, and what is sent."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from steps import pair_rows, ragged_rows, trajectory
+
+from jaxllm.config import MeshSection, PeftSection
+from jaxllm.mesh import AXES, fsdp_line
+from jaxllm.objectives.dpo import dpo_loss
+from jaxllm.objectives.reward import reward_loss
+from jaxllm.objectives.table import Objective
+
+MESHES = {
+    "fsdp 8": MeshSection(fsdp=8),
+    "data 2 x fsdp 4": MeshSection(data=2, fsdp=4),
+    "tensor 4 x fsdp 2": MeshSection(fsdp=2, tensor=4),
+    "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
+    "zero 0": MeshSection(fsdp=8, zero=0),
+    "zero 1": MeshSection(fsdp=8, zero=1),
+    "zero 2": MeshSection(data=2, fsdp=4, zero=2),
+}
+LORA = PeftSection(method="lora", target_modules=("all-linear",))
+WORK = {
+    "pretrain": (ragged_rows, {}),
+    "LoRA": (ragged_rows, {"section": LORA}),
+    "DPO": (pair_rows, {"objective": Objective(dpo_loss, compares=True)}),
+    "reward": (pair_rows, {"objective": Objective(reward_loss), "scores": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The trajectory of each kind of work on one device."""
+    found = {}
+
+    def of(work):
+        if work not in found:
+            rows, options = WORK[work]
+            found[work] = trajectory(rows(16), steps=10, **options)[:2]
+        return found[work]
+
+    return of
+
+
+def over(name, work, **options):
+    rows, given = WORK[work]
+    return trajectory(rows(16), steps=10, devices=8, mesh=MESHES[name], **given, **options)
+
+
+# The rest of the product is run by make sweep.
+SHORT = {("fsdp 8", "pretrain"), ("data 2 x fsdp 2 x tensor 2", "DPO"), ("zero 2", "LoRA")}
+SHORT |= {("tensor 4 x fsdp 2", "LoRA"), ("zero 0", "reward"), ("zero 1", "pretrain")}
+CASES = [
+    pytest.param(mesh, work, marks=[] if (mesh, work) in SHORT else pytest.mark.sweep)
+    for mesh in MESHES
+    for work in WORK
+]
+
+
+@pytest.mark.parametrize(("mesh", "work"), CASES)
+def test_ten_steps_over_a_mesh_equal_those_of_one_device(alone, mesh, work):
+    losses, norms, state, _ = over(mesh, work)
+    np.testing.assert_allclose(losses, alone(work)[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
+    leaves = jax.tree.leaves(state.trainable if work != "LoRA" else {})
+    split = [not x.sharding.is_fully_replicated for x in leaves if x.ndim > 2]
+    assert all(split) if MESHES[mesh].zero == 3 else True
+
+
+@pytest.mark.parametrize("options", [{"loss_blocks": 3}, {"remat": "none", "loss_blocks": 2}])
+@pytest.mark.parametrize("mesh", ["fsdp 8", pytest.param("tensor 4 x fsdp 2", marks=[])])
+def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
+    losses, norms, _, _ = over(mesh, "pretrain", **options)
+    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+
+
+def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
+    """The bound that docs/pods.md states."""
+    rows, options = WORK["pretrain"]
+    mesh = MeshSection(fsdp=8, reduce_dtype="bfloat16")
+    losses, norms, _, _ = trajectory(rows(16), steps=10, devices=8, mesh=mesh, **options)
+    apart = np.abs(losses / alone("pretrain")[0] - 1)
+    assert 1e-7 < apart.max() < 5e-3
+    assert 1e-6 < np.abs(norms / alone("pretrain")[1] - 1).max() < 2e-2
+
+
+STAGES = """
+import numpy as np, jax
+from jax.sharding import PartitionSpec as P
+from jaxllm.config import MeshSection
+from jaxllm.mesh import Reduction, make_mesh, over_rows, reducing, scattered
+
+def summed(line, sizes):
+    mesh = make_mesh(MeshSection(**sizes))
+    size = mesh.shape["data"] * mesh.shape["fsdp"]
+    x = np.random.default_rng(0).integers(-9, 9, (size, 128, 8)).astype(np.float32)
+    def of_device(x):
+        with reducing(Reduction(line=line)):
+            return jax.lax.psum(scattered(x[0], 0, P()), "data")
+    with jax.set_mesh(mesh):
+        run = over_rows(of_device, mesh, P(("data", "fsdp")), P("fsdp"))
+        return np.array_equal(jax.jit(run)(x), x.sum(0))
+
+found = [summed(line, {"fsdp": 64}) for line in (1, 4, 8, 16)]
+found.append(summed(4, {"data": 4, "fsdp": 16}))
+print(found)
+assert all(found)
+"""
+
+
+def test_a_reduce_scatter_in_two_stages_gives_each_device_its_own_part():
+    """64 devices: with the stages in the other order the parts would be permuted."""
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=64", "JAX_PLATFORMS": "cpu"}
+    from runs import ENV
+
+    run = [sys.executable, "-c", STAGES]
+    done = subprocess.run(run, env=ENV | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Chip:
+    """Stands in for a TPU."""
+
+    platform, device_kind, slice_index = "tpu", "TPU v5p", 0
+
+    def __init__(self, coords):
+        self.coords, self.core_on_chip = coords, 0
+
+
+@pytest.mark.parametrize(
+    ("torus", "sizes", "line"),
+    [
+        ((4, 4, 4), (1, 64, 1, 1, 1), 4),
+        ((4, 4, 8), (1, 128, 1, 1, 1), 8),
+        ((16, 16), (1, 256, 1, 1, 1), 16),
+        ((4, 4, 4), (4, 16, 1, 1, 1), 4),
+        ((2, 2), (4, 1, 1, 1, 1), 1),
+    ],
+)
+def test_the_last_stage_of_a_reduction_is_a_line_of_the_torus(torus, sizes, line):
+    chips = np.empty(int(np.prod(torus)), object)
+    chips[:] = [Chip(coords) for coords in np.ndindex(*torus)]
+    types = (AxisType.Auto,) * len(AXES)
+    mesh = Mesh(chips.reshape(sizes), AXES, axis_types=types)
+    assert fsdp_line(mesh) == line
