@@ -11,26 +11,19 @@ in which tensors are split along `fsdp`:
     2       split             split        replicated
     3       split             split        split
 
-Gradients are computed inside a shard_map over the axes that split rows (`over_rows`), where these
-axes are manual: a layer's weights are gathered by `gathered`, and its transpose reduces their
-gradients. Elsewhere all axes are automatic, and `gathered` is a sharding constraint.
+Inside `collectives.over_rows` some of the axes are manual: a device's arrays are parts along them.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -120,6 +113,21 @@ def platform() -> str:
     return "gpu" if device.platform == "cuda" else device.platform
 
 
+def _manual(mesh: Any) -> tuple[str, ...]:
+    return getattr(mesh, "manual_axes", ())  # a concrete mesh has none
+
+
+def manual_rows() -> tuple[str, ...]:
+    """The axes of ROWS that are manual; empty outside `collectives.over_rows`."""
+    return tuple(a for a in ROWS if a in _manual(jax.sharding.get_abstract_mesh()))
+
+
+def automatic_axes() -> set[str]:
+    """The axes of the mesh in context that are not manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(mesh.axis_names) - set(_manual(mesh))
+
+
 def _split(axis: Axis, size: int, mesh: Any) -> tuple[str, tuple[str, ...], bool]:
     """(logical name, mesh axes that RULES splits the dim along, True if the dim divides by them).
 
@@ -155,16 +163,6 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
     if fsdp is not None and drop != "fsdp" and entries[fsdp] is None:
         entries[fsdp] = ("fsdp",)
     return P(*entries)
-
-
-def with_shapes(model: Any) -> Any:
-    """The model, whose variables remember the shapes of a layer's arrays on all devices: inside
-    `over_rows` they hold parts."""
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable):
-            axes, leaves = variable.get_metadata("axes"), jax.tree.leaves(variable.get_value())
-            variable.set_metadata(shapes=tuple(x.shape[x.ndim - len(axes) :] for x in leaves))
-    return model
 
 
 def _fsdp_dim(axes: Axes, shape: tuple[int, ...], mesh: Any) -> int | None:
@@ -232,192 +230,6 @@ def constrain(x: jax.Array, *axes: Axis, drop: str = "") -> jax.Array:
     if all(mesh.shape[a] == 1 or a in mesh.manual_axes for a in mesh.axis_names):
         return x
     return lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, drop))
-
-
-# ---- gradients: weights are gathered along fsdp, their gradients are reduced
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How gradients are summed over devices.
-
-    dtype: on the wire; None = that of the gradient. line: devices, consecutive along fsdp, that the
-    last stage of a reduce-scatter sums over (`fsdp_line`).
-    """
-
-    dtype: Any = None
-    line: int = 1
-
-
-_reduction: ContextVar[Reduction] = ContextVar("reduction")  # set by `reducing`
-
-
-@contextmanager
-def reducing(reduction: Reduction) -> Iterator[None]:
-    """Traces `gathered` and `scattered` with this reduction."""
-    token = _reduction.set(reduction)
-    try:
-        yield
-    finally:
-        _reduction.reset(token)
-
-
-def _manual(mesh: Any) -> tuple[str, ...]:
-    return getattr(mesh, "manual_axes", ())  # a concrete mesh has none
-
-
-def manual_rows() -> tuple[str, ...]:
-    """The axes of ROWS over which a device's arrays are parts; empty outside `over_rows`."""
-    return tuple(a for a in ROWS if a in _manual(jax.sharding.get_abstract_mesh()))
-
-
-def fsdp_dim(spec: P) -> int:
-    """The dim that a spec splits along fsdp; -1 if it splits none."""
-    return next((d for d, entry in enumerate(spec) if entry and "fsdp" in entry), -1)
-
-
-def along(spec: P, axes: Iterable[str]) -> P:
-    """The spec with these mesh axes alone."""
-    entries = [(e,) if isinstance(e, str) else e or () for e in spec]
-    return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
-
-
-def over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
-    """f on each device's own rows: a shard_map over ROWS and all axes of size 1.
-
-    The specs may name other axes too; these stay automatic in f.
-    """
-    axes = {a for a in mesh.axis_names if a in ROWS or mesh.shape[a] == 1}
-    ins, outs = (
-        jax.tree.map(partial(along, axes=axes), specs, is_leaf=lambda x: isinstance(x, P))
-        for specs in (in_specs, out_specs)
-    )
-    # check_vma=False: Pallas kernels do not declare along which axes their results vary.
-    return jax.shard_map(f, in_specs=ins, out_specs=outs, axis_names=axes, check_vma=False)
-
-
-def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
-    """A weight of `shape`, whole along fsdp: the all-gather of ZeRO-3; in w's dtype.
-
-    dtype: what the values are rounded to before they are sent, if it is narrower than w's. The
-    gradient is rounded only to the dtype of the reduction.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
-        return w
-    narrow = dtype if dtype is not None and dtype.itemsize < w.dtype.itemsize else w.dtype
-    if not manual_rows():
-        return constrain(w.astype(narrow), *axes, drop="fsdp").astype(w.dtype)
-    dim = _split_dim(w.shape, shape)
-    if dim is None:
-        return w
-    return _gathered(w, dim, spec(axes, w.shape, mesh), narrow)
-
-
-def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """The dim in which a device holds a part of the whole."""
-    return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
-
-
-def _of_part(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
-    """f of a device's part of x along the automatic axes. (XLA would replicate x along them before
-    a collective of the manual axes.)"""
-    axes = automatic_axes()
-    if not axes:
-        return f(x)
-    run = jax.shard_map(f, in_specs=split, out_specs=split, axis_names=axes, check_vma=False)
-    return run(x)
-
-
-def automatic_axes() -> set[str]:
-    """The axes of the mesh in context that are not manual."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return set(mesh.axis_names) - set(_manual(mesh))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(w: jax.Array, dim: int, split: P, dtype: Any) -> jax.Array:
-    gather = partial(lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
-    # XLA removes the second conversion where the product reads the narrower dtype.
-    return _of_part(gather, w.astype(dtype), split).astype(w.dtype)
-
-
-def _gathered_forward(w: jax.Array, *static: Any):
-    return _gathered(w, *static), None
-
-
-def _gathered_backward(dim: int, split: P, dtype: Any, _: None, g: jax.Array):
-    return (scattered(g, dim, split),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
-    """The transpose of `gathered`: a device's gradient of a whole weight -> the sum over fsdp of
-    its own part of `dim`, in g's dtype. split: how the automatic axes split the weight.
-
-    A reduce-scatter in two stages: over every `line`-th device, then over lines. In one stage over
-    all dims of a TPU's torus, libtpu would compile an all-reduce, which sends twice as much. The
-    stages give each device its part only in this order.
-    """
-    reduction = _reduction.get(Reduction())
-    size, line = lax.axis_size("fsdp"), reduction.line
-    stages: list[Any] = [None]
-    if 1 < line < size:
-        grid = np.arange(size).reshape(-1, line)
-        stages = [grid.T.tolist(), grid.tolist()]
-
-    def scatter(x: jax.Array) -> jax.Array:
-        for groups in stages:
-            x = lax.psum_scatter(
-                x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True
-            )
-        return x
-
-    return _of_part(scatter, g.astype(reduction.dtype or g.dtype), split).astype(g.dtype)
-
-
-def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
-    """A device's gradient summed over all rows. spec: of the gradient; one that is split along fsdp
-    is already summed along it."""
-    axes = tuple(a for a in (ROWS[:1] if fsdp_dim(spec) >= 0 else ROWS) if lax.axis_size(a) > 1)
-    if not axes:
-        return g
-    dtype = _reduction.get(Reduction()).dtype or g.dtype
-    return lax.psum(g.astype(dtype), axes).astype(g.dtype)
-
-
-def across_rows(reduce: Callable[..., Any], tree: Any) -> Any:
-    """lax.psum, pmin or pmax of a device's values over all rows; the values outside `over_rows`."""
-    return reduce(tree, manual_rows()) if manual_rows() else tree
-
-
-def reduction(section: MeshSection, mesh: Any) -> Reduction:
-    """The reduction of a mesh's gradients."""
-    dtype = section.reduce_dtype
-    if dtype == "auto":
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            dtype = "float32" if platform() == "cpu" else "bfloat16"
-    return Reduction(jnp.dtype(dtype), fsdp_line(mesh))
-
-
-def fsdp_line(mesh: Any) -> int:
-    """Devices, consecutive along fsdp, that are a line of a TPU's torus: the longest run in which
-    one coordinate changes. 1 if the mesh has no TPUs, or fsdp does not span all of a slice."""
-    if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "tpu":
-        return 1
-    along = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(
-        -1, mesh.shape["fsdp"]
-    )
-    coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in along[0]])
-    size = len(coords)
-    lines = [n for n in range(2, size) if size % n == 0 and _is_line(coords[:n])]
-    return max(lines, default=1)
-
-
-def _is_line(coords: np.ndarray) -> bool:
-    return int((coords != coords[0]).any(0).sum()) == 1
 
 
 @cache

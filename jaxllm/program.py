@@ -18,19 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
+from jaxllm.collectives import reduction, with_shapes
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
-from jaxllm.mesh import (
-    batch_sharding,
-    data_parallel,
-    platform,
-    reduction,
-    replicated,
-    with_shapes,
-)
+from jaxllm.mesh import batch_sharding, data_parallel, platform, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge

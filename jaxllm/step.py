@@ -18,21 +18,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.data.batch import Batch
-from jaxllm.mesh import (
-    ROWS,
+from jaxllm.collectives import (
     Reduction,
     across_rows,
     along,
-    automatic_axes,
-    axes_of,
     fsdp_dim,
     over_rows,
-    param_sharding,
     reducing,
     scattered,
     summed_gradient,
 )
+from jaxllm.data.batch import Batch
+from jaxllm.mesh import ROWS, automatic_axes, axes_of, param_sharding
 from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from steps import pair_rows, ragged_rows, trajectory
 
+from jaxllm.collectives import fsdp_line
 from jaxllm.config import MeshSection, PeftSection
-from jaxllm.mesh import AXES, fsdp_line
+from jaxllm.mesh import AXES
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.reward import reward_loss
 from jaxllm.objectives.table import Objective
@@ -95,7 +96,8 @@ STAGES = """
 import numpy as np, jax
 from jax.sharding import PartitionSpec as P
 from jaxllm.config import MeshSection
-from jaxllm.mesh import Reduction, make_mesh, over_rows, reducing, scattered
+from jaxllm.collectives import Reduction, over_rows, reducing, scattered
+from jaxllm.mesh import make_mesh
 
 def summed(line, sizes):
     mesh = make_mesh(MeshSection(**sizes))

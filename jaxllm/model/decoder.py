@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from jaxllm.mesh import gathered
+from jaxllm.collectives import gathered
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import Axes, constrain, gathered
+from jaxllm.collectives import gathered
+from jaxllm.mesh import Axes, constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
         self.lora = peft.linear(path, axes, shape, rngs)
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return self.output(x, *products(x, (self,)), ctx)
+        return self.output(x, products(x, (self,))[0], ctx)
 
     def output(self, x: jax.Array, y: jax.Array, ctx: Context) -> jax.Array:
         """The output from the product y of x and the kernel."""

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxllm.mesh import constrain, gathered, manual_rows
+from jaxllm.collectives import gathered
+from jaxllm.mesh import constrain, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
@@ -40,7 +41,7 @@ REMAT: dict[str, Any] = {
 
 
 def _activations(primitive: Any, *inputs: Any, **options: Any) -> bool:
-    """A policy that saves what is computed from activations [B, T, ...], and no gathered weights."""
+    """A policy that saves what is computed from activations [B, T, ...]: no gathered weights."""
     return any(x.ndim > 2 for x in inputs)
 
 

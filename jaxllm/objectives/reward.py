@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxllm.collectives import across_rows
 from jaxllm.data.batch import Batch
-from jaxllm.mesh import across_rows
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import Loss, hidden_states
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxllm.mesh import constrain, data_parallel, gathered, platform, scattered, spec
+from jaxllm.collectives import gathered, scattered
+from jaxllm.mesh import constrain, data_parallel, platform, spec
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
@@ -294,7 +295,8 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
     zeros = jnp.zeros((chunks.count, B, chunks.size), jnp.float32)
     start = [zeros + MASKED, zeros, zeros, zeros + MASKED]
     sums, _ = lax.scan(sums_of_block, start, blocks)
-    values, lse = _values(*sums, head)
+    top, total, dotted, picked = sums
+    values, lse = _values(top, total, dotted, picked, head)
     result = jnp.where(needed, jnp.stack([chunks.joined(x) for x in values]), 0.0)
     if trained is None:
         return result, None, None

@@ -81,46 +81,47 @@ dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 def dots(x: jax.Array, ws: list[Any], axes: list[Axes]) -> list[jax.Array]:
     """x [B, T, I] · each w [I, O], as `dot`. axes: the logical axes of each w.
 
-    Inside `mesh.over_rows` the communication along a tensor axis is explicit (arXiv:2105.13120,
-    arXiv:2205.05198): x and what a product along split inputs returns are split along T, so that
-    products are preceded by one all-gather and followed by one reduce-scatter, in both passes.
+    Where a tensor axis splits the weights inside `collectives.over_rows`, the residual stream is
+    split along T, so that the products of one x begin with one all-gather, or end with one
+    reduce-scatter, and their backward pass the other way round (arXiv:2205.05198).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    specs = [jax.tree.map(lambda leaf, a=a: spec(a, leaf.shape, mesh), w) for w, a in zip(ws, axes)]
     if "tensor" not in automatic_axes() or not manual_rows():
         return [dot(x, w) for w in ws]
-    rows = spec(("batch", "sequence", None), x.shape, mesh)
-    whole = spec(("batch", "length", None), x.shape, mesh)
-    by_sequence = rows != whole
-    inputs = {dims[0] for leaf in jax.tree.leaves(specs) for dims in [tuple(leaf)]}
-    if inputs == {None}:  # outputs are split
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = [
+        jax.tree.map(lambda leaf, a=a: spec(a, leaf.shape, mesh), w)
+        for w, a in zip(ws, axes, strict=True)
+    ]
+    # (how the inputs are split, how the outputs are) of each leaf
+    splits = [tuple(leaf) for w in specs for leaf in jax.tree.leaves(w)]
+    stream = spec(("batch", "sequence", None), x.shape, mesh)
+    length = spec(("batch", "length", None), x.shape, mesh)[1]
+    by_sequence = stream[1] != length
 
-        def products(x, *ws):
-            x = lax.all_gather(x, "tensor", axis=1, tiled=True) if by_sequence else x
-            return [dot(x, w) for w in ws]
+    def from_stream(x: jax.Array, *ws: Any) -> list[jax.Array]:
+        x = lax.all_gather(x, "tensor", axis=1, tiled=True) if by_sequence else x
+        return [dot(x, w) for w in ws]
 
-        ins = rows
-        outs = [P(*whole[:2], jax.tree.leaves(s)[0][1]) for s in specs]
-    elif None not in inputs:  # inputs are split
-
-        def products(x, *ws):
-            ys = [dot(x, w) for w in ws]
-            if by_sequence:
-                return [lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) for y in ys]
+    def to_stream(x: jax.Array, *ws: Any) -> list[jax.Array]:
+        ys = [dot(x, w) for w in ws]
+        if not by_sequence:
             return lax.psum(ys, "tensor")
+        return [lax.psum_scatter(y, "tensor", scatter_dimension=1, tiled=True) for y in ys]
 
-        ins = P(*whole[:2], "tensor")
-        outs = [rows for _ in ws]
+    if all(inputs is None for inputs, _ in splits):
+        run, ins, outs = (
+            from_stream,
+            stream,
+            [P(None, length, jax.tree.leaves(w)[0][1]) for w in specs],
+        )
+    elif all(outputs is None for _, outputs in splits) and None not in [i for i, _ in splits]:
+        run, ins, outs = to_stream, P(None, length, "tensor"), [stream] * len(ws)
     else:
         return [dot(x, w) for w in ws]
-    run = jax.shard_map(
-        products,
-        in_specs=(ins, *specs),
-        out_specs=outs,
-        axis_names=automatic_axes(),
-        check_vma=False,
+    split = jax.shard_map(
+        run, in_specs=(ins, *specs), out_specs=outs, axis_names=automatic_axes(), check_vma=False
     )
-    return run(x, *ws)
+    return split(x, *ws)
 
 
 def softcapped(logits: jax.Array, cap: float) -> jax.Array:
