@@ -125,7 +125,7 @@ def attention(
     Raises UserError if `kernel` cannot run here.
     """
     T, S = q_BTHK.shape[1], k_BNSK.shape[2]
-    options: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap)
+    options: dict[str, Any] = dict(scale=scale, softcap=softcap)
     own = k_segments is None
     inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
     if own:
@@ -134,19 +134,19 @@ def attention(
         name, _ = choose(kernel, mixed_windows=isinstance(window, jax.Array), **facts)
         for row in KERNELS:
             if row.name == name:
-                return _per_shard(partial(row.run, **options), *inputs, offset=0)
+                return _per_shard(partial(row.run, **options), *inputs, offset=0, window=window)
     if not (isinstance(offset, int) and T + offset == S):
         # A cache of unknown length, or one with empty slots, is read in one block.
-        return blocks.attend(*inputs, size=T, offset=offset, **options)
+        return blocks.attend(*inputs, size=T, offset=offset, window=window, **options)
 
-    def in_blocks(q, *others, offset) -> jax.Array:
+    def in_blocks(q, *others, offset, window) -> jax.Array:
         parts = 1 if isinstance(offset, int) else offset.size
         size = blocks.block_size(q.shape[1] // parts)
-        return blocks.attend(q, *others, size=size, offset=offset, **options)
+        return blocks.attend(q, *others, size=size, offset=offset, window=window, **options)
 
     if blocks.block_size(T) == T and _shards(context.AXIS) == 1:
-        return in_blocks(*inputs, offset=offset)
-    return _per_shard(in_blocks, *inputs, offset=offset)
+        return in_blocks(*inputs, offset=offset, window=window)
+    return _per_shard(in_blocks, *inputs, offset=offset, window=window)
 
 
 def _shards(axis: str) -> int:
@@ -156,7 +156,16 @@ def _shards(axis: str) -> int:
 
 
 def _per_shard(
-    attend: Callable[..., Any], q, k, v, q_segments, k_segments, q_positions, *, offset: int
+    attend: Callable[..., Any],
+    q,
+    k,
+    v,
+    q_segments,
+    k_segments,
+    q_positions,
+    *,
+    offset: int,
+    window: Any,
 ) -> jax.Array:
     """`attend`, with these arguments, on each device's own rows, heads and queries.
 
@@ -169,7 +178,8 @@ def _per_shard(
     mesh = jax.sharding.get_abstract_mesh()
     free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     if mesh.size <= 1 or not free:
-        return attend(q, k, v, q_segments, k_segments, q_positions, offset=offset)
+        tokens = q_segments, k_segments, q_positions
+        return attend(q, k, v, *tokens, offset=offset, window=window)
     parts, (B, T, H, _), N = _shards("tensor"), q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
         k, v = (jnp.repeat(x, parts // N, axis=1) for x in (k, v))
@@ -182,27 +192,31 @@ def _per_shard(
     split = RULES["batch"] if B % math.prod(map(_shards, RULES["batch"])) == 0 else ()
     rows = tuple(a for a in free if a in split or mesh.shape[a] == 1 and a not in (heads, length))
     q_spec, kv_spec, token_spec = P(rows, length, heads), P(rows, heads), P(rows, length)
-    # check_vma=False: Pallas kernels do not declare along which axes their results vary.
-    shard_map = partial(
-        jax.shard_map, out_specs=q_spec, axis_names=frozenset(free), check_vma=False
-    )
     if length is None:
-        in_specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
-        run = shard_map(partial(attend, offset=offset), in_specs=in_specs)
-        return run(q, k, v, q_segments, k_segments, q_positions)
+        local = partial(attend, offset=offset)
+        inputs = (q, k, v, q_segments, k_segments, q_positions)
+        specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
+    else:
+        local = context.attend_split(attend)
+        k, v = (context.pieces(x, offset, 2) for x in (k, v))
+        k_segments = context.pieces(k_segments, offset, 1)
+        kv_specs = [kv_spec, P(rows, heads, length)][-len(k) :]
+        k_specs = [P(rows), token_spec][-len(k) :]
+        first = context.first_indices(T, shards, offset)
+        inputs = (q, k, v, q_segments, k_segments, q_positions, first)
+        specs = (q_spec, kv_specs, kv_specs, token_spec, k_specs, token_spec, P(length))
+    if isinstance(window, jax.Array):  # a nested shard_map does not capture arrays
 
-    def pieces(x: Any, axis: int) -> list[Any]:
-        """What precedes the row, if anything, and the row; of an array or of its spec."""
-        if isinstance(x, P):
-            return [x] * bool(offset) + [P(rows, *[heads] * (axis - 1), length)]
-        return jnp.split(x, [offset], axis) if offset else [x]
+        def run(*inputs) -> Any:
+            return local(*inputs[:-1], window=inputs[-1])
 
-    k_specs, s_specs = pieces(kv_spec, 2), pieces(P(rows), 1)
-    in_specs = (q_spec, k_specs, k_specs, token_spec, s_specs, token_spec, P(length))
-    run = shard_map(context.attend_split(attend), in_specs=in_specs)
-    first = context.first_indices(T, shards, offset)
-    keys = pieces(k, 2), pieces(v, 2)
-    return run(q, *keys, q_segments, pieces(k_segments, 1), q_positions, first)
+        inputs, specs = (*inputs, window), (*specs, P())
+    else:
+        run = partial(local, window=window)
+    # check_vma=False: Pallas kernels do not declare along which axes their results vary.
+    axes = frozenset(free)
+    mapped = jax.shard_map(run, in_specs=specs, out_specs=q_spec, axis_names=axes, check_vma=False)
+    return mapped(*inputs)
 
 
 def notes(mesh: Mesh, kernel: str, **facts: Any) -> list[str]:

@@ -58,8 +58,13 @@ def _exchanged(x: jax.Array, back: bool) -> jax.Array:
     return jnp.concatenate(moved, 1)
 
 
+def pieces(x: jax.Array, before: int, axis: int) -> list[jax.Array]:
+    """What precedes the row, if anything, and the row."""
+    return jnp.split(x, [before], axis) if before else [x]
+
+
 def _all_keys(pieces: list[jax.Array], axis: int) -> jax.Array:
-    """Keys in front of the row, if there are any, and those of all devices."""
+    """What precedes the row, if anything, and the row, of which each device has a part."""
     *front, own = pieces
     return jnp.concatenate([*front, lax.all_gather(own, AXIS, axis=axis, tiled=True)], axis)
 
@@ -67,18 +72,18 @@ def _all_keys(pieces: list[jax.Array], axis: int) -> jax.Array:
 def attend_split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`attend` on one device: (q, k, v, q_segments, k_segments, q_positions, first) -> out.
 
-    q [B, T, H, K], q_segments and q_positions [B, T] are the device's own; of k and v, lists of
-    [B, N, ., .], and of k_segments, a list of [B, .], the last is, and those before precede the
-    row. first: the device's [1, parts] of `first_indices`.
+    q [B, T, H, K], q_segments and q_positions [B, T] are the device's own; k, v and k_segments are
+    the `pieces` of [B, N, S, .] and [B, S], of which the row is the device's own. first: the
+    device's [1, parts] of `first_indices`.
     """
 
-    def local(q, k, v, q_segments, k_segments, q_positions, first) -> Any:
+    def local(q, k, v, q_segments, k_segments, q_positions, first, *, window) -> Any:
         k, v, k_segments = _all_keys(k, 2), _all_keys(v, 2), _all_keys(k_segments, 1)
         queries, zigzag = (q, q_segments, q_positions), first.size == 2
         if zigzag:
             queries = [_exchanged(x, back=False) for x in queries]
         q, q_segments, q_positions = queries
-        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first[0])
+        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first[0], window=window)
         return _exchanged(out, back=True) if zigzag else out
 
     return local
