@@ -170,15 +170,8 @@ def test_auto_is_splash_on_a_tpu():
         attention.choose("splash", **facts)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "manual"),
-    [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data", "fsdp", "expert", "context")),
-        ({"fsdp": 2, "context": 2, "tensor": 2}, ()),
-    ],
-)
-def test_splash_over_a_mesh(small_blocks, monkeypatch, sizes, manual):
-    """Inside a shard_map that is manual along some axes, and along `context`."""
+def test_splash_over_a_mesh(small_blocks, monkeypatch):
+    """Rows split along context, inside a shard_map that is manual along fsdp."""
     inputs = (packed(4, 512), *arrays(4, 512, 2, 2, 64, 64))
     window, rows = jnp.int32(90), P(("data", "fsdp"))
 
@@ -186,19 +179,18 @@ def test_splash_over_a_mesh(small_blocks, monkeypatch, sizes, manual):
         options = {"scale": 0.125, "window": window}
         return attention.attention(q, k, v, segments, None, segments, **options)
 
-    want = jax.jit(partial(with_gradients, run))(*inputs, window)
+    compute = partial(with_gradients, run)
+    want = jax.jit(compute)(*inputs, window)
     kernel = partial(attention_tpu.run, interpret=True)
     monkeypatch.setattr(attention_tpu, "run", kernel)
     monkeypatch.setattr(attention, "choose", lambda *_, **__: ("splash", ""))
-    f = partial(with_gradients, run)
-    if manual:
-        specs = (*[rows] * 5, P())
-        f = jax.shard_map(
-            f, in_specs=specs, out_specs=rows, axis_names=frozenset(manual), check_vma=False
-        )
-    mesh = make_mesh(MeshSection(**{"data": 1, "fsdp": 1} | sizes), jax.devices())
+    mesh = make_mesh(MeshSection(data=1, fsdp=2, context=2, tensor=2), jax.devices())
+    specs, axes = (*[rows] * 5, P()), frozenset(("data", "fsdp", "expert"))
     with jax.set_mesh(mesh):
-        assert_close(jax.jit(f)(*inputs, window), want)
+        mapped = jax.shard_map(
+            compute, in_specs=specs, out_specs=rows, axis_names=axes, check_vma=False
+        )
+        assert_close(jax.jit(mapped)(*inputs, window), want)
 
 
 TOPOLOGIES = {
