@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from jaxllm.ops.attention_mask import NOWHERE, visible_blocks
+from jaxllm.ops.attention_mask import visible_blocks
 
 LANES = 128  # blocks are multiples of it
 # Kind of chip -> most tokens in a block of queries and of keys. Larger blocks read keys less often,
@@ -89,13 +89,12 @@ def _mask_info(seen: jax.Array, q_sequence: jax.Array, by_keys: bool) -> MaskInf
 
     It visits the blocks of queries one by one and the blocks of keys of each; with `by_keys` the
     other way round. At a pair that it skips, `data_next` is the block of the next pair that it
-    visits, which is then loaded early.
+    visits, which is then loaded early; 0 after the last one.
     """
     order = seen.T if by_keys else seen
     places = jnp.arange(order.size, dtype=jnp.int32)
     after = lax.cummin(jnp.where(order.ravel(), places, order.size), reverse=True)
-    after = jnp.where(after == order.size, after[0], after) % order.shape[1]
-    after = after.reshape(order.shape)
+    after = (after % order.shape[1]).reshape(order.shape)
     small = jnp.int8 if order.shape[1] <= 128 else jnp.int16  # scalar memory is small
     return MaskInfo(
         data_next=(after.T if by_keys else after).astype(small)[None],
@@ -131,14 +130,14 @@ def run(
     parts = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
     indices = (parts + jnp.arange(T // len(parts), dtype=jnp.int32)).ravel()
 
-    # Added queries are copies of the last one in all but q, so that each sees a key: a softmax over
-    # none is NaN. Their gradient is zero.
+    # Added queries have the segment and the index of the last one, so they make no further block
+    # visible. Added keys come after all queries, which therefore do not see them.
     more = ((0, 0), (0, -T % LANES))
     q = jnp.pad(q, ((0, 0), *more, (0, 0)))
     indices, q_segments = jnp.pad(indices, more[1], "edge"), jnp.pad(q_segments, more, "edge")
     more = ((0, 0), (0, -S % LANES))
     k, v = (jnp.pad(x, ((0, 0), *more, (0, 0))) for x in (k_BNSK, v_BNSV))
-    k_segments = jnp.pad(k_segments, more, constant_values=NOWHERE)
+    k_segments = jnp.pad(k_segments, more)
 
     q_size, k_size = block_sizes(q.shape[2], k.shape[2])
     first_keys = jnp.arange(0, k.shape[2], k_size)

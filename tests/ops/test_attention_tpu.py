@@ -95,9 +95,9 @@ def test_splash_equals_blocks(small_blocks, heads, dims, window, softcap, traced
 
 
 def test_padding_gives_no_nan(small_blocks):
-    """A result is finite in a row of padding alone, and so are gradients of all results."""
-    q, k, v, g = arrays(2, 200, 1, 1, 64, 64)
-    segments = packed(2, 200).at[1].set(0)
+    """Results are finite in blocks of padding alone, and so are gradients of all results."""
+    q, k, v, g = arrays(1, T, 1, 1, 64, 64)
+    segments = packed(1).at[:, 100:].set(0)
 
     @jax.jit
     def run(q, k, v):
