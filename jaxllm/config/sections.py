@@ -114,9 +114,9 @@ class ModelSection:
     """activations recomputed in the backward pass: none; full = all; dots = all but matrix products
     and attention; names = all but attention; offload = all, with the layers' inputs in the host's
     memory (not on CPU)"""
-    attention: Literal["auto", "xla", "mosaic", "triton"] = "auto"
-    """attention kernel; auto = the fastest one measured on this platform; mosaic and triton need an
-    NVIDIA GPU and tokamax"""
+    attention: Literal["auto", "xla", "splash", "mosaic", "triton"] = "auto"
+    """attention kernel; auto = the fastest one on this platform; splash needs a TPU, mosaic and
+    triton an NVIDIA GPU and tokamax"""
     scan_unroll: Annotated[Size, Unit("layers")] = 1
     """layers per iteration of the scan over layers; more take longer to compile and more memory"""
     loss_chunk: Annotated[Count, Unit("tokens")] = 0

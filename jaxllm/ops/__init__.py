@@ -3,14 +3,16 @@
 
 Imports config, errors and mesh only. In the order in which a layer, then the loss, uses them:
 
-    quantized         int8 and nf4 kernels, and their dequantization
-    matmul            products with float32 accumulation, and their gradients
-    residuals         values that a layer stores for its backward pass
-    attention         grouped-query attention: the choice of a kernel, and its shards
-    attention_mask    which keys a query sees
-    attention_blocks  attention in blocks of XLA operations
-    attention_gpu     fused kernels for NVIDIA GPUs
-    cross_entropy     the loss over a large vocabulary, in chunks
-    conditional       an update that keeps the old values if a condition is false
-    decoding          dtype of the cache, layout of the weights, greedy argmax
+    quantized          int8 and nf4 kernels, and their dequantization
+    matmul             products with float32 accumulation, and their gradients
+    residuals          values that a layer stores for its backward pass
+    attention          grouped-query attention: the table of kernels, and their shards
+    attention_mask     which keys a query sees
+    attention_blocks   attention in blocks of XLA operations
+    attention_context  rows that are split along the mesh axis `context`
+    attention_gpu      fused kernels for NVIDIA GPUs
+    attention_tpu      splash attention for TPUs
+    cross_entropy      the loss over a large vocabulary, in chunks
+    conditional        an update that keeps the old values if a condition is false
+    decoding           dtype of the cache, layout of the weights, greedy argmax
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention inside segments: one function, and the choice of its kernel.
+"""Grouped-query attention inside segments: one function, its kernels, and their shards.
 
 Dims: B rows, T queries, S keys, H query heads, N key/value heads, K head_dim of queries and keys,
 V head_dim of values.
@@ -7,22 +7,91 @@ V head_dim of values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.mesh import RULES, data_parallel, platform
+from jaxllm.errors import UserError
+from jaxllm.mesh import RULES, platform
 from jaxllm.ops import attention_blocks as blocks
+from jaxllm.ops import attention_context as context
 from jaxllm.ops import attention_gpu as gpu
+from jaxllm.ops import attention_tpu as tpu
 from jaxllm.ops.attention_mask import EVERYWHERE
-from jaxllm.ops.residuals import saveable
 
 __all__ = ["EVERYWHERE", "attention", "notes"]
+
+
+class Kernel(NamedTuple):
+    """A fused kernel, for rows that attend to themselves."""
+
+    name: str  # value of model.attention
+    platform: str
+    obstacle: Callable[..., str]  # facts of `choose` -> why it cannot run; empty if it can
+    unproven: Callable[[], str]  # why "auto" does not select it; empty if it is the fastest
+    run: Callable[..., jax.Array]  # arguments: those of `blocks.attend` without `size`
+
+
+def _splash(q, k, v, q_segments, k_segments, _, **options) -> jax.Array:
+    return tpu.run(q, k, v, q_segments, k_segments, **options)
+
+
+def _tokamax(name: str) -> Callable[..., jax.Array]:
+    def run(q, k, v, segments, _, __, *, offset, **options) -> jax.Array:
+        return gpu.run(name, q, k, v, segments, **options)
+
+    return run
+
+
+# In the order of preference. jax.nn's cudnn attention is not one of them: it takes segments only as
+# a mask [B, 1, T, T], which it reads from memory.
+KERNELS = (
+    Kernel("splash", "tpu", tpu.obstacle, lambda: "", _splash),
+    Kernel("mosaic", "gpu", gpu.obstacle, gpu.mosaic_unproven, _tokamax("mosaic")),
+    Kernel(
+        "triton",
+        "gpu",
+        partial(gpu.obstacle, soft_caps=False),
+        lambda: "it is slower than mosaic",
+        _tokamax("triton"),
+    ),
+)
+DEVICES = {"tpu": "a TPU", "gpu": "an NVIDIA GPU"}
+
+
+def choose(kernel: str, **facts: Any) -> tuple[str, str]:
+    """(kernel to run, why it is not a faster one) for a value of model.attention.
+
+    facts, where known: dtype of q; softcap; head_dims of (q, v); prefix, True if keys precede each
+    text; length of a row; mixed_windows, True if layers of one scan have different windows.
+
+    "auto" is the first of KERNELS that is the fastest measured on the platform and can run, else
+    xla: `attention_blocks`. Raises UserError for a requested kernel that cannot run.
+    """
+    if kernel == "xla":
+        return "xla", ""
+    here, reasons = platform(), []
+    for row in KERNELS:
+        if row.name != kernel and (kernel, row.platform) != ("auto", here):
+            continue
+        if row.platform == here:
+            reason = row.obstacle(context=_shards(context.AXIS), **facts)
+            reason = reason or (row.unproven() if kernel == "auto" else "")
+        else:
+            needed = DEVICES[row.platform]
+            reason = f"it needs {needed}, and this program is for a {here.upper()}"
+        if not reason:
+            return row.name, ""
+        reasons.append(reason)
+    if kernel == "auto":
+        return "xla", next(iter(reasons), "")
+    raise UserError(f"model.attention: {kernel} cannot run: {reasons[0]}; set it to auto or xla")
 
 
 def attention(
@@ -51,68 +120,112 @@ def attention(
       offset: index of the first query among the keys.
       window: number of keys that a query sees at most, an int or int32 scalar; None = all.
       softcap: scores are within (-softcap, softcap); 0 = unbounded.
-      kernel: auto | xla | mosaic | triton, as `attention_gpu.choose` describes.
+      kernel: auto | xla | splash | mosaic | triton, as `choose` describes.
 
     Raises UserError if `kernel` cannot run here.
     """
     T, S = q_BTHK.shape[1], k_BNSK.shape[2]
-    options: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap)
-    if k_segments is None:
-        dims = (q_BTHK.shape[-1], v_BNSV.shape[-1])
-        name, _ = gpu.choose(kernel, dtype=q_BTHK.dtype, softcap=softcap, head_dims=dims)
-        if name != "xla":
+    options: dict[str, Any] = dict(scale=scale, softcap=softcap)
+    own = k_segments is None
+    inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
+    if own:
+        facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=T)
+        facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]))
+        name, _ = choose(kernel, mixed_windows=isinstance(window, jax.Array), **facts)
+        for row in KERNELS:
+            if row.name == name:
+                return _per_shard(partial(row.run, **options), *inputs, offset=0, window=window)
+    if not (isinstance(offset, int) and T + offset == S):
+        # A cache of unknown length, or one with empty slots, is read in one block.
+        return blocks.attend(*inputs, size=T, offset=offset, window=window, **options)
 
-            def fused(q, k, v, segments):
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                return gpu.run(name, q, k, v, segments, **options)
+    def in_blocks(q, *others, offset, window) -> jax.Array:
+        parts = 1 if isinstance(offset, int) else offset.size
+        size = blocks.block_size(q.shape[1] // parts)
+        return blocks.attend(q, *others, size=size, offset=offset, window=window, **options)
 
-            return saveable(_per_shard(fused, q_BTHK, k_BNSK, v_BNSV, q_segments), "attention")
-        k_segments = q_segments
-    # A cache of unknown length, or one with empty slots, is read in one block.
-    in_blocks = isinstance(offset, int) and T + offset == S
-    size = blocks.block_size(T) if in_blocks else T
-    attend = partial(blocks.attend, size=size, offset=offset, **options)
-    inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, k_segments, q_positions)
-    return _per_shard(attend, *inputs) if size < T else attend(*inputs)
+    if blocks.block_size(T) == T and _shards(context.AXIS) == 1:
+        return in_blocks(*inputs, offset=offset, window=window)
+    return _per_shard(in_blocks, *inputs, offset=offset, window=window)
 
 
-def _per_shard(attend: Callable[..., Any], q, k, v, *per_token: jax.Array) -> jax.Array:
-    """attend(q, k, v, *per_token) on each device's own rows and heads, without communication.
+def _shards(axis: str) -> int:
+    """Devices along a mesh axis, 1 if it is manual: the arrays are then those of one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if axis in mesh.manual_axes else dict(mesh.shape).get(axis, 1)
+
+
+def _per_shard(
+    attend: Callable[..., Any],
+    q,
+    k,
+    v,
+    q_segments,
+    k_segments,
+    q_positions,
+    *,
+    offset: int,
+    window: Any,
+) -> jax.Array:
+    """`attend`, with these arguments, on each device's own rows, heads and queries.
 
     A kernel cannot be partitioned by XLA, and the list of visible blocks needs no other device's
-    rows. q is [B, T, H, K], k and v are [B, N, S, .], per_token are [B, .]. All mesh axes are
-    manual: rows are split along data and fsdp, heads along tensor where both H and N divide, and
-    everything else is replicated.
+    rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]. Inside, all mesh axes are
+    manual, also those that are not yet in a shard_map around it: rows are split along data and
+    fsdp, heads along tensor where both H and N divide, queries along context where T divides, and
+    everything else is replicated. Only context communicates (`attention_context`).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = {a for a in mesh.axis_names if a not in mesh.manual_axes}
-    if mesh.size <= 1 or not axes:
-        return attend(q, k, v, *per_token)
-    parts, (B, _, H, _), N = mesh.shape["tensor"], q.shape, k.shape[1]
+    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    if mesh.size <= 1 or not free:
+        tokens = q_segments, k_segments, q_positions
+        return attend(q, k, v, *tokens, offset=offset, window=window)
+    parts, (B, T, H, _), N = _shards("tensor"), q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
         k, v = (jnp.repeat(x, parts // N, axis=1) for x in (k, v))
         N = parts
-    heads = "tensor" if H % parts == 0 and N % parts == 0 else None
+    heads = "tensor" if "tensor" in free and H % parts == 0 and N % parts == 0 else None
+    shards = _shards(context.AXIS)
+    length = context.AXIS if shards > 1 and T % shards == 0 else None
     # The gradient of an input is summed over the axes that its spec leaves out. Axes of size 1 are
     # named, so that these sums do not become all-reduces of one device each.
-    split = RULES["batch"] if B % data_parallel(mesh) == 0 else ()
-    rows = tuple(a for a in axes if a in split or mesh.shape[a] == 1 and a != heads)
-    q_spec, kv_spec = P(rows, None, heads), P(rows, heads)
-    in_specs = (q_spec, kv_spec, kv_spec, *[P(rows)] * len(per_token))
+    split = RULES["batch"] if B % math.prod(map(_shards, RULES["batch"])) == 0 else ()
+    rows = tuple(a for a in free if a in split or mesh.shape[a] == 1 and a not in (heads, length))
+    q_spec, kv_spec, token_spec = P(rows, length, heads), P(rows, heads), P(rows, length)
+    if length is None:
+        local = partial(attend, offset=offset)
+        inputs = (q, k, v, q_segments, k_segments, q_positions)
+        specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
+    else:
+        local = context.attend_split(attend)
+        k, v = (context.pieces(x, offset, 2) for x in (k, v))
+        k_segments = context.pieces(k_segments, offset, 1)
+        kv_specs = [kv_spec, P(rows, heads, length)][-len(k) :]
+        k_specs = [P(rows), token_spec][-len(k) :]
+        first = context.first_indices(T, shards, offset)
+        inputs = (q, k, v, q_segments, k_segments, q_positions, first)
+        specs = (q_spec, kv_specs, kv_specs, token_spec, k_specs, token_spec, P(length))
+    if isinstance(window, jax.Array):  # a nested shard_map does not capture arrays
+
+        def run(*inputs) -> Any:
+            return local(*inputs[:-1], window=inputs[-1])
+
+        inputs, specs = (*inputs, window), (*specs, P())
+    else:
+        run = partial(local, window=window)
     # check_vma=False: Pallas kernels do not declare along which axes their results vary.
-    run = jax.shard_map(
-        attend, in_specs=in_specs, out_specs=q_spec, axis_names=axes, check_vma=False
-    )
-    return run(q, k, v, *per_token)
+    axes = frozenset(free)
+    mapped = jax.shard_map(run, in_specs=specs, out_specs=q_spec, axis_names=axes, check_vma=False)
+    return mapped(*inputs)
 
 
 def notes(mesh: Mesh, kernel: str, **facts: Any) -> list[str]:
     """What train() prints: the kernel that attention runs on an accelerator, and why.
 
-    facts: keyword arguments of `attention_gpu.choose`. Raises UserError if `kernel` cannot run.
+    facts: keyword arguments of `choose`. Raises UserError if `kernel` cannot run.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        name, reason = gpu.choose(kernel, **facts)
+        name, reason = choose(kernel, **facts)
         if platform() == "cpu":
             return []
     return [f"attention: {name}" + (f" ({reason})" if reason else "")]

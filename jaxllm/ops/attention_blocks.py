@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.mesh import platform
-from jaxllm.ops.attention_mask import EVERYWHERE, NOWHERE, visible
+from jaxllm.ops.attention_mask import NOWHERE, visible, visible_blocks
 from jaxllm.ops.matmul import softcapped
 from jaxllm.ops.residuals import saveable_in_vjp
 
@@ -53,23 +53,26 @@ def attend(
 ) -> jax.Array:
     """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T.
 
-    options: window, scale and softcap.
+    offset: index of the first query among the keys, or int32 [parts]: of the first query of each
+    of so many equal parts of the queries, which `size` divides. options: window, scale and softcap.
     """
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
-    # Blocks of keys begin where blocks of queries do.
-    front: Any = -offset % size if size < T else 0
+    # Blocks of keys begin where blocks of queries do, if that is known now.
+    front: Any = -offset % size if size < T and isinstance(offset, int) else 0
     queries = partial(_split, size=size)
     keys = partial(_split, size=size if size < T else S, front=front)
     q = queries(q_BTHK.astype(k_BNSK.dtype), 1).reshape(-1, B, size, N, H // N, K)
     q, k, v = q.transpose(0, 1, 3, 4, 2, 5), keys(k_BNSK, 2), keys(v_BNSV, 2)
+    parts = jnp.reshape(offset, (-1, 1))
     where = (
         queries(q_segments, 1, fill=NOWHERE),
         keys(k_segments, 1, fill=NOWHERE),
         queries(q_positions, 1),
-        (jnp.asarray(offset), jnp.asarray(-front)),
+        ((parts + size * jnp.arange(len(q) // len(parts))).ravel(), jnp.asarray(-front)),
     )
-    out: Any = _attend(q, k, v, where, **options)  # [n, B, N, G, size, V]
+    # [n, B, N, G, size, V]
+    out: Any = _attend(q, k, v, where, aligned=isinstance(offset, int), **options)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -92,26 +95,19 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _visible_pairs(where: Any, window: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _visible_pairs(where: Any, window: Any, aligned: bool) -> tuple[Any, Any, jax.Array]:
     """(blocks of queries, blocks of keys, number of visible pairs), the visible pairs first.
 
-    A pair is visible if some query of some row may see one of its keys.
+    A pair is visible if some query of some row may see one of its keys. aligned: the last blocks of
+    queries and keys are the same tokens, so no later block of keys is seen.
     """
-    q_segments, k_segments, _, (first_query, first_key) = where
-    (n, _, size), m = q_segments.shape, len(k_segments)
-    i, j = np.tril_indices(n, m - n, m)
-
-    def id_range(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Lowest and highest segment id of each block and row, [n, B]; padding has the highest."""
-        padding = (segments == 0) | (segments == NOWHERE)
-        ids = jnp.where(padding, jnp.iinfo(jnp.int32).max, segments)
-        return ids.min(-1), ids.max(-1)
-
-    (q_low, q_high), (k_low, k_high) = id_range(q_segments), id_range(k_segments)
-    seen = ((q_low[i] <= k_high[j]) & (k_low[j] <= q_high[i])).any(-1)
-    if window is not None:
-        seen &= first_query + i * size - (first_key + j * size + size - 1) < window
-    seen |= (k_segments == EVERYWHERE).any((1, 2))[j]
+    q_segments, k_segments, _, (starts, first_key) = where
+    (n, _, T), (m, _, S) = q_segments.shape, k_segments.shape
+    k_starts = first_key + S * jnp.arange(m)
+    ranges = (starts, starts + T - 1), (k_starts, k_starts + S - 1)
+    seen = visible_blocks(q_segments, k_segments, *ranges, window)
+    i, j = np.tril_indices(n, m - n, m) if aligned else np.indices((n, m)).reshape(2, -1)
+    seen = seen[i, j]
     order = jnp.argsort(~seen, stable=True)
     return jnp.asarray(i)[order], jnp.asarray(j)[order], jnp.sum(seen)
 
@@ -125,14 +121,15 @@ def _merged(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, where, window: Any, scale: float, softcap: float) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, where, window: Any, scale: float, softcap: float, aligned: bool) -> Any:
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
 
     where: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the indices of
-    the first query and the first key. window: an int32 scalar or None.
+    the first query of each block [n] and of the first key. window: an int32 scalar or None.
+    aligned: as in `_visible_pairs`.
     """
-    return _forward(q, k, v, where, window, scale, softcap)[0]
+    return _forward(q, k, v, where, window, scale, softcap, aligned)[0]
 
 
 def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
@@ -140,23 +137,23 @@ def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> 
 
     They are scaled in float32: a bfloat16 scale or product would be off by up to 0.4 %.
     """
-    q_segments, k_segments, q_positions, (first_query, first_key) = where
+    q_segments, k_segments, q_positions, (starts, first_key) = where
     (_, B, N, G, T, _), S = q.shape, k.shape[3]
     scores = _product(_merged(_block(q, i)), _block(k, j), (3, 3))
     scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
     segments = _block(q_segments, i), _block(k_segments, j)
-    indices = first_query + i * T + jnp.arange(T), first_key + j * S + jnp.arange(S)
+    indices = _block(starts, i) + jnp.arange(T), first_key + j * S + jnp.arange(S)
     mask = visible(*segments, _block(q_positions, i), *indices, window)
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
-def _over_pairs(visit: Any, sums: Any, where: Any, window: Any) -> Any:
-    """sums = visit(i, j, sums) for each visible pair of blocks."""
-    q_blocks, k_blocks, count = _visible_pairs(where, window)
+def _over_pairs(visit: Any, sums: Any, *pairs: Any) -> Any:
+    """sums = visit(i, j, sums) for each visible pair of blocks. pairs: as of `_visible_pairs`."""
+    q_blocks, k_blocks, count = _visible_pairs(*pairs)
     return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
+def _forward(q, k, v, where, window: Any, scale: float, softcap: float, aligned: bool):
     shape = (*q.shape[:-1], v.shape[-1])  # [n, B, N, G, T, V]
 
     def one_pair(i: Any, j: Any) -> tuple[jax.Array, ...]:
@@ -181,13 +178,13 @@ def _forward(q, k, v, where, window: Any, scale: float, softcap: float):
     else:
         zeros = jnp.zeros((*shape[:-1], 1), jnp.float32)
         start = (zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
-        top, total, weighted = _over_pairs(visit, start, where, window)
+        top, total, weighted = _over_pairs(visit, start, where, window, aligned)
     out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
     lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
     return out, (q, k, v, where, window, out, lse)
 
 
-def _backward(scale: float, softcap: float, saved, g):
+def _backward(scale: float, softcap: float, aligned: bool, saved, g):
     q, k, v, where, window, out, lse = saved
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
@@ -210,8 +207,10 @@ def _backward(scale: float, softcap: float, saved, g):
         )
 
     sums: Any = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-    one_block = len(q) == len(k) == 1
-    sums = visit(0, 0, sums) if one_block else _over_pairs(visit, tuple(sums), where, window)
+    if len(q) == len(k) == 1:
+        sums = visit(0, 0, sums)
+    else:
+        sums = _over_pairs(visit, tuple(sums), where, window, aligned)
     return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None, None
 
 

@@ -18,42 +18,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.errors import UserError
-from jaxllm.mesh import platform
 from jaxllm.ops.attention_mask import first_visible
+from jaxllm.ops.residuals import saveable
 
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
 # `run` imports private modules, so a version counts only once benchmarks/gpu.py has passed with it.
 TOKAMAX_VERSIONS = ("0.0.17",)
 
 
-def choose(kernel: str, **facts: Any) -> tuple[str, str]:
-    """(kernel to run, why it is not a faster one) for `kernel` = auto | xla | mosaic | triton.
+def mosaic_unproven() -> str:
+    """Why mosaic is not known to be the fastest kernel here; empty if benchmarks/results say so."""
+    hopper = jax.devices()[0].compute_capability[:2] == "9."
+    return "" if hopper else "mosaic is the fastest kernel on Hopper only"
 
-    facts: keyword arguments of `obstacle`. "auto" is mosaic on Hopper, the fastest kernel there in
-    benchmarks/results, and xla where mosaic cannot run. Raises UserError for a requested kernel
-    that cannot run.
+
+def obstacle(
+    *,
+    dtype: Any,
+    softcap: float,
+    head_dims: tuple[int, int] = (0, 0),
+    prefix: bool = False,
+    context: int = 1,
+    soft_caps: bool = True,
+    **_: Any,
+) -> str:
+    """Why the kernel cannot run on a GPU; empty if it can.
+
+    soft_caps: True if the kernel has them. context: devices that a row is split among. The others
+    are facts of `attention.choose`.
     """
-    if kernel == "xla":
-        return "xla", ""
-    name = "mosaic" if kernel == "auto" else kernel
-    reason = obstacle(name, **facts)
-    if not reason and kernel == "auto" and jax.devices()[0].compute_capability[:2] != "9.":
-        reason = "mosaic is the fastest kernel on Hopper only"
-    if not reason:
-        return name, ""
-    if kernel == "auto":
-        return "xla", reason
-    raise UserError(f"model.attention: {kernel} cannot run: {reason}; set it to auto or xla")
-
-
-def obstacle(kernel: str, *, dtype: Any, softcap: float, head_dims=(0, 0), prefix=False) -> str:
-    """Why the kernel cannot run on the platform of the mesh in context; empty if it can.
-
-    dtype is that of q, head_dims those of (q, v); prefix: keys precede each text.
-    """
-    if platform() != "gpu":
-        return f"it needs an NVIDIA GPU, and this program is for a {platform().upper()}"
     if jax.devices()[0].platform != "gpu":
         return "tokamax asks the attached device for its architecture, and that is no GPU"
     try:
@@ -64,15 +57,17 @@ def obstacle(kernel: str, *, dtype: Any, softcap: float, head_dims=(0, 0), prefi
         return f"tokamax {version} is not one of the tested versions {', '.join(TOKAMAX_VERSIONS)}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it needs model.compute_dtype bfloat16, not {jnp.dtype(dtype)}"
-    if kernel == "triton" and softcap:
+    if softcap and not soft_caps:
         return "it has no soft cap, and this model has one"
     if head_dims[0] != head_dims[1]:
         return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
+    if context > 1:
+        return "mesh.context splits the rows"
     return "keys of a prefix precede each text" if prefix else ""
 
 
 def run(kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: float) -> jax.Array:
-    """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, T, N, K].
+    """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, N, T, K].
 
     segments are int32 [B, T]. tokamax.dot_product_attention would take them as a mask [B, 1, T, T],
     which its kernels read from memory. The classes below it take the first visible key of each
@@ -80,6 +75,9 @@ def run(kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: f
     """
     api: Any = import_module("tokamax._src.ops.attention.api")
     base: Any = import_module("tokamax._src.ops.attention.base")
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     mask = base.Mask(k_start=first_visible(segments, window)[:, None, :], is_causal=True)
     implementation = api.IMPLEMENTATIONS[IMPLEMENTATIONS[kernel]]
-    return implementation(q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=softcap or None)
+    cap = softcap or None
+    out = implementation(q, k, v, mask=mask, logits_scale=scale, logits_soft_cap=cap)
+    return saveable(out, "attention")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mask rule of attention: causal, inside a segment, inside a window.
 
-Dims: B rows, T queries, S keys.
+Dims: B rows, T queries, S keys; of blocks of tokens: n blocks of queries, m of keys.
 """
 
 from __future__ import annotations
@@ -43,3 +43,28 @@ def first_visible(segments: jax.Array, window: jax.Array | int | None) -> jax.Ar
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
     first = lax.cummax(jnp.where(begins, indices, 0), axis=1)
     return first if window is None else jnp.maximum(first, indices - (window - 1))
+
+
+def visible_blocks(q_segments, k_segments, q_indices, k_indices, window) -> jax.Array:
+    """True where some query of a block may see a key of another in some row, bool [n, m].
+
+    Where segment ids are not ascending it may be true for blocks that see nothing.
+
+    q_segments [n, B, T] and k_segments [m, B, S] are segment ids; q_indices and k_indices are the
+    (lowest, highest) index of each block among the keys, int32 [n] and [m]. Keys of EVERYWHERE
+    precede each text, so whether a window excludes them is not known here.
+    """
+
+    def id_range(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Lowest and highest segment id of each block and row, [n, B]; padding has the highest."""
+        padding = (segments == 0) | (segments == NOWHERE)
+        ids = jnp.where(padding, jnp.iinfo(jnp.int32).max, segments)
+        return ids.min(-1), ids.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = id_range(q_segments), id_range(k_segments)
+    seen = ((q_low[:, None] <= k_high) & (k_low <= q_high[:, None])).any(-1)
+    (first_query, last_query), (first_key, last_key) = q_indices, k_indices
+    seen &= last_query[:, None] >= first_key
+    if window is not None:
+        seen &= first_query[:, None] - last_key < window
+    return seen | (k_segments == EVERYWHERE).any((1, 2))

@@ -165,8 +165,9 @@ def test_blocks_keep_the_distance_to_keys_before_the_row(monkeypatch):
 def test_pairs_of_blocks_that_see_nothing_are_skipped(texts, window, pairs):
     segments = np.stack([np.repeat(np.arange(1, len(x) + 1), x) for x in texts]).astype(np.int32)
     blocks = jnp.asarray(segments.reshape(B, 5, 8).swapaxes(0, 1))
-    where = (blocks, blocks, blocks, (jnp.int32(0), jnp.int32(0)))
-    assert int(attention_blocks._visible_pairs(where, window)[2]) == pairs
+    where = (blocks, blocks, blocks, (8 * jnp.arange(5), jnp.int32(0)))
+    for aligned in (True, False):
+        assert int(attention_blocks._visible_pairs(where, window, aligned)[2]) == pairs
 
 
 @pytest.mark.parametrize("before", [0, 5])

@@ -28,7 +28,7 @@ A100 = SimpleNamespace(platform="gpu", compute_capability="8.0")
 
 
 def on_gpu(monkeypatch, device=H100, version=attention_gpu.TOKAMAX_VERSIONS[-1]):
-    monkeypatch.setattr(attention_gpu, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
     monkeypatch.setattr(attention_gpu.jax, "devices", lambda: [device])
     monkeypatch.setattr(attention_gpu.metadata, "version", lambda name: version)
 
@@ -51,13 +51,13 @@ def test_first_visible_key_and_causality_equal_the_mask(window):
 
 
 def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
-    assert attention_gpu.choose("auto", **FACTS)[0] == "xla"  # on this CPU
+    assert attention.choose("auto", **FACTS)[0] == "xla"  # on this CPU
     on_gpu(monkeypatch)
-    assert attention_gpu.choose("auto", **FACTS) == ("mosaic", "")
-    assert attention_gpu.choose("xla", **FACTS) == ("xla", "")
-    assert attention_gpu.choose("triton", **FACTS) == ("triton", "")
+    assert attention.choose("auto", **FACTS) == ("mosaic", "")
+    assert attention.choose("xla", **FACTS) == ("xla", "")
+    assert attention.choose("triton", **FACTS) == ("triton", "")
     on_gpu(monkeypatch, A100)
-    assert attention_gpu.choose("auto", **FACTS) == (
+    assert attention.choose("auto", **FACTS) == (
         "xla",
         "mosaic is the fastest kernel on Hopper only",
     )
@@ -70,16 +70,19 @@ def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
         ("triton", {"softcap": 30.0}, {}, "no soft cap"),
         ("mosaic", {"head_dims": (8, 4)}, {}, "head_dim is 8 for queries and 4 for values"),
         ("mosaic", {"prefix": True}, {}, "keys of a prefix precede each text"),
+        ("mosaic", {}, {"context": 2}, "mesh.context splits the rows"),
         ("mosaic", {}, {"version": "0.0.1"}, "tokamax 0.0.1 is not one of the tested versions"),
         ("mosaic", {}, {"device": SimpleNamespace(platform="cpu")}, "that is no GPU"),
     ],
 )
 def test_a_kernel_that_cannot_run_is_an_error(monkeypatch, kernel, facts, machine, reason):
+    shards = machine.pop("context", 1)
     on_gpu(monkeypatch, **machine)
+    monkeypatch.setattr(attention, "_shards", lambda axis: shards)
     with pytest.raises(UserError, match=reason):
-        attention_gpu.choose(kernel, **FACTS | facts)
+        attention.choose(kernel, **FACTS | facts)
     if kernel == "mosaic":  # auto uses XLA, and says why
-        name, why = attention_gpu.choose("auto", **FACTS | facts)
+        name, why = attention.choose("auto", **FACTS | facts)
         assert name == "xla" and reason in why
 
 
@@ -95,7 +98,7 @@ def test_a_kernel_is_refused_without_a_gpu_and_without_tokamax(monkeypatch):
     on_gpu(monkeypatch)
     monkeypatch.setattr(attention_gpu.metadata, "version", missing)
     with pytest.raises(UserError, match="tokamax is not installed"):
-        attention_gpu.choose("mosaic", **FACTS)
+        attention.choose("mosaic", **FACTS)
 
 
 def test_the_kernel_is_printed_at_the_start(monkeypatch):
@@ -105,7 +108,6 @@ def test_the_kernel_is_printed_at_the_start(monkeypatch):
     with pytest.raises(UserError, match="mosaic cannot run"):
         attention.notes(mesh, "mosaic", **facts)
     on_gpu(monkeypatch)
-    monkeypatch.setattr(attention, "platform", lambda: "gpu")
     assert attention.notes(mesh, "auto", **facts) == ["attention: mosaic"]
     assert attention.notes(mesh, "auto", dtype="float32", softcap=0.0) == [
         "attention: xla (it needs model.compute_dtype bfloat16, not float32)"
@@ -126,7 +128,7 @@ def test_the_kernel_serves_bfloat16_rows_that_attend_to_themselves(monkeypatch, 
     on_gpu(monkeypatch)
     monkeypatch.setattr(attention_gpu, "run", run)
     attention.attention(q, k, v, segments, None, segments, scale=144**-0.5)
-    heads = tuple((3, 16, n, 8) for n in (4, 2, 2))
+    heads = (3, 16, 4, 8), (3, 2, 16, 8), (3, 2, 16, 8)
     assert calls == ([("mosaic", *heads)] if fused else [])
     attention.attention(q, k, v, segments, segments, segments, scale=144**-0.5)  # keys of a cache
     assert len(calls) == fused
@@ -134,13 +136,13 @@ def test_the_kernel_serves_bfloat16_rows_that_attend_to_themselves(monkeypatch, 
 
 def stand_in(kernel, q, k, v, segments, *, scale, window, softcap):
     """A kernel of jnp operations: a softmax over all keys, in float32."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
-    scores = scale * jnp.einsum("bthk,bshk->bhts", q, k)
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], 1) for x in (k, v))
+    scores = scale * jnp.einsum("bthk,bhsk->bhts", q, k)
     scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
     indices = jnp.arange(q.shape[1])
     mask = visible(segments, segments, jnp.zeros_like(segments), indices, indices, window)
     probs = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), -1)
-    return jnp.einsum("bhts,bshv->bthv", probs, v)
+    return jnp.einsum("bhts,bhsv->bthv", probs, v)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def stand_in(kernel, q, k, v, segments, *, scale, window, softcap):
         ({"data": 2, "tensor": 4}, 4, (8, 2), (2, 2, 1)),  # two devices share a key/value head
         ({"fsdp": 4, "tensor": 2}, 4, (3, 3), (1, 3, 3)),  # 3 heads do not divide by 2
         ({"fsdp": 4, "tensor": 2}, 3, (4, 2), (3, 2, 1)),  # 3 rows do not divide by 4
-        ({"expert": 2, "context": 2, "tensor": 2}, 2, (4, 2), (2, 2, 1)),
+        ({"expert": 4, "tensor": 2}, 2, (4, 2), (2, 2, 1)),
     ],
 )
 def test_a_kernel_runs_on_each_devices_rows_and_heads(monkeypatch, sizes, rows, heads, shard):
@@ -163,7 +165,7 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(monkeypatch, sizes, rows, 
     seen = set()
 
     def run(kernel, q, k, v, segments, **options):
-        seen.add((q.shape[0], q.shape[2], k.shape[2]))
+        seen.add((q.shape[0], q.shape[2], k.shape[1]))
         return stand_in(kernel, q, k, v, segments, **options)
 
     def both(kernel):
@@ -180,7 +182,7 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(monkeypatch, sizes, rows, 
 
     want = both("xla")
     monkeypatch.setattr(attention_gpu, "run", run)
-    monkeypatch.setattr(attention_gpu, "choose", lambda kernel, **_: (kernel, ""))
+    monkeypatch.setattr(attention, "choose", lambda kernel, **_: (kernel, ""))
     mesh = make_mesh(MeshSection(**{"data": 1, "fsdp": 1} | sizes), jax.devices())
     with jax.set_mesh(mesh):
         got = both("mosaic")
@@ -195,9 +197,9 @@ def test_the_mesh_and_not_this_machine_decides(monkeypatch):
     mesh = make_mesh(MeshSection(), jax.devices()[:1]).abstract_mesh
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
-        assert "tokamax asks the attached device" in attention_gpu.choose("auto", **FACTS)[1]
+        assert "tokamax asks the attached device" in attention.choose("auto", **FACTS)[1]
         with pytest.raises(UserError, match="that is no GPU"):
-            attention_gpu.choose("mosaic", **FACTS)
+            attention.choose("mosaic", **FACTS)
 
 
 def test_private_modules_of_tokamax_are_used_in_tested_versions_only():

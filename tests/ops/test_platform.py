@@ -87,6 +87,7 @@ def forms(name, sizes):
         "rounded products": rounded,
         "bfloat16 products": len(re.findall(r"dot_general.*-> tensor<[\dx]*xbf16>", text)),
         "blocks": {size for size in (128, 512) if re.search(rf"x{size}x8x(bf16|f32)", text)},
+        "splash": "splash_mha_fwd" in text,
     }
 
 
@@ -95,17 +96,20 @@ def forms(name, sizes):
 def test_a_program_for_an_accelerator_has_no_form_of_a_cpu(name, sizes):
     found = forms(name, sizes)
     assert found.pop("bfloat16 products") > 0
+    blocks = found.pop("blocks")
+    assert name == "tpu" or blocks == {512}
     assert found == {
         "pinned layouts": 0,
         "residuals as bits": 0,
         "rounded products": 0,
-        "blocks": {512},
+        "splash": name == "tpu",
     }
 
 
 def test_a_program_for_a_cpu_has_the_forms_of_a_cpu():
     found = forms("cpu", ONE)
     assert found.pop("bfloat16 products") == 0 and found.pop("blocks") == {128}
+    assert not found.pop("splash")
     assert all(count > 0 for count in found.values()), found
     assert forms("cpu", EIGHT)["pinned layouts"] == 0  # a pinned layout cannot be sharded
 
