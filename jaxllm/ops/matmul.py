@@ -71,8 +71,11 @@ def _dot_forward(x: Any, w: Any):
 def _dot_backward(residuals, g):
     x, w = residuals
     g = jnp.zeros(g.shape, x.dtype) if isinstance(g, SymbolicZero) else g.astype(x.dtype)
-    dx = product(g, dense(w, x.dtype), (g.ndim - 1, 1), x.dtype)
-    return dx, weight_gradient(x, g, w.dtype) if x.ndim else None
+    dw = weight_gradient(x, g, w.dtype) if x.ndim else None
+    if dw is not None and manual_rows() and platform() != "cpu":
+        # First, so that x is freed, and the sum of dw over devices overlaps with the next product.
+        dw, g = lax.optimization_barrier((dw, g))
+    return product(g, dense(w, x.dtype), (g.ndim - 1, 1), x.dtype), dw
 
 
 dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
