@@ -91,6 +91,13 @@ class Program:
         """True if the reference model stays in memory during training."""
         return self.reference is not None and not self.precomputes_reference
 
+    @property
+    def row_length(self) -> int:
+        """Tokens in the longest row of a training batch."""
+        texts = 2 if self.cfg.verb.data in ("pairs", "judged") else 1
+        completion = self.cfg.rl.max_new_tokens if self.cfg.verb.online else 0
+        return texts * self.cfg.data.max_length + completion
+
     def origin(self) -> dict[str, Any] | None:
         """What identifies the weights that a checkpoint depends on; None if it has all of them."""
         if self.reference is None and not self.adapter.frozen:
@@ -100,7 +107,8 @@ class Program:
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
-        facts |= {"prefix": self.adapter.length > 0}
+        facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
+        facts |= {"mixed_windows": len({kind.window for kind in self.shape.kinds_by_layer}) > 1}
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
         return [
             *attention.notes(self.mesh, self.cfg.model.attention, **facts),

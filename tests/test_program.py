@@ -15,7 +15,14 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from steps import batch_of, decoder, ragged_rows
 
-from jaxllm.config import AlignSection, ModelSection, PeftSection, RlSection, TrainConfig
+from jaxllm.config import (
+    AlignSection,
+    DataSection,
+    ModelSection,
+    PeftSection,
+    RlSection,
+    TrainConfig,
+)
 from jaxllm.config.checks import resolve
 from jaxllm.mesh import AXES
 from jaxllm.objectives.lm import lm_loss
@@ -44,15 +51,32 @@ def model(tmp_path):
     return ModelSection(config=str(tmp_path / "config.json"), compute_dtype="bfloat16")
 
 
-def lowered(model, options, platform):
-    """The step of a run, lowered for eight devices that are not attached."""
+def program_of(model, options, platform):
+    """A run on eight devices that are not attached."""
     device = AbstractDevice(device_kind=KINDS[platform], num_cores=None, platform=platform)
     types = (AxisType.Auto,) * len(AXES)
     mesh = AbstractMesh((2, 2, 1, 1, 2), AXES, axis_types=types, abstract_device=device)
-    program = build(resolve(TrainConfig(model=model, batch_size=8, **options), 4), mesh)
-    with jax.sharding.use_abstract_mesh(mesh):
+    return build(resolve(TrainConfig(model=model, batch_size=8, **options), 4), mesh)
+
+
+def lowered(model, options, platform):
+    """The step of a run, lowered for eight devices that are not attached."""
+    program = program_of(model, options, platform)
+    with jax.sharding.use_abstract_mesh(program.mesh):
         traced = program.step(10).trace(program.state, program.frozen, program.batch(64, 2))
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
+
+
+def test_a_run_names_its_attention_kernel(tmp_path, model):
+    """Rows of pairs are twice as long as data.max_length."""
+    shape = SHAPE | {"model_type": "gemma2", "head_dim": 8, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    options = {"data": DataSection(max_length=40_000)}
+    assert program_of(model, options, "tpu").summary()[0] == "attention: splash"
+    note = program_of(model, options | {"objective": "reward"}, "tpu").summary()[0]
+    assert note == (
+        "attention: xla (layers have different windows and rows are longer than 65536 tokens)"
+    )
 
 
 @pytest.mark.parametrize(

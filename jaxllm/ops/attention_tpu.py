@@ -13,16 +13,16 @@ V head_dim of values; n and m numbers of blocks of queries and keys.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from jaxllm.ops.attention_mask import visible_blocks
 
+SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"  # imported when a kernel is traced
 LANES = 128  # blocks are multiples of it
 # Kind of chip -> most tokens in a block of queries and of keys. Larger blocks read keys less often,
 # smaller ones skip more pairs. Not measured here: the sizes that MaxText runs with.
@@ -84,24 +84,25 @@ def _packed(indices: jax.Array, window: jax.Array) -> jax.Array:
     return (indices << 16) | (jnp.clip(window, 1, PACKED_TOKENS) - 1)
 
 
-def _mask_info(seen: jax.Array, q_sequence: jax.Array, by_keys: bool) -> MaskInfo:
+def _mask_info(seen: jax.Array, q_sequence: jax.Array, by_keys: bool) -> Any:
     """What the kernel reads of a mask: seen [n, m], True for the pairs of blocks that it visits.
 
     It visits the blocks of queries one by one and the blocks of keys of each; with `by_keys` the
     other way round. At a pair that it skips, `data_next` is the block of the next pair that it
     visits, which is then loaded early; 0 after the last one.
     """
+    module: Any = import_module(f"{SPLASH}.splash_attention_mask_info")
     order = seen.T if by_keys else seen
     places = jnp.arange(order.size, dtype=jnp.int32)
     after = lax.cummin(jnp.where(order.ravel(), places, order.size), reverse=True)
     after = (after % order.shape[1]).reshape(order.shape)
     small = jnp.int8 if order.shape[1] <= 128 else jnp.int16  # scalar memory is small
-    return MaskInfo(
+    return module.MaskInfo(
         data_next=(after.T if by_keys else after).astype(small)[None],
         mask_next=None,
         block_mask=seen.astype(jnp.int8)[None],
         partial_mask_blocks=None,
-        q_sequence=q_sequence,  # type: ignore[arg-type]
+        q_sequence=q_sequence,
     )
 
 
@@ -123,6 +124,7 @@ def run(
     A query's own key must be among the keys. Segments are int32 [B, T] and [B, S]. offset: as in
     `attention_blocks.attend`. The output and the log-sum-exp have the checkpoint name "attention".
     """
+    splash: Any = import_module(f"{SPLASH}.splash_attention_kernel")
     B, T, H, _ = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
     # The kernel does not scale. In bfloat16 the scale itself would be off by up to 0.2 %.
@@ -173,5 +175,5 @@ def run(
         mask_function=_packed_mask if traced else _mask(window),
         interpret=interpret,
     )
-    out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_segments, k_segments))
+    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_segments, k_segments))
     return out[:, :, :T].swapaxes(1, 2)
