@@ -5,22 +5,27 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 from steps import pair_rows, ragged_rows, trajectory
 
-from jaxllm.collectives import fsdp_line
+from jaxllm.collectives import fsdp_line, over_rows
 from jaxllm.config import MeshSection, PeftSection
-from jaxllm.mesh import AXES
+from jaxllm.mesh import AXES, make_mesh
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.reward import reward_loss
 from jaxllm.objectives.table import Objective
+from jaxllm.ops.embedding import lookup
 
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),
     "data 2 x fsdp 4": MeshSection(data=2, fsdp=4),
     "tensor 4 x fsdp 2": MeshSection(fsdp=2, tensor=4),
+    "context 4 x fsdp 2": MeshSection(fsdp=2, context=4),
+    "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
     "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
     "zero 0": MeshSection(fsdp=8, zero=0),
     "zero 1": MeshSection(fsdp=8, zero=1),
@@ -56,6 +61,7 @@ def over(name, work, **options):
 
 # The rest of the product is run by make sweep.
 SHORT = {("fsdp 8", "pretrain"), ("data 2 x fsdp 2 x tensor 2", "DPO"), ("zero 2", "LoRA")}
+SHORT |= {("context 4 x fsdp 2", "DPO"), ("context 4 x fsdp 2", "pretrain")}
 SHORT |= {("tensor 4 x fsdp 2", "LoRA"), ("zero 0", "reward"), ("zero 1", "pretrain")}
 CASES = [
     pytest.param(mesh, work, marks=[] if (mesh, work) in SHORT else pytest.mark.sweep)
@@ -152,3 +158,27 @@ def test_the_last_stage_of_a_reduction_is_a_line_of_the_torus(torus, sizes, line
     types = (AxisType.Auto,) * len(AXES)
     mesh = Mesh(chips.reshape(sizes), AXES, axis_types=types)
     assert fsdp_line(mesh) == line
+
+
+@pytest.mark.parametrize("vocabulary", [96, 97])
+@pytest.mark.parametrize("mesh", [MeshSection(fsdp=2, tensor=4), MeshSection(fsdp=4, context=2)])
+def test_a_split_token_table_is_looked_up_like_a_whole_one(mesh, vocabulary):
+    mesh = make_mesh(mesh)
+    table = jax.random.normal(jax.random.key(0), (vocabulary, 16))
+    tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, vocabulary)
+    weights = jax.random.normal(jax.random.key(2), (8, 32, 16))
+
+    def loss(table, tokens, weights):
+        return jnp.sum(weights * lookup(table, tokens, 16, jnp.float32))
+
+    def of_device(table, tokens, weights):
+        value, gradient = jax.value_and_grad(loss)(table, tokens, weights)
+        return jax.lax.psum(value, "fsdp"), gradient
+
+    split = P(None, "fsdp")
+    with jax.set_mesh(mesh):
+        run = over_rows(of_device, mesh, (split, P("fsdp"), P("fsdp")), (P(), split))
+        found = jax.jit(run)(table, tokens, weights)
+    wanted = jax.value_and_grad(loss)(table, tokens, weights)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

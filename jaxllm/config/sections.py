@@ -242,7 +242,7 @@ class MeshSection:
     expert: Annotated[int, Unit("devices")] = 1
     """shards of the experts; not supported yet"""
     context: Annotated[int, Unit("devices")] = 1
-    """shards of the sequence; not supported yet"""
+    """shards of each row along its tokens"""
     tensor: Annotated[int, Unit("devices")] = 1
     """shards within each layer"""
     zero: Literal[0, 1, 2, 3] = 3

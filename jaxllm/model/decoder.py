@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
       dtype: of the weights. compute_dtype: of activations and products (default: the weights').
       remat: none | full | dots | names | offload, what a layer's backward pass recomputes.
       scan_unroll: layers in one iteration of the scan.
-      attention: auto | xla | mosaic | triton, the kernel (ops.attention).
+      attention: auto | xla | splash | mosaic | triton, the kernel (ops.attention).
       loss_blocks: blocks of the vocabulary in the loss; 0 = `cross_entropy.blocks_of`.
       peft: the PEFT method, which adds weights and selects those that are trained.
     """

@@ -20,7 +20,7 @@ from jaxllm.mesh import Axes, constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.ops.embedding import lookup
+from jaxllm.ops.embedding import TABLE_AXES, lookup
 from jaxllm.ops.matmul import dots
 from jaxllm.ops.quantized import dense
 from jaxllm.ops.residuals import saveable
@@ -73,17 +73,17 @@ class Embed(nnx.Module):
     def __init__(
         self, cfg: ModelConfig, *, peft: Adapter, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ):
-        shape, axes = (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed")
+        shape, axes = (cfg.vocab_size, cfg.hidden_size), TABLE_AXES
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.embedding = nnx.Param(table.astype(dtype), axes=axes)
         self.lora = peft.linear("embed", axes, shape, rngs)
         self.cfg = cfg
 
     def __call__(self, tokens: jax.Array, dtype: Any, ctx: Context) -> jax.Array:
-        shape, axes = (self.cfg.vocab_size, self.cfg.hidden_size), ("vocab", "embed")
+        shape = self.cfg.vocab_size, self.cfg.hidden_size
         x = lookup(self.embedding[...], tokens, shape[1], dtype)
         if self.lora is not None:
-            x = self.lora(tokens, x, lambda: gathered(self.embedding[...], axes, shape), ctx)
+            x = self.lora(tokens, x, lambda: gathered(self.embedding[...], TABLE_AXES, shape), ctx)
         return constrain(x, "batch", "sequence", "features")
 
 

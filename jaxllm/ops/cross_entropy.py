@@ -7,6 +7,7 @@ Dims: B rows, T tokens, D model width, V vocabulary, C tokens of a row per chunk
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.collectives import gathered, scattered
-from jaxllm.mesh import constrain, data_parallel, platform, spec
+from jaxllm.mesh import automatic_axes, constrain, data_parallel, manual_rows, platform, spec
 from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
@@ -345,8 +347,22 @@ def _part(dw: jax.Array, w: jax.Array) -> jax.Array:
     return scattered(dw, 0, spec(HEAD_AXES, w.shape, jax.sharding.get_abstract_mesh()))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(terms, targets, weights, head: Head) -> Any:
+def _of_own_tokens(f: Callable[..., Any], terms: Any, targets: Any, weights: Any) -> Any:
+    """f of the tokens that a device of a context axis has: arrays [parts, ...] or [B, T]."""
+    if "context" not in automatic_axes() or not manual_rows():
+        return f(terms, targets, weights)
+    tokens = P(None, "context")
+    run = jax.shard_map(
+        f,
+        in_specs=([(tokens, P()) for _ in terms], tokens, tokens),
+        out_specs=tokens,
+        axis_names={"context"},
+        check_vma=False,
+    )
+    return run(terms, targets, weights)
+
+
+def cross_entropy(terms, targets, weights, head: Head) -> jax.Array:
     """Weighted sums over tokens of loss (nll + z-loss), nll, correct and entropy, float32 [4].
 
     terms: pairs (h [B, T, D], kernel [D, V]); the logits are the sum of their products. targets are
@@ -354,6 +370,15 @@ def cross_entropy(terms, targets, weights, head: Head) -> Any:
     it, chunk by chunk, so no logits are stored or computed twice. A frozen kernel's gradient is not
     computed.
     """
+
+    def sums(*args: Any) -> jax.Array:
+        return _cross_entropy(*args, head)[:, None]
+
+    return jnp.sum(_of_own_tokens(sums, terms, targets, weights), 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(terms, targets, weights, head: Head) -> Any:
     return jnp.sum(_over_chunks(terms, targets, weights, head)[0] * weights, (1, 2))
 
 
@@ -369,11 +394,10 @@ def _backward(head: Head, residuals, g):
     return list(zip(dhs, dws, strict=True)), None, None
 
 
-cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logps(terms, targets, learned, head: Head) -> Any:
+def token_logps(terms, targets, learned, head: Head) -> tuple[jax.Array, jax.Array]:
     """(log p(target), entropy) of each token, float32 [B, T]; 0 where `learned` [B, T] is not > 0.
 
     For losses that are not linear in the log-probabilities, so that the weight of a token is known
@@ -381,6 +405,11 @@ def token_logps(terms, targets, learned, head: Head) -> Any:
     forward pass with weights of 1 and scaled later; if one is trained, the backward pass computes
     the logits again. The entropy has no gradient.
     """
+    return _of_own_tokens(partial(_token_logps, head=head), terms, targets, learned)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_logps(terms, targets, learned, head: Head) -> Any:
     values, _, _ = _over_chunks(terms, targets, jnp.float32(learned > 0), head)
     return -values[1], values[3]
 
@@ -407,4 +436,4 @@ def _logps_backward(head: Head, residuals, g):
     return list(zip(dhs, dws, strict=True)), None, None
 
 
-token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)
+_token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookup in a token table whose columns may be split along fsdp.
+"""Lookup in a token table that is split over devices.
 
 Dims: B rows, T tokens, V vocabulary, D model width.
 """
@@ -11,16 +11,53 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxllm.mesh import automatic_axes, manual_rows, spec
+
+TABLE_AXES: Any = ("vocab", "embed")  # logical axes of a token table [V, D]
 
 
 def lookup(table: jax.Array, tokens: jax.Array, width: int, dtype: Any) -> jax.Array:
     """Rows of the table [V, D] for tokens [B, T]: [B, T, D] in `dtype`.
 
     width: D. A device that holds fewer columns looks up the tokens of all devices of its fsdp group
-    in its own, and they exchange the results: activations are sent, not the table.
+    in its own, and they exchange the results: activations are sent, not the table. A device that
+    holds fewer rows, of a tensor axis, adds 0 for the others.
     """
-    if table.shape[1] == width:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = automatic_axes() if manual_rows() else set()
+
+    def columns(table: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
-    everyone = lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-    columns = jnp.take(table, everyone, axis=0, mode="clip").astype(dtype)
-    return lax.all_to_all(columns, "fsdp", 0, 2, tiled=True)
+
+    def exchanged(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        if table.shape[1] == width:
+            return columns(table, tokens)
+        everyone = lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        return lax.all_to_all(columns(table, everyone), "fsdp", 0, 2, tiled=True)
+
+    if not axes:
+        return exchanged(table, tokens)
+    split = spec(TABLE_AXES, table.shape, mesh)
+    length, stream = (
+        spec(("batch", name, None), (*tokens.shape, width), mesh) for name in ("length", "sequence")
+    )
+
+    def of_own_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        local = tokens - lax.axis_index("tensor") * len(table)
+        here = (local >= 0) & (local < len(table))
+        x = exchanged(table, jnp.clip(local, 0, len(table) - 1)) * here[..., None].astype(dtype)
+        if stream == length:
+            return lax.psum(x, "tensor")
+        return lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
+
+    rows_are_split = split[0] is not None
+    run = jax.shard_map(
+        of_own_rows if rows_are_split else exchanged,
+        in_specs=(split, P(*(length if rows_are_split else stream)[:2])),
+        out_specs=stream,
+        axis_names=axes,
+        check_vma=False,
+    )
+    return run(table, tokens)
