@@ -7,10 +7,14 @@ import json
 import os
 import re
 import time
+from typing import Any
 
+import jax
 import pytest
 from runs import arguments, lines_of
 
+from jaxllm import dist
+from jaxllm import watch as module
 from jaxllm.cli import main
 from jaxllm.config import ClusterSection
 from jaxllm.watch import HANG_FACTOR, HANG_SECONDS, Watch
@@ -97,6 +101,58 @@ def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_pa
     quick.progress(1)
     clock(HANG_SECONDS)
     assert quick.late() == pytest.approx(0)
+
+
+class Coordinator(dict):
+    """The key-value store of jax's coordinator."""
+
+    def key_value_set(self, key, text, allow_overwrite=False):
+        self[key] = text
+
+    def key_value_dir_get(self, folder):
+        return [(key, text) for key, text in self.items() if key.startswith(folder)]
+
+
+@pytest.fixture
+def two(clock, tmp_path, monkeypatch):
+    """The watch of process 0 of 2, in step 3 and not late; `clock` is its time."""
+    store = Coordinator()
+    monkeypatch.setattr(dist, "client", lambda: store)
+    monkeypatch.setattr(module, "_exit_at_the_end", lambda code: None)
+    watch = Watch(ClusterSection(), tmp_path)
+    watch._beats, watch._seen = {}, {0: time.monotonic(), 1: time.monotonic()}
+    for step in (1, 2):
+        watch.enter("train", step)
+        watch.progress(step)
+        clock(1)
+    watch.enter("train", 3)
+    return watch
+
+
+def hang_after(watch, clock, seconds: int) -> Any:
+    """What the verdict says of a hang when all processes have been silent for so long."""
+    clock(seconds)
+    watch._beat(seconds)
+    watch._judge(seconds)
+    return watch._verdict["hang"]
+
+
+def test_a_process_that_waits_for_a_lost_one_does_not_hang(two, clock, monkeypatch, capfd):
+    """A collective fails when another process is killed; the next verdicts report no hang."""
+    assert hang_after(two, clock, 1) is None
+    hangs = []
+    monkeypatch.setattr(time, "sleep", lambda _: hangs.append(hang_after(two, clock, 200)))
+    two._fail(jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed"))
+    assert hangs[0] is None and two.late() == 0
+    said = capfd.readouterr().err
+    assert "jaxllm: the connection to another process seems broken (UNKNOWN: Gloo" in said
+    assert "302 s" in said and "the same command then resumes" in said
+
+
+def test_a_process_that_is_silent_in_a_step_hangs(two, clock):
+    assert hang_after(two, clock, 1) is None
+    hang = hang_after(two, clock, int(HANG_SECONDS) + 10)
+    assert (hang["step"], hang["phase"]) == (3, "train")
 
 
 def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project, capsys):
