@@ -36,7 +36,7 @@ import jax
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
 from jaxllm.errors import BUG, INTERRUPTED, MISTAKE, STOPPED, mistake
-from jaxllm.paths import as_path, modified, write_text
+from jaxllm.paths import as_path, modified, touch, write_text
 
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
@@ -159,8 +159,8 @@ class Watch:
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
         text = file.read_text() if file.is_file() else ""
-        last = modified(lines) if lines.is_file() else 0.0  # write of the previous run
-        text += json.dumps({"time": time.time(), "last": last}) + "\n"
+        ends = [modified(one) for one in (file, lines) if one.is_file()]  # of the previous run
+        text += json.dumps({"time": time.time(), "last": max(ends, default=0.0)}) + "\n"
         write_text(file, text)
         starts, since = [*map(json.loads, text.splitlines())], saved.get("saved_at", 0.0)
         self.restarts = saved.get("restarts", -1) + sum(start["time"] > since for start in starts)
@@ -342,7 +342,7 @@ class Watch:
             except Exception as error:  # of a disk or a bucket
                 _say(f"the stacks of the hang are not written: {_line(error)}")
         if lost := verdict.get("lost"):
-            _quit(STOPPED, f"lost {', '.join(lost)}; start the same command again to resume")
+            self._give_up(f"lost {', '.join(lost)}")
         end = verdict.get("end")
         if end and self._end is None:
             with suppress(jax.errors.JaxRuntimeError):
@@ -374,9 +374,22 @@ class Watch:
         """
         while not self._closed.wait(EVERY):
             if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
-                _quit(STOPPED, "lost process 0; start the same command again to resume")
+                self._give_up("lost process 0")
             if self.phase in ENDING and self.late() > self.section.hang_exit:
-                _quit(STOPPED, f"step {self.step} hung; start the same command again to resume")
+                self._give_up(f"step {self.step} hung")
+
+    def _give_up(self, why: str) -> None:
+        """Ends this process so that the run can resume. The time of STARTS becomes that of the end,
+        so that `restore` counts the wait as lost."""
+
+        def note() -> None:
+            with suppress(Exception):  # of a disk or a bucket, or the run has not begun
+                touch(self.folder / STARTS)
+
+        noting = threading.Thread(target=note, daemon=True)
+        noting.start()
+        noting.join(10)  # the disk may not answer
+        _quit(STOPPED, f"{why}; start the same command again to resume")
 
 
 def _say(line: str) -> None:

@@ -75,11 +75,29 @@ def test_restarts_and_lost_seconds_count_without_a_checkpoint(clock, tmp_path, m
     for number, died in enumerate((None, 130.0, 205.0)):  # the second start found a line of 130 s
         if died:
             file.write_text("")
-            os.utime(file, (died, died))
+            for name in ("metrics.jsonl", "starts.jsonl"):
+                os.utime(tmp_path / name, (died, died))
         watch = Watch(ClusterSection(), tmp_path)
         watch.restore({})
         assert watch.restarts == number
     assert watch.finish()["lost_seconds"] == 30 + 5
+
+
+def test_the_wait_for_a_lost_process_is_lost_too(tmp_path, monkeypatch):
+    """The survivor of a run that was started at 100 s and logged until 130 s ends at 430 s."""
+    now = iter((100.0, 500.0))
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(module, "touch", lambda file: os.utime(file, (430, 430)))
+    watch = Watch(ClusterSection(), tmp_path)
+    watch.restore({})
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        os.utime(tmp_path / name, (130, 130))
+    watch._give_up("lost process 1")
+    resumed = Watch(ClusterSection(), tmp_path)
+    resumed.restore({})
+    assert resumed.finish()["lost_seconds"] == 330
 
 
 def test_a_step_is_late_after_ten_times_the_usual_one_and_a_minute(clock, tmp_path):
