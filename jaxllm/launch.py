@@ -19,10 +19,15 @@ from typing import Any
 
 from jaxllm.config import VERBS, TrainConfig, load_config
 from jaxllm.config.loading import read_yaml
-from jaxllm.errors import UserError
+from jaxllm.errors import UnknownFlag, UserError
 
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
+CLIENTS = {  # and one of their options
+    "slurm": "sbatch go into --options='--partition=gpu'",
+    "gke": "kubectl go into --options='--namespace=team'",
+    "tpu-vm": "gcloud go into --options='--zone=ZONE'",
+}
 CONFIG = "/etc/jaxllm/config.yaml"  # in a container
 TPU = "google.com/tpu"
 
@@ -57,7 +62,11 @@ def launch(words: list[str], to: Launch) -> None:
     before anything is submitted, and if the scheduler's client is missing or fails.
     """
     verb, path, args = _run(words)
-    cfg, _ = load_config(verb, path, args)
+    try:
+        cfg, _ = load_config(verb, path, args)
+    except UnknownFlag as error:
+        more = f"; options of {CLIENTS[to.on]}" if to.on in CLIENTS else ""
+        raise UserError(f"{error}{more}") from None
     if to.on != "local" and (cfg.overwrite or not cfg.resume):
         raise UserError(
             "--overwrite and --no-resume would act again at each restart; delete "

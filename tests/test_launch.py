@@ -530,6 +530,11 @@ def test_the_client_gets_what_a_dry_run_prints(capsys, config, tmp_path, monkeyp
         (["--on", "tpu-vm", "--name", "t", "--nodes", "2"], ["--nodes"]),
         (["--on", "slurm", "--overwrite"], ["--overwrite", "restart"]),
         (["--on", "slurm", "--stps", "3"], ["stps", "steps"]),
+        (
+            ["--on", "slurm", "--partition", "gpu"],
+            ["--partition; --help lists all keys; options of sbatch go into --options='--p"],
+        ),
+        (["--on", "tpu-vm", "--name", "t", "--zone", "z"], ["gcloud go into --options='--zone"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] == "--on" else "",
 )
