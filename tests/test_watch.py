@@ -189,7 +189,9 @@ def test_a_run_ends_with_the_seconds_of_each_phase_over_its_restarts(project, ca
     total = sum(value for name, value in ledger.items() if name.endswith("_seconds"))
     assert ledger["goodput"] == pytest.approx(seconds["train"] / total)
     assert list(lines_of(project / "ledger")) == [1, 2, 3, 4]
-    *_, shown = re.findall(r"\n(\d:\d\d:\d\d: .*)\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert said.count("initializing random weights") == said.count("resuming from step 2") == 1
+    *_, shown = re.findall(r"\n(\d:\d\d:\d\d: .*)\n", said)
     share = f"train {seconds['train'] / total:.0%}"
     assert share in shown and shown.endswith("; 1 restart")
 
