@@ -19,7 +19,10 @@ from typing import Any
 
 from jaxllm.config import VERBS, TrainConfig, load_config
 from jaxllm.config.loading import read_yaml
+from jaxllm.config.schema import value_of
 from jaxllm.errors import UnknownFlag, UserError
+from jaxllm.files import hub_id
+from jaxllm.paths import PACKAGES
 
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
@@ -86,6 +89,9 @@ def launch(words: list[str], to: Launch) -> None:
     else:
         commands = [["kubectl", "apply", *options, "-f", "-"]]
         manifest = _manifest(to, name, cfg, Path(path).read_text(), [verb, CONFIG, *args])
+    if to.on in ("gke", "tpu-vm") and (relative := _relative_paths(cfg)):
+        warning = f"warning: {', '.join(relative)}: relative paths, which the workers do not have; "
+        print(f"jaxllm: {warning}use gs://… or a path that is mounted on all", file=sys.stderr)
     if to.dry_run:
         print(manifest or "\n".join(map(shlex.join, commands)))
         return
@@ -107,6 +113,18 @@ def _run(words: list[str]) -> tuple[str, str, list[str]]:
             f"`jaxllm launch sft {path} …`"
         )
     return verb, path, args
+
+
+def _relative_paths(cfg: TrainConfig) -> list[str]:
+    """`KEY PATH` of each path of a run that is relative and no hub id."""
+    keys = ("model.path", "model.config", "model.tokenizer", "peft.path")
+    named = [(key, value_of(cfg, key)) for key in keys]
+    named += [("data.train", one.path) for one in cfg.data.train]
+    named += [("data.eval", one.path) for one in cfg.data.eval]
+    named = [(key, path) for key, path in named if path and not hub_id(path.partition(":")[0])]
+    named += [("output_dir", cfg.output_dir), ("data.cache_dir", cfg.data.cache_dir or "/")]
+    fixed = ("/", "tfds:", *(f"{scheme}://" for scheme in PACKAGES))
+    return [f"{key} {path}" for key, path in named if not path.startswith(fixed)]
 
 
 def _call(command: list[str], text: str | None) -> None:
