@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.config.sections import home
-from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake
+from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
 SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
@@ -428,8 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE
         verb = args.pop(0)
         if verb not in VERBS:
-            near = difflib.get_close_matches(verb, VERBS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(VERBS)}"
+            near = nearest(verb, VERBS)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(VERBS)}"
             raise UserError(f"unknown command {verb}; {hint}")
         return VERBS[verb][0](verb, args) or DONE
     except BrokenPipeError:  # `jaxllm … | head`

@@ -7,7 +7,6 @@ parameters and optimizer bytes follow from shapes; the rest is read from the run
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import signal
@@ -32,7 +31,7 @@ from jaxllm.config import (
     to_dict,
 )
 from jaxllm.config.checks import check, has_results, resolve
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, nearest
 from jaxllm.paths import local_path
 
 # Name of a method -> peft.method.
@@ -129,8 +128,8 @@ def _check_methods(methods: list[str]) -> None:
         raise UserError(f"--methods names none; there are {known}")
     for method in methods:
         if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {known}"
+            near = nearest(method, METHODS)
+            hint = f"did you mean {near}?" if near else f"there are {known}"
             raise UserError(f"--methods: unknown method {method}; {hint}")
         if methods.count(method) > 1:
             raise UserError(f"--methods: {method} is given twice")

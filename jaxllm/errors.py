@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can fix, and the exit statuses of a run."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STOPPED = 75  # the same command, started again, resumes
@@ -16,8 +18,17 @@ class UserError(ValueError):
     """
 
 
+class UnknownFlag(UserError):
+    """A flag that is not a key of a config."""
+
+
 class MissingFile(UserError, FileNotFoundError):
     """A file or directory that the user named does not exist."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `word` is a likely misspelling of; None if there is none."""
+    return next(iter(difflib.get_close_matches(word, [*known], 1, cutoff=0.7)), None)
 
 
 # Errors of a path that a user can fix.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, nearest
 from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
@@ -84,8 +83,8 @@ def _override(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     valid = {*config, *normalised({"model_type": kind}), *old_keys}
     for key in overrides:
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(key, valid)
+            hint = f"; did you mean {near}?" if near else ""
             raise UserError(f"model.overrides.{key} is not a key of a {kind} config{hint}")
     if "rope_parameters" in overrides or overrides.keys() & set(OLD_ROPE):
         # transformers mixes the two spellings of RoPE when a file has both, so write only one.

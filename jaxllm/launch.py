@@ -19,10 +19,18 @@ from typing import Any
 
 from jaxllm.config import VERBS, TrainConfig, load_config
 from jaxllm.config.loading import read_yaml
-from jaxllm.errors import UserError
+from jaxllm.config.schema import value_of
+from jaxllm.errors import UnknownFlag, UserError
+from jaxllm.files import hub_id
+from jaxllm.paths import PACKAGES
 
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
+CLIENTS = {  # and one of their options
+    "slurm": "sbatch go into --options='--partition=gpu'",
+    "gke": "kubectl go into --options='--namespace=team'",
+    "tpu-vm": "gcloud go into --options='--zone=ZONE'",
+}
 CONFIG = "/etc/jaxllm/config.yaml"  # in a container
 TPU = "google.com/tpu"
 
@@ -57,7 +65,11 @@ def launch(words: list[str], to: Launch) -> None:
     before anything is submitted, and if the scheduler's client is missing or fails.
     """
     verb, path, args = _run(words)
-    cfg, _ = load_config(verb, path, args)
+    try:
+        cfg, _ = load_config(verb, path, args)
+    except UnknownFlag as error:
+        more = f"; options of {CLIENTS[to.on]}" if to.on in CLIENTS else ""
+        raise UserError(f"{error}{more}") from None
     if to.on != "local" and (cfg.overwrite or not cfg.resume):
         raise UserError(
             "--overwrite and --no-resume would act again at each restart; delete "
@@ -77,6 +89,9 @@ def launch(words: list[str], to: Launch) -> None:
     else:
         commands = [["kubectl", "apply", *options, "-f", "-"]]
         manifest = _manifest(to, name, cfg, Path(path).read_text(), [verb, CONFIG, *args])
+    if to.on in ("gke", "tpu-vm") and (relative := _relative_paths(cfg)):
+        warning = f"warning: {', '.join(relative)}: relative paths, which the workers do not have; "
+        print(f"jaxllm: {warning}use gs://… or a path that is mounted on all", file=sys.stderr)
     if to.dry_run:
         print(manifest or "\n".join(map(shlex.join, commands)))
         return
@@ -98,6 +113,18 @@ def _run(words: list[str]) -> tuple[str, str, list[str]]:
             f"`jaxllm launch sft {path} …`"
         )
     return verb, path, args
+
+
+def _relative_paths(cfg: TrainConfig) -> list[str]:
+    """`KEY PATH` of each path of a run that is relative and no hub id."""
+    keys = ("model.path", "model.config", "model.tokenizer", "peft.path")
+    named = [(key, value_of(cfg, key)) for key in keys]
+    named += [("data.train", one.path) for one in cfg.data.train]
+    named += [("data.eval", one.path) for one in cfg.data.eval]
+    named = [(key, path) for key, path in named if path and not hub_id(path.partition(":")[0])]
+    named += [("output_dir", cfg.output_dir), ("data.cache_dir", cfg.data.cache_dir or "/")]
+    fixed = ("/", "tfds:", *(f"{scheme}://" for scheme in PACKAGES))
+    return [f"{key} {path}" for key, path in named if not path.startswith(fixed)]
 
 
 def _call(command: list[str], text: str | None) -> None:

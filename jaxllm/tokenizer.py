@@ -34,7 +34,10 @@ def load_tokenizer(path: str | Path) -> Any:
     if is_local:
         _check_has_tokenizer(folder, path)
     elif not hub_id(str(path)):
-        raise MissingFile(f"{path}: no such directory, and not a hub id (OWNER/NAME)")
+        raise MissingFile(
+            f"{path}: no such directory, and not a hub id (OWNER/NAME); "
+            "`jaxllm tokenizer train FILE … --out DIR` makes a tokenizer"
+        )
     try:
         with _on_disk(folder if is_local else path) as source:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)

@@ -96,10 +96,9 @@ def train(cfg: TrainConfig) -> Result:
     #   3. the HF weights in model.path     4. random weights of model.config's shape
     origin = program.origin()  # identifies the weights that checkpoints depend on
     resumed = run.latest(data.manifest, origin)
-    if resumed is not None:
-        say(f"resuming from step {resumed}")
     watch.enter("load", resumed or 0)
-    say(f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights")
+    begins = f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights"
+    say(begins if resumed is None else f"resuming from step {resumed}")
     trainable, frozen = program.load(resumed)
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
     if program.precomputes_reference:

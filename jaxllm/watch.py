@@ -36,7 +36,7 @@ import jax
 from jaxllm import dist
 from jaxllm.config import ClusterSection, TrainConfig
 from jaxllm.errors import BUG, INTERRUPTED, MISTAKE, STOPPED, mistake
-from jaxllm.paths import as_path, modified, write_text
+from jaxllm.paths import as_path, modified, touch, write_text
 
 BEAT, VERDICT = "jaxllm/beat/", "jaxllm/verdict"
 HANG_SECONDS, HANG_FACTOR = 60.0, 10.0  # a step is late after both
@@ -103,6 +103,7 @@ class Watch:
         self._last: int | None = None  # the step after which all processes stop
         self._decided = threading.Event()
         self._end: dict[str, Any] | None = None  # why this process ends
+        self._waiting = False  # for whether a process is lost, after a collective failed
         self._closed = threading.Event()
         self._since = time.monotonic()
         self._pace: deque[float] = deque(maxlen=50)  # seconds per step, one for each `progress`
@@ -158,8 +159,8 @@ class Watch:
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
         text = file.read_text() if file.is_file() else ""
-        last = modified(lines) if lines.is_file() else 0.0  # write of the previous run
-        text += json.dumps({"time": time.time(), "last": last}) + "\n"
+        ends = [modified(one) for one in (file, lines) if one.is_file()]  # of the previous run
+        text += json.dumps({"time": time.time(), "last": max(ends, default=0.0)}) + "\n"
         write_text(file, text)
         starts, since = [*map(json.loads, text.splitlines())], saved.get("saved_at", 0.0)
         self.restarts = saved.get("restarts", -1) + sum(start["time"] > since for start in starts)
@@ -186,7 +187,7 @@ class Watch:
 
     def late(self) -> float:
         """Seconds by which the current phase is late; negative or 0 if it is not."""
-        if self.phase in ("start", "end"):  # tokenizing may take hours
+        if self._waiting or self.phase in ("start", "end"):  # tokenizing may take hours
             return 0.0
         done, then = self._done
         if self.phase not in STEP or not self._pace:
@@ -224,7 +225,12 @@ class Watch:
         line = _line(error)
         if isinstance(error, jax.errors.JaxRuntimeError) and not line.startswith(OWN_ERRORS):
             wait = self.section.timeout + 4 * EVERY  # `_run` ends this process if one is lost
-            _say(f"{line}; waiting {wait:.0f} s to see whether another process is lost")
+            _say(
+                f"the connection to another process seems broken ({line}); if a process is lost, "
+                f"this is known in {wait:.0f} s or less, and the same command then resumes the "
+                "run; if none is, this process ends with this error"
+            )
+            self._waiting = True
             time.sleep(wait)
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else BUG
         if (said := mistake(error)) is not None:
@@ -278,6 +284,7 @@ class Watch:
             "end": self._end,
             "ended": ended or self._end is not None,
             "late": self.late() > 0,
+            "waiting": self._waiting,
             "time": time.time(),
         }
         key = f"{BEAT}{dist.index()}"
@@ -292,7 +299,7 @@ class Watch:
                 self._beats[process], self._seen[process] = beat, now
         beats = self._beats
         lost = [i for i, then in self._seen.items() if now - then > self.section.timeout]
-        late = any(beat["late"] for beat in beats.values())
+        late, waiting = (any(b[key] for b in beats.values()) for key in ("late", "waiting"))
         begun: list[Any] = [beats.get(i, {}).get("begun") for i in range(dist.count())]
         self._verdict = {
             "number": number,
@@ -300,7 +307,7 @@ class Watch:
             "stop": self.stop.is_set() or any(beat["stop"] for beat in beats.values()),
             "end": next((beat["end"] for beat in beats.values() if beat["end"]), None),
             "lost": [self._describe(i) for i in lost],
-            "hang": self._hang(now) if late else None,
+            "hang": self._hang(now) if late and not waiting else None,
         }
         store.key_value_set(VERDICT, json.dumps(self._verdict), allow_overwrite=True)
 
@@ -335,7 +342,7 @@ class Watch:
             except Exception as error:  # of a disk or a bucket
                 _say(f"the stacks of the hang are not written: {_line(error)}")
         if lost := verdict.get("lost"):
-            _quit(STOPPED, f"lost {', '.join(lost)}; start the same command again to resume")
+            self._give_up(f"lost {', '.join(lost)}")
         end = verdict.get("end")
         if end and self._end is None:
             with suppress(jax.errors.JaxRuntimeError):
@@ -367,9 +374,22 @@ class Watch:
         """
         while not self._closed.wait(EVERY):
             if time.monotonic() - self._heard > self.section.timeout + 4 * EVERY:
-                _quit(STOPPED, "lost process 0; start the same command again to resume")
+                self._give_up("lost process 0")
             if self.phase in ENDING and self.late() > self.section.hang_exit:
-                _quit(STOPPED, f"step {self.step} hung; start the same command again to resume")
+                self._give_up(f"step {self.step} hung")
+
+    def _give_up(self, why: str) -> None:
+        """Ends this process so that the run can resume. The time of STARTS becomes that of the end,
+        so that `restore` counts the wait as lost."""
+
+        def note() -> None:
+            with suppress(Exception):  # of a disk or a bucket, or the run has not begun
+                touch(self.folder / STARTS)
+
+        noting = threading.Thread(target=note, daemon=True)
+        noting.start()
+        noting.join(10)  # the disk may not answer
+        _quit(STOPPED, f"{why}; start the same command again to resume")
 
 
 def _say(line: str) -> None:

@@ -243,6 +243,7 @@ def test_mistakes_in_the_file_name_the_line(yaml, text, message):
         (["--model", "m"], "--model: model is a section with keys; did you mean --model.path?"),
         (["--data", "d"], "--data: data is a section with keys; did you mean --data.train?"),
         (["--mesh", "8"], "--mesh: mesh is a section with keys; --help lists them"),
+        (["--partition", "gpu"], "unknown flag --partition; --help lists all keys"),
         (["--modle", "m"], "unknown flag --modle; did you mean --model.path?"),
         (
             ["--model.overrides", "3", "--model.overrides.a", "1"],

@@ -478,6 +478,22 @@ def test_dry_runs_print_what_would_be_submitted(capsys, config):
     assert "kind: JobSet" in printed(capsys, config, "gke", *more)
 
 
+def test_paths_that_no_worker_has_are_named(capsys, config):
+    def warned(*flags: str) -> list[str]:
+        assert main(["launch", config, *flags, "--dry-run"]) == 0
+        return [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
+
+    tpu, data = ("--on", "tpu-vm", "--name", "t"), ("--data.train", "gs://b/t.jsonl")
+    (line,) = warned(*tpu, "--output_dir", "run/x")
+    assert "model.path m, data.train t.jsonl, output_dir run/x: relative paths" in line
+    assert (
+        "model.path m: relative"
+        in warned("--on", "gke", "--image", "i", "--volume", "c:/data", *data)[0]
+    )
+    assert warned(*tpu, *data, "--model.path", "OWNER/NAME") == []
+    assert warned("--on", "slurm") == warned("--on", "local") == []
+
+
 def test_the_verb_stands_before_a_config_that_does_not_state_it(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text(CONFIG.replace("objective: sft\n", ""))
     path = str(tmp_path / "c.yaml")
@@ -530,6 +546,11 @@ def test_the_client_gets_what_a_dry_run_prints(capsys, config, tmp_path, monkeyp
         (["--on", "tpu-vm", "--name", "t", "--nodes", "2"], ["--nodes"]),
         (["--on", "slurm", "--overwrite"], ["--overwrite", "restart"]),
         (["--on", "slurm", "--stps", "3"], ["stps", "steps"]),
+        (
+            ["--on", "slurm", "--partition", "gpu"],
+            ["--partition; --help lists all keys; options of sbatch go into --options='--p"],
+        ),
+        (["--on", "tpu-vm", "--name", "t", "--zone", "z"], ["gcloud go into --options='--zone"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0] == "--on" else "",
 )

@@ -31,6 +31,7 @@ from jaxllm.paths import (
     matching,
     modified,
     read_bytes,
+    touch,
 )
 from jaxllm.tokenizer import load_tokenizer, save_tokenizer
 
@@ -95,9 +96,12 @@ def test_a_missing_object_is_an_error_when_a_range_of_it_is_read():
     assert has_results(as_path(f"{B}/empty-run"))
 
 
-def test_the_time_of_an_object_is_known():
-    put(f"{B}/time")
-    assert abs(modified(as_path(f"{B}/time")) - time.time()) < 60
+def test_the_time_of_an_object_is_known_and_a_touch_keeps_its_bytes():
+    put(f"{B}/time", b"x")
+    before = modified(as_path(f"{B}/time"))
+    assert abs(before - time.time()) < 60
+    touch(as_path(f"{B}/time"))
+    assert as_path(f"{B}/time").read_bytes() == b"x" and modified(as_path(f"{B}/time")) >= before
 
 
 def test_a_replaced_safetensors_file_is_read_with_its_own_header(tmp_path):

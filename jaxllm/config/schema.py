@@ -12,14 +12,13 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
 from jaxllm.config.sections import Read, Source, TrainConfig, Unit, listed
-from jaxllm.errors import UserError
+from jaxllm.errors import UnknownFlag, UserError, nearest
 
 SECTIONS: dict[str, Any] = {
     f.name: f.default_factory for f in fields(TrainConfig) if f.default_factory is not MISSING
@@ -121,10 +120,11 @@ def unknown_key(key: str, where: str = "") -> UserError:
     names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
     names |= USUAL if is_flag else {}
     last = key.rpartition(".")[2]
-    near = get_close_matches(key, names, 1) or get_close_matches(last, names, 1)
-    hint = f"did you mean {'--' * is_flag}{names[near[0]]}?" if near else "--help lists all keys"
-    shown = f"unknown flag {where}" if is_flag else f"{where}: unknown key {key}".removeprefix(": ")
-    return UserError(f"{shown}; {hint}")
+    near = nearest(key, names) or nearest(last, names)
+    hint = f"did you mean {'--' * is_flag}{names[near]}?" if near else "--help lists all keys"
+    if is_flag:
+        return UnknownFlag(f"unknown flag {where}; {hint}")
+    return UserError(f"{where}: unknown key {key}; {hint}".removeprefix(": "))
 
 
 # ---- validation

@@ -274,7 +274,8 @@ class LogSection:
     """Metrics, samples and progress."""
 
     every: Annotated[Size, Unit("steps")] | Literal["epoch"] = 10
-    """interval between lines of metrics.jsonl, in steps or epoch"""
+    """interval between lines of metrics.jsonl, in steps or epoch; where there is no terminal, one
+    of them is also printed every 10 s at most"""
     report_to: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Read(trackers)] = ()
     """trackers to log to besides metrics.jsonl"""
     samples: tuple[str, ...] = ()

@@ -221,9 +221,11 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     if not splits:  # no file name contains the name of a split
         return _from_files(unnamed, str(folder))
     if unnamed:
+        some = [f"{own[0].relative_to(folder)} to {name}" for name, own in splits.items()]
+        wild = "*" if all(file.parent == folder for file in files) else "**/*"
         raise UserError(
-            f"{folder}: file names give the splits {', '.join(splits)}, but {unnamed[0]} is in "
-            "none of them; select the files by a glob"
+            f"{folder}: file names give splits ({', '.join(some)}), but {unnamed[0].name} belongs "
+            f"to none; to read all files, give a glob such as {folder}/{wild}{unnamed[0].suffix}"
         )
     split = _choose_split(splits, source, held_out)
     return replace(_from_files(splits[split], str(folder)), split=split)

@@ -107,10 +107,18 @@ def test_a_folder_with_splits_gives_only_the_one_asked_for(tmp_path):
     with pytest.raises(ValueError, match="has no split 'dev'; set split to one of test, train"):
         locate(Source(str(tmp_path / "d"), split="dev"))
     write(tmp_path / "d" / "more.jsonl", '{"text": "whose?"}')
-    with pytest.raises(
-        ValueError, match=r"more.jsonl is in none of them; select the files by a glob"
-    ):
+    with pytest.raises(ValueError, match=r"more.jsonl belongs to none") as raised:
         locate(Source(str(tmp_path / "d")))
+    assert f"to read all files, give a glob such as {tmp_path}/d/**/*.jsonl" in str(raised.value)
+
+
+def test_the_file_whose_name_looks_like_a_split_is_named_and_a_glob_reads_all(tmp_path):
+    for name in ("abc.py", "training.py"):
+        write(tmp_path / f"{name}.txt", name)
+    with pytest.raises(ValueError, match=r"training.py.txt to train.*abc.py.txt") as raised:
+        locate(Source(str(tmp_path)))
+    glob = str(raised.value).rpartition(" ")[2]
+    assert [r["text"] for r in read_all(Path(glob), tmp_path)] == ["abc.py", "training.py"]
 
 
 def splits_in(place: str, names: list[str], tmp_path: Path, monkeypatch) -> str:
