@@ -129,6 +129,11 @@ class Topology:
             return self.chip.hbm
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / len(self.devices)
 
+    def flops(self, dtype: str) -> float:
+        """Peak FLOP/s of a device for products in `dtype`: of float32, a GPU has half."""
+        is_gpu = not self.wrap and self.chip is not CPU
+        return self.chip.flops / (2 if dtype == "float32" and is_gpu else 1)
+
     def place(self, device: Any) -> tuple[int, tuple[int, ...]]:
         """(slice or node, coordinates within it)."""
         if self.wrap:
