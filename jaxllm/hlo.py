@@ -174,6 +174,7 @@ def parse(text: str) -> Program:
             body = computations[header[2]] = {}
         elif body is not None and (found := _instruction(line)):
             body[found.name] = found
+    computations.setdefault(entry, {})
     head = text[: text.find("\n")]
     devices = int(find(r"num_partitions=(\d+)", head, "1"))
     devices *= int(find(r"replica_count=(\d+)", head, "1"))
@@ -281,11 +282,8 @@ def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]
     iota = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
         return _rows(_iota(iota[1]))
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:,? ?device_ids=\(?([^ )]*(?:T\([\d,]+\))?)\)?)? ?"
-        r"\{([^}]*)\}",
-        attributes,
-    )
+    order = r"device_ids=\(([\d,\[\]]+(?:T\([\d,]+\))?)\)"
+    mesh = re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, {order})? \{{([^}}]*)\}}", attributes)
     return _mesh_groups(*mesh.groups()) if mesh else (tuple(range(devices)),)
 
 
@@ -294,12 +292,15 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """[4,2]<=[2,4]T(1,0): the numbers from 0 in the shape [2,4], transposed, in the shape [4,2]."""
-    shape, dims, order = re.fullmatch(
-        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-    ).groups()  # type: ignore[union-attr]
-    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return (ids.transpose(_numbers(order)) if order else ids).reshape(_numbers(shape))
+    """[4,2]<=[2,4]T(1,0): the numbers from 0 in the shape [2,4], transposed, in the shape [4,2].
+    Without the part before <=, as transposed; or the numbers themselves."""
+    found = re.fullmatch(r"(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.array(_numbers(text))
+    shape, dims, order = (_numbers(part or "") for part in found.groups())
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    ids = ids.transpose(order) if order else ids
+    return ids.reshape(shape) if shape else ids
 
 
 def _mesh_groups(sizes: str, order: str | None, along: str) -> tuple[tuple[int, ...], ...]:

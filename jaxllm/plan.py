@@ -114,43 +114,49 @@ class Compiled:
     """shapes of the results, with shardings"""
 
 
-def compiled(lowered: Any) -> Compiled:
-    """Compiles a program and reads what XLA dumps about it. A program that does not fit has the
-    peak that the compiler reports."""
+def compiled(run: Any, *args: Any) -> Compiled:
+    """Compiles a jitted function for arguments of these shapes, and reads what XLA dumps about it.
+
+    A program that does not fit has the peak that the compiler reports when it gives up.
+    """
+    lowered = run.lower(*args)
     options = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": ".*"}
     with tempfile.TemporaryDirectory() as folder:
-        failed, outputs, host = None, None, 0
         try:
             done = lowered.compile(compiler_options=options | {"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
-            failed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-            if failed is None:
-                raise
-            peak = float(failed[1]) * 1024 ** "BKMGT".index(failed[2])
+            peak, host, outputs = _refused_peak(error) + device_bytes(args), 0, None
         else:
+            shardings = jax.tree.leaves(done.output_shardings)
             memory = done.memory_analysis()
             peak = float(memory.peak_memory_in_bytes)
-            shapes = jax.tree.leaves(lowered.out_info)
-            shardings = jax.tree.leaves(done.output_shardings)
-            if shardings and shardings[0].device_set.pop().platform == "cpu":
+            if next(iter(shardings[0].device_set)).platform == "cpu":
                 # XLA:CPU leaves the temporary buffers, one allocation, out of its peak.
                 peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
                 peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
             host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
-            made = [
+            leaves, tree = jax.tree.flatten(lowered.out_info)
+            outputs = tree.unflatten(
                 jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-                for x, s in zip(shapes, shardings, strict=True)
-            ]
-            outputs = jax.tree.unflatten(jax.tree.structure(lowered.out_info), made)
-        texts = {
+                for x, s in zip(leaves, shardings, strict=True)
+            )
+        dumps = {
             name: max(
                 (f.read_text() for f in Path(folder).glob(f"*{name}.txt")), key=len, default=""
             )
             for name in ("after_optimizations", "buffer-assignment", "live-range")
         }
-    program = hlo.parse(texts["after_optimizations"])
-    largest = hlo_memory.at_peak(texts["buffer-assignment"], texts["live-range"], program)
+    program = hlo.parse(dumps["after_optimizations"])
+    largest = hlo_memory.at_peak(dumps["buffer-assignment"], dumps["live-range"], program)
     return Compiled(peak, program, largest, host, outputs)
+
+
+def _refused_peak(error: Exception) -> float:
+    """Bytes that a program would need for which the compiler found no room; else raises `error`."""
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
+    if found is None or "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return float(found[1]) * 1024 ** "BKMGT".index(found[2])
 
 
 @contextmanager
@@ -175,9 +181,8 @@ def quiet() -> Iterator[None]:
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of sharded ShapeDtypeStructs on each device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    sharded = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in sharded)
 
 
 # ---- the plan
@@ -194,7 +199,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     context_length(program.shape, program.adapter, cfg.data.max_length, new)
     batch = program.batch(row_length(cfg))
     with jax.set_mesh(mesh):
-        step = compiled(program.step(STEPS).lower(program.state, program.frozen, batch))
+        step = compiled(program.step(STEPS), program.state, program.frozen, batch)
         phases = rollout(program) if cfg.verb.online else {}
     found = {
         "topology": topology.name,
@@ -226,7 +231,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
 def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
     """Bytes at the peak by what they are. Temporaries are what is left: results that are not kept,
     copies and padding."""
-    held = {
+    held: dict[str, float] = {
         "parameters": device_bytes(program.state.trainable),
         "optimizer": device_bytes(program.state.opt_state),
         "frozen": device_bytes(program.frozen),
@@ -329,16 +334,15 @@ def rollout(program: Program) -> dict[str, float]:
         shape, jnp.int32, sharding=jax.sharding.NamedSharding(mesh, spec)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    begin = compiled(prefill.lower(graph, params, prompts, prompts, key, new, sampling))
+    begin = compiled(prefill, graph, params, prompts, prompts, key, new, sampling)
     stop = jax.ShapeDtypeStruct((), jnp.int32)
     phases: dict[str, tuple[Compiled, Any]] = {"prefill": (begin, params)}
     if begin.outputs is not None:
-        lowered = decode.lower(graph, params, begin.outputs, key, stop, sampling)
-        phases["decode"] = compiled(lowered), params
-    experience = make_evaluation(cfg, program.models)
+        decoding = compiled(decode, graph, params, begin.outputs, key, stop, sampling)
+        phases["decode"] = decoding, params
     given = program.state.trainable, program.frozen
-    lowered = jax.jit(experience).lower(*given, every.batch(length))
-    phases["log-probabilities"] = compiled(lowered), given
+    evaluation = jax.jit(make_evaluation(cfg, program.models))
+    phases["log-probabilities"] = compiled(evaluation, *given, every.batch(length)), given
     return {name: one.peak + resident - device_bytes(args) for name, (one, args) in phases.items()}
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from jaxllm.config import TrainConfig, to_dict
-from jaxllm.config.schema import from_dict, leaves, value_of
+from jaxllm.config.schema import from_dict, value_of
 from jaxllm.errors import UserError
 from jaxllm.plan import plan, prepared, quiet, text
 from jaxllm.topologies import Topology, topology
 
 MICRO, TENSOR = (1, 2, 4, 8), (1, 2, 4, 8)
+REMAT = ("full", "names", "dots", "none", "offload")
 
 
 def _micro(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -37,15 +38,15 @@ def _axes(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(names, size, strict=True)) for size in sizes]
 
 
-# (what a row of the printed table is called, the values to try as {key: value}). A key that the
-# schema does not have yet is skipped; a further one is a row here.
+# The settings to try, each {key: value}, of a config and its plan. A key or a value that the schema
+# does not have is skipped.
 Values = Callable[[TrainConfig, dict[str, Any]], list[dict[str, Any]]]
-CANDIDATES: tuple[tuple[str, Values], ...] = (
-    ("axes", _axes),
-    ("zero", lambda cfg, found: [{"mesh.zero": stage} for stage in (3, 2, 1)]),
-    ("remat", lambda cfg, found: [{"model.remat": r} for r in ("full", "names", "dots", "none")]),
-    ("micro batch", _micro),
-    ("head", lambda cfg, found: [{"model.loss_blocks": n} for n in (1, 4, 8)]),
+CANDIDATES: tuple[Values, ...] = (
+    _axes,
+    lambda cfg, found: [{"mesh.zero": stage} for stage in (3, 2, 1)],
+    lambda cfg, found: [{"model.remat": name} for name in REMAT],
+    _micro,
+    lambda cfg, found: [{"model.loss_blocks": n} for n in (1, 4, 8)],
 )
 
 
@@ -85,10 +86,10 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
 
     best: dict[str, Any] = {}
     found = attempt(best)
-    for _, values in CANDIDATES:
+    for values in [*CANDIDATES, *CANDIDATES]:  # twice: a later key may make room for an earlier one
         options = values(changed(cfg, best), found) if found else values(cfg, _unknown(cfg, where))
         for change in options:
-            if not change.keys() <= leaves().keys() or _is_set(changed(cfg, best), change):
+            if not _is_known(change) or _is_set(changed(cfg, best), change):
                 continue
             here = attempt(best | change)
             if here is not None and (found is None or rank(here) < rank(found)):
@@ -103,9 +104,12 @@ def _unknown(cfg: TrainConfig, where: Topology) -> dict[str, Any]:
     return {"devices": len(where.devices), "mesh": {}, "micro_batches": 1, "micro_batch_size": 1}
 
 
-def rank(found: dict[str, Any]) -> tuple[bool, float, float]:
-    """The order of plans, the best one first."""
-    return not found["fits"], found["seconds_bound"] if found["fits"] else 0.0, found["peak_gib"]
+def rank(found: dict[str, Any]) -> tuple[float, ...]:
+    """The order of plans, the best one first: what fits by its bound, then by the time without any
+    overlap; the rest by memory."""
+    if not found["fits"]:
+        return True, found["peak_gib"]
+    return False, found["seconds_bound"], sum(found["seconds"].values()), found["peak_gib"]
 
 
 def _ranked(tried: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -133,6 +137,14 @@ def changed(cfg: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
     return from_dict(values)
+
+
+def _is_known(changes: dict[str, Any]) -> bool:
+    try:
+        changed(TrainConfig(), changes)
+    except UserError:
+        return False
+    return True
 
 
 def _is_set(cfg: TrainConfig, changes: dict[str, Any]) -> bool:

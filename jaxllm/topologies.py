@@ -39,9 +39,9 @@ class Chip:
 # devices, which share its links.
 V4 = Chip(275e12, 30.75, 1.228e12, 50e9, 6.25e9)
 V5E = Chip(197e12, 15.75, 0.819e12, 50e9, 3.125e9)
-V5P = Chip(459e12, 95.74, 2.765e12, 100e9, 6.25e9)
-V6E = Chip(918e12, 31.25, 1.638e12, 100e9, 12.5e9)
-TPU7X = Chip(1153.5e12, 94.75, 3.69e12, 50e9, 6.25e9)
+V5P = Chip(459e12, 95.73, 2.765e12, 100e9, 6.25e9)
+V6E = Chip(918e12, 31.24, 1.638e12, 100e9, 12.5e9)
+TPU7X = Chip(1153.5e12, 94.74, 3.69e12, 50e9, 6.25e9)
 # GPUs: NVIDIA's data sheets of the SXM modules and of GB200 NVL72; `hbm` as nvidia-smi shows it;
 # networks: one adapter per GPU, as in DGX A100 (200 Gb/s), H100, H200, B200 and GB200 (400 Gb/s).
 A100 = Chip(312e12, 80.0, 2.039e12, 300e9, 25e9)
@@ -203,8 +203,7 @@ def _local() -> Topology:
         at = [tuple(device.coords) for device in devices]
         size = tuple(1 + max(dim) - min(dim) for dim in zip(*at, strict=True))
         return Topology(f"local {kind}", chip, devices, size, _wraps(size))
-    hosts = len({device.process_index for device in devices})
-    return Topology(f"local {kind}", chip, devices, (len(devices) // hosts,))
+    return Topology(f"local {kind}", chip, devices, (jax.local_device_count(),))
 
 
 def _wraps(size: tuple[int, ...]) -> tuple[bool, ...]:
