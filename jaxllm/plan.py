@@ -69,10 +69,8 @@ def prepared(cfg: TrainConfig, length: int | None = None) -> TrainConfig:
         text = length // 2 if pairs else length - new if cfg.verb.online else length
         cfg = replace(cfg, data=replace(cfg.data, max_length=text))
     check(cfg)
-    if cfg.model.path and not cfg.peft.path:  # as random weights: only the config is read
-        config = _config_file(cfg.model.path)
-        cfg = replace(cfg, model=replace(cfg.model, path=None, config=config))
-    return cfg
+    config = _config_file(cfg.model.path or str(cfg.model.config))
+    return replace(cfg, model=replace(cfg.model, path=None, config=config))
 
 
 def _config_file(path: str) -> str:
@@ -364,7 +362,7 @@ def text(found: dict[str, Any]) -> str:
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [
         "",
-        f"memory, GiB a device   {found['peak_gib']:10.3f} of {found['hbm_gib']:.2f}: {verdict}",
+        f"memory, GiB a device   {found['peak_gib']:10.4f} of {found['hbm_gib']:.2f}: {verdict}",
     ]
     lines += _table(found["classes"])
     if found["host_gib"]:
@@ -372,20 +370,20 @@ def text(found: dict[str, Any]) -> str:
     if found["rollout_peak_gib"]:
         lines += ["peak of the rollout", *_table(found["rollout_peak_gib"])]
     lines += ["largest temporaries at the peak", *_table(found["largest"])]
-    lines += ["", f"collectives, GiB sent  {found['wire_gib']:10.3f} a step"]
+    lines += ["", f"collectives, GiB sent  {found['wire_gib']:10.4f} a step"]
     lines += [
-        f"  {row['op']:<20} {row['gib']:10.3f} {row['count']:6} x {row['dtype']:<5} "
+        f"  {row['op']:<20} {row['gib']:10.4f} {row['count']:6} x {row['dtype']:<5} "
         f"{1000 * row['seconds']:9.2f} ms  {row['axis']}"
         for row in found["collectives"]
-        if row["gib"] >= 5e-4
+        if row["gib"] >= 5e-5
     ]
     took = ", ".join(f"{name} {1000 * s:,.1f} ms" for name, s in found["seconds"].items())
-    bound, tera = 1000 * found["seconds_bound"], 1e12
+    bound = 1000 * found["seconds_bound"]
+    flops, model = (f"{found[key] / 1e12:,.3f}" for key in ("flops", "model_flops"))
     lines += [
         "",
         f"a step takes at least {bound:,.1f} ms ({found['bound']}): {took}",
-        f"  {found['flops'] / tera:,.3g} TFLOP a device, {found['model_flops'] / tera:,.3g} of the "
-        "model, the rest computed again for remat",
+        f"  {flops} TFLOP a device, {model} of the model, the rest computed again for remat",
         f"  at most {found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.0%}",
     ]
     return "\n".join(lines)
@@ -393,4 +391,4 @@ def text(found: dict[str, Any]) -> str:
 
 def _table(values: dict[str, float]) -> list[str]:
     short = {name if len(name) <= 44 else f"…{name[-43:]}": gib for name, gib in values.items()}
-    return [f"  {name:<44} {gib:10.3f}" for name, gib in short.items() if gib >= 5e-4]
+    return [f"  {name:<44} {gib:10.4f}" for name, gib in short.items() if gib >= 5e-5]
