@@ -288,11 +288,17 @@ WIDER |= {"num_attention_heads": 64, "num_key_value_heads": 8}
 
 
 @pytest.mark.tpu
+def test_a_mesh_that_the_torus_does_not_have_is_one_line(model, capsys):
+    args = ["plan", "--objective", "sft", "--model.config", model, "--topology", "v6e:4x4"]
+    refused(capsys, [*args, "--mesh.tensor", "2"], "v6e:4x4", "tensor 2", "4 x 4")
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("shape", "where", "devices", "more"),
     [
         (WIDE, "v5p:4x4x4", 64, ()),
-        (WIDE, "v6e:4x4", 16, ("--mesh.tensor", "2")),
+        (WIDE, "v6e:4x4", 16, ("--mesh.tensor", "4")),
         (WIDER, "v5e:16x16", 256, ("--peft.method", "lora")),
     ],
     ids=["v5p", "v6e, tensor", "v5e, LoRA"],
