@@ -50,7 +50,7 @@ def flags(model: str, verb: str, *more: str) -> list[str]:
 
 
 def cases():
-    swept = {"reward", "kto", "orpo", "simpo", "ppo", "sft"}
+    swept = {"reward", "dpo", "kto", "orpo", "simpo", "ppo", "sft"}
     for verb in VERBS:
         marks = [pytest.mark.sweep] if verb in swept else []
         yield pytest.param(verb, (), id=verb, marks=marks)
@@ -60,7 +60,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("verb", "more"), list(cases()))
-def test_every_verb_has_a_plan(model, capsys, verb, more):
+def test_every_verb_has_a_plan(model, capsys, monkeypatch, verb, more):
     more = (*more, "--rl.max_new_tokens", "16") if VERBS[verb].online else more
     found = planned(capsys, *flags(model, verb, *more))
     assert set(KEYS) <= found.keys() and found["classes"].keys() == CLASSES
@@ -85,12 +85,11 @@ def test_every_verb_has_a_plan(model, capsys, verb, more):
     assert (found["classes"]["frozen"] > found["classes"]["parameters"]) == frozen
     phases = {"prefill", "decode", "log-probabilities"} if VERBS[verb].online else set()
     assert found["rollout_peak_gib"].keys() == phases
-
-
-def test_a_plan_is_printed_for_people(model, capsys):
-    assert main(["plan", *flags(model, "pretrain", "--length", "64")]) == 0
+    monkeypatch.setattr(plan_search, "plan", lambda *_: found)
+    assert main(["plan", *flags(model, verb, *more)]) == 0
     text = capsys.readouterr().out
-    for part in ("8 devices, mesh fsdp 8", "16 rows of 64 tokens", "fits", "at the peak", "MFU"):
+    rows = f"16 rows of {found['length']} tokens"
+    for part in (f"{verb} on cpu:8: 8 devices, mesh fsdp 8", rows, ": fits", "at the peak", "MFU"):
         assert part in text
 
 
