@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -120,7 +120,7 @@ class Topology:
     wrap: tuple[bool, ...] = ()
     """True for a dim whose links close a ring"""
     estimate: str = ""
-    """why memory is an estimate; empty where the chip's own compiler gives it"""
+    """why figures are estimates; empty if the chip's own compiler gives its memory"""
 
     @cached_property
     def hbm_gib(self) -> float:
@@ -197,13 +197,16 @@ def _local() -> Topology:
     import jax
 
     devices = jax.devices()
-    kind = devices[0].device_kind
-    chip = chip_of(kind) or CPU
+    kind, known = devices[0].device_kind, chip_of(devices[0].device_kind)
+    chip, limit = known or CPU, (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit:  # what this process may use
+        chip = replace(chip, hbm=limit / 2**30)
+    estimate = "" if known else f"no figures of {kind} are known; its times are guessed"
     if devices[0].platform == "tpu":
         at = [tuple(device.coords) for device in devices]
         size = tuple(1 + max(dim) - min(dim) for dim in zip(*at, strict=True))
-        return Topology(f"local {kind}", chip, devices, size, _wraps(size))
-    return Topology(f"local {kind}", chip, devices, (jax.local_device_count(),))
+        return Topology(f"local {kind}", chip, devices, size, _wraps(size), estimate)
+    return Topology(f"local {kind}", chip, devices, (jax.local_device_count(),), (), estimate)
 
 
 def _wraps(size: tuple[int, ...]) -> tuple[bool, ...]:

@@ -7,6 +7,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import jax
 import pytest
 import yaml
 from runs import MODEL, arguments, refused
@@ -26,7 +27,9 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def cache():
-    """A plan turns the compilation cache off; the tests after it use it again."""
+    """A plan turns the compilation cache off; the tests after it use it again. The eight devices of
+    the tests are there before a plan asks for others."""
+    jax.devices()
     yield
     use_cache()
 
@@ -117,18 +120,14 @@ def test_the_peak_is_that_of_the_real_run(project, capsys, monkeypatch, verb):
     )
     (step, inputs), *_ = steps
     memory = step.memory_analysis()
-    held = [shard.data.nbytes for x in jax_leaves(inputs[1:]) for shard in x.addressable_shards]
+    held = [
+        shard.data.nbytes for x in jax.tree.leaves(inputs[1:]) for shard in x.addressable_shards
+    ]
     real = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     real += memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert abs(found["peak_gib"] * GIB / real - 1) < 0.02
     given = sum(found["classes"][name] for name in ("frozen", "batch")) * GIB * 8
     assert abs(sum(held) - given) <= 0.02 * given
-
-
-def jax_leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def test_gpus_are_estimated_and_cross_their_nodes(model, capsys):
@@ -192,6 +191,16 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jaxllm\[plan\]'"):
         topology("v5e:4x4")
+
+
+def test_local_devices_have_the_memory_that_they_report(monkeypatch):
+    gpu = SimpleNamespace(id=0, device_kind="NVIDIA L4", platform="gpu")
+    gpu.memory_stats = lambda: {"bytes_limit": 21 * GIB}
+    monkeypatch.setattr("jax.devices", lambda: [gpu])
+    found = topology("local")
+    assert (found.hbm_gib, found.chip.flops, found.estimate) == (21, 121e12, "")
+    monkeypatch.undo()
+    assert "cpu" in topology("local").estimate and len(topology("local").devices) == 8
 
 
 def test_slices_are_for_tpus():
