@@ -245,14 +245,17 @@ def collectives(program: Program) -> list[Collective]:
     """Every collective once, but none of a single device.
 
     An asynchronous pair is one; so are the copies of one in the fusions that start, continue and
-    end it on a TPU. An all-reduce fused with the slice of its result is a reduce-scatter. Channel
-    ids do not tell collectives apart: all those of shard_map have the same.
+    end it on a TPU, and the transfers between TPU slices. An all-reduce fused with a dynamic-slice
+    of its result is a reduce-scatter. Channel ids do not tell collectives apart: all those of
+    shard_map have the same.
     """
     found: dict[tuple, Collective] = {}
     for name, body in program.computations.items():
         is_fused = name in program.fused
         slices = any(i.opcode == "dynamic-slice" for i in body.values())
         for one in body.values():
+            if across := _across_slices(one, body, program.devices, program.runs[name]):
+                found[name, one.name] = across
             if one.base not in COLLECTIVES:
                 continue
             operands = [body[operand].shape for operand in one.operands if operand in body]
@@ -270,6 +273,23 @@ def collectives(program: Program) -> list[Collective]:
             if made.count and (key not in found or found[key].payload < payload):
                 found[key] = made
     return list(found.values())
+
+
+def _across_slices(
+    one: Instruction, body: Mapping[str, Instruction], devices: int, count: int
+) -> Collective | None:
+    """The collective between TPU slices that libtpu wrote as a host transfer, a `send`. The program
+    is that of one slice; slices are consecutive devices of the mesh."""
+    kind = find(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+    if one.opcode != "send" or not kind or not count:
+        return None
+    op = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+    slices = len(find(r'_xla_megascale_target="\{([^}]*)\}', one.attributes).split(","))
+    shape = body[one.operands[0]].shape if one.operands[0] in body else one.shape
+    payload = nbytes(shape) * (slices if op == "all-gather" else 1)
+    groups = tuple(tuple(range(i, devices * slices, devices)) for i in range(devices))
+    dtype = find(r"([a-z]+\d\w*|pred)\[", shape)
+    return Collective(op, dtype, payload, groups, count, one.op_name)
 
 
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:

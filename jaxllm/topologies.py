@@ -239,7 +239,8 @@ def _tpu(text: str, size: tuple[int, ...], slices: int) -> Topology:
     except Exception as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--topology {text}: libtpu has no such slice ({first})") from error
-    return Topology(text, chip, devices, (*size, 1)[:3], wrap)
+    shown = f"{slices} x {text}" if slices > 1 else text
+    return Topology(shown, chip, devices, (*size, 1)[:3], wrap)
 
 
 def _cpu_devices(text: str, count: int) -> Sequence[Any]:

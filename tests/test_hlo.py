@@ -92,6 +92,24 @@ def test_a_collective_in_an_asynchronous_call_is_counted_once():
     assert (found.op, found.count) == ("reduce-scatter", 1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "op", "wire"),
+    [("ALL_REDUCE", "all-reduce", 2048), ("ALL_GATHER", "all-gather", 2048)]
+    + [("ONE_TO_ONE", "collective-permute", 2048)],
+)
+def test_a_transfer_between_slices_is_a_collective(kind, op, wire):
+    marks = f'_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"'
+    lines = (
+        f"  %s = (bf16[16,64], u32[], token[]) send(%x, %t), frontend_attributes={{{marks}}}\n"
+        f"  %r = (bf16[16,64], u32[], token[]) recv(%t), frontend_attributes={{{marks}}}\n"
+        "  %d = token[] send-done(%s), is_host_transfer=true"
+    )
+    (found,) = hlo.collectives(module(lines))
+    assert (found.op, found.wire) == (op, wire)
+    assert found.groups == tuple((i, i + 8) for i in range(8))  # the program is of one slice
+    assert found.axes({"data": 2, "fsdp": 8}) == "data"
+
+
 def test_collectives_of_one_channel_are_told_apart():
     lines = [f"  %g{i} = bf16[64,64]{{1,0}} all-gather(%x), {FSDP}" for i in range(3)]
     assert len(hlo.collectives(module("\n".join(lines)))) == 3

@@ -328,5 +328,6 @@ def test_a_pod_is_planned_without_one(tmp_path, capfd, shape, where, devices, mo
     assert found["classes"][name] * GIB * devices == pytest.approx(weights, rel=0.01)
     gathers = [row for row in found["collectives"] if row["op"] == "all-gather"]
     sent = sum(row["gib"] for row in gathers if "fsdp" in row["axis"])
-    assert sent * GIB >= 2 * layers  # every layer in bfloat16, and again for the backward pass
+    parts = 4 if "--mesh.tensor" in more else 1  # every layer in bfloat16, forward and backward
+    assert sent * GIB >= 2 * layers / parts
     assert found["bound"] in ("compute", "memory", "links") and 0 < found["mfu"] < 1
