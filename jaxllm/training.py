@@ -35,7 +35,7 @@ from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
-from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
+from jaxllm.monitor.flops import memory_gib, peak_flops, planned_gib, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
@@ -348,6 +348,7 @@ def compiled(
         began = time.perf_counter()
         step = program.step(steps).lower(state, frozen, batch).compile()
         log.bar.compiled(time.perf_counter() - began)
+    log.meter.planned_gib = planned_gib(step)
     log.meter.flops = run_flops(
         program.cfg,
         program.shape,
@@ -409,6 +410,8 @@ class Log:
         restarts = int(ledger["restarts"])
         more = f"; {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
         self.bar.say(f"{timedelta(seconds=round(total))}: {text}{more}")
+        if (planned := self.meter.planned_gib) is not None:
+            self.bar.say(f"memory: planned {planned:.2f} GiB a device, used {memory_gib():.2f} GiB")
 
 
 class Samples:

@@ -25,7 +25,17 @@ FLOORS = (
     ("errors",),
     ("paths",),
     ("config",),
-    ("compilation", "rendezvous", "dist", "watch", "mesh", "files"),
+    (
+        "compilation",
+        "rendezvous",
+        "dist",
+        "watch",
+        "mesh",
+        "files",
+        "topologies",
+        "hlo",
+        "hlo_memory",
+    ),
     ("ops",),
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
@@ -34,7 +44,8 @@ FLOORS = (
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize",),
-    ("training", "compare", "exports", "launch"),
+    ("training", "compare", "exports", "launch", "plan"),
+    ("plan_search",),
     ("cli", "__main__"),
 )
 FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 21_900

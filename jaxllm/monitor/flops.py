@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs of a model and peak FLOP/s of devices, for model FLOPs utilization (MFU); peak memory."""
+"""FLOPs of a model, for model FLOPs utilization (MFU), and peak memory."""
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -13,37 +12,7 @@ import jax
 
 from jaxllm.config import TrainConfig
 from jaxllm.model.config import ModelConfig
-
-# Peak FLOP/s of dense bfloat16 products, by device_kind: the longest name that occurs in it counts.
-# From the vendors' data sheets, without sparsity. A TPU v2, v3 or 7x chip is two JAX devices.
-PEAK = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v4 lite": 138e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 5090": 209e12,
-}
+from jaxllm.topologies import chip_of
 
 
 @dataclass(frozen=True)
@@ -111,12 +80,11 @@ def peak_flops(device: Any, dtype: str = "bfloat16") -> float | None:
     At JAX's default precision a float32 matmul is tf32 on a GPU, half as fast as bfloat16, and
     bfloat16 on a TPU.
     """
-    kind = device.device_kind
-    names = [name for name in PEAK if re.search(rf"\b{re.escape(name)}\b", kind)]
-    if not names:
+    chip = chip_of(device.device_kind)
+    if chip is None:
         return None
-    peak = PEAK[max(names, key=len)]
-    return peak / 2 if dtype == "float32" and not kind.startswith("TPU") else peak
+    is_tpu = device.device_kind.startswith("TPU")
+    return chip.flops / 2 if dtype == "float32" and not is_tpu else chip.flops
 
 
 def memory_gib() -> float:
@@ -127,3 +95,12 @@ def memory_gib() -> float:
         return max(peaks) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def planned_gib(step: Any) -> float | None:
+    """GiB that a compiled step needs on each device; None on a CPU, where `memory_gib` counts the
+    whole process, and if the compiler does not say."""
+    if jax.local_devices()[0].platform == "cpu":
+        return None
+    memory = step.memory_analysis()
+    return memory.peak_memory_in_bytes / 2**30 if memory is not None else None

@@ -62,6 +62,7 @@ class Meter:
     def __init__(self, sums: Sums, seconds: float, peak: float | None = None) -> None:
         self.sums, self.peak = sums, peak
         self.flops: Flops | None = None
+        self.planned_gib: float | None = None  # memory of the compiled step, for `Log.ledger`
         self._pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
         self._start = time.perf_counter() - seconds
         self._paused_at: float | None = None

@@ -69,6 +69,24 @@ class Rollout:
     """None without a reference"""
 
 
+def make_evaluation(cfg: TrainConfig, models: Models) -> Callable[[Any, Any, Experience], Any]:
+    """(trainable, frozen, rows [A, B, T]) -> the last fields of `Rollout`, [A, B, T]."""
+    forward = partial(act, temperature=cfg.rl.temperature, chunk=cfg.model.loss_chunk)
+
+    def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
+        def micro_batch(rows: Experience) -> Any:
+            policy, reference = models(trainable, frozen)
+            logps, entropy, values = forward(policy, rows)
+            out = {"logps": logps, "entropy": entropy, "values": values}
+            if reference is not None:
+                out["reference_logps"] = forward(reference, rows)[0]
+            return out
+
+        return jax.lax.map(micro_batch, rows)
+
+    return evaluate
+
+
 class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
@@ -107,22 +125,7 @@ class Rollouts:
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
         self.experience: dict[str, np.ndarray] = {}
-        forward = partial(act, temperature=rl.temperature, chunk=cfg.model.loss_chunk)
-
-        def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
-            """The last fields of `Rollout` for rows [A, B, T]."""
-
-            def micro_batch(rows: Experience) -> Any:
-                policy, reference = models(trainable, frozen)
-                logps, entropy, values = forward(policy, rows)
-                out = {"logps": logps, "entropy": entropy, "values": values}
-                if reference is not None:
-                    out["reference_logps"] = forward(reference, rows)[0]
-                return out
-
-            return jax.lax.map(micro_batch, rows)
-
-        self._jitted = jax.jit(evaluate)
+        self._jitted = jax.jit(make_evaluation(cfg, models))
 
     def state(self) -> dict[str, float]:
         """The state that a checkpoint saves besides the weights."""

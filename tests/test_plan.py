@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`jaxllm plan`: every verb's program in numbers, against real runs, and a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import pytest
+import yaml
+from runs import MODEL, arguments, refused
+
+from jaxllm import plan_search, topologies, training
+from jaxllm.cli import main
+from jaxllm.compilation import use_cache
+from jaxllm.config import VERBS, load_config
+from jaxllm.errors import UserError
+from jaxllm.plan import quiet
+from jaxllm.topologies import topology
+
+KEYS = ("peak_gib", "hbm_gib", "fits", "wire_gib", "collectives", "classes", "flops")
+CLASSES = {"parameters", "gradients", "optimizer", "frozen", "batch", "activations", "temporaries"}
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def cache():
+    """A plan turns the compilation cache off; the tests after it use it again. The eight devices of
+    the tests are there before a plan asks for others."""
+    jax.devices()
+    yield
+    use_cache()
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(MODEL | {"num_hidden_layers": 1}))
+    return str(tmp_path / "model.json")
+
+
+def planned(capsys, *args: str) -> dict:
+    """The object that `jaxllm plan --json` prints alone on standard output."""
+    capsys.readouterr()
+    assert main(["plan", *args, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def flags(model: str, verb: str, *more: str) -> list[str]:
+    base = ["--objective", verb, "--model.config", model, "--topology", "cpu:8"]
+    return [*base, "--batch_size", "16", "--data.max_length", "32", *more]
+
+
+def cases():
+    swept = {"reward", "dpo", "kto", "orpo", "simpo", "ppo", "sft"}
+    for verb in VERBS:
+        marks = [pytest.mark.sweep] if verb in swept else []
+        yield pytest.param(verb, (), id=verb, marks=marks)
+    yield pytest.param("sft", ("--peft.method", "lora"), id="LoRA")
+    quantized = ("--peft.method", "lora", "--peft.quantize_base", "nf4")
+    yield pytest.param("sft", quantized, id="QLoRA", marks=pytest.mark.sweep)
+
+
+@pytest.mark.parametrize(("verb", "more"), list(cases()))
+def test_every_verb_has_a_plan(model, capsys, monkeypatch, verb, more):
+    more = (*more, "--rl.max_new_tokens", "16") if VERBS[verb].online else more
+    found = planned(capsys, *flags(model, verb, *more))
+    assert set(KEYS) <= found.keys() and found["classes"].keys() == CLASSES
+    assert math.isclose(sum(found["classes"].values()), found["peak_gib"], rel_tol=1e-9)
+    assert 0 < found["peak_gib"] < found["hbm_gib"] and found["fits"] is True
+    assert found["devices"] == 8 and found["mesh"] == {"fsdp": 8}
+    pair = 2 if VERBS[verb].data in ("pairs", "judged") else 1
+    assert found["length"] == (64 if VERBS[verb].online else 32 * pair)
+    for row in found["collectives"]:
+        assert row["axis"] == "fsdp" and row["gib"] > 0 and row["count"] >= 1
+    sent = sum(row["gib"] for row in found["collectives"])
+    assert math.isclose(sent, found["wire_gib"]) and "all-gather" in str(found["collectives"])
+    assert found["flops"] >= found["model_flops"] > 0
+    assert found["seconds_bound"] == max(found["seconds"].values()) > 0
+    if verb == "pretrain":
+        D, V, Q, KV, F = 32, 500, 32, 16, 64
+        split = V * D + D * (2 * Q + 2 * KV + 3 * F)  # along fsdp; norms are whole on each device
+        parameters = 4 * (split / 8 + 3 * D + 2 * 8)
+        assert math.isclose(found["classes"]["parameters"] * GIB, parameters)
+        assert 0 <= found["classes"]["optimizer"] * GIB - 2 * parameters <= 64
+    frozen = "--peft.method" in more
+    assert (found["classes"]["frozen"] > found["classes"]["parameters"]) == frozen
+    phases = {"prefill", "decode", "log-probabilities"} if VERBS[verb].online else set()
+    assert found["rollout_peak_gib"].keys() == phases
+    monkeypatch.setattr(plan_search, "plan", lambda *_: found)
+    assert main(["plan", *flags(model, verb, *more)]) == 0
+    text = capsys.readouterr().out
+    rows = f"16 rows of {found['length']} tokens"
+    for part in (f"{verb} on cpu:8: 8 devices, mesh fsdp 8", rows, ": fits", "at the peak", "MFU"):
+        assert part in text
+
+
+@pytest.mark.parametrize("verb", ["pretrain", pytest.param("sft", marks=pytest.mark.sweep)])
+def test_the_peak_is_that_of_the_real_run(project, capsys, monkeypatch, verb):
+    """The step that a run on the same mesh compiles, with its real arrays: within 2 %."""
+    steps, compile_step = [], training.compiled
+
+    def recorded(*args):
+        steps.append((compile_step(*args), args[3:]))
+        return steps[-1][0]
+
+    monkeypatch.setattr(training, "compiled", recorded)
+    lora = () if verb == "pretrain" else ("--peft.method", "lora")
+    # A program from the cache does not know its memory.
+    more = [*lora, "--steps", "1", "--save.final", "false", "--log.compile_cache", "off"]
+    assert main(arguments(project, verb, f"{verb}-planned", *more)) == 0
+    found = planned(
+        capsys,
+        "--objective",
+        verb,
+        "--topology",
+        "cpu:8",
+        *arguments(project, verb, "x", *more)[1:],
+    )
+    (step, inputs), *_ = steps
+    memory = step.memory_analysis()
+    held = [
+        shard.data.nbytes for x in jax.tree.leaves(inputs[1:]) for shard in x.addressable_shards
+    ]
+    real = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    real += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert abs(found["peak_gib"] * GIB / real - 1) < 0.02
+    given = sum(found["classes"][name] for name in ("frozen", "batch")) * GIB * 8
+    assert abs(sum(held) - given) <= 0.02 * given
+
+
+def test_gpus_are_estimated_and_cross_their_nodes(model, capsys):
+    more = ["--mesh.data", "2", "--mesh.fsdp", "4", "--mesh.zero", "1"]
+    args = flags(model, "pretrain", *more)
+    found = planned(capsys, *args[:4], "--topology", "h100:4x2", *args[6:])
+    assert "h100" in found["estimate"] and found["hbm_gib"] == 79.6
+    assert any("data" in row["axis"] for row in found["collectives"])
+
+
+# ---- topologies
+
+
+def test_the_speed_of_a_group_is_that_of_the_links_it_spans():
+    chip = topologies.V5P
+    devices = [
+        SimpleNamespace(id=i, coords=(i % 4, i // 4 % 4, i // 16), slice_index=0) for i in range(64)
+    ]
+    torus = topologies.Topology("t", chip, devices, (4, 4, 4), (True,) * 3)
+    link = chip.link
+    assert torus.speed(devices) == 6 * link
+    assert torus.speed(devices[:16]) == 4 * link
+    assert torus.speed(devices[:4]) == 2 * link
+    assert torus.speed(devices[:2]) == link  # a part of a ring is a line
+    other = [SimpleNamespace(id=64, coords=(0, 0, 0), slice_index=1)]
+    assert torus.speed([devices[0], *other]) == chip.network
+    gpus = [SimpleNamespace(id=i) for i in range(16)]
+    nodes = topologies.Topology("h", topologies.H100, gpus, (8,))
+    assert nodes.speed(gpus[:8]) == topologies.H100.link
+    assert nodes.speed(gpus) == 8 * topologies.H100.network
+    assert nodes.speed([gpus[0], gpus[8]]) == topologies.H100.network
+
+
+def test_float32_is_slower_on_a_gpu_alone():
+    gpu = topologies.Topology("h", topologies.H100, [], (8,))
+    tpu = topologies.Topology("t", topologies.V5P, [], (4, 4, 4), (True,) * 3)
+    assert gpu.flops("float32") == gpu.flops("bfloat16") / 2
+    assert tpu.flops("float32") == tpu.flops("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("v9p:4x4x4", ("unknown chip 'v9p'", "did you mean v5p?")),
+        ("laptop", ("unknown chip 'laptop'", "tpu7x")),
+        ("v5p:16x16", ("v5p takes three numbers", "v5p:4x4x4")),
+        ("v6e:4x4x4", ("v6e takes two numbers",)),
+        ("cpu:0", ("cpu takes one number",)),
+        ("h100", ("h100 takes",)),
+        ("cpu:4096", ("has started with 8 host devices", "XLA_FLAGS")),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_named(where, words):
+    with pytest.raises(UserError) as error:
+        topology(where)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jaxllm\[plan\]'"):
+        topology("v5e:4x4")
+
+
+def test_local_devices_have_the_memory_that_they_report(monkeypatch):
+    gpu = SimpleNamespace(id=0, device_kind="NVIDIA L4", platform="gpu")
+    gpu.memory_stats = lambda: {"bytes_limit": 21 * GIB}
+    monkeypatch.setattr("jax.devices", lambda: [gpu])
+    found = topology("local")
+    assert (found.hbm_gib, found.chip.flops, found.estimate) == (21, 121e12, "")
+    monkeypatch.undo()
+    assert "cpu" in topology("local").estimate and len(topology("local").devices) == 8
+
+
+def test_slices_are_for_tpus():
+    with pytest.raises(UserError, match="--slices 2 is for TPUs"):
+        topology("cpu:8", 2)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--batch_size", "12"), ("12 does not divide over 8 devices", "8 or 16")),
+        (("--mesh.fsdp", "3"), ("mesh: fsdp 3 does not make 8 devices",)),
+        (("--data.max_length", "4096"), ("over the model's limit of 64",)),
+        (("--optim.learning_rat", "1"), ("--optim.learning_rate",)),
+        (("--length", "many"), ("--length",)),
+    ],
+)
+def test_a_mistake_is_one_line(model, capsys, more, words):
+    refused(capsys, ["plan", *flags(model, "pretrain", *more)], *words)
+
+
+def test_a_plan_needs_an_objective_a_topology_and_a_model(model, capsys):
+    refused(capsys, ["plan", "--topology", "cpu:8"], "no objective")
+    refused(capsys, ["plan", "--objective", "sft"], "--topology")
+    refused(capsys, ["plan", "--objective", "sft", "--topology", "cpu:8"], "no model")
+
+
+def test_noise_is_hidden_but_not_that_of_a_bug(capfd):
+    import os
+
+    with quiet():
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError), quiet():
+        os.write(2, b"the reason\n")
+        raise ZeroDivisionError
+    assert capfd.readouterr().err == "the reason\n"
+
+
+# ---- the search
+
+
+def test_the_search_ranks_what_fits_and_writes_the_best(model, tmp_path, capsys, monkeypatch):
+    def made_up(cfg, where):
+        """Slower with remat; no room without it, nor for more than two rows."""
+        rows = cfg.micro_batch_size or 4
+        room = rows <= 2 and cfg.model.remat != "none"
+        costs = {"full": 3.0, "names": 2.0, "dots": 1.5, "none": 1.0}
+        found = {"fits": room, "peak_gib": rows, "seconds_bound": costs[cfg.model.remat] / rows}
+        found |= {"micro_batches": 4 // rows, "micro_batch_size": rows, "bound": "compute"}
+        found |= {"seconds": {"compute": found["seconds_bound"]}}
+        return found | {"devices": 8, "mesh": {}, "mfu": 0.5, "topology": "cpu:8"}
+
+    monkeypatch.setattr(plan_search, "plan", made_up)
+    out = str(tmp_path / "best.yaml")
+    args = flags(model, "pretrain", "--search", "--output", out, "--optim.clip", "0.5")
+    found = planned(capsys, *args, "--batch_size", "32")
+    assert found["settings"]["model.remat"] == "dots" and found["settings"]["micro_batch_size"] == 2
+    assert found["fits"] and found["config"] == out
+    written = yaml.safe_load(open(out).read())
+    assert written["optim"] == {"clip": 0.5} and written["model"]["remat"] == "dots"
+    assert "data" in written and "train" not in written["data"]  # no stand-ins
+    cfg, _ = load_config("pretrain", out)
+    assert cfg.micro_batch_size == 2 and cfg.batch_size == 32
+
+
+def test_the_order_of_plans_puts_what_fits_first():
+    def made(fits, bound, links, peak):
+        seconds = {"compute": bound, "links": links}
+        return {"fits": fits, "seconds_bound": bound, "seconds": seconds, "peak_gib": peak}
+
+    order = [
+        made(True, 2.0, 1.0, 9.0),
+        made(True, 2.0, 1.5, 8.0),
+        made(True, 3.0, 0.1, 1.0),
+        made(False, 5.0, 0.1, 12.0),
+        made(False, 1.0, 0.1, 13.0),
+    ]
+    assert sorted(order[::-1], key=plan_search.rank) == order
+
+
+# ---- the real TPU compiler (make tpu)
+
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "head_dim": 128}
+LLAMA |= {"vocab_size": 128256, "max_position_embeddings": 8192, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 4096, "intermediate_size": 14336}
+WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 8}
+WIDER = {"hidden_size": 8192, "intermediate_size": 28672}
+WIDER |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+
+
+@pytest.mark.tpu
+def test_a_mesh_that_the_torus_does_not_have_is_one_line(model, capsys):
+    args = ["plan", "--objective", "sft", "--model.config", model, "--topology", "v6e:4x4"]
+    refused(capsys, [*args, "--mesh.tensor", "2"], "v6e:4x4", "tensor 2", "4 x 4")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("shape", "where", "devices", "more"),
+    [
+        (WIDE, "v5p:4x4x4", 64, ()),
+        (WIDE, "v6e:4x4", 16, ("--mesh.tensor", "4")),
+        (WIDER, "v5e:16x16", 256, ("--peft.method", "lora")),
+    ],
+    ids=["v5p", "v6e, tensor", "v5e, LoRA"],
+)
+def test_a_pod_is_planned_without_one(tmp_path, capfd, shape, where, devices, more):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | shape))
+    args = ["plan", "--objective", "sft", "--model.config", str(tmp_path), "--topology", where]
+    args += ["--batch_size", str(devices), "--length", "2048", "--model.compute_dtype", "bfloat16"]
+    assert main([*args, *more, "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""  # libtpu's warnings
+    found = json.loads(out)
+    assert found["devices"] == devices and found["fits"] and found["estimate"] == ""
+    assert found["hbm_gib"] == topologies.TPUS[where[:3]][0].hbm
+    D, F, KV = shape["hidden_size"], shape["intermediate_size"], 1024
+    layers = 2 * D * (2 * D + 2 * KV + 3 * F)
+    weights = 4 * (layers + 2 * D * LLAMA["vocab_size"])
+    name = "frozen" if more[:1] == ("--peft.method",) else "parameters"
+    assert found["classes"][name] * GIB * devices == pytest.approx(weights, rel=0.01)
+    gathers = [row for row in found["collectives"] if row["op"] == "all-gather"]
+    sent = sum(row["gib"] for row in gathers if "fsdp" in row["axis"])
+    parts = 4 if "--mesh.tensor" in more else 1  # every layer in bfloat16, forward and backward
+    assert sent * GIB >= 2 * layers / parts
+    assert found["bound"] in ("compute", "memory", "links") and 0 < found["mfu"] < 1
