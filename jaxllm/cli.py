@@ -14,8 +14,8 @@ from typing import Any
 from jaxllm import __version__, config
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
+from jaxllm.config.fields import home
 from jaxllm.config.loading import find_objective, parse, read_args
-from jaxllm.config.sections import home
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.

@@ -24,7 +24,7 @@ from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
-from jaxllm.mesh import batch_sharding, data_parallel, platform, replicated
+from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
@@ -32,6 +32,7 @@ from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
+from jaxllm.ops.residuals import check_offload
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
@@ -187,9 +188,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     Raises UserError for a model, a module or a combination that does not exist.
     """
     if cfg.model.remat == "offload":
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            if platform() == "cpu":
-                raise UserError("model.remat: offload requires a TPU or GPU; set it to full")
+        check_offload(mesh)
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, hf_config)

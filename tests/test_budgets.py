@@ -36,6 +36,7 @@ FLOORS = (
         "hlo",
         "hlo_memory",
     ),
+    ("collectives",),
     ("ops",),
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
@@ -48,7 +49,7 @@ FLOORS = (
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 21_900
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 22_100
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",
@@ -145,7 +146,7 @@ def test_only_ops_and_reports_ask_for_the_platform():
     for name, path in MODULES.items():
         text = code(path)
         assert "default_backend" not in text, name
-        if name.split(".")[1:2] not in (["ops"], ["mesh"]) and name != "jaxllm":
+        if name.split(".")[1:2] not in (["ops"], ["mesh"], ["collectives"]) and name != "jaxllm":
             assert not re.search(r"\bplatform\(", text), name
 
 

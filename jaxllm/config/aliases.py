@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxllm.config.sections import home
+from jaxllm.config.fields import home
 from jaxllm.errors import UserError
 
 

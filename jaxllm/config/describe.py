@@ -9,8 +9,9 @@ import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 from jaxllm.config import aliases
+from jaxllm.config.fields import home
 from jaxllm.config.schema import SECTIONS, Leaf, field_docs, leaves, members, type_adapter, value_of
-from jaxllm.config.sections import Source, TrainConfig, home
+from jaxllm.config.sections import Source, TrainConfig
 from jaxllm.config.verbs import VERBS
 
 

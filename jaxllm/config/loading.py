@@ -17,8 +17,9 @@ from typing import Any
 from jaxllm.config import aliases
 from jaxllm.config.aliases import Given
 from jaxllm.config.deepspeed import read_deepspeed
+from jaxllm.config.fields import sources
 from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
-from jaxllm.config.sections import Source, TrainConfig, sources
+from jaxllm.config.sections import Source, TrainConfig
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.paths import absolute, as_path, local_path
 

@@ -17,7 +17,8 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jaxllm.config import aliases
-from jaxllm.config.sections import Read, Source, TrainConfig, Unit, listed
+from jaxllm.config.fields import Read, listed
+from jaxllm.config.sections import Source, TrainConfig, Unit
 from jaxllm.errors import UnknownFlag, UserError, nearest
 
 SECTIONS: dict[str, Any] = {

@@ -84,6 +84,17 @@ def _sums(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array
     return top, exps, total, dotted
 
 
+def _with_block(sums: Any, logits: jax.Array, one_hot: jax.Array) -> tuple[jax.Array, ...]:
+    """(max, Σ exp(logits - max), Σ exp · logits, the target's logit) with a block of the
+    vocabulary, from those of the blocks before it."""
+    top, _, total, dotted = _sums(logits)
+    both = jnp.maximum(sums[0], top[..., 0])
+    keep, add = jnp.exp(sums[0] - both), jnp.exp(top[..., 0] - both)
+    picked = jnp.max(jnp.where(one_hot, logits, MASKED), -1)
+    added = keep * sums[1] + add * total, keep * sums[2] + add * dotted
+    return both, *added, jnp.maximum(sums[3], picked)
+
+
 def _values(top, total, dotted, picked, head: Head) -> tuple[jax.Array, jax.Array]:
     """([loss, nll, correct, entropy] of each token, log Σ exp) from sums over the vocabulary, each
     float32 [...]. picked: the targets' logits."""
@@ -232,6 +243,7 @@ class _Blocks:
         self.size, self.count = size, max(blocks // self.parts, 1)
         width = math.ceil(size / self.parts / self.count)
         self.width = width if width < self.LANES else math.ceil(width / self.LANES) * self.LANES
+        self.count = math.ceil(size / self.parts / self.width)
 
     def _grouped(self, w: jax.Array) -> jax.Array:
         """[D, V] -> [D, parts, count, width], padded."""
@@ -265,10 +277,8 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
     hs, ws = [h for h, _ in terms], [w for _, w in terms]
     B, T, _ = hs[0].shape
     needed = weights != 0
-    chunks, vocab = (
-        _Chunks(B, T, needed, head.chunk),
-        _Blocks(ws[0].shape[1], blocks_of(head, terms)),
-    )
+    chunks = _Chunks(B, T, needed, head.chunk)
+    vocab = _Blocks(ws[0].shape[1], blocks_of(head, terms))
     inputs = ([chunks.split(h) for h in hs], chunks.split(targets), chunks.split(weights))
     blocks = [vocab.split(w.astype(h.dtype)) for h, w in zip(hs, ws, strict=True)], vocab.ids()
 
@@ -283,13 +293,7 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
         def body(i, sums):
             hc, tc, _ = _at(inputs, i)
             _, logits = logits_of(hc, whole, ids)
-            top, _, total, dotted = _sums(logits)
-            picked = jnp.max(jnp.where(ids == tc[..., None], logits, MASKED), -1)
-            old = _at(sums, i)
-            both = jnp.maximum(old[0], top[..., 0])
-            keep, add = jnp.exp(old[0] - both), jnp.exp(top[..., 0] - both)
-            new = both, keep * old[1] + add * total, keep * old[2] + add * dotted
-            new = (*new, jnp.maximum(old[3], picked))
+            new = _with_block(_at(sums, i), logits, ids == tc[..., None])
             return [_put(x, y, i) for x, y in zip(sums, new, strict=True)]
 
         return chunks.each(body, sums), None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxllm.errors import UserError
 from jaxllm.mesh import platform
 
 
@@ -35,3 +36,10 @@ def saveable(x: jax.Array, name: str) -> jax.Array:
 @saveable.defjvp
 def _saveable_jvp(name: str, x: Any, dx: Any) -> tuple[jax.Array, Any]:
     return saveable_in_vjp(x[0], name), dx[0]
+
+
+def check_offload(mesh: Any) -> None:
+    """Raises UserError if the devices of a mesh do not keep residuals in the host's memory."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if platform() == "cpu":
+            raise UserError("model.remat: offload requires a TPU or GPU; set it to full")
