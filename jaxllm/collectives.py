@@ -88,7 +88,7 @@ def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None
         return w
     narrow = dtype if dtype is not None and dtype.itemsize < w.dtype.itemsize else w.dtype
     if not manual_rows():
-        return constrain(w.astype(narrow), *axes, drop="fsdp").astype(w.dtype)
+        return _constrained(w, axes, narrow)
     dim = _split_dim(w.shape, shape)
     if dim is None:
         return w
@@ -110,6 +110,14 @@ def _of_part(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
     return run(x)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrained(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
+    return constrain(w.astype(dtype), *axes, drop="fsdp").astype(w.dtype)
+
+
+_constrained.defvjp(lambda w, *static: (_constrained(w, *static), None), lambda *args: args[-1:])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(w: jax.Array, dim: int, split: P, dtype: Any) -> jax.Array:
     gather = partial(lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
@@ -117,15 +125,10 @@ def _gathered(w: jax.Array, dim: int, split: P, dtype: Any) -> jax.Array:
     return _of_part(gather, w.astype(dtype), split).astype(w.dtype)
 
 
-def _gathered_forward(w: jax.Array, *static: Any):
-    return _gathered(w, *static), None
-
-
-def _gathered_backward(dim: int, split: P, dtype: Any, _: None, g: jax.Array):
-    return (scattered(g, dim, split),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(
+    lambda w, *static: (_gathered(w, *static), None),
+    lambda dim, split, dtype, _, g: (scattered(g, dim, split),),
+)
 
 
 def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:

@@ -247,7 +247,7 @@ def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
         "frozen": device_bytes(program.frozen),
         "batch": device_bytes(batch),
     }
-    shardings = program.gradient_shardings
+    shardings = program.layout.gradients
     gradients = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
         program.state.trainable,

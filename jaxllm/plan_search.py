@@ -38,8 +38,7 @@ def _axes(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(names, size, strict=True)) for size in sizes]
 
 
-# The settings to try, each {key: value}, of a config and its plan. A key or a value that the schema
-# does not have is skipped.
+# The settings to try, each {key: value}, of a config and its plan.
 Values = Callable[[TrainConfig, dict[str, Any]], list[dict[str, Any]]]
 CANDIDATES: tuple[Values, ...] = (
     _axes,
@@ -89,7 +88,7 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
     for values in [*CANDIDATES, *CANDIDATES]:  # twice: a later key may make room for an earlier one
         options = values(changed(cfg, best), found) if found else values(cfg, _unknown(cfg, where))
         for change in options:
-            if not _is_known(change) or _is_set(changed(cfg, best), change):
+            if _is_set(changed(cfg, best), change):
                 continue
             here = attempt(best | change)
             if here is not None and (found is None or rank(here) < rank(found)):
@@ -137,14 +136,6 @@ def changed(cfg: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
         section, _, name = key.rpartition(".")
         (values[section] if section else values)[name] = value
     return from_dict(values)
-
-
-def _is_known(changes: dict[str, Any]) -> bool:
-    try:
-        changed(TrainConfig(), changes)
-    except UserError:
-        return False
-    return True
 
 
 def _is_set(cfg: TrainConfig, changes: dict[str, Any]) -> bool:

@@ -209,7 +209,7 @@ def test_help_shows_every_key_with_its_default_and_names(verb, capsys):
             assert " ".join(leaf.doc.split()) in text
     assert "--optim.eps FLOAT [1e-08] ε added to the square root of the" in text
     assert "second moment (also --adam_epsilon)" in text
-    assert "--model.remat none|full|dots|names [full]" in text
+    assert "--model.remat none|full|dots|names|offload [full]" in text
     assert "--bf16: model.compute_dtype bfloat16" in text
     assert "--data.max_length INT (tokens) [1024]" in text
     assert "--save.every INT|epoch (steps) [500]" in text

@@ -67,7 +67,7 @@ def test_heads_are_not_cut_and_the_user_is_told():
     for name in "qkv":
         assert attn[name]["kernel"].spec == P(None, ("fsdp",), None)
         assert attn[name]["bias"].spec == P(None, None)
-    assert attn["o"]["kernel"].spec == P(None, None, ("fsdp",))
+    assert attn["o"]["kernel"].spec == P(None, ("fsdp",), None)
     variables = [variable for _, variable in nnx.to_flat_state(state)]
     assert replicated(over, variables) == [
         "mesh: 3 kv_heads do not divide by tensor 2; they are replicated",
