@@ -87,13 +87,6 @@ def _config_file(path: str) -> str:
         raise UserError(f"{path} is no directory, nor could the hub be reached: {reason}") from None
 
 
-def row_length(cfg: TrainConfig) -> int:
-    """Tokens of a row: of two answers for preferences, of a prompt and its completion online."""
-    if cfg.verb.online:
-        return bucketed(cfg.data.max_length + cfg.rl.max_new_tokens)
-    return cfg.data.max_length * (2 if cfg.verb.data in ("pairs", "judged") else 1)
-
-
 # ---- one program
 
 
@@ -195,7 +188,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     program = build(cfg, mesh)
     new = cfg.rl.max_new_tokens if cfg.verb.online else 0
     context_length(program.shape, program.adapter, cfg.data.max_length, new)
-    batch = program.batch(row_length(cfg))
+    batch = program.batch(program.row_length)
     with jax.set_mesh(mesh):
         step = compiled(program.step(STEPS), program.state, program.frozen, batch)
         phases = rollout(program) if cfg.verb.online else {}
@@ -209,7 +202,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "micro_batch_size": cfg.micro_batch_size,
         "micro_batches": program.micro_batches,
-        "length": row_length(cfg),
+        "length": program.row_length,
         "estimate": topology.estimate,
     }
     highest = max([step.peak, *phases.values()])
@@ -263,7 +256,7 @@ def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
 def step_flops(program: Program) -> tuple[float, float]:
     """FLOPs of an update on a device: (of the model, with what remat computes again). All tokens of
     a row count as learned."""
-    cfg, length = program.cfg, row_length(program.cfg)
+    cfg, length = program.cfg, program.row_length
     # Without the rollout, which is a program of its own: shared by very many updates.
     alone = replace(cfg, rl=replace(cfg.rl, iterations=10**9)) if cfg.verb.online else cfg
     flops: Flops = run_flops(
@@ -274,9 +267,11 @@ def step_flops(program: Program) -> tuple[float, float]:
         compares=program.reference is not None,
         baseline=program.objective.baseline is not None,
     )
-    weights, attention, _ = forward_flops(program.shape, length)
-    again = {"full": weights + attention, "names": weights}.get(cfg.model.remat, 0.0)
+    weights, attention, head = forward_flops(program.shape, length)
+    full = weights + attention
+    again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
+    again += head if program.loss_blocks > 1 else 0.0
     tokens = cfg.batch_size * length / program.mesh.size
     model = (flops.layers + flops.head) * tokens
     return model, model + again * tokens
@@ -308,7 +303,7 @@ def roofline(program: Program, topology: Topology, step: Compiled) -> dict[str, 
     }
     limit = max(seconds, key=lambda name: seconds[name])
     bound = seconds[limit]
-    tokens = program.cfg.batch_size * row_length(program.cfg)
+    tokens = program.cfg.batch_size * program.row_length
     return {
         "wire_gib": sum(row["gib"] for row in rows),
         "collectives": rows,
@@ -335,7 +330,7 @@ def rollout(program: Program) -> dict[str, float]:
     rows = -(-cfg.batch_size * cfg.rl.minibatches // parts) * parts
     rl, new = cfg.rl, cfg.rl.max_new_tokens
     sampling = Sampling(new, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids=(0,))
-    length = row_length(cfg)
+    length = program.row_length
     every = replace(program, cfg=replace(cfg, batch_size=cfg.batch_size * rl.minibatches))
     tokens = jax.tree.leaves(every.batch(bucketed(cfg.data.max_length)).tokens)[0]
     shape = (rows, tokens.shape[-1])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
-from jaxllm.collectives import reduction, with_shapes
+from jaxllm.collectives import fsdp_dim, reduction, with_shapes
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
@@ -32,10 +32,12 @@ from jaxllm.model.families import from_hf
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
+from jaxllm.ops.cross_entropy import blocks_of
 from jaxllm.ops.residuals import check_offload
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
+from jaxllm.sampling import bucketed
 from jaxllm.step import (
     Layout,
     Models,
@@ -95,9 +97,18 @@ class Program:
     @property
     def row_length(self) -> int:
         """Tokens in the longest row of a training batch."""
-        texts = 2 if self.cfg.verb.data in ("pairs", "judged") else 1
-        completion = self.cfg.rl.max_new_tokens if self.cfg.verb.online else 0
-        return texts * self.cfg.data.max_length + completion
+        length = self.cfg.data.max_length
+        if self.cfg.verb.online:
+            return bucketed(length + self.cfg.rl.max_new_tokens)
+        return length * (2 if self.cfg.verb.data in ("pairs", "judged") else 1)
+
+    @property
+    def loss_blocks(self) -> int:
+        """Blocks of the vocabulary in the loss."""
+        head = self.policy.embed.embedding if self.policy.head is None else self.policy.head.kernel
+        spec = head.get_value().sharding.spec
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return blocks_of(self.cfg.model.loss_blocks, fsdp_dim(spec) >= 0)
 
     def origin(self) -> dict[str, Any] | None:
         """What identifies the weights that a checkpoint depends on; None if it has all of them."""

@@ -33,10 +33,9 @@ def default_chunk() -> int:
     return 512 if platform() == "cpu" else 4096
 
 
-def blocks_of(head: Head, terms: Any) -> int:
-    """Blocks of the vocabulary; by default 8 on accelerators where fsdp splits the head, else 1."""
-    split = any(w.shape[0] != h.shape[-1] for h, w in terms)
-    return head.blocks or (8 if split and platform() != "cpu" else 1)
+def blocks_of(blocks: int, split: bool) -> int:
+    """Blocks of the vocabulary: by default (0) 8 on accelerators where fsdp splits the head."""
+    return blocks or (8 if split and platform() != "cpu" else 1)
 
 
 def _parts(rows: int) -> int:
@@ -174,8 +173,9 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
     trained: which kernels need a gradient; None: no gradients, not of h either. Tokens of weight 0
     have values of 0.
     """
-    if blocks_of(head, terms) > 1:
-        return _over_blocks(terms, targets, weights, head, trained)
+    blocks = blocks_of(head.blocks, any(w.shape[0] != h.shape[-1] for h, w in terms))
+    if blocks > 1:
+        return _over_blocks(terms, targets, weights, head._replace(blocks=blocks), trained)
     hs = [h for h, _ in terms]
     B, T, _ = hs[0].shape
     parts = _parts(B)
@@ -278,7 +278,7 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
     B, T, _ = hs[0].shape
     needed = weights != 0
     chunks = _Chunks(B, T, needed, head.chunk)
-    vocab = _Blocks(ws[0].shape[1], blocks_of(head, terms))
+    vocab = _Blocks(ws[0].shape[1], head.blocks)
     inputs = ([chunks.split(h) for h in hs], chunks.split(targets), chunks.split(weights))
     blocks = [vocab.split(w.astype(h.dtype)) for h, w in zip(hs, ws, strict=True)], vocab.ids()
 
