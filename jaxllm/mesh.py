@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -80,7 +80,12 @@ def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
         return Mesh(joined_slices(devices, sizes), AXES, axis_types=types)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    shape = tuple(sizes.values())
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis is no product of dims of the TPUs' torus
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def joined_slices(devices: list[Any], sizes: dict[str, int]) -> np.ndarray:

@@ -31,7 +31,7 @@ from jaxllm.config import Source, TrainConfig
 from jaxllm.config.checks import check, resolve
 from jaxllm.errors import UserError
 from jaxllm.files import hub_id
-from jaxllm.mesh import AXES, data_parallel, make_mesh
+from jaxllm.mesh import data_parallel, make_mesh
 from jaxllm.monitor.flops import Flops, forward_flops, run_flops
 from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
@@ -183,7 +183,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     """The plan of a `prepared` config, as `jaxllm plan --json` prints it."""
     began = time.perf_counter()
     use_cache("off")  # a program that is read from the cache leaves no dump
-    mesh = _mesh(cfg, topology)
+    mesh = make_mesh(cfg.mesh, list(topology.devices))
     cfg = resolve(cfg, data_parallel(mesh))
     program = build(cfg, mesh)
     new = cfg.rl.max_new_tokens if cfg.verb.online else 0
@@ -217,18 +217,6 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     }
     found |= roofline(program, topology, step)
     return found | {"plan_seconds": time.perf_counter() - began}
-
-
-def _mesh(cfg: TrainConfig, topology: Topology) -> Mesh:
-    try:
-        return make_mesh(cfg.mesh, list(topology.devices))
-    except NotImplementedError:  # of jax's assignment of mesh axes to the dims of a torus
-        sizes = [f"{axis} {n}" for axis in AXES if (n := getattr(cfg.mesh, axis)) != 1]
-        torus = " x ".join(str(n) for n in topology.size if n > 1)
-        raise UserError(
-            f"mesh: {' x '.join(sizes)} does not fit the torus {torus} of {topology.name}; each "
-            "axis must be a product of some of its dims"
-        ) from None
 
 
 def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
