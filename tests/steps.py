@@ -18,6 +18,7 @@ from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.table import Objective
+from jaxllm.ops.quantized import quantize
 from jaxllm.peft.files import make_adapter
 from jaxllm.program import assemble
 from jaxllm.step import TrainState, alone, make_step
@@ -43,13 +44,16 @@ TINY = ModelConfig(
 WHOLE = PeftSection()  # every weight is trained
 
 
-def decoder(section=WHOLE, *, scores=False, **options):
+def decoder(section=WHOLE, *, scores=False, quantize_base="none", **options):
     """A random model of TINY's shape with what a peft section adds."""
     cfg = replace(TINY, scores=scores)
     model = Decoder(
         cfg, rngs=nnx.Rngs(params=1, peft=2), peft=make_adapter(cfg, section), **options
     )
     model.peft.begin(model)
+    for path, variable in nnx.to_flat_state(nnx.state(model.layers)):
+        if quantize_base != "none" and path[-1] == "kernel":
+            variable.set_value(quantize(variable.get_value(), quantize_base, lambda x: x))
     return model
 
 

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from steps import pair_rows, ragged_rows, trajectory
+from steps import TINY, T, V, pair_rows, ragged_rows, trajectory
 
+from jaxllm import hlo
 from jaxllm.collectives import fsdp_line, over_rows
-from jaxllm.config import MeshSection, PeftSection
+from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
+from jaxllm.hf import abstract_model
 from jaxllm.mesh import AXES, make_mesh
+from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.objectives.dpo import dpo_loss
+from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.reward import reward_loss
 from jaxllm.objectives.table import Objective
 from jaxllm.ops.embedding import lookup
+from jaxllm.program import assemble
 
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),
@@ -35,6 +41,9 @@ LORA = PeftSection(method="lora", target_modules=("all-linear",))
 WORK = {
     "pretrain": (ragged_rows, {}),
     "LoRA": (ragged_rows, {"section": LORA}),
+    "QLoRA": (ragged_rows, {"section": LORA, "quantize_base": "nf4"}),
+    "int8": (ragged_rows, {"section": LORA, "quantize_base": "int8"}),
+    "DoRA": (ragged_rows, {"section": replace(LORA, use_dora=True)}),
     "DPO": (pair_rows, {"objective": Objective(dpo_loss, compares=True)}),
     "reward": (pair_rows, {"objective": Objective(reward_loss), "scores": True}),
 }
@@ -61,6 +70,7 @@ def over(name, work, **options):
 
 # The rest of the product is run by make sweep.
 SHORT = {("fsdp 8", "pretrain"), ("data 2 x fsdp 2 x tensor 2", "DPO"), ("zero 2", "LoRA")}
+SHORT |= {("data 2 x fsdp 4", "QLoRA"), ("fsdp 8", "DoRA")}
 SHORT |= {("context 4 x fsdp 2", "DPO"), ("context 4 x fsdp 2", "pretrain")}
 SHORT |= {("tensor 4 x fsdp 2", "LoRA"), ("zero 0", "reward"), ("zero 1", "pretrain")}
 CASES = [
@@ -75,7 +85,7 @@ def test_ten_steps_over_a_mesh_equal_those_of_one_device(alone, mesh, work):
     losses, norms, state, _ = over(mesh, work)
     np.testing.assert_allclose(losses, alone(work)[0], rtol=1e-5)
     np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
-    leaves = jax.tree.leaves(state.trainable if work != "LoRA" else {})
+    leaves = jax.tree.leaves(state.trainable if "section" not in WORK[work][1] else {})
     split = [not x.sharding.is_fully_replicated for x in leaves if x.ndim > 2]
     assert all(split) if MESHES[mesh].zero == 3 else True
 
@@ -96,6 +106,78 @@ def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
     apart = np.abs(losses / alone("pretrain")[0] - 1)
     assert 1e-7 < apart.max() < 5e-3
     assert 1e-6 < np.abs(norms / alone("pretrain")[1] - 1).max() < 2e-2
+
+
+# ---- what is sent, in the program that XLA compiles for eight CPU devices
+
+
+def sent(section, rows=16, num_kv_heads=2, **model):
+    """{(op, axes): [payloads of all runs, in elements of float32]} of TINY's step."""
+    mesh = make_mesh(section, jax.devices()[:8])
+    shape = replace(TINY, num_kv_heads=num_kv_heads)
+    cfg = TrainConfig(objective="sft", mesh=section, batch_size=rows)
+    cfg = replace(
+        cfg,
+        optim=OptimSection(learning_rate=1e-3),
+        micro_batch_size=rows // (section.data * section.fsdp),
+    )
+
+    def make(adapter):
+        return abstract_model(shape, mesh, {}, peft=adapter, **model)
+
+    program = assemble(cfg, mesh, make, NO_ADAPTER, Objective(lm_loss))
+    with jax.set_mesh(mesh):
+        step = program.step(10).lower(program.state, program.frozen, program.batch(T))
+        found = hlo.collectives(hlo.parse(step.compile().as_text()))
+    sizes = {}
+    for one in found:
+        key = one.op, one.axes(mesh.shape)
+        sizes.setdefault(key, []).extend([one.payload // 4] * one.count)
+    return sizes
+
+
+# Elements of the matrices of a layer of TINY: q, k, v, o, gate, up, down; and the head.
+D, F, KV, L = 32, 64, 16, 4
+LAYER, HEAD_SIZE = 2 * D * D + 2 * D * KV + 3 * D * F, D * V
+
+
+def test_zero_3_gathers_each_weight_twice_and_scatters_its_gradient_once():
+    found = sent(MeshSection(fsdp=8), remat="full")
+    gathered, scattered = found.pop(("all-gather", "fsdp")), found.pop(("reduce-scatter", "fsdp"))
+    tokens = 16 * T
+    assert sum(gathered) == 2 * L * LAYER + HEAD_SIZE + tokens  # the head's gradient needs no third
+    assert sum(scattered) == L * LAYER + HEAD_SIZE
+    exchanged = found.pop(("all-to-all", "fsdp"))
+    assert sum(exchanged) == 2 * (tokens // 8) * D  # the embedding's output and its gradient
+    vectors = found.pop(("all-reduce", "fsdp"))
+    assert sum(vectors) < 3 * (2 * L + 1) * D  # gradients of norms, and metrics: no matrix
+    assert not found
+
+
+@pytest.mark.parametrize("blocks", [3])
+def test_blocks_of_the_vocabulary_are_gathered_twice(blocks):
+    found = sent(MeshSection(fsdp=8), remat="full", loss_blocks=blocks)
+    width = -(-V // blocks) * blocks * D
+    assert sum(found["all-gather", "fsdp"]) == 2 * L * LAYER + 2 * width + 16 * T
+    assert max(found["reduce-scatter", "fsdp"]) <= max(D * F, width // blocks)
+
+
+def test_zero_2_scatters_gradients_and_gathers_no_weight_in_the_layers():
+    found = sent(MeshSection(fsdp=8, zero=2), remat="full")
+    assert sum(found["reduce-scatter", "fsdp"]) == L * LAYER + 2 * HEAD_SIZE  # head and token table
+    assert sum(found["all-reduce", "fsdp"]) < 3 * (2 * L + 1) * D
+
+
+def test_tensor_parallelism_sends_activations_twice_a_layer_and_pass():
+    """One all-gather and one reduce-scatter for each of attention and MLP, as much as one
+    all-reduce; the backward pass has the same again."""
+    found = sent(MeshSection(fsdp=2, tensor=4), remat="names", num_kv_heads=4)
+    activations = 8 * T * D
+    gathers = [n for n in found["all-gather", "tensor"] if n == activations]
+    scatters = [n for n in found["reduce-scatter", "tensor"] if n == activations]
+    # Forward, recomputed and backward; what recomputes o or down's output is not needed.
+    assert L * 4 <= len(gathers) <= L * 6 + 2 and L * 4 <= len(scatters) <= L * 6
+    assert max(found["all-reduce", "tensor"]) < activations
 
 
 STAGES = """
