@@ -147,11 +147,14 @@ def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
         stages = [grid.T.tolist(), grid.tolist()]
 
     def scatter(x: jax.Array) -> jax.Array:
+        # Along a dim of its own: libtpu pads a part of fewer rows than a tile has.
+        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        x = x.reshape(*before, size, -1, *after)
         for groups in stages:
             x = lax.psum_scatter(
                 x, "fsdp", scatter_dimension=dim, axis_index_groups=groups, tiled=True
             )
-        return x
+        return x.reshape(*before, -1, *after)
 
     return _of_part(scatter, g.astype(reduction.dtype or g.dtype), split).astype(g.dtype)
 
