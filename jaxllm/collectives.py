@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients over a mesh: weights are gathered along fsdp, and their gradients are reduced.
 
-They are computed inside a shard_map over the axes that split the rows of a batch (`over_rows`), so
-that what is sent does not depend on XLA's partitioner. There `gathered` is an all-gather, whose
-transpose is a reduce-scatter (`scattered`); elsewhere it is a sharding constraint.
+They are computed inside a shard_map over the axes that split the rows of a batch
+(`shard_over_rows`), so that what is sent does not depend on XLA's partitioner. There `gathered` is
+an all-gather, whose transpose is a reduce-scatter (`scattered`); elsewhere it is a sharding
+constraint.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -57,20 +57,20 @@ def fsdp_dim(spec: P) -> int:
     return next((d for d, entry in enumerate(spec) if entry and "fsdp" in entry), -1)
 
 
-def along(spec: P, axes: Iterable[str]) -> P:
+def keep_axes(spec: P, axes: Iterable[str]) -> P:
     """The spec with these mesh axes alone."""
     entries = [(e,) if isinstance(e, str) else e or () for e in spec]
     return P(*(tuple(a for a in entry if a in axes) or None for entry in entries))
 
 
-def over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+def shard_over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
     """f on each device's own rows: a shard_map over ROWS and all axes of size 1.
 
     The specs may name other axes too; these stay automatic in f.
     """
     axes = {a for a in mesh.axis_names if a in ROWS or mesh.shape[a] == 1}
     ins, outs = (
-        jax.tree.map(partial(along, axes=axes), specs, is_leaf=lambda x: isinstance(x, P))
+        jax.tree.map(partial(keep_axes, axes=axes), specs, is_leaf=lambda x: isinstance(x, P))
         for specs in (in_specs, out_specs)
     )
     # check_vma=False: Pallas kernels do not declare along which axes their results vary.
@@ -100,7 +100,7 @@ def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
     return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
 
 
-def _of_part(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
+def _per_device(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
     """f of a device's part of x along the automatic axes. (XLA would replicate x along them before
     a collective of the manual axes.)"""
     axes = automatic_axes()
@@ -115,14 +115,18 @@ def _constrained(w: jax.Array, axes: Axes, dtype: Any) -> jax.Array:
     return constrain(w.astype(dtype), *axes, drop="fsdp").astype(w.dtype)
 
 
-_constrained.defvjp(lambda w, *static: (_constrained(w, *static), None), lambda *args: args[-1:])
+def _constrained_backward(axes: Axes, dtype: Any, _: None, g: jax.Array) -> tuple[jax.Array]:
+    return (g,)
+
+
+_constrained.defvjp(lambda w, *static: (_constrained(w, *static), None), _constrained_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(w: jax.Array, dim: int, split: P, dtype: Any) -> jax.Array:
     gather = partial(lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
     # XLA removes the second conversion where the product reads the narrower dtype.
-    return _of_part(gather, w.astype(dtype), split).astype(w.dtype)
+    return _per_device(gather, w.astype(dtype), split).astype(w.dtype)
 
 
 _gathered.defvjp(
@@ -156,7 +160,7 @@ def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
             )
         return x.reshape(*before, -1, *after)
 
-    return _of_part(scatter, g.astype(reduction.dtype or g.dtype), split).astype(g.dtype)
+    return _per_device(scatter, g.astype(reduction.dtype or g.dtype), split).astype(g.dtype)
 
 
 def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
@@ -170,7 +174,8 @@ def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
 
 
 def across_rows(reduce: Callable[..., Any], tree: Any) -> Any:
-    """lax.psum, pmin or pmax of a device's values over all rows; the values outside `over_rows`."""
+    """lax.psum, pmin or pmax of a device's values over all rows; as they are outside
+    `shard_over_rows`."""
     return reduce(tree, manual_rows()) if manual_rows() else tree
 
 
@@ -184,28 +189,18 @@ def reduction(section: MeshSection, mesh: Any) -> Reduction:
 
 
 def fsdp_line(mesh: Any) -> int:
-    """Devices, consecutive along fsdp, that are a line of a TPU's torus: the longest run in which
-    one coordinate changes. 1 if the mesh has no TPUs, or fsdp does not span all of a slice."""
+    """Devices, consecutive along fsdp, in which one coordinate of a TPU's torus changes: a line.
+
+    1, for one stage, if there are no TPUs, if all of fsdp is a line, or if it spans slices.
+    """
     if not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform != "tpu":
         return 1
-    along = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(
-        -1, mesh.shape["fsdp"]
-    )
-    coords = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in along[0]])
-    size = len(coords)
-    lines = [n for n in range(2, size) if size % n == 0 and _is_line(coords[:n])]
-    return max(lines, default=1)
-
-
-def _is_line(coords: np.ndarray) -> bool:
-    return int((coords != coords[0]).any(0).sum()) == 1
-
-
-def with_shapes(model: Any) -> Any:
-    """The model, whose variables remember the shapes of a layer's arrays on all devices: inside
-    `over_rows` they hold parts."""
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable):
-            axes, leaves = variable.get_metadata("axes"), jax.tree.leaves(variable.get_value())
-            variable.set_metadata(shapes=tuple(x.shape[x.ndim - len(axes) :] for x in leaves))
-    return model
+    size = mesh.shape["fsdp"]
+    devices = np.moveaxis(mesh.devices, mesh.axis_names.index("fsdp"), -1).reshape(-1, size)[0]
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        return 1
+    coords = np.array([device.coords for device in devices])
+    changes = [(coords[:n] != coords[0]).any(0).sum() for n in range(1, size + 1)]
+    lines = [n for n in range(2, size + 1) if size % n == 0 and changes[n - 1] == 1]
+    line = max(lines, default=1)
+    return 1 if line == size else line

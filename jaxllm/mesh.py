@@ -11,7 +11,7 @@ in which tensors are split along `fsdp`:
     2       split             split        replicated
     3       split             split        split
 
-Inside `collectives.over_rows` some of the axes are manual: a device's arrays are parts along them.
+Inside `collectives.shard_over_rows` some of the axes are manual: arrays are a device's parts.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _manual(mesh: Any) -> tuple[str, ...]:
 
 
 def manual_rows() -> tuple[str, ...]:
-    """The axes of ROWS that are manual; empty outside `collectives.over_rows`."""
+    """The axes of ROWS that are manual; empty outside `collectives.shard_over_rows`."""
     return tuple(a for a in ROWS if a in _manual(jax.sharding.get_abstract_mesh()))
 
 
@@ -163,7 +163,10 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Any, drop: str = "") -> P:
         if used & set(along):
             raise UserError(f"axes {axes}: two dims use mesh axis {', '.join(used & set(along))}")
         used |= set(along)
-        entries.append(along if along and divides else None)
+        while along and not divides:  # of several axes, by those that it divides by
+            along = along[:-1]
+            divides = bool(along) and size % math.prod(mesh.shape[a] for a in along) == 0
+        entries.append(along or None)
     fsdp = _fsdp_dim(axes, shape, mesh)
     if fsdp is not None and drop != "fsdp" and entries[fsdp] is None:
         entries[fsdp] = ("fsdp",)
@@ -201,7 +204,7 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
                 count = axis[1] if isinstance(axis, tuple) else size
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
                 lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
-        if fsdp > 1 and set(axes) & {"embed"} and _fsdp_dim(axes, shape, mesh) is None:
+        if fsdp > 1 and "embed" in axes and _fsdp_dim(axes, shape, mesh) is None:
             size = shape[axes.index("embed")]
             lines.append(f"mesh: {size} embed do not divide by fsdp {fsdp}; they are replicated")
     return list(dict.fromkeys(lines))
@@ -224,8 +227,15 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def data_parallel(mesh: Any) -> int:
-    """Number of devices that the rows of a batch are split among; 1 inside `over_rows`."""
+    """Number of devices that the rows of a batch are split among; 1 inside `shard_over_rows`."""
     return math.prod(mesh.shape[a] for a in ROWS if a not in _manual(mesh))
+
+
+def stream_specs(shape: tuple[int, ...]) -> tuple[P, P]:
+    """(spec of the residual stream [B, T, D], the same without the tensor axis)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    stream = spec(("batch", "sequence", None), shape, mesh)
+    return stream, spec(("batch", "length", None), shape, mesh)
 
 
 def constrain(x: jax.Array, *axes: Axis, drop: str = "") -> jax.Array:

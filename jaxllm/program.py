@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
-from jaxllm.collectives import fsdp_dim, reduction, with_shapes
+from jaxllm.collectives import fsdp_dim, reduction
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
@@ -39,11 +39,12 @@ from jaxllm.peft.files import make_adapter
 from jaxllm.run import origin, started_from
 from jaxllm.sampling import bucketed
 from jaxllm.step import (
-    Layout,
     Models,
+    StepShardings,
     TrainState,
     alone,
     make_step,
+    record_shapes,
     state_shardings,
     weight_shardings,
 )
@@ -66,7 +67,7 @@ class Program:
     """the trainable weights that the reference copies; {} if it shares every weight"""
     state: TrainState
     frozen: Any
-    layout: Layout
+    layout: StepShardings
     begin: Callable[[Any], TrainState]
     """jitted: trainable weights, which are donated -> the state of step 0"""
     evaluate: Eval
@@ -106,9 +107,10 @@ class Program:
     def loss_blocks(self) -> int:
         """Blocks of the vocabulary in the loss."""
         head = self.policy.embed.embedding if self.policy.head is None else self.policy.head.kernel
-        spec = head.get_value().sharding.spec
+        sharding: Any = head.get_value().sharding
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return blocks_of(self.cfg.model.loss_blocks, fsdp_dim(spec) >= 0)
+            split = self.cfg.mesh.zero == 3 and fsdp_dim(sharding.spec) >= 0
+            return blocks_of(self.cfg.model.loss_blocks, split)
 
     def origin(self) -> dict[str, Any] | None:
         """What identifies the weights that a checkpoint depends on; None if it has all of them."""
@@ -203,7 +205,13 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
-    return assemble(cfg, mesh, make, adapter, make_objective(cfg))
+    program = assemble(cfg, mesh, make, adapter, make_objective(cfg))
+    if program.row_length % mesh.shape["context"]:
+        raise UserError(
+            f"rows of {program.row_length} tokens do not divide by mesh.context "
+            f"{mesh.shape['context']}; change data.max_length or mesh.context"
+        )
+    return program
 
 
 def assemble(
@@ -217,7 +225,9 @@ def assemble(
     that has it."""
 
     def sized(adapter: Adapter) -> Decoder:
-        return with_shapes(make(adapter))
+        model = make(adapter)
+        record_shapes(model)
+        return model
 
     policy = model = sized(adapter)
     if cfg.verb.critic:
@@ -277,7 +287,9 @@ def assemble(
         copied=copied,
         state=state,
         frozen=frozen,
-        layout=Layout(mesh, weights, shardings_of(frozen), gradients, reduction(cfg.mesh, mesh)),
+        layout=StepShardings(
+            mesh, weights, shardings_of(frozen), gradients, reduction(cfg.mesh, mesh)
+        ),
         begin=jax.jit(begin, out_shardings=shardings_of(state), donate_argnums=0),
         evaluate=make_eval(models, objective.loss, objective.baseline),
     )

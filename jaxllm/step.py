@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.collectives import (
     Reduction,
     across_rows,
-    along,
     fsdp_dim,
-    over_rows,
+    keep_axes,
     reducing,
     scattered,
+    shard_over_rows,
     summed_gradient,
 )
 from jaxllm.data.batch import Batch
@@ -49,7 +49,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepShardings:
     """How a step's arrays lie on a mesh of several devices: trees of NamedShardings, and how
     gradients are summed over the devices."""
 
@@ -79,7 +79,7 @@ def make_step(
     baseline: Callable[..., Any] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
-    layout: Layout | None = None,
+    layout: StepShardings | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """One update, to be jitted: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`.
 
@@ -146,23 +146,23 @@ def make_gradients(
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def of_micro_batch(trainable, frozen, batch, keys):
+    def micro_batch_gradients(trainable, frozen, batch, keys):
         grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if layout is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)
         return grads, metrics
 
-    def of_rows(trainable, frozen, batch, keys):
+    def local_gradients(trainable, frozen, batch, keys):
         if baseline is not None:
             with jax.named_scope("baseline"):
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
                 total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
-        return accumulated(partial(of_micro_batch, trainable, frozen), batch, keys)
+        return accumulated(partial(micro_batch_gradients, trainable, frozen), batch, keys)
 
     if layout is None:
-        return of_rows
+        return local_gradients
 
     weights, frozen, gradients = (
         jax.tree.map(lambda sharding: sharding.spec, tree)
@@ -173,22 +173,22 @@ def make_gradients(
         """ZeRO-2: the part of a weight that is whole on each device."""
         if fsdp_dim(gradient) < 0 or fsdp_dim(weight) >= 0:
             return g
-        return scattered(g, fsdp_dim(gradient), along(gradient, automatic_axes()))
+        return scattered(g, fsdp_dim(gradient), keep_axes(gradient, automatic_axes()))
 
-    def of_device(*args):
+    def summed_gradients(*args):
         with reducing(layout.reduction):
-            grads, metrics = of_rows(*args)
+            grads, metrics = local_gradients(*args)
             grads = jax.tree.map(summed_gradient, grads, gradients)
             return grads, across_rows(jax.lax.psum, metrics)
 
     in_specs = weights, frozen, P(None, ROWS), P(None, ROWS)
-    run = over_rows(of_device, layout.mesh, in_specs, (gradients, P()))
+    run = shard_over_rows(summed_gradients, layout.mesh, in_specs, (gradients, P()))
 
-    def on_mesh(*args):
+    def sharded_gradients(*args):
         grads, metrics = run(*args)
         return jax.lax.with_sharding_constraint(grads, layout.gradients), metrics
 
-    return on_mesh
+    return sharded_gradients
 
 
 def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:
@@ -203,6 +203,15 @@ def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:
     shapes = jax.eval_shape(run, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, (batch, keys))[0]
+
+
+def record_shapes(model: Any) -> None:
+    """Stores the shapes of a layer's arrays on all devices in the metadata of the variables: inside
+    `collectives.shard_over_rows` these hold parts."""
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable):
+            axes, leaves = variable.get_metadata("axes"), jax.tree.leaves(variable.get_value())
+            variable.set_metadata(shapes=tuple(x.shape[x.ndim - len(axes) :] for x in leaves))
 
 
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:

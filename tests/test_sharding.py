@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from steps import TINY, T, V, pair_rows, ragged_rows, trajectory
 
 from jaxllm import hlo
-from jaxllm.collectives import fsdp_line, over_rows
+from jaxllm.collectives import fsdp_line, shard_over_rows
 from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.hf import abstract_model
 from jaxllm.mesh import AXES, make_mesh
@@ -87,11 +88,34 @@ def test_ten_steps_over_a_mesh_equal_those_of_one_device(alone, mesh, work):
     np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
     leaves = jax.tree.leaves(state.trainable if "section" not in WORK[work][1] else {})
     split = [not x.sharding.is_fully_replicated for x in leaves if x.ndim > 2]
-    assert all(split) if MESHES[mesh].zero == 3 else True
+    if MESHES[mesh].zero == 3:
+        assert all(split)
+    else:
+        assert not any(split)
+        moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim > 2]
+        held = [not x.sharding.is_fully_replicated for x in moments]
+        assert all(held) if MESHES[mesh].zero else not any(held)
+
+
+def test_micro_batches_and_chunks_of_the_loss_change_nothing(alone):
+    """Devices leave the loop over chunks at different times, since their rows are ragged."""
+    mesh = MESHES["data 2 x fsdp 2 x tensor 2"]
+    small = Objective(partial(lm_loss, chunk=8))
+    losses, norms, _, _ = trajectory(
+        ragged_rows(16), steps=10, devices=8, mesh=mesh, count=2, objective=small
+    )
+    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+
+
+def test_zero_2_accumulates_parts_of_gradients(alone):
+    losses, norms, _, _ = over("zero 2", "pretrain", count=2)
+    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"loss_blocks": 3}, {"remat": "none", "loss_blocks": 2}])
-@pytest.mark.parametrize("mesh", ["fsdp 8", pytest.param("tensor 4 x fsdp 2", marks=[])])
+@pytest.mark.parametrize("mesh", ["fsdp 8", "tensor 4 x fsdp 2"])
 def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
     losses, norms, _, _ = over(mesh, "pretrain", **options)
     np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
@@ -99,7 +123,7 @@ def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
-    """The bound that docs/pods.md states."""
+    """The bound that docs/plan.md states."""
     rows, options = WORK["pretrain"]
     mesh = MeshSection(fsdp=8, reduce_dtype="bfloat16")
     losses, norms, _, _ = trajectory(rows(16), steps=10, devices=8, mesh=mesh, **options)
@@ -154,12 +178,12 @@ def test_zero_3_gathers_each_weight_twice_and_scatters_its_gradient_once():
     assert not found
 
 
-@pytest.mark.parametrize("blocks", [3])
-def test_blocks_of_the_vocabulary_are_gathered_twice(blocks):
+def test_blocks_of_the_vocabulary_are_gathered_twice():
+    blocks = 3
     found = sent(MeshSection(fsdp=8), remat="full", loss_blocks=blocks)
     width = -(-V // blocks) * blocks * D
     assert sum(found["all-gather", "fsdp"]) == 2 * L * LAYER + 2 * width + 16 * T
-    assert max(found["reduce-scatter", "fsdp"]) <= max(D * F, width // blocks)
+    assert sum(found["reduce-scatter", "fsdp"]) == L * LAYER + width
 
 
 def test_zero_2_scatters_gradients_and_gathers_no_weight_in_the_layers():
@@ -175,8 +199,8 @@ def test_tensor_parallelism_sends_activations_twice_a_layer_and_pass():
     activations = 8 * T * D
     gathers = [n for n in found["all-gather", "tensor"] if n == activations]
     scatters = [n for n in found["reduce-scatter", "tensor"] if n == activations]
-    # Forward, recomputed and backward; what recomputes o or down's output is not needed.
-    assert L * 4 <= len(gathers) <= L * 6 + 2 and L * 4 <= len(scatters) <= L * 6
+    # Forward, recomputed and backward; the output of down is not computed again. And the head.
+    assert (len(gathers), len(scatters)) == (6 * L + 1, 5 * L)
     assert max(found["all-reduce", "tensor"]) < activations
 
 
@@ -184,7 +208,7 @@ STAGES = """
 import numpy as np, jax
 from jax.sharding import PartitionSpec as P
 from jaxllm.config import MeshSection
-from jaxllm.collectives import Reduction, over_rows, reducing, scattered
+from jaxllm.collectives import Reduction, shard_over_rows, reducing, scattered
 from jaxllm.mesh import make_mesh
 
 def summed(line, sizes):
@@ -195,7 +219,7 @@ def summed(line, sizes):
         with reducing(Reduction(line=line)):
             return jax.lax.psum(scattered(x[0], 0, P()), "data")
     with jax.set_mesh(mesh):
-        run = over_rows(of_device, mesh, P(("data", "fsdp")), P("fsdp"))
+        run = shard_over_rows(of_device, mesh, P(("data", "fsdp")), P("fsdp"))
         return np.array_equal(jax.jit(run)(x), x.sum(0))
 
 found = [summed(line, {"fsdp": 64}) for line in (1, 4, 8, 16)]
@@ -232,6 +256,7 @@ class Chip:
         ((16, 16), (1, 256, 1, 1, 1), 16),
         ((4, 4, 4), (4, 16, 1, 1, 1), 4),
         ((2, 2), (4, 1, 1, 1, 1), 1),
+        ((4, 4, 4), (16, 4, 1, 1, 1), 1),
     ],
 )
 def test_the_last_stage_of_a_reduction_is_a_line_of_the_torus(torus, sizes, line):
@@ -259,7 +284,7 @@ def test_a_split_token_table_is_looked_up_like_a_whole_one(mesh, vocabulary):
 
     split = P(None, "fsdp")
     with jax.set_mesh(mesh):
-        run = over_rows(of_device, mesh, (split, P("fsdp"), P("fsdp")), (P(), split))
+        run = shard_over_rows(of_device, mesh, (split, P("fsdp"), P("fsdp")), (P(), split))
         found = jax.jit(run)(table, tokens, weights)
     wanted = jax.value_and_grad(loss)(table, tokens, weights)
     for got, want in zip(found, wanted, strict=True):

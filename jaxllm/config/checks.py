@@ -163,11 +163,6 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
             yield f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the remaining devices"
         if size != 1 and axis == "expert":
             yield f"mesh.{axis} is {size}; this axis is not supported yet, leave it at 1"
-    if cfg.mesh.context > 1 and cfg.data.max_length % cfg.mesh.context:
-        yield (
-            f"data.max_length {cfg.data.max_length} does not divide by mesh.context "
-            f"{cfg.mesh.context}; change one of them"
-        )
     if list(sizes.values()).count(-1) > 1:
         yield "mesh: only one axis can be -1"
 

@@ -25,7 +25,7 @@ from jaxllm.model.layers import Embed, Linear, RMSNorm
 from jaxllm.model.rope import rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
-from jaxllm.ops.cross_entropy import HEAD_AXES, whole_head
+from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
 from jaxllm.ops.decoding import cache_dtype
 from jaxllm.ops.matmul import product, softcapped
 from jaxllm.ops.quantized import Quantized
@@ -227,7 +227,7 @@ class Decoder(nnx.Module):
             logits = product(hidden, table, (hidden.ndim - 1, 1), jnp.float32)
             return softcapped(logits, self.cfg.logit_softcap)
         raw = [
-            product(x, whole_head(x, w), (x.ndim - 1, 0), jnp.float32)
+            product(x, gathered_head(x, w), (x.ndim - 1, 0), jnp.float32)
             for x, w in self.head_terms(hidden, adapter_weights=adapter_weights)
         ]
         return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)

@@ -100,7 +100,8 @@ class Stack:
         ropes, windows = self.ropes, [kind.window for kind in self.kinds]
         for layer, block in enumerate(self.blocks):
             here = ctx.at_layer(layer, ropes[layer], windows[layer])
-            block = nnx.merge(*gathered_layer(*nnx.split(block), self.dtype))
+            graph, weights = nnx.split(block)
+            block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             x_BTD, after = block(x_BTD, here, pasts[layer])
             new.append(after)
         return x_BTD, tuple(new)
@@ -115,11 +116,12 @@ class Stack:
             weights, index, past = inputs
             x_BTD = saveable(x_BTD, "layer")
             here = ctx.at_layer(index, _select(self.ropes, index), _select(windows, index))
-            block = nnx.merge(*gathered_layer(graph, weights, self.dtype))
+            block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             return block(x_BTD, here, past)
 
         policy = REMAT.get(self.remat, _activations if manual_rows() else None)
-        if policy is not None and not isinstance(past, LayerCache):
+        decoding = isinstance(past, LayerCache) and not manual_rows()
+        if policy is not None and not decoding:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         inputs = weights, jnp.arange(len(self.kinds)), past
         return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
@@ -130,8 +132,8 @@ def _select(values: list[Any], index: jax.Array) -> Any:
     return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[index]
 
 
-def gathered_layer(graph: Any, weights: Any, dtype: Any) -> tuple[Any, Any]:
-    """(graph, weights) of a layer with its matrices whole along fsdp, sent in `dtype`.
+def gathered_layer(weights: Any, dtype: Any) -> Any:
+    """A layer's weights with its matrices whole along fsdp, sent in `dtype`.
 
     Quantized kernels are sent as they are. Vectors are not split.
     """
@@ -141,13 +143,15 @@ def gathered_layer(graph: Any, weights: Any, dtype: Any) -> tuple[Any, Any]:
         if len(axes) < 2:
             return variable
         leaves, structure = jax.tree.flatten(value)
-        shapes = variable.get_metadata().get("shapes") or [x.shape for x in leaves]
+        shapes = variable.get_metadata().get("shapes")
+        assert shapes or not manual_rows(), "step.record_shapes was not called"
+        shapes = shapes or [x.shape for x in leaves]
         narrow = None if isinstance(value, Quantized) else jnp.dtype(dtype)
         pairs = zip(leaves, shapes, strict=True)
         whole = [gathered(x, axes, shape, narrow) for x, shape in pairs]
         return variable.replace(structure.unflatten(whole))
 
-    return graph, jax.tree.map(one, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(one, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def unstack(model: Any) -> Any:

@@ -45,7 +45,7 @@ def _parts(rows: int) -> int:
     return parts if rows % parts == 0 else 1
 
 
-def whole_head(h: jax.Array, w: jax.Array) -> jax.Array:
+def gathered_head(h: jax.Array, w: jax.Array) -> jax.Array:
     """A kernel [D, V] of h [..., D], whole along fsdp, in h's dtype."""
     return gathered(w.astype(h.dtype), HEAD_AXES, (h.shape[-1], w.shape[1]))
 
@@ -181,7 +181,7 @@ def _over_chunks(terms, targets, weights, head: Head, trained: list[bool] | None
     parts = _parts(B)
     needed = weights != 0
     chunks = _Chunks(B, T, needed, head.chunk)
-    ws = [whole_head(h, w) for h, w in terms]
+    ws = [gathered_head(h, w) for h, w in terms]
     device_gradients = jax.vmap(partial(weight_gradient, dtype=jnp.float32))
 
     def body(i, sums):
@@ -288,7 +288,7 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
 
     def sums_of_block(sums, block):
         parts, ids = block
-        whole = [whole_head(h, w) for h, w in zip(hs, parts, strict=True)]
+        whole = [gathered_head(h, w) for h, w in zip(hs, parts, strict=True)]
 
         def body(i, sums):
             hc, tc, _ = _at(inputs, i)
@@ -309,7 +309,7 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
 
     def gradients_of_block(dhs, block):
         parts, ids = block
-        whole = [whole_head(h, w) for h, w in zip(hs, parts, strict=True)]
+        whole = [gathered_head(h, w) for h, w in zip(hs, parts, strict=True)]
 
         def body(i, sums):
             dhs, dws = sums
@@ -351,7 +351,7 @@ def _part(dw: jax.Array, w: jax.Array) -> jax.Array:
     return scattered(dw, 0, spec(HEAD_AXES, w.shape, jax.sharding.get_abstract_mesh()))
 
 
-def _of_own_tokens(f: Callable[..., Any], terms: Any, targets: Any, weights: Any) -> Any:
+def _per_context_shard(f: Callable[..., Any], terms: Any, targets: Any, weights: Any) -> Any:
     """f of the tokens that a device of a context axis has: arrays [parts, ...] or [B, T]."""
     if "context" not in automatic_axes() or not manual_rows():
         return f(terms, targets, weights)
@@ -376,9 +376,10 @@ def cross_entropy(terms, targets, weights, head: Head) -> jax.Array:
     """
 
     def sums(*args: Any) -> jax.Array:
-        return _cross_entropy(*args, head)[:, None]
+        total: Any = _cross_entropy(*args, head)
+        return total[:, None]
 
-    return jnp.sum(_of_own_tokens(sums, terms, targets, weights), 1)
+    return jnp.sum(_per_context_shard(sums, terms, targets, weights), 1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -409,7 +410,7 @@ def token_logps(terms, targets, learned, head: Head) -> tuple[jax.Array, jax.Arr
     forward pass with weights of 1 and scaled later; if one is trained, the backward pass computes
     the logits again. The entropy has no gradient.
     """
-    return _of_own_tokens(partial(_token_logps, head=head), terms, targets, learned)
+    return _per_context_shard(partial(_token_logps, head=head), terms, targets, learned)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

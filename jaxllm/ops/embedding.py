@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.mesh import automatic_axes, manual_rows, spec
+from jaxllm.mesh import automatic_axes, manual_rows, spec, stream_specs
 
 TABLE_AXES: Any = ("vocab", "embed")  # logical axes of a token table [V, D]
 
@@ -40,11 +40,9 @@ def lookup(table: jax.Array, tokens: jax.Array, width: int, dtype: Any) -> jax.A
     if not axes:
         return exchanged(table, tokens)
     split = spec(TABLE_AXES, table.shape, mesh)
-    length, stream = (
-        spec(("batch", name, None), (*tokens.shape, width), mesh) for name in ("length", "sequence")
-    )
+    stream, length = stream_specs((*tokens.shape, width))
 
-    def of_own_rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    def of_rows_of_table(table: jax.Array, tokens: jax.Array) -> jax.Array:
         local = tokens - lax.axis_index("tensor") * len(table)
         here = (local >= 0) & (local < len(table))
         x = exchanged(table, jnp.clip(local, 0, len(table) - 1)) * here[..., None].astype(dtype)
@@ -54,7 +52,7 @@ def lookup(table: jax.Array, tokens: jax.Array, width: int, dtype: Any) -> jax.A
 
     rows_are_split = split[0] is not None
     run = jax.shard_map(
-        of_own_rows if rows_are_split else exchanged,
+        of_rows_of_table if rows_are_split else exchanged,
         in_specs=(split, P(*(length if rows_are_split else stream)[:2])),
         out_specs=stream,
         axis_names=axes,

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from jaxllm.mesh import Axes, automatic_axes, manual_rows, platform, spec
+from jaxllm.mesh import Axes, automatic_axes, manual_rows, platform, spec, stream_specs
 from jaxllm.ops.quantized import dense
 
 THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
@@ -84,8 +84,8 @@ dot.defvjp(_dot_forward, _dot_backward, symbolic_zeros=True)
 def dots(x: jax.Array, ws: list[Any], axes: list[Axes]) -> list[jax.Array]:
     """x [B, T, I] · each w [I, O], as `dot`. axes: the logical axes of each w.
 
-    Where a tensor axis splits the weights inside `collectives.over_rows`, the residual stream is
-    split along T, so that the products of one x begin with one all-gather, or end with one
+    Inside `collectives.shard_over_rows`, where a tensor axis splits the weights and the residual
+    stream is split along T: the products of one x begin with one all-gather, or end with one
     reduce-scatter, and their backward pass the other way round (arXiv:2205.05198).
     """
     if "tensor" not in automatic_axes() or not manual_rows():
@@ -97,8 +97,7 @@ def dots(x: jax.Array, ws: list[Any], axes: list[Axes]) -> list[jax.Array]:
     ]
     # (how the inputs are split, how the outputs are) of each leaf
     splits = [tuple(leaf) for w in specs for leaf in jax.tree.leaves(w)]
-    stream = spec(("batch", "sequence", None), x.shape, mesh)
-    length = spec(("batch", "length", None), x.shape, mesh)[1]
+    stream, (_, length, _) = stream_specs(x.shape)
     by_sequence = stream[1] != length
 
     def from_stream(x: jax.Array, *ws: Any) -> list[jax.Array]:
