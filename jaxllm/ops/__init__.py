@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic in the form that suits the platform; no other package depends on the platform.
 
-Imports config, errors and mesh only. In the order in which a layer, then the loss, uses them:
+Imports config, errors, mesh and collectives only. In the order in which a model uses them:
 
+    embedding          lookup in a token table that is split over devices
     quantized          int8 and nf4 kernels, and their dequantization
     matmul             products with float32 accumulation, and their gradients
     residuals          values that a layer stores for its backward pass

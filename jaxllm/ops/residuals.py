@@ -29,7 +29,7 @@ def saveable_in_vjp(x: jax.Array, name: str) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def saveable(x: jax.Array, name: str) -> jax.Array:
-    """x, under a name by which a policy of decoder.REMAT saves it instead of recomputing it."""
+    """x, under a name by which a policy of stack.REMAT saves it instead of recomputing it."""
     return saveable_in_vjp(x, name)
 
 
