@@ -155,8 +155,8 @@ def test_the_start_of_an_asynchronous_fusion_and_the_rest_of_it_are_one():
             name = f"{chain}.{i}"
             options = (
                 f"channel_id={channel}, {FSDP[14:]}, dimensions={{0}}, use_global_device_ids=true, "
-                f'frontend_attributes={{chain_id="{chain}"}}, metadata={{op_name="jit(step)/gather" '
-                "stack_frame_id=878}, "
+                f'frontend_attributes={{chain_id="{chain}"}}, '
+                'metadata={op_name="jit(step)/gather" stack_frame_id=878}, '
                 f'backend_config={{"async_collective_fusion_config":{{{flags}}}}}'
             )
             root = f"(bf16[16,64], {shape}, u32[]) custom-call(%g{name}), {starts}"
