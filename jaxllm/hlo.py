@@ -112,7 +112,7 @@ class Program:
         return {name: count(name) for name in self.computations}
 
     def trips(self, loop: Instruction) -> int:
-        """Iterations of a while; 1 if they depend on the data, as in attention over segments."""
+        """Iterations of a while; 1 if they depend on the data, as over the chunks of a loss."""
         known = find(r'known_trip_count"?[:=]\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known)
@@ -218,7 +218,6 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     """devices that exchange data, as indices into the mesh; of a permute its (source, target)"""
     count: int
-    scope: str
 
     @property
     def size(self) -> int:
@@ -266,10 +265,12 @@ def collectives(program: Program) -> list[Collective]:
             payload = sum(map(nbytes, operands)) * (size if one.base == "all-gather" else 1)
             op = "reduce-scatter" if one.base == "all-reduce" and is_fused and slices else one.base
             dtype = find(r"([a-z]+\d\w*|pred)\[", max(operands, key=nbytes, default=""))
-            made = Collective(op, dtype, payload, groups, program.runs[name], one.op_name)
+            made = Collective(op, dtype, payload, groups, program.runs[name])
             key: tuple = (name, one.name)
             if is_fused and op != "reduce-scatter":
-                key = (program.runs_in(name), op, one.shape, one.attributes)
+                # The configs of the copies differ: only those after the start have its flags.
+                attributes = one.attributes.partition(", backend_config=")[0]
+                key = (program.runs_in(name), op, one.shape, attributes)
             if made.count and (key not in found or found[key].payload < payload):
                 found[key] = made
     return list(found.values())
@@ -289,7 +290,7 @@ def _across_slices(
     payload = nbytes(shape) * (slices if op == "all-gather" else 1)
     groups = tuple(tuple(range(i, devices * slices, devices)) for i in range(devices))
     dtype = find(r"([a-z]+\d\w*|pred)\[", shape)
-    return Collective(op, dtype, payload, groups, count, one.op_name)
+    return Collective(op, dtype, payload, groups, count)
 
 
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:

@@ -96,7 +96,8 @@ class Compiled:
 
     peak: float
     """bytes of memory at the peak, with the arguments"""
-    hlo: hlo.Program
+    hlo: hlo.Program | None
+    """None if the compiler gave up before it wrote the program"""
     largest: dict[str, int]
     """{named scope: bytes} of temporary buffers at the peak"""
     host: int
@@ -116,7 +117,7 @@ def compiled(run: Any, *args: Any) -> Compiled:
         try:
             done = lowered.compile(compiler_options=options | {"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
-            peak, host, outputs = _refused_peak(error) + device_bytes(args), 0, None
+            peak, host, outputs = refused_peak(error, device_bytes(args)), 0, None
         else:
             shardings = jax.tree.leaves(done.output_shardings)
             memory = done.memory_analysis()
@@ -137,17 +138,23 @@ def compiled(run: Any, *args: Any) -> Compiled:
             )
             for name in ("after_optimizations", "buffer-assignment", "live-range")
         }
+    if not dumps["after_optimizations"]:
+        return Compiled(peak, None, {}, host, outputs)
     program = hlo.parse(dumps["after_optimizations"])
     largest = hlo_memory.at_peak(dumps["buffer-assignment"], dumps["live-range"], program)
     return Compiled(peak, program, largest, host, outputs)
 
 
-def _refused_peak(error: Exception) -> float:
-    """Bytes that a program would need for which the compiler found no room; else raises `error`."""
-    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
+def refused_peak(error: Exception, arguments: float) -> float:
+    """Bytes that a program would need for which the compiler found no room; else raises `error`.
+
+    libtpu reports either all that is used or the temporaries, which are without the `arguments`.
+    """
+    found = re.search(r"(Used |HLO temporaries \()([\d.]+)([KMGT])", str(error))
     if found is None or "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    return float(found[1]) * 1024 ** "BKMGT".index(found[2])
+    size = float(found[2]) * 1024 ** "BKMGT".index(found[3])
+    return size if found[1] == "Used " else size + arguments
 
 
 @contextmanager
@@ -185,6 +192,8 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     use_cache("off")  # a program that is read from the cache leaves no dump
     mesh = make_mesh(cfg.mesh, list(topology.devices))
     cfg = resolve(cfg, data_parallel(mesh))
+    if topology.imitated:
+        cfg = as_on_gpus(cfg, mesh)
     program = build(cfg, mesh)
     new = cfg.rl.max_new_tokens if cfg.verb.online else 0
     context_length(program.shape, program.adapter, cfg.data.max_length, new)
@@ -211,7 +220,10 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
         "rollout_peak_gib": {name: peak / GIB for name, peak in phases.items()},
         "hbm_gib": topology.hbm_gib,
         "fits": highest <= topology.hbm_gib * GIB,
-        "classes": {name: n / GIB for name, n in classes(program, step, batch).items()},
+        "classes": {
+            name: None if n is None else n / GIB
+            for name, n in classes(program, step, batch).items()
+        },
         "host_gib": step.host / GIB,
         "largest": {name: size / GIB for name, size in [*step.largest.items()][:LARGEST]},
     }
@@ -219,10 +231,25 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     return found | {"plan_seconds": time.perf_counter() - began}
 
 
-def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
+def as_on_gpus(cfg: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The config with the values that a run on GPUs has for `auto` and 0. The CPU devices that
+    stand in for them would have others."""
+    model, dtype = cfg.model, cfg.mesh.reduce_dtype
+    if model.remat == "offload":
+        raise UserError("a plan for GPUs cannot show model.remat: offload; set it to full")
+    blocks = 8 if mesh.shape["fsdp"] > 1 and cfg.mesh.zero == 3 else 1
+    model = replace(model, loss_blocks=model.loss_blocks or blocks)
+    return replace(
+        cfg,
+        model=replace(model, loss_chunk=model.loss_chunk or 4096),
+        mesh=replace(cfg.mesh, reduce_dtype="bfloat16" if dtype == "auto" else dtype),
+    )
+
+
+def classes(program: Program, step: Compiled, batch: Any) -> dict[str, Any]:
     """Bytes at the peak by what they are. Temporaries are what is left: results that are not kept,
-    copies and padding."""
-    held: dict[str, float] = {
+    copies and padding, and the activations if these are unknown (None)."""
+    held: dict[str, Any] = {
         "parameters": device_bytes(program.state.trainable),
         "optimizer": device_bytes(program.state.opt_state),
         "frozen": device_bytes(program.frozen),
@@ -237,8 +264,8 @@ def classes(program: Program, step: Compiled, batch: Any) -> dict[str, float]:
     left = max(step.peak - sum(held.values()), 0.0)
     held["gradients"] = min(device_bytes(gradients), left)
     left -= held["gradients"]
-    held["activations"] = min(hlo_memory.saved_activations(step.hlo), left)
-    return held | {"temporaries": left - held["activations"]}
+    saved = min(hlo_memory.saved_activations(step.hlo), left) if step.hlo else None
+    return held | {"activations": saved, "temporaries": left - (saved or 0.0)}
 
 
 def step_flops(program: Program) -> tuple[float, float]:
@@ -255,11 +282,17 @@ def step_flops(program: Program) -> tuple[float, float]:
         compares=program.reference is not None,
         baseline=program.objective.baseline is not None,
     )
-    weights, attention, head = forward_flops(program.shape, length)
+    shape = program.shape
+    weights, attention, head = forward_flops(shape, length)
+    if shape.norm_placement == "pre":  # nothing in the backward pass reads a layer's last product
+        weights -= 2 * shape.num_layers * shape.hidden_size * shape.intermediate_size
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
-    again += head if program.loss_blocks > 1 else 0.0
+    # `cross_entropy` computes logits once, `token_logps` twice if the head is trained.
+    kernel = "embed" if program.policy.head is None else "head"
+    twice = cfg.objective not in ("pretrain", "sft") and kernel in program.state.trainable
+    again += head * ((program.loss_blocks > 1) + twice)
     tokens = cfg.batch_size * length / program.mesh.size
     model = (flops.layers + flops.head) * tokens
     return model, model + again * tokens
@@ -271,7 +304,7 @@ def roofline(program: Program, topology: Topology, step: Compiled) -> dict[str, 
     mesh: Mesh = program.mesh
     devices = mesh.devices.flat
     sent: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
-    for one in hlo.collectives(step.hlo):
+    for one in hlo.collectives(step.hlo) if step.hlo else ():
         row = sent[one.op, one.axes(mesh.shape), one.dtype]
         speed = topology.speed([devices[i] for i in one.groups[0]])
         for i, value in enumerate((one.wire, one.count, one.wire / speed)):
@@ -284,17 +317,17 @@ def roofline(program: Program, topology: Topology, step: Compiled) -> dict[str, 
     ]
     model, flops = step_flops(program)
     peak = topology.flops(program.cfg.model.compute_dtype)
-    seconds = {
-        "compute": flops / peak,
-        "memory": hlo_memory.traffic(step.hlo) / (topology.chip.bandwidth or math.inf),
-        "links": sum(row["seconds"] for row in rows),
-    }
-    limit = max(seconds, key=lambda name: seconds[name])
+    seconds: dict[str, Any] = {"compute": flops / peak, "memory": None, "links": None}
+    if step.hlo:
+        moved = hlo_memory.traffic(step.hlo)
+        seconds["memory"] = moved / (topology.chip.bandwidth or math.inf)
+        seconds["links"] = sum(row["seconds"] for row in rows)
+    limit = max(seconds, key=lambda name: seconds[name] or 0.0)
     bound = seconds[limit]
     tokens = program.cfg.batch_size * program.row_length
     return {
-        "wire_gib": sum(row["gib"] for row in rows),
-        "collectives": rows,
+        "wire_gib": sum(row["gib"] for row in rows) if step.hlo else None,
+        "collectives": rows if step.hlo else None,
         "flops": flops,
         "model_flops": model,
         "seconds": seconds,
@@ -365,14 +398,19 @@ def text(found: dict[str, Any]) -> str:
     if found["rollout_peak_gib"]:
         lines += ["peak of the rollout", *_table(found["rollout_peak_gib"])]
     lines += ["largest temporaries at the peak", *_table(found["largest"])]
-    lines += ["", f"collectives, GiB sent  {found['wire_gib']:10.4f} a step"]
+    wire = found["wire_gib"]
+    sent = "unknown" if wire is None else f"{wire:10.4f} a step"
+    lines += ["", f"collectives, GiB sent  {sent:>10}"]
     lines += [
         f"  {row['op']:<20} {row['gib']:10.4f} {row['count']:6} x {row['dtype']:<5} "
         f"{1000 * row['seconds']:9.2f} ms  {row['axis']}"
-        for row in found["collectives"]
+        for row in found["collectives"] or ()
         if row["gib"] >= 5e-5
     ]
-    took = ", ".join(f"{name} {1000 * s:,.1f} ms" for name, s in found["seconds"].items())
+    took = ", ".join(
+        f"{name} unknown" if s is None else f"{name} {1000 * s:,.1f} ms"
+        for name, s in found["seconds"].items()
+    )
     bound = 1000 * found["seconds_bound"]
     flops, model = (f"{found[key] / 1e12:,.3f}" for key in ("flops", "model_flops"))
     lines += [
@@ -384,6 +422,10 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(values: dict[str, float]) -> list[str]:
+def _table(values: dict[str, Any]) -> list[str]:
     short = {name if len(name) <= 44 else f"…{name[-43:]}": gib for name, gib in values.items()}
-    return [f"  {name:<44} {gib:10.4f}" for name, gib in short.items() if gib >= 5e-5]
+    return [
+        f"  {name:<44} {'unknown' if gib is None else f'{gib:.4f}':>10}"
+        for name, gib in short.items()
+        if gib is None or gib >= 5e-5
+    ]

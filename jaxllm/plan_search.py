@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def _micro(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _axes(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Tensor axes that divide the devices, with all others along fsdp, and the run's own mesh."""
-    n, taken = found["devices"], found["mesh"].get("context", 1) * found["mesh"].get("expert", 1)
+    n, taken = found["devices"], cfg.mesh.context * cfg.mesh.expert
+    rows = {t: n // (t * taken) for t in TENSOR if n % (t * taken) == 0}  # data x fsdp
     names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
-    sizes = [(1, -1, t) for t in TENSOR if n % (t * taken) == 0 and cfg.batch_size % (n // t) == 0]
+    sizes = [(1, -1, t) for t, split in rows.items() if cfg.batch_size % split == 0]
     return [dict(zip(names, size, strict=True)) for size in sizes]
 
 
@@ -58,6 +60,8 @@ def run(cfg: TrainConfig, options: Any) -> str:
     if found is not None:
         return json.dumps(found) if options.json else text(found)
     changes, found, table = search(ready, where)
+    if options.length is not None:
+        changes["data.max_length"] = ready.data.max_length
     Path(options.output).write_text(as_yaml(changed(cfg, changes)), encoding="utf-8")
     if options.json:
         return json.dumps(found | {"settings": changes, "config": options.output})
@@ -68,10 +72,13 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
     """(the best settings {key: value}, their plan, a table of all that were tried).
 
     The best is the fastest by its bound of those that fit, or else the one that needs least memory.
+    All have the global batch of the first one that is valid.
     """
+    given = cfg.batch_size
     tried: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def attempt(changes: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal cfg
         name = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in changes.items())
         if name not in tried:
             print(f"plan: {name or 'as given'}", file=sys.stderr, flush=True)
@@ -81,7 +88,10 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
             except UserError as error:
                 print(f"plan: {name}: {error}", file=sys.stderr, flush=True)
                 return None
-        return tried[name][1]
+        found = tried[name][1]
+        if not cfg.batch_size:
+            cfg = replace(cfg, batch_size=found["batch_size"], accumulation=0)
+        return found
 
     best: dict[str, Any] = {}
     found = attempt(best)
@@ -95,7 +105,8 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
                 best, found = best | change, here
     if found is None:
         raise UserError(f"{where.name}: no setting that was tried is valid; see the lines above")
-    return best, found, _ranked(tried)
+    batch = {} if given else {"batch_size": cfg.batch_size, "accumulation": 0}
+    return batch | best, found, _ranked(tried)
 
 
 def _unknown(cfg: TrainConfig, where: Topology) -> dict[str, Any]:

@@ -122,6 +122,11 @@ class Topology:
     estimate: str = ""
     """why figures are estimates; empty if the chip's own compiler gives its memory"""
 
+    @property
+    def imitated(self) -> bool:
+        """True if host devices stand in for GPUs."""
+        return self.chip is not CPU and self.devices[0].platform == "cpu"
+
     @cached_property
     def hbm_gib(self) -> float:
         """GiB of memory of a device; on a CPU its share of the machine's."""

@@ -146,6 +146,31 @@ def test_the_copies_of_a_collective_in_asynchronous_fusions_are_one():
     assert (found.payload, found.count) == (8192, 1)
 
 
+def test_the_start_of_an_asynchronous_fusion_and_the_rest_of_it_are_one():
+    """As libtpu 0.0.52 wrote two gathers in a layer for v5e, shortened."""
+    shape, starts = "bf16[64,64]{1,0:T(8,128)(2,1)}", 'custom_call_target="AsyncCollectiveStart"'
+    inner, entry = [], []
+    for chain, channel in enumerate((30, 33)):
+        for i, flags in enumerate(('"flag_end":"-1"', '"flag_end":"8"', '"flag_end":"8"')):
+            name = f"{chain}.{i}"
+            options = (
+                f"channel_id={channel}, {FSDP[14:]}, dimensions={{0}}, use_global_device_ids=true, "
+                f'frontend_attributes={{chain_id="{chain}"}}, '
+                'metadata={op_name="jit(step)/gather" stack_frame_id=878}, '
+                f'backend_config={{"async_collective_fusion_config":{{{flags}}}}}'
+            )
+            root = f"(bf16[16,64], {shape}, u32[]) custom-call(%g{name}), {starts}"
+            root = root if i == 0 else f"{shape} copy(%g{name})"
+            inner.append(
+                f"%f{name} (p: bf16[16,64]) -> bf16[64,64] {{\n"
+                "  %p = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} parameter(0)\n"
+                f"  %g{name} = {shape} all-gather(%p), {options}\n  ROOT %r{name} = {root}\n}}\n"
+            )
+            entry.append(f"  %c{name} = {shape} fusion(%x), kind=kCustom, calls=%f{name}")
+    found = hlo.collectives(module("\n".join(entry), *inner))
+    assert [(one.op, one.payload, one.count) for one in found] == [("all-gather", 8192, 1)] * 2
+
+
 LOOP = (
     "%body (t: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {\n"
     "  %t = (s32[], bf16[16,64]{1,0}) parameter(0)\n"

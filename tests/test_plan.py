@@ -12,10 +12,10 @@ import pytest
 import yaml
 from runs import MODEL, arguments, refused
 
-from jaxllm import plan_search, topologies, training
+from jaxllm import plan, plan_search, program, topologies, training
 from jaxllm.cli import main
 from jaxllm.compilation import use_cache
-from jaxllm.config import VERBS, MeshSection, load_config
+from jaxllm.config import VERBS, MeshSection, TrainConfig, load_config
 from jaxllm.errors import UserError
 from jaxllm.mesh import make_mesh
 from jaxllm.plan import quiet
@@ -98,8 +98,8 @@ def test_every_verb_has_a_plan(model, capsys, monkeypatch, verb, more):
 
 
 @pytest.mark.parametrize("verb", ["pretrain", pytest.param("sft", marks=pytest.mark.sweep)])
-def test_the_peak_is_that_of_the_real_run(project, capsys, monkeypatch, verb):
-    """The step that a run on the same mesh compiles, with its real arrays: within 2 %."""
+def test_a_plan_compiles_the_program_of_the_run(project, capsys, monkeypatch, verb):
+    """The same memory as of the step that a run on the same mesh compiles, and the same arrays."""
     steps, compile_step = [], training.compiled
 
     def recorded(*args):
@@ -137,6 +137,76 @@ def test_gpus_are_estimated_and_cross_their_nodes(model, capsys):
     found = planned(capsys, *args[:4], "--topology", "h100:4x2", *args[6:])
     assert "h100" in found["estimate"] and found["hbm_gib"] == 79.6
     assert any("data" in row["axis"] for row in found["collectives"])
+
+
+def test_a_plan_for_gpus_has_their_defaults(model, capsys, monkeypatch):
+    """Not those of the CPU devices that stand in for them."""
+    args = ["--objective", "pretrain", "--model.config", model, "--data.max_length", "32"]
+    args += ["--topology", "h100:8x1", "--batch_size", "16"]
+    cfgs = []
+
+    def recorded(cfg, mesh):
+        cfgs.append(cfg)
+        return program.build(cfg, mesh)
+
+    monkeypatch.setattr(plan, "build", recorded)
+    found = planned(capsys, *args)
+    (cfg,) = cfgs
+    made = program.build(cfg, make_mesh(cfg.mesh))
+    assert made.layout.reduction.dtype == "bfloat16"
+    assert (cfg.model.loss_blocks, cfg.model.loss_chunk) == (8, 4096)
+    assert "reduce-scatter" in str(found["collectives"])
+    planned(capsys, *args, "--mesh.zero", "1", "--mesh.reduce_dtype", "float32")
+    assert (cfgs[1].model.loss_blocks, cfgs[1].mesh.reduce_dtype) == (1, "float32")
+    refused(capsys, ["plan", *args, "--model.remat", "offload"], "cannot show", "offload", "full")
+
+
+@pytest.mark.parametrize(
+    ("message", "peak"),
+    [
+        ("Used 63.80G of 30.75G hbm. Exceeded hbm capacity by 33.05G.", 63.8),
+        ("total memory required for HLO temporaries (60.00G) exceeds the memory", 63.0),
+    ],
+)
+def test_the_peak_of_a_refused_program_has_its_arguments_once(message, peak):
+    error = RuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. {message}")
+    assert plan.refused_peak(error, 3 * GIB) == pytest.approx(peak * GIB)
+    with pytest.raises(RuntimeError):
+        plan.refused_peak(RuntimeError(f"INTERNAL: {message}"), 0)
+
+
+def test_what_a_refused_program_sends_is_unknown(model, capsys, monkeypatch):
+    gone = plan.Compiled(peak=2.0**60, hlo=None, largest={}, host=0, outputs=None)
+    monkeypatch.setattr(plan, "compiled", lambda *args: gone)
+    found = planned(capsys, *flags(model, "pretrain"))
+    assert found["wire_gib"] is found["collectives"] is found["classes"]["activations"] is None
+    seconds = found["seconds"]
+    assert seconds["memory"] is seconds["links"] is None and found["bound"] == "compute"
+    assert not found["fits"] and found["seconds_bound"] == seconds["compute"] > 0
+    assert main(["plan", *flags(model, "pretrain")]) == 0
+    text = capsys.readouterr().out
+    for part in ("DOES NOT FIT", "GiB sent     unknown\n", "memory unknown, links unknown"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("verb", "remat", "again"),
+    [("pretrain", "full", "layer"), ("pretrain", "names", "weights"), ("pretrain", "dots", "")]
+    + [("simpo", "full", "layer head"), ("simpo", "none", "head")],
+)
+def test_the_flops_of_a_dense_model(model, capsys, monkeypatch, verb, remat, again):
+    """A layer's last product is not computed again; the logits are, for log-probabilities."""
+    gone = plan.Compiled(peak=1.0, hlo=None, largest={}, host=0, outputs=None)
+    monkeypatch.setattr(plan, "compiled", lambda *args: gone)
+    found = planned(capsys, *flags(model, verb, "--model.remat", remat))
+    D, V, Q, KV, F, T = 32, 500, 32, 16, 64, found["length"]
+    products, head = 2 * D * (2 * Q + 2 * KV + 3 * F), 2 * D * V
+    attention = 4 * Q * (T + 1) / 2
+    parts = {"layer": products - 2 * D * F + attention, "weights": products - 2 * D * F}
+    tokens = 16 * T / 8
+    assert found["model_flops"] == pytest.approx(3 * (products + attention + head) * tokens)
+    extra = sum((parts | {"head": head})[name] for name in again.split())
+    assert found["flops"] - found["model_flops"] == pytest.approx(extra * tokens)
 
 
 # ---- topologies
@@ -255,6 +325,7 @@ def test_the_search_ranks_what_fits_and_writes_the_best(model, tmp_path, capsys,
         costs = {"offload": 4.0, "full": 3.0, "names": 2.0, "dots": 1.5, "none": 1.0}
         found = {"fits": room, "peak_gib": rows, "seconds_bound": costs[cfg.model.remat] / rows}
         found |= {"micro_batches": 4 // rows, "micro_batch_size": rows, "bound": "compute"}
+        found |= {"batch_size": cfg.batch_size or 32}
         found |= {"seconds": {"compute": found["seconds_bound"]}}
         return found | {"devices": 8, "mesh": {}, "mfu": 0.5, "topology": "cpu:8"}
 
@@ -269,6 +340,33 @@ def test_the_search_ranks_what_fits_and_writes_the_best(model, tmp_path, capsys,
     assert "data" in written and "train" not in written["data"]  # no stand-ins
     cfg, _ = load_config("pretrain", out)
     assert cfg.micro_batch_size == 2 and cfg.batch_size == 32
+
+
+def test_the_search_keeps_the_batch_and_the_length(model, tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def made_up(cfg, where):
+        """More rows a second with larger batches, more seconds a step."""
+        size = batches.append(cfg.batch_size) or cfg.batch_size or 8 * len(where.devices)
+        found = {"fits": True, "peak_gib": 1.0, "seconds_bound": size / 8, "bound": "compute"}
+        found |= {"seconds": {"compute": size / 8}, "batch_size": size, "mfu": 0.5}
+        found |= {"micro_batches": size // 8, "micro_batch_size": 1, "topology": "cpu:8"}
+        return found | {"devices": 8, "mesh": {"fsdp": 8}}
+
+    monkeypatch.setattr(plan_search, "plan", made_up)
+    out = str(tmp_path / "best.yaml")
+    args = flags(model, "pretrain", "--search", "--output", out, "--length", "24")
+    planned(capsys, *args, "--batch_size", "0", "--micro_batch_size", "2", "--accumulation", "4")
+    written = yaml.safe_load(open(out).read())
+    assert batches[0] == 0 and set(batches[1:]) == {64}
+    assert (written["batch_size"], written["data"]["max_length"]) == (64, 24)
+    assert "accumulation" not in written
+
+
+def test_a_batch_is_split_by_the_axes_of_rows_alone():
+    cfg = TrainConfig(batch_size=2, mesh=MeshSection(context=4))
+    sizes = plan_search._axes(cfg, {"devices": 8, "mesh": {"context": 4, "fsdp": 2}})
+    assert [size["mesh.tensor"] for size in sizes] == [1, 2]
 
 
 def test_the_order_of_plans_puts_what_fits_first():
