@@ -204,9 +204,11 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
                 count = axis[1] if isinstance(axis, tuple) else size
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
                 lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
-        if fsdp > 1 and "embed" in axes and _fsdp_dim(axes, shape, mesh) is None:
-            size = shape[axes.index("embed")]
-            lines.append(f"mesh: {size} embed do not divide by fsdp {fsdp}; they are replicated")
+        names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
+        matrix = len(names) > 1 and set(names) & set(FSDP_DIMS)
+        if fsdp > 1 and matrix and _fsdp_dim(axes, shape, mesh) is None:
+            dims = " x ".join(f"{n} {name}" for n, name in zip(shape, names, strict=True) if name)
+            lines.append(f"mesh: no dim of {dims} is split along fsdp {fsdp}; it is replicated")
     return list(dict.fromkeys(lines))
 
 
