@@ -205,9 +205,10 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
                 lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
         names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
-        matrix = len(names) > 1 and set(names) & set(FSDP_DIMS)
-        if fsdp > 1 and matrix and _fsdp_dim(axes, shape, mesh) is None:
-            dims = " x ".join(f"{n} {name}" for n, name in zip(shape, names, strict=True) if name)
+        matrix = [name for name in names if name != "layers"]
+        whole = len(matrix) == 2 and None not in matrix and set(matrix) & set(FSDP_DIMS)
+        if fsdp > 1 and whole and _fsdp_dim(axes, shape, mesh) is None:
+            dims = " x ".join(f"{n} {name}" for n, name in zip(shape[-2:], matrix, strict=True))
             lines.append(f"mesh: no dim of {dims} is split along fsdp {fsdp}; it is replicated")
     return list(dict.fromkeys(lines))
 

@@ -74,6 +74,11 @@ def test_heads_are_not_cut_and_the_user_is_told():
         "mesh: 9 heads do not divide by tensor 2; they are replicated",
     ]
     assert replicated(mesh(fsdp=8), variables) == []
+    over = make_mesh(MeshSection(), jax.devices()[:7])
+    assert (
+        "mesh: no dim of 24 embed x 48 mlp is split along fsdp 7; it is replicated"
+        in replicated(over, variables)
+    )
 
 
 def test_weights_of_heads_that_do_not_divide_give_the_same_logits():
