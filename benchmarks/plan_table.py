@@ -28,13 +28,17 @@ SHAPES = {
     name: LLAMA | dict(zip(NAMES, sizes, strict=True))
     for name, sizes in (("8B", (4096, 14336, 32, 32)), ("70B", (8192, 28672, 80, 64)))
 }
-LORA = "--peft.method lora --peft.r 16"
+LORA = "--peft.method lora --peft.r 16 --peft.target_modules all-linear"
+OFFLOAD = "--model.remat offload"
 # (shape, topology, rows a device, tokens of a row, flags, MaxText's peak GiB, its wire GiB a step)
 ROWS = [
     ("8B", "v5p:4x4x4", 2, 8192, "", 14.54, 54.1),
     ("8B", "v6e:16x16", 1, 8192, "", 7.49, 54.7),
+    ("8B", "v5p:4x4x4", 2, 8192, OFFLOAD, None, None),
     ("70B", "v5p:8x8x8", 1, 8192, "", 18.55, None),
+    ("70B", "v5p:8x8x8", 1, 8192, OFFLOAD, None, None),
     ("70B", "v6e:16x16", 2, 8192, "", 34.8, None),
+    ("70B", "v6e:16x16", 2, 8192, OFFLOAD, None, None),
     ("70B", "v5e:16x16", 1, 4096, LORA, None, None),
 ]
 HEAD = (

@@ -162,6 +162,20 @@ class Program:
         found = next((i.op_name for i in reversed(inner) if "/" in i.op_name), "")
         return found or next(filter(None, (self.source(o, depth - 1) for o in one.operands)), "")
 
+    def narrow(self, body: Mapping[str, Instruction], name: str) -> str:
+        """The shape of an operand, in the dtype that it was converted from right before."""
+        shape, one = body[name].shape, body.get(name)
+        while one is not None and one.opcode in ("bitcast", "copy", "fusion"):
+            name = one.operands[0] if one.operands else ""
+            if one.opcode == "fusion":
+                body = self.computations.get(next(one.calls(), ""), {})
+                name = next((i.name for i in body.values() if i.root), "")
+            one = body.get(name)
+        if one is None or one.opcode != "convert" or one.operands[0] not in body:
+            return shape
+        wide, narrow = shape.partition("[")[0], body[one.operands[0]].shape.partition("[")[0]
+        return shape.replace(wide, narrow) if BYTES[narrow] < BYTES[wide] else shape
+
 
 def parse(text: str) -> Program:
     """The program of an HLO dump (`*after_optimizations.txt`)."""
@@ -240,13 +254,16 @@ class Collective:
         return "+".join(axis for axis, yes in zip(mesh, differs, strict=True) if yes)
 
 
-def collectives(program: Program) -> list[Collective]:
+def collectives(program: Program, *, imitated: bool = False) -> list[Collective]:
     """Every collective once, but none of a single device.
 
     An asynchronous pair is one; so are the copies of one in the fusions that start, continue and
     end it on a TPU, and the transfers between TPU slices. An all-reduce fused with a dynamic-slice
     of its result is a reduce-scatter. Channel ids do not tell collectives apart: all those of
     shard_map have the same.
+
+    imitated: the program is XLA:CPU's, but of other devices. It has converted bfloat16 to float32
+    before each collective, which counts as bfloat16 here.
     """
     found: dict[tuple, Collective] = {}
     for name, body in program.computations.items():
@@ -257,7 +274,11 @@ def collectives(program: Program) -> list[Collective]:
                 found[name, one.name] = across
             if one.base not in COLLECTIVES:
                 continue
-            operands = [body[operand].shape for operand in one.operands if operand in body]
+            widened = imitated and (
+                "to_apply" not in one.attributes or "_promoted," in one.attributes
+            )
+            shape = program.narrow if widened else lambda body, name: body[name].shape
+            operands = [shape(body, operand) for operand in one.operands if operand in body]
             groups = replica_groups(one.attributes, program.devices)
             size = max(map(len, groups), default=1)
             if size == 1:

@@ -105,6 +105,9 @@ class Compiled:
     outputs: Any
     """shapes of the results, with shardings"""
 
+    def sent(self, imitated: bool) -> list[hlo.Collective]:
+        return hlo.collectives(self.hlo, imitated=imitated) if self.hlo else []
+
 
 def compiled(run: Any, *args: Any) -> Compiled:
     """Compiles a jitted function for arguments of these shapes, and reads what XLA dumps about it.
@@ -220,10 +223,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
         "rollout_peak_gib": {name: peak / GIB for name, peak in phases.items()},
         "hbm_gib": topology.hbm_gib,
         "fits": highest <= topology.hbm_gib * GIB,
-        "classes": {
-            name: None if n is None else n / GIB
-            for name, n in classes(program, step, batch).items()
-        },
+        "classes": {k: n and n / GIB for k, n in classes(program, step, batch).items()},
         "host_gib": step.host / GIB,
         "largest": {name: size / GIB for name, size in [*step.largest.items()][:LARGEST]},
     }
@@ -291,7 +291,7 @@ def step_flops(program: Program) -> tuple[float, float]:
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
     # `cross_entropy` computes logits once, `token_logps` twice if the head is trained.
     kernel = "embed" if program.policy.head is None else "head"
-    twice = cfg.objective not in ("pretrain", "sft") and kernel in program.state.trainable
+    twice = cfg.verb.data not in ("text", "chat") and kernel in program.state.trainable
     again += head * ((program.loss_blocks > 1) + twice)
     tokens = cfg.batch_size * length / program.mesh.size
     model = (flops.layers + flops.head) * tokens
@@ -304,7 +304,7 @@ def roofline(program: Program, topology: Topology, step: Compiled) -> dict[str, 
     mesh: Mesh = program.mesh
     devices = mesh.devices.flat
     sent: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
-    for one in hlo.collectives(step.hlo) if step.hlo else ():
+    for one in step.sent(topology.imitated):
         row = sent[one.op, one.axes(mesh.shape), one.dtype]
         speed = topology.speed([devices[i] for i in one.groups[0]])
         for i, value in enumerate((one.wire, one.count, one.wire / speed)):
@@ -317,11 +317,12 @@ def roofline(program: Program, topology: Topology, step: Compiled) -> dict[str, 
     ]
     model, flops = step_flops(program)
     peak = topology.flops(program.cfg.model.compute_dtype)
-    seconds: dict[str, Any] = {"compute": flops / peak, "memory": None, "links": None}
-    if step.hlo:
-        moved = hlo_memory.traffic(step.hlo)
-        seconds["memory"] = moved / (topology.chip.bandwidth or math.inf)
-        seconds["links"] = sum(row["seconds"] for row in rows)
+    moved = hlo_memory.traffic(step.hlo) if step.hlo else None
+    seconds: dict[str, Any] = {
+        "compute": flops / peak,
+        "memory": moved and moved / (topology.chip.bandwidth or math.inf),
+        "links": sum(row["seconds"] for row in rows) if step.hlo else None,
+    }
     limit = max(seconds, key=lambda name: seconds[name] or 0.0)
     bound = seconds[limit]
     tokens = program.cfg.batch_size * program.row_length

@@ -115,6 +115,24 @@ def test_collectives_of_one_channel_are_told_apart():
     assert len(hlo.collectives(module("\n".join(lines)))) == 3
 
 
+def test_a_cpu_that_imitates_others_sends_bfloat16_as_float32():
+    inner = (
+        "%widen (p: bf16[16,64]) -> f32[16,64] {\n  %p = bf16[16,64]{1,0} parameter(0)\n"
+        "  %c = f32[16,64]{1,0} convert(%p)\n  ROOT %b = f32[16,64]{1,0} bitcast(%c)\n}\n"
+    )
+    promoted = "to_apply=%add_promoted, metadata={}"
+    entry = (
+        "  %f = f32[16,64]{1,0} fusion(%x), kind=kLoop, calls=%widen\n"
+        f"  %g = f32[64,64]{{1,0}} all-gather(%f), {FSDP}, dimensions={{0}}\n"
+        f"  %r = f32[4,64]{{1,0}} reduce-scatter(%f), {FSDP}, {promoted}\n"
+        f"  %a = f32[16,64]{{1,0}} all-reduce(%f), {FSDP}, to_apply=%add, metadata={{}}"
+    )
+    program = module(entry, inner)
+    dtypes = [[one.dtype for one in hlo.collectives(program, imitated=yes)] for yes in (0, 1)]
+    assert dtypes == [["f32"] * 3, ["bf16", "bf16", "f32"]]  # the last one is meant to be float32
+    assert [one.payload for one in hlo.collectives(program, imitated=True)] == [8192, 2048, 4096]
+
+
 def test_a_group_of_one_device_sends_nothing():
     line = "  %g = bf16[16,64]{1,0} all-gather(%x), replica_groups=[8,1]<=[8], dimensions={0}"
     assert hlo.collectives(module(line)) == []

@@ -150,12 +150,13 @@ def test_a_plan_for_gpus_has_their_defaults(model, capsys, monkeypatch):
         return program.build(cfg, mesh)
 
     monkeypatch.setattr(plan, "build", recorded)
-    found = planned(capsys, *args)
+    found = planned(capsys, *args, "--model.compute_dtype", "bfloat16")
     (cfg,) = cfgs
     made = program.build(cfg, make_mesh(cfg.mesh))
     assert made.layout.reduction.dtype == "bfloat16"
     assert (cfg.model.loss_blocks, cfg.model.loss_chunk) == (8, 4096)
-    assert "reduce-scatter" in str(found["collectives"])
+    dtypes = {row["op"]: row["dtype"] for row in found["collectives"][::-1] if row["gib"] > 1e-6}
+    assert dtypes["reduce-scatter"] == dtypes["all-gather"] == "bf16"
     planned(capsys, *args, "--mesh.zero", "1", "--mesh.reduce_dtype", "float32")
     assert (cfgs[1].model.loss_blocks, cfgs[1].mesh.reduce_dtype) == (1, "float32")
     refused(capsys, ["plan", *args, "--model.remat", "offload"], "cannot show", "offload", "full")
