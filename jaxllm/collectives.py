@@ -39,7 +39,8 @@ class Reduction:
     line: int = 1
 
 
-_reduction: ContextVar[Reduction] = ContextVar("reduction")  # set by `reducing`
+UNROUNDED = Reduction()
+_reduction: ContextVar[Reduction] = ContextVar("reduction", default=UNROUNDED)
 
 
 @contextmanager
@@ -78,10 +79,10 @@ def shard_over_rows(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: 
 
 
 def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
-    """A weight of `shape`, whole along fsdp: the all-gather of ZeRO-3; in w's dtype.
+    """All-gathers a weight along fsdp (ZeRO-3); the result has w's dtype.
 
-    dtype: what the values are rounded to before they are sent, if it is narrower than w's. The
-    gradient is rounded only to the dtype of the reduction.
+    shape: of the gathered weight. dtype: values are rounded to it before they are sent, if it is
+    narrower than w's. The gradient is rounded only to the dtype of the reduction.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
@@ -96,12 +97,12 @@ def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None
 
 
 def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """The dim in which a device holds a part of the whole."""
+    """The dim along which `part` is smaller than `whole`; None if they are equal."""
     return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
 
 
 def _per_device(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
-    """f of a device's part of x along the automatic axes. (XLA would replicate x along them before
+    """f of a device's shard of x along the automatic axes. (XLA would replicate x along them before
     a collective of the manual axes.)"""
     axes = automatic_axes()
     if not axes:
@@ -136,14 +137,16 @@ _gathered.defvjp(
 
 
 def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
-    """The transpose of `gathered`: a device's gradient of a whole weight -> the sum over fsdp of
-    its own part of `dim`, in g's dtype. split: how the automatic axes split the weight.
+    """Reduce-scatters a gradient along fsdp, over `dim`; the transpose of `gathered`.
 
-    A reduce-scatter in two stages: over every `line`-th device, then over lines. In one stage over
+    g: a device's gradient of a gathered weight. split: how the automatic axes split the weight.
+    Returns the device's shard of the sum, in g's dtype.
+
+    There are two stages: over every `line`-th device, then over lines. In one stage over
     all dims of a TPU's torus, libtpu would compile an all-reduce, which sends twice as much. The
     stages give each device its part only in this order.
     """
-    reduction = _reduction.get(Reduction())
+    reduction = _reduction.get()
     size, line = lax.axis_size("fsdp"), reduction.line
     stages: list[Any] = [None]
     if 1 < line < size:
@@ -169,7 +172,7 @@ def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
     axes = tuple(a for a in (ROWS[:1] if fsdp_dim(spec) >= 0 else ROWS) if lax.axis_size(a) > 1)
     if not axes:
         return g
-    dtype = _reduction.get(Reduction()).dtype or g.dtype
+    dtype = _reduction.get().dtype or g.dtype
     return lax.psum(g.astype(dtype), axes).astype(g.dtype)
 
 

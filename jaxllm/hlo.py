@@ -224,7 +224,7 @@ def _closing(text: str) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective and how often it runs. payload: bytes of the whole tensor, on one device."""
+    """A collective and how often it runs. payload: bytes of the unsharded tensor."""
 
     op: str
     dtype: str

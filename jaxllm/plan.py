@@ -33,6 +33,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import hub_id
 from jaxllm.mesh import data_parallel, make_mesh
 from jaxllm.monitor.flops import Flops, forward_flops, run_flops
+from jaxllm.ops.cross_entropy import ACCELERATOR_CHUNK, BLOCKS
 from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
@@ -232,16 +233,16 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
 
 
 def as_on_gpus(cfg: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The config with the values that a run on GPUs has for `auto` and 0. The CPU devices that
-    stand in for them would have others."""
+    """The config with explicit values for the defaults that a run on GPUs has. The CPU devices that
+    stand in for them would get others."""
     model, dtype = cfg.model, cfg.mesh.reduce_dtype
     if model.remat == "offload":
         raise UserError("a plan for GPUs cannot show model.remat: offload; set it to full")
-    blocks = 8 if mesh.shape["fsdp"] > 1 and cfg.mesh.zero == 3 else 1
+    blocks = BLOCKS if mesh.shape["fsdp"] > 1 and cfg.mesh.zero == 3 else 1
     model = replace(model, loss_blocks=model.loss_blocks or blocks)
     return replace(
         cfg,
-        model=replace(model, loss_chunk=model.loss_chunk or 4096),
+        model=replace(model, loss_chunk=model.loss_chunk or ACCELERATOR_CHUNK),
         mesh=replace(cfg.mesh, reduce_dtype="bfloat16" if dtype == "auto" else dtype),
     )
 
@@ -255,7 +256,7 @@ def classes(program: Program, step: Compiled, batch: Any) -> dict[str, Any]:
         "frozen": device_bytes(program.frozen),
         "batch": device_bytes(batch),
     }
-    shardings = program.layout.gradients
+    shardings = program.shardings.gradients
     gradients = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
         program.state.trainable,

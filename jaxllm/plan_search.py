@@ -95,8 +95,10 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
 
     best: dict[str, Any] = {}
     found = attempt(best)
+    # What the candidates read, for a config that is not valid on the topology as it is given.
+    unknown = {"devices": len(where.devices), "micro_batches": 1, "micro_batch_size": 1}
     for values in [*CANDIDATES, *CANDIDATES]:  # twice: a later key may make room for an earlier one
-        options = values(changed(cfg, best), found) if found else values(cfg, _unknown(cfg, where))
+        options = values(changed(cfg, best), found or unknown)
         for change in options:
             if _is_set(changed(cfg, best), change):
                 continue
@@ -107,11 +109,6 @@ def search(cfg: TrainConfig, where: Topology) -> tuple[dict[str, Any], dict[str,
         raise UserError(f"{where.name}: no setting that was tried is valid; see the lines above")
     batch = {} if given else {"batch_size": cfg.batch_size, "accumulation": 0}
     return batch | best, found, _ranked(tried)
-
-
-def _unknown(cfg: TrainConfig, where: Topology) -> dict[str, Any]:
-    """What the candidates read, for a config that is not valid on the topology as it is given."""
-    return {"devices": len(where.devices), "mesh": {}, "micro_batches": 1, "micro_batch_size": 1}
 
 
 def rank(found: dict[str, Any]) -> tuple[float, ...]:

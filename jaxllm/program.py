@@ -67,7 +67,7 @@ class Program:
     """the trainable weights that the reference copies; {} if it shares every weight"""
     state: TrainState
     frozen: Any
-    layout: StepShardings
+    shardings: StepShardings
     begin: Callable[[Any], TrainState]
     """jitted: trainable weights, which are donated -> the state of step 0"""
     evaluate: Eval
@@ -144,7 +144,7 @@ class Program:
             baseline=self.objective.baseline,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
-            layout=self.layout if self.mesh.size > 1 else None,
+            shardings=self.shardings if self.mesh.size > 1 else None,
         )
         return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(self.state), None))
 
@@ -287,7 +287,7 @@ def assemble(
         copied=copied,
         state=state,
         frozen=frozen,
-        layout=StepShardings(
+        shardings=StepShardings(
             mesh, weights, shardings_of(frozen), gradients, reduction(cfg.mesh, mesh)
         ),
         begin=jax.jit(begin, out_shardings=shardings_of(state), donate_argnums=0),
@@ -376,6 +376,7 @@ def trained_by(adapter: Adapter) -> Callable[[tuple[Any, ...], Any], bool]:
 
 
 def shardings_of(tree: Any) -> Any:
+    """The sharding of each array of a tree."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 

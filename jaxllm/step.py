@@ -50,14 +50,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepShardings:
-    """How a step's arrays lie on a mesh of several devices: trees of NamedShardings, and how
-    gradients are summed over the devices."""
+    """Shardings of a step on a mesh of several devices. `weights` (the trainable ones), `frozen`
+    and `gradients` are trees of NamedShardings."""
 
     mesh: Any
     weights: Any
     frozen: Any
     gradients: Any
-    reduction: Reduction = Reduction()
+    reduction: Reduction
 
 
 def with_baseline(batch: Batch, mean: Any) -> Batch:
@@ -79,7 +79,7 @@ def make_step(
     baseline: Callable[..., Any] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
-    layout: StepShardings | None = None,
+    shardings: StepShardings | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """One update, to be jitted: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`.
 
@@ -95,12 +95,12 @@ def make_step(
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
-      layout: of the arrays on a mesh; None = one device.
+      shardings: of the arrays on a mesh; None = one device.
 
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
     """
-    gradients = make_gradients(models, objective, baseline, layout)
+    gradients = make_gradients(models, objective, baseline, shardings)
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -129,7 +129,7 @@ def make_step(
 
 
 def make_gradients(
-    models: Models, objective: Callable[..., Any], baseline: Any = None, layout: Any = None
+    models: Models, objective: Callable[..., Any], baseline: Any = None, shardings: Any = None
 ) -> Callable[..., Any]:
     """(trainable, frozen, batch [A, B, T], row keys [A, B]) -> (float32 gradients of the loss sum,
     metrics). The arguments are those of `make_step`.
@@ -149,7 +149,7 @@ def make_gradients(
     def micro_batch_gradients(trainable, frozen, batch, keys):
         grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        if layout is not None:
+        if shardings is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)
         return grads, metrics
 
@@ -161,32 +161,32 @@ def make_gradients(
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
         return accumulated(partial(micro_batch_gradients, trainable, frozen), batch, keys)
 
-    if layout is None:
+    if shardings is None:
         return local_gradients
 
     weights, frozen, gradients = (
         jax.tree.map(lambda sharding: sharding.spec, tree)
-        for tree in (layout.weights, layout.frozen, layout.gradients)
+        for tree in (shardings.weights, shardings.frozen, shardings.gradients)
     )
 
     def scatter_whole(g, weight, gradient):
-        """ZeRO-2: the part of a weight that is whole on each device."""
+        """Reduce-scatters the gradient of a replicated weight where gradients are split: ZeRO-2."""
         if fsdp_dim(gradient) < 0 or fsdp_dim(weight) >= 0:
             return g
         return scattered(g, fsdp_dim(gradient), keep_axes(gradient, automatic_axes()))
 
     def summed_gradients(*args):
-        with reducing(layout.reduction):
+        with reducing(shardings.reduction):
             grads, metrics = local_gradients(*args)
             grads = jax.tree.map(summed_gradient, grads, gradients)
             return grads, across_rows(jax.lax.psum, metrics)
 
     in_specs = weights, frozen, P(None, ROWS), P(None, ROWS)
-    run = shard_over_rows(summed_gradients, layout.mesh, in_specs, (gradients, P()))
+    run = shard_over_rows(summed_gradients, shardings.mesh, in_specs, (gradients, P()))
 
     def sharded_gradients(*args):
         grads, metrics = run(*args)
-        return jax.lax.with_sharding_constraint(grads, layout.gradients), metrics
+        return jax.lax.with_sharding_constraint(grads, shardings.gradients), metrics
 
     return sharded_gradients
 

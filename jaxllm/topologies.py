@@ -215,7 +215,8 @@ def _local() -> Topology:
 
 
 def _wraps(size: tuple[int, ...]) -> tuple[bool, ...]:
-    """Which dims of a slice close to rings: whole cubes of 4 in 3D, whole pods of 16 in 2D."""
+    """True for each dim of a slice whose links wrap around: in 3D all if every dim is a multiple of
+    4, in 2D a dim of 16."""
     if len(size) == 3 and size[2] > 1:
         return (all(n % 4 == 0 for n in size),) * 3
     return tuple(n == 16 for n in size)

@@ -153,7 +153,7 @@ def test_a_plan_for_gpus_has_their_defaults(model, capsys, monkeypatch):
     found = planned(capsys, *args, "--model.compute_dtype", "bfloat16")
     (cfg,) = cfgs
     made = program.build(cfg, make_mesh(cfg.mesh))
-    assert made.layout.reduction.dtype == "bfloat16"
+    assert made.shardings.reduction.dtype == "bfloat16"
     assert (cfg.model.loss_blocks, cfg.model.loss_chunk) == (8, 4096)
     dtypes = {row["op"]: row["dtype"] for row in found["collectives"][::-1] if row["gib"] > 1e-6}
     assert dtypes["reduce-scatter"] == dtypes["all-gather"] == "bf16"

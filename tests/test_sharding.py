@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from runs import ENV
 from steps import TINY, T, V, pair_rows, ragged_rows, trajectory
 
 from jaxllm import hlo
@@ -127,13 +128,13 @@ def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
-    """The bound that docs/plan.md states."""
+    """docs/design.md has the figures: 1.5e-4 and 8.3e-4."""
     rows, options = WORK["pretrain"]
     mesh = MeshSection(fsdp=8, reduce_dtype="bfloat16")
     losses, norms, _, _ = trajectory(rows(16), steps=10, devices=8, mesh=mesh, **options)
     apart = np.abs(losses / alone("pretrain")[0] - 1)
-    assert 1e-7 < apart.max() < 5e-3
-    assert 1e-6 < np.abs(norms / alone("pretrain")[1] - 1).max() < 2e-2
+    assert 1e-7 < apart.max() < 5e-4
+    assert 1e-6 < np.abs(norms / alone("pretrain")[1] - 1).max() < 3e-3
 
 
 # ---- what is sent, in the program that XLA compiles for eight CPU devices
@@ -236,8 +237,6 @@ assert all(found)
 def test_a_reduce_scatter_in_two_stages_gives_each_device_its_own_part():
     """64 devices: with the stages in the other order the parts would be permuted."""
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=64", "JAX_PLATFORMS": "cpu"}
-    from runs import ENV
-
     run = [sys.executable, "-c", STAGES]
     done = subprocess.run(run, env=ENV | env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -119,6 +119,7 @@ class MLP(nnx.Module):
 
 
 def products(x: jax.Array, parts: tuple[Linear, ...]) -> list[jax.Array]:
+    """The product of x and the kernel of each part."""
     kernels = [part.kernel for part in parts]
     return dots(x, [k.get_value() for k in kernels], [k.get_metadata("axes")[-2:] for k in kernels])
 

@@ -26,7 +26,7 @@ from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import saveable
 
 # Residuals that the backward pass reads; it recomputes the rest of each layer. "offload" keeps them
-# in the host's memory; without remat all but gathered weights is stored.
+# in the host's memory.
 REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.save_only_these_names("layer"),
     "dots": jax.checkpoint_policies.save_only_these_names("layer", "attention", "dot"),
@@ -41,7 +41,8 @@ REMAT: dict[str, Any] = {
 
 
 def _activations(primitive: Any, *inputs: Any, **options: Any) -> bool:
-    """A policy that saves what is computed from activations [B, T, ...]: no gathered weights."""
+    """The policy without remat where weights are gathered: saves what is computed from activations
+    [B, T, ...], so that gathered weights are not saved."""
     return any(x.ndim > 2 for x in inputs)
 
 
@@ -119,7 +120,9 @@ class Stack:
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             return block(x_BTD, here, past)
 
-        policy = REMAT.get(self.remat, _activations if manual_rows() else None)
+        policy = _activations if manual_rows() else None
+        if self.remat != "none":
+            policy = REMAT[self.remat]
         decoding = isinstance(past, LayerCache) and not manual_rows()
         if policy is not None and not decoding:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
@@ -133,7 +136,7 @@ def _select(values: list[Any], index: jax.Array) -> Any:
 
 
 def gathered_layer(weights: Any, dtype: Any) -> Any:
-    """A layer's weights with its matrices whole along fsdp, sent in `dtype`.
+    """All-gathers a layer's matrices along fsdp, in `dtype`.
 
     Quantized kernels are sent as they are. Vectors are not split.
     """

@@ -23,6 +23,8 @@ from jaxllm.ops.matmul import product, softcapped, weight_gradient
 
 HEAD_AXES = ("embed", "vocab")  # logical axes of an output kernel [D, V]
 MASKED = -1e30  # a logit whose exp is 0
+CPU_CHUNK, ACCELERATOR_CHUNK = 512, 4096
+BLOCKS = 8  # of the vocabulary, on accelerators where fsdp splits the head
 
 
 def default_chunk() -> int:
@@ -30,12 +32,12 @@ def default_chunk() -> int:
 
     Small chunks fit a CPU's cache; an accelerator needs large products.
     """
-    return 512 if platform() == "cpu" else 4096
+    return CPU_CHUNK if platform() == "cpu" else ACCELERATOR_CHUNK
 
 
 def blocks_of(blocks: int, split: bool) -> int:
-    """Blocks of the vocabulary: by default (0) 8 on accelerators where fsdp splits the head."""
-    return blocks or (8 if split and platform() != "cpu" else 1)
+    """Blocks of the vocabulary: `blocks`, or the default for 0. split: fsdp splits the head."""
+    return blocks or (BLOCKS if split and platform() != "cpu" else 1)
 
 
 def _parts(rows: int) -> int:
@@ -46,7 +48,7 @@ def _parts(rows: int) -> int:
 
 
 def gathered_head(h: jax.Array, w: jax.Array) -> jax.Array:
-    """A kernel [D, V] of h [..., D], whole along fsdp, in h's dtype."""
+    """All-gathers the kernel [D, V] of h [..., D] along fsdp, in h's dtype."""
     return gathered(w.astype(h.dtype), HEAD_AXES, (h.shape[-1], w.shape[1]))
 
 
@@ -345,7 +347,7 @@ def _over_blocks(terms, targets, weights, head: Head, trained: list[bool] | None
 
 
 def _part(dw: jax.Array, w: jax.Array) -> jax.Array:
-    """The gradient of a whole kernel -> that of w, which may be split along fsdp."""
+    """The gradient of w from that of the gathered kernel: reduce-scattered if fsdp splits w."""
     if dw.shape == w.shape:
         return dw
     return scattered(dw, 0, spec(HEAD_AXES, w.shape, jax.sharding.get_abstract_mesh()))
