@@ -188,13 +188,19 @@ def tokenizer(verb: str, args: list[str]) -> None:
         seen = repr(args[0]) if args else "nothing"
         raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
     parser = _Parser("tokenizer train")
-    parser.flag("files", "text files", nargs="+", metavar="FILE")
+    about = "text, JSON, JSONL, Parquet or Arrow files"
+    parser.flag("files", about, nargs="+", metavar="FILE")
     parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
     parser.flag("--vocab_size", "size of the vocabulary", type=_integer(1), default=32_000)
     options = parser.read(args)
     from jaxllm.data.tokenizer_training import train_tokenizer
 
-    train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
+    made = train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
+    if len(made) < options.vocab_size:
+        seen = (
+            f"{len(made):,} tokens, not {options.vocab_size:,}: the text has no more pairs to merge"
+        )
+        print(seen, file=sys.stderr)
     print(options.out)
 
 

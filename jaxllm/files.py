@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import dist
+from jaxllm import __version__, dist
 from jaxllm.errors import UserError
 from jaxllm.paths import (
     absolute,
@@ -46,12 +48,14 @@ STORED_DTYPES = {
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E8M0": jnp.float8_e8m0fnu,
 }
+MARKER = ".jaxllm.json"  # in a directory that jaxllm wrote, which it may replace
+CARD = "README.md"  # a model card, which is the user's
 # Files of a saved model or adapter. A directory that holds any other file is never replaced.
 MODEL_FILES = (
     "config.json generation_config.json model*.safetensors model.safetensors.index.json "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja chat_template.json "
-    f"{ADAPTER} {ADAPTER_CONFIG} README.md"
+    f"{ADAPTER} {ADAPTER_CONFIG} {CARD} {MARKER}"
 ).split()
 PART, PARTS = 1 << 25, 8  # bytes of a request to a bucket; requests at a time
 TEMPLATES = "additional_chat_templates"  # a directory in that of a model
@@ -310,48 +314,73 @@ def _is_of_model(path: Path) -> bool:
 
 
 def _check_target(out: Path) -> None:
-    """Raises UserError unless `out` does not exist, is empty or holds only a model or adapter."""
+    """Raises UserError unless `out` does not exist, is empty or holds only a model or adapter that
+    jaxllm wrote, and a model card."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another directory")
     present = entries(out)
     others = [e.name for e in present if not _is_of_model(e)]
-    is_saved_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    is_saved_model |= is_bucket(out)  # what a killed export leaves there is not complete
-    if others or (present and not is_saved_model):
-        what = f"holds {others[0]}" if others else "is not empty"
+    if others or (present and not (out / MARKER).is_file()):
+        what = f"holds {others[0]}" if others else "was not written by jaxllm"
         raise UserError(
             f"{out} {what}, so it is not replaced; choose another directory or empty it"
         )
+
+
+def _place_beside(out: Path) -> str:
+    """A directory beside `out` whose name nothing else has, with the empty directory "new"."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parent = tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent)
+    new = Path(parent, "new")
+    new.mkdir()
+    write_json(new / MARKER, {"version": __version__})
+    return parent
+
+
+def _clear_up(out: Path) -> None:
+    """Deletes what killed exports to `out` left beside it; brings `out` back if one moved it."""
+    for parent in out.parent.glob(f".{glob.escape(out.name[:100])}.*"):
+        new, old = parent / "new", parent / "old"
+        if (old / MARKER).is_file() and not out.exists():
+            old.rename(out)
+        if (new / MARKER).is_file() or (old / MARKER).is_file():
+            shutil.rmtree(parent, ignore_errors=True)
 
 
 @contextmanager
 def new_folder(path: str) -> Iterator[Path]:
     """Yields a temporary directory; renames it to `path` if the block ends without an exception.
 
-    Replaces a saved model or adapter at `path`. Raises UserError for any other directory there. All
-    processes of a run enter it, and may write. In a bucket, which cannot rename, `path` is emptied
-    and yielded: write config.json or adapter_config.json last, readers need it.
+    Replaces a model or adapter that jaxllm wrote to `path`, but keeps its model card unless there
+    is a new one. Raises UserError for any other directory there. All processes of a run enter it,
+    and may write. In a bucket, which cannot rename, `path` is emptied and yielded: write
+    config.json or adapter_config.json last, readers need it.
     """
     out = absolute(as_path(path))
     if is_bucket(out):
         if dist.is_main():
             check_bucket(out)
             _check_target(out)
+            card = (out / CARD).read_bytes() if (out / CARD).is_file() else None
             for name in ("config.json", ADAPTER_CONFIG):
                 (out / name).unlink(missing_ok=True)
             delete(out)
+            write_json(out / MARKER, {"version": __version__})
+            if card is not None:
+                (out / CARD).write_bytes(card)
         dist.barrier("folder")
         yield out
         dist.barrier("folder")
         return
-    part, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "replaced"))
+    place = ""
     if dist.is_main():
+        _clear_up(out)
         _check_target(out)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    dist.barrier("folder")
+        place = _place_beside(out)
+    parent = Path(dist.agree(place))
+    part, old = parent / "new", parent / "old"
     if not dist.is_main():
         yield part
         dist.barrier("folder")
@@ -359,12 +388,12 @@ def new_folder(path: str) -> Iterator[Path]:
     try:
         yield part
         dist.barrier("folder")
+        if (out / CARD).is_file() and not (part / CARD).exists():
+            shutil.copy2(out / CARD, part)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
         part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(parent, ignore_errors=True)

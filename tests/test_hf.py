@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jaxllm import hf
+from jaxllm import files, hf
 from jaxllm import hf_config as configs
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import MeshSection, ModelSection, TrainConfig, to_dict
@@ -579,40 +579,78 @@ def test_only_a_saved_model_is_replaced(tmp_path):
         save_hf(model, str(notes))
     with pytest.raises(ValueError, match="is a file"):
         save_hf(model, str(notes / "notes.txt"))
-    save_hf(model, str(tmp_path / "in"))
-    assert_same_weights(model, load_hf(str(tmp_path / "in")))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "notes", "run"]
+    with pytest.raises(ValueError, match="in was not written by jaxllm, so it is not replaced"):
+        save_hf(model, str(tmp_path / "in"))
+    out = tmp_path / "out"
+    for _ in range(2):
+        save_hf(model, str(out))
+        (out / "README.md").write_text("my model card")
+    assert_same_weights(model, load_hf(str(out)))
+    save_hf(model, str(out))
+    assert (out / "README.md").read_text() == "my model card"
+    (out / "LICENSE").write_text("mine")
+    with pytest.raises(ValueError, match="holds LICENSE"):
+        save_hf(model, str(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "notes", "out", "run"]
+
+
+def test_folders_beside_an_export_are_left_alone(tmp_path):
+    write_model(tmp_path / "in")
+    model = load_hf(str(tmp_path / "in"))
+    mine = [tmp_path / name for name in ("out.partial", "out.replaced", ".out.mine", ".out.mine2")]
+    for folder in mine:
+        (folder / "new").mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    for _ in range(2):
+        save_hf(model, str(tmp_path / "out"))
+    assert all((folder / "notes.txt").read_text() == "mine" for folder in mine)
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", *(f.name for f in mine)}
+
+
+def test_a_killed_export_is_cleared_up_by_the_next(tmp_path):
+    """Also one that was killed between moving the old model away and the new one in."""
+    write_model(tmp_path / "in")
+    model = load_hf(str(tmp_path / "in"))
+    out = tmp_path / "out"
+    save_hf(model, str(out))
+    place = Path(files._place_beside(out))
+    out.rename(place / "old")
+    save_hf(model, str(out))
+    assert_same_weights(model, load_hf(str(out)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_a_full_disk_loses_nothing_already_saved(tmp_path, monkeypatch):
     write_model(tmp_path / "in")
     model = load_hf(str(tmp_path / "in"))
+    save_hf(model, str(tmp_path / "out"))
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hf, "write_file", full)
     with pytest.raises(OSError, match="No space left"):
-        save_hf(model, str(tmp_path / "in"))
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-    assert_same_weights(model, load_hf(str(tmp_path / "in")))
+        save_hf(model, str(tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert_same_weights(model, load_hf(str(tmp_path / "out")))
 
 
 def test_a_failure_to_move_the_new_model_in_brings_the_old_one_back(tmp_path, monkeypatch):
     write_model(tmp_path / "in")
     model = load_hf(str(tmp_path / "in"))
+    save_hf(model, str(tmp_path / "out"))
     rename = Path.rename
 
     def fail_for_the_new(self, target):
-        if self.name.endswith(".partial"):
+        if self.name == "new":
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new)
     with pytest.raises(OSError, match="Input/output"):
-        save_hf(model, str(tmp_path / "in"))
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-    assert_same_weights(model, load_hf(str(tmp_path / "in")))
+        save_hf(model, str(tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    assert_same_weights(model, load_hf(str(tmp_path / "out")))
 
 
 # ---- runs
