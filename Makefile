@@ -89,7 +89,7 @@ $(VENV)/.plan: $(VENV)/.core
 	@touch $@
 
 tpu: $(VENV)/.test $(VENV)/.plan
-	@$(BIN)/python -m pytest -m tpu
+	@$(BIN)/python -m pytest -m tpu --numprocesses auto --maxprocesses 2
 
 plan-table: $(VENV)/.plan
 	@$(BIN)/python benchmarks/plan_table.py

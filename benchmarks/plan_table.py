@@ -29,16 +29,23 @@ SHAPES = {
     for name, sizes in (("8B", (4096, 14336, 32, 32)), ("70B", (8192, 28672, 80, 64)))
 }
 LORA = "--peft.method lora --peft.r 16 --peft.target_modules all-linear"
-OFFLOAD = "--model.remat offload"
+BLOCKS = "--model.mlp_blocks 7"
+INPUTS = "--model.remat offload"
+MOMENTS = "--optim.offload true"
 # (shape, topology, rows a device, tokens of a row, flags, MaxText's peak GiB, its wire GiB a step)
 ROWS = [
     ("8B", "v5p:4x4x4", 2, 8192, "", 14.54, 54.1),
+    ("8B", "v5p:4x4x4", 2, 8192, "--model.mlp_blocks 4", None, None),
+    ("8B", "v5p:4x4x4", 2, 8192, INPUTS, None, None),
     ("8B", "v6e:16x16", 1, 8192, "", 7.49, 54.7),
-    ("8B", "v5p:4x4x4", 2, 8192, OFFLOAD, None, None),
+    ("8B", "v6e:16x16", 1, 8192, BLOCKS, None, None),
     ("70B", "v5p:8x8x8", 1, 8192, "", 18.55, None),
-    ("70B", "v5p:8x8x8", 1, 8192, OFFLOAD, None, None),
+    ("70B", "v5p:8x8x8", 1, 8192, BLOCKS, None, None),
+    ("70B", "v5p:8x8x8", 1, 8192, f"{BLOCKS} {MOMENTS}", None, None),
+    ("70B", "v5p:8x8x8", 1, 8192, f"{BLOCKS} {INPUTS}", None, None),
     ("70B", "v6e:16x16", 2, 8192, "", 34.8, None),
-    ("70B", "v6e:16x16", 2, 8192, OFFLOAD, None, None),
+    ("70B", "v6e:16x16", 2, 8192, BLOCKS, None, None),
+    ("70B", "v6e:16x16", 2, 8192, f"{BLOCKS} {INPUTS}", None, None),
     ("70B", "v5e:16x16", 1, 4096, LORA, None, None),
 ]
 HEAD = (

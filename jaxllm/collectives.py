@@ -96,6 +96,11 @@ def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None
     return _gathered(w, dim, spec(axes, w.shape, mesh), narrow)
 
 
+def reduces_in(dtype: Any) -> bool:
+    """True if gradients are summed over devices in this dtype."""
+    return _reduction.get().dtype == dtype
+
+
 def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
     """The dim along which `part` is smaller than `whole`; None if they are equal."""
     return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)

@@ -88,7 +88,10 @@ def _load_run(
     A frozen base model is loaded if it is to be merged, or if the trained weights depend on it;
     otherwise its weights are ShapeDtypeStructs.
     """
-    start = replace(cfg, output_dir=str(folder), overwrite=False, mesh=MeshSection())
+    # What a step needs of the run's devices is not asked of these.
+    model = replace(cfg.model, mlp_blocks=1, remat="full")
+    cfg = replace(cfg, model=model, optim=replace(cfg.optim, offload=False), mesh=MeshSection())
+    start = replace(cfg, output_dir=str(folder), overwrite=False)
     if (folder / START).is_dir():
         saved = {"path": str(folder / START), "config": None, "tokenizer": None, "overrides": {}}
         # The saved template has the settings of the data section.

@@ -202,7 +202,7 @@ def load_hf(
         the weights if both are given.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
-      options: remat, scan_unroll, attention, as in Decoder.
+      options: remat, scan_unroll, attention, loss_blocks, mlp_blocks, as in Decoder.
 
     Raises UserError for an unknown family, missing or unexpected tensors, shapes that disagree with
     the config, and pickled or quantized weights.

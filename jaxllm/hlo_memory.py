@@ -96,8 +96,11 @@ def _passed_on(program: Program, body: Mapping[str, Instruction]) -> Iterator[in
     names, seen = {loop.name for loop in loops}, set()
     for loop in loops:
         start = _source(body, loop.operands[0] if loop.operands else "")
-        for operand in start.operands if start is not None and start.opcode == "tuple" else ():
+        operands = start.operands if start is not None and start.opcode == "tuple" else ()
+        for at, operand in enumerate(operands):
             made = _source(body, operand)
+            if not _unchanged(program, loop, at):  # where the loop begins, not what it reads
+                continue
             if made is None or made.opcode != "get-tuple-element" or made.operands[0] not in names:
                 continue
             index = int(find(r"index=(\d+)", made.attributes, "0"))

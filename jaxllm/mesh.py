@@ -133,6 +133,23 @@ def automatic_axes() -> set[str]:
     return set(mesh.axis_names) - set(_manual(mesh))
 
 
+def context_shards() -> int:
+    """Size of the axis `context` where it is manual, so that a device has a part of each row; else
+    1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape["context"] if "context" in _manual(mesh) else 1
+
+
+def context_splits(length: int) -> bool:
+    """True if the axis `context` is automatic and splits rows of so many tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (
+        "context" in automatic_axes()
+        and 1 < mesh.shape["context"]
+        and not (length % mesh.shape["context"])
+    )
+
+
 def _split(axis: Axis, size: int, mesh: Any) -> tuple[str, tuple[str, ...], bool]:
     """(logical name, mesh axes that RULES splits the dim along, True if the dim divides by them).
 
@@ -216,6 +233,11 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
 def param_sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...], drop: str = "") -> NamedSharding:
     """Sharding of a weight, its gradient or moments; replicated along the mesh axis `drop`."""
     return NamedSharding(mesh, spec(axes, shape, mesh, drop))
+
+
+def in_memory(shardings: Any, kind: str) -> Any:
+    """Shardings of the same arrays in another memory: "device" or "pinned_host"."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(kind), shardings)
 
 
 def axes_of(variable: Any) -> Axes:

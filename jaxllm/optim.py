@@ -20,6 +20,7 @@ from optax import contrib
 
 from jaxllm.config import OptimSection
 from jaxllm.errors import UserError
+from jaxllm.mesh import in_memory
 from jaxllm.peft import METHODS
 
 # Leaf name -> whether weight decay applies. Any other name is a bug.
@@ -257,6 +258,10 @@ def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
 def eval_params(opt_state: Any, params: Any) -> Any:
     """The weights to evaluate and export: schedule-free's average, else `params`."""
     if isinstance(opt_state, contrib.ScheduleFreeState):
+        read = opt_state.b1, opt_state.z
+        shardings = in_memory(jax.tree.map(lambda x: x.sharding, read), "device")
+        b1, z = jax.device_put(read, shardings)  # from the host's memory with optim.offload
+        opt_state = opt_state._replace(b1=b1, z=z)
         mean = contrib.schedule_free_eval_params(opt_state, params)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), mean, params)
     return params

@@ -39,7 +39,7 @@ from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl.online import make_evaluation
 from jaxllm.sampling import Sampling, bucketed, decode, prefill
-from jaxllm.topologies import Topology
+from jaxllm.topologies import Topology, topology
 
 GIB = 2**30
 STEPS = 1000  # of the schedule; the program is the same for any number
@@ -125,11 +125,7 @@ def compiled(run: Any, *args: Any) -> Compiled:
         else:
             shardings = jax.tree.leaves(done.output_shardings)
             memory = done.memory_analysis()
-            peak = float(memory.peak_memory_in_bytes)
-            if next(iter(shardings[0].device_set)).platform == "cpu":
-                # XLA:CPU leaves the temporary buffers, one allocation, out of its peak.
-                peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-                peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+            peak = device_peak(memory, next(iter(shardings[0].device_set)).platform)
             host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
             leaves, tree = jax.tree.flatten(lowered.out_info)
             outputs = tree.unflatten(
@@ -147,6 +143,21 @@ def compiled(run: Any, *args: Any) -> Compiled:
     program = hlo.parse(dumps["after_optimizations"])
     largest = hlo_memory.at_peak(dumps["buffer-assignment"], dumps["live-range"], program)
     return Compiled(peak, program, largest, host, outputs)
+
+
+def device_peak(memory: Any, platform: str) -> float:
+    """Bytes of a device's memory at the peak, from XLA's `memory_analysis`.
+
+    libtpu's figure also has what is in the host's memory: arguments, and temporaries if these are
+    more than the device's. XLA:CPU leaves the temporary buffers, one allocation, out of it.
+    """
+    sizes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    sizes += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if platform == "cpu":
+        return float(sizes)
+    if platform != "tpu":
+        return float(memory.peak_memory_in_bytes)
+    return float(min(memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes, sizes))
 
 
 def refused_peak(error: Exception, arguments: float) -> float:
@@ -182,8 +193,9 @@ def quiet() -> Iterator[None]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of sharded ShapeDtypeStructs on each device."""
+    """Bytes of a tree of sharded ShapeDtypeStructs on each device, without the host's memory."""
     sharded = [x for x in jax.tree.leaves(tree) if getattr(x, "sharding", None) is not None]
+    sharded = [x for x in sharded if x.sharding.memory_kind != "pinned_host"]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in sharded)
 
 
@@ -232,12 +244,33 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
     return found | {"plan_seconds": time.perf_counter() - began}
 
 
+def planned_for(program: Program, step: Any) -> tuple[float, float | None] | None:
+    """(GiB a device, MFU at most) of the compiled step of a run on the attached devices; None on a
+    CPU, whose peak is not known, and if the compiler does not give the memory.
+
+    The MFU is None for online runs, whose rollouts are programs of their own. On a GPU it is that
+    of computing alone.
+    """
+    platform = jax.local_devices()[0].platform
+    memory = step.memory_analysis()
+    if platform == "cpu" or memory is None:
+        return None
+    text = step.as_text() if platform == "tpu" else ""
+    compiled_text = hlo.parse(text) if text else None
+    numbers = Compiled(device_peak(memory, platform), compiled_text, {}, 0, None)
+    if program.cfg.verb.online:
+        return numbers.peak / GIB, None
+    return numbers.peak / GIB, roofline(program, topology("local"), numbers)["mfu"]
+
+
 def as_on_gpus(cfg: TrainConfig, mesh: Mesh) -> TrainConfig:
     """The config with explicit values for the defaults that a run on GPUs has. The CPU devices that
     stand in for them would get others."""
     model, dtype = cfg.model, cfg.mesh.reduce_dtype
     if model.remat == "offload":
         raise UserError("a plan for GPUs cannot show model.remat: offload; set it to full")
+    if cfg.optim.offload:
+        raise UserError("a plan for GPUs cannot show optim.offload; set it to false")
     blocks = BLOCKS if mesh.shape["fsdp"] > 1 and cfg.mesh.zero == 3 else 1
     model = replace(model, loss_blocks=model.loss_blocks or blocks)
     return replace(
@@ -289,6 +322,9 @@ def step_flops(program: Program) -> tuple[float, float]:
         weights -= 2 * shape.num_layers * shape.hidden_size * shape.intermediate_size
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
+    if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:
+        # Gate and up. Elsewhere the policy of the layers decides what is saved.
+        again += 4 * shape.num_layers * shape.hidden_size * shape.intermediate_size
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
     # `cross_entropy` computes logits once, `token_logps` twice if the head is trained.
     kernel = "embed" if program.policy.head is None else "head"

@@ -48,6 +48,7 @@ CANDIDATES: tuple[Values, ...] = (
     lambda cfg, found: [{"model.remat": name} for name in REMAT],
     _micro,
     lambda cfg, found: [{"model.loss_blocks": n} for n in (1, 4, 8)],
+    lambda cfg, found: [{"model.mlp_blocks": n} for n in (1, 4, 7, 8)],
 )
 
 

@@ -29,6 +29,7 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.families import from_hf
+from jaxllm.model.parts import record_shapes
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
@@ -44,7 +45,6 @@ from jaxllm.step import (
     TrainState,
     alone,
     make_step,
-    record_shapes,
     state_shardings,
     weight_shardings,
 )
@@ -144,6 +144,7 @@ class Program:
             baseline=self.objective.baseline,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
+            offloaded=shardings_of(self.state.opt_state) if self.cfg.optim.offload else None,
             shardings=self.shardings if self.mesh.size > 1 else None,
         )
         return jax.jit(update, donate_argnums=0, out_shardings=(shardings_of(self.state), None))
@@ -206,6 +207,11 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     adapter = make_adapter(shape, started_from(cfg))
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg))
+    if (blocks := cfg.model.mlp_blocks) > 1:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            obstacle = program.policy.layers.mlp.obstacle(blocks)
+        if obstacle:
+            raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
     if program.row_length % mesh.shape["context"]:
         raise UserError(
             f"rows of {program.row_length} tokens do not divide by mesh.context "
@@ -237,7 +243,7 @@ def assemble(
     # ---- trainable and frozen weights, and their shardings
     graph, trained, rest = nnx.split(model, trained_by(adapter), ...)
     optimizer = make_optimizer(cfg.optim, lambda _: 0.0, adapter.learning_rate_ratios)
-    weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg.mesh.zero)
+    weights, gradients, moments = state_shardings(trained, optimizer, mesh, cfg)
     trained_shapes = _shapes(nnx.to_pure_dict(trained), weights)
     frozen = _shapes(
         nnx.to_pure_dict(rest), weight_shardings(rest, mesh, replicated=cfg.mesh.zero < 3)
@@ -318,6 +324,7 @@ def _options(cfg: TrainConfig, adapter: Adapter) -> dict[str, Any]:
         "scan_unroll": model.scan_unroll,
         "attention": model.attention,
         "loss_blocks": model.loss_blocks,
+        "mlp_blocks": model.mlp_blocks,
         "peft": adapter,
         "quantize_base": cfg.peft.quantize_base,
     }

@@ -9,9 +9,11 @@ rows.bin        hashes of the rows        starts.jsonl        when the run was s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import socket
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -19,6 +21,7 @@ from importlib.metadata import distributions, version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import jax
 import xxhash
@@ -46,12 +49,13 @@ from jaxllm.paths import (
 )
 from jaxllm.peft.files import find
 
+LOCK = ".lock"  # in a run folder: held by the process that trains there
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
 # Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
 # steps changes the rest of the schedule.
 FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
 FREE |= {"model.attention", "model.remat", "model.scan_unroll"}
-FREE |= {"model.loss_chunk", "model.loss_blocks"}
+FREE |= {"model.loss_chunk", "model.loss_blocks", "model.mlp_blocks", "optim.offload"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
 # Packages that must have one version in all processes: what computes, tokenizes and orders rows.
@@ -114,6 +118,46 @@ def check_processes_read_the_same(
     dist.check_same(facts)
 
 
+class Lock:
+    """A run folder in which no other process can train, until the lock is deleted or the process
+    ends, however it ends. All locks of one folder in one process are the same."""
+
+    _held: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / LOCK).open("a+")
+        try:
+            # Of this process alone: a child that outlives it would keep an flock.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            holder = self.file.read(200).strip() or "another process"
+            raise UserError(
+                f"{holder} is training in {folder}; wait until it ends, or change output_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+        self.file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+    @classmethod
+    def of(cls, folder: Path) -> Lock | None:
+        """The lock of a folder; None if nothing can be written there. Raises UserError if another
+        process has it."""
+        lock = cls._held.get(folder.absolute())
+        if lock is None:
+            try:
+                lock = cls._held[folder.absolute()] = cls(folder)
+            except OSError:
+                return None
+        return lock
+
+
 class RunFolder:
     """The folder of a run.
 
@@ -126,6 +170,9 @@ class RunFolder:
         check_processes(cfg)
         self.cfg, self.path = cfg, as_path(cfg.output_dir)
         check_bucket(self.path)
+        if dist.is_main() and not is_bucket(self.path):
+            _read_config(self.path)  # raises for a folder that is not a run's
+            self._lock = Lock.of(self.path)
         config = dist.agree(_read_config(self.path) if dist.is_main() else None)
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
@@ -164,6 +211,8 @@ class RunFolder:
             make_folder(self.path)
             # The folder itself stays: it may be a link or a mount.
             for path in entries(self.path) if self.replaces else ():
+                if path.name == LOCK:
+                    continue
                 if is_bucket(path) or (path.is_dir() and not path.is_symlink()):
                     delete(path)
                 else:
@@ -241,7 +290,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
         return None
     if not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another directory")
-    if not entries(folder):
+    if all(entry.name == LOCK for entry in entries(folder)):
         return None
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -28,8 +28,9 @@ from jaxllm.collectives import (
     shard_over_rows,
     summed_gradient,
 )
+from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
-from jaxllm.mesh import ROWS, automatic_axes, axes_of, param_sharding
+from jaxllm.mesh import ROWS, automatic_axes, axes_of, in_memory, param_sharding
 from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
@@ -79,6 +80,7 @@ def make_step(
     baseline: Callable[..., Any] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
+    offloaded: Any = None,
     shardings: StepShardings | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """One update, to be jitted: `step(state, frozen, batch [A, B, T]) -> (state, metrics)`.
@@ -95,6 +97,7 @@ def make_step(
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
+      offloaded: shardings of the optimizer state, if it is kept in the host's memory.
       shardings: of the arrays on a mesh; None = one device.
 
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
@@ -120,7 +123,7 @@ def make_step(
 
             old = state.trainable, state.opt_state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            trainable, opt_state = update_if(finite, update, old, grads)
+            trainable, opt_state = update_if(finite, update, old, grads, offloaded=offloaded)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
         return TrainState(state.step + 1, trainable, opt_state), metrics
@@ -205,15 +208,6 @@ def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:
     return jax.lax.scan(add, zeros, (batch, keys))[0]
 
 
-def record_shapes(model: Any) -> None:
-    """Stores the shapes of a layer's arrays on all devices in the metadata of the variables: inside
-    `collectives.shard_over_rows` these hold parts."""
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable):
-            axes, leaves = variable.get_metadata("axes"), jax.tree.leaves(variable.get_value())
-            variable.set_metadata(shapes=tuple(x.shape[x.ndim - len(axes) :] for x in leaves))
-
-
 def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
     """NamedShardings of weights (a quantized one has two), split or `replicated` along fsdp."""
 
@@ -228,11 +222,16 @@ def weight_shardings(state: Any, mesh: Mesh, *, replicated: bool) -> Any:
     return nnx.to_pure_dict(state)
 
 
-def state_shardings(state: Any, optimizer: Any, mesh: Mesh, zero: int) -> tuple[Any, Any, Any]:
-    """NamedShardings of (weights, gradients, optimizer state) at the ZeRO stage `zero`."""
+def state_shardings(
+    state: Any, optimizer: Any, mesh: Mesh, cfg: TrainConfig
+) -> tuple[Any, Any, Any]:
+    """NamedShardings of (weights, gradients, optimizer state) of a run."""
     weights, gradients, moments = (
-        weight_shardings(state, mesh, replicated=zero < stage) for stage in (3, 2, 1)
+        weight_shardings(state, mesh, replicated=cfg.mesh.zero < stage) for stage in (3, 2, 1)
     )
     params = nnx.to_pure_dict(state)
     opt_state = jax.eval_shape(optimizer.init, params)
-    return weights, gradients, opt_state_shardings(opt_state, params, moments)
+    moments = opt_state_shardings(opt_state, params, moments)
+    if cfg.optim.offload:
+        moments = in_memory(moments, "pinned_host")
+    return weights, gradients, moments

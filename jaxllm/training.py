@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -35,19 +32,21 @@ from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
-from jaxllm.monitor.flops import memory_gib, peak_flops, planned_gib, run_flops
+from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
+from jaxllm.plan import planned_for
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_reward
 from jaxllm.rows import RowLog
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
+from jaxllm.signals import spare_the_save, stop_signal
 from jaxllm.step import TrainState
 from jaxllm.watch import Watch, current, watched
 
@@ -140,7 +139,7 @@ def train(cfg: TrainConfig) -> Result:
     step_fn, stop, unlogged = None, False, False
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with closing(checkpoints), log.opened(), jax.set_mesh(mesh), stop_signal(watch):
+    with stop_signal(watch), closing(checkpoints), log.opened(), jax.set_mesh(mesh):
         if eval_pending:
             evals(step, state)
             checkpoints.amend(step, evals.meta(False), evals.kept)
@@ -285,34 +284,6 @@ def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
     return bool(every) and step % stride == 0 and step // every > (step - stride) // every
 
 
-@contextmanager
-def stop_signal(watch: Watch) -> Iterator[None]:
-    """SIGTERM, SIGINT or SIGHUP at any process ends the loop of all of them after a step.
-
-    The second signal ends the process at once, without another checkpoint.
-    """
-    names = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        names.append(signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        names = []
-
-    def handle(*_: Any) -> None:
-        watch.request_stop()
-        for name in names:
-            signal.signal(name, signal.SIG_DFL)
-        # print() is not safe in a signal handler: the interrupted code may hold the stream's lock.
-        with suppress(OSError):  # the terminal is closed
-            os.write(2, b"\nstopping after this step; a second signal ends the run at once\n")
-
-    before = {name: signal.signal(name, handle) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 # ---- in the loop
 
 
@@ -348,7 +319,7 @@ def compiled(
         began = time.perf_counter()
         step = program.step(steps).lower(state, frozen, batch).compile()
         log.bar.compiled(time.perf_counter() - began)
-    log.meter.planned_gib = planned_gib(step)
+        log.meter.planned = planned_for(program, step)
     log.meter.flops = run_flops(
         program.cfg,
         program.shape,
@@ -387,6 +358,7 @@ class Log:
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """The phase in which a checkpoint is saved; a bucket has what was logged before it."""
+        spare_the_save(self.watch)
         with self.phase("save", step):
             self.rows.flush()
             self.metrics.flush()
@@ -410,8 +382,12 @@ class Log:
         restarts = int(ledger["restarts"])
         more = f"; {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
         self.bar.say(f"{timedelta(seconds=round(total))}: {text}{more}")
-        if (planned := self.meter.planned_gib) is not None:
-            self.bar.say(f"memory: planned {planned:.2f} GiB a device, used {memory_gib():.2f} GiB")
+        if (planned := self.meter.planned) is not None:
+            memory, most = planned
+            text = f"memory: planned {memory:.2f} GiB a device, used {memory_gib():.2f} GiB"
+            mfu = self.meter.mfu
+            known = most is not None and mfu is not None
+            self.bar.say(text + (f"; MFU: at most {most:.0%}, reached {mfu:.0%}" if known else ""))
 
 
 class Samples:

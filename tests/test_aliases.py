@@ -490,9 +490,17 @@ def test_a_deepspeed_file_may_not_contradict_the_yaml_file(deepspeed, yaml):
     assert "run.yaml:2 sets mesh.zero to 3" in refused(*flags, path=yaml("mesh:\n  zero: 3\n"))
 
 
-def test_deepspeed_offload_is_listed_unless_it_is_none(deepspeed, capsys):
+def test_deepspeed_offload_of_the_optimizer_to_the_cpu_is_taken(deepspeed, capsys):
     offload = {"device": "cpu", "pin_memory": True}
-    load(*deepspeed(zero_optimization={"stage": 2, "offload_optimizer": offload}))
+    cfg = load(*deepspeed(zero_optimization={"stage": 2, "offload_optimizer": offload}))
+    assert cfg.optim.offload and capsys.readouterr().err == ""
+
+
+def test_deepspeed_offload_to_a_disk_is_listed_unless_it_is_none(deepspeed, capsys):
+    offload = {"device": "nvme", "pin_memory": True}
+    assert not load(
+        *deepspeed(zero_optimization={"stage": 2, "offload_optimizer": offload})
+    ).optim.offload
     assert "zero_optimization.offload_optimizer.device" in capsys.readouterr().err
     load(*deepspeed(zero_optimization={"stage": 2, "offload_optimizer": {"device": "none"}}))
     load(*deepspeed(fp16={"enabled": "auto", "loss_scale": 0}, zero_optimization={"stage": 0}))

@@ -319,6 +319,16 @@ def test_what_passes_through_a_loop_unchanged_is_not_saved():
         f"  %given = {tuple_type} tuple(%a2, %b, %c)\n"
         f"  %second = {tuple_type} while(%given), condition=%cond, body=%second_body"
     )
-    bodies = [body.replace("BODY", name) for name in ("first_body", "second_body")]
-    program = module(entry, *bodies, CONDITION)
+    reads = (
+        f"%second_body (u: {tuple_type}) -> {tuple_type} {{\n  %u = {tuple_type} parameter(0)\n"
+        "  %x = bf16[16,64]{1,0} get-tuple-element(%u), index=0\n"
+        "  %y = f32[8,8]{1,0} get-tuple-element(%u), index=1\n"
+        "  %w = f32[9,9]{1,0} get-tuple-element(%u), index=2\n"
+        f"  ROOT %p = {tuple_type} tuple(%x, %y, %w)\n}}\n"
+    )
+    program = module(entry, body.replace("BODY", "first_body"), reads, CONDITION)
     assert hlo_memory.saved_activations(program) == 16 * 64 * 2 + 9 * 9 * 4
+    # A loop that changes a tensor begins with it.
+    changes = body.replace("BODY", "second_body")
+    program = module(entry, body.replace("BODY", "first_body"), changes, CONDITION)
+    assert hlo_memory.saved_activations(program) == 0

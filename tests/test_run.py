@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import pytest
 from jaxllm import dist
 from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.run import RunFolder, check_same_data
+from jaxllm.run import LOCK, RunFolder, check_same_data
 
 
 @pytest.fixture
@@ -38,7 +40,36 @@ def test_first_use_writes_the_config(cfg):
     assert not RunFolder(cfg).replaces
     with open(f"{cfg.output_dir}/config.json") as file:
         assert json.load(file)["optim"]["learning_rate"] == 1e-3
-    assert os.listdir(cfg.output_dir) == ["config.json"]
+    assert sorted(os.listdir(cfg.output_dir)) == [LOCK, "config.json"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from jaxllm.run import Lock
+lock = Lock.of(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_in_which_another_process_trains_is_refused(cfg, overwrite):
+    """Until that process ends, even if it is killed."""
+    used(cfg)
+    cfg = replace(cfg, overwrite=overwrite)
+    command = [sys.executable, "-c", HOLDER, cfg.output_dir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        try:
+            with pytest.raises(UserError, match=f"process {other.pid} on .* is training in "):
+                RunFolder(cfg)
+        finally:
+            other.kill()
+    run = RunFolder(cfg)
+    again = RunFolder(cfg)  # of the same process
+    run.claim()
+    assert (run.path / LOCK).is_file() and again.replaces == overwrite
 
 
 def test_another_runs_folder_is_refused_naming_the_keys(cfg):
@@ -80,9 +111,9 @@ def test_overwrite_empties_a_runs_folder(cfg):
     other = replace(cfg, seed=1, overwrite=True)
     folder = RunFolder(other)
     assert folder.replaces
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.json"]  # nothing is deleted yet
+    assert sorted(os.listdir(run)) == [LOCK, "checkpoints", "config.json"]  # nothing is deleted yet
     folder.claim()
-    assert os.listdir(run) == ["config.json"]
+    assert sorted(os.listdir(run)) == [LOCK, "config.json"]
 
 
 def test_a_folder_that_is_a_link_is_emptied_not_removed(cfg, tmp_path):
@@ -90,7 +121,7 @@ def test_a_folder_that_is_a_link_is_emptied_not_removed(cfg, tmp_path):
     os.symlink(tmp_path / "disk", cfg.output_dir)
     used(cfg)
     RunFolder(replace(cfg, overwrite=True)).claim()
-    assert os.listdir(tmp_path / "disk") == ["config.json"]
+    assert sorted(os.listdir(tmp_path / "disk")) == [LOCK, "config.json"]
 
 
 def test_a_folder_that_process_0_does_not_see_is_named(cfg, monkeypatch):

@@ -25,6 +25,7 @@ from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.objectives.reward import reward_loss
 from jaxllm.objectives.table import Objective
+from jaxllm.ops import embedding
 from jaxllm.ops.embedding import lookup
 from jaxllm.program import assemble
 
@@ -73,9 +74,9 @@ def over(name, work, **options):
 # The rest of the product is run by make sweep.
 SHORT = {("fsdp 8", "pretrain"), ("data 2 x fsdp 2 x tensor 2", "DPO"), ("zero 2", "LoRA")}
 SHORT |= {("tensor 4 x fsdp 2", "LoRA"), ("context 4 x fsdp 2", "DPO")}
-SHORT |= {("data 2 x fsdp 4", "QLoRA")}
+SWEEP = pytest.mark.sweep
 CASES = [
-    pytest.param(mesh, work, marks=[] if (mesh, work) in SHORT else pytest.mark.sweep)
+    pytest.param(mesh, work, marks=[] if (mesh, work) in SHORT else SWEEP)
     for mesh in MESHES
     for work in WORK
 ]
@@ -118,13 +119,67 @@ def test_zero_2_accumulates_parts_of_gradients(alone):
     ("mesh", "options"),
     [
         ("fsdp 8", {"loss_blocks": 3, "remat": "full"}),
-        ("tensor 4 x fsdp 2", {"loss_blocks": 2}),
+        pytest.param("tensor 4 x fsdp 2", {"loss_blocks": 2}, marks=SWEEP),
     ],
 )
 def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
     losses, norms, _, _ = over(mesh, "pretrain", **options)
     np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
     np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "work", "options"),
+    [
+        ("fsdp 8", "pretrain", {"mlp_blocks": 4, "remat": "full"}),
+        pytest.param("data 2 x fsdp 4", "LoRA", {"mlp_blocks": 2}, marks=SWEEP),
+        ("context 4 x fsdp 2", "DPO", {"mlp_blocks": 4, "remat": "names"}),
+        pytest.param("zero 2", "pretrain", {"mlp_blocks": 8, "remat": "dots"}, marks=SWEEP),
+    ],
+)
+def test_blocks_of_the_mlp_change_nothing(alone, mesh, work, options):
+    losses, norms, _, _ = over(mesh, work, **options)
+    np.testing.assert_allclose(losses, alone(work)[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
+
+
+def test_blocks_of_the_mlp_change_nothing_on_one_device(alone):
+    losses, norms, _ = trajectory(ragged_rows(16), steps=10, mlp_blocks=4, remat="full")[:3]
+    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+
+
+def test_dropout_is_that_of_one_device_where_rows_are_split():
+    lora = {"section": replace(LORA, lora_dropout=0.3)}
+    wanted = trajectory(ragged_rows(16), steps=3, **lora)[0]
+    mesh = MESHES["context 4 x fsdp 2"]
+    losses = trajectory(ragged_rows(16), steps=3, devices=8, mesh=mesh, **lora)[0]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+
+
+def test_a_prefix_precedes_rows_that_are_split():
+    prefix = {"section": PeftSection(method="prefix", num_virtual_tokens=5)}
+    wanted = trajectory(ragged_rows(16), steps=3, **prefix)[:2]
+    mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
+    found = trajectory(ragged_rows(16), steps=3, devices=8, mesh=mesh, **prefix)[:2]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_gradients_keep_the_dtype_of_their_sum_until_the_end_of_a_micro_batch(monkeypatch):
+    """They are the same numbers, also where micro-batches are added up and LoRA is trained."""
+    from jaxllm.model import stack
+
+    mesh = MeshSection(data=2, fsdp=4, reduce_dtype="bfloat16")
+
+    def run(**options):
+        rows = ragged_rows(16)
+        model = {"compute_dtype": "bfloat16", "remat": "full"} | options
+        return trajectory(rows, steps=3, devices=8, mesh=mesh, count=2, **model)[:2]
+
+    found = run(), run(mlp_blocks=2)
+    monkeypatch.setattr(stack, "narrowed", lambda weights, _: weights)
+    np.testing.assert_array_equal(found[0], run())
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
@@ -189,6 +244,23 @@ def test_blocks_of_the_vocabulary_are_gathered_twice():
     width = -(-V // blocks) * blocks * D
     assert sum(found["all-gather", "fsdp"]) == 2 * L * LAYER + 2 * width + 16 * T
     assert sum(found["reduce-scatter", "fsdp"]) == L * LAYER + width
+
+
+def test_blocks_of_the_mlp_send_what_the_whole_does():
+    whole = sent(MeshSection(fsdp=8), remat="full")
+    blocks = sent(MeshSection(fsdp=8), remat="full", mlp_blocks=4)
+    assert {k: sum(v) for k, v in blocks.items()} == {k: sum(v) for k, v in whole.items()}
+    more = 3 * (4 - 1) * L  # the matrices of an MLP, in 4 blocks each
+    assert len(blocks["reduce-scatter", "fsdp"]) == len(whole["reduce-scatter", "fsdp"]) + more
+    assert len(blocks["all-gather", "fsdp"]) == len(whole["all-gather", "fsdp"]) + 2 * more
+
+
+def test_context_sums_the_scattered_gradients():
+    """No weight's gradient is all-reduced before it is scattered along fsdp."""
+    found = sent(MeshSection(fsdp=2, context=4), remat="full")
+    assert sum(found["reduce-scatter", "fsdp"]) == L * LAYER + HEAD_SIZE
+    parts = (L * LAYER + HEAD_SIZE + V * D) // 2  # and the token table's
+    assert parts <= sum(found["all-reduce", "context"]) < parts + 3 * (2 * L + 1) * D
 
 
 def test_zero_2_scatters_gradients_and_gathers_no_weight_in_the_layers():
@@ -270,10 +342,15 @@ def test_the_last_stage_of_a_reduction_is_a_line_of_the_torus(torus, sizes, line
     assert fsdp_line(mesh) == line
 
 
+@pytest.mark.parametrize("most", [None, 100])  # of all devices; 100: in parts of a row
 @pytest.mark.parametrize("length", [32, 30])  # 30 tokens divide by context 2, not by 4
 @pytest.mark.parametrize("vocabulary", [96, 97])
 @pytest.mark.parametrize("axes", [{"tensor": 4}, {"context": 2}, {"context": 2, "tensor": 2}])
-def test_a_split_token_table_is_looked_up_like_a_whole_one(axes, vocabulary, length):
+def test_a_split_token_table_is_looked_up_like_a_whole_one(
+    axes, vocabulary, length, most, monkeypatch
+):
+    if most:
+        monkeypatch.setattr(embedding, "MOST_TOKENS", most)
     mesh = make_mesh(MeshSection(**axes))
     table = jax.random.normal(jax.random.key(0), (vocabulary, 16))
     tokens = jax.random.randint(jax.random.key(1), (8, length), 0, vocabulary)

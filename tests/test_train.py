@@ -14,12 +14,14 @@ import sys
 import time
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from runs import DEVICES, ENV, arguments, command, killed, lines_of, refused
 from safetensors.numpy import load_file
 from steps import ragged_rows, trajectory, unpacked
 
+from jaxllm import training
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, RlSection, TrainConfig
@@ -125,7 +127,7 @@ def straight(project):
     return project
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft"])
+@pytest.mark.parametrize("verb", [pytest.param("pretrain", marks=pytest.mark.sweep), "sft"])
 def test_resume_after_sigkill_is_bit_exact(straight, verb):
     run = straight / f"{verb}-killed"
     killed(command(straight, verb, run.name), run)
@@ -141,6 +143,31 @@ def test_resume_after_sigkill_is_bit_exact(straight, verb):
         load_file(straight / f"{verb}-{k}/final/model.safetensors") for k in ("straight", "killed")
     )
     assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+
+
+def test_an_optimizer_state_in_the_hosts_memory_changes_nothing(straight, monkeypatch):
+    """A killed run of it, which ends with the state on the devices."""
+    run = straight / "offloaded"
+    killed(command(straight, "pretrain", run.name, "--optim.offload", "true"), run)
+    kinds, step = set(), training.compiled
+
+    def recorded(program, *args):
+        kinds.update(x.sharding.memory_kind for x in jax.tree.leaves(program.state.opt_state))
+        kinds.update(x.sharding.memory_kind for x in jax.tree.leaves(args[2].opt_state))
+        return step(program, *args)
+
+    monkeypatch.setattr(training, "compiled", recorded)
+    kind = "pinned_host"
+    for offload, steps in (("true", "10"), ("false", "12")):
+        more = ["--optim.offload", offload, "--steps", steps]
+        assert main(arguments(straight, "pretrain", run.name, *more)) == 0
+        assert kinds == {kind}
+        kinds, kind = kinds - kinds, "device"
+    want, got = (
+        load_file(straight / f"{k}/final/model.safetensors")
+        for k in ("pretrain-straight", "offloaded")
+    )
+    assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in want.items()}
 
 
 def test_resume_on_half_the_devices_sees_the_same_rows(straight):
@@ -174,7 +201,7 @@ WAITING = """
 import time
 from pathlib import Path
 from jaxllm.config import ClusterSection
-from jaxllm.training import stop_signal
+from jaxllm.signals import stop_signal
 from jaxllm.watch import Watch
 watch = Watch(ClusterSection(), Path())
 with stop_signal(watch):
@@ -198,6 +225,24 @@ def test_a_second_signal_ends_a_run_at_once(first, second):
     _, said = process.communicate(timeout=20)
     assert process.returncode == -second
     assert b"a second signal ends the run at once" in said
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_spares_the_checkpoint_that_is_being_saved(second):
+    saving = WAITING.replace('print("stopping"', 'spare_the_save(watch); print("saving"')
+    saving = saving.replace("import stop_signal", "import spare_the_save, stop_signal")
+    process = subprocess.Popen(
+        [sys.executable, "-c", saving], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == b"saving\n"
+    process.send_signal(second)
+    for wanted in (b"stopping after this step", b"the next signal ends the run"):
+        assert wanted in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(second)
+    process.communicate(timeout=20)
+    assert process.returncode == -second
 
 
 # ---- the best model, and stopping for lack of a better one

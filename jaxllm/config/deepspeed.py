@@ -121,6 +121,10 @@ def _translated(rest: dict[str, Any], given: dict[str, Given]) -> Iterator[tuple
     if (kind := rest.pop("scheduler.type", None)) is not None:
         schedule = _choose("scheduler.type", kind, DEEPSPEED_SCHEDULES)
         yield "optim.schedule", "scheduler.type", _scheduler(schedule, rest, given)
+    if rest.get("zero_optimization.offload_optimizer.device") == "cpu":
+        del rest["zero_optimization.offload_optimizer.device"]
+        rest.pop("zero_optimization.offload_optimizer.pin_memory", None)
+        yield "optim.offload", "zero_optimization.offload_optimizer.device", True
     for theirs, ours in CARRIED.items():
         yield ours, theirs, rest.pop(theirs, None)
 

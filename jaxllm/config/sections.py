@@ -74,6 +74,10 @@ class ModelSection:
     """blocks of the vocabulary in the cross-entropy. The head is gathered block by block, which
     limits its memory, but logits are computed twice. 0 = 8 on accelerators where fsdp splits the
     head, else 1"""
+    mlp_blocks: Annotated[Size, Unit("blocks")] = 1
+    """blocks of the MLP's hidden features, computed one after another. The weights are gathered
+    block by block, which limits their memory and, with model.remat full, that of a layer's
+    activations"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
 
@@ -175,6 +179,8 @@ class OptimSection:
     """ε added to the square root of the second moment"""
     clip: Amount = 1.0
     """maximum global gradient norm; larger gradients are scaled down; 0 = no clipping"""
+    offload: bool = False
+    """keep the optimizer state in the host's memory; a step copies it to the device and back"""
     options: dict[str, Any] = field(default_factory=dict)
     """further keyword arguments of the optax optimizer"""
 

@@ -6,6 +6,7 @@ families    HF config <-> ModelConfig, and the HF name of every weight
 adapter     what a PEFT method may add to a model
 context     Context, the inputs of a layer besides the residual stream
 rope, cache rotary positions; keys and values of past tokens
+parts       a layer's weights, of which a device has parts: gathered, and in blocks
 layers      Linear, Embed, RMSNorm, MLP
 attention, block, stack, decoder: from the inside out; a reader starts with decoder
 

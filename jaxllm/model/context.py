@@ -32,6 +32,7 @@ class Context:
     rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
     window: Any = None  # of the layer: an int or int32 scalar; None = all keys
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
+    mlp_blocks: int = field(default=1, metadata={"static": True})  # of MLP.in_blocks; 1 = whole
 
     def at_layer(self, layer: Any, rope: Any = 0, window: Any = None) -> Context:
         """The context of one layer, whose dropout keys have the layer folded in per row."""

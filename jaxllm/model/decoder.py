@@ -17,6 +17,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxllm.collectives import gathered
+from jaxllm.mesh import manual_rows
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
@@ -54,6 +55,7 @@ class Decoder(nnx.Module):
       scan_unroll: layers in one iteration of the scan.
       attention: auto | xla | splash | mosaic | triton, the kernel (ops.attention).
       loss_blocks: blocks of the vocabulary in the loss; 0 = `cross_entropy.blocks_of`.
+      mlp_blocks: blocks of an MLP's hidden features (`MLP.in_blocks`).
       peft: the PEFT method, which adds weights and selects those that are trained.
     """
 
@@ -68,6 +70,7 @@ class Decoder(nnx.Module):
         scan_unroll: int = 1,
         attention: str = "auto",
         loss_blocks: int = 0,
+        mlp_blocks: int = 1,
         peft: Adapter = NO_ADAPTER,
     ):
         self.cfg = cfg
@@ -76,7 +79,7 @@ class Decoder(nnx.Module):
         self.base = ""  # where its weights were loaded from
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
-        self.loss_blocks = loss_blocks
+        self.loss_blocks, self.mlp_blocks = loss_blocks, mlp_blocks
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
         # One Block whose weights have a leading dim L; an nnx.List of Blocks after `unstack`.
         self.layers: Any = make_stack(cfg, peft=peft, dtype=dtype, rngs=rngs)
@@ -182,8 +185,11 @@ class Decoder(nnx.Module):
             tables = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
         if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
             tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
+        # Elsewhere, in an evaluation over a mesh, XLA would replicate the blocks of split weights.
+        divisible = manual_rows() or jax.sharding.get_abstract_mesh().size <= 1
         ctx = replace(
             ctx or self.context(),
+            mlp_blocks=self.mlp_blocks if cache is None and divisible else 1,
             segment_ids=segment_ids,
             positions=positions,
             key_segment_ids=key_segment_ids,

@@ -7,6 +7,8 @@ Weights are float32 or bfloat16; activations keep the dtype they come in.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,13 +18,15 @@ from flax import nnx
 from jax import lax
 
 from jaxllm.collectives import gathered
+from jaxllm.errors import UserError
 from jaxllm.mesh import Axes, constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.parts import gathered_layer, shapes_of, split_into_blocks
 from jaxllm.ops.embedding import TABLE_AXES, lookup
 from jaxllm.ops.matmul import dots
-from jaxllm.ops.quantized import dense
+from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.ops.residuals import saveable
 
 ACTIVATIONS = {
@@ -114,8 +118,52 @@ class MLP(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        if ctx.mlp_blocks > 1:
+            return self.in_blocks(x, ctx)
         gate, up = fused(self.gate_up, x, (self.gate, self.up), ctx)
         return self.down(ACTIVATIONS[self.activation](gate) * up, ctx)
+
+    def obstacle(self, blocks: int) -> str:
+        """Why the hidden features cannot be computed in so many blocks on the mesh in context;
+        empty if they can."""
+        mesh: dict[str, int] = dict(jax.sharding.get_abstract_mesh().shape)
+        branches = [p.lora for p in (self.gate, self.up, self.down) if p.lora is not None]
+        if isinstance(self.gate.kernel.get_value(), Quantized):
+            return "its weights are quantized"
+        if mesh.get("tensor", 1) > 1:
+            return "mesh.tensor splits them already"
+        if self.down.bias is not None:
+            return "the MLP has biases"
+        if self.gate_up is not None:
+            return "the adapter has one LoRA branch for gate and up"
+        if not all(branch.additive for branch in branches):
+            return "its LoRA branches have dropout or the norms of DoRA"
+        features, fsdp = shapes_of(self.down.kernel)[0][0], mesh.get("fsdp", 1)
+        parts = fsdp if features % fsdp == 0 else 1
+        if features % (parts * blocks):
+            each = f"{features:,} / fsdp {parts} = {features // parts:,}"
+            return f"{blocks} is not a divisor of {each} features"
+        return ""
+
+    def in_blocks(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """The output as a sum over blocks of the hidden features, one after another.
+
+        Each block's weights are gathered when it runs and again in its backward pass, and their
+        gradients are scattered before the next block. Sums over blocks are in float32.
+        """
+        if obstacle := self.obstacle(ctx.mlp_blocks):
+            raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {obstacle}")
+        graph, weights = nnx.split(self)
+        blocks, others = split_into_blocks(weights, "mlp", ctx.mlp_blocks)
+        wide, ctx = x.astype(jnp.float32), replace(ctx, mlp_blocks=1)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def add(y: jax.Array, block: Any) -> tuple[jax.Array, None]:
+            whole = gathered_layer(nnx.merge_state(block, others), x.dtype)
+            part = nnx.merge(graph, whole)(wide.astype(x.dtype), ctx)
+            return y + part.astype(y.dtype), None
+
+        return lax.scan(add, jnp.zeros_like(wide), blocks)[0].astype(x.dtype)
 
 
 def products(x: jax.Array, parts: tuple[Linear, ...]) -> list[jax.Array]:

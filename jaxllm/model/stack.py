@@ -6,7 +6,7 @@ Dims: B rows, T tokens, D model width, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from jaxllm.collectives import gathered
-from jaxllm.mesh import constrain, manual_rows
+from jaxllm.mesh import constrain, context_splits, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.parts import gathered_layer, narrowed
 from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import saveable
 
@@ -86,7 +87,9 @@ class Stack:
         """
         if isinstance(self.blocks, nnx.List):
             return self.loop(x_BTD, ctx, past)
-        return self.scan(x_BTD, ctx, past)
+        if isinstance(past, LayerCache) or not context_splits(x_BTD.shape[1]):
+            return self.scan(x_BTD, ctx, past)
+        return self.over_context(x_BTD, ctx, past), None
 
     @property
     def ropes(self) -> list[int]:
@@ -107,8 +110,45 @@ class Stack:
             new.append(after)
         return x_BTD, tuple(new)
 
+    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> jax.Array:
+        """`scan` in a shard_map over the axis `context`: a device has a part of each row.
+
+        So the gradient of a weight is scattered along fsdp before it is summed along context, where
+        XLA's partitioner would first all-reduce the whole of it.
+        """
+        graph, weights = nnx.split(self.blocks)
+        prefix = None if ctx.key_segment_ids is None else ctx.key_segment_ids[:, : ctx.offset]
+        tokens = (x_BTD, ctx.segment_ids, ctx.positions)
+        shared = (weights, past, prefix, ctx.rng, ctx.adapter_weights)
+
+        def run(tokens: Any, tables: Any, shared: Any) -> jax.Array:
+            x_BTD, segments, positions = tokens
+            weights, past, prefix, rng, adapter_weights = shared
+            here = replace(
+                ctx,
+                segment_ids=segments,
+                positions=positions,
+                key_segment_ids=prefix if prefix is None else jnp.hstack([prefix, segments]),
+                rope_tables=tables,
+                rng=rng,
+                adapter_weights=adapter_weights,
+            )
+            return replace(self, blocks=nnx.merge(graph, weights)).scan(x_BTD, here, past)[0]
+
+        length = P(None, "context")
+        mapped = jax.shard_map(
+            run,
+            in_specs=(length, P(None, *length), P()),
+            out_specs=length,
+            axis_names={"context"},
+            check_vma=False,
+        )
+        return mapped(tokens, ctx.rope_tables, shared)
+
     def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         graph, weights = nnx.split(self.blocks)
+        weights = narrowed(weights, self.dtype)
+        skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
         windows = [kind.window for kind in self.kinds]
         if any(windows):
             windows = [UNBOUNDED if window is None else window for window in windows]
@@ -117,7 +157,7 @@ class Stack:
             weights, index, past = inputs
             x_BTD = saveable(x_BTD, "layer")
             here = ctx.at_layer(index, _select(self.ropes, index), _select(windows, index))
-            block = nnx.merge(graph, gathered_layer(weights, self.dtype))
+            block = nnx.merge(graph, gathered_layer(weights, self.dtype, skip))
             return block(x_BTD, here, past)
 
         policy = _activations if manual_rows() else None
@@ -133,28 +173,6 @@ class Stack:
 def _select(values: list[Any], index: jax.Array) -> Any:
     """values[index]; a static value where all are equal."""
     return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[index]
-
-
-def gathered_layer(weights: Any, dtype: Any) -> Any:
-    """All-gathers a layer's matrices along fsdp, in `dtype`.
-
-    Quantized kernels are sent as they are. Vectors are not split.
-    """
-
-    def one(variable: Any) -> Any:
-        axes, value = variable.get_metadata("axes"), variable.get_value()
-        if len(axes) < 2:
-            return variable
-        leaves, structure = jax.tree.flatten(value)
-        shapes = variable.get_metadata().get("shapes")
-        assert shapes or not manual_rows(), "step.record_shapes was not called"
-        shapes = shapes or [x.shape for x in leaves]
-        narrow = None if isinstance(value, Quantized) else jnp.dtype(dtype)
-        pairs = zip(leaves, shapes, strict=True)
-        whole = [gathered(x, axes, shape, narrow) for x, shape in pairs]
-        return variable.replace(structure.unflatten(whole))
-
-    return jax.tree.map(one, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def unstack(model: Any) -> Any:

@@ -95,12 +95,3 @@ def memory_gib() -> float:
         return max(peaks) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def planned_gib(step: Any) -> float | None:
-    """GiB that a compiled step needs on each device; None on a CPU, where `memory_gib` counts the
-    whole process, and if the compiler does not say."""
-    if jax.local_devices()[0].platform == "cpu":
-        return None
-    memory = step.memory_analysis()
-    return memory.peak_memory_in_bytes / 2**30 if memory is not None else None

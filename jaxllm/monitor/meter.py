@@ -62,7 +62,10 @@ class Meter:
     def __init__(self, sums: Sums, seconds: float, peak: float | None = None) -> None:
         self.sums, self.peak = sums, peak
         self.flops: Flops | None = None
-        self.planned_gib: float | None = None  # memory of the compiled step, for `Log.ledger`
+        self.planned: tuple[float, float | None] | None = (
+            None  # `plan.planned_for` the compiled step
+        )
+        self._done, self._trained = 0.0, 0.0  # FLOPs and seconds of all log lines
         self._pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
         self._start = time.perf_counter() - seconds
         self._paused_at: float | None = None
@@ -98,13 +101,20 @@ class Meter:
         tokens, learned = (sums.get(name, [0.0])[0] for name in ("tokens", "learned"))
         mfu = None
         if self.peak and self.flops:
-            mfu = (self.flops.layers * tokens + self.flops.head * learned) / seconds / self.peak
+            done = self.flops.layers * tokens + self.flops.head * learned
+            mfu = done / seconds / self.peak
+            self._done, self._trained = self._done + done, self._trained + seconds
         return means(sums) | {
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / sums["grad_norm"][1],
             "mfu": mfu,
         }
+
+    @property
+    def mfu(self) -> float | None:
+        """MFU of all steps that were logged; None if it is unknown."""
+        return self._done / self._trained / self.peak if self._trained and self.peak else None
 
     @property
     def seconds(self) -> float:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import UserError
-from jaxllm.mesh import RULES, platform
+from jaxllm.mesh import RULES, context_shards, context_splits, platform
 from jaxllm.ops import attention_blocks as blocks
 from jaxllm.ops import attention_context as context
 from jaxllm.ops import attention_gpu as gpu
@@ -81,7 +81,8 @@ def choose(kernel: str, **facts: Any) -> tuple[str, str]:
         if row.name != kernel and (kernel, row.platform) != ("auto", here):
             continue
         if row.platform == here:
-            reason = row.obstacle(context=_shards(context.AXIS), **facts)
+            mesh = jax.sharding.get_abstract_mesh()
+            reason = row.obstacle(context=dict(mesh.shape).get("context", 1), **facts)
             reason = reason or (row.unproven() if kernel == "auto" else "")
         else:
             needed = DEVICES[row.platform]
@@ -129,7 +130,8 @@ def attention(
     own = k_segments is None
     inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
     if own:
-        facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=T)
+        length = T * context_shards()
+        facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=length)
         facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]))
         name, _ = choose(kernel, mixed_windows=isinstance(window, jax.Array), **facts)
         for row in KERNELS:
@@ -144,13 +146,13 @@ def attention(
         size = blocks.block_size(q.shape[1] // parts)
         return blocks.attend(q, *others, size=size, offset=offset, window=window, **options)
 
-    if blocks.block_size(T) == T and _shards(context.AXIS) == 1:
+    if blocks.block_size(T) == T and context_shards() == 1 and not context_splits(T):
         return in_blocks(*inputs, offset=offset, window=window)
     return _per_shard(in_blocks, *inputs, offset=offset, window=window)
 
 
 def _shards(axis: str) -> int:
-    """Devices along a mesh axis, 1 if it is manual: the arrays are then those of one device."""
+    """Devices along a mesh axis, 1 if it is manual: arrays are then a device's parts."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if axis in mesh.manual_axes else dict(mesh.shape).get(axis, 1)
 
@@ -167,44 +169,37 @@ def _per_shard(
     offset: int,
     window: Any,
 ) -> jax.Array:
-    """`attend`, with these arguments, on each device's own rows, heads and queries.
+    """`attend`, with these arguments, on each device's own rows and heads.
 
     A kernel cannot be partitioned by XLA, and the list of visible blocks needs no other device's
     rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]. Inside, all mesh axes are
     manual, also those that are not yet in a shard_map around it: rows are split along data and
-    fsdp, heads along tensor where both H and N divide, queries along context where T divides, and
-    everything else is replicated. Only context communicates (`attention_context`).
+    fsdp, heads along tensor where both H and N divide, queries and keys along context where T
+    divides, and everything else is replicated. Only context communicates (`attention_context`).
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if context_splits(q.shape[1]):
+        split = context.split(partial(_per_shard, attend))
+        return split(q, k, v, q_segments, k_segments, q_positions, offset=offset, window=window)
+    if context_shards() > 1:
+        attend = context.attend_split(attend)
     free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     if mesh.size <= 1 or not free:
         tokens = q_segments, k_segments, q_positions
         return attend(q, k, v, *tokens, offset=offset, window=window)
-    parts, (B, T, H, _), N = _shards("tensor"), q.shape, k.shape[1]
+    parts, (B, _, H, _), N = _shards("tensor"), q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
         k, v = (jnp.repeat(x, parts // N, axis=1) for x in (k, v))
         N = parts
     heads = "tensor" if "tensor" in free and H % parts == 0 and N % parts == 0 else None
-    shards = _shards(context.AXIS)
-    length = context.AXIS if shards > 1 and T % shards == 0 else None
     # The gradient of an input is summed over the axes that its spec leaves out. Axes of size 1 are
     # named, so that these sums do not become all-reduces of one device each.
     split = RULES["batch"] if B % math.prod(map(_shards, RULES["batch"])) == 0 else ()
-    rows = tuple(a for a in free if a in split or mesh.shape[a] == 1 and a not in (heads, length))
-    q_spec, kv_spec, token_spec = P(rows, length, heads), P(rows, heads), P(rows, length)
-    if length is None:
-        local = partial(attend, offset=offset)
-        inputs = (q, k, v, q_segments, k_segments, q_positions)
-        specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
-    else:
-        local = context.attend_split(attend)
-        k, v = (context.pieces(x, offset, 2) for x in (k, v))
-        k_segments = context.pieces(k_segments, offset, 1)
-        kv_specs = [kv_spec, P(rows, heads, length)][-len(k) :]
-        k_specs = [P(rows), token_spec][-len(k) :]
-        first = context.first_indices(T, shards, offset)
-        inputs = (q, k, v, q_segments, k_segments, q_positions, first)
-        specs = (q_spec, kv_specs, kv_specs, token_spec, k_specs, token_spec, P(length))
+    rows = tuple(a for a in free if a in split or mesh.shape[a] == 1 and a != heads)
+    q_spec, kv_spec, token_spec = P(rows, None, heads), P(rows, heads), P(rows)
+    inputs = (q, k, v, q_segments, k_segments, q_positions)
+    specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
+    local = partial(attend, offset=offset)
     if isinstance(window, jax.Array):  # a nested shard_map does not capture arrays
 
         def run(*inputs) -> Any:

@@ -6,7 +6,7 @@ sees more keys than its beginning. So that all devices have the same work, they 
 before and results after: of 2c equal parts of a row, device r of c computes parts r and 2c - 1 - r,
 not 2r and 2r + 1, which it holds ("zigzag").
 
-Dims: B rows, T queries of a device, S keys of a row, H query heads, N key/value heads, K head_dim;
+Dims: B rows, T tokens of a device, S keys of a row, H query heads, N key/value heads, K head_dim;
 c devices along `context`.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jaxllm.ops.attention_blocks import block_size
 
@@ -58,32 +59,58 @@ def _exchanged(x: jax.Array, back: bool) -> jax.Array:
     return jnp.concatenate(moved, 1)
 
 
-def pieces(x: jax.Array, before: int, axis: int) -> list[jax.Array]:
-    """What precedes the row, if anything, and the row."""
-    return jnp.split(x, [before], axis) if before else [x]
+def _all_keys(x: jax.Array, before: int, axis: int) -> jax.Array:
+    """What precedes a row, which all devices have, and the row, of which each has a part."""
+    front, own = jnp.split(x, [before], axis)
+    return jnp.concatenate([front, lax.all_gather(own, AXIS, axis=axis, tiled=True)], axis)
 
 
-def _all_keys(pieces: list[jax.Array], axis: int) -> jax.Array:
-    """What precedes the row, if anything, and the row, of which each device has a part."""
-    *front, own = pieces
-    return jnp.concatenate([*front, lax.all_gather(own, AXIS, axis=axis, tiled=True)], axis)
+def split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend` in a shard_map over the axis: a device has a part of the queries, and of the keys
+    after the first `offset` ones, which all devices have. The offset is static."""
+
+    def run(q, k, v, q_segments, k_segments, q_positions, *, offset: int, window: Any) -> Any:
+        dims = (2, 2, 1)
+        pairs = [jnp.split(x, [offset], d) for x, d in zip((k, v, k_segments), dims, strict=True)]
+        before, own = zip(*pairs, strict=True)
+        traced = isinstance(window, jax.Array)
+
+        def local(queries: Any, keys: Any, segments: Any, before: Any, given: Any) -> Any:
+            own = (*keys, segments)
+            joined = [jnp.concatenate(x, d) for *x, d in zip(before, own, dims, strict=True)]
+            k, v, k_segments = joined
+            q, *tokens = queries
+            seen = given if traced else window
+            return attend(q, k, v, tokens[0], k_segments, tokens[1], offset=offset, window=seen)
+
+        length = P(None, AXIS)
+        mapped = jax.shard_map(
+            local,
+            in_specs=(length, P(None, None, AXIS), length, P(), P()),
+            out_specs=length,
+            axis_names={AXIS},
+            check_vma=False,
+        )
+        queries = (q, q_segments, q_positions)
+        return mapped(queries, own[:2], own[2], before, window if traced else None)
+
+    return run
 
 
 def attend_split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend` on one device: (q, k, v, q_segments, k_segments, q_positions, first) -> out.
+    """`attend` for rows that are split along the axis, which is manual; see `split`."""
 
-    q [B, T, H, K], q_segments and q_positions [B, T] are the device's own; k, v and k_segments are
-    the `pieces` of [B, N, S, .] and [B, S], of which the row is the device's own. first: the
-    device's [1, parts] of `first_indices`.
-    """
-
-    def local(q, k, v, q_segments, k_segments, q_positions, first, *, window) -> Any:
-        k, v, k_segments = _all_keys(k, 2), _all_keys(v, 2), _all_keys(k_segments, 1)
-        queries, zigzag = (q, q_segments, q_positions), first.size == 2
+    def local(q, k, v, q_segments, k_segments, q_positions, *, offset: int, window: Any) -> Any:
+        k, v = (_all_keys(x, offset, 2) for x in (k, v))
+        k_segments = _all_keys(k_segments, offset, 1)
+        shards = lax.axis_size(AXIS)
+        table = first_indices(q.shape[1] * shards, shards, offset)
+        queries, zigzag = (q, q_segments, q_positions), table.shape[1] == 2
         if zigzag:
             queries = [_exchanged(x, back=False) for x in queries]
         q, q_segments, q_positions = queries
-        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first[0], window=window)
+        first = jnp.asarray(table)[lax.axis_index(AXIS)]
+        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first, window=window)
         return _exchanged(out, back=True) if zigzag else out
 
     return local

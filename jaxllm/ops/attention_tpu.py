@@ -106,6 +106,22 @@ def _mask_info(seen: jax.Array, q_sequence: jax.Array, by_keys: bool) -> Any:
     )
 
 
+@jax.custom_vjp
+def _attend(kernel: Any, segments: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """kernel(q, k, v) of each row."""
+    return jax.vmap(kernel)(q, k, v, segments)
+
+
+def _attend_forward(kernel: Any, segments: Any, *inputs: jax.Array) -> Any:
+    # The kernel repeats each log-sum-exp 128 times. The barrier keeps one of each from here on;
+    # XLA would keep all until the backward pass.
+    out = jax.vjp(lambda *inputs: jax.vmap(kernel)(*inputs, segments), *inputs)
+    return lax.optimization_barrier(out)
+
+
+_attend.defvjp(_attend_forward, lambda pull, g: (None, None, *pull(g)))
+
+
 def run(
     q_BTHK: jax.Array,
     k_BNSK: jax.Array,
@@ -175,5 +191,5 @@ def run(
         mask_function=_packed_mask if traced else _mask(window),
         interpret=interpret,
     )
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(q_segments, k_segments))
+    out = _attend(kernel, splash.SegmentIds(q_segments, k_segments), q, k, v)
     return out[:, :, :T].swapaxes(1, 2)

@@ -6,6 +6,7 @@ Dims: B rows, T tokens, V vocabulary, D model width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.mesh import automatic_axes, manual_rows, spec, stream_specs
 
+# Tokens of all devices that are looked up at one time: a TPU stores the few columns of each in 128
+# lanes, 128 MiB in bfloat16.
+MOST_TOKENS = 2**19
 TABLE_AXES: Any = ("vocab", "embed")  # logical axes of a token table [V, D]
 
 
@@ -34,8 +38,18 @@ def lookup(table: jax.Array, tokens: jax.Array, width: int, dtype: Any) -> jax.A
     def exchanged(table: jax.Array, tokens: jax.Array) -> jax.Array:
         if table.shape[1] == width:
             return columns(table, tokens)
-        everyone = lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
-        return lax.all_to_all(columns(table, everyone), "fsdp", 0, 2, tiled=True)
+
+        def exchange(tokens: jax.Array) -> jax.Array:
+            everyone = lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+            return lax.all_to_all(columns(table, everyone), "fsdp", 0, 2, tiled=True)
+
+        rows, length = tokens.shape
+        least = math.ceil(tokens.size * lax.axis_size("fsdp") / MOST_TOKENS)
+        count = next((n for n in range(least, 4 * least) if length % n == 0), 1)
+        if count == 1:
+            return exchange(tokens)
+        x = lax.map(exchange, jnp.moveaxis(tokens.reshape(rows, count, -1), 1, 0))
+        return jnp.moveaxis(x, 0, 1).reshape(rows, length, width)
 
     if not axes:
         return exchanged(table, tokens)

@@ -28,11 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
-from jaxllm.mesh import Axes
+from jaxllm.mesh import Axes, context_shards
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
@@ -274,6 +275,11 @@ class LoraBranch(nnx.Module):
         factor_O = self.magnitude[...] / jax.lax.stop_gradient(norm_O)
         return (y_BTO * jnp.where(jnp.any(scale_R > 0), factor_O, 1.0)).astype(y_BTO.dtype)
 
+    @property
+    def additive(self) -> bool:
+        """True if the branches of blocks of its inputs can be computed separately and added."""
+        return self.magnitude is None and not self.dropout
+
     def inner(
         self, x: jax.Array, ctx: Context, initial: bool = False, dtype: Any = None
     ) -> jax.Array:
@@ -294,7 +300,13 @@ class LoraBranch(nnx.Module):
         the target, so micro-batches and meshes do not change it."""
         target = zlib.crc32(self.target.path.encode())
         keys_B = jax.vmap(lambda key: jax.random.fold_in(key, target))(rng_B)
-        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, shape[1:]))(keys_B)
+        _, here, *rest = shape
+        whole = here * context_shards()  # so that a token's mask does not depend on the mesh
+        draw = partial(jax.random.bernoulli, p=1 - self.dropout, shape=(whole, *rest))
+        mask = jax.vmap(draw)(keys_B)
+        if whole == here:
+            return mask
+        return lax.dynamic_slice_in_dim(mask, lax.axis_index("context") * here, here, 1)
 
     def scale(self, ctx: Context, ndim: int) -> jax.Array:
         """s of each rank in this layer, [R]; with adapter weights [B, 1, R], of `ndim` dims."""

@@ -77,13 +77,14 @@ def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
 )
 def test_a_kernel_that_cannot_run_is_an_error(monkeypatch, kernel, facts, machine, reason):
     shards = machine.pop("context", 1)
+    mesh = make_mesh(MeshSection(context=shards), jax.devices()[:shards])
     on_gpu(monkeypatch, **machine)
-    monkeypatch.setattr(attention, "_shards", lambda axis: shards)
-    with pytest.raises(UserError, match=reason):
-        attention.choose(kernel, **FACTS | facts)
-    if kernel == "mosaic":  # auto uses XLA, and says why
-        name, why = attention.choose("auto", **FACTS | facts)
-        assert name == "xla" and reason in why
+    with jax.set_mesh(mesh):
+        with pytest.raises(UserError, match=reason):
+            attention.choose(kernel, **FACTS | facts)
+        if kernel == "mosaic":  # auto uses XLA, and says why
+            name, why = attention.choose("auto", **FACTS | facts)
+            assert name == "xla" and reason in why
 
 
 def test_a_kernel_is_refused_without_a_gpu_and_without_tokamax(monkeypatch):

@@ -93,7 +93,11 @@ DROPOUT = PeftSection(method="lora", r=4, lora_dropout=0.5)
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*(("lora", form) for form in FORMS), ("dora", "remat full"), ("dora", "tensor 4 x fsdp 2")],
+    [
+        *(("lora", form) for form in FORMS),
+        ("dora", "remat full"),
+        pytest.param("dora", "tensor 4 x fsdp 2", marks=pytest.mark.sweep),
+    ],
 )
 def test_accumulation_remat_unrolling_and_meshes_do_not_change_a_trajectory(references, name, form):
     losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS[form])
@@ -101,7 +105,11 @@ def test_accumulation_remat_unrolling_and_meshes_do_not_change_a_trajectory(refe
     np.testing.assert_allclose(norms, references[name][1], rtol=1e-4 if name == "dora" else 2e-5)
 
 
-@pytest.mark.parametrize("name", ["prompt", "prefix", "adapter", "pissa", "head and table"])
+@pytest.mark.parametrize(
+    "name",
+    ["prompt", "prefix", "adapter"]
+    + [pytest.param(name, marks=pytest.mark.sweep) for name in ("pissa", "head and table")],
+)
 def test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods(references, name):
     losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS["tensor 4 x fsdp 2"])
     np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)

@@ -136,7 +136,7 @@ def test_an_export_is_an_adapter_or_a_merged_model(straight, capsys):
     "more",
     [
         ("--peft.use_dora", "true", "--model.compute_dtype", "bfloat16"),
-        ("--peft.init_lora_weights", "pissa"),
+        pytest.param(("--peft.init_lora_weights", "pissa"), marks=pytest.mark.sweep),
         ("--peft.init_lora_weights", "pissa", "--peft.quantize_base", "nf4"),
         ("--peft.modules_to_save", "norm", "--save.dtype", "bfloat16"),
     ],
@@ -179,7 +179,9 @@ def test_training_starts_from_an_adapter(straight, capsys):
     refused(capsys, tuning(straight, "wrong", *more, "--peft.r", "3"), "peft.r", "remove it")
 
 
-@pytest.mark.parametrize("method", ["adapter", "prefix", "prompt"])
+@pytest.mark.parametrize(
+    "method", ["prefix", *(pytest.param(x, marks=pytest.mark.sweep) for x in ("adapter", "prompt"))]
+)
 def test_the_other_methods_train_and_load_again(straight, capsys, method):
     size = ("--peft.bottleneck", "4") if method == "adapter" else ("--peft.num_virtual_tokens", "4")
     held_out = ("--data.eval", str(straight / "few.jsonl"), "--data.max_length", "60")
