@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +63,10 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 # ---- the same numbers
 
 LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}  # processes x devices of each
-VERBS = {"2x4": ("pretrain", "sft", "grpo"), "4x2": ("pretrain",)}
+VERBS = {"2x4": ("pretrain", "sft"), "4x2": ("pretrain",)}
 CASES = [("2x4", verb) for verb in VERBS["2x4"]]
-CASES += [pytest.param("4x2", "pretrain", marks=pytest.mark.sweep)]
+SWEPT = {("4x2", "pretrain"): "four", ("2x4", "grpo"): "online"}  # -> the fixture that runs it
+CASES += [pytest.param(*case, marks=pytest.mark.sweep) for case in SWEPT]
 
 
 def verbs(project: Path, layout: str) -> dict[str, list[str]]:
@@ -112,30 +114,38 @@ def layouts(project):
         (project / f"reward_{layout}.py").write_text(f"LOG = {log}\n{REWARD}")
     for verb in VERBS["2x4"]:
         assert main(verbs(project, "1x8")[verb]) == 0
-    run_over(project, "2x4")
+    run_over(project, "2x4", VERBS["2x4"])
     return project
 
 
 @pytest.fixture(scope="module")
 def four(layouts):
     """The runs on 4 processes with 2 devices."""
-    run_over(layouts, "4x2")
+    run_over(layouts, "4x2", VERBS["4x2"])
     return layouts
 
 
-def run_over(project: Path, layout: str) -> None:
+@pytest.fixture(scope="module")
+def online(layouts):
+    """GRPO on one process with 8 devices, and on 2 with 4."""
+    assert main(verbs(layouts, "1x8")["grpo"]) == 0
+    run_over(layouts, "2x4", ["grpo"])
+    return layouts
+
+
+def run_over(project: Path, layout: str, names: Sequence[str]) -> None:
     (processes, devices), commands = LAYOUTS[layout], verbs(project, layout)
     script = str(ROOT / "tests" / "cluster_runs.py")
-    runs = json.dumps([commands[verb] for verb in VERBS[layout]])
+    runs = json.dumps([commands[verb] for verb in names])
     status, output = finished(launched(processes, devices, [sys.executable, script, runs]))
     assert status == 0, output[-3000:]
-    assert output.count("done: 10 steps") == len(VERBS[layout])  # not by each process
+    assert output.count("done: 10 steps") == len(names)  # not by each process
 
 
 @pytest.mark.parametrize(("layout", "verb"), CASES)
 def test_losses_and_gradient_norms_do_not_depend_on_the_processes(request, layouts, verb, layout):
-    if layout == "4x2":
-        request.getfixturevalue("four")
+    if (layout, verb) in SWEPT:
+        request.getfixturevalue(SWEPT[layout, verb])
     assert_same_course(layouts, verb, layout)
 
 
@@ -172,8 +182,9 @@ def test_an_export_of_one_process_has_the_bytes_of_the_export_of_two(layouts, ve
     assert {p.name: p.read_bytes() for p in final.iterdir()} == written
 
 
-def test_a_reward_function_is_called_once_for_each_completion(layouts):
-    calls = {name: len((layouts / f"calls-{name}").read_text()) for name in ("1x8", "2x4")}
+@pytest.mark.sweep
+def test_a_reward_function_is_called_once_for_each_completion(online):
+    calls = {name: len((online / f"calls-{name}").read_text()) for name in ("1x8", "2x4")}
     assert calls["2x4"] == calls["1x8"] == 10 * 16
 
 
@@ -438,7 +449,7 @@ def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(pro
 
 
 @pytest.mark.cluster
-def test_online_rl_over_processes_resumes_exactly(layouts):
+def test_online_rl_over_processes_resumes_exactly(layouts, online):
     args = verbs(layouts, "2x4")["grpo"]
     args[args.index("--output_dir") + 1] = str(layouts / "grpo-resumed")
     for steps in ("4", "10"):  # in processes of their own
