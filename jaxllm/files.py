@@ -330,18 +330,25 @@ def _check_target(out: Path) -> None:
 
 
 def _place_beside(out: Path) -> str:
-    """A directory beside `out` whose name nothing else has, with the empty directory "new"."""
+    """Creates a directory with a unique name beside `out`. Its subdirectory "new" has MARKER."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    parent = tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent)
+    parent = tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent)
     new = Path(parent, "new")
     new.mkdir()
     write_json(new / MARKER, {"version": __version__})
     return parent
 
 
+def _prefix(out: Path) -> str:
+    return f".{out.name[:240]}."  # a file name has at most 255 bytes
+
+
 def _clear_up(out: Path) -> None:
-    """Deletes what killed exports to `out` left beside it; brings `out` back if one moved it."""
-    for parent in out.parent.glob(f".{glob.escape(out.name[:100])}.*"):
+    """Deletes temporary directories that killed exports to `out` left beside it. Restores `out` if
+    an export was killed after it had moved it."""
+    for parent in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
+        if "." in parent.name.removeprefix(_prefix(out)):  # of another directory, `out`.SUFFIX
+            continue
         new, old = parent / "new", parent / "old"
         if (old / MARKER).is_file() and not out.exists():
             old.rename(out)

@@ -49,7 +49,7 @@ from jaxllm.paths import (
 )
 from jaxllm.peft.files import find
 
-LOCK = ".lock"  # in a run folder: held by the process that trains there
+LOCK = ".lock"  # in a run folder: locked by the process that trains in it
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
 # Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
 # steps changes the rest of the schedule.
@@ -140,10 +140,6 @@ class Lock:
             return
         self.file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
 
     @classmethod
     def of(cls, folder: Path) -> Lock | None:

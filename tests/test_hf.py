@@ -598,13 +598,15 @@ def test_folders_beside_an_export_are_left_alone(tmp_path):
     write_model(tmp_path / "in")
     model = load_hf(str(tmp_path / "in"))
     mine = [tmp_path / name for name in ("out.partial", "out.replaced", ".out.mine", ".out.mine2")]
+    other = Path(files._place_beside(tmp_path / "out.2"))  # an export that is being written
     for folder in mine:
         (folder / "new").mkdir(parents=True)
         (folder / "notes.txt").write_text("mine")
     for _ in range(2):
         save_hf(model, str(tmp_path / "out"))
     assert all((folder / "notes.txt").read_text() == "mine" for folder in mine)
-    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", *(f.name for f in mine)}
+    assert (other / "new" / files.MARKER).is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "out", *(f.name for f in (*mine, other))}
 
 
 def test_a_killed_export_is_cleared_up_by_the_next(tmp_path):

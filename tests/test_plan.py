@@ -471,7 +471,6 @@ def pod_plan(capfd, folder, shape, layers, where, devices, rows, length, *more):
         out, err = capfd.readouterr()
         assert err == ""  # libtpu's warnings
         PLANS[key] = json.loads(out)
-        print(key, PLANS[key]["peak_gib"], PLANS[key]["host_gib"])
     return PLANS[key]
 
 

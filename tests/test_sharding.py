@@ -20,6 +20,7 @@ from jaxllm.collectives import fsdp_line, shard_over_rows
 from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.hf import abstract_model
 from jaxllm.mesh import AXES, make_mesh
+from jaxllm.model import stack
 from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.lm import lm_loss
@@ -166,9 +167,7 @@ def test_a_prefix_precedes_rows_that_are_split():
 
 
 def test_gradients_keep_the_dtype_of_their_sum_until_the_end_of_a_micro_batch(monkeypatch):
-    """They are the same numbers, also where micro-batches are added up and LoRA is trained."""
-    from jaxllm.model import stack
-
+    """They are the same numbers as gradients that are converted back at once."""
     mesh = MeshSection(data=2, fsdp=4, reduce_dtype="bfloat16")
 
     def run(**options):

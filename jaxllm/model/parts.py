@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights of a layer, of which a device holds parts: gathered, and in blocks of one dim.
 
-Inside `collectives.shard_over_rows` arrays are the parts, so each variable knows its whole shapes.
+Inside `collectives.shard_over_rows` arrays are the parts, so variables store the shapes of the
+whole arrays in their metadata.
 """
 
 from __future__ import annotations

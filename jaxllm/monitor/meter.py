@@ -62,9 +62,8 @@ class Meter:
     def __init__(self, sums: Sums, seconds: float, peak: float | None = None) -> None:
         self.sums, self.peak = sums, peak
         self.flops: Flops | None = None
-        self.planned: tuple[float, float | None] | None = (
-            None  # `plan.planned_for` the compiled step
-        )
+        # What `plan.planned_for` says of the compiled step.
+        self.planned: tuple[float, float | None] | None = None
         self._done, self._trained = 0.0, 0.0  # FLOPs and seconds of all log lines
         self._pending: list[tuple[int, Any]] = []  # steps whose metrics are still on the device
         self._start = time.perf_counter() - seconds
