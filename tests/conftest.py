@@ -34,7 +34,7 @@ SWEEPS = {
     "test_adapters_of_reward_models_go_to_peft_and_back": ("lora", "prefix"),
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": ("llama", "gemma2", "qwen3", "phi3"),
-    "test_an_export_equals_the_final_folder": ("dora", "pissa, nf4"),
+    "test_an_export_equals_the_final_folder": ("pissa, nf4",),
 }
 
 

@@ -111,6 +111,7 @@ def run(project, out: Path, *more: str) -> int:
 # ---- four runs
 
 
+@pytest.mark.sweep
 def test_the_objects_hold_what_was_measured(compared, project):
     _, objects, _ = compared
     full, lora, adapter, prefix = objects
@@ -143,6 +144,7 @@ def test_the_objects_hold_what_was_measured(compared, project):
     assert [row["learning_rate"] for row in objects] == [1e-4, 5e-4, 5e-4, 1e-2]
 
 
+@pytest.mark.sweep
 def test_the_terminal_and_the_markdown_hold_the_same_rows(compared):
     terminal, objects, file = compared
     lines = file.read_text().splitlines()

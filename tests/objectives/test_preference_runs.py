@@ -121,14 +121,19 @@ def equal_runs(want, got, keys=KEYS, **tolerance):
 
 @pytest.fixture(scope="module")
 def runs(base):
-    """Undisturbed runs of 12 steps; `kto` on all devices, the others on one."""
+    """Undisturbed runs of 12 steps on one device."""
     rows = ("--micro_batch_size", "8")
     options = {"reward": ("--align.centering", "0.01"), "dpo": TUNED}
     with one_device():
         for verb, more in options.items():
             assert main(aligning(base, verb, verb, *rows, *more)) == 0
+    return {"reward": (*rows, *options["reward"]), "dpo": (*rows, *TUNED)}
+
+
+@pytest.fixture(scope="module")
+def kto(base):
+    """An undisturbed run of 12 steps on all devices."""
     assert main(aligning(base, "kto", "kto")) == 0
-    return {"reward": (*rows, *options["reward"]), "dpo": (*rows, *TUNED), "kto": ()}
 
 
 @pytest.mark.parametrize("verb", ["reward", "dpo"])
@@ -143,7 +148,8 @@ def test_a_run_resumes_from_its_checkpoint_exactly(base, runs, verb):
     equal_runs(want, lines_of(run), rtol=0)
 
 
-def test_kto_after_sigkill_equals_the_undisturbed_run(base, runs):
+@pytest.mark.sweep
+def test_kto_after_sigkill_equals_the_undisturbed_run(base, kto):
     args = aligning(base, "kto", "killed")
     killed([sys.executable, "-m", "jaxllm", *args], base / "killed")
     assert max(lines_of(base / "killed"), default=0) < 12
@@ -153,15 +159,25 @@ def test_kto_after_sigkill_equals_the_undisturbed_run(base, runs):
     equal_runs(want, lines_of(base / "killed"), rtol=0)
 
 
+def assert_precomputed_is_live(base, verb, *more):
+    """The live run may be on eight devices, and AdamW magnifies rounding: 3 steps."""
+    more = (*more, "--align.reference", "precomputed", "--steps", "3")
+    with one_device():
+        assert main(aligning(base, verb, f"{verb}-precomputed", *more)) == 0
+    want = {step: line for step, line in lines_of(base / verb).items() if step <= 3}
+    equal_runs(want, lines_of(base / f"{verb}-precomputed"), rtol=1e-3, atol=1e-4)
+    return set((base / "cache").glob("reference-*.npz"))
+
+
 def test_precomputed_log_probabilities_give_the_run_of_the_live_reference(base, runs):
-    """Only 3 steps: KTO's live run is on eight devices, and AdamW magnifies rounding."""
-    for verb, more in {"dpo": runs["dpo"], "kto": ("--micro_batch_size", "8")}.items():
-        out, more = f"{verb}-precomputed", (*more, "--align.reference", "precomputed")
-        with one_device():
-            assert main(aligning(base, verb, out, *more, "--steps", "3")) == 0
-        want = {step: line for step, line in lines_of(base / verb).items() if step <= 3}
-        equal_runs(want, lines_of(base / out), rtol=1e-3, atol=1e-4)
-    assert len(list((base / "cache").glob("reference-*.npz"))) == 1  # both start from one model
+    assert len(assert_precomputed_is_live(base, "dpo", *runs["dpo"])) == 1
+
+
+@pytest.mark.sweep
+def test_kto_with_precomputed_log_probabilities_equals_its_live_run(base, runs, kto):
+    before = assert_precomputed_is_live(base, "dpo", *runs["dpo"])
+    after = assert_precomputed_is_live(base, "kto", "--micro_batch_size", "8")
+    assert after == before  # both start from one model
 
 
 def test_a_resumed_run_frees_its_first_weights_before_it_restores(base, monkeypatch):
