@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from jaxllm.cli import main
 
 # The tests run hundreds of programs once each, and compiling them takes most of the time. LLVM does
 # not optimise them here, and XLA's older emitters write the loops of a fusion, in half the time of
-# those through MLIR; jaxlib 0.12 has them no longer. What jax and XLA do before stays as it is.
+# those through MLIR; neither jaxlib 0.12 nor libtpu, which reads these flags too, has them. What
+# jax and XLA do before stays as it is.
 FAST = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
     FAST += " --xla_cpu_use_fusion_emitters=false"
 DEVICES = f"{FAST} --xla_force_host_platform_device_count="
 MODEL = {
