@@ -22,9 +22,20 @@ import xxhash
 
 from jaxllm import dist
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, delete, file_size, files_in, is_bucket, rename_folder, write_text
+from jaxllm.paths import (
+    as_path,
+    delete,
+    file_size,
+    files_in,
+    is_bucket,
+    read_checked,
+    rename_folder,
+    write_checked,
+    write_text,
+)
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
+ITEMS = ("state", "meta")  # the folders of a checkpoint
 AMENDED = "amended.json"  # in some: the values given to `amend`
 UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's suffix of a checkpoint that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -104,8 +115,7 @@ class Checkpoints:
     def amend(self, step: int, meta: dict[str, Any], best: int | None) -> None:
         """Updates entries of a saved checkpoint's meta, and its best step."""
         if dist.is_main():
-            file = self.directory / str(step) / AMENDED
-            write_text(file, json.dumps({"meta": meta, "best": best}))
+            write_checked(self.directory / str(step) / AMENDED, {"meta": meta, "best": best})
 
     def wait(self) -> None:
         """Waits until nothing is being written; raises as `save` does."""
@@ -211,11 +221,8 @@ class Checkpoints:
 
     def _list_files(self) -> None:
         """Writes files.json into a checkpoint that orbax is about to rename."""
-        folder, known = self._folder(), self._digests
-        files = [p for item in ("state", "meta") for p in files_in(folder / item)]
-        named = {str(p.relative_to(folder)): p for p in files}
-        listed = {n: [file_size(p), known.get(n) or _digest(p)] for n, p in named.items()}
-        (folder / FILES).write_text(json.dumps(listed))
+        folder = self._folder()
+        list_files(folder, [p for item in ITEMS for p in files_in(folder / item)], self._digests)
         self._digests = {}
 
     # ---- reading
@@ -245,6 +252,16 @@ class Checkpoints:
         self.wait()
         return step in self.manager.all_steps() and self._is_valid(step)
 
+    def check(self, step: int) -> None:
+        """Raises UserError if there is no checkpoint `step`, or if it is broken."""
+        self.wait()
+        if step not in self.manager.all_steps():
+            steps = ", ".join(map(str, self.manager.all_steps())) or "none"
+            raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps}")
+        if not self._is_valid(step):
+            problem = self._problems[step]
+            raise UserError(f"{self.directory / str(step)} is broken ({problem}); use another")
+
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON values saved with the state."""
         self.wait()
@@ -257,13 +274,7 @@ class Checkpoints:
         state. partial: `like` is a dict of some fields of the state; no others are read. Raises
         UserError if there is no such step, or if it is broken or has other shapes.
         """
-        self.wait()
-        if step not in self.manager.all_steps():
-            steps = ", ".join(map(str, self.manager.all_steps())) or "none"
-            raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps}")
-        if not self._is_valid(step):
-            problem = self._problems[step]
-            raise UserError(f"{self.directory / str(step)} is broken ({problem}); use another")
+        self.check(step)
         saved = _by_name(self.manager.item_metadata(step)["state"].tree)
         for name, leaf in _by_name(like).items():
             shape = saved[name].shape if name in saved else None
@@ -280,7 +291,7 @@ class Checkpoints:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         record = self.manager.restore(step, args=args)["meta"]
         file = self.directory / str(step) / AMENDED
-        later = json.loads(file.read_text()) if file.is_file() else {}
+        later = read_checked(file) if file.is_file() else {}
         return record | later | {"meta": record["meta"] | later.get("meta", {})}
 
     def _is_valid(self, step: int) -> bool:
@@ -293,15 +304,27 @@ class Checkpoints:
         return not self._problems[step]
 
 
-def _problem(folder: Path) -> str:
-    """Why a checkpoint is broken, one line; "" if its files are as listed in files.json.
+def list_files(folder: Path, files: Sequence[Path], digests: dict[str, str | None]) -> None:
+    """Writes files.json: the sizes and digests of `files`, which are in `folder`. digests: those
+    that are known, by the path within `folder`."""
+    named = {str(p.relative_to(folder)): p for p in files}
+    listed = {n: [file_size(p), digests.get(n) or _digest(p)] for n, p in named.items()}
+    write_text(folder / FILES, json.dumps(listed))
 
-    Each process looks at its share of the files.
+
+def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
+    """What is wrong with the files of a folder, one line; "" if they are as files.json lists them.
+
+    start, every: look at some of the files only.
     """
     try:
-        files = list(json.loads((folder / FILES).read_text()).items())
-        for name, (size, digest) in files[dist.index() :: dist.count()]:
-            now = file_size(folder / name)
+        listed = json.loads((folder / FILES).read_text())
+        if not (listed and isinstance(listed, dict)):
+            return f"{FILES} lists no files"
+        for name, entry in list(listed.items())[start::every]:
+            if not (isinstance(entry, list) and len(entry) == 2):
+                return f"{FILES} has {entry!r} for {name}"
+            (size, digest), now = entry, file_size(folder / name)
             if now != size:
                 return f"{name} has {now} of {size} bytes"
             if digest is not None and _digest(folder / name) not in (None, digest):
@@ -309,6 +332,16 @@ def _problem(folder: Path) -> str:
     except (OSError, ValueError) as error:
         return str(error).strip().split("\n")[0] or "unreadable"
     return ""
+
+
+def _problem(folder: Path) -> str:
+    """Why a checkpoint is broken, one line, or "". Each process looks at its share of the files."""
+    try:
+        if (folder / AMENDED).is_file():
+            read_checked(folder / AMENDED)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return changed_file(folder, dist.index(), dist.count())
 
 
 @cache

@@ -41,19 +41,24 @@ BUCKET_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google.auth")
 def mistake(error: BaseException) -> str | None:
     """The line to print if the user can fix `error`, else None: it is a bug.
 
-    The user can fix a UserError, a path or bucket that is missing or not accessible, and a full
-    disk.
+    The user can fix a UserError, a path or bucket that is missing or not accessible, and a disk
+    that is full or read-only.
     """
     cause: BaseException | None = error
     while cause is not None:  # libraries wrap the OSError of a full disk
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(cause):
-            return f"the disk is full ({_one_line(cause)}); earlier checkpoints are kept"
+            return (
+                f"the disk is full ({_one_line(cause)}); free some space and start again, earlier "
+                "checkpoints are kept"
+            )
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, UserError):
         return _one_line(error)
     if any(type(e).__module__.startswith(BUCKET_CLIENTS) for e in (error, error.__cause__)):
         return f"the bucket cannot be accessed: {_one_line(error)}"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{_one_line(error)}; write to another directory"
     return _one_line(error) if isinstance(error, PATH_ERRORS) else None
 
 

@@ -31,6 +31,7 @@ from jaxllm.paths import (
     entries,
     file_size,
     is_bucket,
+    naming,
     read_bytes,
     version,
 )
@@ -89,6 +90,14 @@ def local_dir(path: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} is no directory, nor could the hub be reached: {reason}") from None
+
+
+def check_no_checkpoint(folder: Path) -> None:
+    """Raises UserError for a checkpoint of a run, which is no model."""
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        raise UserError(
+            f"{folder} is a checkpoint of a run; `jaxllm export {folder} OUT` makes a model of it"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -292,7 +301,7 @@ def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
-    with file.open("wb") as out:
+    with naming(file), file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             out.write(t.read(process).astype(dtype, copy=False).reshape(-1).view(np.uint8).data)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest
-from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
+from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
     EMBED,
@@ -37,6 +37,7 @@ def read_config(path: str) -> dict[str, Any]:
     if not file.is_file():
         file = local_dir(path) / "config.json"
     if not file.is_file():
+        check_no_checkpoint(file.parent)
         raise UserError(
             f"{file.parent} has no config.json, so it is not a HuggingFace model directory"
         )

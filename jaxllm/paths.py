@@ -9,12 +9,17 @@ object is written at once, directories need not be created, and none can be rena
 from __future__ import annotations
 
 import glob
+import json
 import os
+import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from jaxllm.errors import UserError
 
@@ -150,14 +155,53 @@ def rename_folder(folder: Path, target: Path) -> None:
     delete(folder)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replaces a file by `text` at once: a reader sees the old file or the new one."""
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Gives errors of the system the name of the file, which those of writing lack."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Replaces a file by `data` at once: a reader sees the old file or the new one."""
     if is_bucket(file):
-        file.write_bytes(text.encode())
+        file.write_bytes(data)
         return
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
+    new = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")  # others may write it too
+    try:
+        with naming(file), new.open("wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        new.replace(file)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file by `text` at once, as `write_bytes` does."""
+    write_bytes(file, text.encode())
+
+
+def write_checked(file: Path, value: Any) -> None:
+    """Replaces a file by a JSON value and a hash of it, which `read_checked` compares."""
+    text = json.dumps(value)
+    write_text(file, json.dumps({"xxh3": xxhash.xxh3_64_hexdigest(text.encode()), "value": value}))
+
+
+def read_checked(file: Path) -> Any:
+    """The value that `write_checked` wrote. Raises ValueError if the file is damaged."""
+    try:
+        saved = json.loads(file.read_bytes())
+        if saved["xxh3"] == xxhash.xxh3_64_hexdigest(json.dumps(saved["value"]).encode()):
+            return saved["value"]
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{file.name} is damaged")
 
 
 def file_size(file: Path) -> int:

@@ -9,10 +9,12 @@ Dims: P answers of a row at most.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -135,11 +137,19 @@ def _answer_keys(part: Any, fields: list[str]) -> np.ndarray:
 
 
 def _load(file: Path | None) -> dict[int, float]:
-    """The cached log-probabilities {key of an answer: log p}; those of no answer, key 0, are 0."""
+    """The cached log-probabilities {key of an answer: log p}; those of no answer, key 0, are 0.
+
+    A damaged file counts as empty; the checksums are those of zip.
+    """
     if file is None:
         return {0: 0.0}
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(zip(arrays["keys"].tolist(), arrays["logps"].tolist(), strict=True)) | {0: 0.0}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            pairs = zip(arrays["keys"].tolist(), arrays["logps"].tolist(), strict=True)
+            return dict(pairs) | {0: 0.0}
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        print(f"jaxllm: {file} is damaged, so it is made again: {error}", file=sys.stderr)
+        return {0: 0.0}
 
 
 def _save(files: Cache, name: str, cache: dict[int, float]) -> None:

@@ -30,7 +30,7 @@ from jaxllm.data.rows import Origin, Row, Rows
 from jaxllm.data.sources import locate
 from jaxllm.errors import UserError
 from jaxllm.files import read_json
-from jaxllm.paths import as_path, is_bucket
+from jaxllm.paths import as_path, is_bucket, naming
 from jaxllm.reference import RowsWithLogps
 from jaxllm.rl.online import prompts_per_rollout, updates_per_rollout
 
@@ -95,7 +95,8 @@ class RowLog:
         if self.file is None:
             self._unsent.append((offset, data.hex()))
         else:
-            os.pwrite(self.file.fileno(), data, offset)
+            with naming(Path(self.file.name)):
+                os.pwrite(self.file.fileno(), data, offset)
 
     def flush(self) -> None:
         """Sends the records to the main process of a run in a bucket. All processes call it."""

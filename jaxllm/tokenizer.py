@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import MissingFile, UserError
-from jaxllm.files import TEMPLATES, hub_id, read_json, write_json
+from jaxllm.files import TEMPLATES, check_no_checkpoint, hub_id, read_json, write_json
 from jaxllm.paths import as_path, copy, files_in, is_bucket
 
 # A directory with none of these can still "load", as an empty tokenizer.
@@ -131,6 +131,7 @@ def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
     """Raise UserError if `folder`, which the user gave as `path`, has no tokenizer."""
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return
+    check_no_checkpoint(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -2,6 +2,7 @@
 """What survives rotation, donation, another mesh, torn files, a kill, a full disk; whose folder."""
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -204,6 +205,24 @@ def test_a_damaged_file_sends_latest_to_the_checkpoint_before(tmp_path, capsys, 
         assert capsys.readouterr().err.startswith("jaxllm: checkpoint 2 is broken, skipped")
         assert saves.latest() == 1
         assert capsys.readouterr().err == ""  # said once
+
+
+@pytest.mark.parametrize("value", [[], {}, "files", 3, None, {"state/d": 1}, {"state/d": [1]}])
+def test_a_list_of_files_of_another_form_is_damage_too(tmp_path, capsys, value):
+    saved(tmp_path)
+    (tmp_path / "2" / "files.json").write_text(json.dumps(value))
+    assert Checkpoints(tmp_path).latest() == 1
+    assert "checkpoint 2 is broken, skipped: files.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["torn", "changed"])
+def test_a_damaged_amendment_is_not_read(tmp_path, how):
+    saved(tmp_path)
+    saves = Checkpoints(tmp_path)
+    saves.amend(2, {"step": 5}, best=2)
+    damage(tmp_path / "2" / "amended.json", how)
+    again = Checkpoints(tmp_path)
+    assert (again.latest(), again.meta(1)) == (1, {"step": 1})
 
 
 def test_sizes_are_checked_where_files_are_too_many_to_read(tmp_path, monkeypatch):

@@ -158,6 +158,7 @@ def test_temporary_files_of_the_cache_are_deleted(tmp_path):
         entry = cache.put(made, "entry")
     assert (entry / "state.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
+    assert cache.get("entry") == entry
     (tmp_path / "making-old").mkdir()
     (tmp_path / "making-old" / "part").touch()
     (tmp_path / "making-old.json").touch()
@@ -165,7 +166,8 @@ def test_temporary_files_of_the_cache_are_deleted(tmp_path):
     for name in ("making-old", "making-old.json"):
         os.utime(tmp_path / name, (0, 0))
     Cache(str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "making-new"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["entry", "hashes", "making-new"]
 
 
 # ---- tokenizers

@@ -18,6 +18,7 @@ from jaxllm.config import (
     TrainConfig,
 )
 from jaxllm.data.batch import Batch
+from jaxllm.data.cache import Cache
 from jaxllm.data.dataset import Data
 from jaxllm.data.rows import Rows
 from jaxllm.hf import abstract_model
@@ -125,3 +126,14 @@ def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
     logps_of(relearned)  # the same tokens with another mask are other answers
     assert len(computed) == 16 + new + 16
     assert len(list((tmp_path / "cache").glob("reference-*.npz"))) == 1
+
+
+def test_damaged_log_probabilities_are_computed_again(tmp_path, capsys):
+    file, values = tmp_path / "reference-1.npz", {0: 0.0, 7: -1.5, 9: -2.5}
+    reference._save(Cache(str(tmp_path)), file.name, values)
+    assert reference._load(file) == values
+    whole, at = file.read_bytes(), file.read_bytes().index(np.float32(-1.5).tobytes())
+    for damaged in (b"", whole[:-30], whole[:at] + b"\0" + whole[at + 1 :], b"PK"):
+        file.write_bytes(damaged)
+        assert reference._load(file) == {0: 0.0}
+        assert f"{file} is damaged, so it is made again" in capsys.readouterr().err

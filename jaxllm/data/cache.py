@@ -1,19 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of what is made from data once: directories that never change, and files that grow."""
+"""The cache of what is made from data once: directories that never change, and files that grow.
+
+A directory has the hashes of its files. They are compared when it is first read, and again when the
+size, time or inode of a file has changed: to compare them at each start would read all tokens.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from jaxllm import dist
-from jaxllm.errors import UserError
-from jaxllm.paths import as_path, copy, files_in, is_bucket
+import xxhash
 
+from jaxllm import dist
+from jaxllm.data.sources import file_hash
+from jaxllm.errors import UserError
+from jaxllm.paths import (
+    as_path,
+    copy,
+    files_in,
+    is_bucket,
+    read_checked,
+    version,
+    write_checked,
+)
+
+_SUMS = "sums.json"  # in a directory: {file: its hash}
 _LAST = "state.json"  # the file of a directory (a saved `datasets.Dataset`) that is uploaded last
 _ABANDONED = 86_400.0  # seconds after which the temporary files of a killed run are deleted
 
@@ -43,10 +61,38 @@ class Cache:
                 if left.stat().st_mtime < time.time() - _ABANDONED:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
+    def hash_of(self, file: Path) -> str:
+        """A hash of all bytes of a file; in a bucket, its version. It is kept in the cache, so the
+        file is read again only if its size, time or inode has changed."""
+        if is_bucket(file):
+            return version(file)
+        stat = file.stat()
+        state = [str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        record = self.root / "hashes" / xxhash.xxh3_128_hexdigest(json.dumps(state).encode())
+        with suppress(OSError, ValueError):
+            return read_checked(record)
+        digest = file_hash(file)
+        with suppress(OSError):  # a cache that cannot be written
+            record.parent.mkdir(exist_ok=True)
+            write_checked(record, digest)
+        return digest
+
+    def _is_intact(self, entry: Path) -> bool:
+        """True if the files of a directory have the hashes that `put` wrote."""
+        try:
+            sums = read_checked(entry / _SUMS)
+            return all(self.hash_of(entry / name) == digest for name, digest in sums.items())
+        except (OSError, ValueError):
+            return False
+
     def get(self, name: str) -> Path | None:
-        """The local path of an entry, None if there is none. A file is read from the bucket again,
-        since another machine may have replaced it."""
+        """The local path of an entry, None if there is none. A directory that is damaged is
+        deleted. A file is read from the bucket again, since another machine may have replaced it.
+        """
         entry = self.root / name
+        if entry.is_dir() and not self._is_intact(entry):
+            print(f"jaxllm: {entry} is damaged, so it is made again", file=sys.stderr)
+            shutil.rmtree(entry)
         if entry.is_dir() or self.shared is None:
             return entry if entry.exists() else None
         remote, made = self.shared / name, self.root / f"making-{uuid.uuid4().hex}"
@@ -54,6 +100,9 @@ class Cache:
             made.mkdir()
             for file in files_in(remote):
                 copy(file, made / file.name)
+            if not self._is_intact(made):
+                shutil.rmtree(made)
+                return None
         elif remote.is_file():
             copy(remote, made)
         else:
@@ -62,6 +111,9 @@ class Cache:
 
     def put(self, made: Path, name: str) -> Path:
         """Moves a complete file or directory, which is in `root`, to the entry `name`."""
+        if made.is_dir():
+            names = [str(file.relative_to(made)) for file in files_in(made)]
+            write_checked(made / _SUMS, {name: file_hash(made / name) for name in names})
         if self.shared:
             files = files_in(made) if made.is_dir() else [made]
             for file in sorted(files, key=lambda file: file.name == _LAST):

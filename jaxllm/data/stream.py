@@ -11,7 +11,9 @@ from __future__ import annotations
 import bisect
 import json
 import shutil
+import sys
 import tempfile
+import uuid
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from jaxllm.data.examples import Examples, cache_key, tokenize_table
 from jaxllm.data.rows import Origin, Row, Windows
 from jaxllm.data.sources import Located, content_hash, file_ids, locate, read
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, is_bucket, local_copy
+from jaxllm.paths import as_path, is_bucket, local_copy, read_checked, write_checked
 
 ENDLESS = 2**40  # rows of a stream: endless in practice, and within the limits of len() and Grain
 
@@ -129,16 +131,18 @@ class Stream:
         name = self._ids[file]
         if name not in self._counts:
             self._counts |= self._read_counts() | {name: len(self._rows(file))}
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self._cache.root, prefix="making-", delete=False
-            ) as part:
-                json.dump(self._counts, part)
-            self._cache.put(Path(part.name), self._index)
+            made = self._cache.root / f"making-{uuid.uuid4().hex}"
+            write_checked(made, self._counts)
+            self._cache.put(made, self._index)
         return self._counts[name]
 
     def _read_counts(self) -> dict[str, int]:
         index = self._cache.get(self._index)
-        return json.loads(index.read_text()) if index else {}
+        try:
+            return read_checked(index) if index else {}
+        except ValueError as error:
+            print(f"jaxllm: {error}; the rows are counted again", file=sys.stderr)
+            return {}
 
     def _load(self, file: int) -> Windows:
         """Tokenize a file and divide it into rows."""

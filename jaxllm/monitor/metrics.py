@@ -18,7 +18,16 @@ from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, copy, first_line, is_bucket, version
+from jaxllm.paths import (
+    as_path,
+    copy,
+    first_line,
+    is_bucket,
+    naming,
+    version,
+    write_bytes,
+    write_text,
+)
 
 
 class _Wandb:
@@ -32,7 +41,7 @@ class _Wandb:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         id_file = run / "wandb-id.txt"  # a resumed run keeps its id
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+            write_text(id_file, secrets.token_hex(4))
         self.session = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "jaxllm"),
             name=run.resolve().name,
@@ -200,7 +209,7 @@ class Metrics:
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""
         if self.enabled:
-            (self.run / "data.json").write_text(json.dumps(_to_json(data), indent=2) + "\n")
+            write_text(self.run / "data.json", json.dumps(_to_json(data), indent=2) + "\n")
 
     def flush(self) -> None:
         """Uploads what was written, if the run folder is in a bucket."""
@@ -226,8 +235,10 @@ class Metrics:
             print(f"jaxllm: {name} is disabled: {reason}", file=sys.stderr)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.run / name).open("a", encoding="utf-8", errors="replace") as file:
-            file.write(json.dumps(_to_json(line), ensure_ascii=False, allow_nan=False) + "\n")
+        path = self.run / name
+        text = json.dumps(_to_json(line), ensure_ascii=False, allow_nan=False)
+        with naming(path), path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(text + "\n")
 
 
 def _drop_after(file: Path, step: int, eval_pending: bool) -> None:
@@ -250,6 +261,4 @@ def _drop_after(file: Path, step: int, eval_pending: bool) -> None:
                 kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError):
             continue
-    new = file.with_suffix(".new")
-    new.write_bytes(b"".join(kept))
-    new.replace(file)
+    write_bytes(file, b"".join(kept))

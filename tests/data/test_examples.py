@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
+from jaxllm.data import cache as cache_module
 from jaxllm.data import examples as examples_module
 from jaxllm.data import tokenization
 from jaxllm.data.chat import EOS_APPENDED, SEPARATE_EXAMPLE
@@ -313,6 +314,38 @@ def test_the_same_input_is_tokenised_once(tmp_path, tokenizer, monkeypatch):
     assert documents(file.rename(tmp_path / "b.jsonl"), config(tmp_path), tokenizer) == before
     # Settings of the other objective do not matter either.
     assert documents(tmp_path / "b.jsonl", config(tmp_path, max_length=8), tokenizer) == before
+
+
+@pytest.mark.parametrize("how", ["changed", "torn", "emptied", "gone"])
+def test_damaged_tokens_are_made_again(tmp_path, tokenizer, capsys, how):
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "cd"}])
+    before = documents(file, config(tmp_path), tokenizer)
+    for name in ("*.arrow", "state.json", "sums.json"):
+        (part,) = (tmp_path / "cache").glob(f"*/*/{name}")
+        data = part.read_bytes()
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        damaged = {"changed": flipped, "torn": data[:middle], "emptied": b""}
+        part.unlink() if how == "gone" else part.write_bytes(damaged[how])
+        assert documents(file, config(tmp_path), tokenizer) == before
+        assert f"{part.parent} is damaged, so it is made again" in capsys.readouterr().err
+    assert documents(file, config(tmp_path), tokenizer) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_the_bytes_of_cached_tokens_are_compared_once(tmp_path, tokenizer, monkeypatch):
+    """To read all of a large cache at each start would take minutes."""
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    read = []
+
+    def file_hash(path, real=cache_module.file_hash):
+        read.append(path.suffix)
+        return real(path)
+
+    monkeypatch.setattr(cache_module, "file_hash", file_hash)
+    for count in (2, 2):  # when it is made and when it is first read; then not again
+        documents(file, config(tmp_path), tokenizer)
+        assert read.count(".arrow") == count
 
 
 def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokenizer, bos_tokenizer):

@@ -19,6 +19,7 @@ from jaxllm.data import stream
 from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.loader import batch_at, make_loader
 from jaxllm.data.stream import Stream
+from jaxllm.paths import read_checked, write_checked
 
 FILES, LENGTH = 6, 8
 
@@ -122,7 +123,7 @@ def test_the_disk_holds_few_files_and_nothing_stays(tmp_path, shards, tokenizer,
         tokens(data, [step])
         most = max(most, len(mapped() - before))
         (left,) = (tmp_path / "cache").iterdir()
-        assert left.name.startswith("rows-") and len(json.loads(left.read_text())) <= FILES
+        assert left.name.startswith("rows-") and len(read_checked(left)) <= FILES
     assert len(made) > FILES and 1 <= most <= Stream.CACHED
 
 
@@ -201,7 +202,19 @@ def test_what_streaming_does_not_go_with_is_refused(change, message, tmp_path, s
 def test_rows_that_are_not_those_that_were_counted_are_refused(tmp_path, shards, tokenizer):
     tokens(load(tmp_path, shards, tokenizer), range(2))
     (index,) = (tmp_path / "cache").glob("rows-*.json")
-    counts = json.loads(index.read_text())
-    index.write_text(json.dumps({name: count - 1 for name, count in counts.items()}))
+    write_checked(index, {name: count - 1 for name, count in read_checked(index).items()})
     with pytest.raises(ValueError, match=r"rows, but .*rows-.*another number.*delete that file"):
         tokens(load(tmp_path, shards, tokenizer), range(2))
+
+
+def test_a_damaged_count_of_rows_is_made_again(tmp_path, shards, tokenizer, capsys):
+    before = tokens(load(tmp_path, shards, tokenizer), range(4))
+    (index,) = (tmp_path / "cache").glob("rows-*.json")
+    counts, text = read_checked(index), index.read_text()
+    digit = text.index(": ", text.index("value")) + 1
+    for damaged in ("", text[:-9], text[:digit] + "[]}", text.replace(": 9", ": 8")):
+        assert damaged != text
+        index.write_text(damaged)
+        np.testing.assert_array_equal(tokens(load(tmp_path, shards, tokenizer), range(4)), before)
+        assert f"{index.name} is damaged; the rows are counted again" in capsys.readouterr().err
+        assert read_checked(index).items() <= counts.items()
