@@ -30,9 +30,9 @@ from jaxllm.config import (
     loading,
     to_dict,
 )
-from jaxllm.config.checks import check, has_results, resolve
-from jaxllm.errors import UserError, nearest
-from jaxllm.paths import local_path
+from jaxllm.config.checks import check, recorded_config, resolve
+from jaxllm.errors import STOPPED, UserError, nearest
+from jaxllm.paths import local_path, write_text
 
 # Name of a method -> peft.method.
 METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
@@ -44,6 +44,7 @@ usage: jaxllm compare [CONFIG.yaml] [--methods METHOD ...] [--section.key value 
 Runs the same config once for each method, one after another, and prints a table of the trained
 parameters, the size of the optimizer state and of a checkpoint, peak memory, speed and eval loss.
 The runs are in output_dir/METHOD, the table in output_dir/{TABLE} and output_dir/{OBJECTS}.
+After Ctrl-C or SIGTERM, the same command resumes.
 
   --methods METHOD ... [{" ".join(DEFAULT)}]
       the methods, in this order: {", ".join(METHODS)}
@@ -64,7 +65,7 @@ class Row:
     trainable: number of trained parameters; share: relative to the base model's. checkpoint_bytes:
     files of one checkpoint. memory_gib: peak of the device that uses most, of the process on a CPU.
     tokens_per_second: median over the metrics' lines but the first, which is slower. wall_seconds:
-    of the process, from its start to its end.
+    of the process, from its start to its end; of a resumed run, of all its processes.
     """
 
     method: str
@@ -159,12 +160,7 @@ def _check(cfg: TrainConfig, origins: dict[str, str], methods: list[str]) -> Non
     for key, origin in origins.items():
         if key.startswith("peft.") and origin.startswith("--") and key not in read:
             raise UserError(f"{origin} is read by none of {', '.join(methods)}; leave it out")
-    for method in methods:
-        folder = local_path(cfg.output_dir) / method
-        if has_results(folder) and not cfg.overwrite:
-            raise UserError(
-                f"{folder} has the results of a run; change output_dir or say --overwrite"
-            )
+    local_path(cfg.output_dir)  # raises for a bucket
 
 
 def _program(cfg: TrainConfig) -> Any:
@@ -204,6 +200,26 @@ def _run(cfg: TrainConfig) -> int:
                 signal.signal(name, handler)
 
 
+def _check_resume(cfg: TrainConfig) -> None:
+    """Raises UserError if the run's folder has results of another config."""
+    from jaxllm.identity import check_same_run, fixed
+
+    old, new = fixed(recorded_config(cfg)), fixed(to_dict(cfg))
+    for config in (old, new):  # the batch size may be given per device; the run compares it
+        for key in ("batch_size", "accumulation"):
+            config.pop(key, None)
+    folder = Path(cfg.output_dir)
+    check_same_run(folder, {"config": old}, {"config": new}, cfg.resume_changed)
+
+
+def _earlier(file: Path) -> dict[str, float]:
+    """{method: seconds that its run took} of the comparison that is resumed."""
+    try:
+        return {row["method"]: float(row["wall_seconds"]) for row in json.loads(file.read_text())}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def _row(method: str, program: Any, seconds: float) -> Row:
     """The results of a run that has ended."""
     import jax
@@ -213,6 +229,8 @@ def _row(method: str, program: Any, seconds: float) -> Row:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval"]
+    ledgers = [line for line in lines if line["kind"] == "goodput"]  # of the run and its restarts
+    spent = [sum(v for k, v in line.items() if k.endswith("_seconds")) for line in ledgers]
     losses = [float(line["loss"]) for line in evals if line["step"] == evals[-1]["step"]]
     speeds = [line["tokens_per_second"] for line in trained[1:]]
     latest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
@@ -229,7 +247,7 @@ def _row(method: str, program: Any, seconds: float) -> Row:
         memory_gib=max(line["memory_gib"] for line in trained),
         tokens_per_second=median(speeds) if speeds else None,
         eval_loss=fmean(losses) if losses else None,
-        wall_seconds=seconds,
+        wall_seconds=max([seconds, *spent[-1:]]),
         learning_rate=program.cfg.optim.learning_rate,
         steps=trained[-1]["step"],
     )
@@ -284,12 +302,15 @@ def _show(cells: list[list[str]], notes: list[str]) -> None:
 def compare(args: list[str]) -> int:
     """`jaxllm compare ARGS`: returns 0, or the exit status of the first run that fails.
 
-    The table then has the runs before it. Raises UserError for a user's mistake, nearly always
+    The table then has the runs before it. The same command resumes: runs that are complete end at
+    once, and the one that was stopped resumes. Raises UserError for a user's mistake, nearly always
     before the first run.
     """
     cfg, origins, methods = _read(args)
     _check(cfg, origins, methods)
-    cfg = replace(cfg, data=resolve(cfg).data)  # all runs have the same date, even after midnight
+    recorded = [recorded_config(_config_of(cfg, method)) for method in methods]
+    # All runs have the same date, even after midnight.
+    cfg = replace(cfg, data=resolve(cfg, None, next(filter(None, recorded), {})).data)
     configs = {method: _config_of(cfg, method) for method in methods}
     for config in configs.values():
         check(config)  # before the imports of `_program`, which take seconds
@@ -298,7 +319,10 @@ def compare(args: list[str]) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # the runs use the accelerator
     programs = {method: _program(config) for method, config in configs.items()}
+    for program in programs.values():
+        _check_resume(program.cfg)
     out = Path(cfg.output_dir)
+    earlier = {} if cfg.overwrite else _earlier(out / OBJECTS)
     out.mkdir(parents=True, exist_ok=True)
 
     rows: list[Row] = []
@@ -309,15 +333,17 @@ def compare(args: list[str]) -> int:
         status = _run(program.cfg)
         if status:
             break
-        rows.append(_row(method, program, time.perf_counter() - start))
+        seconds = max(time.perf_counter() - start, earlier.get(method, 0.0))
+        rows.append(_row(method, program, seconds))
     if rows:
         notes = _notes(cfg, origins, rows)
         cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]
-        (out / OBJECTS).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        (out / TABLE).write_text(_markdown(cells, notes), encoding="utf-8")
+        write_text(out / OBJECTS, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_text(out / TABLE, _markdown(cells, notes))
     if status:  # printed once the files are written: the terminal may be closed
         end = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        print(f"compare: {method} {end}", file=sys.stderr, flush=True)
+        again = "; run the same command to resume" if status == STOPPED else ""
+        print(f"compare: {method} {end}{again}", file=sys.stderr, flush=True)
     if rows:
         _show(cells, notes)
         print(out / TABLE)

@@ -12,17 +12,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import FAST, MODEL
 
 from jaxllm import cli, compare
-from jaxllm.config import from_dict
+from jaxllm.config import from_dict, to_dict
 
 CORPUS = Path(json.__file__)
 ENV = os.environ | {"XLA_FLAGS": FAST, "JAX_PLATFORMS": "cpu"}  # one device
-STEPS = 3
+STEPS, PYTHON = 3, sys.executable
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,8 @@ run = Path(cfg["output_dir"])
 lines = [dict(kind="train", step=i, tokens_per_second=s, memory_gib=m) for i, s, m in {lines}]
 losses = ((2, "a", 9.0), (3, "a", 2.0), (3, "b", 4.0))
 lines += [dict(kind="eval", step=i, name=name, loss=loss) for i, name, loss in losses]
-(run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+text = "".join(json.dumps(line) + "\\n" for line in lines)
+(run / "metrics.jsonl").write_text(text + {ledger!r})
 """
 
 
@@ -91,10 +93,10 @@ lines += [dict(kind="eval", step=i, name=name, loss=loss) for i, name, loss in l
 def stand_in(tmp_path, monkeypatch):
     """Installs the stand-in; gives back a function that reads what the runs were given."""
 
-    def put(fails="", end="", lines=((1, 1.0, 0.5), (2, 20.0, 2.0), (3, 30.0, 1.0))):
+    def put(fails="", end="", lines=((1, 1.0, 0.5), (2, 20.0, 2.0), (3, 30.0, 1.0)), ledger=""):
         log, script = tmp_path / "log.jsonl", tmp_path / "python"
-        body = STAND_IN.format(log=log, fails=fails, end=end or "pass", lines=lines)
-        script.write_text(f"#!{sys.executable}\n{body}")
+        body = STAND_IN.format(log=log, fails=fails, end=end or "pass", lines=lines, ledger=ledger)
+        script.write_text(f"#!{PYTHON}\n{body}")
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
         return lambda: [
@@ -349,18 +351,40 @@ def test_mistakes_are_one_line_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_is_there_is_refused_unless_overwritten(project, stand_in, tmp_path, capfd):
+def test_runs_of_another_config_are_refused_unless_overwritten(project, stand_in, tmp_path, capfd):
     given = stand_in()
     out = tmp_path / "out"
-    (out / "lora").mkdir(parents=True)
-    (out / "lora" / "metrics.jsonl").write_text("")  # of a run that never began
     assert run(project, out, "--methods", "lora") == 0
-    assert run(project, out) == 2
+    ((_, cfg),) = given()
+    (out / "lora" / "config.json").write_text(json.dumps(to_dict(replace(cfg, batch_size=8))))
+    more = ("--seed", "7", "--methods", "full", "lora")
+    assert run(project, out, *more) == 2
     error = capfd.readouterr().err
-    assert f"{out / 'lora'} has the results of a run; change output_dir or say --overwrite" in error
+    assert f"{out / 'lora'} belongs to another run (seed was 0, is 7)" in error
     assert len(given()) == 1
-    assert run(project, out, "--methods", "lora", "--overwrite") == 0
-    assert [cfg.overwrite for _, cfg in given()] == [False, True]
+    assert run(project, out, *more, "--overwrite") == 0
+    assert [cfg.overwrite for _, cfg in given()] == [False, True, True]
+
+
+def test_the_same_command_resumes_a_comparison_that_was_stopped(project, stand_in, tmp_path, capfd):
+    """With the date of its first day, and the time of all processes."""
+    given = stand_in(fails="lora", end="sys.exit(75)")
+    out, methods = tmp_path / "out", ("--methods", "full", "lora")
+    assert run(project, out, *methods, "--objective", "sft") == 75
+    assert "lora ended with status 75; run the same command to resume" in capfd.readouterr().err
+    (row,) = json.loads((out / "compare.json").read_text())
+    (out / "compare.json").write_text(json.dumps([row | {"wall_seconds": 1000.0}]))
+    for (_, cfg), date in zip(given(), ("2001-02-03", "2001-02-03"), strict=True):
+        folder = Path(cfg.output_dir)
+        (folder / "checkpoints" / "2").mkdir(parents=True, exist_ok=True)
+        data = replace(cfg.data, date=date)
+        (folder / "config.json").write_text(json.dumps(to_dict(replace(cfg, data=data))))
+    ledger = '{"kind": "goodput", "step": 3, "train_seconds": 70.0, "lost_seconds": 7.0}\n'
+    stand_in(ledger=ledger)
+    assert run(project, out, *methods, "--objective", "sft") == 0
+    assert [cfg.data.date for _, cfg in given()[2:]] == ["2001-02-03"] * 2
+    full, lora = json.loads((out / "compare.json").read_text())
+    assert (full["wall_seconds"], lora["wall_seconds"]) == (1000.0, 77.0)
 
 
 def test_help_names_the_methods_and_flags(capsys):
