@@ -56,7 +56,8 @@ def _report(cfg: TrainConfig, result: Any) -> int:
     for name, values in result.evals.items():
         shown = ("loss", "perplexity") if "perplexity" in values else SHOWN
         texts = [f"{key} {values[key]:{SHOWN[key]}}" for key in shown if key in values]
-        print(f"{name}: {'  '.join(texts)}")
+        when = "" if result.evaluated == result.step else f" at step {result.evaluated}"
+        print(f"{name}{when}: {'  '.join(texts)}")
     best, metric = result.best, cfg.eval.metric
     if best.step not in (None, result.step):
         exported = " (exported to final/)" if cfg.save.load_best and result.final else ""

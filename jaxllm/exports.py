@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import Checkpoints, changed_file
 from jaxllm.config import DataSection, MeshSection, TrainConfig, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
 from jaxllm.files import DTYPES, read_json
 from jaxllm.hf import load_hf, save_adapter, save_hf
+from jaxllm.identity import base_weights, check_same_run
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params
@@ -29,7 +30,7 @@ from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.program import build, load_model
-from jaxllm.run import START, check_same_origin, origin
+from jaxllm.run import START
 from jaxllm.tokenizer import load_tokenizer
 
 Step = int | Literal["best"] | None  # a checkpoint
@@ -77,7 +78,13 @@ def _config(run: str, folder: Path) -> dict[str, Any]:
     """The config.json of a run folder or HF directory."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{run} is neither a run folder nor a HF directory: it has no config.json")
-    return read_json(folder / "config.json")
+    try:
+        return read_json(folder / "config.json")
+    except UserError as error:
+        if not (folder / "checkpoints").is_dir():
+            raise
+        hint = "delete it and start the run again, which writes it"
+        raise UserError(f"{error}; {hint}") from None
 
 
 def _load_run(
@@ -93,6 +100,10 @@ def _load_run(
     cfg = replace(cfg, model=model, optim=replace(cfg.optim, offload=False), mesh=MeshSection())
     start = replace(cfg, output_dir=str(folder), overwrite=False)
     if (folder / START).is_dir():
+        if problem := changed_file(folder / START):
+            raise UserError(
+                f"{folder / START} is damaged ({problem}); start the run again, which restores it"
+            )
         saved = {"path": str(folder / START), "config": None, "tokenizer": None, "overrides": {}}
         # The saved template has the settings of the data section.
         start = replace(start, model=replace(cfg.model, **saved), data=DataSection())
@@ -105,7 +116,9 @@ def _load_run(
         program = build(start, mesh)
         model, adapter = program.policy, program.adapter
         if adapter.frozen and (merge or adapter.needs_base):
-            check_same_origin(checkpoints, step, origin(cfg))
+            saved, now = checkpoints.meta(step).get("identity", {}), {"weights": base_weights(cfg)}
+            kept = {n: saved["weights"].get(n) for n in now["weights"]} if saved else {}
+            check_same_run(folder, {"weights": kept} if saved else {}, now, resumes=False)
             cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # the checkpoint has its values
             load = partial(load_model, mesh=mesh, shape=program.shape, adapter=adapter)
             # PiSSA started from the base weights in the dtype and quantization of training.
@@ -139,13 +152,10 @@ def _chosen_step(run: str, checkpoints: Checkpoints, step: Step, cfg: TrainConfi
     if step is None and cfg.save.load_best:
         best = checkpoints.best()
         step = best if best is not None and checkpoints.is_good(best) else None
-    steps = checkpoints.manager.all_steps()
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{run} has no checkpoint {step}; it has {there}")
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise UserError(f"{run} has no checkpoint yet")
+    checkpoints.check(step)
     return step
 
 

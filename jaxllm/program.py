@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -24,6 +25,7 @@ from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
 from jaxllm.hf_config import source_config
+from jaxllm.identity import base_weights, identity
 from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
@@ -37,7 +39,7 @@ from jaxllm.ops.cross_entropy import blocks_of
 from jaxllm.ops.residuals import check_offload
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
-from jaxllm.run import origin, started_from
+from jaxllm.run import started_from
 from jaxllm.sampling import bucketed
 from jaxllm.step import (
     Models,
@@ -112,11 +114,14 @@ class Program:
             split = self.cfg.mesh.zero == 3 and fsdp_dim(sharding.spec) >= 0
             return blocks_of(self.cfg.model.loss_blocks, split)
 
-    def origin(self) -> dict[str, Any] | None:
-        """What identifies the weights that a checkpoint depends on; None if it has all of them."""
-        if self.reference is None and not self.adapter.frozen:
-            return None
-        return origin(self.cfg, adapter=self.reference is not None)
+    def identity(self, tokenizer: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The identity of the run (identity.py) with its tokenizer and the manifest of its data.
+        All processes call it."""
+        compares = self.reference is not None
+        depends = compares or self.adapter.frozen  # on weights that a checkpoint does not have
+        weights = base_weights(self.cfg, adapter=compares) if depends else {}
+        hf_config = json.loads(self.policy.hf_config)
+        return identity(self.cfg, tokenizer, manifest, hf_config, weights)
 
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""

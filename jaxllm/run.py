@@ -14,11 +14,11 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import distributions, version
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,13 +27,14 @@ import jax
 import xxhash
 
 from jaxllm import dist
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import Checkpoints, changed_file, list_files
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER_CONFIG, local_dir, tensor_files
-from jaxllm.hf import save_configs, weights_hash
+from jaxllm.files import ADAPTER_CONFIG, local_dir
+from jaxllm.hf import save_configs
+from jaxllm.identity import check_processes_read_the_same, check_same_run, fixed
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (
     absolute,
@@ -42,22 +43,18 @@ from jaxllm.paths import (
     delete,
     entries,
     files_in,
+    first_line,
     is_bucket,
     make_folder,
     matching,
+    naming,
+    rename_folder,
     write_text,
 )
-from jaxllm.peft.files import find
+from jaxllm.watch import STARTS
 
 LOCK = ".lock"  # in a run folder: locked by the process that trains in it
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
-# Keys that a resumed run may change: data, model and optimizer stay the same. A change of epochs or
-# steps changes the rest of the schedule.
-FREE = {"output_dir", "overwrite", "resume", "epochs", "steps", "micro_batch_size", "eval_every"}
-FREE |= {"model.attention", "model.remat", "model.scan_unroll"}
-FREE |= {"model.loss_chunk", "model.loss_blocks", "model.mlp_blocks", "optim.offload"}
-FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
-FREE |= {"mesh", "cluster", "log", "save"}  # sections
 # Packages that must have one version in all processes: what computes, tokenizes and orders rows.
 VERSIONS = re.compile(
     "jax|jaxlib|libtpu|(jax-cuda|nvidia-).*|flax|optax|orbax-checkpoint|grain|datasets|numpy|"
@@ -65,7 +62,7 @@ VERSIONS = re.compile(
 )
 NFS_SECONDS = 60.0  # after which a new file on NFS is seen by all hosts (acdirmax)
 CLOCK_SKEW = 30.0  # seconds by which the clocks of two processes may differ
-IDENTITY = ("content", "examples", "tokens")  # fields of a source that must not change on resume
+SIGNS = {LOCK, STARTS}  # one of them is in the folder of a run that began
 
 
 def check_processes(cfg: TrainConfig) -> None:
@@ -93,29 +90,6 @@ def check_processes(cfg: TrainConfig) -> None:
             f"the clock of process {slow} is {clocks[fast] - clocks[slow]:.0f} s behind that of "
             f"process {fast}; synchronise them"
         )
-
-
-def check_processes_read_the_same(
-    cfg: TrainConfig, manifest: dict[str, Any], *, resumed: bool = False
-) -> None:
-    """Raises UserError if the data, the tokenizer, the weights or the reward functions that the run
-    reads differ between the processes."""
-    if dist.count() == 1:
-        return
-    sets = [manifest["train"], *manifest["eval"].values()]
-    sources = [source for one in sets for source in one["sources"]]
-    facts: dict[str, Any] = {f"data {s['path']}": [s[key] for key in IDENTITY] for s in sources}
-    facts["the tokenizer"] = manifest["tokenizer"]
-    rewards = [Path(name.rpartition(":")[0]) for name in cfg.rl.rewards]
-    files = [file for file in (*rewards, Path(cfg.data.template or "")) if file.is_file()]
-    facts |= {str(file): xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in files}
-    named = [name for name in cfg.rl.rewards if as_path(name).is_dir()]
-    if not resumed or cfg.peft.method != "none":  # else the weights are in the checkpoint
-        named += filter(None, [cfg.model.path, None if resumed else cfg.peft.path])
-    for path in named:
-        weights = [f for f in files_in(local_dir(path)) if f.suffix == ".safetensors"]
-        facts[path] = weights_hash(weights)
-    dist.check_same(facts)
 
 
 class Lock:
@@ -167,9 +141,11 @@ class RunFolder:
         self.cfg, self.path = cfg, as_path(cfg.output_dir)
         check_bucket(self.path)
         if dist.is_main() and not is_bucket(self.path):
-            _read_config(self.path)  # raises for a folder that is not a run's
+            _read_config(self.path, cfg.overwrite)  # raises for a folder that is not a run's
+            _check_writable(self.path)
             self._lock = Lock.of(self.path)
-        config = dist.agree(_read_config(self.path) if dist.is_main() else None)
+        config = dist.agree(_read_config(self.path, cfg.overwrite) if dist.is_main() else None)
+        self.changed: dict[str, Any] = {}  # of the identity; see `latest`
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
             self.claim()
@@ -183,17 +159,26 @@ class RunFolder:
         """The checkpoints. If the run replaces an old one, call `claim` first."""
         return Checkpoints(self.path / "checkpoints", self.cfg.save.keep)
 
-    def latest(self, manifest: dict[str, Any], origin: dict[str, Any] | None) -> int | None:
+    def latest(self, identity: dict[str, Any]) -> int | None:
         """The step of the checkpoint that this run resumes from, None if it starts from step 0.
 
-        Raises UserError if the data (`manifest`) or `origin` are not those of the checkpoint.
+        Raises UserError if the `identity` of the run is not that of the checkpoint, except for what
+        resume_changed names, which becomes `changed`.
         """
         resumes = self.cfg.resume and not self.replaces
         step = dist.agree(self.checkpoints.latest()) if resumes else None
-        check_processes_read_the_same(self.cfg, manifest, resumed=step is not None)
+        check_processes_read_the_same(self.cfg, identity, resumed=step is not None)
         if step is not None:
-            check_same_data(self.path, manifest)
-            check_same_origin(self.checkpoints, step, origin)
+            saved = self.checkpoints.meta(step).get("identity", {})
+            accepted = self.cfg.resume_changed
+            self.changed = check_same_run(self.path, saved, identity, accepted)
+            lines = [f"resume_changed: {name} changed" for name in self.changed]
+            if missing := ", ".join(name for name in identity if name not in saved):
+                lines.append(
+                    f"checkpoint {step} has no record of {missing}; a change since is not noticed"
+                )
+            for line in lines if dist.is_main() else ():
+                print(line, file=sys.stderr)
         return step
 
     def claim(self, state: Any = None) -> None:
@@ -230,18 +215,25 @@ class RunFolder:
             return f"output_dir {self.path} is not writable"
         return None
 
-    def save_start(self, model: Decoder, tokenizer: Any) -> None:
+    def save_start(self, model: Decoder, tokenizer: Any, resumed: bool) -> None:
         """Writes the configs and the tokenizer, and the config of the adapter that the run starts
-        from, so that checkpoints can be exported when those are gone."""
-        if not dist.is_main():
-            return
+        from, so that checkpoints can be exported when those are gone. A resumed run writes them if
+        they are damaged or gone."""
         folder = self.path / START
-        delete(folder)
-        make_folder(folder)
-        save_configs(model, folder, tokenizer)
-        if self.cfg.peft.path:
-            config = local_dir(self.cfg.peft.path) / ADAPTER_CONFIG
-            (folder / ADAPTER_CONFIG).write_bytes(config.read_bytes())
+        if not dist.is_main() or (resumed and not changed_file(folder)):
+            return
+        made = folder if is_bucket(folder) else folder.with_name(f"{START}.new")
+        for old in {folder, made}:
+            delete(old)
+        make_folder(made)
+        with naming(made):
+            save_configs(model, made, tokenizer)
+            if self.cfg.peft.path:
+                config = local_dir(self.cfg.peft.path) / ADAPTER_CONFIG
+                (made / ADAPTER_CONFIG).write_bytes(config.read_bytes())
+        list_files(made, files_in(made), {})
+        if made != folder:
+            rename_folder(made, folder)
 
     def _check_overwrite(self) -> None:
         cfg = self.cfg
@@ -259,44 +251,52 @@ class RunFolder:
     def _check_resume(self, config: dict[str, Any]) -> None:
         if any((self.path / "checkpoints").glob("[0-9]*")) and not self.cfg.resume:
             raise UserError(f"{self.path} has checkpoints; resume them, or say --overwrite true")
-        if not has_results(self.path):
-            return
-        old, new = _fixed(config), _fixed(to_dict(self.cfg))
-        changed = [key for key in new if key in old and new[key] != old[key]]
-        if changed:
-            keys = "; ".join(f"{k} was {old[k]!r}, is {new[k]!r}" for k in changed[:3])
-            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"{self.path} belongs to another run ({keys}{more}); "
-                "change output_dir or say --overwrite true"
-            )
+        if has_results(self.path):
+            now = {"config": fixed(to_dict(self.cfg))}
+            saved = {"config": fixed(config)}
+            check_same_run(self.path, saved, now, self.cfg.resume_changed)
 
 
-def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a config that a resumed run must share."""
-    return {k: v for k, v in flat(config).items() if not {k, k.partition(".")[0]} & FREE}
+def _check_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written to a folder, which may not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir {folder} is not writable ({existing}); change one of them")
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of a run folder; None if the folder is missing or empty.
+def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
+    """config.json of a run folder; None if no run has begun there. {} if the run has results and
+    the file is gone, or is damaged and the run is to be replaced.
 
-    Raises UserError for a file, and for a folder with other files.
+    Raises UserError for a file, for a folder with other files, and for a damaged config.json.
     """
     if not folder.exists():
         return None
     if not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file; choose another directory")
-    if all(entry.name == LOCK for entry in entries(folder)):
+    names = {entry.name for entry in entries(folder)}
+    if names <= {LOCK}:
         return None
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(file.read_text())
         if {"objective", "optim", "data"} <= config.keys():
             return config
-    except (OSError, ValueError, AttributeError):
-        pass  # a HF directory has a config.json too
-    raise UserError(
-        f"output_dir {folder} has files that are not from a run; choose another directory"
-    )
+        problem = ""  # a HF directory has a config.json too
+    except (OSError, ValueError, AttributeError) as error:
+        problem = first_line(error)
+    if not names & SIGNS or not problem:
+        raise UserError(
+            f"output_dir {folder} has files that are not from a run; choose another directory"
+        )
+    if not has_results(folder):  # it ended before its first step, as on a full disk
+        return None
+    if file.exists() and not overwrite:
+        raise UserError(
+            f"{file} is damaged ({problem}); delete it to resume the run, whose last checkpoint "
+            "has the config too, or start over with --overwrite true"
+        )
+    return {}
 
 
 # ---- the model that a run started from
@@ -305,55 +305,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def started_from(cfg: TrainConfig) -> PeftSection:
     """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
     copy = as_path(cfg.output_dir) / START
-    if cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file():
+    saved = cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file()
+    if saved and not changed_file(copy):
         return replace(cfg.peft, path=str(copy))
     return cfg.peft
-
-
-def origin(cfg: TrainConfig, *, adapter: bool = False) -> dict[str, Any]:
-    """What identifies the model that a run starts from: its path and a hash of its weights, or its
-    config and seed. adapter: include the adapter that the run starts from."""
-    if not cfg.model.path:
-        return {"config": cfg.model.config, "seed": cfg.seed}
-    weights = tensor_files(local_dir(cfg.model.path)).values()
-    found = {"path": cfg.model.path, "hash": weights_hash(weights)}
-    if adapter and cfg.peft.path:
-        found["adapter"] = weights_hash([find(cfg.peft.path).weights])
-    return found
-
-
-def check_same_origin(checkpoints: Checkpoints, step: int, origin: dict[str, Any] | None) -> None:
-    """Raises UserError if checkpoint `step` was trained from another model than `origin`."""
-    saved, now = checkpoints.meta(step).get("base") or {}, origin or {}
-    if {key: saved.get(key) for key in now} != now:
-        raise UserError(
-            f"{checkpoints.directory / str(step)} was trained from another model: {saved}, now "
-            f"{now}; restore that model, or change output_dir"
-        )
-
-
-def check_same_data(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError if data.json of a run describes other data than `manifest`."""
-    file = folder / "data.json"
-    if not file.is_file():
-        return
-    saved = json.loads(file.read_text())
-    before, now = _sources(saved), _sources(manifest)
-    changed = []
-    for name in before | now:
-        for old, new in zip_longest(before.get(name, ()), now.get(name, ())):
-            if not old or not new or any(old[key] != new[key] for key in IDENTITY):
-                changed.append((new or old)["path"])
-    if saved["tokenizer"] != manifest["tokenizer"]:
-        changed.append("the tokenizer")
-    if changed:
-        raise UserError(
-            f"{', '.join(dict.fromkeys(changed))} changed since {folder} was started, so resuming "
-            "would not be exact; restore the data, or change output_dir"
-        )
-
-
-def _sources(manifest: dict[str, Any]) -> dict[str | None, list[dict[str, Any]]]:
-    """The sources of the training data, under None, and of each evaluation set."""
-    sets = {None: manifest["train"]} | manifest["eval"]
-    return {name: one["sources"] for name, one in sets.items()}

@@ -22,7 +22,7 @@ import jax
 from jaxllm import dist, hf, reference
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
-from jaxllm.config import TrainConfig, to_dict
+from jaxllm.config import OptimSection, TrainConfig, to_dict
 from jaxllm.config.checks import check, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens, run_tokenizer, stop_ids
@@ -36,7 +36,7 @@ from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
-from jaxllm.optim import eval_params
+from jaxllm.optim import eval_params, make_schedule
 from jaxllm.paths import as_path
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.plan import planned_for
@@ -64,6 +64,8 @@ class Result:
     best: Best
     evals: dict[str, dict[str, float]]
     """the last evaluation: {set: {metric: value}}"""
+    evaluated: int | None
+    """its step; None if there was none"""
     final: str | None
     """directory of the trained model or adapter"""
 
@@ -93,8 +95,8 @@ def train(cfg: TrainConfig) -> Result:
     # ---- load what the run starts from: the first of these that exists
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
     #   3. the HF weights in model.path     4. random weights of model.config's shape
-    origin = program.origin()  # identifies the weights that checkpoints depend on
-    resumed = run.latest(data.manifest, origin)
+    identity = program.identity(tokenizer, data.manifest)
+    resumed = run.latest(identity)
     watch.enter("load", resumed or 0)
     begins = f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights"
     say(begins if resumed is None else f"resuming from step {resumed}")
@@ -102,14 +104,14 @@ def train(cfg: TrainConfig) -> Result:
     rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
     if program.precomputes_reference:
         assert program.reference is not None
-        key = [origin, program.policy.hf_config]
+        key = [identity["weights"], program.policy.hf_config]
         data = reference.precomputed(cfg, data, program.reference(trainable, frozen), key, mesh)
     frozen = program.with_reference(trainable, frozen)
     run.claim(program.state)  # deletes the run that this one replaces; config and data are valid
     checkpoints = run.checkpoints
     with jax.set_mesh(mesh):
+        run.save_start(program.policy, tokenizer, resumed is not None)
         if resumed is None:
-            run.save_start(program.policy, tokenizer)
             state, saved = program.begin(trainable), {}  # donates `trainable`
             del trainable
         else:
@@ -119,7 +121,8 @@ def train(cfg: TrainConfig) -> Result:
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
-    watch.restore(saved, complete=start >= timetable.steps)
+    watch.restore(saved, complete=start >= timetable.steps, changed=run.changed)
+    say(*timetable.jump(saved, start))
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
     metrics.manifest(data.manifest)
@@ -170,24 +173,24 @@ def train(cfg: TrainConfig) -> Result:
                 log(step)
             if events.save or evals.over or evals.kept == step:
                 with log.saving(step):
-                    meta = {"sums": meter.sums, "seconds": meter.seconds, "base": origin}
+                    meta = {"sums": meter.sums, "seconds": meter.seconds, "identity": identity}
+                    meta |= {"steps": timetable.steps}
                     meta |= watch.meta() | evals.meta(events.postpone_evaluation)
                     meta |= {"feed": batches.state()}
                     checkpoints.save(step, state, meta, evals.kept)
-        stopped = stop and step < timetable.steps
         if step > start:  # not for a run that was complete
             log.ledger(step)
         best = evals.best
-        if not stopped and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
+        if not stop and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
             gc.collect()
             state = checkpoints.restore(best.step, program.state)
 
     # ---- write the trained model or adapter
     watch.enter("export", step)
-    final = None if stopped else write_final(program, state, frozen, tokenizer)
-    early = step < timetable.steps and not stopped
-    return Result(step, stopped, early, best, evals.latest, final)
+    final = None if stop else write_final(program, state, frozen, tokenizer)
+    early = step < timetable.steps and not stop
+    return Result(step, stop, early, best, evals.latest, evals.step, final)
 
 
 def say(*lines: str) -> None:
@@ -246,7 +249,8 @@ class Events:
     evaluate: bool
     save: bool
     postpone_evaluation: bool
-    """an evaluation is due, but the run stops here: the resumed run does it first"""
+    """an evaluation is due, but the run stops here: the resumed run does it first, as it writes
+    `final/` after the last step"""
 
 
 class Timetable:
@@ -263,8 +267,30 @@ class Timetable:
             epoch *= (cfg.rl.group_size or 1) * (cfg.rl.iterations or 1)
         steps = cfg.steps or Fraction(str(cfg.epochs)) * epoch
         self.steps = math.ceil(Fraction(steps, self.stride)) * self.stride
+        self.optim = cfg.optim
         every = (cfg.log.every, cfg.eval_every, cfg.save.every)
         self.log, self.evaluate, self.save = (epoch if n == "epoch" else int(n) for n in every)
+
+    def jump(self, saved: dict[str, Any], start: int) -> Iterator[str]:
+        """A line if the learning rate of the run that resumes after `start` is not what it would
+        have been. saved: the checkpoint's meta, which has the run's steps and config until then."""
+        if "steps" not in saved or start >= self.steps:
+            return
+        config = saved["identity"]["config"].items()
+        named = {k.removeprefix("optim."): v for k, v in config if k.startswith("optim.")}
+        before = make_schedule(OptimSection(**named), saved["steps"])
+        old, new = float(before(start)), float(make_schedule(self.optim, self.steps)(start))
+        if math.isclose(old, new, rel_tol=1e-3, abs_tol=1e-12):
+            return
+        yield (
+            f"the schedule changes: the learning rate was {float(before(start - 1)):.3g} at step "
+            f"{start} of {saved['steps']} and is {new:.3g} at step {start + 1} of {self.steps}"
+        )
+        if self.optim.schedule in ("cosine", "linear", "wsd") and new > old:
+            yield (
+                "to train on at one rate instead: --optim.schedule constant "
+                "--optim.learning_rate RATE --resume_changed optim.schedule optim.learning_rate"
+            )
 
     def may_stop(self, step: int) -> bool:
         """True if a run that stops after `step` can resume."""
@@ -274,7 +300,7 @@ class Timetable:
         """What happens after `step`, and after the last step of a run that stops there."""
         end = step == self.steps
         evaluate = end or due(self.evaluate, step, self.stride)
-        postpone = evaluate and stop and not end
+        postpone = evaluate and stop
         save = due(self.save, step, self.stride) or end or stop
         return Events(due(self.log, step) or end or stop, evaluate and not postpone, save, postpone)
 
@@ -426,9 +452,12 @@ class Evaluations:
     best: Best
     latest: dict[str, dict[str, float]] = field(default_factory=dict)
     """{set: {metric: value}}"""
+    step: int | None = None
+    """of `latest`"""
 
     def __call__(self, step: int, state: TrainState) -> None:
         program, log = self.program, self.log
+        self.step = step
         options: Any = {"mesh": program.mesh}
         options["batch_size"] = program.cfg.batch_size // program.micro_batches
         with log.phase("eval", step):

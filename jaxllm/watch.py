@@ -152,17 +152,25 @@ class Watch:
         now = time.time()
         return {"phases": self.seconds, "restarts": self.restarts, "saved_at": now}
 
-    def restore(self, saved: dict[str, Any], *, complete: bool = False) -> None:
+    def restore(
+        self,
+        saved: dict[str, Any],
+        *,
+        complete: bool = False,
+        changed: dict[str, Any] | None = None,
+    ) -> None:
         """Adds the times of the run that this one resumes, as `meta` saved them, and notes this
-        start in STARTS, unless the run is complete. What it did after the checkpoint is lost."""
+        start in STARTS, with what `changed` of the run's identity, unless the run is complete. What
+        it did after the checkpoint is lost."""
         if complete or not dist.is_main():
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
-        text = file.read_text() if file.is_file() else ""
+        starts = _starts(file.read_text() if file.is_file() else "")
         ends = [modified(one) for one in (file, lines) if one.is_file()]  # of the previous run
-        text += json.dumps({"time": time.time(), "last": max(ends, default=0.0)}) + "\n"
-        write_text(file, text)
-        starts, since = [*map(json.loads, text.splitlines())], saved.get("saved_at", 0.0)
+        start: dict[str, Any] = {"time": time.time(), "last": max(ends, default=0.0)}
+        starts.append(start | ({"changed": changed} if changed else {}))
+        write_text(file, "".join(json.dumps(start) + "\n" for start in starts))
+        since = saved.get("saved_at", 0.0)
         self.restarts = saved.get("restarts", -1) + sum(start["time"] > since for start in starts)
         ran = [(before["time"], after["last"]) for before, after in pairwise(starts)]
         lost = sum(max(end - max(begin, since), 0.0) for begin, end in ran)
@@ -390,6 +398,16 @@ class Watch:
         noting.start()
         noting.join(10)  # the disk may not answer
         _quit(STOPPED, f"{why}; start the same command again to resume")
+
+
+def _starts(text: str) -> list[dict[str, Any]]:
+    """The lines of STARTS, but for damaged ones."""
+    starts = []
+    for line in text.splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            start = json.loads(line)
+            starts.append(start | {key: float(start[key]) for key in ("time", "last")})
+    return starts
 
 
 def _say(line: str) -> None:

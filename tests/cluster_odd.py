@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxllm import dist, run
+from jaxllm import dist, identity, run
 from jaxllm.config import ClusterSection, DataSection, OptimSection, Source, TrainConfig
 from jaxllm.errors import UserError
 
@@ -26,7 +26,7 @@ dist.start(ClusterSection())
 me = str(dist.index())
 os.makedirs(folder / me / "model")
 os.chdir(folder / me)  # as if each host had a disk of its own
-for name in ("other.py", "reward.py", "t.jinja"):
+for name in ("other.py", "reward.py"):
     Path(name).write_text(me)
 save_file({"w": np.full(4, dist.index())}, "model/model.safetensors")
 
@@ -44,11 +44,6 @@ def tell(name, call, *args, patches=()):
     finally:
         for one in patches:
             one.stop()
-
-
-def manifest(tokenizer="t", content="c"):
-    source = {"path": "a.txt", "content": content, "examples": 1, "tokens": 1}
-    return {"train": {"sources": [source]}, "eval": {}, "tokenizer": tokenizer}
 
 
 check, version, clock = run.check_processes, run.version, time.time
@@ -70,11 +65,11 @@ driver = SimpleNamespace(device_kind=device.device_kind, client=client)
 tell("platform", check, cfg, patches=[patch("jax.local_devices", lambda: 2 * [driver])])
 tell("clock", check, cfg, patches=[patch("time.time", lambda: clock() + 99)])
 
-check = run.check_processes_read_the_same
-tell("data", check, cfg, manifest(content=me))
-tell("tokenizer", check, cfg, manifest(tokenizer=me))
-tell("template", check, replace(cfg, data=replace(cfg.data, template="t.jinja")), manifest())
-tell("reward", check, replace(cfg, rl=replace(cfg.rl, rewards=("reward.py:f",))), manifest())
-tell("weights", check, replace(cfg, model=replace(cfg.model, path="model")), manifest())
+check = identity.check_processes_read_the_same
+tell("data", check, cfg, {"data": {"a.txt": me}})
+tell("tokenizer", check, cfg, {"tokenizer": me})
+tell("template", check, cfg, {"template": me})
+tell("reward", check, cfg, {"rewards": {"reward.py:f": identity._reward("reward.py:f", cfg)}})
+tell("weights", check, replace(cfg, model=replace(cfg.model, path="model")), {})
 (folder / f"{me}.json").write_text(json.dumps(told))
 dist.barrier("end")

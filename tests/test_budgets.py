@@ -42,7 +42,7 @@ FLOORS = (
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
     ("objectives", "optim"),
-    ("hf", "checkpoint", "step"),
+    ("hf", "checkpoint", "step", "identity"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize",),
@@ -50,7 +50,7 @@ FLOORS = (
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 22_700
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 23_120
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

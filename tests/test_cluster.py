@@ -318,9 +318,9 @@ NAMED = {
     "platform": 'has platform "CUDA 9"',
     "clock": "the clock of process 0 is 99 s behind that of process 1",
     "data": "has data a.txt",
-    "tokenizer": 'has the tokenizer "1", the others "0"',
-    "template": "has t.jinja ",
-    "reward": "has reward.py ",
+    "tokenizer": 'has tokenizer "1", the others "0"',
+    "template": 'has template "1", the others "0"',
+    "reward": "has rewards reward.py:f ",
     "weights": "has model ",
 }
 

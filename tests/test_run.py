@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +17,10 @@ import numpy as np
 import pytest
 
 from jaxllm import dist
+from jaxllm.checkpoint import changed_file
 from jaxllm.config import DataSection, LogSection, OptimSection, Source, TrainConfig
-from jaxllm.errors import UserError
-from jaxllm.run import LOCK, RunFolder, check_same_data
+from jaxllm.errors import UserError, mistake
+from jaxllm.run import LOCK, RunFolder
 
 
 @pytest.fixture
@@ -177,29 +180,96 @@ def test_overwrite_does_not_delete_a_reward_model_that_the_run_reads(cfg):
         RunFolder(inside)
 
 
-def manifest(content="1", **evals):
-    source = {"path": "a.txt", "content": content, "examples": 3, "tokens": 9, "rows": 2}
-    sets = {name: {"sources": [source | {"path": name, "content": c}]} for name, c in evals.items()}
-    return {"tokenizer": "t", "train": {"sources": [source]}, "eval": sets}
+def damaged(cfg, text=""):
+    """A run folder with results and a damaged config.json."""
+    run = used(cfg)
+    with open(f"{run}/config.json", "w") as file:
+        file.write(text)
+    return run
 
 
-@pytest.mark.parametrize(
-    ("now", "named"),
-    [
-        (manifest("2", b="1"), "a.txt"),
-        (manifest(b="2"), "b"),
-        (manifest(b="1", c="1"), "c"),
-        (manifest(), "b"),
-        (manifest(b="1") | {"tokenizer": "u"}, "the tokenizer"),
-        (manifest(b="1") | {"train": {"sources": []}}, "a.txt"),
-    ],
-)
-def test_a_run_is_not_resumed_on_other_training_or_evaluation_data(tmp_path, now, named):
-    check_same_data(tmp_path, now)  # there is no record yet
-    (tmp_path / "data.json").write_text(json.dumps(manifest(b="1")))
-    check_same_data(tmp_path, manifest(b="1"))
-    with pytest.raises(UserError, match=rf"^{named} changed since"):
-        check_same_data(tmp_path, now)
+@pytest.mark.parametrize("text", ["", "[1]", '{"objective": "pre', "null"])
+def test_a_damaged_config_is_named_and_the_run_goes_on_without_it_or_starts_over(cfg, text):
+    run = damaged(cfg, text)
+    with pytest.raises(UserError, match=rf"^{run}/config.json is damaged .*delete it to resume"):
+        RunFolder(cfg)
+    assert RunFolder(replace(cfg, overwrite=True)).replaces
+    os.unlink(f"{run}/config.json")
+    folder = RunFolder(cfg)
+    assert not folder.replaces
+    folder.claim()
+    with open(f"{run}/config.json") as file:
+        assert json.load(file)["seed"] == 0
+
+
+def test_a_damaged_config_of_a_folder_that_is_no_runs_stays(cfg):
+    run = damaged(cfg)
+    os.unlink(f"{run}/{LOCK}")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="has files that are not from a run"):
+            RunFolder(replace(cfg, overwrite=overwrite))
+    assert os.path.isdir(f"{run}/checkpoints/10")
+
+
+def test_a_disk_that_is_full_at_the_first_start_leaves_a_folder_that_can_be_used(cfg, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space") as error:
+            RunFolder(cfg)
+    assert f"({cfg.output_dir}/config.json: No space left on device)" in mistake(error.value)
+    assert os.listdir(cfg.output_dir) == [LOCK]
+    os.makedirs(f"{cfg.output_dir}/model.new")  # of the next file that the disk had no room for
+    RunFolder(replace(cfg, seed=1))
+    assert (RunFolder(replace(cfg, seed=2)).path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_cannot_be_written_is_named_at_once(cfg, monkeypatch, exists):
+    if exists:
+        used(cfg)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=rf"output_dir {cfg.output_dir} is not writable \("):
+        RunFolder(cfg)
+
+
+def test_a_read_only_disk_is_a_mistake_that_names_the_file():
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "cache/part")
+    assert mistake(error) == "cache/part: Read-only file system; write to another directory"
+
+
+def test_the_model_at_the_start_is_written_again_if_it_is_damaged(cfg):
+    from runs import MODEL
+    from test_reference import decoder
+
+    model = decoder()
+    model.hf_config = json.dumps(MODEL)
+    run, start = RunFolder(cfg), Path(cfg.output_dir, "model")
+    run.save_start(model, None, resumed=False)
+    before = {file.name: file.read_bytes() for file in start.iterdir()}
+    assert set(before) == {"config.json", "generation_config.json", "files.json"}
+    (start / "config.json").write_text("{}")
+    assert changed_file(start).startswith("config.json has 2 of")
+    run.save_start(model, None, resumed=True)
+    assert {file.name: file.read_bytes() for file in start.iterdir()} == before
+    assert not list(start.parent.glob("*.new"))
+
+
+def test_a_checkpoint_without_an_identity_is_resumed_with_a_line(cfg, capsys):
+    run = RunFolder(cfg)
+    run.checkpoints.save(3, {"w": jax.numpy.ones(3)}, {})
+    assert run.latest({"data": {}, "weights": {}}) == 3
+    assert "checkpoint 3 has no record of data, weights" in capsys.readouterr().err
+    run.checkpoints.close()
+
+
+def test_resume_changed_accepts_keys_of_the_config(cfg):
+    used(cfg)
+    with pytest.raises(UserError, match="seed was 0, is 1.*--resume_changed seed$"):
+        RunFolder(replace(cfg, seed=1))
+    RunFolder(replace(cfg, seed=1, resume_changed=("seed",)))
 
 
 def test_resume_off_does_not_write_over_checkpoints(cfg):

@@ -464,7 +464,7 @@ def test_an_evaluation_is_postponed_where_the_run_stops():
     timetable = Timetable(TrainConfig(steps=4, eval_every=2, batch_size=1), 4)
     assert timetable.after(2, False) == Events(False, True, False, False)
     assert timetable.after(2, True) == Events(True, False, True, True)
-    assert timetable.after(4, True) == Events(True, True, True, False)
+    assert timetable.after(4, True) == Events(True, False, True, True)
 
 
 def test_a_metric_that_is_not_logged_is_named_before_any_step(project, capsys):
@@ -472,6 +472,24 @@ def test_a_metric_that_is_not_logged_is_named_before_any_step(project, capsys):
     args = arguments(project, "sft", "no-metric", *more)
     refused(capsys, args, "'f1' is not logged", "accuracy", "few")
     assert not (project / "no-metric" / "checkpoints" / "4").exists()
+
+
+def test_what_was_due_at_the_last_step_is_made_up_after_a_signal(project, monkeypatch, capsys):
+    """The evaluation, the samples and final/; what is printed is not said to be of that step."""
+    evaluating(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    held_out = ("--data.eval", str(project / "few.jsonl"), "--eval_every", "1", "--steps", "2")
+    samples = ("--log.samples", "def f", "--log.sample_tokens", "4")
+    args, run = arguments(project, "sft", "due", *held_out, *samples), project / "due"
+    assert main(args) == 75
+    said = capsys.readouterr()
+    assert "few at step 1: loss" in said.out and "stopped at step 2" in said.err
+    assert list(lines_of(run, "eval")) == [1] and not (run / "final").exists()
+    assert main(args) == 0
+    assert "few: loss" in capsys.readouterr().out
+    assert list(lines_of(run, "eval")) == [1, 2]
+    lines = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (run / "final" / "model.safetensors").is_file()
 
 
 # ---- what a run does not share, and mistakes
@@ -541,6 +559,67 @@ def test_a_run_whose_text_changed_does_not_go_on(project, capsys):
     assert main([*args, "--steps", "4"]) == 0
     text.write_text(text.read_text() * 2)
     refused(capsys, args, "changing.txt changed since")
+
+
+def test_a_changed_template_is_refused_unless_it_is_accepted_and_more_steps_jump(project, capsys):
+    """The change is noted in starts.jsonl, and the next checkpoint is of the new identity."""
+    template, run = project / "t.jinja", project / "template"
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    template.write_text(text + "{% if add_generation_prompt %}assistant: {% endif %}")
+    args = arguments(project, "sft", "template", "--data.template", str(template))
+    args = ["linear" if a == "constant" else a for a in args]
+    assert main([*args, "--steps", "2"]) == 0
+    template.write_text(template.read_text().replace("assistant: ", "assistant:"))
+    template.write_text(template.read_text().replace("}}: {{", "}}:{{"))
+    refused(capsys, [*args, "--steps", "4"], "template changed since", "--resume_changed template")
+    assert main([*args, "--steps", "4", "--resume_changed", "template"]) == 0
+    said = capsys.readouterr().err
+    assert "resume_changed: template changed" in said
+    assert "the learning rate was 0.005 at step 2 of 2 and is 0.005 at step 3 of 4" in said
+    assert "--optim.schedule constant --optim.learning_rate RATE --resume_changed" in said
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert [[*start.get("changed", {})] for start in starts] == [[], ["template"]]
+    saves = Checkpoints(run / "checkpoints")
+    before, after = (saves.meta(step)["identity"]["template"] for step in (2, 4))
+    assert starts[1]["changed"]["template"] == [before, after] and before != after
+    (run / "data.json").write_text("{")  # neither is needed to go on
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('{"time": 1')
+    constant = ("--optim.schedule", "constant", "--resume_changed", "optim.schedule")
+    assert main([*args, *constant, "--steps", "5"]) == 0
+    said = capsys.readouterr().err
+    assert "is 0.01 at step 5 of 5" in said and "at one rate" not in said
+    assert lines_of(run)[5]["learning_rate"] == pytest.approx(0.01)
+    assert json.loads((run / "data.json").read_text())["train"]["rows"] > 0
+    assert len((run / "starts.jsonl").read_text().splitlines()) == 3
+
+
+DAMAGES = {
+    "changed": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "torn": lambda data: data[: len(data) // 2],
+    "emptied": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("how", ["changed", "torn", "emptied", "gone"])
+def test_no_damaged_file_of_a_checkpoint_is_exported(straight, capsys, tmp_path, how):
+    run = tmp_path / "run"
+    shutil.copytree(straight / "sft-straight", run)
+    step, out = run / "checkpoints" / "8", str(tmp_path / "out")
+    files = [p for p in step.rglob("*") if p.is_file()]
+    for file in files:
+        if file.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # orbax does not read them
+            continue
+        data = file.read_bytes()
+        file.unlink() if how == "gone" else file.write_bytes(DAMAGES[how](data))
+        for name in ([str(run), out, "--step", "8"], [str(step), out]):
+            refused(capsys, ["export", *name], f"{step} is broken (", "use another")
+        file.write_bytes(data)
+    (run / "model" / "tokenizer.json").write_text("{}")
+    refused(capsys, ["export", str(run), out], f"{run / 'model'} is damaged (tokenizer.json has")
+    (run / "config.json").write_text("")
+    refused(capsys, ["export", str(run), out], f"{run / 'config.json'}:1: Expecting", "delete it")
+    refused(capsys, ["eval", "--model", str(step), "--data", "x.txt"], f"jaxllm export {step} OUT")
 
 
 def test_a_run_whose_evaluation_data_changed_does_not_go_on(project, capsys):

@@ -13,10 +13,13 @@ from typing import Any
 from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
 from jaxllm.config.sections import TrainConfig
 from jaxllm.config.verbs import JUDGING, PEFT_METHODS, unread
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, nearest
 from jaxllm.paths import as_path, file_size
 
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
+# What a run must share with the one that it resumes, besides the keys of the config (identity.py).
+IDENTITY = ("data", "eval", "tokenizer", "template", "model_config", "generation_config")
+IDENTITY += ("weights", "rewards")
 
 
 def check(cfg: TrainConfig) -> None:
@@ -154,6 +157,11 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     yield from _eval_contradictions(cfg)
     yield from _align_contradictions(cfg)
 
+    for name in cfg.resume_changed:
+        if name not in (names := (*IDENTITY, *leaves())):
+            near = nearest(name, names)
+            hint = f"did you mean {near}?" if near else f"use {', '.join(IDENTITY)} or a key"
+            yield f"resume_changed: {name} is unknown; {hint}"
     if not cfg.batch_size and not cfg.micro_batch_size:
         yield "batch_size is 0, which requires micro_batch_size"
     options = ("zero", "reduce_dtype")

@@ -423,6 +423,9 @@ class TrainConfig:
     """delete an earlier run in output_dir, after the new config, model and data are validated"""
     resume: bool = True
     """resume from the latest valid checkpoint in output_dir, if there is one"""
+    resume_changed: tuple[str, ...] = ()
+    """what may have changed since the run that is resumed: keys of the config, or data, eval,
+    tokenizer, template, model_config, generation_config, weights, rewards"""
     seed: Seed = 0
     """seed of initialization, data order, dropout and sampling"""
     epochs: Annotated[Positive, Unit("epochs")] = 1.0
