@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import dist
 from jaxllm.errors import UserError
@@ -110,6 +111,7 @@ class Decoding:
     """Completions in progress, of at most N tokens each."""
 
     step: Any  # int32 scalar: tokens per row so far
+    prompts: jax.Array  # int32 [B, P]
     cache: Cache  # of the prompts and all tokens but the last
     ended: jax.Array  # bool [B]
     tokens: jax.Array  # int32 [B, N]; 0 after `step`
@@ -124,7 +126,7 @@ class Decoding:
         tokens = lax.dynamic_update_slice(self.tokens, token_B[:, None], (0, self.step))
         logps = lax.dynamic_update_slice(self.logps, logp_B1, (0, self.step))
         ended = self.ended | jnp.isin(token_B, jnp.asarray(sampling.stop_ids or (-1,)))
-        return Decoding(self.step + 1, cache, ended, tokens, logps)
+        return Decoding(self.step + 1, self.prompts, cache, ended, tokens, logps)
 
 
 @partial(jax.jit, static_argnames=("graph", "new", "sampling"))
@@ -146,6 +148,7 @@ def prefill(
     out = model.hidden(tokens, segment_ids, positions, cache, adapter_weights=adapter_weights)
     empty = Decoding(
         jnp.int32(0),
+        tokens,
         cache,
         ~jnp.any(segment_ids, 1),  # rows without a prompt pad the batch to the devices
         jnp.zeros((rows, new), jnp.int32),
@@ -167,7 +170,11 @@ def decode(
     adapter_weights: jax.Array | None = None,
 ) -> Decoding:
     """Generates until rows have `stop` tokens or all have ended. Ignore the tokens of a row after
-    its end."""
+    its end.
+
+    Where the frequencies depend on the length of a text (longrope), the cache is computed again as
+    soon as a row is longer than the length at which they change.
+    """
     model: Decoder = nnx.merge(graph, params)
 
     def unfinished(state: Decoding) -> jax.Array:
@@ -181,7 +188,37 @@ def decode(
         assert out.cache is not None
         return state.append(model.logits(out.x[:, 0], adapter_weights), out.cache, sampling, key)
 
-    return lax.while_loop(unfinished, body, state)
+    changes = [rope.original_length for rope in model.cfg.ropes if rope.kind == "longrope"]
+    if not changes:
+        return lax.while_loop(unfinished, body, state)
+
+    def outgrows(state: Decoding) -> jax.Array:
+        """True if the next token of a row is the first for which the frequencies are others."""
+        lengths_B1 = jnp.sum(state.cache.segment_ids != 0, 1, keepdims=True)
+        return jnp.any((lengths_B1 == jnp.asarray(changes)) & ~state.ended[:, None])
+
+    def again(state: Decoding) -> Decoding:
+        cache = recomputed(model, state, adapter_weights)
+        return within(body(replace(state, cache=cache)))
+
+    within = partial(lax.while_loop, lambda s: unfinished(s) & ~outgrows(s), body)
+    return lax.while_loop(unfinished, again, within(state))
+
+
+def recomputed(model: Decoder, state: Decoding, adapter_weights: jax.Array | None) -> Cache:
+    """The cache of `state`, as a text has it that goes on with another token."""
+    old, rows = state.cache, len(state.prompts)
+    prefix = 0 if model.prefix is None else model.prefix.length
+    segment_ids = old.segment_ids[:, prefix:]  # 0 in the slots that are empty
+    slots = segment_ids.shape[1]
+    tokens = jnp.concatenate([state.prompts, state.tokens], 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
+    # The empty slots have the position of the next token, which counts for the text's length.
+    positions = prefix + jnp.cumsum(segment_ids, 1) - segment_ids
+    empty = model.empty_cache(rows, slots)
+    out = model.hidden(tokens, segment_ids, positions, empty, adapter_weights=adapter_weights)
+    assert out.cache is not None
+    return replace(out.cache, length=old.length)
 
 
 def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -283,12 +320,20 @@ def stream(
     rows = [choice_weights(model.peft, choice) for choice in adapters]
     assert not rows or len(rows) == len(prompts)
     weights = jnp.asarray(rows, jnp.float32) if rows else None
-    state = prefill(graph, params, tokens, segment_ids, key, bucketed(count), static, weights)
+    with _mesh_of(model):
+        state = prefill(graph, params, tokens, segment_ids, key, bucketed(count), static, weights)
     yield np.array(state.tokens)[:, :1]
     for done in range(1, count, chunk):
         stop = min(done + chunk, count)
-        state = decode(graph, params, state, key, jnp.int32(stop), static, weights)
+        with _mesh_of(model):
+            state = decode(graph, params, state, key, jnp.int32(stop), static, weights)
         yield np.array(state.tokens)[:, done:stop]
+
+
+def _mesh_of(model: Decoder) -> AbstractContextManager[Any]:
+    """Sets the mesh of the weights, whose devices a kernel has to know."""
+    sharding = model.embed.embedding.get_value().sharding
+    return jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext()
 
 
 def generate(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation: the cache changes nothing, and neither do batch mates."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
+from jaxllm.ops import attention, attention_tpu
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
 from jaxllm.sampling import (
@@ -281,3 +284,80 @@ def test_unstacked_layers_have_the_compute_dtype():
     _, held = module._unstacked(*nnx.split(small))
     kept = {str(x.dtype) for path, x in nnx.to_flat_state(held) if path[-1] != "scale"}
     assert kept == {"bfloat16"}
+
+
+# ---- attention of prompts, and positions that depend on the length of the text
+
+
+@pytest.mark.parametrize("shape", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_prompts_are_read_by_the_fused_kernel(model, monkeypatch, shape):
+    """Splash attention, interpreted: left-padded rows of an empty cache attend to themselves."""
+    calls = []
+
+    def run(q, k, v, q_segments, k_segments, _, **options):
+        calls.append(q.shape[1])
+        return attention_tpu.run(q, k, v, q_segments, k_segments, interpret=True, **options)
+
+    kernel = attention.Kernel("interpreted", "cpu", lambda **_: "", lambda: "it is slow", run)
+    monkeypatch.setattr(attention, "KERNELS", (kernel,))
+    mesh = make_mesh(MeshSection(**shape), jax.devices()[: 8 if shape else 1])
+    want = completed(model, RAGGED[:8], WARM, mesh, jax.random.key(3))
+    assert not calls
+    fused = Decoder(CFG, rngs=nnx.Rngs(3), attention="interpreted")
+    assert_same(completed(fused, RAGGED[:8], WARM, mesh, jax.random.key(3)), want, 1e-4)
+    assert calls == [64]  # one prefill, of which a scan traces one layer
+
+
+ORIGINAL = 12  # tokens after which longrope's factors are the long ones
+LONGROPE = Rope(
+    kind="longrope",
+    theta=100.0,
+    original_length=ORIGINAL,
+    short_factor=(1.0, 1.1, 1.2, 1.3),
+    long_factor=(1.5, 2.0, 4.0, 9.0),
+    mscale=1.1,
+)
+
+
+@pytest.fixture(scope="module")
+def stretched():
+    return Decoder(replace(CFG, ropes=(LONGROPE,)), rngs=nnx.Rngs(3))
+
+
+def by_growing_forward(model, prompt, count):
+    """Greedy tokens, each by a forward pass of its own over the text so far."""
+    text = list(prompt)
+    for _ in range(count):
+        row = jnp.array([text + [0] * (32 - len(text))])
+        segments = (jnp.arange(32) < len(text)).astype(jnp.int32)[None]
+        text.append(int(jnp.argmax(forward(model, row, segments)[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+forward = nnx.jit(lambda model, row, segments: model(row, segments))
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("method", ["none", "prefix"])
+def test_longrope_follows_the_length_of_each_text_while_it_grows(method, chunk):
+    """Prompts of 3, 11 and 1 tokens, and of 13, in one batch; cross 12 at different steps."""
+    section = PeftSection(method=method, num_virtual_tokens=3)
+    cfg = replace(CFG, ropes=(LONGROPE,))
+    model = Decoder(cfg, rngs=nnx.Rngs(params=3, peft=4), peft=make_adapter(cfg, section))
+    prompts = [*PROMPTS, list(range(20, 33))]
+    made = np.concatenate([*stream(model, prompts, Sampling(max_new_tokens=13), chunk)], 1)
+    assert made.tolist() == [by_growing_forward(model, p, 13) for p in prompts]
+    short = Decoder(replace(CFG, ropes=(replace(LONGROPE, original_length=99),)), rngs=nnx.Rngs(3))
+    assert method != "none" or made.tolist() != [by_growing_forward(short, p, 13) for p in prompts]
+
+
+def test_longrope_samples_short_and_long_texts_as_they_are_trained_on(stretched):
+    """The rollout's buffers are longer than ORIGINAL, the first texts are not."""
+    prompts = [[5, 9, 2], [60], list(range(20, 33)), list(range(2, 18))]
+    made = completed(stretched, prompts, Sampling(8, temperature=1.0), key=jax.random.key(5))
+    for row, prompt in enumerate(prompts):
+        text = [*prompt, *made.tokens[row].tolist()]
+        assert len(text) <= ORIGINAL or len(prompt) > ORIGINAL
+        logps = jax.nn.log_softmax(stretched(jnp.array([text])))[0, len(prompt) - 1 : -1]
+        want = logps[np.arange(8), made.tokens[row]]
+        np.testing.assert_allclose(made.logps[row], want, atol=1e-4)

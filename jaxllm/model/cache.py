@@ -55,6 +55,8 @@ class LayerCache:
         tokens' dtype. Otherwise it has the cache's.
         """
         cache = self.write(k_BTNK, v_BTNK, offset)
+        if isinstance(offset, int) and not offset:
+            return cache, k_BTNK, v_BTNK
         if not isinstance(offset, int):
             return cache, *cache.read()
         k_BSNK, v_BSNK = cache.read(offset + k_BTNK.shape[1])

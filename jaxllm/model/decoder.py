@@ -23,7 +23,7 @@ from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import Embed, Linear, RMSNorm
-from jaxllm.model.rope import rope_table, text_lengths
+from jaxllm.model.rope import cached_table, rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
@@ -168,7 +168,10 @@ class Decoder(nnx.Module):
         if cache is not None:
             pasts, offset = (cache.layers,), cache.length
             cached = lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
-            key_segment_ids = cached[:, : offset + T] if isinstance(offset, int) else cached
+            if not isinstance(offset, int):
+                key_segment_ids = cached
+            elif offset:  # after a prefix; in an empty cache the keys are the tokens' own
+                key_segment_ids = cached[:, : offset + T]
         elif self.prefix is not None:
             pasts, offset = (VirtualTokens(*self.prefix.kv(self)),), self.prefix.length
             positions = positions + offset
@@ -179,10 +182,9 @@ class Decoder(nnx.Module):
         if cache is None:
             lengths = text_lengths(segment_ids, positions)
             tables = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
-        else:  # rows of a table of all slots, so that no layer computes angles
+        else:
             slots = cache.segment_ids.shape[1]
-            tables = [rope_table(r, cfg.head_dim, jnp.arange(slots), slots) for r in cfg.ropes]
-            tables = [tuple(jnp.take(x, positions, 0, mode="clip") for x in t) for t in tables]
+            tables = [cached_table(rope, cfg.head_dim, positions, slots) for rope in cfg.ropes]
         if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
             tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
         # Elsewhere, in an evaluation over a mesh, XLA would replicate the blocks of split weights.

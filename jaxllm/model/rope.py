@@ -68,7 +68,7 @@ def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
 
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
     """cos and sin of positions [...], float32 [..., 1, R/2]. lengths: `length` of rope_frequencies,
-    or int32 [...]: that of each token's text."""
+    or int32 [...]: that of each token's text, or of each row's [B, 1]."""
     known = isinstance(lengths, int)
     inverse, mscale = rope_frequencies(rope, head_dim, lengths if known else 0)
     if not known and rope.kind == "longrope":
@@ -77,6 +77,15 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
         inverse = jnp.where(long, stretched, inverse)
     angle = positions.astype(jnp.float32)[..., None, None] * inverse
     return jnp.cos(angle) * mscale, jnp.sin(angle) * mscale
+
+
+def cached_table(rope: Rope, head_dim: int, positions: jax.Array, slots: int):
+    """`rope_table` of positions [B, T] that end at the last token of each row's text so far, for a
+    cache of so many slots."""
+    if rope.kind == "longrope":
+        return rope_table(rope, head_dim, positions, positions.max(1, keepdims=True) + 1)
+    table = rope_table(rope, head_dim, jnp.arange(slots), slots)  # one, of which rows are read
+    return tuple(jnp.take(x, positions, 0, mode="clip") for x in table)
 
 
 @jax.custom_vjp
