@@ -238,10 +238,9 @@ def test_losses_are_weighed_added_and_averaged_over_pairs(rows, normalized):
     assert float(pairs) == here.sum()
     np.testing.assert_allclose(float(metrics["accuracy"][0]), ((c - rc) > (r - rr)).sum())
     np.testing.assert_allclose(float(metrics["logp_chosen"][0]), c.sum(), rtol=1e-5)
-    total, count = dpo_baseline(model, other, rows, beta=0.1)
-    if not normalized:
-        np.testing.assert_allclose(float(total), 0.1 * (c - rc + r - rr).sum(), rtol=1e-4)
-        assert float(count) == 2 * here.sum()
+    total, count = dpo_baseline(model, other, rows, beta=0.1, length_normalized=normalized)
+    np.testing.assert_allclose(float(total), 0.1 * (c - rc + r - rr).sum(), rtol=1e-4)
+    assert float(count) == 2 * here.sum()
 
 
 @pytest.mark.parametrize("name", REFERENCE_FREE)
