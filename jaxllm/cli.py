@@ -219,6 +219,7 @@ def evaluate(verb: str, args: list[str]) -> None:
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
     from jaxllm.evaluate import evaluate_files
+    from jaxllm.files import strict_json
 
     use_cache()
     found = evaluate_files(
@@ -233,7 +234,7 @@ def evaluate(verb: str, args: list[str]) -> None:
         use=_uses([options.use])[0] if options.use else ...,
     )
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
-    print(json.dumps(found) if options.json else "\n".join(lines))
+    print(strict_json(found) if options.json else "\n".join(lines))
 
 
 def generate(verb: str, args: list[str]) -> None:

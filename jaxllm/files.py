@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -98,6 +99,27 @@ def check_no_checkpoint(folder: Path) -> None:
         raise UserError(
             f"{folder} is a checkpoint of a run; `jaxllm export {folder} OUT` makes a model of it"
         )
+
+
+def strict(value: Any) -> Any:
+    """A value for json.dumps; NaN and infinities, which JSON does not have, become the strings
+    "NaN", "Infinity" and "-Infinity"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and JAX scalars and arrays
+        return strict(value.tolist())
+    return str(value)
+
+
+def strict_json(value: Any) -> str:
+    """One line of JSON, by `strict`."""
+    return json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
 
 
 def read_json(file: Path) -> dict[str, Any]:

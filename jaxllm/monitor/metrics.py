@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from jaxllm import dist
 from jaxllm.errors import UserError
+from jaxllm.files import strict, strict_json
 from jaxllm.paths import (
     as_path,
     copy,
@@ -82,21 +82,6 @@ class _TensorBoard:
 SPOOLED = ("metrics.jsonl", "samples.jsonl", "wandb-id.txt", "rows.bin")
 # They receive the numbers of metrics.jsonl, and are made with (run folder, config, resume step).
 TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
-
-
-def _to_json(value: Any) -> Any:
-    """A value for json.dumps; NaN and infinities become "NaN", "Infinity" and "-Infinity"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy and JAX scalars and arrays
-        return _to_json(value.tolist())
-    return str(value)
 
 
 class Spool:
@@ -181,7 +166,7 @@ class Metrics:
         self.run.mkdir(parents=True, exist_ok=True)
         for name in SPOOLED[:2]:
             _drop_after(self.run / name, resume_step, eval_pending)
-        config = _to_json(config or {})
+        config = strict(config or {})
         for name in report_to:
             tracker = self._try(name, partial(TRACKERS[name], self.run, config, resume_step))
             if tracker is not None:
@@ -209,7 +194,7 @@ class Metrics:
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""
         if self.enabled:
-            write_text(self.run / "data.json", json.dumps(_to_json(data), indent=2) + "\n")
+            write_text(self.run / "data.json", json.dumps(strict(data), indent=2) + "\n")
 
     def flush(self) -> None:
         """Uploads what was written, if the run folder is in a bucket."""
@@ -236,9 +221,8 @@ class Metrics:
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         path = self.run / name
-        text = json.dumps(_to_json(line), ensure_ascii=False, allow_nan=False)
         with naming(path), path.open("a", encoding="utf-8", errors="replace") as file:
-            file.write(text + "\n")
+            file.write(strict_json(line) + "\n")
 
 
 def _drop_after(file: Path, step: int, eval_pending: bool) -> None:
