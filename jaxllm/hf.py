@@ -153,9 +153,14 @@ def _read_shards(
 
 
 def _read_weights(
-    model: Decoder, locations: fp8.Locations, scheme: fp8.Fp8 | None, quantize_base: str
+    model: Decoder,
+    locations: fp8.Locations,
+    scheme: fp8.Fp8 | None,
+    quantize_base: str,
+    shared: Mapping[tuple[str, ...], jax.Array],
 ) -> None:
-    """Reads the weights of an abstract model, except for a score head that no file has."""
+    """Reads the weights of an abstract model, except for a score head that no file has, and for
+    those of the base model that are `shared`."""
     keys = {tuple(key.path.split(".")): key for key in key_table(model.cfg)}
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     assert keys.keys() == weights.keys()
@@ -165,6 +170,9 @@ def _read_weights(
         for path, key in keys.items():
             names = tensor_names(model.cfg, key.name)
             if names[0] not in locations:
+                continue
+            if path in shared and key.path not in model.peft.saved:
+                weights[path].set_value(shared[path])
                 continue
             like, layers = weights[path].get_value(), [tensor(name) for name in names]
             for name, part in zip(names, layers, strict=True):
@@ -186,6 +194,7 @@ def load_hf(
     scores: bool = False,
     seed: int = 0,
     compute_dtype: str | None = None,
+    shared: Mapping[tuple[str, ...], jax.Array] | None = None,
     **options: Any,
 ) -> Decoder:
     """Loads a HF directory or hub id as a Decoder.
@@ -202,6 +211,7 @@ def load_hf(
         the weights if both are given.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
+      shared: arrays of another model of `path` to use, by the path of the weight; others are read.
       options: remat, scan_unroll, attention, loss_blocks, mlp_blocks, as in Decoder.
 
     Raises UserError for an unknown family, missing or unexpected tensors, shapes that disagree with
@@ -226,7 +236,7 @@ def load_hf(
         locations.setdefault(HEAD, locations[EMBED])
     _check_names(folder, cfg, set(locations), scheme)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
-    _read_weights(model, locations, scheme, quantize_base)
+    _read_weights(model, locations, scheme, quantize_base, shared or {})
     _draw(model, seed)
     peft.begin(model)
     for which, files in enumerate(saved.values()):

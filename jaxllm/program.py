@@ -24,6 +24,7 @@ from jaxllm.config import TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
+from jaxllm.finite import check_finite
 from jaxllm.hf_config import source_config
 from jaxllm.identity import base_weights, identity
 from jaxllm.mesh import batch_sharding, data_parallel, replicated
@@ -186,6 +187,9 @@ class Program:
         cfg = replace(self.cfg, peft=replace(self.cfg.peft, path=None)) if resumed else self.cfg
         load = partial(load_model, cfg, self.mesh, self.shape, self.adapter)
         model = load()
+        if files := [path for path in (cfg.model.path, cfg.peft.path) if path]:
+            start, where = nnx.to_pure_dict(nnx.state(model)), " and ".join(files)
+            check_finite(start, self.shape, where, "start from weights that are")
         if cfg.verb.critic:
             add_critic(model, cfg, load)
         _, trained, rest = nnx.split(model, trained_by(self.adapter), ...)

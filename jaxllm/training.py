@@ -31,6 +31,7 @@ from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
+from jaxllm.finite import check_finite
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
@@ -42,10 +43,11 @@ from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.plan import planned_for
 from jaxllm.program import Program, build
 from jaxllm.rl import online
-from jaxllm.rl.rewards import load_reward
+from jaxllm.rl.rewards import load_rewards
 from jaxllm.rows import RowLog
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
+from jaxllm.saving import Save
 from jaxllm.signals import spare_the_save, stop_signal
 from jaxllm.step import TrainState
 from jaxllm.watch import Watch, current, watched
@@ -101,7 +103,8 @@ def train(cfg: TrainConfig) -> Result:
     begins = f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights"
     say(begins if resumed is None else f"resuming from step {resumed}")
     trainable, frozen = program.load(resumed)
-    rewards = [load_reward(name, mesh, cfg.model.compute_dtype) for name in cfg.rl.rewards]
+    rewards = load_rewards(cfg, mesh, frozen)
+    say(*(reward.about for reward in rewards if reward.about))
     if program.precomputes_reference:
         assert program.reference is not None
         key = [identity["weights"], program.policy.hf_config]
@@ -139,6 +142,7 @@ def train(cfg: TrainConfig) -> Result:
     log = Log(metrics, record, meter, watch, bar)
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
     evals = Evaluations(program, data.evals, frozen, samples, log, best)
+    save = Save(program, checkpoints, log, evals, batches, identity, timetable.steps, step)
     step_fn, stop, unlogged = None, False, False
 
     # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
@@ -150,7 +154,8 @@ def train(cfg: TrainConfig) -> Result:
         while step < timetable.steps and not stop and not evals.over:
             step += 1
             watch.enter(batches.phase, step)
-            batch, rollout_metrics = batches(step - 1, state.trainable)
+            with save.on_reward_error(step - 1, state, unlogged):
+                batch, rollout_metrics = batches(step - 1, state.trainable)
             watch.enter("train", step)
             if step_fn is None:  # the first batch has the shapes
                 step_fn = compiled(program, timetable.steps, log, state, frozen, batch)
@@ -172,12 +177,7 @@ def train(cfg: TrainConfig) -> Result:
             if evals.over and not events.log:
                 log(step)
             if events.save or evals.over or evals.kept == step:
-                with log.saving(step):
-                    meta = {"sums": meter.sums, "seconds": meter.seconds, "identity": identity}
-                    meta |= {"steps": timetable.steps}
-                    meta |= watch.meta() | evals.meta(events.postpone_evaluation)
-                    meta |= {"feed": batches.state()}
-                    checkpoints.save(step, state, meta, evals.kept)
+                save(step, state, events.postpone_evaluation)
         if step > start:  # not for a run that was complete
             log.ledger(step)
         best = evals.best
@@ -205,11 +205,15 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
         return None
     path = str(as_path(program.cfg.output_dir) / "final")
     say(f"writing {path}")
-    model = program.models(eval_params(state.opt_state, state.trainable), frozen)[0]
+    weights = eval_params(state.opt_state, state.trainable)
+    dtype = None if program.adapter.frozen else program.cfg.save.dtype
+    remedy = f"{path} is not written; export an earlier checkpoint, or set another save.dtype"
+    check_finite(weights, program.shape, "the trained weights", remedy, dtype)
+    model = program.models(weights, frozen)[0]
     if program.adapter.frozen:
         hf.save_adapter(model, path, tokenizer)
     else:
-        hf.save_hf(model, path, dtype=program.cfg.save.dtype, tokenizer=tokenizer)
+        hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
     return path
 
 

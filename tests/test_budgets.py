@@ -42,15 +42,15 @@ FLOORS = (
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
     ("objectives", "optim"),
-    ("hf", "checkpoint", "step", "identity"),
+    ("hf", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
-    ("pretokenize",),
+    ("pretokenize", "saving"),
     ("training", "compare", "exports", "launch", "plan"),
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 23_120
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 23_700
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

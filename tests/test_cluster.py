@@ -188,6 +188,34 @@ def test_a_reward_function_is_called_once_for_each_completion(online):
     assert calls["2x4"] == calls["1x8"] == 10 * 16
 
 
+@pytest.mark.sweep
+def test_a_reward_that_fails_in_one_process_ends_all_of_them_with_a_checkpoint(layouts):
+    file, mended = layouts / "fails.py", layouts / "mended"
+    file.write_text(f"""
+import os, pathlib
+calls = 0
+
+def length(prompts, completions, **columns):
+    global calls
+    calls += 1
+    fails = calls == 3 and os.environ["JAX_PROCESS_ID"] == "1"
+    if fails and not pathlib.Path({str(mended)!r}).exists():
+        raise ConnectionError("no service")
+    return [float(len(text) % 7) for text in completions]
+""")
+    args = verbs(layouts, "fails")["grpo"] + ["--save.every", "100", "--steps", "4"]
+    args[args.index("--rl.rewards") + 1] = f"{file}:length"
+    for status, words in ((2, "step 3: reward"), (0, "resuming from step 2")):
+        run = launched(2, 4, [sys.executable, "-m", "jaxllm", *args])
+        found, output = finished(run)
+        assert found == status and words in output, output[-3000:]
+        if status:
+            assert "ConnectionError: no service" in output and "checkpoint 2 is saved" in output
+            saved = (layouts / "grpo-fails" / "checkpoints").iterdir()
+            assert [p.name for p in saved if p.name.isdigit()] == ["2"]
+            mended.touch()
+
+
 def test_each_process_records_digests_of_the_files_it_wrote(layouts):
     folder = layouts / "pretrain-2x4" / "checkpoints" / "10"
     files = json.loads((folder / "files.json").read_text())

@@ -188,7 +188,8 @@ def _encode_prompt(prompt: Prompt, location: str, cfg: TrainConfig, tokenizer) -
     if len(tokens) > data.max_length:
         return [Encoded(outcome=TOO_LONG)], prompt.notes
     record = {"at": location, "said": prompt.text, "columns": prompt.columns}
-    text = json.dumps(record | {"messages": prompt.messages}, default=str)
+    record |= {"messages": prompt.messages, "tools": prompt.tools}
+    text = json.dumps(record, default=str)
     return [Encoded(tokens, record=text)], prompt.notes
 
 

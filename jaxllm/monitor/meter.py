@@ -19,6 +19,7 @@ from jaxllm.monitor.flops import Flops
 # jax.monitoring events whose duration is not training time.
 COMPILE_EVENTS = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
 Sums = dict[str, list[float]]  # {metric: [Σ, weight]}
+LOWER_RATE = "Try a lower optim.learning_rate, a longer optim.warmup or a lower optim.clip"
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:
@@ -42,8 +43,8 @@ def add_steps(sums: Sums, steps: list[tuple[int, Any]]) -> Sums:
         for name, (value, weight) in metrics.items():
             if name in ("loss", "grad_norm") and not np.isfinite(value):
                 raise UserError(
-                    f"step {step}: {name} is {value}; the last good checkpoint is kept. Try a "
-                    "lower optim.learning_rate, a longer optim.warmup or a lower optim.clip"
+                    f"step {step}: {name} is {value}; the last good checkpoint is kept. "
+                    f"{LOWER_RATE}"
                 )
             pair = sums.setdefault(name, [0.0, 0.0])
             pair[0] += float(value)

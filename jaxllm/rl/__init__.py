@@ -2,6 +2,7 @@
 """Online reinforcement learning, and rewards.
 
 rewards.py  reward models and reward functions: load, score, evaluate, best of n
+worker.py   the process that runs reward functions
 online.py   prompts -> completions -> rewards -> advantages -> batches for the step
 
 Losses and estimators are in objectives/ppo.py and objectives/grpo.py, sampling in sampling.py.

@@ -26,11 +26,10 @@ from jaxllm.data.batch import Batch, Experience, make_row
 from jaxllm.data.chat import stop_ids
 from jaxllm.data.loader import ordered
 from jaxllm.data.rows import Rows
-from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import KlController, act, gae, token_rewards, whiten
-from jaxllm.rl.rewards import Completion, Reward
+from jaxllm.rl.rewards import Completion, Reward, RewardError
 from jaxllm.sampling import Completions, Sampling, bucketed, completions
 from jaxllm.step import Models
 
@@ -168,11 +167,13 @@ class Rollouts:
         answers = [Completion(prompt, self._text(row[:n])) for prompt, row, n in made]
         sampling_seconds = time.perf_counter() - start
 
-        scores = {name: reward.score(answers) for name, reward in self.rewards.items()}
+        scores = self._score(step, answers)
         rewards = self._combine(scores) - cfg.rl.missing_eos_penalty * sampled.truncated
         if cfg.verb.critic and np.isnan(rewards).any():
             at = prompts[int(np.isnan(rewards).argmax())]["at"]
-            raise UserError(f"rl.rewards gave no reward at all at {at}; ppo needs one for each")
+            raise RewardError(
+                f"step {step}: rl.rewards gave no reward at all at {at}; ppo needs one for each"
+            )
         rows = self._rows(tokens, sampled)
         rollout = Rollout(sampled, rows, scores, rewards, **self._evaluate(trainable, rows))
         experience, metrics = self._ppo(rollout) if cfg.verb.critic else self._grpo(rollout)
@@ -192,6 +193,13 @@ class Rollouts:
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([t for t in tokens if t not in self.sampling.stop_ids])
+
+    def _score(self, step: int, answers: list[Completion]) -> dict[str, np.ndarray]:
+        """{reward: its scores}."""
+        try:
+            return {name: reward.score(answers) for name, reward in self.rewards.items()}
+        except RewardError as error:
+            raise RewardError(f"step {step}: {error}") from error
 
     def _combine(self, scores: dict[str, np.ndarray]) -> np.ndarray:
         """The weighted sum of a completion's rewards, float64 [R]; NaN if it has none."""

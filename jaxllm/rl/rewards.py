@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import math
+import json
+import os
+import signal
+import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jaxllm import dist
@@ -28,14 +34,23 @@ from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.loader import eval_batches
 from jaxllm.data.rows import Rows
 from jaxllm.data.sources import locate, read, records
+from jaxllm.data.template import with_settings
 from jaxllm.errors import MissingFile, UserError
+from jaxllm.files import local_dir
+from jaxllm.finite import check_finite
 from jaxllm.mesh import data_parallel, make_mesh, put
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.progress import track
-from jaxllm.paths import as_path
+from jaxllm.paths import absolute, as_path
+from jaxllm.peft.files import is_adapter, with_base
+from jaxllm.rl import worker
 from jaxllm.sampling import bucketed
 
 ROWS = 8  # texts that each data-parallel device scores at a time
+
+
+class RewardError(UserError):
+    """A reward that fails in a rollout, in every process alike."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +72,34 @@ class RewardModel:
         return RewardModel(graph, params, tokenizer, mesh, max_length)
 
     @staticmethod
-    def load(path: str, mesh: Mesh, dtype: str = "float32") -> RewardModel:
+    def load(path: str, mesh: Mesh, dtype: str = "float32", **options: Any) -> RewardModel:
         """From a directory or hub id of a reward model or of its adapter, sharded over `mesh`.
 
-        Raises UserError for a model without a score head.
+        options: of `load_hf`. Raises UserError for a model without a score head, and for weights
+        that are not finite.
         """
-        model, tokenizer = load_with_tokenizer(path, dtype=dtype, mesh=mesh)
+        model, tokenizer = load_with_tokenizer(path, dtype=dtype, mesh=mesh, **options)
         if not model.cfg.scores:
             raise UserError(f"{path} is not a reward model: it is a language model")
+        weights = nnx.to_pure_dict(nnx.state(model))
+        check_finite(weights, model.cfg, f"reward model {path}", "train it again, or use another")
         return RewardModel.of(model, tokenizer, mesh)
 
-    def score(self, conversations: Sequence[list[dict[str, Any]]]) -> np.ndarray:
-        """float32 [N]: the scores of conversations, rendered as in training."""
-        rendered = [render(self.tokenizer, c, learn="last") for c in conversations]
+    def score(
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        tools: Sequence[list[Any] | None] = (),
+        date: str | None = None,
+    ) -> np.ndarray:
+        """float32 [N]: the scores of conversations, rendered as in training.
+
+        tools: of each conversation; date: as in `render`.
+        """
+        given = zip(conversations, tools or [None] * len(conversations), strict=True)
+        rendered = [
+            render(self.tokenizer, c, tools=functions, learn="last", date=date)
+            for c, functions in given
+        ]
         return self.score_tokens([example.tokens for (example,) in rendered])
 
     def score_tokens(self, texts: Sequence[np.ndarray]) -> np.ndarray:
@@ -122,6 +152,8 @@ def best_of(
         for q, a in zip(asked, texts, strict=True)
     ]
     scores = model.score(conversations).reshape(len(prompts), count)
+    if not np.isfinite(scores).all():
+        raise UserError(f"reward model {path} gives scores that are not finite; use another")
     best = np.arange(len(prompts)) * count + scores.argmax(1)
     return [{"prompt": asked[i], "text": texts[i], "score": float(scores.flat[i])} for i in best]
 
@@ -212,87 +244,157 @@ class Reward:
 
     name: str
     score: Callable[[Sequence[Completion]], np.ndarray]
+    about: str = ""
+    """a line that the run prints at the start"""
 
 
-def load_reward(name: str, mesh: Mesh, dtype: str = "float32") -> Reward:
-    """A reward model's directory (or hub id), `module:function` or `file.py:function`.
+class Worker:
+    """The process that runs the reward functions of a module (worker.py), until this is deleted.
 
-    The function gets lists (prompts, completions, **columns of the data) and returns a list of
-    numbers, with None for a completion that it does not score. Raises UserError for a name that is
-    neither.
+    A function may print, change the working directory, start processes, or end its own: the run is
+    not affected. Raises UserError if the module cannot be imported.
     """
-    module, colon, function = name.rpartition(":")
-    if not colon or as_path(name).is_dir():
-        model = RewardModel.load(name, mesh, dtype)
-        return Reward(Path(name).name, lambda batch: model.score([c.conversation for c in batch]))
+
+    def __init__(self, module: str):
+        self.module = module
+        self.connection, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", worker.__file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the run has the accelerators
+            process_group=0,  # Ctrl-C in a terminal is for the run
+        )
+        theirs.close()
+        weakref.finalize(self, _end, self.connection, self.process)
+        answer = self.ask({"path": sys.path, "module": module}, "while it was imported")
+        if "error" in answer:
+            raise UserError(f"rl.rewards {module}: {answer['error']}")
+
+    def ask(self, message: dict[str, Any], when: str = "") -> dict[str, Any]:
+        """The answer to a message; {"error"}, with `when`, if the process ends instead."""
+        try:
+            self.connection.send_bytes(json.dumps(message).encode())
+            while not self.connection.poll(1.0):
+                if self.process.poll() is not None and not self.connection.poll():
+                    raise EOFError  # another process still has its end of the connection
+            return json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+        code = self.process.returncode
+        if code is None:
+            return {"error": f"closed its connection to the run {when}"}
+        if code < 0:
+            return {"error": f"lost its process {when}: {signal.Signals(-code).name} killed it"}
+        return {"error": f"ended its process {when} with status {code}; it must return instead"}
+
+
+def _end(connection: Any, process: subprocess.Popen) -> None:
+    """Ends the process of a Worker, and those that it started."""
+    connection.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(2)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def load_rewards(cfg: TrainConfig, mesh: Mesh, frozen: Any) -> list[Reward]:
+    """The rewards of rl.rewards: a reward model's directory (or hub id), `module:function` or
+    `file.py:function`.
+
+    A function gets lists (prompts, completions, **columns of the data) and returns a list of
+    numbers, with None for a completion that it does not score. Those of one module share a process.
+    A reward adapter over the policy's base model uses the arrays in `frozen`, the policy's frozen
+    weights. Raises UserError for a name that is neither, and for a reward model whose weights are
+    not finite.
+    """
+    workers: dict[str, Worker] = {}
+    rewards = []
+    for name in cfg.rl.rewards:
+        if ":" in name and not as_path(name).is_dir():
+            rewards.append(_load_function(name, workers))
+        else:
+            rewards.append(_load_model(name, cfg, mesh, frozen))
+    return rewards
+
+
+def _load_model(name: str, cfg: TrainConfig, mesh: Mesh, frozen: Any) -> Reward:
+    options: dict[str, Any] = {"dtype": cfg.model.compute_dtype}
+    if frozen and cfg.peft.quantize_base == "none" and is_adapter(name):
+        bases = with_base(name, None)[0], cfg.model.path
+        if None not in bases and len({absolute(local_dir(base)) for base in bases}) == 1:
+            options |= {"dtype": cfg.model.weight_dtype, "compute_dtype": options["dtype"]}
+            options["shared"] = flatten_dict(frozen)
+    model = RewardModel.load(name, mesh, **options)
+    settings = DataSection(template_kwargs=cfg.data.template_kwargs)  # of the prompts
+    model = replace(model, tokenizer=with_settings(model.tokenizer, settings))
+    score = partial(_model_scores, name, model, cfg.data.date)
+    weights = jax.tree.leaves(model.params)
+    own = {id(x): x.nbytes for x in weights}
+    shared = sum(own.pop(id(x), 0) for x in jax.tree.leaves(frozen))
+    about = f"reward model {name}: {sum(own.values()) / 2**20:,.1f} MiB of weights"
+    about += f", and {shared / 2**20:,.1f} MiB shared with the policy" if shared else ""
+    return Reward(Path(name).name, score, about)
+
+
+def _load_function(name: str, workers: dict[str, Worker]) -> Reward:
+    module, _, function = name.rpartition(":")
+    if module.endswith(".py") and not Path(module).expanduser().is_file():
+        raise MissingFile(f"rl.rewards {name}: there is no file {module}")
+    if module not in workers:
+        workers[module] = Worker(module)
+    answer = workers[module].ask({"function": function}, "before it was called")
+    if "error" in answer:
+        raise UserError(f"rl.rewards {name}: {answer['error']}")
+    return Reward(function, partial(_function_scores, name, workers[module], function))
+
+
+def _model_scores(
+    name: str, model: RewardModel, date: str | None, batch: Sequence[Completion]
+) -> np.ndarray:
+    tools = [completion.prompt["tools"] for completion in batch]
     try:
-        call = getattr(_import(module), function)
-    except Exception as error:  # the user's module may raise anything on import
-        raise UserError(f"rl.rewards {name}: {type(error).__name__}: {error}") from error
-    return Reward(function, lambda batch: _shared(name, call, batch))
+        scores = model.score([c.conversation for c in batch], tools, date)
+    except UserError as error:  # its template refuses a conversation
+        raise RewardError(f"reward {name} cannot render a prompt: {error}") from error
+    if not np.isfinite(scores).all():
+        index = int(np.isfinite(scores).argmin())
+        raise RewardError(
+            f"reward {name} is {scores[index]} at {batch[index].prompt['at']}; the model's weights "
+            "or activations are not finite"
+        )
+    return scores
 
 
-def _shared(name: str, function: Callable[..., Any], batch: Sequence[Completion]) -> np.ndarray:
+def _function_scores(
+    name: str, worker: Worker, function: str, batch: Sequence[Completion]
+) -> np.ndarray:
     """The rewards of a function; each process calls it for all completions of some prompts."""
     prompts = [list(group) for _, group in groupby(batch, lambda one: id(one.prompt))]
     start, stop = (len(prompts) * (dist.index() + i) // dist.count() for i in (0, 1))
     part = list(chain(*prompts[start:stop]))
-    parts = dist.everyone(_call(name, function, part).tolist() if part else [])
-    return np.array([reward for part in parts for reward in part], np.float32)
+    answer: dict[str, Any] = {"rewards": []}
+    if part:
+        when = f"when called for {len(part)} completions, starting at {part[0].prompt['at']},"
+        answer = worker.ask(_request(function, part), when)
+    answers = dist.everyone(answer)
+    for each in answers:
+        if "error" in each:
+            raise RewardError(f"reward {name} {each['error']}")
+    rewards = [reward for each in answers for reward in each["rewards"]]
+    return np.array([np.nan if reward is None else reward for reward in rewards], np.float32)
 
 
-def _import(name: str) -> Any:
-    """Imports a module by its dotted name or from a .py file."""
-    if not name.endswith(".py"):
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-        return importlib.import_module(name)
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise MissingFile(f"there is no file {name}")
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _call(name: str, function: Callable[..., Any], completions: Sequence[Completion]) -> np.ndarray:
-    """Calls a reward function and checks what it returns; UserError names the failing record."""
+def _request(function: str, completions: Sequence[Completion]) -> dict[str, Any]:
+    """The message by which a worker calls a function."""
     reserved = ("prompts", "completions")  # arguments, so columns of these names are not passed
     names = dict.fromkeys(k for c in completions for k in c.prompt["columns"] if k not in reserved)
-
-    def run(batch: Sequence[Completion]) -> Any:
-        columns = {k: [c.prompt["columns"].get(k) for c in batch] for k in names}
-        return function([c.prompt["said"] for c in batch], [c.content for c in batch], **columns)
-
-    try:
-        rewards = run(completions)
-    except Exception as error:  # the user's function may raise anything
-        culprit = next((c for c in completions if _raises(run, c)), completions[0])
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"reward {name} failed at {culprit.prompt['at']}: {what}") from error
-    if not isinstance(rewards, list | tuple | np.ndarray) or len(rewards) != len(completions):
-        seen = f"{len(rewards)} rewards" if hasattr(rewards, "__len__") else repr(rewards)
-        first = completions[0].prompt["at"]
-        raise UserError(
-            f"reward {name} returned {seen} for {len(completions)} completions, starting at "
-            f"{first}; return a list with one number (or None) for each"
-        )
-    for reward, completion in zip(rewards, completions, strict=True):
-        numeric = isinstance(reward, int | float | np.number | np.bool_)
-        if not (reward is None or (numeric and math.isfinite(reward))):
-            raise UserError(
-                f"reward {name} returned {reward!r} at {completion.prompt['at']}; a reward is a "
-                "finite number, or None for no score"
-            )
-    return np.array([np.nan if r is None else float(r) for r in rewards], np.float32)
-
-
-def _raises(run: Callable[..., Any], completion: Completion) -> bool:
-    """True if a function that raised on the batch raises on this completion alone."""
-    try:
-        run([completion])
-    except Exception:  # the caller reports the error of the batch
-        return True
-    return False
+    return {
+        "function": function,
+        "prompts": [c.prompt["said"] for c in completions],
+        "completions": [c.content for c in completions],
+        "columns": {k: [c.prompt["columns"].get(k) for c in completions] for k in names},
+        "places": [c.prompt["at"] for c in completions],
+    }

@@ -19,6 +19,7 @@ from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops.attention_blocks import block_size
 from jaxllm.ops.cross_entropy import default_chunk
 from jaxllm.ops.decoding import argmax, cache_dtype, prefers_unstacked
+from jaxllm.sampling import Sampling, decode, prefill
 
 CFG = ModelConfig(
     "llama",
@@ -112,6 +113,19 @@ def test_a_program_for_a_cpu_has_the_forms_of_a_cpu():
     assert not found.pop("splash")
     assert all(count > 0 for count in found.values()), found
     assert forms("cpu", EIGHT)["pinned layouts"] == 0  # a pinned layout cannot be sharded
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT, (1, 2, 1, 2, 1)])
+def test_prompts_are_read_by_the_kernel_of_the_platform_and_tokens_are_not(sizes):
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", sizes)):
+        graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(CFG, rngs=nnx.Rngs(0))))
+        tokens = jax.ShapeDtypeStruct((ROWS, 64), jnp.int32)
+        key, stop = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(8)))
+        found = prefill.trace(graph, params, tokens, tokens, key, 8, Sampling())
+        state = jax.eval_shape(prefill, graph, params, tokens, tokens, key, 8, Sampling())
+        step = decode.trace(graph, params, state, key, stop, Sampling())
+        texts = [one.lower(lowering_platforms=("tpu",)).as_text() for one in (found, step)]
+    assert ["splash_mha_fwd" in text for text in texts] == [True, False]
 
 
 def test_one_function_is_traced_for_each_platform():

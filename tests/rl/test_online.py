@@ -14,19 +14,31 @@ import numpy as np
 import pytest
 from flax import nnx
 from runs import arguments, killed, lines_of, refused
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from steps import V, decoder, plain
 
 from jaxllm.cli import main
-from jaxllm.config import AlignSection, MeshSection, RlSection, TrainConfig
+from jaxllm.config import (
+    AlignSection,
+    MeshSection,
+    PeftSection,
+    RlSection,
+    TrainConfig,
+    load_config,
+)
 from jaxllm.config.checks import resolve
+from jaxllm.data.chat import render
 from jaxllm.data.rows import Rows
+from jaxllm.hf import load_hf, save_adapter
 from jaxllm.mesh import make_mesh
-from jaxllm.monitor.meter import means
+from jaxllm.model.families import from_hf
+from jaxllm.monitor.meter import COMPILE_EVENTS, means
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
-from jaxllm.program import trained_by
+from jaxllm.peft.files import make_adapter
+from jaxllm.program import build, trained_by
 from jaxllm.rl.online import Rollouts
-from jaxllm.rl.rewards import Reward, RewardModel
+from jaxllm.rl.rewards import Completion, Reward, RewardModel, load_rewards
+from jaxllm.tokenizer import load_tokenizer
 from jaxllm.training import due
 
 # ---- a rollout
@@ -260,6 +272,28 @@ def test_ppo_estimates_advantages_from_kl_score_and_value():
     assert run.feed.state() == {"beta": pytest.approx(0.3 * (1 + toward * 16 / 10_000))}
 
 
+def test_all_rollouts_run_the_programs_of_the_first():
+    """Prompts of 3 to 11 tokens; nothing is compiled after the first rollout."""
+    compiled = []
+
+    def listen(event, *_, **__):
+        if event.endswith(COMPILE_EVENTS):
+            compiled.append(event)
+
+    run = Online("grpo", LENGTH, FIRST, mask_truncated=True)
+    policies = [jax.tree.map(lambda x, n=n: (1 + n / 50) * x, run.trainable) for n in range(4)]
+    counts = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for rollout, policy in enumerate(policies):
+            for update in range(2):
+                run.feed(2 * rollout + update, policy)
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert counts[0] > 0 and counts == [counts[0]] * 4
+
+
 def test_ppo_refuses_a_completion_without_any_reward():
     run = Online("ppo", scored("none", lambda _: math.nan), group_size=1)
     with pytest.raises(ValueError, match="gave no reward at all"):
@@ -305,13 +339,22 @@ def infinite(prompts, completions, **_):
 calls = 0
 
 def stops(prompts, completions, **_):
+    # a signal for the run in the second call, then a failure in the second of the next process
     import os, pathlib, signal
     global calls
     calls += 1
-    if calls == 2 and not pathlib.Path("MARK").exists():
-        pathlib.Path("MARK").touch()
-        os.kill(os.getpid(), signal.SIGTERM)
+    signalled, failed = pathlib.Path("MARK"), pathlib.Path("MARK-too")
+    if calls == 2 and not signalled.exists():
+        signalled.touch()
+        os.kill(os.getppid(), signal.SIGTERM)
+    elif calls == 2 and not failed.exists():
+        failed.touch()
+        raise ConnectionError("no service")
     return es(prompts, completions)
+
+def ends(prompts, completions, **_):
+    import os
+    os._exit(0)
 """
 TIMES = {"rollout_seconds", "sampling_seconds", "step_seconds", "tokens_per_second"}
 TIMES |= {"memory_gib", "mfu"}
@@ -434,11 +477,19 @@ def test_grpo_resumes_bit_for_bit_after_sigkill(straight):
     assert_same_run(straight / "grpo", run, 20)
 
 
-def test_ppo_stops_after_the_rollout_of_a_signal_and_resumes_bit_for_bit(straight):
+def test_ppo_stopped_by_a_signal_and_then_by_its_reward_resumes_bit_for_bit(straight, capsys):
     args = online(straight, "ppo", "ppo-stopped", *PPO, rewards=["stops"])
     run = straight / "ppo-stopped"
-    assert main(args) == 75
-    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == ["8"]
+
+    def saved():
+        names = (p.name for p in (run / "checkpoints").iterdir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    assert main(args) == 75  # after the rollout
+    assert saved() == [8]
+    line = refused(capsys, args, "step 13: reward", "judge.py:stops failed at", "checkpoint 12 is")
+    assert "ConnectionError: no service" in line and "judge.py:" in line.partition("service")[2]
+    assert saved() == [8, 12]
     assert main(args) == 0
     for file in (run / "metrics.jsonl", run / "samples.jsonl"):
         file.write_text(file.read_text().replace("stops", "es"))
@@ -503,6 +554,95 @@ def test_a_reward_model_and_a_function_are_summed(straight, judge, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", np.nan, ["model.layers.1.mlp.up_proj.weight"]),
+        ("score.weight", 3e38, ["step 1: reward", " at ", "sums.jsonl:"]),
+    ],
+)
+def test_a_reward_model_that_is_not_finite_stops_the_run(
+    straight, judge, tmp_path, capsys, name, value, words
+):
+    broken = with_weight(judge, tmp_path / "broken", name, value)
+    args = online(straight, "grpo", "not-finite", "--overwrite", rewards=[broken])
+    refused(capsys, args, broken, "not finite", *words)
+
+
+def with_weight(model, copy, name, value):
+    """A copy of a model in which some values of a weight are replaced."""
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[name] = weights[name].copy()
+    weights[name][:, 1::2] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
+
+
+def test_a_reward_adapter_uses_the_arrays_of_the_policys_base(straight, tmp_path, capsys):
+    base, adapter = str(straight / "grpo" / "final"), str(tmp_path / "adapter")
+    section = PeftSection(method="lora", r=4, modules_to_save=("norm",))
+    shape = from_hf(json.loads((straight / "model.json").read_text()))
+    plan = make_adapter(replace(shape, scores=True), section)
+    model = load_hf(base, scores=True, peft=plan)
+    trained = nnx.state(model, plan.trains)
+    waves = lambda x: 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    nnx.update(model, jax.tree.map(lambda x: x + waves(x), trained))
+    save_adapter(model, adapter, load_tokenizer(base))
+
+    more = "--peft.method", "lora", "--steps", "1", "--rl.group_size", "4"
+    args = on_base(straight, online(straight, "grpo", "shares", *more, rewards=[adapter, "es"]))
+    capsys.readouterr()
+    assert main(args) == 0
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("reward model")]
+    assert adapter in line and "shared with the policy" in line
+
+    cfg = resolve(load_config("grpo", None, args[1:])[0])
+    program = build(cfg, mesh := make_mesh(cfg.mesh))
+    _, frozen = program.load()
+    reward = load_rewards(replace(cfg, rl=replace(cfg.rl, rewards=(adapter,))), mesh, frozen)[0]
+    theirs = {id(x) for x in jax.tree.leaves(frozen)}
+    params = dict(nnx.to_flat_state(reward.score.args[1].params))
+    own = {".".join(map(str, p)) for p, v in params.items() if id(v.get_value()) not in theirs}
+    assert own == {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trained)}
+    assert len(params) - len(own) > 5
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": None, "at": ""}
+    made = [Completion(asked, text) for text in ("b", "some")]
+    alone = RewardModel.load(adapter, mesh).score([one.conversation for one in made])
+    np.testing.assert_allclose(reward.score(made), alone, atol=1e-5)
+    assert np.ptp(alone) > 1e-3
+
+
+def test_a_reward_model_reads_the_tools_and_the_settings_of_the_prompts(straight, judge, tmp_path):
+    """Its own template renders them."""
+    shutil.copytree(judge, tmp_path / "judge")
+    tokenizer = load_tokenizer(judge)
+    names = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    template = names + "{{ mood if mood is defined }}" + tokenizer.chat_template
+    (tmp_path / "judge" / "chat_template.jinja").write_text(template)
+    tools = [{"type": "function", "function": {"name": n}} for n in ("add", "multiply")]
+    asked = [{"prompt": f"{a} + 1 = ", "tools": tools[: a % 3]} for a in range(16)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(a) + "\n" for a in asked))
+    run = online(straight, "grpo", "with-tools", "--steps", "1", rewards=[str(tmp_path / "judge")])
+    run[run.index("--data.train") + 1] = str(tmp_path / "asked.jsonl")
+    run += ["--rl.group_size", "4"]
+    run += ["--data.template", str(tmp_path / "judge" / "chat_template.jinja")]
+    assert main([*run, "--data.template_kwargs", '{"mood": "sad"}']) == 0
+    tokenizer.chat_template = template.replace("{{ mood if mood is defined }}", "sad")
+    model = RewardModel.load(judge, make_mesh(MeshSection()))
+    samples = (straight / "with-tools" / "samples.jsonl").read_text().splitlines()
+    for s in map(json.loads, samples):
+        given = next(a for a in asked if a["prompt"] == s["prompt"])["tools"]
+        said = [{"role": "user", "content": s["prompt"]}]
+        said += [{"role": "assistant", "content": s["text"]}]
+        texts = [
+            render(tokenizer, said, tools=use, learn="last")[0].tokens for use in (given, tools)
+        ]
+        want, other = model.score_tokens(texts)
+        assert s["rewards"]["judge"] == pytest.approx(float(want), abs=1e-5)
+        assert given == tools or abs(want - other) > 1e-5
+
+
 # ---- mistakes
 
 
@@ -513,6 +653,7 @@ def test_a_reward_model_and_a_function_are_summed(straight, judge, capsys):
         ("grpo", "short", ["judge.py:short", "returned 1 rewards for 16", "sums.jsonl:"]),
         ("grpo", "words", ["judge.py:words", "'good'", "sums.jsonl:"]),
         ("grpo", "infinite", ["judge.py:infinite", "inf", "sums.jsonl:"]),
+        ("grpo", "ends", ["step 1: reward", "judge.py:ends ended its process", "sums.jsonl:"]),
         ("ppo", "nothing", ["no reward"]),
         ("grpo", "missing", ["judge.py:missing", "missing"]),
         ("grpo", "/nowhere/judge.py:length", ["/nowhere/judge.py"]),

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a run saves a checkpoint, and what it saves besides the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.checkpoint import Checkpoints
+from jaxllm.finite import check_finite
+from jaxllm.monitor.meter import LOWER_RATE
+from jaxllm.program import Program
+from jaxllm.rl.rewards import RewardError
+from jaxllm.step import TrainState
+
+
+@dataclass
+class Save:
+    """Saves checkpoints."""
+
+    program: Program
+    checkpoints: Checkpoints
+    log: Any
+    evals: Any
+    batches: Any
+    """of train(), like the two before"""
+    identity: dict[str, Any]
+    """of the run (identity.py)"""
+    steps: int
+    """of the whole run"""
+    last: int
+    """the step of the last checkpoint"""
+
+    def __call__(self, step: int, state: TrainState, pending: bool = False) -> None:
+        """Starts to save `state`. pending: the resumed run evaluates it first. Raises UserError if
+        its weights are not finite, and as `Checkpoints.save` does."""
+        log, evals, remedy = self.log, self.evals, f"the last good checkpoint is kept. {LOWER_RATE}"
+        check_finite(state.trainable, self.program.shape, f"step {step}", remedy)
+        with log.saving(step):
+            meta = {"sums": log.meter.sums, "seconds": log.meter.seconds, "steps": self.steps}
+            meta |= {"identity": self.identity}
+            meta |= log.watch.meta() | evals.meta(pending) | {"feed": self.batches.state()}
+            self.checkpoints.save(step, state, meta, evals.kept)
+        self.last = step
+
+    @contextmanager
+    def on_reward_error(self, step: int, state: TrainState, unlogged: bool) -> Iterator[None]:
+        """Saves `state`, that after `step`, if a reward fails in the block, as all processes then
+        know. unlogged: its line of metrics is still to be written."""
+        try:
+            yield
+        except RewardError as error:
+            if step > self.last:
+                self.log(step) if unlogged else self.log.meter.read()
+                self(step, state)
+            if not step:
+                raise
+            resumes = f"checkpoint {step} is saved, and the same command resumes from it"
+            raise RewardError(f"{error}; {resumes}") from error
