@@ -201,7 +201,9 @@ def decode(
         cache = recomputed(model, state, adapter_weights)
         return within(body(replace(state, cache=cache)))
 
-    within = partial(lax.while_loop, lambda s: unfinished(s) & ~outgrows(s), body)
+    def within(state: Decoding) -> Decoding:
+        return lax.while_loop(lambda state: unfinished(state) & ~outgrows(state), body, state)
+
     return lax.while_loop(unfinished, again, within(state))
 
 
@@ -333,7 +335,8 @@ def stream(
 def _mesh_of(model: Decoder) -> AbstractContextManager[Any]:
     """Sets the mesh of the weights, whose devices a kernel has to know."""
     sharding = model.embed.embedding.get_value().sharding
-    return jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext()
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext()
 
 
 def generate(

@@ -323,8 +323,8 @@ def load_rewards(cfg: TrainConfig, mesh: Mesh, frozen: Any) -> list[Reward]:
 def _load_model(name: str, cfg: TrainConfig, mesh: Mesh, frozen: Any) -> Reward:
     options: dict[str, Any] = {"dtype": cfg.model.compute_dtype}
     if frozen and cfg.peft.quantize_base == "none" and is_adapter(name):
-        bases = with_base(name, None)[0], cfg.model.path
-        if None not in bases and len({absolute(local_dir(base)) for base in bases}) == 1:
+        base, path = with_base(name, None)[0], cfg.model.path
+        if path and absolute(local_dir(base)) == absolute(local_dir(path)):
             options |= {"dtype": cfg.model.weight_dtype, "compute_dtype": options["dtype"]}
             options["shared"] = flatten_dict(frozen)
     model = RewardModel.load(name, mesh, **options)

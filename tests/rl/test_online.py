@@ -17,6 +17,7 @@ from runs import arguments, killed, lines_of, refused
 from safetensors.numpy import load_file, save_file
 from steps import V, decoder, plain
 
+from jaxllm import sampling
 from jaxllm.cli import main
 from jaxllm.config import (
     AlignSection,
@@ -272,8 +273,9 @@ def test_ppo_estimates_advantages_from_kl_score_and_value():
     assert run.feed.state() == {"beta": pytest.approx(0.3 * (1 + toward * 16 / 10_000))}
 
 
-def test_all_rollouts_run_the_programs_of_the_first():
-    """Prompts of 3 to 11 tokens; nothing is compiled after the first rollout."""
+def test_all_rollouts_run_the_programs_of_the_first(monkeypatch):
+    """Prompts of 3 to 11 tokens, in buckets of 4; nothing is compiled after the first rollout."""
+    monkeypatch.setattr(sampling, "BUCKET", 4)
     compiled = []
 
     def listen(event, *_, **__):
