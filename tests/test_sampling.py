@@ -337,8 +337,7 @@ def by_growing_forward(model, prompt, count):
 forward = nnx.jit(lambda model, row, segments: model(row, segments))
 
 
-@pytest.mark.parametrize("chunk", [1, 5])
-@pytest.mark.parametrize("method", ["none", "prefix"])
+@pytest.mark.parametrize(("method", "chunk"), [("none", 1), ("prefix", 5)])
 def test_longrope_follows_the_length_of_each_text_while_it_grows(method, chunk):
     """Prompts of 3, 11 and 1 tokens, and of 13, in one batch; cross 12 at different steps."""
     section = PeftSection(method=method, num_virtual_tokens=3)
