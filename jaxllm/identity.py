@@ -113,11 +113,13 @@ def _reward(name: str, cfg: TrainConfig) -> str | None:
     modules next to it that it imports. None if there is no such file."""
     module, colon, _ = name.rpartition(":")
     if not colon or as_path(name).is_dir():
-        folders = {name} if not is_adapter(name) else {name, with_base(name, None)[0]}
-        found = [file for one in sorted(folders) for file in files_in(local_dir(one))]
-        weights = [file for file in found if file.suffix == ".safetensors"]
-        texts = content_hash(f for f in found if f.suffix in (".json", ".jinja", ".txt"))
-        return _hash([texts, _weights(weights, cfg)])
+        parts = []
+        for folder in [name, with_base(name, None)[0]] if is_adapter(name) else [name]:
+            files = files_in(local_dir(folder))
+            texts = content_hash(f for f in files if f.suffix in (".json", ".jinja", ".txt"))
+            weights = (file for file in files if file.suffix == ".safetensors")
+            parts.append([texts, _weights(weights, cfg)])
+        return _hash(parts)
     files = _modules(Path(module).expanduser()) if module.endswith(".py") else _origin(module)
     return content_hash(files) if files else None
 

@@ -178,6 +178,7 @@ def test_a_reward_model_is_identified_by_its_files_and_those_of_its_base(cfg):
     Path("reward/config.json").write_text('{"a": 1}')
     assert len({first, second, reward_of(cfg, "reward")}) == 3
     Path("reward/config.json").unlink()
+    Path("reward/model.safetensors").rename("reward/adapter_model.safetensors")
     Path("reward/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
     adapter = reward_of(cfg, "reward")
     base("base", at=20_000)
