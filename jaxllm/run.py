@@ -261,7 +261,7 @@ def _check_writable(folder: Path) -> None:
     """Raises UserError if nothing can be written to a folder, which may not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {folder} is not writable ({existing}); change one of them")
+        raise UserError(f"output_dir {folder} is not writable ({existing}); choose another directory")
 
 
 def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
