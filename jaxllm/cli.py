@@ -16,6 +16,7 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
 from jaxllm.config.loading import find_objective, parse, read_args
+from jaxllm.data.inputs import check_inputs, check_options
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
@@ -41,6 +42,7 @@ def training(verb: str, args: list[str]) -> int:
         print(describe.explanation(cfg, origins))
         return DONE
     checks.check(cfg)  # before the import below, which takes seconds
+    check_inputs(cfg)
     from jaxllm.training import train
 
     result = train(cfg)
@@ -97,13 +99,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
 
     def read(self, args: list[str]) -> argparse.Namespace:
-        """Parse the arguments. Raises UserError for a list flag given twice."""
+        """Parse the arguments. Raises UserError for a list given twice and for missing files."""
         flags = [arg.partition("=")[0] for arg in args]
         lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
         for flag in lists:
             if flags.count(flag) > 1:
                 raise UserError(f"{flag} is given twice; give all its values after one {flag}")
-        return self.parse_args(args)
+        options = self.parse_args(args)
+        check_options(vars(options))
+        return options
 
 
 def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -218,6 +222,7 @@ def evaluate(verb: str, args: list[str]) -> None:
     options = parser.read(args)
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
+    check_options({"files": [source.path for source in data]})
     from jaxllm.evaluate import evaluate_files
     from jaxllm.files import strict_json
 
@@ -391,6 +396,7 @@ def tokenize(verb: str, args: list[str]) -> None:
         raise UserError("no objective: give --objective sft, or the verb of another training run")
     cfg, _ = load_config(objective, path, args)
     checks.check(cfg)  # before the imports below, which take seconds
+    check_inputs(cfg)
     from jaxllm import dist
     from jaxllm.data.dataset import summarize
     from jaxllm.pretokenize import tokenize
@@ -423,6 +429,7 @@ def planning(verb: str, args: list[str]) -> None:
     if objective is None:
         raise UserError("no objective: give --objective sft, or the verb of another training run")
     cfg, _ = load_config(objective, path, words)
+    check_inputs(cfg, data=False)
     from jaxllm.plan_search import run
 
     print(run(cfg, options))

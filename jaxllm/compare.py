@@ -31,6 +31,7 @@ from jaxllm.config import (
     to_dict,
 )
 from jaxllm.config.checks import check, recorded_config, resolve
+from jaxllm.data.inputs import check_inputs
 from jaxllm.errors import STOPPED, UserError, nearest
 from jaxllm.paths import local_path, write_text
 
@@ -154,6 +155,8 @@ def _check(cfg: TrainConfig, origins: dict[str, str], methods: list[str]) -> Non
         raise UserError(f"objective is {cfg.objective!r}; a comparison runs pretrain or sft")
     if not cfg.data.eval and not cfg.data.eval_fraction:
         raise UserError("no held-out data to compare on; give data.eval or data.eval_fraction")
+    if cfg.save.hub:
+        raise UserError("save.hub names one repository for all methods; leave it out")
     if cfg.peft.path:
         raise UserError("peft.path starts one method ahead of the others; leave it out")
     read = {f"peft.{name}" for method in methods for name in _peft_keys(method)}
@@ -172,7 +175,7 @@ def _program(cfg: TrainConfig) -> Any:
     from jaxllm.program import build
 
     program = build(resolve(cfg), make_mesh(MeshSection(), jax.devices("cpu")[:1]))
-    context_length(program.shape, program.adapter, cfg.data.max_length)
+    context_length(program.shape, program.adapter, program.cfg.data.length)
     return program
 
 
@@ -314,11 +317,16 @@ def compare(args: list[str]) -> int:
     configs = {method: _config_of(cfg, method) for method in methods}
     for config in configs.values():
         check(config)  # before the imports of `_program`, which take seconds
+    check_inputs(cfg)
 
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the runs use the accelerator
     programs = {method: _program(config) for method, config in configs.items()}
+    shortest = min(program.cfg.data.length for program in programs.values())
+    for method, program in programs.items():  # the default length depends on the virtual tokens
+        data = replace(program.cfg.data, max_length=shortest)
+        programs[method] = replace(program, cfg=replace(program.cfg, data=data))
     for program in programs.values():
         _check_resume(program.cfg)
     out = Path(cfg.output_dir)

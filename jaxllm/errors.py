@@ -3,7 +3,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STOPPED = 75  # the same command, started again, resumes
@@ -24,6 +24,15 @@ class UnknownFlag(UserError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file or directory that the user named does not exist."""
+
+
+def together(errors: Sequence[UserError]) -> UserError:
+    """One error that reports all of them, so that they can be fixed at once."""
+    if len(errors) == 1:
+        return errors[0]
+    kind = next((type(error) for error in errors if isinstance(error, UnknownFlag)), UserError)
+    listed = "; ".join(f"({i}) {error}" for i, error in enumerate(errors, 1))
+    return kind(f"{len(errors)} mistakes: {listed}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -7,7 +7,6 @@ import glob
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from jaxllm.paths import (
     absolute,
     as_path,
     check_bucket,
+    check_model,
     delete,
     entries,
     file_size,
@@ -63,12 +63,6 @@ PART, PARTS = 1 << 25, 8  # bytes of a request to a bucket; requests at a time
 TEMPLATES = "additional_chat_templates"  # a directory in that of a model
 
 
-def hub_id(path: str) -> bool:
-    """True if `path` may name a repository on the hub: it has the form OWNER/NAME, and OWNER is no
-    local directory (then NAME is more likely a typo)."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
-
-
 def local_dir(path: str) -> Path:
     """The local directory of a model: `path` itself, or the hub's cache (downloads a hub id).
 
@@ -79,9 +73,7 @@ def local_dir(path: str) -> Path:
         return folder
     if is_bucket(path):
         raise UserError(f"{path} does not exist")
-    if not hub_id(path):
-        why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
-        raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
+    check_model(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

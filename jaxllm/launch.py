@@ -21,8 +21,7 @@ from jaxllm.config import VERBS, TrainConfig, load_config
 from jaxllm.config.loading import read_yaml
 from jaxllm.config.schema import value_of
 from jaxllm.errors import UnknownFlag, UserError
-from jaxllm.files import hub_id
-from jaxllm.paths import PACKAGES
+from jaxllm.paths import PACKAGES, hub_id
 
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")

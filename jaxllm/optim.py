@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 from jaxllm.config import OptimSection
+from jaxllm.config.optimizers import optimizer_mistakes, schedule_mistakes
 from jaxllm.errors import UserError
 from jaxllm.mesh import in_memory
 from jaxllm.peft import METHODS
@@ -42,18 +43,16 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     inverse_sqrt is sqrt(warmup / step), or sqrt(10,000 / (step + 10,000)) without a warmup.
     warmup_log rises as log(step + 1) / log(warmup) and then stays constant (DeepSpeed's WarmupLR).
 
-    Raises UserError if the warmup or wsd's decay is longer than the run, or if `final` is set for
-    a schedule that does not decay to it.
+    polynomial is (1 - share of the rest) to the power `power`. A warmup that is longer than the run
+    ends with it, below the peak.
+
+    Raises UserError if wsd's decay is longer than what is left after the warmup, and for a key that
+    the schedule does not read.
     """
     warmup, floor = _span(optim.warmup, total_steps), optim.final
-    if warmup > total_steps:
-        raise UserError(
-            f"optim.warmup is {warmup} steps and the run has {total_steps}; "
-            "lower it, or give a share below 1"
-        )
     rest = max(total_steps - warmup, 1)
     decay = max(_span(optim.decay, total_steps), 1)
-    if optim.schedule == "wsd" and decay > rest:
+    if optim.schedule == "wsd" and decay > rest and warmup < total_steps:
         raise UserError(
             f"optim.decay is {decay} steps and {total_steps - warmup} are left after the warmup; "
             "lower one of them"
@@ -67,6 +66,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     shapes: dict[str, Callable[[jax.Array], jax.Array]] = {
         "cosine": lambda t: between(0.5 + 0.5 * jnp.cos(math.pi * jnp.minimum(t / rest, 1))),
         "linear": lambda t: between(1 - t / rest),
+        "polynomial": lambda t: between(jnp.maximum(1 - t / rest, 0) ** optim.power),
         "wsd": lambda t: between((rest - t) / decay),
         "constant": jnp.ones_like,
         "inverse_sqrt": lambda t: jnp.sqrt(timescale / (t + timescale)),
@@ -75,10 +75,8 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
     if optim.schedule not in shapes:
         names = ", ".join(shapes)
         raise UserError(f"optim.schedule {optim.schedule!r} is unknown; choose from {names}")
-    if floor and optim.schedule in ("constant", "inverse_sqrt", "warmup_log"):
-        raise UserError(
-            f"optim.final {floor} goes with cosine, linear and wsd; {optim.schedule} ignores it"
-        )
+    for message in schedule_mistakes(optim):
+        raise UserError(message)
     shape, peak = shapes[optim.schedule], optim.learning_rate
 
     def rate(step: jax.typing.ArrayLike) -> jax.Array:
@@ -144,13 +142,6 @@ def _muon(rate: optax.Schedule, optim: OptimSection, **options: Any):
 
 
 def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: Any):
-    if optim.schedule not in ("constant", "warmup_log"):
-        raise UserError(
-            f"optim.schedule {optim.schedule} with schedule_free_adamw, which needs no "
-            "decay of the learning rate; set optim.schedule to constant"
-        )
-    if optim.b1 == 0:
-        raise UserError("optim.b1 is 0; schedule_free_adamw needs a value above 0, such as 0.9")
     base = optax.chain(
         optax.scale_by_rms(optim.b2, optim.eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(optim.weight_decay, decay_mask),
@@ -160,18 +151,14 @@ def _schedule_free_adamw(rate: optax.Schedule, optim: OptimSection, **options: A
     return contrib.schedule_free(base, lambda step: rate(step - 1), optim.b1, **options)
 
 
-MUON = ("beta", "ns_coeffs", "ns_steps", "nesterov", "preconditioning", "consistent_rms")
-ADAFACTOR = ("min_dim_size_to_factor", "multiply_by_parameter_scale", "clipping_threshold")
-ADAFACTOR += ("decay_rate", "decay_offset", "momentum", "factored")
-# name -> (constructor, keywords of the optax function for optim.options, keys of optim it ignores)
-OPTIMIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]] = {
-    "adamw": (_adamw, ("eps_root", "mu_dtype", "nesterov"), ()),
-    "adam": (_adam, ("eps_root", "mu_dtype", "nesterov"), ()),
-    "sgd": (_sgd, ("momentum", "nesterov"), ("b1", "b2", "eps")),
-    "lion": (_lion, ("mu_dtype",), ("eps",)),
-    "adafactor": (_adafactor, ADAFACTOR, ("b1", "b2", "eps")),
-    "muon": (_muon, MUON, ()),
-    "schedule_free_adamw": (_schedule_free_adamw, ("weight_lr_power",), ()),
+MAKERS: dict[str, Callable[..., Any]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "muon": _muon,
+    "schedule_free_adamw": _schedule_free_adamw,
 }
 
 
@@ -199,21 +186,9 @@ def make_optimizer(
 
     adafactor clips a stack of layers as one block. Raises UserError for an unknown name or option.
     """
-    if optim.name not in OPTIMIZERS:
-        names = ", ".join(OPTIMIZERS)
-        raise UserError(f"optim.name {optim.name!r} is unknown; choose from {names}")
-    make, accepted, ignored = OPTIMIZERS[optim.name]
-    for key in ignored:
-        if getattr(optim, key) != getattr(OptimSection(), key):
-            raise UserError(f"optim.{key} has no effect on {optim.name}; leave it out")
-    for key in optim.options:
-        if key in vars(optim):
-            raise UserError(f"optim.options.{key}: give it as optim.{key}")
-        if key not in accepted:
-            raise UserError(
-                f"optim.options.{key} is no option of {optim.name}; it has {', '.join(accepted)}"
-            )
-    inner = _in_float32(make(schedule, optim, **optim.options))
+    for message in optimizer_mistakes(optim):
+        raise UserError(message)
+    inner = _in_float32(MAKERS[optim.name](schedule, optim, **optim.options))
     ratios = {name: ratio for name, ratio in (ratios or {}).items() if ratio != 1}
     if not ratios:
         return inner

@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import xxhash
 
-from jaxllm.errors import UserError
+from jaxllm.errors import MissingFile, UserError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> its client, the extra `gcs` or `s3`
 PROBE = ".access-"  # prefix of the objects by which processes see whether they can write
@@ -30,6 +31,30 @@ PROBE = ".access-"  # prefix of the objects by which processes see whether they 
 def is_bucket(path: Any) -> bool:
     """True for gs://… and s3://…"""
     return str(path).partition("://")[0] in PACKAGES and "://" in str(path)
+
+
+def hub_id(path: str) -> bool:
+    """True if `path` may name a repository on the hub: it has the form OWNER/NAME, and OWNER is no
+    local directory (then NAME is more likely a typo)."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)) and not Path(path).parent.is_dir()
+
+
+def check_model(path: str) -> None:
+    """Raises UserError if a model's path is neither a directory nor may be a hub id. A bucket is
+    not asked."""
+    folder = as_path(path)
+    if not is_bucket(path) and not hub_id(path) and not folder.is_dir():
+        why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
+        raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
+
+
+def check_tokenizer(path: str) -> None:
+    """Raises MissingFile if a tokenizer's path neither exists nor may be a hub id."""
+    if not as_path(path).exists() and not hub_id(path):
+        raise MissingFile(
+            f"{path}: no such directory, and not a hub id (OWNER/NAME); "
+            "`jaxllm tokenizer train FILE … --out DIR` makes a tokenizer"
+        )
 
 
 def as_path(path: str | Path) -> Path:

@@ -30,11 +30,10 @@ from jaxllm.compilation import use_cache
 from jaxllm.config import Source, TrainConfig
 from jaxllm.config.checks import check, resolve
 from jaxllm.errors import UserError
-from jaxllm.files import hub_id
 from jaxllm.mesh import data_parallel, make_mesh
 from jaxllm.monitor.flops import Flops, forward_flops, run_flops
 from jaxllm.ops.cross_entropy import ACCELERATOR_CHUNK, BLOCKS
-from jaxllm.paths import as_path
+from jaxllm.paths import as_path, hub_id
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl.online import make_evaluation
@@ -212,7 +211,7 @@ def plan(cfg: TrainConfig, topology: Topology) -> dict[str, Any]:
         cfg = as_on_gpus(cfg, mesh)
     program = build(cfg, mesh)
     new = cfg.rl.max_new_tokens if cfg.verb.online else 0
-    context_length(program.shape, program.adapter, cfg.data.max_length, new)
+    context_length(program.shape, program.adapter, program.cfg.data.length, new)
     batch = program.batch(program.row_length)
     with jax.set_mesh(mesh):
         step = compiled(program.step(STEPS), program.state, program.frozen, batch)
@@ -391,7 +390,7 @@ def rollout(program: Program) -> dict[str, float]:
     sampling = Sampling(new, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids=(0,))
     length = program.row_length
     every = replace(program, cfg=replace(cfg, batch_size=cfg.batch_size * rl.minibatches))
-    tokens = jax.tree.leaves(every.batch(bucketed(cfg.data.max_length)).tokens)[0]
+    tokens = jax.tree.leaves(every.batch(bucketed(cfg.data.length)).tokens)[0]
     shape = (rows, tokens.shape[-1])
     spec = jax.sharding.PartitionSpec(*tokens.sharding.spec[1:])
     prompts = jax.ShapeDtypeStruct(

@@ -13,6 +13,9 @@ from jaxllm.data.chat import run_tokenizer
 from jaxllm.data.dataset import load_data
 from jaxllm.hf_config import source_config
 from jaxllm.model.families import from_hf
+from jaxllm.peft.files import make_adapter
+from jaxllm.program import with_length
+from jaxllm.run import started_from
 from jaxllm.watch import connected
 
 
@@ -27,4 +30,6 @@ def tokenize(cfg: TrainConfig) -> dict[str, Any]:
         cfg = resolve(cfg, recorded=recorded_config(cfg))
         source, scores = cfg.model.path or str(cfg.model.config), cfg.verb.head == "score"
         config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=False)
-        return load_data(cfg, run_tokenizer(cfg, from_hf(config).vocab_size)).manifest
+        shape = from_hf(config)
+        cfg = with_length(cfg, shape, make_adapter(shape, started_from(cfg)))
+        return load_data(cfg, run_tokenizer(cfg, shape.vocab_size)).manifest

@@ -101,7 +101,7 @@ class Program:
     @property
     def row_length(self) -> int:
         """Tokens in the longest row of a training batch."""
-        length = self.cfg.data.max_length
+        length = self.cfg.data.length
         if self.cfg.verb.online:
             return bucketed(length + self.cfg.rl.max_new_tokens)
         return length * (2 if self.cfg.verb.data in ("pairs", "judged") else 1)
@@ -205,8 +205,18 @@ class Program:
         return {"weights": frozen, "reference": copy(_common(trainable, self.copied))}
 
 
+def with_length(cfg: TrainConfig, shape: ModelConfig, adapter: Adapter) -> TrainConfig:
+    """The config with data.max_length: if not given, 1,024 or the positions that the model has
+    besides virtual tokens and completions, whichever is less."""
+    if cfg.data.max_length is not None:
+        return cfg
+    left = shape.max_positions - adapter.length - cfg.verb.online * cfg.rl.max_new_tokens
+    length = min(cfg.data.length, left) if left > 1 else cfg.data.length  # else: an error later
+    return replace(cfg, data=replace(cfg.data, max_length=length))
+
+
 def build(cfg: TrainConfig, mesh: Mesh) -> Program:
-    """The program of a resolved config.
+    """The program of a resolved config; its `cfg` has data.max_length.
 
     Raises UserError for a model, a module or a combination that does not exist.
     """
@@ -214,6 +224,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
         check_offload(mesh)
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
+    cfg = with_length(cfg, shape, adapter)
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg))
     if (blocks := cfg.model.mlp_blocks) > 1:

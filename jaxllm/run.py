@@ -33,7 +33,7 @@ from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG, local_dir
-from jaxllm.hf import save_configs
+from jaxllm.hf import create_repo, save_configs
 from jaxllm.identity import check_processes_read_the_same, check_same_run, fixed
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (
@@ -185,8 +185,8 @@ class RunFolder:
         """Writes config.json, and deletes an old run first if this one replaces it.
 
         Call it after the new run's config, model and data are validated. Raises UserError if a
-        process cannot use the folder, or if there is no space for a checkpoint of `state`, a pytree
-        of arrays or of ShapeDtypeStructs.
+        process cannot use the folder, if there is no space for a checkpoint of `state`, a pytree of
+        arrays or of ShapeDtypeStructs, or if the hub refuses the repository of save.hub.
         """
         if dist.is_main():
             make_folder(self.path)
@@ -203,6 +203,7 @@ class RunFolder:
         dist.check_all(self._problem())
         if state is not None:
             dist.check_all(self.checkpoints.missing_space(state))
+            dist.check_all(_hub_problem(self.cfg) if dist.is_main() else None)
 
     def _problem(self) -> str | None:
         """Why this process cannot use the folder, if it cannot."""
@@ -261,7 +262,21 @@ def _check_writable(folder: Path) -> None:
     """Raises UserError if nothing can be written to a folder, which may not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir {folder} is not writable ({existing}); choose another directory")
+        raise UserError(
+            f"output_dir {folder} is not writable ({existing}); choose another directory"
+        )
+            f"output_dir {folder} is not writable ({existing}); choose another directory"
+        )
+
+
+def _hub_problem(cfg: TrainConfig) -> str | None:
+    """Why final/ cannot be uploaded to save.hub, if it cannot; creates the repository."""
+    try:
+        if cfg.save.hub:
+            create_repo(cfg.save.hub, cfg.save.hub_private)
+    except UserError as error:
+        return f"save.hub {cfg.save.hub}: {error}"
+    return None
 
 
 def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:

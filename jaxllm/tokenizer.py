@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import MissingFile, UserError
-from jaxllm.files import TEMPLATES, check_no_checkpoint, hub_id, read_json, write_json
-from jaxllm.paths import as_path, copy, files_in, is_bucket
+from jaxllm.errors import UserError
+from jaxllm.files import TEMPLATES, check_no_checkpoint, read_json, write_json
+from jaxllm.paths import as_path, check_tokenizer, copy, files_in, is_bucket
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
@@ -33,11 +33,8 @@ def load_tokenizer(path: str | Path) -> Any:
     is_local = folder.is_dir()
     if is_local:
         _check_has_tokenizer(folder, path)
-    elif not hub_id(str(path)):
-        raise MissingFile(
-            f"{path}: no such directory, and not a hub id (OWNER/NAME); "
-            "`jaxllm tokenizer train FILE … --out DIR` makes a tokenizer"
-        )
+    else:
+        check_tokenizer(str(path))
     try:
         with _on_disk(folder if is_local else path) as source:
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)

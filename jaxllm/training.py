@@ -30,6 +30,7 @@ from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
+from jaxllm.errors import UserError
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
 from jaxllm.finite import check_finite
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
@@ -83,7 +84,8 @@ def train(cfg: TrainConfig) -> Result:
     check(cfg)
     mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
-    program = build(cfg, mesh)
+    given, program = cfg, build(cfg, mesh)
+    cfg = program.cfg
     tokenizer = run_tokenizer(cfg, program.shape.vocab_size)
     samples = Samples(program, tokenizer)
     run = RunFolder(cfg)
@@ -92,7 +94,7 @@ def train(cfg: TrainConfig) -> Result:
     assert data.train is not None
     check_metric(program, data)
     timetable = Timetable(cfg, len(data.train))
-    say(*summarize(data.manifest), *warnings(cfg), *program.summary())
+    say(*summarize(data.manifest), *notes(given, program, timetable.steps))
 
     # ---- load what the run starts from: the first of these that exists
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
@@ -214,10 +216,30 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
         hf.save_adapter(model, path, tokenizer)
     else:
         hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
+    if (hub := program.cfg.save.hub) and dist.is_main():
+        try:
+            say(f"uploading to {hub}", hf.upload(path, hub))
+        except UserError as error:  # nothing is lost
+            say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
     return path
 
 
 # ---- before the loop
+
+
+def notes(given: TrainConfig, program: Program, steps: int) -> list[str]:
+    """Lines on what the user should know before a run of `steps` steps; given: the config without
+    defaults that depend on the model."""
+    unusual = warnings(program.cfg, steps)
+    return [*length_note(given, program), *unusual, *program.summary()]
+
+
+def length_note(given: TrainConfig, program: Program) -> list[str]:
+    """A line on data.length if it is the default."""
+    if given.data.max_length is not None:
+        return []
+    length, limit = program.cfg.data.length, program.shape.max_positions
+    return [f"data.max_length is {length:,}, the default; the model has {limit:,} positions"]
 
 
 def check_metric(program: Program, data: Data) -> None:
@@ -426,7 +448,7 @@ class Samples:
     def __init__(self, program: Program, tokenizer: Any):
         cfg, self.tokenizer, self.texts = program.cfg, tokenizer, program.cfg.log.samples
         new = cfg.rl.max_new_tokens if cfg.verb.online else 0
-        context = context_length(program.shape, program.adapter, cfg.data.max_length, new)
+        context = context_length(program.shape, program.adapter, cfg.data.length, new)
         self.sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
         if cfg.verb.data == "text":
             self.prompts = [tokenizer(text).input_ids for text in self.texts]

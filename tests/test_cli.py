@@ -13,13 +13,24 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from jaxllm import cli
-from jaxllm.config import Source, describe, from_dict, leaves
+from jaxllm.config import VERBS, Source, checks, describe, from_dict, leaves, load_config
+from jaxllm.config.verbs import unread
 from jaxllm.errors import MissingFile, UserError
 
 HEAVY = ("jax", "flax", "optax", "grain", "orbax", "numpy", "torch")
 HEAVY += ("transformers", "tokenizers", "datasets", "safetensors", "pydantic", "yaml")
 MODEL = ["--model", "m"]
 RUN = ["--model.path", "m", "--data.train", "d.txt"]
+
+
+@pytest.fixture(autouse=True)
+def files(monkeypatch, tmp_path):
+    """A folder with the models, runs and data that the tests name."""
+    for name in ("m", "x", "y/b", "run"):
+        (tmp_path / "cwd" / name).mkdir(parents=True)
+    for name in ("a", "b", "d.txt"):
+        (tmp_path / "cwd" / name).touch()
+    monkeypatch.chdir(tmp_path / "cwd")
 
 
 def python(code):
@@ -89,7 +100,7 @@ def test_train_is_a_function_whatever_was_imported_before():
         "except jaxllm.UserError as error: print(error)\n"
     )
     assert done.stderr == ""
-    assert done.stdout.startswith("no model: give model.path")
+    assert done.stdout.startswith("2 mistakes: (1) no model: give model.path")
 
 
 # ---- exit status
@@ -109,6 +120,51 @@ def test_contradictions_are_found_before_anything_heavy_is_imported(monkeypatch,
     monkeypatch.setitem(sys.modules, "jaxllm.training", None)
     assert cli.main(["pretrain", *RUN, "--model.config", "c"]) == 2
     assert capsys.readouterr().err.endswith("are both given; keep one\n")
+
+
+MISTAKES = [
+    ("sft --learning_rat 1", "unknown flag --learning_rat"),
+    ("sft nope.yaml", "nope.yaml: no such config file"),
+    ("sft --model.path m", "no data: give data.train"),
+    ("sft --model.path m --data.train d.txt --optim.name adamv", "optim.name is 'adamv'"),
+    ("sft --model.path m --data.train d.txt --optim.options.b 1", "optim.options.b is no option"),
+    ("sft --model.path no --data.train d.txt --optim.power 2", "goes with polynomial"),
+    ("sft --model.path no --data.train d.txt", "no is not a directory (nor a hub id"),
+    ("sft --model.path m --data.train no.jsonl 'n*'", "2 mistakes: (1) no.jsonl: no such file"),
+    ("sft --model.path m --model.tokenizer t --data.train d.txt", "t: no such directory, and not"),
+    ("sft --model.path m --data.train d.txt --data.template t", "neither a file nor one of"),
+    ("grpo --model.path m --data.train d.txt --rl.rewards no", "no is not a directory"),
+    ("grpo --model.path m --data.train d.txt --rl.rewards n.py:f", "there is no file n.py"),
+    ("pretrain --deepspeed no.json", "no.json: no such DeepSpeed file"),
+    ("tokenize --objective sft --model.path m --data.train no.txt", "no.txt: no such file"),
+    ("compare --model.path no --data.train d.txt --data.eval_fraction 0.5", "no is not a"),
+    ("plan --objective sft --model.path no --topology cpu:1", "no is not a directory"),
+    ("tokenizer train no.txt --out t", "no.txt: no such file or directory"),
+    ("eval --model no --data a", "no is not a directory"),
+    ("eval --model m --data '{path: no.txt}'", "no.txt: no such file or directory"),
+    ("generate --model no --prompt x", "no is not a directory"),
+    ("generate --model m --chat --template t --prompt x", "neither a file nor one of"),
+    ("chat --model m --adapter n=no", "no is not a directory"),
+    ("export no out", "no: no such directory"),
+    ("rows no --step 1", "no: no such directory"),
+    ("verify no", "no: no such directory"),
+]
+
+
+def test_mistakes_are_found_before_anything_heavy_is_imported():
+    """So they are reported at once. pydantic and yaml are needed to read a config."""
+    done = python(
+        "import shlex, sys\n"
+        "from jaxllm import cli\n"
+        f"for line in {[line for line, _ in MISTAKES]!r}:\n"
+        "    assert cli.main(shlex.split(line)) == 2, line\n"
+        "print(*{m.split('.')[0] for m in sys.modules})"
+    )
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == len(MISTAKES), done.stderr
+    for line, (_, message) in zip(lines, MISTAKES, strict=True):
+        assert message in line
+    assert not (set(HEAVY) - {"pydantic", "yaml"}) & set(done.stdout.split())
 
 
 def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, capsys):
@@ -199,19 +255,37 @@ def test_help_answers_at_once():
     assert seconds < 10  # about 1 s; a busy machine may be slower
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft"])
-def test_help_shows_every_key_with_its_default_and_names(verb, capsys):
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_key_that_the_command_reads(verb, capsys):
     assert cli.main([verb, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for leaf in leaves().values():
-        if leaf.key != "objective":
-            assert f"--{leaf.key} {describe.kind_of(leaf)} [" in text
-            assert " ".join(leaf.doc.split()) in text
+        read = leaf.key not in (*unread(verb), "objective")
+        assert text.count(f" --{leaf.key} {describe.kind_of(leaf)} [") == read
+        assert not read or " ".join(leaf.doc.split()) in text
+    assert ("rl." in text) == (verb in ("ppo", "grpo"))
+    assert ("align." in text) == (verb not in ("pretrain", "sft"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_begins_with_an_example_and_ten_keys(verb, capsys):
+    assert cli.main([verb, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    example = next(line for line in lines if line.startswith(f"  jaxllm {verb} "))
+    cfg, _ = load_config(verb, None, example.split()[2:])
+    checks.check(cfg)
+    keys = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+    assert tuple(keys[:10]) == VERBS[verb].first and len(VERBS[verb].first) == 10
+
+
+def test_help_names_the_default_and_the_other_names(capsys):
+    assert cli.main(["pretrain", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
     assert "--optim.eps FLOAT [1e-08] ε added to the square root of the" in text
     assert "second moment (also --adam_epsilon)" in text
     assert "--model.remat none|full|dots|names|offload [full]" in text
     assert "--bf16: model.compute_dtype bfloat16" in text
-    assert "--data.max_length INT (tokens) [1024]" in text
+    assert "--data.max_length INT (tokens) [null]" in text
     assert "--save.every INT|epoch (steps) [500]" in text
     assert "--model.path PATH [null]" in text
 
@@ -251,7 +325,7 @@ def test_schema_is_json(capsys):
         (["eval", "--modle", "m"], "required: --model, --data"),
         (["eval", *MODEL, "--data", "a", "--data", "b"], "--data is given twice; give all its"),
         (["eval", *MODEL, "--data", "{pth: a}"], "--data: data.eval[0].pth is not known"),
-        (["eval", *MODEL, "--data", "a", "--template", "t"], "--template requires --chat"),
+        (["eval", *MODEL, "--data", "a", "--template", "chatml"], "--template requires --chat"),
         (
             ["eval", *MODEL, "--data", "a", "--batch_size", "0"],
             "--batch_size: seen 0; must be an integer",
@@ -263,7 +337,10 @@ def test_schema_is_json(capsys):
         ),
         (["generate", *MODEL, "--top_k", "x"], "--top_k: seen x; must be an integer from 0 to"),
         (["generate", *MODEL, "--prompt", "x", "--system", "s"], "--system requires --chat"),
-        (["generate", *MODEL, "--prompt", "x", "--template", "t"], "--template requires --chat"),
+        (
+            ["generate", *MODEL, "--prompt", "x", "--template", "chatml"],
+            "--template requires --chat",
+        ),
         (["generate", *MODEL, "--seed", "9" * 20], f"integer from 0 to {2**63 - 1}"),
         (["chat", *MODEL, "--seed", "-1"], "--seed: seen -1; must be an integer"),
         (

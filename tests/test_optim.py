@@ -16,9 +16,10 @@ from optax import contrib
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-from jaxllm.config import OptimSection
+from jaxllm.config import OptimSection, load_config
+from jaxllm.config.optimizers import OPTIMIZERS
 from jaxllm.optim import (
-    OPTIMIZERS,
+    MAKERS,
     clip,
     eval_params,
     make_optimizer,
@@ -113,6 +114,35 @@ def test_schedule_is_that_of_transformers_at_every_step(ours, theirs, keys, kwar
         reference.step()
 
 
+@pytest.mark.parametrize("warmup", [0, 7, 60])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("polynomial", {}),
+        ("polynomial", {"lr_end": 1e-5, "power": 2.5}),
+        ("cosine_with_min_lr", {"min_lr": 3e-5}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}),
+        ("linear", {}),
+    ],
+)
+def test_a_schedule_by_its_transformers_name_has_the_rates_of_transformers(name, kwargs, warmup):
+    """Also if the warmup is longer than the run."""
+    steps = 40
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    theirs = get_scheduler(name, optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+    args = ["--lr_scheduler_type", name, "--lr_scheduler_kwargs", str(kwargs)]
+    args += ["--learning_rate", "3e-4", "--warmup_steps", str(warmup)]
+    rate = make_schedule(load_config("pretrain", None, args)[0].optim, steps)
+    for step in range(steps):
+        assert float(rate(step)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-10)
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_tables_of_optimizers_have_the_same_names():
+    assert MAKERS.keys() == OPTIMIZERS.keys()
+
+
 def test_warmup_log_is_deepspeeds():
     rate = make_schedule(OptimSection(schedule="warmup_log", learning_rate=2.0, warmup=10), 100)
     for step in (0, 1, 5, 9):
@@ -128,9 +158,9 @@ def test_warmup_below_one_is_a_share_of_the_run():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"warmup": 11}, "optim.warmup is 11 steps and the run has 10"),
         ({"schedule": "wsd", "warmup": 5, "decay": 6}, "optim.decay is 6 steps and 5 are left"),
-        ({"schedule": "polynomial"}, "'polynomial' is unknown; choose from cosine"),
+        ({"schedule": "greedy"}, "'greedy' is unknown; choose from cosine"),
+        ({"power": 2.0}, "optim.power 2.0 goes with polynomial; cosine ignores it"),
         ({"schedule": "constant", "final": 0.1}, "optim.final 0.1 goes with"),
     ],
 )
@@ -315,7 +345,7 @@ def test_moments_lie_as_their_weights_do(name):
 def test_every_option_of_the_table_is_taken(name):
     optax_of = {"muon": contrib.muon, "schedule_free_adamw": contrib.schedule_free}
     signature = inspect.signature(optax_of.get(name) or getattr(optax, name)).parameters
-    for key in OPTIMIZERS[name][1]:
+    for key in OPTIMIZERS[name][0]:
         default = signature[key].default
         optim = section(name, options={key: default})
         assert make_optimizer(optim, make_schedule(optim, 10)).init(weights())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,22 @@ from jaxllm.config import (
     AlignSection,
     DataSection,
     ModelSection,
+    OptimSection,
     PeftSection,
     RlSection,
     TrainConfig,
 )
-from jaxllm.config.checks import resolve
+from jaxllm.config.checks import resolve, warnings
+from jaxllm.errors import UserError
 from jaxllm.mesh import AXES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops import conditional
 from jaxllm.ops.conditional import update_if
+from jaxllm.optim import make_schedule
+from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import build
 from jaxllm.step import TrainState, alone, make_step
+from jaxllm.training import length_note
 
 SHAPE = {
     "model_type": "llama",
@@ -146,3 +152,57 @@ def test_a_step_that_is_not_finite_keeps_weights_and_optimizer_state(broken):
         jax.tree.leaves(after.opt_state), jax.tree.leaves(state.opt_state), strict=True
     ):
         np.testing.assert_array_equal(new, old)
+
+
+# ---- data.max_length
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({}, 64),
+        ({"peft": PeftSection(method="prefix", num_virtual_tokens=20)}, 44),
+        ({"objective": "grpo", "rl": RlSection(max_new_tokens=16)}, 48),
+        ({"data": DataSection(max_length=32)}, 32),
+    ],
+)
+def test_the_default_length_is_the_models_limit(model, options, length):
+    program = program_of(model, options, "gpu")
+    assert program.cfg.data.max_length == length
+    given = replace(program.cfg, **options) if "data" in options else TrainConfig()
+    said = f"data.max_length is {length}, the default; the model has 64 positions"
+    assert length_note(given, program) == ([] if "data" in options else [said])
+
+
+def test_the_default_length_is_at_most_1024(model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"max_position_embeddings": 4096}))
+    assert program_of(model, {}, "gpu").cfg.data.max_length == 1024
+
+
+def test_a_model_without_room_for_a_prompt_is_an_error(model):
+    program = program_of(model, {"objective": "grpo", "rl": RlSection(max_new_tokens=64)}, "gpu")
+    with pytest.raises(UserError, match=r"1024 and rl\.max_new_tokens 64 together are over"):
+        context_length(program.shape, program.adapter, program.cfg.data.length, 64)
+
+
+# ---- the warmup
+
+
+@pytest.mark.parametrize(
+    ("optim", "end"),
+    [
+        (OptimSection(warmup=20), None),
+        (OptimSection(warmup=0.5), None),
+        (OptimSection(warmup=38), "50%"),
+        (OptimSection(warmup=400, schedule="warmup_log"), "50%"),
+    ],
+)
+def test_a_warmup_that_is_longer_than_the_run_is_said(optim, end):
+    lines = list(warnings(TrainConfig(optim=optim), 20))
+    assert len(lines) == (end is not None)
+    rate = make_schedule(replace(optim, learning_rate=1.0), 20)
+    if end:
+        assert lines[0].endswith(
+            f"and the run has 20, so the learning rate ends at {end} of its peak"
+        )
+        assert f"{float(rate(19)):.0%}" == end

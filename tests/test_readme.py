@@ -10,6 +10,7 @@ environment are not run but looked up.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -168,12 +169,17 @@ def test_blocks_are_of_a_language_that_is_run_or_shown():
         assert marks.count("") * 2 == len(marks), f"{page}: a block opens without its language"
 
 
-def test_yaml_that_is_shown_loads(tmp_path):
+def test_yaml_that_is_shown_loads(tmp_path, monkeypatch):
+    """A file of LLaMA-Factory names datasets of a dataset_info.json."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    named = {name: {"file_name": f"{name}.json"} for name in ("identity", "alpaca_en_demo")}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(named))
     shown = [code for page in PAGES for language, code in blocks(page) if language == "yaml"]
     assert shown
     for code in shown:
         (tmp_path / "run.yaml").write_text(code)
-        load_config("pretrain", str(tmp_path / "run.yaml"))
+        load_config("sft" if "stage: sft" in code else "pretrain", str(tmp_path / "run.yaml"))
 
 
 def test_the_table_of_keys_is_up_to_date():

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from jaxllm.data.tokenizer_training import train_tokenizer
-from jaxllm.tokenizer import check_vocabulary, hub_id, load_tokenizer
+from jaxllm.paths import hub_id
+from jaxllm.tokenizer import check_vocabulary, load_tokenizer
 
 
 @pytest.fixture(scope="module")

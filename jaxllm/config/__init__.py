@@ -3,7 +3,9 @@
 
 verbs      the training commands and PEFT methods: what each reads, and its defaults
 sections   TrainConfig and its sections: documentation, ranges, units and short forms
-aliases    names of transformers and TRL        deepspeed  keys of a DeepSpeed file
+optimizers what each optimizer and schedule reads
+aliases    names of transformers, TRL and LLaMA-Factory, from the tables in names, by the rules in
+           rules and datasets                   deepspeed  keys of a DeepSpeed file
 schema     the fields as a table of dotted keys; validation; conversion from and to dicts
 loading    YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
 checks     contradictions between fields; defaults that depend on other fields

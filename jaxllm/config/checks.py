@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from jaxllm.config.optimizers import optimizer_mistakes, schedule_mistakes
 from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
 from jaxllm.config.sections import TrainConfig
 from jaxllm.config.verbs import JUDGING, PEFT_METHODS, unread
-from jaxllm.errors import UserError, nearest
-from jaxllm.paths import as_path, file_size
+from jaxllm.errors import UserError, nearest, together
+from jaxllm.paths import as_path, file_size, is_bucket
 
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
 # What a run must share with the one that it resumes, besides the keys of the config (identity.py).
@@ -28,12 +30,20 @@ def check(cfg: TrainConfig) -> None:
     for key in leaves():
         if (ours := value_of(cfg, key)) != (right := value_of(valid, key)):
             raise UserError(f"{key} is {ours!r}; write {right!r}")
-    for message in _contradictions(cfg):
-        raise UserError(message)
+    if messages := list(dict.fromkeys(_contradictions(cfg))):
+        raise together([UserError(message) for message in messages])
 
 
-def warnings(cfg: TrainConfig) -> Iterator[str]:
-    """One line for each setting that is valid but unusual."""
+def warnings(cfg: TrainConfig, steps: int) -> Iterator[str]:
+    """One line for each setting that is valid but unusual in a run of `steps` steps."""
+    if cfg.optim.warmup > max(steps, 1):
+        is_log = cfg.optim.schedule == "warmup_log"
+        done = (steps - 1) / cfg.optim.warmup
+        end = math.log(max(steps, 1)) / math.log(cfg.optim.warmup) if is_log else done
+        yield (
+            f"warning: optim.warmup is {cfg.optim.warmup:g} steps and the run has {steps}, so the "
+            f"learning rate ends at {end:.0%} of its peak"
+        )
     if cfg.peft.method != "none" and cfg.model.config:
         yield "warning: the adapter is trained on random base weights; `export --merge` saves both"
     ranks = {cfg.peft.r, *cfg.peft.rank_pattern.values()}
@@ -81,8 +91,6 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
         yield "rl.kl_target scales align.beta, which is 0; set align.beta to another initial value"
     if not align.loss:
         yield "align.loss is empty; give sigmoid, or another loss"
-    if cfg.verb.head == "score" and cfg.log.samples:
-        yield f"log.samples is not used by {cfg.objective}, which generates no text; remove it"
     if not cfg.verb.online:
         return
     if not rl.rewards:
@@ -95,8 +103,6 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
             f"rl.group_size is {size}; {cfg.objective} compares the completions of a prompt, so it "
             f"needs {cfg.verb.min_group} or more"
         )
-    if cfg.data.eval or cfg.data.eval_fraction:
-        yield f"data.eval is not used by {cfg.objective}, which logs rewards instead; remove it"
 
 
 def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
@@ -174,9 +180,16 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     if list(sizes.values()).count(-1) > 1:
         yield "mesh: only one axis can be -1"
 
-    for name in ("warmup", "decay") if optim.schedule == "wsd" else ("warmup",):
-        if 0 < cfg.steps < (length := getattr(optim, name)):
-            yield f"optim.{name} is {length:g} steps, more than the run's {cfg.steps}; lower it"
+    if optim.schedule == "wsd" and 0 < cfg.steps < optim.decay:
+        yield f"optim.decay is {optim.decay:g} steps, more than the run's {cfg.steps}; lower it"
+    yield from optimizer_mistakes(optim)
+    yield from schedule_mistakes(optim)
+    if cfg.save.hub and not cfg.save.final:
+        yield "save.hub requires save.final"
+    if cfg.save.hub and is_bucket(cfg.output_dir):
+        yield "save.hub requires an output_dir on the local disk"
+    if cfg.save.hub_private and not cfg.save.hub:
+        yield "save.hub_private requires save.hub"
 
 
 def resolve(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxllm.config.aliases import Given
+from jaxllm.config.fields import Given
 from jaxllm.errors import MissingFile, UserError
 
 CARRIED = {

@@ -5,23 +5,34 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import textwrap
+from itertools import chain
 from typing import Any, Literal, get_args, get_origin
 
 from jaxllm.config import aliases
 from jaxllm.config.fields import home
+from jaxllm.config.names import IGNORED, OFF, REFUSED
 from jaxllm.config.schema import SECTIONS, Leaf, field_docs, leaves, members, type_adapter, value_of
 from jaxllm.config.sections import Source, TrainConfig
-from jaxllm.config.verbs import VERBS
+from jaxllm.config.verbs import VERBS, unread
 
 
 def training_help(verb: str) -> str:
-    """The text of `jaxllm COMMAND --help`: every key with type, unit, default and HF names."""
+    """The text of `jaxllm COMMAND --help`: every key that the command reads with type, unit,
+    default and other names, first those that matter most."""
+    row, skipped = VERBS[verb], {*unread(verb), "objective"}
+    read = {key: leaf for key, leaf in leaves().items() if key not in skipped}
     names = {meaning: [f"--{n}" for n in ns] for meaning, ns in aliases.spellings().items()}
     lines = [
         f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
         "",
-        f"{VERBS[verb].about}.",
+        f"{row.about}.",
+        "",
+        f"  jaxllm {verb} {row.example} --output_dir run/{verb}",
+        "",
+        "The keys that matter most:",
+        *chain(*(_described(read.pop(key), names) for key in row.first)),
         "",
         "Each key can be set in the YAML file or by a flag; flags take precedence. A list takes",
         "several values; a dict takes YAML ({a: 1}) or --section.key.a 1; --key sets true and",
@@ -31,20 +42,28 @@ def training_help(verb: str) -> str:
         "  --schema    print the JSON schema of the YAML file (for editors), then exit",
     ]
     section = None
-    for leaf in leaves().values():
-        if leaf.key == "objective":
-            continue
+    for leaf in read.values():
         prefix = leaf.key.rpartition(".")[0]
         if prefix != section:
             lines += ["", SECTIONS.get(prefix, TrainConfig).__doc__ or ""]
             section = prefix
-        also = f" (also {', '.join(names.pop(leaf.key))})" if leaf.key in names else ""
-        lines.append(f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]")
-        indent = " " * 6
-        lines += textwrap.wrap(leaf.doc + also, 92, initial_indent=indent, subsequent_indent=indent)
-    lines += ["", "Other transformers and TRL names, and what they set:"]
-    lines += [f"  {', '.join(flags)}: {meaning}" for meaning, flags in names.items()]
+        lines += _described(leaf, names)
+    lines += ["", "Other names of transformers, TRL and LLaMA-Factory, and what they set:"]
+    others = [(flags, text) for text, flags in names.items() if not skipped & {*_words(text)}]
+    lines += [f"  {', '.join(flags)}: {text}" for flags, text in others]
     return "\n".join(lines)
+
+
+def _described(leaf: Leaf, names: dict[str, list[str]]) -> list[str]:
+    """A key's lines of help; takes its other names out of `names`."""
+    also = f" (also {', '.join(names.pop(leaf.key))})" if leaf.key in names else ""
+    indent = " " * 6
+    text = textwrap.wrap(leaf.doc + also, 92, initial_indent=indent, subsequent_indent=indent)
+    return [f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]", *text]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w.]+", text)
 
 
 def kind_of(leaf: Leaf) -> str:
@@ -102,12 +121,12 @@ def json_schema() -> dict[str, Any]:
     keys["resume"]["type"] = ["boolean", "string"]  # a checkpoint's path, as in transformers
     keys["optim"] = {"anyOf": [{"type": "string"}, keys["optim"]]}  # optim: NAME in transformers
     names: dict[str, Any] = {
-        n: {"description": f"transformers' name of {m}"}
+        n: {"description": f"another library's name of {m}"}
         for n, m in aliases.meanings().items()
         if "." not in n
     }
-    names |= {n: {"description": "ignored: no effect here"} for n in sorted(aliases.IGNORED)}
-    names |= {n: {"enum": aliases.OFF, "description": why} for n, why in aliases.REFUSED.items()}
+    names |= {n: {"description": "ignored: no effect here"} for n in sorted(IGNORED)}
+    names |= {n: {"enum": (*OFF, *ok), "description": w} for n, (w, *ok) in REFUSED.items()}
     schema["properties"] = names | keys
     return schema
 

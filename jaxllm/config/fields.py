@@ -12,6 +12,15 @@ from annotated_types import Ge, Gt, Le, Lt, Unit
 
 
 @dataclass(frozen=True)
+class Given:
+    """A value with the name it was given by and its origin: file:line or the flag."""
+
+    name: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
 class Read:
     """Converts what a user wrote to a value of the field's type; other values pass through."""
 
@@ -71,7 +80,10 @@ Path = Annotated[str, Read(home)]
 Interval = Annotated[Count, Unit("steps")] | Literal["epoch"]
 # A number of steps, or a fraction of all steps if below 1.
 StepsOrFraction = Annotated[float, Ge(0), Unit("steps, or fraction of all steps")]
-Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "warmup_log"]
+Schedule = Literal[
+    "cosine", "linear", "polynomial", "constant", "wsd", "inverse_sqrt", "warmup_log"
+]
+OptimizerName = Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free_adamw"]
 LoraInit = Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 # fmt: off

@@ -15,12 +15,12 @@ from functools import cache
 from typing import Any
 
 from jaxllm.config import aliases
-from jaxllm.config.aliases import Given
 from jaxllm.config.deepspeed import read_deepspeed
-from jaxllm.config.fields import sources
+from jaxllm.config.fields import Given, sources
+from jaxllm.config.rules import TRANSLATED
 from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
 from jaxllm.config.sections import Source, TrainConfig
-from jaxllm.errors import MissingFile, UserError
+from jaxllm.errors import MissingFile, UserError, together
 from jaxllm.paths import absolute, as_path, local_path
 
 # ---- YAML and flags
@@ -88,7 +88,7 @@ def read_yaml(path: str) -> list[Given]:
                 raise UserError(f"{line(key)}: {name} is given twice; keep one")
             names.add(name)
             is_scalar = isinstance(value, yaml.ScalarNode)
-            if name in SECTIONS and not (is_scalar and name in aliases.TRANSLATED):
+            if name in SECTIONS and not (is_scalar and name in TRANSLATED):
                 yield from walk(value, f"{name}.")
             else:
                 yield Given(name, value_of(value), line(key))
@@ -129,8 +129,8 @@ def read_args(args: Sequence[str]) -> list[Given]:
 
 
 def _flag_leaf(name: str) -> Leaf | None:
-    """The field that a flag sets, by our name or that of transformers."""
-    return leaves().get(aliases.RENAMED.get(name, name))
+    """The field that a flag sets, by our name or that of another library."""
+    return leaves().get(aliases.meanings().get(name, name))
 
 
 def _parsed(flag: Given) -> Given:
@@ -178,25 +178,32 @@ def load_config(
 
     Precedence: arguments over the file over defaults. A DeepSpeed file sets keys that neither
     gives and must not contradict them. Flags and DeepSpeed keys that have no effect here are listed
-    on stderr. Also returns the origin of each dotted key: "default", file:line or the flag.
+    on stderr. null stands for the default. Also returns the origin of each dotted key: "default",
+    file:line or the flag.
 
-    Raises UserError for an unknown key (naming the nearest one), an invalid value, a contradiction
-    or a missing file.
+    Raises UserError for unknown keys (naming the nearest ones), invalid values, contradictions and
+    missing files; all unknown and refused names are in one error.
     """
     given: dict[str, Given] = {}
     ignored: list[str] = []
+    notes: list[str] = []
+    errors: list[UserError] = []
     file = read_yaml(path) if path else []
     for layer in (file, [_parsed(flag) for flag in read_args(args)]):
-        for one in layer:
-            if leaf_of(one.name) is None and one.name not in aliases.NAMES:
-                raise unknown_key(one.name, one.where)
-        values, without_effect = aliases.translate(layer)
+        known = [one for one in layer if leaf_of(one.name) or one.name in aliases.NAMES]
+        errors += [unknown_key(one.name, one.where) for one in layer if one not in known]
+        found = aliases.translate(known, objective)
+        values, errors = found.given, errors + found.errors
         given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
-        ignored += without_effect
+        ignored, notes = ignored + found.ignored, notes + found.notes
+    if errors:
+        raise together(errors)
     if (deepspeed := given.pop("deepspeed", None)) is not None:
         values, without_effect = read_deepspeed(str(deepspeed.value), given)
         given |= values
         ignored += without_effect
+    for note in notes:
+        print(f"jaxllm: {note}", file=sys.stderr)
     if ignored:
         print(f"jaxllm: ignored, no effect here: {', '.join(ignored)}", file=sys.stderr)
     verb = given.setdefault("objective", Given("objective", objective, "the command"))
@@ -205,6 +212,8 @@ def load_config(
     for key, one in given.items():
         if leaf := leaves().get(key):
             given[key] = replace(one, value=leaf.read(one.value))
+    defaults = {key: leaf.default for key, leaf in leaves().items()}
+    given = {k: v for k, v in given.items() if v.value is not None or defaults.get(k) is None}
     given = _resume_flag(given)
     origins = {leaf.key: one.where for key, one in given.items() if (leaf := leaf_of(key))}
     cfg = from_dict(_tree(given), origins)

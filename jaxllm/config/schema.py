@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from jaxllm.config import aliases
 from jaxllm.config.fields import Read, listed
 from jaxllm.config.sections import Source, TrainConfig, Unit
-from jaxllm.errors import UnknownFlag, UserError, nearest
+from jaxllm.errors import UnknownFlag, UserError, nearest, together
 
 SECTIONS: dict[str, Any] = {
     f.name: f.default_factory for f in fields(TrainConfig) if f.default_factory is not MISSING
@@ -112,20 +112,41 @@ def leaf_of(key: str) -> Leaf | None:
 
 
 def unknown_key(key: str, where: str = "") -> UserError:
-    """The error for an unknown key, which names the nearest known one."""
+    """The error for an unknown key, which names the nearest known one, if one is near."""
     is_flag = where.startswith("--")
     if is_flag and key in SECTIONS:
         hint = f"did you mean --{USUAL[key]}?" if key in USUAL else "--help lists them"
         return UserError(f"{where}: {key} is a section with keys; {hint}")
-    names = {name.rpartition(".")[2]: name for name in reversed(leaves())}
-    names |= {name: name for name in (*leaves(), *aliases.meanings(), *SECTIONS)}
-    names |= USUAL if is_flag else {}
-    last = key.rpartition(".")[2]
-    near = nearest(key, names) or nearest(last, names)
-    hint = f"did you mean {'--' * is_flag}{names[near]}?" if near else "--help lists all keys"
+    near = _nearest_key(key)
+    near = USUAL.get(near or "", near) if is_flag else near
+    hint = f"did you mean {'--' * is_flag}{near}?" if near else "--help lists all keys"
     if is_flag:
         return UnknownFlag(f"unknown flag {where}; {hint}")
     return UserError(f"{where}: unknown key {key}; {hint}".removeprefix(": "))
+
+
+def _nearest_key(key: str) -> str | None:
+    """The key that a user who writes `key` probably means: the one of this name, of these initials
+    (lr: learning_rate) or of a similar name. A key with a section is one of that section."""
+    section, _, name = key.rpartition(".")
+    section = nearest(section, SECTIONS) if section else ""
+    if section is None:
+        return None
+    keys = [one for one in leaves() if not section or one.startswith(f"{section}.")]
+    for spelled in (str, _initials):
+        same = [one for one in keys if spelled(one.rpartition(".")[2]) == name]
+        if same and (spelled is str or len(same) == 1):
+            return same[0]
+    names = {one.rpartition(".")[2]: one for one in reversed(keys)}
+    if not section:  # short names of sections, such as peft.r, are similar to everything
+        names = {short: one for short, one in names.items() if len(short) > 3}
+        names |= {one: one for one in (*leaves(), *aliases.meanings(), *SECTIONS)}
+    near = nearest(name, names)
+    return names[near] if near else None
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_")) if "_" in name else ""
 
 
 # ---- validation
@@ -151,7 +172,7 @@ def type_adapter() -> Any:
 def from_dict(values: dict[str, Any], origins: Mapping[str, str] | None = None) -> TrainConfig:
     """Convert a nested dict to a TrainConfig, the inverse of `to_dict`.
 
-    origins: origins of dotted keys, for messages. Raises UserError for the first invalid value.
+    origins: origins of dotted keys, for messages. Raises UserError for invalid values.
     """
     from pydantic import ValidationError
 
@@ -160,29 +181,39 @@ def from_dict(values: dict[str, Any], origins: Mapping[str, str] | None = None) 
         origin = (origins or {}).get(key, "")
         return key if origin.lstrip("-") in ("", key) else f"{origin}: {key}"
 
+    errors: dict[str, UserError] = {}
     for key, value in flat(values).items():
         if key in SECTIONS:
             raise UserError(f"{key} must be a mapping, seen {value!r}")
         if key not in leaves():
-            raise unknown_key(key)
-        if isinstance(value, bool) and bool not in leaves()[key].types:
-            raise UserError(f"{shown(key)} needs a value, seen {str(value).lower()}")
+            errors[key] = unknown_key(key)
+        elif isinstance(value, bool) and bool not in leaves()[key].types:
+            errors[key] = UserError(f"{shown(key)} needs a value, seen {str(value).lower()}")
+    if errors:
+        raise together([*errors.values()])
     try:
         return type_adapter().validate_python(values)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
-    loc, seen, wanted = first["loc"], first["input"], first["msg"].removeprefix("Input ")
-    depth = 1 + (loc[0] in SECTIONS)
-    key = ".".join(map(str, loc[:depth]))
-    if Literal["epoch"] in leaves()[key].types:  # pydantic reports each member of the union
-        raise UserError(f"{shown(key)} is {seen!r}; it should be a number of steps, or epoch")
-    inside = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in loc[depth:])
-    problem = f"is {seen!r}; it {wanted.removeprefix('Value ')}"
-    if first["type"] == "unexpected_keyword_argument":
+        found = sorted(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
+    for one in found:
+        depth = 1 + (one["loc"][0] in SECTIONS)
+        key = ".".join(map(str, one["loc"][:depth]))
+        inside = "".join(f"[{n}]" if isinstance(n, int) else f".{n}" for n in one["loc"][depth:])
+        errors.setdefault(key, UserError(_problem(shown(key), leaves()[key], inside, one)))
+    raise together([*errors.values()])
+
+
+def _problem(shown: str, leaf: Leaf, inside: str, error: Any) -> str:
+    """What is wrong with a value, from pydantic's error. shown: the key with its origin."""
+    seen, wanted = error["input"], error["msg"].removeprefix("Input ").removeprefix("Value ")
+    if Literal["epoch"] in leaf.types:  # pydantic reports each member of the union
+        return f"{shown} is {seen!r}; it should be a number of steps, or epoch"
+    problem = f"is {seen!r}; it {wanted}"
+    if error["type"] == "unexpected_keyword_argument":
         problem = f"is not known; a source has {', '.join(f.name for f in fields(Source))}"
-    elif first["type"] in ("missing", "missing_argument"):
+    elif error["type"] in ("missing", "missing_argument"):
         problem = f"is missing; seen {seen!r}"
-    raise UserError(f"{shown(key)}{inside} {problem}")
+    return f"{shown}{inside} {problem}"
 
 
 def to_dict(cfg: TrainConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxllm.config.fields import (
     Fraction,
     Interval,
     LoraInit,
+    OptimizerName,
     Path,
     Positive,
     Read,
@@ -105,6 +106,9 @@ class Source:
 Sources = Annotated[tuple[Source, ...], Read(sources)]
 
 
+DEFAULT_LENGTH = 1024
+
+
 @dataclass(frozen=True)
 class DataSection:
     """The data and how it becomes rows of tokens."""
@@ -115,9 +119,9 @@ class DataSection:
     """evaluation data; each source is evaluated in full and reported separately"""
     eval_fraction: Fraction = 0.0
     """fraction of training examples held out for evaluation, drawn by seed; excludes data.eval"""
-    max_length: Annotated[int, Ge(2), Unit("tokens")] = 1024
+    max_length: Annotated[int, Ge(2), Unit("tokens")] | None = None
     """context length of a row; for preference data: of a prompt with one answer; for ppo and grpo:
-    of a prompt"""
+    of a prompt; default: 1,024, or the model's limit if that is less"""
     packing: bool = True
     """SFT and preference data: pack several examples into a row as separate segments"""
     segment: bool = True
@@ -150,13 +154,18 @@ class DataSection:
     cache_dir: Path | None = None
     """directory for tokenized data, or a bucket to share it; default: ~/.cache/jaxllm"""
 
+    @property
+    def length(self) -> int:
+        """max_length, or its default for a model without a limit."""
+        return self.max_length or DEFAULT_LENGTH
+
 
 @dataclass(frozen=True)
 class OptimSection:
     """Optimizer and learning-rate schedule."""
 
-    name: str = "adamw"
-    """optimizer: adamw, or another one of the table in optim.py"""
+    name: OptimizerName = "adamw"
+    """optimizer"""
     learning_rate: Positive | None = None
     """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2; reward and
     orpo use a tenth of it, dpo, kto, simpo, ppo and grpo a hundredth"""
@@ -164,11 +173,14 @@ class OptimSection:
     """schedule after the warmup; wsd = warmup, stable, decay; warmup_log = DeepSpeed's WarmupLR
     with warmup_type log"""
     warmup: StepsOrFraction = 0.0
-    """linear warmup from 0; a value below 1 is a fraction of all steps"""
+    """linear warmup from 0; a value below 1 is a fraction of all steps; if it is longer than the
+    run, the learning rate stays below its peak"""
     decay: StepsOrFraction = 0.2
     """wsd: length of the final decay; a value below 1 is a fraction of all steps"""
     final: Share = 0.0
     """final learning rate as a fraction of the peak"""
+    power: Positive = 1.0
+    """polynomial: exponent of the decay; 1 = linear"""
     weight_decay: Amount = 0.0
     """decoupled weight decay of matrices; norms and biases are never decayed"""
     b1: Fraction = 0.9
@@ -232,6 +244,10 @@ class LogSection:
     of them is also printed every 10 s at most"""
     report_to: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Read(trackers)] = ()
     """trackers to log to besides metrics.jsonl"""
+    run_name: str | None = None
+    """name of the run in the trackers; default: that of output_dir"""
+    project: str | None = None
+    """project of the run in the trackers; default: jaxllm"""
     samples: tuple[str, ...] = ()
     """prompts to complete at each evaluation; the completions go to samples.jsonl"""
     sample_tokens: Tokens = 64
@@ -275,6 +291,11 @@ class SaveSection:
     """export a HF directory to final/ at the end, or an adapter if one was trained"""
     dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of an exported model; default: model.weight_dtype"""
+    hub: str | None = None
+    """repository on huggingface.co, OWNER/NAME, to which final/ is uploaded at the end; default:
+    nothing is uploaded"""
+    hub_private: bool = False
+    """create the repository of save.hub as a private one"""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,21 @@ _CHAT = ("data.template", "data.template_kwargs", "data.user_template", "data.sy
 _CHAT += ("data.date", "data.reasoning", "data.roles", "data.drop_columns")
 # Keys of early stopping and the best checkpoint, which require evaluations.
 JUDGING = ("eval.metric", "eval.greater", "eval.patience", "eval.min_delta", "save.load_best")
-_ANSWERS = (*_CHAT, *JUDGING, "data.packing", "data.too_long")
-_COMPARED = ("align.beta", "align.reference")
-_ONLINE = ("align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size", "rl.max_new_tokens")
+_HELD_OUT = (*JUDGING, "data.eval", "data.eval_fraction")
+_SAMPLES = ("log.samples", "log.sample_tokens")
+_ANSWERS = (*_CHAT, *_HELD_OUT, "data.packing", "data.too_long")
+_COMPARED = (*_SAMPLES, "align.beta", "align.reference")
+_ONLINE = (*_SAMPLES, "align.beta", "rl.rewards", "rl.reward_weights", "rl.group_size")
+_ONLINE += ("rl.max_new_tokens",)
 _ONLINE += ("rl.temperature", "rl.top_k", "rl.top_p", "rl.min_p", "rl.minibatches")
 _ONLINE += ("rl.iterations", "rl.clip", "rl.clip_high", "rl.kl", "rl.missing_eos_penalty")
+# Shown first by --help.
+_RUN = ("output_dir", "epochs", "batch_size", "optim.learning_rate", "model.compute_dtype")
+_TUNING = ("model.path", "data.train", "data.max_length", "peft.method", *_RUN)
+_SAMPLING = ("model.path", "data.train", "rl.rewards", "rl.group_size", "rl.max_new_tokens")
+_SAMPLING += ("align.beta", "peft.method", "output_dir", "batch_size", "optim.learning_rate")
+_INSTRUCT = "--model.path Qwen/Qwen2.5-0.5B-Instruct --data.train"
+_NLL: dict[str, dict[str, Any]] = {"nll": {}, "chunked_nll": {}}
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,16 @@ class Verb:
     """defaults of the rl section"""
     min_group: int = 1
     """smallest rl.group_size"""
+    stage: str = ""
+    """LLaMA-Factory's name of the command"""
+    preference: tuple[str, ...] = ()
+    """LLaMA-Factory's values of pref_loss that mean this command"""
+    losses: Mapping[str, Mapping[str, Any]] | None = None
+    """{TRL's loss_type: our keys}; None if it is align.loss"""
+    first: tuple[str, ...] = (*_TUNING, "align.beta")
+    """the keys that --help shows first"""
+    example: str = f"{_INSTRUCT} pairs.jsonl"
+    """flags of the example that --help shows"""
 
     @property
     def online(self) -> bool:
@@ -54,12 +74,21 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb(
         "train on text, from random or pretrained weights",
         "text",
-        (*JUDGING, "data.segment", "model.z_loss"),
+        (*_HELD_OUT, *_SAMPLES, "data.segment", "model.z_loss"),
+        stage="pt",
+        losses=_NLL,
+        first=("model.path", "model.config", "model.tokenizer", "data.train", "data.max_length")
+        + _RUN,
+        example="--model.config model.json --model.tokenizer tokenizer --data.train texts.jsonl",
     ),
     "sft": Verb(
         "fine-tune on conversations",
         "chat",
-        (*_ANSWERS, "data.learn", "data.train_on_prompt", "model.z_loss"),
+        (*_ANSWERS, *_SAMPLES, "data.learn", "data.train_on_prompt", "model.z_loss"),
+        stage="sft",
+        losses=_NLL,
+        first=(*_TUNING, "data.eval_fraction"),
+        example=f"{_INSTRUCT} chats.jsonl",
     ),
     "reward": Verb(
         "train a reward model on pairs of answers",
@@ -67,6 +96,8 @@ VERBS: dict[str, Verb] = {
         (*_ANSWERS, "align.centering"),
         rate=0.1,
         head="score",
+        stage="rm",
+        first=(*_TUNING, "data.eval_fraction"),
     ),
     "dpo": Verb(
         "train on preference pairs with DPO and its variants",
@@ -75,6 +106,8 @@ VERBS: dict[str, Verb] = {
         + ("align.length_normalized", "align.gamma"),
         rate=0.01,
         beta=0.1,
+        stage="dpo",
+        preference=("sigmoid", "hinge", "ipo"),
     ),
     "kto": Verb(
         "train on answers labelled good or bad with KTO",
@@ -82,20 +115,29 @@ VERBS: dict[str, Verb] = {
         (*_ANSWERS, *_COMPARED, "align.desirable_weight", "align.undesirable_weight"),
         rate=0.01,
         beta=0.1,
+        stage="kto",
+        losses={"kto": {}},
+        example=f"{_INSTRUCT} judged.jsonl",
     ),
     "orpo": Verb(
         "fine-tune on preference pairs with ORPO (no reference model)",
         "pairs",
-        (*_ANSWERS, "align.beta"),
+        (*_ANSWERS, *_SAMPLES, "align.beta"),
         rate=0.1,
         beta=0.1,
+        stage="dpo",
+        preference=("orpo",),
+        losses={"orpo": {}},
     ),
     "simpo": Verb(
         "train on preference pairs with SimPO (no reference model)",
         "pairs",
-        (*_ANSWERS, "align.beta", "align.gamma", "align.label_smoothing"),
+        (*_ANSWERS, *_SAMPLES, "align.beta", "align.gamma", "align.label_smoothing"),
         rate=0.01,
         beta=2.0,
+        stage="dpo",
+        preference=("simpo",),
+        losses={"simpo": {}},
     ),
     "ppo": Verb(
         "train on sampled completions and their rewards with PPO (learned critic)",
@@ -106,6 +148,9 @@ VERBS: dict[str, Verb] = {
         beta=0.05,
         critic=True,
         rl={"group_size": 1, "iterations": 4, "kl": "k1"},
+        stage="ppo",
+        first=_SAMPLING,
+        example=f"{_INSTRUCT} prompts.jsonl --rl.rewards run/reward/final",
     ),
     "grpo": Verb(
         "train on sampled completions and their rewards with GRPO (no critic)",
@@ -115,6 +160,15 @@ VERBS: dict[str, Verb] = {
         beta=0.0,
         rl={"group_size": 8, "iterations": 1, "kl": "k3"},
         min_group=2,
+        stage="grpo",
+        losses={
+            "dapo": {"rl.normalizer": "tokens"},
+            "bnpo": {"rl.normalizer": "tokens"},
+            "grpo": {"rl.normalizer": "sequence"},
+            "dr_grpo": {"rl.normalizer": "constant"},
+        },
+        first=_SAMPLING,
+        example=f"{_INSTRUCT} prompts.jsonl --rl.rewards rewards.py:score",
     ),
 }
 _SPECIFIC = frozenset(key for verb in VERBS.values() for key in verb.reads)

@@ -79,7 +79,7 @@ def load_data(cfg: TrainConfig, tokenizer: Any) -> Data:
     eval_rows = {name: _concatenate(parts, cfg) for name, parts in evals.items()}
     manifest = {
         "objective": cfg.objective,
-        "max_length": data.max_length,
+        "max_length": data.length,
         "seed": cfg.seed,
         "tokenizer": tokenizer_hash,
         "train": _manifest_entry(train_rows),
@@ -150,10 +150,10 @@ def _make_rows(
         long, nothing, no_preference, _ = _counts(examples).values()
         raise UserError(
             f"{examples.name}: all {len(examples)} examples were dropped: {long} too long for "
-            f"data.max_length {data.max_length}, {nothing} with nothing to learn (no assistant "
+            f"data.max_length {data.length}, {nothing} with nothing to learn (no assistant "
             f"turn, or weights of 0), {no_preference} pairs with an empty answer or equal answers"
         )
-    args = (examples, indices, data.max_length)
+    args = (examples, indices, data.length)
     match cfg.verb.data:
         case "text":
             rows = Windows(*args, segment=data.segment, tail=held_out)
@@ -168,7 +168,7 @@ def _make_rows(
     if not len(rows):
         raise UserError(
             f"{examples.name}: {examples.lengths[indices].sum()} tokens fill no row of "
-            f"max_length + 1 = {data.max_length + 1}; give more text or a smaller data.max_length"
+            f"max_length + 1 = {data.length + 1}; give more text or a smaller data.max_length"
         )
     return rows
 

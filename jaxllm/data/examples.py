@@ -314,9 +314,9 @@ def _settings(cfg: TrainConfig, tokenizer: Any) -> dict[str, Any]:
         return {"data": "text"}
     templates = [template_source(tokenizer, tools=tools) for tools in (None, [{}])]
     asks_date = any("strftime_now" in template for template in templates)
-    names = ("user_template", "reasoning", "roles", "drop_columns", "max_length", "too_long")
+    names = ("user_template", "reasoning", "roles", "drop_columns", "too_long")
     settings = {name: getattr(cfg.data, name) for name in (*names, "learn", "train_on_prompt")}
-    settings |= {"data": cfg.verb.data, "templates": templates}
+    settings |= {"data": cfg.verb.data, "templates": templates, "max_length": cfg.data.length}
     return settings | {"date": cfg.data.date if asks_date else None}
 
 

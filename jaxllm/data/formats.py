@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import re
@@ -14,8 +15,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError
-from jaxllm.paths import first_line
+from jaxllm.errors import MissingFile, UserError
+from jaxllm.paths import as_path, first_line, hub_id, is_bucket, matching
 
 FORMATS = {
     ".txt": "text",
@@ -51,6 +52,19 @@ def format_of(file: Path | str) -> str | None:
     suffix, compression = split_suffix(file)
     name = FORMATS.get(suffix)
     return name if not compression or name in COMPRESSIBLE else None
+
+
+def check_source(path: str) -> None:
+    """Raises MissingFile if the path of a source names neither existing files nor, perhaps, a
+    dataset of the hub. A bucket is not asked."""
+    file = as_path(path)
+    if path.startswith("tfds:") or is_bucket(path) or file.exists():
+        return
+    if glob.has_magic(str(file)):
+        if not matching(str(file)):
+            raise MissingFile(f"{path}: no file matches")
+    elif not hub_id(path.partition(":")[0]) or format_of(path):
+        raise MissingFile(f"{path}: no such file or directory, and not a hub id (OWNER/NAME)")
 
 
 @contextmanager

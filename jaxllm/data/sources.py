@@ -26,13 +26,13 @@ from jaxllm.config import Source
 from jaxllm.data.formats import (
     ACCEPTED,
     READERS,
+    check_source,
     excerpt,
     format_of,
     parse_json,
     split_suffix,
 )
 from jaxllm.errors import MissingFile, UserError
-from jaxllm.files import hub_id
 from jaxllm.paths import (
     as_path,
     file_size,
@@ -96,10 +96,7 @@ def locate(source: Source, *, held_out: bool = False) -> Located:
         return _from_files(files, source.path)
     if is_bucket(path):
         raise MissingFile(f"{source.path}: no such object or folder in the bucket")
-    if not hub_id(path.partition(":")[0]) or format_of(path):
-        raise MissingFile(
-            f"{source.path}: no such file or directory, and not a hub id (OWNER/NAME)"
-        )
+    check_source(source.path)
     return _locate_hub(source, held_out)
 
 

@@ -58,7 +58,7 @@ class Stream:
         # One process, since forking during training is not safe with JAX.
         data = replace(cfg.data, workers=1)
         self._cfg = replace(cfg, data=data, log=replace(cfg.log, progress=False))
-        self._seed, self.length = seed, cfg.data.max_length
+        self._seed, self.length = seed, cfg.data.length
         self._located = locate(source)
         self.files = self._located.urls or tuple(map(str, self._located.files))
         if self._located.format in ("dataset", "tfds"):

@@ -33,6 +33,15 @@ _USER_TEMPLATE = re.compile(r'^\{%- set user_template = ("(?:[^"\\]|\\.)*") %\}'
 _DIRECTIVES = ("a", "A", "b", "B", "d", "-d", "e", "j", "m", "-m", "U", "w", "W", "x", "y", "Y")
 
 
+def template_file(template: str) -> Path:
+    """The file of a built-in template or of a path. Raises UserError if there is none."""
+    file = TEMPLATES.get(template) or local_path(template)
+    if not file.is_file():
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"the chat template {template!r} is neither a file nor one of {known}")
+    return file
+
+
 def template_source(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
     """The Jinja source of a built-in template, a file, or the tokenizer's chat template.
 
@@ -40,12 +49,7 @@ def template_source(tokenizer: Any, template: str | None = None, tools: Any = No
     there is no template, or if the file is not text.
     """
     if template is not None:
-        file = TEMPLATES.get(template) or local_path(template)
-        if not file.is_file():
-            raise UserError(
-                f"the chat template {template!r} is neither a file nor one of "
-                f"{', '.join(TEMPLATES)}"
-            )
+        file = template_file(template)
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -185,7 +185,7 @@ def _encode_prompt(prompt: Prompt, location: str, cfg: TrainConfig, tokenizer) -
     data = cfg.data
     messages = _apply_reasoning(prompt.messages, data)
     tokens = prompt_tokens(tokenizer, messages, tools=prompt.tools, date=data.date)
-    if len(tokens) > data.max_length:
+    if len(tokens) > data.length:
         return [Encoded(outcome=TOO_LONG)], prompt.notes
     record = {"at": location, "said": prompt.text, "columns": prompt.columns}
     record |= {"messages": prompt.messages, "tools": prompt.tools}
@@ -229,8 +229,8 @@ def _truncate(
 ) -> Encoded:
     """An example of at most max_length tokens, or of none if it is dropped."""
     outcome = COMPLETE
-    if len(tokens) > cfg.data.max_length:
-        tokens, loss_weights = tokens[: cfg.data.max_length], loss_weights[: cfg.data.max_length]
+    if len(tokens) > cfg.data.length:
+        tokens, loss_weights = tokens[: cfg.data.length], loss_weights[: cfg.data.length]
         outcome = TRUNCATED if cfg.data.too_long == "truncate" else TOO_LONG
     learned = int(np.count_nonzero(loss_weights[1:]))
     if not learned:

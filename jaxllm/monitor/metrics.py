@@ -39,12 +39,13 @@ class _Wandb:
         mode = os.environ.get("WANDB_MODE")
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        log = config.get("log", {})  # the section of the run's config
         id_file = run / "wandb-id.txt"  # a resumed run keeps its id
         if not id_file.is_file():
             write_text(id_file, secrets.token_hex(4))
         self.session = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "jaxllm"),
-            name=run.resolve().name,
+            project=log.get("project") or os.environ.get("WANDB_PROJECT", "jaxllm"),
+            name=log.get("run_name") or run.resolve().name,
             dir=run,
             config=config,
             mode=mode,

@@ -16,11 +16,11 @@ import numpy as np
 
 from jaxllm.config import PEFT_METHODS, PeftSection
 from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, hub_id, local_dir, open_tensors, read_json
+from jaxllm.files import ADAPTER, ADAPTER_CONFIG, local_dir, open_tensors, read_json
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table, tensor_names
-from jaxllm.paths import as_path
+from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine

@@ -205,3 +205,23 @@ def test_tensorboard_writes_event_files(tmp_path):
     assert "tensorboard" in metrics.trackers
     metrics.close()
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("log", "wanted"),
+    [
+        ({"run_name": "first", "project": "mine"}, ("first", "mine")),
+        ({"run_name": None, "project": None}, ("run", "jaxllm")),
+    ],
+)
+def test_wandb_has_the_name_and_project_of_the_config(tmp_path, monkeypatch, log, wanted):
+    inits = []
+    session = types.SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
+    fake = types.SimpleNamespace(
+        init=lambda **keys: (inits.append(keys), session)[1], Settings=lambda **keys: keys
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    Metrics(tmp_path / "run", ("wandb",), {"log": log}).close()
+    assert (inits[0]["name"], inits[0]["project"]) == wanted
