@@ -405,6 +405,8 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         (["--max_length", "null"], "--max_length: rows have a length: give a number of tokens"),
         (["--loss_type", "dft"], "--loss_type: 'dft' is not known; known: nll"),
         (["--max_completion_length", "9"], "data.max_length is the limit of a prompt with its"),
+        (["--lora_rank", "{}"], "--lora_rank: peft.r is {}; it should be"),
+        (["--lr_scheduler_type", "polynomial", "--learning_rate", "0"], "give learning_rate"),
         (["--stage", "dpo"], "--stage: dpo is another command: `jaxllm dpo`"),
         (["--stage", "bco"], "--stage: 'bco' is not known; known: pt, sft, rm, dpo, kto, ppo"),
         (["--pref_loss", "simpo"], "--pref_loss: simpo is another command: `jaxllm simpo`"),

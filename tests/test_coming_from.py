@@ -176,7 +176,7 @@ def test_a_config_of_llama_factory_runs(run, capsys):
     assert run("sft", FACTORY) == 0
     said = capsys.readouterr().err
     assert re.search(r"no effect here: .*run\.yaml:\d+: plot_loss, ", said)
-    assert "the chat template of the tokenizer" in said
+    assert "template: llama3: the tokenizer's own chat template is used" in said
     assert Path("saves/sft/final/adapter_model.safetensors").is_file()
     assert lines_of(Path("saves/sft"), "eval")
     config = json.loads(Path("saves/sft/config.json").read_text())

@@ -7,11 +7,15 @@ import json
 import os
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxllm.config import Source, TrainConfig, aliases, from_dict, leaves, load_config
+from jaxllm.config import VERBS, Source, TrainConfig, aliases, from_dict, leaves, load_config
 from jaxllm.config.checks import check
 from jaxllm.errors import UnknownFlag, UserError
 
@@ -255,8 +259,14 @@ def test_ignored_names_of_a_file_are_listed_by_name(yaml, capsys):
     ("args", "line"),
     [
         ("--optim adamw_8bit", "--optim: adamw_8bit runs as adamw with float32 moments, which"),
-        ("--template llama3", "--template: conversations are rendered by the chat template of the"),
-        ("--lr_scheduler_type warmup_stable_decay", "the decay is linear; that of transformers"),
+        (
+            "--template llama3",
+            "--template: llama3: the tokenizer's own chat template is used; data.",
+        ),
+        (
+            "--lr_scheduler_type warmup_stable_decay",
+            "the decay is linear; without decay_type, transf",
+        ),
     ],
 )
 def test_a_value_that_means_something_else_here_is_said(args, line, capsys):
@@ -379,6 +389,7 @@ def test_tags_of_dataset_info_are_roles(yaml):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        ({"file_name": "f", "columns": [1]}, "d: columns must be an object of strings, seen [1]"),
         ({"script_url": "x"}, "d: only file_name and hf_hub_url are read"),
         ({"file_name": "f", "columns": {"images": "i"}}, "d: the column images is not read"),
         ({"file_name": "f", "tags": {"role_tag": "who"}}, "d: role_tag is who; rename that key"),
@@ -399,3 +410,27 @@ def test_a_dataset_without_an_entry_may_be_a_file_or_a_hub_id(yaml):
     Path("data/dataset_info.json").write_text("[1]")
     with pytest.raises(UserError, match="must be an object of objects"):
         sources("sft", "mine")
+
+
+# ---- values of any kind
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+    | st.sampled_from(["no", "steps", "a,b", "polynomial", "cosine_with_min_lr", "sigmoid", "o/d"]),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from(["path", "min_lr", "power", "name"]), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(st.sampled_from(sorted(aliases.NAMES - {"deepspeed"})), VALUES, max_size=5),
+    st.sampled_from(sorted(VERBS)),
+)
+def test_no_value_of_a_name_ends_in_a_traceback(given, verb):
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(json.dumps(given))
+        with suppress(UserError):
+            check(load_config(verb, str(file))[0])

@@ -59,7 +59,8 @@ def mixture(value: Any) -> dict[str, Any]:
         if name := given.pop("name", None):
             path = f"{path}:{name}"
         if given:
-            raise UserError(f"{', '.join(given)} of {path}: write sources of data.train instead")
+            unread = ", ".join(map(str, given))
+            raise UserError(f"{unread} of {path}: write sources of data.train instead")
         for file in [path] if files is None else separated(files):
             found.append({"path": file} | source)
     return {"data.train": found}
@@ -93,11 +94,19 @@ def _read_info(folder: str) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON: {error}") from None
     if not isinstance(info, dict) or not all(isinstance(one, dict) for one in info.values()):
         raise UserError(f"{file}: must be an object of objects")
     return info
+
+
+def _names(name: str, entry: dict[str, Any], key: str) -> dict[str, str]:
+    """`columns` or `tags` of an entry."""
+    found = entry.get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise UserError(f"{name}: {key} must be an object of strings, seen {found!r}")
+    return found
 
 
 def _described(
@@ -105,22 +114,22 @@ def _described(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(source, data.roles) of an entry of dataset_info.json."""
     if entry.get("hf_hub_url"):
-        path = entry["hf_hub_url"] + (f":{entry['subset']}" if entry.get("subset") else "")
+        path = f"{entry['hf_hub_url']}" + (f":{entry['subset']}" if entry.get("subset") else "")
     elif entry.get("file_name"):
-        path = str(Path(folder) / entry["file_name"])
+        path = str(Path(folder) / str(entry["file_name"]))
     else:
         raise UserError(f"{name}: only file_name and hf_hub_url are read; give data.train")
     source: dict[str, Any] = {"path": path}
     source |= {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
     source |= {"max_samples": entry["num_samples"]} if entry.get("num_samples") else {}
     columns = {}
-    for theirs, column in (entry.get("columns") or {}).items():
+    for theirs, column in _names(name, entry, "columns").items():
         if theirs not in COLUMNS:
             raise UserError(f"{name}: the column {theirs} is not read; remove it for text alone")
         ours = "text" if text and theirs == "prompt" else COLUMNS[theirs] or theirs
         known = (ours, "conversations") if ours == "messages" else (ours,)
         columns |= {} if column in known else {ours: column}
-    tags = entry.get("tags") or {}
+    tags = _names(name, entry, "tags")
     for tag, keys in MESSAGE_KEYS.items():
         if tags.get(tag, keys[0]) not in keys:
             raise UserError(f"{name}: {tag} is {tags[tag]}; rename that key to {keys[1]}")

@@ -83,7 +83,6 @@ StepsOrFraction = Annotated[float, Ge(0), Unit("steps, or fraction of all steps"
 Schedule = Literal[
     "cosine", "linear", "polynomial", "constant", "wsd", "inverse_sqrt", "warmup_log"
 ]
-OptimizerName = Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon", "schedule_free_adamw"]
 LoraInit = Annotated[Literal["kaiming", "gaussian", "pissa"], Read(lora_init)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 # fmt: off

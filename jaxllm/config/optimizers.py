@@ -7,8 +7,7 @@ The arithmetic is in `jaxllm.optim`, which needs jax; a mistake is found here wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from jaxllm.config.sections import OptimSection
+from typing import Any
 
 _ADAM = ("eps_root", "mu_dtype", "nesterov")
 _ADAFACTOR = ("min_dim_size_to_factor", "multiply_by_parameter_scale", "clipping_threshold")
@@ -27,14 +26,14 @@ OPTIMIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 FLAT = ("constant", "warmup_log")  # schedules without a decay
 
 
-def optimizer_mistakes(optim: OptimSection) -> Iterator[str]:
-    """Messages on the optimizer's name, its options, and keys that it does not read."""
+def optimizer_mistakes(optim: Any) -> Iterator[str]:
+    """Messages on an OptimSection's optimizer, its options, and keys that it does not read."""
     if optim.name not in OPTIMIZERS:
         yield f"optim.name {optim.name!r} is unknown; choose from {', '.join(OPTIMIZERS)}"
         return
     accepted, ignored = OPTIMIZERS[optim.name]
     for key in ignored:
-        if getattr(optim, key) != getattr(OptimSection(), key):
+        if getattr(optim, key) != getattr(type(optim)(), key):
             yield f"optim.{key} has no effect on {optim.name}; leave it out"
     for key in optim.options:
         if key in vars(optim):
@@ -52,8 +51,8 @@ def optimizer_mistakes(optim: OptimSection) -> Iterator[str]:
             yield "optim.b1 is 0; schedule_free_adamw needs a value above 0, such as 0.9"
 
 
-def schedule_mistakes(optim: OptimSection) -> Iterator[str]:
-    """Messages on keys that the schedule does not read."""
+def schedule_mistakes(optim: Any) -> Iterator[str]:
+    """Messages on an OptimSection's keys that its schedule does not read."""
     if optim.final and optim.schedule in (*FLAT, "inverse_sqrt"):
         yield (
             f"optim.final {optim.final} goes with cosine, linear, polynomial and wsd; "

@@ -105,10 +105,9 @@ def _adapter(value: Any, flags: Flags) -> dict[str, Any]:
 
 def _rank(value: Any, flags: Flags) -> dict[str, Any]:
     """LLaMA-Factory's rank, with its default of alpha."""
-    alpha = (
-        {} if {"lora_alpha", "peft.lora_alpha"} & flags.keys() else {"peft.lora_alpha": 2 * value}
-    )
-    return {"peft.r": value} | (alpha if isinstance(value, int) else {})
+    if {"lora_alpha", "peft.lora_alpha"} & flags.keys() or not isinstance(value, int):
+        return {"peft.r": value}
+    return {"peft.r": value, "peft.lora_alpha": 2 * value}
 
 
 def _targets(value: Any, flags: Flags) -> dict[str, Any]:
@@ -183,8 +182,8 @@ def _template(value: Any, flags: Flags) -> dict[str, Any] | None:
         return None
     if str(value).endswith(".jinja") or value in ("chatml", "seed-qwen"):
         return {"data.template": home(value)}
-    line = "conversations are rendered by the chat template of the tokenizer; data.template gives "
-    return {NOTE: f"{line}another one"}
+    note = "the tokenizer's own chat template is used; data.template gives another one"
+    return {NOTE: f"{value}: {note}"}
 
 
 def _learned(other: str) -> Rule:
@@ -269,7 +268,7 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
             known = f"known: {', '.join(takes)}" if takes else f"{value} takes none"
             raise UserError(f"lr_scheduler_kwargs.{key} is not known; {known}")
         if key in RATES:
-            if not isinstance(peak, int | float) or not isinstance(one, int | float):
+            if not (peak and isinstance(peak, int | float) and isinstance(one, int | float)):
                 raise UserError(f"{key} {one} is a learning rate; give learning_rate beside it")
             keys["optim.final"] = one / peak
         elif key in SCHEDULE_KEYS:
@@ -281,22 +280,16 @@ def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
     if value == "cosine_with_min_lr" and "optim.final" not in keys:
         raise UserError("give lr_scheduler_kwargs: {min_lr_rate: 0.1}")
     if value == "warmup_stable_decay" and "decay_type" not in options:
-        keys[NOTE] = (
-            "the decay is linear; that of transformers is a cosine unless decay_type says so"
-        )
+        keys[NOTE] = "the decay is linear; without decay_type, transformers' is a cosine"
     return keys
 
 
 def _optimizer(value: Any, flags: Flags) -> dict[str, Any]:
     if isinstance(value, str) and value in QUANTIZED:
         name = QUANTIZED[value]
-        note = (
-            f"{value} runs as {name} with float32 moments, which need more memory; optim.options "
-        )
-        return {
-            "optim.name": name,
-            NOTE: f"{note}{{mu_dtype: bfloat16}} and optim.offload need less",
-        }
+        less = "optim.options {mu_dtype: bfloat16} and optim.offload need less"
+        note = f"{value} runs as {name} with float32 moments, which need more memory; {less}"
+        return {"optim.name": name, NOTE: note}
     return {"optim.name": _choose(value, OPTIMIZERS)}
 
 
@@ -309,7 +302,7 @@ def _loss(value: Any, flags: Flags) -> dict[str, Any]:
     if losses is not None:
         return _choose(value, losses)
     names = value if isinstance(value, list) else [value]
-    return {"align.loss": [DPO_LOSSES.get(name, name) for name in names]}
+    return {"align.loss": [DPO_LOSSES.get(str(name), name) for name in names]}
 
 
 def _preference(value: Any, flags: Flags) -> dict[str, Any]:

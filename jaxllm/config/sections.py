@@ -19,7 +19,6 @@ from jaxllm.config.fields import (
     Fraction,
     Interval,
     LoraInit,
-    OptimizerName,
     Path,
     Positive,
     Read,
@@ -34,13 +33,15 @@ from jaxllm.config.fields import (
     sources,
     trackers,
 )
+from jaxllm.config.optimizers import OPTIMIZERS
 from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
-    Method = Objective = str
+    Method = Objective = Optimizer = str
 else:
     Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
+    Optimizer = Literal[tuple(OPTIMIZERS)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class DataSection:
 class OptimSection:
     """Optimizer and learning-rate schedule."""
 
-    name: OptimizerName = "adamw"
+    name: Optimizer = "adamw"
     """optimizer"""
     learning_rate: Positive | None = None
     """peak learning rate; default: 1e-4, lora and adapter 5e-4, prefix and prompt 1e-2; reward and
