@@ -202,7 +202,8 @@ def say(*lines: str) -> None:
 
 
 def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str | None:
-    """Writes the trained model, or its adapter, unless save.final is false; the directory."""
+    """Writes the trained model, or its adapter, unless save.final is false, and uploads it to
+    save.hub; returns the directory."""
     if not program.cfg.save.final:
         return None
     path = str(as_path(program.cfg.output_dir) / "final")
@@ -217,10 +218,12 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
     else:
         hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
     if (hub := program.cfg.save.hub) and dist.is_main():
+        say(f"uploading to {hub}")
         try:
-            say(f"uploading to {hub}", hf.upload(path, hub))
+            say(hf.upload(path, hub))
         except UserError as error:  # nothing is lost
             say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
+    dist.barrier("upload")  # the others wait; a process that ends early would end the run
     return path
 
 

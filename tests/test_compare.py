@@ -332,7 +332,8 @@ def test_a_killed_run_gives_the_shells_status(project, stand_in, tmp_path, capfd
         (["--data.max_length", "65"], "65 is over the model's limit of 64 positions"),
         (["--peft.target_modules", "q_prj"], "'q_prj' matches nothing"),
         (
-            ["--peft.loraplus_lr_ratio", "2", "--optim.name", "schedule_free_adamw"],
+            ["--peft.loraplus_lr_ratio", "2", "--optim.name", "schedule_free_adamw"]
+            + ["--optim.schedule", "constant"],
             "is not supported with schedule_free_adamw",
         ),
         (["--objective", "dpo"], "objective is 'dpo'"),

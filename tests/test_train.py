@@ -516,7 +516,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(project, cap
         (["--data.train", "nowhere.txt"], ["nowhere.txt"]),
         (["--data.max_length", "65"], ["65", "64 positions"]),
         (["--batch_size", "6"], ["6", "8 devices"]),
-        (["--optim.warmup", "50"], ["warmup", "12"]),
+        (["--optim.schedule", "wsd", "--optim.decay", "50"], ["decay", "12"]),
         (["--mesh.tensor", "3"], ["mesh", "8 devices"]),
         (["--optim.name", "adamx"], ["adamx", "adamw"]),
         (["--model.overrides", "{vocab_size: 300}"], ["tokenizer", "300"]),
