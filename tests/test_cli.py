@@ -134,6 +134,7 @@ MISTAKES = [
     ("sft --model.path m --model.tokenizer t --data.train d.txt", "t: no such directory, and not"),
     ("sft --model.path m --data.train d.txt --data.template t", "neither a file nor one of"),
     ("grpo --model.path m --data.train d.txt --rl.rewards no", "no is not a directory"),
+    ("sft --model.path m --data.train d.txt --peft.method lora --peft.path n", "n is not a dir"),
     ("grpo --model.path m --data.train d.txt --rl.rewards n.py:f", "there is no file n.py"),
     ("pretrain --deepspeed no.json", "no.json: no such DeepSpeed file"),
     ("tokenize --objective sft --model.path m --data.train no.txt", "no.txt: no such file"),

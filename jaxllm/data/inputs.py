@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.checks import recorded_config
 from jaxllm.data.formats import check_source
 from jaxllm.data.template import template_file
 from jaxllm.errors import MissingFile, UserError, together
@@ -54,7 +55,8 @@ def _models(cfg: TrainConfig) -> Iterator[tuple[Check, str | None]]:
     yield check_model, cfg.model.path
     if cfg.model.config and not as_path(cfg.model.config).is_file():
         yield check_model, cfg.model.config
-    yield check_model, cfg.peft.path
+    if not is_bucket(cfg.output_dir) and not recorded_config(cfg):
+        yield check_model, cfg.peft.path  # a resumed run has a copy of its config
 
 
 def _data(cfg: TrainConfig) -> Iterator[tuple[Check, str | None]]:
