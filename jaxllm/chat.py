@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+from flax import nnx
+
+from jaxllm.config.fields import home
 from jaxllm.data.chat import chat_tokenizer, prompt_tokens, stop_ids
 from jaxllm.data.template import apply_user_template
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, mistake
 from jaxllm.files import local_dir
 from jaxllm.hf import load_hf
 from jaxllm.model.decoder import Decoder
@@ -50,10 +57,52 @@ class TextModel:
     @staticmethod
     def load(path: str, **options: Any) -> TextModel:
         """As `load_with_tokenizer`; raises UserError for a reward model too."""
-        model, tokenizer = load_with_tokenizer(path, **options)
+        return TextModel.of(*load_with_tokenizer(path, **options))
+
+    @staticmethod
+    def of(model: Decoder, tokenizer: Any = None) -> TextModel:
+        """A loaded model and its tokenizer, by default that of the directory it was loaded from.
+
+        Raises UserError if there is none, if it does not fit, and for a reward model.
+        """
         if model.cfg.scores:
-            raise UserError(f"{path} is a reward model; it scores texts and generates none")
-        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, local_dir(model.base))))
+            what = model.base or "the model"
+            raise UserError(f"{what} is a reward model; it scores texts and generates none")
+        if tokenizer is None:
+            if not model.base:
+                raise UserError("the model was not loaded from a directory; give its tokenizer")
+            tokenizer = chat_tokenizer(tokenizer_of(model.base))
+        check_vocabulary(tokenizer, model.cfg.vocab_size)
+        folder = local_dir(model.base) if model.base else None
+        return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, folder)))
+
+    def summary(self, name: str, template: str | None) -> str:
+        """What the model is, and its chat template."""
+        family = json.loads(self.model.hf_config)["model_type"]
+        count = sum(x.size for x in jax.tree.leaves(nnx.state(self.model)))
+        return (
+            f"{name}: {family}, {count:,} parameters, {self.model.compute_dtype}; chat template: "
+            f"{template or 'of the tokenizer'}"
+        )
+
+    def answer(
+        self,
+        messages: list[dict[str, Any]],
+        stop: Sequence[str],
+        sampling: Sampling,
+        use: Sequence[Choice],
+    ) -> Iterator[str]:
+        """The text of an answer to the messages, as it is generated."""
+        tokens: list[int] = []
+        shown = ""
+        for new in stream(self.model, [self.prompt(messages)], sampling, 1, use):
+            tokens.append(int(new[0, 0]))
+            text, ended = cut(self.text(tokens), stop)
+            if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
+                yield text[len(shown) :]
+                shown = text
+            if ended or tokens[-1] in (*sampling.stop_ids, *self.stop_ids):
+                return
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokens of the rendered messages with the generation prompt."""
@@ -65,9 +114,10 @@ class TextModel:
 
 
 def generate_text(
-    model: str,
+    model: str | Decoder,
     prompts: list[str],
     *,
+    tokenizer: Any = None,
     chat: bool = False,
     system: str | None = None,
     template: str | None = None,
@@ -79,11 +129,20 @@ def generate_text(
 ) -> list[str]:
     """Continues texts, or answers them as user messages through the chat template.
 
-    A text ends at a stop id of the model or of `sampling`, and before a string of `stop`. adapter:
-    {name: directory} of LoRA adapters; use: one choice among them per prompt, or one for all
-    prompts. Raises UserError as `check_prompts` does.
+    model: a HF directory or hub id, which is loaded with `template`, `dtype` and `adapter`, {name:
+    directory} of LoRA adapters; or a loaded model with its `tokenizer`, by default that of the
+    directory it was loaded from. A text ends at a stop id of the model or of `sampling`, and before
+    a string of `stop`. use: one choice among the adapters per prompt, or one for all prompts.
+    Raises UserError as `check_prompts` does.
     """
-    loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
+    if not isinstance(model, str):
+        if (template, dtype, adapter) != (None, "float32", None):
+            raise UserError("template, dtype and adapter are of a path; this model is loaded")
+        loaded = TextModel.of(model, tokenizer)
+    elif tokenizer is not None:
+        raise UserError("tokenizer is of a loaded model; a directory has its own")
+    else:
+        loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
     if len(use) not in (0, 1, len(prompts)):
         raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
     use = list(use) * len(prompts) if len(use) == 1 else use
@@ -98,6 +157,100 @@ def generate_text(
     return [cut(loaded.text(tokens), stop)[0] for tokens in outs]
 
 
+# ---- a conversation in the terminal
+
+COMMANDS = {
+    "/system TEXT": "replace the system message; without TEXT, remove it",
+    "/clear": "forget the conversation but the system message",
+    "/save FILE": "append the conversation to FILE, as a record that `jaxllm sft` reads",
+    "/help": "show this",
+    "/exit": "end, as Ctrl-D does",
+}
+_HELP = "\n".join(f"{name:<14}{about}" for name, about in COMMANDS.items())
+
+
+class Conversation:
+    """The messages of a chat, which commands change."""
+
+    def __init__(self, system: str | None) -> None:
+        self.messages: list[dict[str, str]] = []
+        self.system(system)
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages but the system message."""
+        return [message for message in self.messages if message["role"] != "system"]
+
+    def system(self, text: str | None) -> None:
+        """Replaces the system message; an empty one is removed."""
+        first = [{"role": "system", "content": text}] if text else []
+        self.messages = first + self.turns
+
+    def add(self, role: str, text: str) -> None:
+        self.messages.append({"role": role, "content": text})
+
+    def run(self, command: str, argument: str) -> str:
+        """Runs a command other than /exit; returns what to print."""
+        match command:
+            case "/help":
+                return _HELP
+            case "/system":
+                self.system(argument)
+                return "system message " + ("replaced" if argument else "removed")
+            case "/clear":
+                self.messages = [m for m in self.messages if m["role"] == "system"]
+                return "conversation cleared"
+            case "/save" if argument and self.turns:
+                record = json.dumps({"messages": self.messages}, ensure_ascii=False)
+                try:
+                    with open(home(argument), "a", encoding="utf-8") as file:
+                        file.write(record + "\n")
+                except OSError as error:
+                    return f"not saved: {mistake(error) or error}"
+                return f"{len(self.messages)} messages appended to {argument}"
+            case "/save":
+                return "nothing to save yet" if argument else "write /save FILE"
+            case _:
+                return f"{command} is not a command (/help); a space before it makes it a message"
+
+
+def typed(conversation: Conversation) -> Iterator[str]:
+    """The messages that a user types in a terminal, with line editing and history.
+
+    Pasted lines are one message. A line that begins with /NAME is a command. Ctrl-C clears the
+    line; Ctrl-D ends the chat.
+    """
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession()
+    while True:
+        try:
+            text = session.prompt("> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        match = re.fullmatch(r"(/[a-z]+)(?:\s+(.*?))?\s*", text, re.DOTALL)
+        if match and match[1] == "/exit":
+            return
+        if match:
+            print(conversation.run(match[1], match[2] or ""))
+        elif text.strip():
+            yield text
+
+
+def piped() -> Iterator[str]:
+    """The lines of standard input up to its end or an empty line."""
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line.strip():
+            return
+        yield line
+
+
 def chat_loop(
     model: str,
     *,
@@ -107,32 +260,28 @@ def chat_loop(
     use: Sequence[Choice] = (),
     **options: Any,
 ) -> None:
-    """A conversation in the terminal, streamed; ends at the end of input or at an empty line.
-
-    options: of `load_with_tokenizer`.
+    """A conversation in the terminal, streamed, or with the lines of standard input if that is no
+    terminal. options: of `load_with_tokenizer`.
     """
-    loaded = TextModel.load(model, **options)
-    messages = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not line.strip():
-            return
-        messages.append({"role": "user", "content": line})
-        tokens: list[int] = []
+    loaded, conversation = TextModel.load(model, **options), Conversation(system)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print(loaded.summary(model, options.get("template")))
+        print("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat")
+    for text in typed(conversation) if interactive else piped():
+        conversation.add("user", text)
         shown = ""
         try:
-            for new in stream(loaded.model, [loaded.prompt(messages)], sampling, 1, use):
-                tokens.append(int(new[0, 0]))
-                text, ended = cut(loaded.text(tokens), stop)
-                if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-                if ended or tokens[-1] in (*sampling.stop_ids, *loaded.stop_ids):
-                    break
+            for more in loaded.answer(conversation.messages, stop, sampling, use):
+                print(more, end="", flush=True)
+                shown += more
         except KeyboardInterrupt:
             pass  # ends the answer, not the conversation
+        except UserError as error:  # such as a conversation that is too long
+            if not interactive:
+                raise
+            conversation.messages.pop()
+            print(f"error: {error}; /clear or /system may help")
+            continue
         print()
-        messages.append({"role": "assistant", "content": shown})
+        conversation.add("assistant", shown)
