@@ -41,7 +41,7 @@ def training(verb: str, args: list[str]) -> int:
     if explain:
         print(describe.explanation(cfg, origins))
         return DONE
-    checks.check(cfg)  # before the import below, which takes seconds
+    checks.check_run(cfg)  # before the import below, which takes seconds
     check_inputs(cfg)
     from jaxllm.training import train
 

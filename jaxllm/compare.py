@@ -30,7 +30,7 @@ from jaxllm.config import (
     loading,
     to_dict,
 )
-from jaxllm.config.checks import check, recorded_config, resolve
+from jaxllm.config.checks import check_run, recorded_config, resolve
 from jaxllm.data.inputs import check_inputs
 from jaxllm.errors import STOPPED, UserError, nearest
 from jaxllm.paths import local_path, write_text
@@ -316,7 +316,7 @@ def compare(args: list[str]) -> int:
     cfg = replace(cfg, data=resolve(cfg, None, next(filter(None, recorded), {})).data)
     configs = {method: _config_of(cfg, method) for method in methods}
     for config in configs.values():
-        check(config)  # before the imports of `_program`, which take seconds
+        check_run(config)  # before the imports of `_program`, which take seconds
     check_inputs(cfg)
 
     import jax

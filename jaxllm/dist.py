@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -107,6 +108,12 @@ def index() -> int:
 def is_main() -> bool:
     """True in the process that writes files and prints."""
     return index() == 0
+
+
+def say(*lines: str) -> None:
+    """Prints lines for the user on stderr, once for all processes."""
+    for line in lines if is_main() else ():
+        print(line, file=sys.stderr, flush=True)
 
 
 def client() -> Any:

@@ -121,8 +121,9 @@ class Program:
         compares = self.reference is not None
         depends = compares or self.adapter.frozen  # on weights that a checkpoint does not have
         weights = base_weights(self.cfg, adapter=compares) if depends else {}
+        own = {"own_objective": self.objective.own}
         hf_config = json.loads(self.policy.hf_config)
-        return identity(self.cfg, tokenizer, manifest, hf_config, weights)
+        return own | identity(self.cfg, tokenizer, manifest, hf_config, weights)
 
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
@@ -215,8 +216,9 @@ def with_length(cfg: TrainConfig, shape: ModelConfig, adapter: Adapter) -> Train
     return replace(cfg, data=replace(cfg.data, max_length=length))
 
 
-def build(cfg: TrainConfig, mesh: Mesh) -> Program:
-    """The program of a resolved config; its `cfg` has data.max_length.
+def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -> Program:
+    """The program of a resolved config; its `cfg` has data.max_length. own: replaces the loss of
+    its objective.
 
     Raises UserError for a model, a module or a combination that does not exist.
     """
@@ -226,7 +228,7 @@ def build(cfg: TrainConfig, mesh: Mesh) -> Program:
     adapter = make_adapter(shape, started_from(cfg))
     cfg = with_length(cfg, shape, adapter)
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
-    program = assemble(cfg, mesh, make, adapter, make_objective(cfg))
+    program = assemble(cfg, mesh, make, adapter, make_objective(cfg, own))
     if (blocks := cfg.model.mlp_blocks) > 1:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             obstacle = program.policy.layers.mlp.obstacle(blocks)

@@ -243,7 +243,6 @@ def _segment(tokenizer: Any, length: int, ids: np.ndarray, weights: np.ndarray) 
 
 def describe(found: dict[str, Any], *, colour: bool) -> str:
     """What `rows_of_step` returns, as lines; learned text is in [[ ]], or in colour."""
-    opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
 
     def counts(one: dict[str, Any]) -> str:
         return f"{one['tokens']} tokens, {one['learned']} learned, weight {one['weight']:g}"
@@ -256,15 +255,72 @@ def describe(found: dict[str, Any], *, colour: bool) -> str:
         for segment in row["segments"]:
             where = ", ".join(f"{s['location']} (record {s['record']})" for s in segment["sources"])
             lines.append(f"  {where}: {counts(segment)}")
-            pieces = [(_printable(text), learned) for text, learned in segment["text"]]
-            text = "".join(f"{opening}{t}{closing}" if learned else t for t, learned in pieces)
-            lines += [f"    {line}" for line in text.removesuffix("\n").split("\n")]
+            lines += [f"    {line}" for line in _marked(segment["text"], colour)]
     return "\n".join(lines)
+
+
+def _marked(pieces: list[list[Any]], colour: bool) -> list[str]:
+    """The lines of pieces [text, learned]; learned text is in [[ ]], or in colour."""
+    opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    shown = ((_printable(text), learned) for text, learned in pieces)
+    text = "".join(f"{opening}{t}{closing}" if learned else t for t, learned in shown)
+    return text.removesuffix("\n").split("\n")
 
 
 def _printable(text: str) -> str:
     """The text with control characters escaped, so that it cannot change the terminal."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
+
+
+# ---- the first example of a run
+
+PIECES, CHARACTERS = 6, 240  # of an example that are shown: pieces, and characters of a long one
+# Fields of a row, and the labels of the segments that they name.
+_ANSWERS = {
+    "pairs": (("chosen_segment", "chosen"), ("rejected_segment", "rejected")),
+    "judged": (("chosen_segment", "good answer"), ("rejected_segment", "bad answer")),
+}
+
+
+def first_example(
+    cfg: TrainConfig, rows: Rows, tokenizer: Any, start: int, *, colour: bool
+) -> list[str]:
+    """The first example after step `start` as lines for the terminal, cut to a readable length.
+
+    Learned text is in [[ ]], or in colour. A pair is shown with both answers; an online run has
+    prompts, of which nothing is learned. Processes other than the main one get no line.
+    """
+    if not dist.is_main():
+        return []
+    stride, width = _record_shape(cfg)
+    sequence: Any = ordered(rows, cfg.seed)
+    row = sequence[start // stride * width]
+    segments = list(_segments(row))
+    labels = [
+        (int(row[key][0]), label) for key, label in _ANSWERS.get(cfg.verb.data, ()) if row[key][0]
+    ]
+    mark = "in colour" if colour else "in [[ ]]"
+    title = "first prompt" if cfg.verb.online else f"first example, learned text {mark}"
+    lines = [f"{title}:"]
+    for number, label in labels or [(1, "")]:
+        pieces = _segment(tokenizer, *segments[number - 1])["text"]
+        lines += [f"  {label}:"] if label else []
+        lines += [f"    {line}" for line in _marked(_shortened(pieces), colour)]
+    return lines
+
+
+def _shortened(pieces: list[list[Any]]) -> list[list[Any]]:
+    """The pieces [text, learned] of an example without the middle of long texts, and without the
+    pieces between the first and the last ones."""
+
+    def short(text: str) -> str:
+        keep, cut = CHARACTERS // 2, len(text) - CHARACTERS
+        return text if cut <= keep else f"{text[:keep]} … {cut:,} characters … {text[-keep:]}"
+
+    half, cut = PIECES // 2, len(pieces) - PIECES
+    if cut > 0:
+        pieces = [*pieces[:half], [f" … {cut} more parts … ", False], *pieces[-half:]]
+    return [[short(text), learned] for text, learned in pieces]
 
 
 # ---- jaxllm verify

@@ -265,8 +265,6 @@ def _check_writable(folder: Path) -> None:
         raise UserError(
             f"output_dir {folder} is not writable ({existing}); choose another directory"
         )
-            f"output_dir {folder} is not writable ({existing}); choose another directory"
-        )
 
 
 def _hub_problem(cfg: TrainConfig) -> str | None:

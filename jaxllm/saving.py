@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run saves a checkpoint, and what it saves besides the weights."""
+"""What a run saves: checkpoints, with what it needs besides the weights, and the trained model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm import dist, hf
 from jaxllm.checkpoint import Checkpoints
+from jaxllm.errors import UserError
 from jaxllm.finite import check_finite
 from jaxllm.monitor.meter import LOWER_RATE
+from jaxllm.optim import eval_params
+from jaxllm.paths import as_path
 from jaxllm.program import Program
 from jaxllm.rl.rewards import RewardError
 from jaxllm.step import TrainState
@@ -59,3 +63,29 @@ class Save:
                 raise
             resumes = f"checkpoint {step} is saved, and the same command resumes from it"
             raise RewardError(f"{error}; {resumes}") from error
+
+
+def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str | None:
+    """Writes the trained model, or its adapter, unless save.final is false, and uploads it to
+    save.hub; returns the directory."""
+    if not program.cfg.save.final:
+        return None
+    path = str(as_path(program.cfg.output_dir) / "final")
+    dist.say(f"writing {path}")
+    weights = eval_params(state.opt_state, state.trainable)
+    dtype = None if program.adapter.frozen else program.cfg.save.dtype
+    remedy = f"{path} is not written; export an earlier checkpoint, or set another save.dtype"
+    check_finite(weights, program.shape, "the trained weights", remedy, dtype)
+    model = program.models(weights, frozen)[0]
+    if program.adapter.frozen:
+        hf.save_adapter(model, path, tokenizer)
+    else:
+        hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
+    if (hub := program.cfg.save.hub) and dist.is_main():
+        dist.say(f"uploading to {hub}")
+        try:
+            dist.say(hf.upload(path, hub))
+        except UserError as error:  # nothing is lost
+            dist.say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
+    dist.barrier("upload")  # the others wait; a process that ends early would end the run
+    return path

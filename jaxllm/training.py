@@ -7,10 +7,9 @@ Dims: A micro-batches of an update, B rows, T tokens.
 from __future__ import annotations
 
 import gc
-import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -19,39 +18,43 @@ from typing import Any
 
 import jax
 
-from jaxllm import dist, hf, reference
+from jaxllm import dist, reference
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
-from jaxllm.config import OptimSection, TrainConfig, to_dict
-from jaxllm.config.checks import check, recorded_config, resolve, warnings
+from jaxllm.config import TrainConfig, to_dict
+from jaxllm.config.checks import check_run, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
 from jaxllm.data.chat import prompt_tokens, run_tokenizer, stop_ids
 from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
-from jaxllm.errors import UserError
 from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
-from jaxllm.finite import check_finite
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
-from jaxllm.optim import eval_params, make_schedule
-from jaxllm.paths import as_path
+from jaxllm.optim import eval_params
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.plan import planned_for
 from jaxllm.program import Program, build
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_rewards
-from jaxllm.rows import RowLog
+from jaxllm.rows import RowLog, first_example
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, check_prompts, generate
-from jaxllm.saving import Save
+from jaxllm.saving import Save, write_final
 from jaxllm.signals import spare_the_save, stop_signal
 from jaxllm.step import TrainState
+from jaxllm.timetable import Timetable
 from jaxllm.watch import Watch, current, watched
+
+# A pure function (model, batch [B, T], row keys [B], reference or None) -> (Σ loss, weight,
+# {metric: (Σ, weight)}), scalars. It is traced once, so it must depend on its arguments alone.
+Objective = Callable[[Any, Any, Any, Any], tuple[Any, Any, dict[str, tuple[Any, Any]]]]
+# (step, metrics as in metrics.jsonl) -> ignored
+Observer = Callable[[int, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,22 @@ class Result:
 
 
 @watched
-def train(cfg: TrainConfig) -> Result:
+def train(
+    cfg: TrainConfig, *, objective: Objective | None = None, on_step: Observer | None = None
+) -> Result:
     """Trains `cfg` to its end or until a signal; resumes from the latest valid checkpoint.
+
+    objective: replaces the loss of `cfg.objective`, whose batches it gets. on_step: is called with
+    the step and the metrics of each "train" line of metrics.jsonl, in the main process.
 
     Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
     or a gradient that is not finite.
     """
     # ---- validate the config, devices, model, tokenizer, run folder and data
-    check(cfg)
+    check_run(cfg)
     mesh, watch = make_mesh(cfg.mesh), current()
     cfg = resolve(cfg, data_parallel(mesh), recorded_config(cfg))  # defaults that depend on others
-    given, program = cfg, build(cfg, mesh)
+    given, program = cfg, build(cfg, mesh, objective)
     cfg = program.cfg
     tokenizer = run_tokenizer(cfg, program.shape.vocab_size)
     samples = Samples(program, tokenizer)
@@ -94,7 +102,7 @@ def train(cfg: TrainConfig) -> Result:
     assert data.train is not None
     check_metric(program, data)
     timetable = Timetable(cfg, len(data.train))
-    say(*summarize(data.manifest), *notes(given, program, timetable.steps))
+    dist.say(*summarize(data.manifest), *notes(given, program, timetable.steps))
 
     # ---- load what the run starts from: the first of these that exists
     #   1. a checkpoint in the run folder   2. the adapter in peft.path
@@ -102,11 +110,10 @@ def train(cfg: TrainConfig) -> Result:
     identity = program.identity(tokenizer, data.manifest)
     resumed = run.latest(identity)
     watch.enter("load", resumed or 0)
-    begins = f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights"
-    say(begins if resumed is None else f"resuming from step {resumed}")
+    dist.say(*beginning(cfg, resumed, data.train, tokenizer))
     trainable, frozen = program.load(resumed)
     rewards = load_rewards(cfg, mesh, frozen)
-    say(*(reward.about for reward in rewards if reward.about))
+    dist.say(*(reward.about for reward in rewards if reward.about))
     if program.precomputes_reference:
         assert program.reference is not None
         key = [identity["weights"], program.policy.hf_config]
@@ -127,21 +134,18 @@ def train(cfg: TrainConfig) -> Result:
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
     watch.restore(saved, complete=start >= timetable.steps, changed=run.changed)
-    say(*timetable.jump(saved, start))
+    dist.say(*timetable.jump(saved, start))
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
-    metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending)
+    names = {"name": cfg.log.run_name, "project": cfg.log.project}
+    metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending, **names)
     metrics.manifest(data.manifest)
     record = RowLog(cfg, metrics.run, start)
-    assert data.train is not None
-    if cfg.verb.online:
-        sampler = program.models, frozen, rewards, tokenizer, metrics.sample, record
-        batches: Any = online.Rollouts(cfg, mesh, data.train, *sampler, state=saved.get("feed", {}))
-    else:
-        batches = LoadedBatches(program, data.train, start, record)
+    sampler = program.models, frozen, rewards, tokenizer, metrics.samples, record
+    batches = make_batches(program, data.train, start, sampler, saved.get("feed", {}))
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
-    log = Log(metrics, record, meter, watch, bar)
+    log = Log(metrics, record, meter, watch, bar, timetable.epoch, on_step)
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
     evals = Evaluations(program, data.evals, frozen, samples, log, best)
     save = Save(program, checkpoints, log, evals, batches, identity, timetable.steps, step)
@@ -195,38 +199,6 @@ def train(cfg: TrainConfig) -> Result:
     return Result(step, stop, early, best, evals.latest, evals.step, final)
 
 
-def say(*lines: str) -> None:
-    """Prints lines for the user on stderr, once for all processes."""
-    for line in lines if dist.is_main() else ():
-        print(line, file=sys.stderr, flush=True)
-
-
-def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str | None:
-    """Writes the trained model, or its adapter, unless save.final is false, and uploads it to
-    save.hub; returns the directory."""
-    if not program.cfg.save.final:
-        return None
-    path = str(as_path(program.cfg.output_dir) / "final")
-    say(f"writing {path}")
-    weights = eval_params(state.opt_state, state.trainable)
-    dtype = None if program.adapter.frozen else program.cfg.save.dtype
-    remedy = f"{path} is not written; export an earlier checkpoint, or set another save.dtype"
-    check_finite(weights, program.shape, "the trained weights", remedy, dtype)
-    model = program.models(weights, frozen)[0]
-    if program.adapter.frozen:
-        hf.save_adapter(model, path, tokenizer)
-    else:
-        hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
-    if (hub := program.cfg.save.hub) and dist.is_main():
-        say(f"uploading to {hub}")
-        try:
-            say(hf.upload(path, hub))
-        except UserError as error:  # nothing is lost
-            say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
-    dist.barrier("upload")  # the others wait; a process that ends early would end the run
-    return path
-
-
 # ---- before the loop
 
 
@@ -245,6 +217,14 @@ def length_note(given: TrainConfig, program: Program) -> list[str]:
     return [f"data.max_length is {length:,}, the default; the model has {limit:,} positions"]
 
 
+def beginning(cfg: TrainConfig, resumed: int | None, rows: Rows, tokenizer: Any) -> list[str]:
+    """Lines that say what the run starts from, and show the first example that it trains on."""
+    begins = f"loading {cfg.model.path}" if cfg.model.path else "initializing random weights"
+    begins = begins if resumed is None else f"resuming from step {resumed}"
+    colour = sys.stderr.isatty()
+    return [begins, *first_example(cfg, rows, tokenizer, resumed or 0, colour=colour)]
+
+
 def check_metric(program: Program, data: Data) -> None:
     """Raises UserError if evaluations will not log eval.metric."""
     section = program.cfg.eval
@@ -260,86 +240,22 @@ def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
     if best.step is None or not cfg.save.keep_best or checkpoints.is_good(best.step):
         return best
     last = ", or else the last weights" if cfg.save.load_best else ""
-    say(
+    dist.say(
         f"warning: checkpoint {best.step}, the best so far, is missing or broken; the best will be "
         f"one of the evaluations from here on{last}"
     )
     return Best(waited=best.waited)
 
 
-# ---- when things happen
-
-
-@dataclass(frozen=True)
-class Events:
-    """What happens after a step."""
-
-    log: bool
-    evaluate: bool
-    save: bool
-    postpone_evaluation: bool
-    """an evaluation is due, but the run stops here: the resumed run does it first, as it writes
-    `final/` after the last step"""
-
-
-class Timetable:
-    """Steps of a run over `rows` rows, and what happens after each.
-
-    A run saves and stops every `stride` steps only: online, after all updates of a rollout.
-    """
-
-    def __init__(self, cfg: TrainConfig, rows: int):
-        # Every row is learned: the last update of an epoch continues into the next one.
-        self.stride, epoch = 1, Fraction(rows, cfg.batch_size)
-        if cfg.verb.online:
-            self.stride = online.updates_per_rollout(cfg)
-            epoch *= (cfg.rl.group_size or 1) * (cfg.rl.iterations or 1)
-        steps = cfg.steps or Fraction(str(cfg.epochs)) * epoch
-        self.steps = math.ceil(Fraction(steps, self.stride)) * self.stride
-        self.optim = cfg.optim
-        every = (cfg.log.every, cfg.eval_every, cfg.save.every)
-        self.log, self.evaluate, self.save = (epoch if n == "epoch" else int(n) for n in every)
-
-    def jump(self, saved: dict[str, Any], start: int) -> Iterator[str]:
-        """A line if the learning rate of the run that resumes after `start` is not what it would
-        have been. saved: the checkpoint's meta, which has the run's steps and config until then."""
-        if "steps" not in saved or start >= self.steps:
-            return
-        config = saved["identity"]["config"].items()
-        named = {k.removeprefix("optim."): v for k, v in config if k.startswith("optim.")}
-        before = make_schedule(OptimSection(**named), saved["steps"])
-        old, new = float(before(start)), float(make_schedule(self.optim, self.steps)(start))
-        if math.isclose(old, new, rel_tol=1e-3, abs_tol=1e-12):
-            return
-        yield (
-            f"the schedule changes: the learning rate was {float(before(start - 1)):.3g} at step "
-            f"{start} of {saved['steps']} and is {new:.3g} at step {start + 1} of {self.steps}"
-        )
-        if self.optim.schedule in ("cosine", "linear", "wsd") and new > old:
-            yield (
-                "to train on at one rate instead: --optim.schedule constant "
-                "--optim.learning_rate RATE --resume_changed optim.schedule optim.learning_rate"
-            )
-
-    def may_stop(self, step: int) -> bool:
-        """True if a run that stops after `step` can resume."""
-        return step % self.stride == 0
-
-    def after(self, step: int, stop: bool) -> Events:
-        """What happens after `step`, and after the last step of a run that stops there."""
-        end = step == self.steps
-        evaluate = end or due(self.evaluate, step, self.stride)
-        postpone = evaluate and stop
-        save = due(self.save, step, self.stride) or end or stop
-        return Events(due(self.log, step) or end or stop, evaluate and not postpone, save, postpone)
-
-
-def due(every: int | Fraction, step: int, stride: int = 1) -> bool:
-    """True if a multiple of `every` falls in the last `stride` steps up to `step`; 0: never."""
-    return bool(every) and step % stride == 0 and step // every > (step - stride) // every
-
-
 # ---- in the loop
+
+
+def make_batches(program: Program, rows: Any, start: int, sampler: Any, feed: Any) -> Any:
+    """`(step, weights) -> (batch [A, B, T], metrics)`, from the data or from rollouts by `sampler`,
+    the arguments of `online.Rollouts`, whose last checkpoint saved `feed`."""
+    if program.cfg.verb.online:
+        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, state=feed)
+    return LoadedBatches(program, rows, start, sampler[-1])
 
 
 class LoadedBatches:
@@ -395,6 +311,9 @@ class Log:
     meter: Meter
     watch: Watch
     bar: Progress
+    epoch: Fraction | None
+    """steps in an epoch"""
+    on_step: Observer | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -422,9 +341,18 @@ class Log:
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()
         self.watch.progress(step)
-        self.metrics.write("train", step, **line, memory_gib=memory)
-        shown = {key: line[key] for key in ("loss", "tokens_per_second", "mfu")}
+        written = self.write("train", step, **line, memory_gib=memory)
+        if self.on_step is not None and dist.is_main():
+            self.on_step(step, written)
+        shown = {key: line.get(key) for key in ("loss", "tokens_per_second", "mfu", "reward")}
         self.bar.update(step, **shown, memory=memory)
+
+    def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
+        """Writes a line of metrics with the amount of data that the run has trained on."""
+        epoch = float(step / self.epoch) if self.epoch else None
+        line = {"epoch": epoch, "tokens_seen": self.meter.tokens_seen} | values
+        self.metrics.write(kind, step, **line)
+        return line
 
     def ledger(self, step: int) -> None:
         """Writes and shows where the time of the run went, over all restarts."""
@@ -465,8 +393,9 @@ class Samples:
     def write(self, step: int, model: Any, metrics: Metrics) -> None:
         """Generates from each prompt and writes samples.jsonl."""
         outputs = generate(model, self.prompts, self.sampling)
-        for prompt, tokens in zip(self.texts, outputs, strict=True):
-            metrics.sample(step, prompt=prompt, text=self.tokenizer.decode(tokens))
+        texts = map(self.tokenizer.decode, outputs)
+        rows = [{"prompt": p, "text": text} for p, text in zip(self.texts, texts, strict=True)]
+        metrics.samples(step, rows)
 
 
 @dataclass
@@ -494,7 +423,7 @@ class Evaluations:
             for name, rows in self.sets.items():
                 values = evaluate(program.evaluate, weights, self.frozen, [rows], **options)
                 self.latest[name] = values
-                log.metrics.write("eval", step, name=name, **values)
+                log.write("eval", step, name=name, **values)
                 log.bar.say(f"step {step}  {name}: loss {values['loss']:.4f}")
             if self.samples.prompts:
                 self.samples.write(step, program.models(weights, self.frozen)[0], log.metrics)

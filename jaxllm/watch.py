@@ -73,13 +73,13 @@ def connected(cfg: TrainConfig) -> Iterator[Watch]:
             _current.pop()
 
 
-def watched(run: Callable[[TrainConfig], Any]) -> Callable[[TrainConfig], Any]:
+def watched(run: Callable[..., Any]) -> Callable[..., Any]:
     """A function of a config that runs `connected`."""
 
     @wraps(run)
-    def with_watch(cfg: TrainConfig) -> Any:
+    def with_watch(cfg: TrainConfig, **options: Any) -> Any:
         with connected(cfg):
-            return run(cfg)
+            return run(cfg, **options)
 
     return with_watch
 

@@ -116,7 +116,7 @@ ALIASES = [
     ("report_to", "none", {"log.report_to": ()}),
     ("report_to", "wandb", {"log.report_to": ("wandb",)}),
     ("report_to", "tensorboard,wandb", {"log.report_to": ("tensorboard", "wandb")}),
-    ("report_to", "all", {"log.report_to": ("wandb", "tensorboard")}),
+    ("report_to", "swanlab,mlflow", {"log.report_to": ("swanlab", "mlflow")}),
     ("disable_tqdm", "True", {"log.progress": False}),
     ("bf16", None, {"model.compute_dtype": "bfloat16", "model.weight_dtype": "float32"}),
     ("fp16", "False", {"model.compute_dtype": "float32"}),
@@ -375,8 +375,8 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         ),
         (["--save.every", "-1"], "save.every is -1; it should be a number of steps, or epoch"),
         (
-            ["--report_to", "mlflow"],
-            "log.report_to[0] is 'mlflow'; it should be 'wandb' or 'tensorboard'",
+            ["--report_to", "comet_ml"],
+            "log.report_to[0] is 'comet_ml'; it should be 'wandb', 'tensorboard', 'swanlab', ",
         ),
         (
             ["--max_length", "8", "--block_size", "9"],

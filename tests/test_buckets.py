@@ -304,7 +304,7 @@ def test_metrics_are_uploaded_while_the_run_goes_on_and_continued(monkeypatch):
         first.spool._closed.wait(0.05)
     assert sorted(lines(f"{B}/m")) == [1]
     first.write("train", 2, loss=1.0)
-    first.sample(2, text="ä")
+    first.samples(2, [{"text": "ä"}])
     first.close()
     assert sorted(lines(f"{B}/m")) == [1, 2]
     second = metrics.Metrics(f"{B}/m", resume_step=1)

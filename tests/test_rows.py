@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +19,23 @@ from runs import ENV, arguments, command, launched, processes_of, refused
 
 from jaxllm import dist
 from jaxllm.cli import main
-from jaxllm.config import load_config, to_dict
+from jaxllm.config import from_dict, load_config, to_dict
 from jaxllm.config.checks import resolve
 from jaxllm.data.dataset import load_data
 from jaxllm.data.loader import make_loader, ordered, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import with_settings
 from jaxllm.reference import RowsWithLogps
-from jaxllm.rows import FILE, HASHED, RowLog, describe, row_hash, rows_of_step
+from jaxllm.rows import (
+    FILE,
+    HASHED,
+    RowLog,
+    _shortened,
+    describe,
+    first_example,
+    row_hash,
+    rows_of_step,
+)
 from jaxllm.tokenizer import load_tokenizer
 
 SIZE = 8  # rows of a step
@@ -159,6 +169,61 @@ def test_steps_after_a_checkpoint_are_recorded_again(project, capsys):
     assert f"all {len(records)} steps of {SIZE} rows are as recorded" in capsys.readouterr().out
     with RowLog(cfg, Path(cfg.output_dir), 0):  # a new run
         assert not (run / FILE).stat().st_size
+
+
+def example_of(project, case, colour=False, start=0):
+    """(title, text) of the first example that a run shows."""
+    run, _ = recorded(project, case)
+    cfg = from_dict(json.loads((run / "config.json").read_text()))
+    tokenizer = with_settings(load_tokenizer(project / "tokenizer"), cfg.data)
+    rows = load_data(cfg, tokenizer).train
+    assert rows is not None
+    title, *lines = first_example(cfg, rows, tokenizer, start, colour=colour)
+    return title, "\n".join(lines)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_first_example_shows_what_is_learned(project, case):
+    title, text = example_of(project, case)
+    learned = re.findall(r"\[\[(.*?)\]\]", text, re.DOTALL)
+    given = re.sub(r"\[\[.*?\]\]", "", text, flags=re.DOTALL)
+    letters = [re.sub("[^A-T]", "", piece) for piece in learned]
+    prompt = re.sub("[^A-T]", "", given)
+    x = (prompt + "".join(letters))[0]
+    k = ord(x) - ord("A") + 1
+    if case == "grpo":
+        assert (title, learned, prompt) == ("first prompt:", [], x * k)
+        return
+    assert title == "first example, learned text in [[ ]]:"
+    if case in ("pretrain", "plain", "streamed"):
+        assert len(prompt) <= 1 and len("".join(letters)) > 4
+    else:
+        assert letters == {"dpo": [x, 2 * x]}.get(case, [x])
+        assert prompt == x * k * len(letters)
+    good = "good answer" if k % 2 == 0 else "bad answer"
+    labels = {"dpo": ["chosen", "rejected"], "kto": [good], "kto-precomputed": [good]}
+    assert re.findall(r"^  (\w.*):$", text, re.MULTILINE) == labels.get(case, [])
+
+
+def test_a_resumed_run_shows_the_first_example_of_its_next_step(project):
+    run, _ = recorded(project, "sft")
+    row = rows_of_step(str(run), 3)["rows"][0]
+    want = "".join(text for text, _ in row["segments"][0]["text"])
+    _, text = example_of(project, "sft", start=2)
+    assert re.sub(r"\[\[|\]\]|^    ", "", text, flags=re.MULTILINE) == want.removesuffix("\n")
+    title, text = example_of(project, "sft", colour=True)
+    assert title.endswith("in colour:") and "\x1b[32m" in text and "[[" not in text
+
+
+def test_a_long_example_is_cut_to_a_readable_length():
+    turns = [[f"{i} " + "x" * 1000, bool(i % 2)] for i in range(20)]
+    shown = _shortened(turns)
+    assert [text.split()[0] for text, _ in shown] == ["0", "1", "2", "…", "17", "18", "19"]
+    assert [learned for _, learned in shown] == [False, True, False, False, True, False, True]
+    assert shown[3][0] == " … 14 more parts … "
+    assert shown[0][0] == f"0 {'x' * 118} … 762 characters … {'x' * 120}"
+    assert len(_shortened(turns[:6])) == 6
+    assert _shortened([["x" * 300, True]]) == [["x" * 300, True]]
 
 
 def test_only_the_main_process_writes_rows_that_all_have(project, monkeypatch):

@@ -26,7 +26,7 @@ from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection, RlSection, TrainConfig
 from jaxllm.errors import UserError
-from jaxllm.training import Events, Timetable
+from jaxllm.timetable import Events, Timetable
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,9 @@ def test_resume_after_sigkill_is_bit_exact(straight, verb):
     want, got = lines_of(straight / f"{verb}-straight"), lines_of(run)
     assert sorted(got) == sorted(want) == list(range(1, 13))
     for step in want:
-        for key in ("loss", "grad_norm", "accuracy", "entropy", "tokens"):
+        for key in ("loss", "grad_norm", "accuracy", "entropy", "tokens", "tokens_seen", "epoch"):
             assert got[step][key] == want[step][key], (step, key)
+    assert want[12]["tokens_seen"] == sum(line["tokens"] for line in want.values())
     a, b = (
         load_file(straight / f"{verb}-{k}/final/model.safetensors") for k in ("straight", "killed")
     )

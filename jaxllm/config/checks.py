@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from jaxllm.config.fields import installed
 from jaxllm.config.optimizers import optimizer_mistakes, schedule_mistakes
 from jaxllm.config.schema import from_dict, leaves, to_dict, value_of
 from jaxllm.config.sections import TrainConfig
@@ -21,7 +22,7 @@ from jaxllm.paths import as_path, file_size, is_bucket
 RANKS = range(4, 65)  # usual ranks; others are often a mistake
 # What a run must share with the one that it resumes, besides the keys of the config (identity.py).
 IDENTITY = ("data", "eval", "tokenizer", "template", "model_config", "generation_config")
-IDENTITY += ("weights", "rewards")
+IDENTITY += ("weights", "rewards", "own_objective")
 
 
 def check(cfg: TrainConfig) -> None:
@@ -32,6 +33,16 @@ def check(cfg: TrainConfig) -> None:
             raise UserError(f"{key} is {ours!r}; write {right!r}")
     if messages := list(dict.fromkeys(_contradictions(cfg))):
         raise together([UserError(message) for message in messages])
+
+
+def check_run(cfg: TrainConfig) -> None:
+    """`check` for a run that starts here: the packages of its trackers must be installed."""
+    check(cfg)
+    for name in cfg.log.report_to:
+        if not installed(name):
+            raise UserError(
+                f"log.report_to: {name} is not installed; pip install 'jaxllm[{name}]' or remove it"
+            )
 
 
 def warnings(cfg: TrainConfig, steps: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Unit
@@ -45,12 +46,31 @@ def sources(value: Any) -> Any:
     return [{"path": v} if isinstance(v, str) else v for v in several]
 
 
+# Trackers and the packages that they need.
+TRACKERS = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboardX",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
+
+
+def installed(tracker: str) -> bool:
+    """True if the package of a tracker is installed; it is not imported."""
+    spec = find_spec(TRACKERS[tracker])
+    return spec is not None and spec.origin is not None  # None: a folder of this name, as of runs
+
+
 def trackers(value: Any) -> Any:
-    """none, all, a name, comma-separated names, or a list of these -> a list of names."""
-    if value in (None, False):
+    """none, all (that are installed), a name, comma-separated names, or a list of these -> a list
+    of names."""
+    if value in (None, False, "none"):
         return []
+    if value == "all":
+        return list(filter(installed, TRACKERS))
     if isinstance(value, str):
-        return {"none": [], "all": ["wandb", "tensorboard"]}.get(value, value.split(","))
+        return value.split(",")
     if not isinstance(value, list):
         return value
     return [n for one in value for n in (trackers(one) if isinstance(one, str) else [one])]

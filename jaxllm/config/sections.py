@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
 from jaxllm.config.fields import (
+    TRACKERS,
     Amount,
     Count,
     DpoLoss,
@@ -38,10 +39,10 @@ from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
-    Method = Objective = Optimizer = str
+    Method = Objective = Optimizer = Tracker = str
 else:
     Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
-    Optimizer = Literal[tuple(OPTIMIZERS)]
+    Optimizer, Tracker = Literal[tuple(OPTIMIZERS)], Literal[tuple(TRACKERS)]
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,9 @@ class LogSection:
     every: Annotated[Size, Unit("steps")] | Literal["epoch"] = 10
     """interval between lines of metrics.jsonl, in steps or epoch; where there is no terminal, one
     of them is also printed every 10 s at most"""
-    report_to: Annotated[tuple[Literal["wandb", "tensorboard"], ...], Read(trackers)] = ()
-    """trackers to log to besides metrics.jsonl"""
+    report_to: Annotated[tuple[Tracker, ...], Read(trackers)] = ()
+    """trackers to log to besides metrics.jsonl, or all that are installed; each is an extra of the
+    same name: pip install 'jaxllm[wandb]'"""
     run_name: str | None = None
     """name of the run in the trackers; default: that of output_dir"""
     project: str | None = None
@@ -447,7 +449,7 @@ class TrainConfig:
     """resume from the latest valid checkpoint in output_dir, if there is one"""
     resume_changed: tuple[str, ...] = ()
     """what may have changed since the run that is resumed: keys of the config, or data, eval,
-    tokenizer, template, model_config, generation_config, weights, rewards"""
+    tokenizer, template, model_config, generation_config, weights, rewards, own_objective"""
     seed: Seed = 0
     """seed of initialization, data order, dropout and sampling"""
     epochs: Annotated[Positive, Unit("epochs")] = 1.0

@@ -3,7 +3,7 @@
 
 flops.py     FLOPs of a model and peaks of devices, for MFU; peak memory
 meter.py     means of the metrics between two log lines, training time
-metrics.py   metrics.jsonl, samples.jsonl, data.json; wandb and TensorBoard (log.report_to)
+metrics.py   metrics.jsonl, samples.jsonl, data.json; trackers (log.report_to)
 progress.py  the bar or the lines in the terminal
 
 Imports dist, config, model.config and errors only, so any module from data upward may use it.

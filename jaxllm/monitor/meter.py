@@ -55,9 +55,10 @@ def add_steps(sums: Sums, steps: list[tuple[int, Any]]) -> Sums:
 class Meter:
     """Sums of the metrics since the last log line, and the seconds of training since then.
 
-    sums, seconds: restored from a checkpoint. peak: FLOP/s of all devices together, or None if
-    unknown. `flops` must be set before the first log line for it to report MFU. Inside the context,
-    neither compilation nor a `paused` block counts as training time.
+    sums, seconds: restored from a checkpoint; `sums` also has the tokens of all earlier lines.
+    peak: FLOP/s of all devices together, or None if unknown. `flops` must be set before the first
+    log line for it to report MFU. Inside the context, neither compilation nor a `paused` block
+    counts as training time.
     """
 
     def __init__(self, sums: Sums, seconds: float, peak: float | None = None) -> None:
@@ -96,7 +97,8 @@ class Meter:
         """The metrics of a log line: means since the previous line, speed and MFU. Resets them."""
         self.read()
         elapsed, sums = self.seconds, self.sums
-        self.sums, self._start = {}, self._start + elapsed
+        self.sums = {"tokens_seen": [self.tokens_seen, 0.0]}  # weight 0: not a mean
+        self._start += elapsed
         seconds = max(elapsed, 1e-9)
         tokens, learned = (sums.get(name, [0.0])[0] for name in ("tokens", "learned"))
         mfu = None
@@ -110,6 +112,11 @@ class Meter:
             "step_seconds": seconds / sums["grad_norm"][1],
             "mfu": mfu,
         }
+
+    @property
+    def tokens_seen(self) -> float:
+        """Tokens of all updates that were read, since step 0."""
+        return sum(self.sums.get(name, [0.0])[0] for name in ("tokens_seen", "tokens"))
 
     @property
     def mfu(self) -> float | None:

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxllm import dist
+from jaxllm.config.schema import flat
 from jaxllm.errors import UserError
 from jaxllm.files import strict, strict_json
 from jaxllm.paths import (
@@ -30,59 +36,213 @@ from jaxllm.paths import (
 )
 
 
-class _Wandb:
-    """Weights & Biases, an optional extra. Offline unless the user is logged in."""
+@dataclass(frozen=True)
+class Session:
+    """What a tracker is told of a run. It writes its files to `folder`, which a user finds as
+    `shown`; `step` is that of the checkpoint that the run resumes from."""
 
-    def __init__(self, run: Path, config: dict[str, Any], step: int):
+    folder: Path
+    shown: Path
+    name: str
+    project: str
+    config: dict[str, Any]
+    step: int
+
+    def id(self, tracker: str, make: Callable[[], str]) -> str:
+        """The run's id in a tracker, which it keeps when it is resumed."""
+        file = self.folder / f"{tracker}-id.txt"
+        if not file.is_file():
+            write_text(file, make())
+        return file.read_text()
+
+
+class _Wandb:
+    """Weights & Biases. Offline unless the user is logged in."""
+
+    def __init__(self, run: Session):
         import wandb  # pyright: ignore[reportMissingImports]
 
         mode = os.environ.get("WANDB_MODE")
         if mode is None:
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        log = config.get("log", {})  # the section of the run's config
-        id_file = run / "wandb-id.txt"  # a resumed run keeps its id
-        if not id_file.is_file():
-            write_text(id_file, secrets.token_hex(4))
         self.session = wandb.init(
-            project=log.get("project") or os.environ.get("WANDB_PROJECT", "jaxllm"),
-            name=log.get("run_name") or run.resolve().name,
-            dir=run,
-            config=config,
+            project=run.project,
+            name=run.name,
+            dir=run.folder,
+            config=run.config,
             mode=mode,
-            id=id_file.read_text(),
+            id=run.id("wandb", partial(secrets.token_hex, 4)),
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
         # wandb's own step must increase, but a resumed run repeats the steps after its checkpoint.
         self.session.define_metric("*", step_metric="step")
+        self.table = wandb.Table
+        folder = f"{run.shown}/wandb"
+        self.note = f"offline in {folder}; upload it with `wandb sync {folder}/offline-run-*`"
+        self.note = self.note if mode == "offline" else ""
 
     def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self.session.log({"step": step} | {f"{kind}/{k}": v for k, v in numbers.items()})
+
+    def samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.session.log({"step": step, "samples": self.table(columns=[*columns], data=rows)})
 
     def close(self) -> None:
         self.session.finish()
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard; tensorboardX is an optional extra."""
+    """Event files in RUN/tensorboard, by tensorboardX."""
 
-    def __init__(self, run: Path, config: dict[str, Any], step: int):
+    def __init__(self, run: Session):
         from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        purge = run.step + 1 if run.step else None
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
+        self.note = f"look at it with `tensorboard --logdir {run.shown}/tensorboard`"
 
     def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         for key, value in numbers.items():
             self.writer.add_scalar(f"{kind}/{key}", value, step)
         self.writer.flush()
 
+    def samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        rows = zip(columns["prompt"], columns["text"], strict=True)
+        text = "\n\n".join(f"```\n{prompt}\n```\n```\n{answer}\n```" for prompt, answer in rows)
+        self.writer.add_text("samples", text, step)
+
     def close(self) -> None:
         self.writer.close()
 
 
-SPOOLED = ("metrics.jsonl", "samples.jsonl", "wandb-id.txt", "rows.bin")
-# They receive the numbers of metrics.jsonl, and are made with (run folder, config, resume step).
-TRACKERS: dict[str, Callable[..., Any]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
+class _SwanLab:
+    """SwanLab. Offline unless the user is logged in, or has set another mode."""
+
+    def __init__(self, run: Session):
+        import swanlab  # pyright: ignore[reportMissingImports]
+
+        settings = swanlab.Settings()  # with what the user has set and saved
+        mode = settings.mode if settings.api_key or settings.mode != "online" else "offline"
+        self.session = swanlab.init(
+            project=run.project,
+            name=run.name,
+            log_dir=str(run.folder / "swanlog"),
+            config=run.config,
+            mode=mode,
+            id=run.id("swanlab", partial(secrets.token_hex, 8)),
+            resume="allow",
+        )
+        self.text = swanlab.Text
+        folder = f"{run.shown}/swanlog"
+        self.note = f"offline in {folder}; upload it with `swanlab sync {folder}/run-*`"
+        self.note = self.note if mode == "offline" else ""
+
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        self.session.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
+
+    def samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        rows = zip(columns["prompt"], columns["text"], strict=True)
+        self.session.log({"samples": [self.text(b, caption=a) for a, b in rows]}, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+class _Trackio:
+    """Trackio: a database on this machine, unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL is set."""
+
+    def __init__(self, run: Session):
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        with redirect_stdout(io.StringIO()):  # prints what `note` says
+            self.session = trackio.init(
+                project=run.project, name=run.name, config=run.config, resume="allow", embed=False
+            )
+        self.table, self.finish = trackio.Table, trackio.finish
+        self.note = (
+            f"in {trackio.utils.TRACKIO_DIR}; look at it with `trackio show --project "
+            f"{run.project}`"
+        )
+
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        self.session.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
+
+    def samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.session.log({"samples": self.table(columns=[*columns], data=rows)}, step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.finish()
+
+
+class _MLflow:
+    """MLflow: the server of MLFLOW_TRACKING_URI, else a database in RUN/mlflow."""
+
+    def __init__(self, run: Session):
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
+
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
+        self.note = ""
+        if uri is None:
+            place = (run.folder / "mlflow").absolute()
+            place.mkdir(exist_ok=True)
+            uri, artifacts = f"sqlite:///{place}/mlflow.db", str(place / "artifacts")
+            shown = f"{run.shown}/mlflow/mlflow.db"
+            self.note = (
+                f"in {shown}; look at it with `mlflow ui --backend-store-uri sqlite:///{shown}`"
+            )
+        self.client, self.metric = MlflowClient(uri), Metric
+        self.run = run.id("mlflow", partial(self._create, run, artifacts, Param))
+        self.client.update_run(self.run, status="RUNNING")
+
+    def _create(self, run: Session, artifacts: str | None, param: Any) -> str:
+        """The id of a new run with the config as its parameters."""
+        found = self.client.get_experiment_by_name(run.project)
+        experiment = (
+            found.experiment_id
+            if found
+            else self.client.create_experiment(run.project, artifact_location=artifacts)
+        )
+        made = self.client.create_run(experiment, run_name=run.name).info.run_id
+        params = [param(key, str(value)) for key, value in flat(run.config).items()]
+        for start in range(0, len(params), 100):  # at most, in one call
+            self.client.log_batch(made, params=params[start : start + 100])
+        return made
+
+    def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
+        now = int(1000 * time.time())
+        allowed = {re.sub(r"[^\w./ :-]", "_", f"{kind}/{k}"): v for k, v in numbers.items()}
+        metrics = [self.metric(key, value, now, step) for key, value in allowed.items()]
+        self.client.log_batch(self.run, metrics=metrics)
+
+    def samples(self, step: int, columns: dict[str, list[Any]]) -> None:
+        steps = {"step": [step] * len(columns["prompt"])}
+        self.client.log_table(self.run, steps | columns, "samples.json")
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
+
+
+# They receive the numbers of metrics.jsonl and the rows of samples.jsonl.
+TRACKERS: dict[str, Callable[[Session], Any]] = {
+    "wandb": _Wandb,
+    "tensorboard": _TensorBoard,
+    "swanlab": _SwanLab,
+    "trackio": _Trackio,
+    "mlflow": _MLflow,
+}
+# Files at the top of a run folder that are appended to or kept.
+SPOOLED = ("metrics.jsonl", "samples.jsonl", "rows.bin", *(f"{name}-id.txt" for name in TRACKERS))
+
+
+def _cell(value: Any) -> Any:
+    """A value for a tracker's table: a number, text or None as it is, else JSON."""
+    return strict_json(value) if isinstance(value, dict | list) else value
 
 
 class Spool:
@@ -144,18 +304,27 @@ class Metrics:
 
     report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after
     `resume_step` are dropped, so that no step occurs twice. `eval_pending`: the checkpoint was
-    saved before its evaluation, so the evaluation's lines are dropped too. A tracker that fails, at
-    start or later, is disabled with one line on stderr; training continues.
+    saved before its evaluation, so the evaluation's lines are dropped too. name, project: of the
+    run in the trackers; default: the folder's name, and WANDB_PROJECT or jaxllm. A tracker that
+    fails, at start or later, is disabled with one line on stderr; training continues.
     """
 
     def __init__(
-        self, run: Path | str, report_to=(), config=None, resume_step=0, eval_pending=False
+        self,
+        run: Path | str,
+        report_to=(),
+        config=None,
+        resume_step=0,
+        eval_pending=False,
+        *,
+        name: str | None = None,
+        project: str | None = None,
     ):
-        for name in report_to:
-            if name not in TRACKERS:
+        for tracker in report_to:
+            if tracker not in TRACKERS:
                 names = ", ".join(TRACKERS)
-                raise UserError(f"log.report_to {name!r} is unknown; choose from {names}")
-        self.run = as_path(run)
+                raise UserError(f"log.report_to {tracker!r} is unknown; choose from {names}")
+        self.run = shown = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
         self.spool: Spool | None = None
@@ -165,32 +334,46 @@ class Metrics:
             self.spool = Spool(self.run)
             self.run = self.spool.folder
         self.run.mkdir(parents=True, exist_ok=True)
-        for name in SPOOLED[:2]:
-            _drop_after(self.run / name, resume_step, eval_pending)
+        for file in SPOOLED[:2]:
+            _drop_after(self.run / file, resume_step, eval_pending)
+        name = name or self.run.resolve().name
+        project = project or os.environ.get("WANDB_PROJECT", "jaxllm")
         config = strict(config or {})
-        for name in report_to:
-            tracker = self._try(name, partial(TRACKERS[name], self.run, config, resume_step))
-            if tracker is not None:
-                self.trackers[name] = tracker
+        session = Session(self.run, shown, name, project, config, resume_step)
+        for tracker in report_to:
+            made = self._try(tracker, partial(TRACKERS[tracker], session))
+            if made is not None:
+                self.trackers[tracker] = made
+                if made.note:
+                    print(f"{tracker}: {made.note}", file=sys.stderr)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends {"kind", "step", …} to metrics.jsonl and sends its numbers to the trackers.
+        """Appends {"kind", "step", "time", …} to metrics.jsonl and sends the other numbers to the
+        trackers.
 
-        None is written as null, and a number that is not finite as a string such as "NaN".
+        None is written as null, and a number that is not finite as a string such as "NaN". time: in
+        seconds since 1970.
         """
         if not self.enabled:
             return
         values = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
-        self._append("metrics.jsonl", {"kind": kind, "step": step} | values)
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3)}
+        self._append("metrics.jsonl", line | values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
         for name, tracker in list(self.trackers.items()):
             self._try(name, partial(tracker.write, group, step, numbers))
 
-    def sample(self, step: int, **values: Any) -> None:
-        """Appends a line to samples.jsonl."""
-        if self.enabled:
-            self._append("samples.jsonl", {"step": step} | values)
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Appends {"step", "prompt", "text", …} of each row to samples.jsonl, and sends the rows to
+        the trackers as a table. All rows have the same keys."""
+        if not self.enabled or not rows:
+            return
+        for row in rows:
+            self._append("samples.jsonl", {"step": step} | row)
+        columns = {key: [_cell(row[key]) for row in rows] for key in rows[0]}
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, partial(tracker.samples, step, columns))
 
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""

@@ -17,6 +17,8 @@ INTERVAL = 10.0  # seconds between lines where there is no terminal
 class Progress:
     """Shows loss, tokens/s, MFU, memory and time left: a bar on a terminal, lines elsewhere.
 
+    An online run shows its latest mean reward instead of the loss.
+
     Use it as a context manager. It is silent when not `enabled`, and in all but the main process.
     """
 
@@ -28,6 +30,7 @@ class Progress:
         self.total = total
         self.enabled = enabled and dist.is_main()
         self.first: tuple[int, float] | None = None  # (step, time) of the first update
+        self.reward: float | None = None
         self.last_line = -INTERVAL
         console = Console(stderr=True)
         columns = (MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
@@ -44,11 +47,17 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, step: int, *, loss, tokens_per_second, mfu=None, memory=None) -> None:
-        """Shows the numbers after `step` updates. memory: GiB or None; mfu: a fraction or None."""
+    def update(
+        self, step: int, *, loss, tokens_per_second, mfu=None, memory=None, reward=None
+    ) -> None:
+        """Shows the numbers after `step` updates. memory: GiB or None; mfu: a fraction or None;
+        reward: the mean of the rollouts since the last call, None if there is none."""
         if not self.enabled:
             return
-        parts = [f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"]
+        self.reward = self.reward if reward is None else reward
+        # The loss of online RL says little: where log-ratios and KL begin at 0, it is 0.
+        first = f"loss {loss:.4f}" if self.reward is None else f"reward {self.reward:.4f}"
+        parts = [first, f"{tokens_per_second:,.0f} tokens/s"]
         parts += [f"MFU {mfu:.0%}"] if mfu is not None else []
         parts += [f"{memory:.1f} GiB"] if memory is not None else []
         now = time.monotonic()

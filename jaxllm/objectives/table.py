@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from inspect import isroutine
 from typing import Any
+
+import jax.numpy as jnp
 
 from jaxllm.config import TrainConfig
 from jaxllm.errors import UserError
@@ -27,6 +30,7 @@ class Objective:
     # (model, reference, batch) -> (Σ, weight), a mean over all rows of an update. The loss reads it
     # as `batch.baseline`, so that it does not depend on the division into micro-batches.
     baseline: Callable[..., Any] | None = None
+    own: str = ""  # MODULE.NAME of a loss that a user gave instead
 
 
 def _language(cfg: TrainConfig) -> Objective:
@@ -88,9 +92,41 @@ OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
 }
 
 
-def make_objective(cfg: TrainConfig) -> Objective:
-    """The objective of a resolved config. Raises UserError for one without a row."""
+def make_objective(cfg: TrainConfig, own: Callable[..., Any] | None = None) -> Objective:
+    """The objective of a resolved config. Raises UserError for one without a row.
+
+    own: a user's loss, which replaces that of the objective. It gets the objective's batches and,
+    if the objective compares, its reference model.
+    """
     if cfg.objective not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)
         raise UserError(f"objective {cfg.objective!r} is not known; known: {known}")
-    return OBJECTIVES[cfg.objective](cfg)
+    objective = OBJECTIVES[cfg.objective](cfg)
+    if own is None:
+        return objective
+    inner = own.func if isinstance(own, partial) else own
+    named = inner if isroutine(inner) else type(inner)
+    name = f"{named.__module__}.{named.__qualname__}"
+    return replace(objective, loss=partial(_own_loss, own, name), baseline=None, own=name)
+
+
+# Metrics that every step adds to those of the objective.
+_TAKEN = {"loss", "tokens", "learned", "grad_norm", "learning_rate"}
+
+
+def _own_loss(own: Callable[..., Any], name: str, *args: Any) -> Any:
+    """The result of a user's loss as float32 scalars. Raises UserError for another form."""
+    result = own(*args)
+    if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Mapping)):
+        raise UserError(f"the objective {name} must return (Σ loss, weight, metrics)")
+    loss, weight, metrics = result
+    for key, pair in {"the loss": (loss, weight), **metrics}.items():
+        if key in _TAKEN:
+            raise UserError(f"the objective {name}: every run has a metric {key}; rename it")
+        if not (isinstance(pair, tuple) and len(pair) == 2) or any(map(jnp.ndim, pair)):
+            raise UserError(f"the objective {name}: {key} must be two scalars, (Σ, weight)")
+
+    def scalars(pair: Any) -> Any:
+        return tuple(jnp.asarray(x, jnp.float32) for x in pair)
+
+    return *scalars((loss, weight)), {key: scalars(pair) for key, pair in metrics.items()}

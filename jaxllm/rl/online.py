@@ -89,7 +89,7 @@ def make_evaluation(cfg: TrainConfig, models: Models) -> Callable[[Any, Any, Exp
 class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
-    rows: prompts; models, frozen: those of the step; sample: writes a line of samples.jsonl;
+    rows: prompts; models, frozen: those of the step; samples: writes lines of samples.jsonl;
     record: receives (step, prompts) of each rollout; state: of a checkpoint, {} for a new run.
     """
 
@@ -104,7 +104,7 @@ class Rollouts:
         frozen: Any,
         rewards: Sequence[Reward],
         tokenizer: Any,
-        sample: Callable[..., None],
+        samples: Callable[[int, list[dict[str, Any]]], None],
         record: Callable[[int, list[Any]], None],
         *,
         state: dict[str, float],
@@ -112,7 +112,7 @@ class Rollouts:
         rl = cfg.rl
         assert rl.group_size and cfg.align.beta is not None  # config.checks.resolve
         self.cfg, self.mesh, self.models, self.frozen = cfg, mesh, models, frozen
-        self.tokenizer, self.sample, self.record = tokenizer, sample, record
+        self.tokenizer, self.samples, self.record = tokenizer, samples, record
         self.rewards = {reward.name: reward for reward in rewards}
         if len(self.rewards) < len(rewards):  # two have the same name: use the config's longer ones
             self.rewards = dict(zip(rl.rewards, rewards, strict=True))
@@ -180,15 +180,17 @@ class Rollouts:
         metrics |= self._metrics(rollout)
         metrics["rollout_seconds"] = (time.perf_counter() - start, 1.0)
         metrics["sampling_seconds"] = (sampling_seconds, 1.0)
-        for i, answer in enumerate(answers[:SAMPLES]):
-            self.sample(
-                step,
-                prompt=answer.prompt["said"],
-                text=answer.text,
-                reward=_number(rewards[i]),
-                rewards={name: _number(values[i]) for name, values in scores.items()},
-                truncated=bool(sampled.truncated[i]),
-            )
+        shown = [
+            {
+                "prompt": answer.prompt["said"],
+                "text": answer.text,
+                "reward": _number(rewards[i]),
+                "rewards": {name: _number(values[i]) for name, values in scores.items()},
+                "truncated": bool(sampled.truncated[i]),
+            }
+            for i, answer in enumerate(answers[:SAMPLES])
+        ]
+        self.samples(step, shown)
         return experience, metrics
 
     def _text(self, tokens: list[int]) -> str:

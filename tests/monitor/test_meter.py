@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means between log lines: what they cover, what is timed and which steps stop a run."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -55,6 +57,21 @@ def test_a_log_line_of_a_resumed_run_covers_the_steps_before_it(clock):
     resumed.add(2, step_of(30))
     straight.add(2, step_of(30))
     assert resumed.line()["tokens"] == straight.line()["tokens"] == 40
+
+
+def test_tokens_seen_are_counted_over_lines_and_restarts():
+    meter = Meter({}, 0.0)
+    meter.add(1, step_of(10))
+    assert (meter.line()["tokens"], meter.tokens_seen) == (10, 10)
+    meter.add(2, step_of(20))
+    meter.read()
+    saved = json.loads(json.dumps(meter.sums))  # in a checkpoint between two lines
+    meter.add(3, step_of(40))
+    assert meter.tokens_seen == 30  # of an evaluation after step 2
+    resumed = Meter(saved, 0.0)
+    resumed.add(3, step_of(40))
+    for one in (meter, resumed):
+        assert (one.line()["tokens"], one.tokens_seen) == (60, 70)
 
 
 def test_mfu_counts_layers_for_real_tokens_and_the_head_for_learned_ones(clock):

@@ -2,35 +2,52 @@
 """metrics.jsonl is valid JSON without a repeated step; a failing tracker never stops a run."""
 
 import json
+import struct
 import sys
+import time
+import tomllib
 import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
+from jaxllm.config.checks import check, check_run
+from jaxllm.config.fields import TRACKERS, trackers
 from jaxllm.monitor import metrics as module
 from jaxllm.monitor.metrics import Metrics
 
+ROOT = Path(__file__).parents[2]
+
 
 def lines(file):
+    """The lines of a file without their times."""
+
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    return [json.loads(x, parse_constant=refuse) for x in file.read_text().splitlines()]
+    found = [json.loads(x, parse_constant=refuse) for x in file.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in found]
 
 
 class Recorder:
     """A tracker that records its calls and fails at step 13."""
 
-    def __init__(self, run, config, step):
-        self.calls, self.closed = [], False
+    def __init__(self, run):
+        self.calls, self.closed, self.note = [], False, f"in {run.shown}"
         Recorder.last = self
 
     def write(self, kind, step, numbers):
         if step == 13:
             raise ConnectionError("no route to host\nlong trace")
         self.calls.append((kind, step, numbers))
+
+    def samples(self, step, columns):
+        self.calls.append((step, columns))
 
     def close(self):
         self.closed = True
@@ -56,6 +73,16 @@ def test_one_json_object_a_line(tmp_path):
     ]
 
 
+def test_lines_have_the_time_in_seconds(tmp_path, recorder):
+    before = time.time()
+    metrics = Metrics(tmp_path, report_to=("wandb",))
+    metrics.write("train", 1, loss=1.0)
+    metrics.write("eval", 1, name="a", loss=1.0)
+    times = [json.loads(x)["time"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert before - 0.001 <= times[0] <= times[1] <= time.time() + 0.001
+    assert [call[2] for call in recorder.last.calls] == [{"loss": 1.0}] * 2  # trackers have theirs
+
+
 @pytest.mark.parametrize("make", [float, np.float32, jnp.float32, lambda x: np.array(float(x))])
 def test_numbers_that_are_not_finite_are_written_as_valid_json(tmp_path, make):
     metrics = Metrics(tmp_path)
@@ -71,7 +98,7 @@ def test_resuming_drops_lines_after_the_checkpoint(tmp_path):
     metrics = Metrics(tmp_path)
     for step in range(0, 50, 10):
         metrics.write("train", step, loss=1.0)
-        metrics.sample(step, prompt="a", text="line\u2028separator \u4f60\u597d")
+        metrics.samples(step, [{"prompt": "a", "text": "line\u2028separator \u4f60\u597d"}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "ste')  # the run was killed here
     metrics = Metrics(tmp_path, resume_step=20)
@@ -87,10 +114,10 @@ def test_a_pending_evaluation_is_written_once(tmp_path):
     """The run was killed after it had evaluated the checkpoint that it resumes from."""
     metrics = Metrics(tmp_path)
     for step in (10, 20):
-        metrics.sample(step, prompt="a", text="b", reward=1.0)  # by a rollout
+        metrics.samples(step, [{"prompt": "a", "text": "b", "reward": 1.0}])  # by a rollout
         metrics.write("train", step, loss=1.0)
         metrics.write("eval", step, loss=1.0)
-        metrics.sample(step, prompt="a", text="b")
+        metrics.samples(step, [{"prompt": "a", "text": "b"}])
     for pending, kept in ((False, ["train", "eval"]), (True, ["train"])):
         Metrics(tmp_path, resume_step=20, eval_pending=pending)
         found = [x["kind"] for x in lines(tmp_path / "metrics.jsonl")]
@@ -113,7 +140,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, recorder):
     monkeypatch.setattr("jaxllm.dist.index", lambda: 1)
     metrics = Metrics(tmp_path, report_to=("wandb",))
     metrics.write("train", 1, loss=1.0)
-    metrics.sample(1, text="")
+    metrics.samples(1, [{"text": ""}])
     metrics.manifest({})
     metrics.close()
     assert not metrics.trackers
@@ -141,7 +168,8 @@ def test_a_tracker_that_fails_is_reported_once_and_disabled(tmp_path, recorder, 
     for step in (12, 13, 14):
         metrics.write("train", step, loss=1.0)
     metrics.close()
-    assert capsys.readouterr().err == "jaxllm: wandb is disabled: no route to host\n"
+    said = f"wandb: in {tmp_path}\njaxllm: wandb is disabled: no route to host\n"
+    assert capsys.readouterr().err == said
     assert [call[1] for call in recorder.last.calls] == [12]
     assert len(lines(tmp_path / "metrics.jsonl")) == 3
 
@@ -164,8 +192,8 @@ def test_trackers_are_imported_only_when_asked_for(tmp_path):
 
 
 def test_an_unknown_tracker_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="'mlflow' is unknown; choose from wandb, tensorboard"):
-        Metrics(tmp_path, report_to=("mlflow",))
+    with pytest.raises(ValueError, match="'comet' is unknown; choose from wandb, tensorboard, sw"):
+        Metrics(tmp_path, report_to=("comet",))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +211,7 @@ def test_wandb_is_offline_unless_logged_in_and_a_resumed_run_keeps_its_id(
         login=lambda **_: logged_in,
         init=lambda **keys: (inits.append(keys), session)[1],
         Settings=lambda **keys: keys,
+        Table=lambda **keys: keys,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -198,30 +227,187 @@ def test_wandb_is_offline_unless_logged_in_and_a_resumed_run_keeps_its_id(
     assert logged == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 1.0}]
 
 
-def test_tensorboard_writes_event_files(tmp_path):
-    pytest.importorskip("tensorboardX")
-    metrics = Metrics(tmp_path, report_to=("tensorboard",))
-    metrics.write("train", 1, loss=1.0)
-    assert "tensorboard" in metrics.trackers
+def events_of(folder):
+    """{tag: [(step, value)]} of the scalars and texts in TensorBoard's files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in sorted(folder.glob("events*")):
+        data = file.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            size = struct.unpack("<Q", data[:8])[0]
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            for value in event.summary.value:
+                text = b"".join(value.tensor.string_val).decode()
+                seen = text if value.HasField("tensor") else value.simple_value
+                found.setdefault(value.tag, []).append((event.step, seen))
+    return found
+
+
+def write_everything(tmp_path, tracker):
+    """What a run sends to a tracker."""
+    metrics = Metrics(tmp_path / "run", (tracker,), CONFIG, name="first", project="papers")
+    metrics.write("train", 1, loss=1.5, mfu=None)
+    metrics.write("eval", 1, name="books", loss=1.25)
+    scores = {"length": 0.5}
+    metrics.samples(1, [{"prompt": f"p{i}", "text": f"t{i}", "rewards": scores} for i in range(2)])
+    assert tracker in metrics.trackers
     metrics.close()
-    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+CONFIG = {"seed": 0, "optim": {"b1": 0.5}}
+
+
+def test_tensorboard_has_numbers_by_kind_and_set_and_samples(tmp_path, capsys):
+    pytest.importorskip("tensorboardX")
+    write_everything(tmp_path, "tensorboard")
+    folder = tmp_path / "run" / "tensorboard"
+    assert capsys.readouterr().err == (
+        f"tensorboard: look at it with `tensorboard --logdir {folder}`\n"
+    )
+    events = events_of(folder)
+    assert events["train/loss"] == [(1, 1.5)] and events["eval/books/loss"] == [(1, 1.25)]
+    ((step, text),) = events["samples/text_summary"]
+    assert step == 1 and all(word in text for word in ("p0", "t0", "p1", "t1"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a module in the place of a tracker's package; it records its calls."""
+
+    def put(*names):
+        module = MagicMock()
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return put
+
+
+def test_wandb_gets_samples_as_a_table(tmp_path, stand_in, capsys):
+    wandb = stand_in("wandb")
+    wandb.login.return_value = False
+    write_everything(tmp_path, "wandb")
+    made = wandb.init.call_args.kwargs
+    assert (made["project"], made["name"], made["mode"]) == ("papers", "first", "offline")
+    columns, rows = ["prompt", "text", "rewards"], [["p0", "t0", '{"length": 0.5}']]
+    table = wandb.Table.call_args.kwargs
+    assert table["columns"] == columns and table["data"][:1] == rows and len(table["data"]) == 2
+    logged = [call.args[0] for call in wandb.init.return_value.log.call_args_list]
+    assert logged[-1] == {"step": 1, "samples": wandb.Table.return_value}
+    folder = tmp_path / "run" / "wandb"
+    said = f"wandb: offline in {folder}; upload it with `wandb sync {folder}/offline-run-*`\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
-    ("log", "wanted"),
-    [
-        ({"run_name": "first", "project": "mine"}, ("first", "mine")),
-        ({"run_name": None, "project": None}, ("run", "jaxllm")),
-    ],
+    ("given", "key", "mode"),
+    [("online", None, "offline"), ("online", "k", "online"), ("disabled", None, "disabled")],
 )
-def test_wandb_has_the_name_and_project_of_the_config(tmp_path, monkeypatch, log, wanted):
-    inits = []
-    session = types.SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
-    fake = types.SimpleNamespace(
-        init=lambda **keys: (inits.append(keys), session)[1], Settings=lambda **keys: keys
+def test_swanlab_is_offline_unless_logged_in(tmp_path, stand_in, capsys, given, key, mode):
+    swanlab = stand_in("swanlab")
+    swanlab.Settings.return_value = types.SimpleNamespace(api_key=key, mode=given)
+    for _ in range(2):
+        write_everything(tmp_path, "swanlab")
+    first, second = (call.kwargs for call in swanlab.init.call_args_list)
+    assert first == second and first["resume"] == "allow" and len(first["id"]) == 16
+    assert (first["project"], first["name"], first["mode"]) == ("papers", "first", mode)
+    assert first["config"] == CONFIG and first["log_dir"] == str(tmp_path / "run" / "swanlog")
+    run = swanlab.init.return_value
+    numbers, evals, samples = run.log.call_args_list[:3]
+    assert numbers == call({"train/loss": 1.5}, step=1)
+    assert evals == call({"eval/books/loss": 1.25}, step=1)
+    assert samples == call({"samples": [swanlab.Text.return_value] * 2}, step=1)
+    assert swanlab.Text.call_args_list[:2] == [call("t0", caption="p0"), call("t1", caption="p1")]
+    run.finish.assert_called()
+    said = capsys.readouterr().err
+    assert ("upload it with `swanlab sync " in said) is (mode == "offline")
+
+
+def test_trackio_logs_to_this_machine(tmp_path, stand_in, capsys):
+    trackio = stand_in("trackio")
+    trackio.utils.TRACKIO_DIR = "/cache/trackio"
+    trackio.init.side_effect = lambda **_: print("* Trackio project") or trackio.run
+    trackio.finish.side_effect = lambda: print("* Run finished")
+    write_everything(tmp_path, "trackio")
+    keys = {"project": "papers", "name": "first", "config": CONFIG, "resume": "allow"}
+    assert trackio.init.call_args == call(**keys, embed=False)
+    assert trackio.run.log.call_args_list == [
+        call({"train/loss": 1.5}, step=1),
+        call({"eval/books/loss": 1.25}, step=1),
+        call({"samples": trackio.Table.return_value}, step=1),
+    ]
+    trackio.finish.assert_called_once_with()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    look = "look at it with `trackio show --project papers`"
+    assert shown.err == f"trackio: in /cache/trackio; {look}\n"
+
+
+@pytest.mark.parametrize("uri", [None, "https://mlflow.example"])
+def test_mlflow_logs_to_the_run_folder_or_a_server(tmp_path, stand_in, monkeypatch, capsys, uri):
+    mlflow = stand_in("mlflow", "mlflow.entities")
+    client = mlflow.MlflowClient.return_value
+    client.get_experiment_by_name.return_value = None
+    client.create_run.return_value.info.run_id = "0123"
+    mlflow.Metric.side_effect = lambda *args: args
+    mlflow.Param.side_effect = lambda *args: args
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for _ in range(2):  # the second start resumes the first one's run
+        write_everything(tmp_path, "mlflow")
+    place = tmp_path / "run" / "mlflow"
+    database = f"sqlite:///{place}/mlflow.db"
+    assert mlflow.MlflowClient.call_args == call(uri or database)
+    artifacts = None if uri else str(place / "artifacts")
+    client.create_experiment.assert_called_once_with("papers", artifact_location=artifacts)
+    client.create_run.assert_called_once()
+    assert client.create_run.call_args.kwargs["run_name"] == "first"
+    params, *rest = client.log_batch.call_args_list
+    assert params == call("0123", params=[("seed", "0"), ("optim.b1", "0.5")])
+    (((name, value, _, step),),) = [one.kwargs["metrics"] for one in rest[1:2]]
+    assert (name, value, step) == ("eval/books/loss", 1.25, 1)
+    columns = {"step": [1, 1], "prompt": ["p0", "p1"], "text": ["t0", "t1"]}
+    columns["rewards"] = ['{"length": 0.5}'] * 2
+    run, table, file = client.log_table.call_args.args
+    assert (run, file) == ("0123", "samples.json") and table == columns
+    client.set_terminated.assert_called_with("0123")
+    assert (f"mlflow ui --backend-store-uri {database}" in capsys.readouterr().err) is (uri is None)
+
+
+def test_a_name_that_mlflow_does_not_take_is_written_with_underscores(tmp_path, stand_in):
+    mlflow = stand_in("mlflow", "mlflow.entities")
+    mlflow.MlflowClient.return_value.create_run.return_value.info.run_id = "0123"
+    Metrics(tmp_path, ("mlflow",)).write("eval", 1, name="a (1)", loss=1.0)
+    assert mlflow.Metric.call_args.args[0] == "eval/a _1_/loss"
+
+
+def test_a_run_needs_the_packages_of_its_trackers(monkeypatch):
+    cfg = TrainConfig(
+        model=ModelSection(path="m"),
+        data=DataSection(train=(Source("d.txt"),)),
+        log=LogSection(report_to=("mlflow",)),
     )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    Metrics(tmp_path / "run", ("wandb",), {"log": log}).close()
-    assert (inits[0]["name"], inits[0]["project"]) == wanted
+    check(cfg)  # a plan does not need it
+    empty = types.ModuleType("mlflow")
+    empty.__spec__ = ModuleSpec("mlflow", None)  # a folder ./mlflow
+    for found in (None, empty):
+        monkeypatch.setitem(sys.modules, "mlflow", found)
+        with pytest.raises(ValueError, match=r"mlflow is not installed; pip install 'jaxllm\[mlf"):
+            check_run(cfg)
+    empty.__spec__ = ModuleSpec("mlflow", None, origin="mlflow/__init__.py")
+    monkeypatch.setitem(sys.modules, "mlflow", empty)
+    check_run(cfg)
+    for name in set(TRACKERS.values()) - {"mlflow"}:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert trackers("all") == ["mlflow"]
+
+
+def test_every_tracker_is_an_extra_and_has_a_row():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(TRACKERS) == set(module.TRACKERS)
+    for name, package in TRACKERS.items():
+        (line,) = project["optional-dependencies"][name]
+        assert line.startswith(package)

@@ -28,6 +28,18 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys, monkeyp
     assert shown[-1] == "step 100  eval: loss 2"
 
 
+def test_an_online_run_shows_its_reward_in_place_of_the_loss(capsys, monkeypatch):
+    now = iter(range(100, 1000, 20))
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with Progress(3) as progress:
+        progress.update(1, **numbers(loss=0.0, reward=0.25))
+        progress.update(2, **numbers(loss=0.0))  # an update of the same rollout
+        progress.update(3, **numbers(loss=0.0, reward=0.5))
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[1] for line in shown] == ["reward 0.2500"] * 2 + ["reward 0.5000"]
+    assert not any("loss" in line for line in shown)
+
+
 def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
     monkeypatch.setattr(
         "rich.console.Console", lambda **keys: Console(**keys, force_terminal=True, width=120)

@@ -39,8 +39,8 @@ from jaxllm.peft.files import make_adapter
 from jaxllm.program import build, trained_by
 from jaxllm.rl.online import Rollouts
 from jaxllm.rl.rewards import Completion, Reward, RewardModel, load_rewards
+from jaxllm.timetable import due
 from jaxllm.tokenizer import load_tokenizer
-from jaxllm.training import due
 
 # ---- a rollout
 
@@ -100,7 +100,10 @@ class Online:
 
         self.samples = []
         mesh = make_mesh(MeshSection(), jax.devices()[:1])
-        sample = lambda step, **values: self.samples.append({"step": step} | values)  # noqa: E731
+
+        def sample(step, rows):
+            self.samples += [{"step": step} | row for row in rows]
+
         rows = Rows((PromptList(PROMPTS),), None, 16)
         self.feed = Rollouts(
             self.cfg, mesh, rows, models, {}, rewards, Numbers, sample, lambda *_: None, state={}
@@ -359,7 +362,7 @@ def ends(prompts, completions, **_):
     os._exit(0)
 """
 TIMES = {"rollout_seconds", "sampling_seconds", "step_seconds", "tokens_per_second"}
-TIMES |= {"memory_gib", "mfu"}
+TIMES |= {"memory_gib", "mfu", "time"}
 
 
 @pytest.fixture(scope="module")
