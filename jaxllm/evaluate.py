@@ -181,7 +181,7 @@ def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> fl
 
 def evaluate_files(
     model: str,
-    data: Sequence[str | Source],
+    data: Sequence[Any],
     *,
     objective: Literal["pretrain", "sft"] = "pretrain",
     max_length: int = 1024,
@@ -193,6 +193,7 @@ def evaluate_files(
 ) -> dict[str, float]:
     """Evaluates an HF directory on files: {loss, perplexity, tokens, examples, …}.
 
+    data: sources, or paths, datasets or lists of records, as those of `data.train`.
     objective: pretrain reads text; sft reads chats and counts only the assistant's tokens. All
     files together are one set. A reward model scores pairs or conversations (`evaluate_rewards`).
     adapter: {name: directory} of PEFT adapters to load; use: which one is active (default: the
@@ -210,7 +211,7 @@ def evaluate_files(
     loaded, tokenizer = load_with_tokenizer(model, template, **options)
     if use is not ...:
         choose(loaded, use)
-    sources = tuple(Source(item) if isinstance(item, str) else item for item in data)
+    sources = tuple(item if isinstance(item, Source) else Source(item) for item in data)
     max_length = min(max_length, loaded.cfg.max_positions - loaded.peft.length)
     if loaded.cfg.scores:
         reward_model = RewardModel.of(loaded, tokenizer, mesh)

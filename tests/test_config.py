@@ -442,7 +442,6 @@ def test_check_accepts_a_valid_config():
             {"log": LogSection(report_to="wandb")},
             "log.report_to is 'wandb'; it should be a valid tuple",
         ),
-        ({"data": DataSection(train=("a.txt",))}, "data.train[0] is 'a.txt'"),
     ],
 )
 def test_check_refuses(changes, message):

@@ -34,15 +34,18 @@ from jaxllm.config.fields import (
     sources,
     trackers,
 )
+from jaxllm.config.memory import path_of
 from jaxllm.config.optimizers import OPTIMIZERS
 from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
     Method = Objective = Optimizer = Tracker = str
+    Data = Any
 else:
     Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
     Optimizer, Tracker = Literal[tuple(OPTIMIZERS)], Literal[tuple(TRACKERS)]
+    Data = str
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,9 @@ class Source:
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
 
-    path: str
-    """file, glob, directory, hub id or `tfds:NAME`; the suffix gives the format"""
+    path: Data
+    """file, glob, directory, hub id or `tfds:NAME`; the suffix gives the format. In Python also a
+    datasets.Dataset or a list of records"""
     weight: Positive | None = None
     """sampling weight relative to the other sources; without weights, sources are concatenated"""
     split: str | None = None
@@ -104,8 +108,14 @@ class Source:
     streaming: bool = False
     """pretraining: tokenize one file at a time during training and cache only a few"""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", path_of(self.path))
 
-Sources = Annotated[tuple[Source, ...], Read(sources)]
+
+if TYPE_CHECKING:
+    Sources = Any  # what `DataSection.__post_init__` makes a tuple of Source
+else:
+    Sources = Annotated[tuple[Source, ...], Read(sources)]
 
 
 DEFAULT_LENGTH = 1024
@@ -155,6 +165,12 @@ class DataSection:
     """processes that tokenize; 0 = one per core, with at least 2,000 records each"""
     cache_dir: Path | None = None
     """directory for tokenized data, or a bucket to share it; default: ~/.cache/jaxllm"""
+
+    def __post_init__(self) -> None:
+        for name, given in (("train", self.train), ("eval", self.eval)):
+            several = given if isinstance(given, list | tuple) else (given,)
+            sources = tuple(s if isinstance(s, Source) else Source(s) for s in several)
+            object.__setattr__(self, name, sources)
 
     @property
     def length(self) -> int:

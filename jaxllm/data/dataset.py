@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import TrainConfig
+from jaxllm.config.memory import MEMORY
 from jaxllm.data.examples import Examples, fingerprint, tokenize_sources
 from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.preference import Judged, Pairs, Prompts
@@ -133,8 +134,9 @@ def _split(
 
 
 def _set_name(path: str, taken: dict[str, Any]) -> str:
-    """A file's name without the suffixes of format and compression, numbered if it is taken."""
-    file = Path(path)
+    """A file's name without the suffixes of format and compression, or memory; numbered if it is
+    taken."""
+    file = Path("memory" if path.startswith(MEMORY) else path)
     name = Path(file.stem).stem if file.suffix.lower() in COMPRESSED else file.stem
     return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
 

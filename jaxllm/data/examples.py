@@ -233,7 +233,7 @@ def _contents(sources: Sequence[Source], located: list[Located], team: list[int]
     found = dist.everyone([file_hash(file) for file in files[place :: len(team)]])
     by_process = [iter(hashes) for hashes in found]
     hashes = (next(by_process[process]) for process in cycle(team))
-    return [combine_hashes(islice(hashes, len(one.files))) for one in located]
+    return [one.content or combine_hashes(islice(hashes, len(one.files))) for one in located]
 
 
 def _fill(cached: _Cached, group: int, parts: list[int], cfg: TrainConfig, tokenizer: Any) -> None:

@@ -23,6 +23,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
+from jaxllm.config.memory import MEMORY, InMemory
 from jaxllm.data.formats import (
     ACCEPTED,
     READERS,
@@ -61,27 +62,32 @@ class Located:
     """The files or dataset that a source's path names."""
 
     format: str
-    """a value of formats.FORMATS, or dataset or tfds"""
+    """a value of formats.FORMATS, or dataset, tfds or memory"""
     files: tuple[Path, ...]
     """all files that are read, in order"""
     dataset: Any = None
-    """the datasets.Dataset or tfds data source, for these two formats"""
+    """the datasets.Dataset, tfds data source or list of JSON texts, for these three formats"""
     split: str | None = None
     """the selected split; None if there are no splits"""
     urls: tuple[str, ...] = ()
     """URLs of a hub dataset's files, to be streamed"""
+    content: str = ""
+    """hash of data in memory"""
 
 
 # ---- finding
 
 
 def locate(source: Source, *, held_out: bool = False) -> Located:
-    """Find the data of `source.path`: files, a folder, a saved or hub dataset, or `tfds:NAME`.
+    """Find the data of `source.path`: files, a folder, a saved or hub dataset, `tfds:NAME`, or data
+    in memory.
 
     If there are several splits, `source.split` selects one; the default is train. A `held_out`
     source must name one, so that a model is not evaluated on its training data by mistake. Raises
     FileNotFoundError for a missing path and UserError for one that is not readable as data.
     """
+    if source.path.startswith(MEMORY):
+        return _locate_memory(source)
     if source.path.startswith("tfds:"):
         return _locate_tfds(source, held_out)
     file = as_path(source.path)
@@ -108,7 +114,7 @@ def divide(located: Located, max_records: int | None = None) -> list[tuple[Locat
     """
     objects = listed([file for file in located.files if is_bucket(file)])
     sizes = [objects[str(f)]["size"] if is_bucket(f) else file_size(f) for f in located.files]
-    if max_records is not None or located.format in ("dataset", "tfds"):
+    if max_records is not None or located.format in ("dataset", "tfds", "memory"):
         parts = -(-sum(sizes) // PART_BYTES)
         if max_records is not None:
             parts = min(parts, max_records // PART_RECORDS)
@@ -275,6 +281,19 @@ def _from_dataset(dataset: Any, split: str | None) -> Located:
     return Located("dataset", files, dataset, split)
 
 
+def _locate_memory(source: Source) -> Located:
+    if not isinstance(source.path, InMemory):
+        raise UserError(
+            f"{source.path}: these records were in the memory of the Python program that started "
+            "the run; run that program again (jaxllm.train with the same records in data.train)"
+        )
+    if source.split or source.streaming:
+        raise UserError(f"{source.path}: data in memory has neither split nor streaming; remove it")
+    records = source.path.records
+    kind = "memory" if isinstance(records, list) else "dataset"
+    return Located(kind, (), records, content=source.path.removeprefix(MEMORY))
+
+
 def _locate_tfds(source: Source, held_out: bool) -> Located:
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
@@ -319,6 +338,9 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
             return _head(table, max_records)
         case "tfds":
             pairs = _tfds_records(located.dataset)
+        case "memory":
+            texts = located.dataset
+            pairs = ((text, f"data in memory, record {i}") for i, text in enumerate(texts))
         case _:
             reader = READERS[located.format]
             files = located.files
