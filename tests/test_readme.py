@@ -162,6 +162,27 @@ def test_the_commands_of_a_page_run(workspace, page):
     workspace.run_page(page)
 
 
+NOTEBOOK = ROOT / "docs" / "python.ipynb"
+
+
+def cells_of(notebook: Path) -> list[dict]:
+    return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+@pages
+def test_the_notebook_runs_in_one_process(workspace):
+    code = "\n\n".join("".join(cell["source"]) for cell in cells_of(NOTEBOOK))
+    workspace.run("python", "-c", code)
+    assert (workspace.folder / "run/notebook/saved/model.safetensors").is_file()
+
+
+def test_the_notebook_shows_what_its_cells_printed():
+    cells = cells_of(NOTEBOOK)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs and not any(output["output_type"] == "error" for output in outputs)
+
+
 def test_blocks_are_of_a_language_that_is_run_or_shown():
     for page in (ROOT / "README.md", *PAGES):
         marks = re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)
