@@ -480,7 +480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     except KeyboardInterrupt:  # before the training loop, which handles Ctrl-C itself
         return INTERRUPTED
-    except Exception as error:
+    except BaseException as error:  # a panic in Rust is no Exception
         line = mistake(error)
         if line is None:
             raise

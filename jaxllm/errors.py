@@ -3,7 +3,9 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 STOPPED = 75  # the same command, started again, resumes
@@ -37,12 +39,26 @@ def together(errors: Sequence[UserError]) -> UserError:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `word` is a likely misspelling of; None if there is none."""
+    if len(word) > LONGEST:  # difflib takes the square of its length
+        return None
     return next(iter(difflib.get_close_matches(word, [*known], 1, cutoff=0.7)), None)
 
 
-# Errors of a path that a user can fix.
-PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-PATH_ERRORS += (PermissionError,)
+LONGEST = 200  # characters of a value in a message
+_LONG = re.compile(rf"(?P<start>\S{{{LONGEST}}})\S+|(?P<quoted>'[^']{{{LONGEST}}})[^']+(?=')")
+
+
+def seen(value: Any) -> str:
+    """The repr of a value for a message, cut to LONGEST characters."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def is_panic(error: BaseException | None) -> bool:
+    """True for a panic of Rust code, whose class derives from BaseException and has no module."""
+    return type(error).__name__ == "PanicException"
+
+
 # Modules whose errors come from a bucket: missing credentials, access that is denied, no network.
 BUCKET_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google.auth")
 
@@ -50,8 +66,8 @@ BUCKET_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google.auth")
 def mistake(error: BaseException) -> str | None:
     """The line to print if the user can fix `error`, else None: it is a bug.
 
-    The user can fix a UserError, a path or bucket that is missing or not accessible, and a disk
-    that is full or read-only.
+    The user can fix a UserError, a path or bucket that is missing or not accessible, a disk that is
+    full or read-only, memory that is too small, and what makes the tokenizer panic.
     """
     cause: BaseException | None = error
     while cause is not None:  # libraries wrap the OSError of a full disk
@@ -66,12 +82,37 @@ def mistake(error: BaseException) -> str | None:
         return _one_line(error)
     if any(type(e).__module__.startswith(BUCKET_CLIENTS) for e in (error, error.__cause__)):
         return f"the bucket cannot be accessed: {_one_line(error)}"
+    if is_panic(error):
+        return f"the tokenizer cannot handle its input: {_one_line(error)}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {_one_line(error) or 'of the host'}; use smaller files"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return f"{_one_line(error)}; write to another directory"
-    return _one_line(error) if isinstance(error, PATH_ERRORS) else None
+    # A path that is missing, too long, a loop of links, not accessible or on a failing disk.
+    is_of_path = isinstance(error, OSError) and error.filename is not None
+    return _one_line(error) if is_of_path or isinstance(error, FileNotFoundError) else None
 
 
 def _one_line(error: BaseException) -> str:
+    """The message on one line, in which long values are cut."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error)
+    text = _without_long_lists(" ".join(text.split()))
+    text = _LONG.sub(lambda found: f"{found['start'] or found['quoted']}…", text)
+    return text if len(text) <= 20_000 else f"{text[:15_000]} … {text[-4_000:]}"
+
+
+def _without_long_lists(text: str) -> str:
+    """The text with the first LONGEST characters of each list or dict in it."""
+    parts, kept, depth, first = [], 0, 0, 0
+    for found in re.finditer(r"[\[\]{}]", text):
+        if found[0] in "[{":
+            first, depth = first if depth else found.start(), depth + 1
+        elif depth:
+            depth -= 1
+            if not depth and found.end() - first > LONGEST:
+                parts.append(f"{text[kept : first + LONGEST]}…")
+                kept = found.end()
+    return "".join(parts) + text[kept:]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import __version__, dist
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, seen
 from jaxllm.paths import (
     absolute,
     as_path,
@@ -36,12 +36,14 @@ from jaxllm.paths import (
     read_bytes,
     version,
 )
+from jaxllm.untrusted import MAX_FILE, parse_json, read_json, rust
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The dtypes in which weights may be saved -> their names in a safetensors header.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+READABLE = (*DTYPES.values(), "F64")  # those that weights may be stored in without scales
 STORED_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -114,19 +116,6 @@ def strict_json(value: Any) -> str:
     return json.dumps(strict(value), ensure_ascii=False, allow_nan=False)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UserError for anything else, with the line of a syntax error."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds {type(value).__name__}; a JSON object is expected")
-    return value
-
-
 def tensor_files(folder: Path) -> dict[str, Path]:
     """{tensor name: file that holds it}, by the rules of transformers: one file, or an index.
 
@@ -139,9 +128,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         mapping = read_json(folder / INDEX).get("weight_map")
         if not isinstance(mapping, dict):
             raise UserError(f"{folder / INDEX} has no weight_map, so it is not an index of tensors")
+        for file in mapping.values():
+            if not isinstance(file, str) or not file or {"..", "/"} & {*Path(file).parts}:
+                raise UserError(f"{folder / INDEX} names {seen(file)}, not a file in its folder")
         files = {name: folder / file for name, file in mapping.items()}
         if missing := sorted({str(f) for f in files.values() if not f.is_file()}):
             raise UserError(f"{folder / INDEX} names {missing[0]}, which is not there")
+        tensors = {file: header(file)[1] for file in {*files.values()}}
+        for name, file in files.items():
+            if name not in tensors[file]:
+                raise UserError(f"{folder / INDEX} says that {file.name} has {seen(name)}")
         return files
     pickles = sorted(p.name for p in entries(folder) if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
@@ -154,27 +150,68 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def open_tensors(file: Path) -> Any:
-    """Opens a safetensors file for reading by slices; use it as a context manager."""
+    """Opens a safetensors file for reading by slices; use it as a context manager.
+
+    Raises UserError unless its header describes the bytes of the file.
+    """
     from safetensors import SafetensorError, safe_open
 
+    header(file)
+    if is_bucket(file):
+        return BucketTensors(file)
     try:
-        if is_bucket(file):
-            return BucketTensors(file)
-        return safe_open(file, framework="np")
-    except (SafetensorError, ValueError) as error:
+        with rust(str(file)):
+            return safe_open(file, framework="np")
+    except SafetensorError as error:
         raise UserError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def header(file: Path) -> tuple[int, dict[str, Any]]:
-    """(offset of the data, {tensor: its dtype, shape and data_offsets}) of a safetensors file."""
+    """(offset of the data, {tensor: its dtype, shape and data_offsets}) of a safetensors file.
+
+    Raises UserError unless the tensors fill the file, each with the bytes of its dtype and shape.
+    """
     return _header(file, version(file))
 
 
 @lru_cache(maxsize=64)
 def _header(file: Path, _: str) -> tuple[int, dict[str, Any]]:
-    length = int.from_bytes(read_bytes(file, [(0, 8)])[0], "little")
-    tensors = json.loads(read_bytes(file, [(8, 8 + length)])[0])
-    return 8 + length, {name: t for name, t in tensors.items() if name != "__metadata__"}
+    broken = f"{file} is not a complete safetensors file: "
+    if not is_bucket(file) and not file.is_file():
+        raise UserError(f"{broken}it is not a file")
+    size = file_size(file)
+    length = int.from_bytes(read_bytes(file, [(0, 8)])[0], "little") if size >= 8 else size
+    if 8 + length > size or length > MAX_FILE:
+        raise UserError(f"{broken}it has {size:,} bytes and a header of {length:,}")
+    try:
+        text = read_bytes(file, [(8, 8 + length)])[0].decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{broken}its header is not text") from None
+    tensors = parse_json(text, str(file), "it is not a complete safetensors file")
+    if not isinstance(tensors, dict):
+        raise UserError(f"{broken}its header is {seen(tensors)}")
+    tensors = {name: t for name, t in tensors.items() if name != "__metadata__"}
+    end = 0
+    for name, t in tensors.items():
+        if not _is_entry(t):
+            raise UserError(f"{broken}it says that {seen(name)} is {seen(t)}")
+        end = max(end, t["data_offsets"][1])
+    if 8 + length + end != size:
+        raise UserError(f"{broken}it has {size:,} of {8 + length + end:,} bytes")
+    return 8 + length, tensors
+
+
+def _is_entry(tensor: Any) -> bool:
+    """True for a tensor in a header whose bytes are those of its shape and, if known, its dtype."""
+    if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= tensor.keys():
+        return False
+    dtype, shape, offsets = (tensor[key] for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
+        return False
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        return False
+    count, width = offsets[1] - offsets[0], STORED_DTYPES.get(dtype)
+    return count >= 0 if width is None else count == prod(shape) * np.dtype(width).itemsize
 
 
 class BucketTensors:
@@ -183,9 +220,6 @@ class BucketTensors:
     def __init__(self, file: Path):
         self.file = file
         self.start, self.tensors = header(file)
-        end = max((t["data_offsets"][1] for t in self.tensors.values()), default=0)
-        if (size := file_size(file)) != self.start + end:
-            raise ValueError(f"it has {size} of {self.start + end} bytes")
 
     def __enter__(self) -> BucketTensors:
         return self

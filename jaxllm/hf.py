@@ -29,9 +29,9 @@ from jaxllm.errors import UserError
 from jaxllm.files import (
     ADAPTER,
     ADAPTER_CONFIG,
-    DTYPES,
     INDEX,
     MARKER,
+    READABLE,
     Tensor,
     check_dtype,
     header,
@@ -43,7 +43,7 @@ from jaxllm.files import (
     write_json,
 )
 from jaxllm.hf_config import source_config, updated_configs
-from jaxllm.mesh import axes_of, make_mesh, param_sharding
+from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
@@ -120,7 +120,7 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     want = (fused, *want[1:]) if key.rows else want
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
-    if part.get_dtype() not in (*DTYPES.values(), "F64"):
+    if part.get_dtype() not in READABLE:
         raise UserError(f"{name} is stored as {part.get_dtype()}, quantized and not supported")
 
 
@@ -168,16 +168,20 @@ def _read_weights(
     # The last part of a fused tensor ends where the tensor does.
     fused = {key.name: key.rows[1] for key in keys.values() if key.rows}
     with fp8.opened(locations, scheme) as tensor:
-        for path, key in keys.items():
+        parts = {}
+        for path, key in keys.items():  # all of them, before the first is allocated
             names = tensor_names(model.cfg, key.name)
             if names[0] not in locations:
                 continue
             if path in shared and key.path not in model.peft.saved:
                 weights[path].set_value(shared[path])
                 continue
-            like, layers = weights[path].get_value(), [tensor(name) for name in names]
-            for name, part in zip(names, layers, strict=True):
+            like, parts[path] = weights[path].get_value(), [tensor(name) for name in names]
+            for name, part in zip(names, parts[path], strict=True):
                 _check_tensor(part, name, key, like.shape[key.stacked :], fused.get(key.name, 0))
+        for path, layers in parts.items():
+            key, like = keys[path], weights[path].get_value()
+            names = tensor_names(model.cfg, key.name)
             read = partial(_read_shards, layers, key, like)
             value = make_sharded(like, read, together=is_bucket(locations[names[0]][0]))
             _set_quantized(model, quantize_base, path, weights[path], value)
@@ -237,6 +241,8 @@ def load_hf(
         locations.setdefault(HEAD, locations[EMBED])
     _check_names(folder, cfg, set(locations), scheme)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
+    for which, files in enumerate(saved.values()):
+        adapter_files.check_weights(model, files, which)
     _read_weights(model, locations, scheme, quantize_base, shared or {})
     _draw(model, seed)
     peft.begin(model)
@@ -327,6 +333,13 @@ def random_model(
 ) -> Decoder:
     """A model with random weights, sharded over `mesh`. options: of Decoder."""
     model = abstract_model(cfg, mesh, hf_config, **options)
+    weights: list[Any] = jax.tree.leaves(nnx.state(model))
+    need = sum(prod(w.sharding.shard_shape(w.shape)) * w.dtype.itemsize for w in weights)
+    if need > (room := device_memory(mesh.local_devices[0])):
+        raise UserError(
+            f"the weights of the config take {need / 2**30:,.1f} GiB of each device, which has "
+            f"{room / 2**30:,.1f}; use a smaller model or more devices"
+        )
     _draw(model, seed)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         _set_quantized(model, quantize_base, path, variable, variable.get_value())

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
-from jaxllm.errors import UserError, nearest
+from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
 from jaxllm.model.families import (
     CAUSAL,
@@ -25,6 +25,7 @@ from jaxllm.model.families import (
     rope_keys,
 )
 from jaxllm.paths import as_path
+from jaxllm.tokenizer import generation_stop_ids
 
 # Key of a model's hf_config that holds the content of generation_config.json.
 GENERATION = "generation_config"
@@ -70,8 +71,9 @@ def source_config(
     tie_by_weights = weights and "tie_word_embeddings" not in overrides
     if tie_by_weights and _has_untied_head(config, folder, scheme):
         config["tie_word_embeddings"] = False
-    if (folder / "generation_config.json").is_file():
-        config[GENERATION] = read_json(folder / "generation_config.json")
+    if (file := folder / "generation_config.json").is_file():
+        config[GENERATION] = read_json(file)
+        generation_stop_ids(folder)  # raises
     return config, scheme
 
 
@@ -109,6 +111,8 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
         return False
     with fp8.opened(locations, scheme) as tensor:
         table, head = tensor(EMBED), tensor(HEAD)
+        if len(table.get_shape()) != 2:
+            return False  # refused when it is read
         rows, *width = table.get_shape()
         if head.get_shape() != [rows, *width]:
             return True
@@ -117,8 +121,11 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
         return any((np.float32(1) * table[part] != head[part]).any() for part in parts)
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _ids(value: Any) -> list[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(one) is int for one in ids):
+        raise UserError(f"the token id {seen(value)} is neither an integer nor a list of integers")
+    return ids
 
 
 def updated_configs(

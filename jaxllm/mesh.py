@@ -17,6 +17,7 @@ Inside `collectives.shard_over_rows` some of the axes are manual: arrays are a d
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Iterable
 from functools import cache
@@ -116,6 +117,12 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return "gpu" if device.platform == "cuda" else device.platform
+
+
+def device_memory(device: Any) -> int:
+    """Bytes of a device's memory; of a CPU the host's."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _manual(mesh: Any) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def as_path(path: str | Path) -> Path:
     Raises UserError if the client of the bucket is not installed.
     """
     if not is_bucket(path):
-        return Path(path).expanduser()
+        return local_path(path).expanduser()
     scheme = str(path).partition("://")[0]
     if find_spec(PACKAGES[scheme]) is None:
         extra = "gcs" if scheme == "gs" else scheme
@@ -83,6 +83,8 @@ def local_path(path: str | Path) -> Path:
     """The path of a local file. Raises UserError for one in a bucket."""
     if is_bucket(path):
         raise UserError(f"{path} is in a bucket, where this is not supported; use the local disk")
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} is not a path: it has a NUL character")
     return Path(path)
 
 

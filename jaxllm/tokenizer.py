@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError
+from jaxllm.errors import UserError, seen
 from jaxllm.files import TEMPLATES, check_no_checkpoint, read_json, write_json
 from jaxllm.paths import as_path, check_tokenizer, copy, files_in, is_bucket
+from jaxllm.untrusted import check_regular, rust
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+TRIAL = "a é\n\U0010ffff"  # tokenized when a tokenizer is loaded: some fail only then
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of the files that a tokenizer is read from
 
 
@@ -36,8 +37,9 @@ def load_tokenizer(path: str | Path) -> Any:
     else:
         check_tokenizer(str(path))
     try:
-        with _on_disk(folder if is_local else path) as source:
+        with _on_disk(folder if is_local else path) as source, rust("it panics"):
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+            tokenizer.decode(tokenizer(TRIAL)["input_ids"])
     except Exception as error:  # tokenizers raises bare Exceptions for broken files
         reason = str(error).strip().split("\n")[0]
         what = "the tokenizer" if is_local else "no such directory, and the hub's tokenizer"
@@ -113,27 +115,25 @@ def generation_stop_ids(model: str | Path) -> set[int]:
     file = as_path(model) / "generation_config.json"
     if not file.is_file():
         return set()
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: malformed JSON: {error}") from None
-    eos = config.get("eos_token_id") if isinstance(config, dict) else config
+    eos = read_json(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(token_id) is int for token_id in ids):
-        raise UserError(f"{file}: eos_token_id is {eos!r}; use an integer or a list of integers")
+    if not all(type(token_id) is int and 0 <= token_id < 2**31 for token_id in ids):
+        wanted = "an integer or a list of integers"
+        raise UserError(f"{file}: eos_token_id is {seen(eos)}; use {wanted}")
     return set(ids)
 
 
 def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
     """Raise UserError if `folder`, which the user gave as `path`, has no tokenizer."""
+    check_regular(folder, _SUFFIXES)
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return
     check_no_checkpoint(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    is_run = isinstance(config, dict) and {"objective", "optim", "data"} <= config.keys()
+        config = read_json(folder / "config.json")
+    except UserError:
+        config = {}
+    is_run = {"objective", "optim", "data"} <= config.keys()
     if is_run or (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} is a run folder; its model is {folder / 'final'}")
     is_file = as_path(path).is_file()

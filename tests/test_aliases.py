@@ -693,10 +693,12 @@ def test_a_deepspeed_batch_that_contradicts_the_flags_is_refused(deepspeed):
 
 def test_an_invalid_deepspeed_file_names_the_line(tmp_path):
     (tmp_path / "ds.json").write_text('{"a": 1,\n]')
-    assert re.search(r"ds\.json:2: not JSON", refused("--deepspeed", str(tmp_path / "ds.json")))
+    assert re.search(
+        r"ds\.json:2: malformed JSON", refused("--deepspeed", str(tmp_path / "ds.json"))
+    )
     (tmp_path / "ds.json").write_bytes(b'{"a": "caf\xe9"}')
     assert "ds.json: not UTF-8 text" in refused("--deepspeed", str(tmp_path / "ds.json"))
     (tmp_path / "ds.json").write_text("[1]")
-    assert "a DeepSpeed file must be a JSON object" in refused(
+    assert "the DeepSpeed file must be a JSON object" in refused(
         "--deepspeed", str(tmp_path / "ds.json")
     )

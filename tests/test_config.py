@@ -272,7 +272,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nope\.json: no such DeepSpeed file"):
         load("--deepspeed", "nope.json")
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00binary")
-    assert "not a text file" in refused(path=str(tmp_path / "run.yaml"))
+    assert "not UTF-8 text" in refused(path=str(tmp_path / "run.yaml"))
 
 
 # ---- the batch

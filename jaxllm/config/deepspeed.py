@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxllm.config.fields import Given
-from jaxllm.errors import MissingFile, UserError
+from jaxllm.errors import UserError
+from jaxllm.untrusted import read_json
 
 CARRIED = {
     "zero_optimization.stage": "mesh.zero",
@@ -31,7 +31,7 @@ DEEPSPEED_SCHEDULES = {
     "WarmupCosineLR": "cosine",
 }
 # WarmupLR is `constant` in transformers; the DeepSpeed file decides the shape of the warmup.
-AGREE = {("optim.schedule", "constant", "warmup_log")}
+AGREE = (("optim.schedule", "constant", "warmup_log"),)
 UNSET = (None, False, "auto", "none")
 
 
@@ -43,21 +43,6 @@ def _flat(block: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
-        raise MissingFile(f"{path}: no such DeepSpeed file")
-    try:
-        block = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; a DeepSpeed file must be JSON") from None
-    if not isinstance(block, dict):
-        raise UserError(f"{path}: a DeepSpeed file must be a JSON object, seen {block!r}")
-    return block
-
-
 def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given], list[str]]:
     """Translate a DeepSpeed JSON file; returns (our keys, ignored keys).
 
@@ -65,7 +50,7 @@ def read_deepspeed(path: str, given: dict[str, Given]) -> tuple[dict[str, Given]
     UserError if the file contradicts `given`, enables fp16, or names an unknown optimizer or
     schedule.
     """
-    block = _read_json(path)
+    block = read_json(Path(path), "DeepSpeed file")
     rest = dict(_flat(block))
     if "zero_optimization" in block:
         rest.setdefault("zero_optimization.stage", 0)

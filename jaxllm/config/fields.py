@@ -89,6 +89,7 @@ def lora_init(value: Any) -> Any:
 # Steps and rows are int32, so counts must fit it; a seed must fit an int64.
 Count = Annotated[int, Ge(0), Le(2**31 - 1)]
 Size = Annotated[int, Ge(1), Le(2**31 - 1)]
+Rank = Annotated[int, Gt(0), Le(2**16)]  # tables have a column for each
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 Amount = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]

@@ -20,10 +20,13 @@ from jaxllm.config.fields import Given, sources
 from jaxllm.config.rules import TRANSLATED
 from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unknown_key
 from jaxllm.config.sections import Source, TrainConfig
-from jaxllm.errors import MissingFile, UserError, together
+from jaxllm.errors import UserError, seen, together
 from jaxllm.paths import absolute, as_path, local_path
+from jaxllm.untrusted import ODD, check_extent, read_text
 
 # ---- YAML and flags
+
+MAX_BYTES = 1 << 20  # of a config: PyYAML takes seconds for it
 
 
 @cache
@@ -50,9 +53,11 @@ def parse(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.load(text, _yaml_loader())
-    except (yaml.YAMLError, ValueError):  # ValueError: malformed numbers such as 0x_
+        value = yaml.load(text, _yaml_loader())
+        check_extent(value)
+    except (yaml.YAMLError, *ODD):  # malformed numbers, such as 0x_, or unhashable keys
         return text
+    return value
 
 
 def read_yaml(path: str) -> list[Given]:
@@ -64,9 +69,6 @@ def read_yaml(path: str) -> list[Given]:
     import yaml
 
     file = local_path(path)
-    if not file.is_file():
-        raise MissingFile(f"{path}: no such config file")
-
     names: set[str] = set()
 
     def line(node: Any) -> str:
@@ -74,15 +76,22 @@ def read_yaml(path: str) -> list[Given]:
 
     def value_of(node: Any) -> Any:
         try:
-            return loader.construct_object(node, deep=True)
-        except ValueError:
-            raise UserError(f"{line(node)}: {node.value!r} is not a YAML value") from None
+            value = loader.construct_object(node, deep=True)
+            check_extent(value)
+        except RecursionError:
+            raise UserError(f"{line(node)}: nested or repeated too often") from None
+        except ODD:
+            shown = seen(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+            raise UserError(f"{line(node)}: {shown} is not a YAML value") from None
+        return value
 
     def walk(node: Any, prefix: str) -> Iterator[Given]:
         if not isinstance(node, yaml.MappingNode):
             name = prefix.rstrip(".") or "a config"
-            raise UserError(f"{line(node)}: {name} must be a mapping, seen {value_of(node)!r}")
+            raise UserError(f"{line(node)}: {name} must be a mapping, seen {seen(value_of(node))}")
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{line(key)}: a key must be text")
             name = f"{prefix}{key.value}"
             if name in names:
                 raise UserError(f"{line(key)}: {name} is given twice; keep one")
@@ -94,14 +103,16 @@ def read_yaml(path: str) -> list[Given]:
                 yield Given(name, value_of(value), line(key))
 
     try:
-        loader = _yaml_loader()(file.read_text(encoding="utf-8"))
+        loader = _yaml_loader()(read_text(file, "config file", MAX_BYTES))
         node = loader.get_single_node()
         return list(walk(node, "")) if node else []
     except yaml.MarkedYAMLError as error:
         at = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{at}: not YAML: {error.problem or error.context}") from None
-    except (UnicodeDecodeError, yaml.reader.ReaderError):
-        raise UserError(f"{path}: not a text file; a config is YAML") from None
+    except yaml.reader.ReaderError:
+        raise UserError(f"{path}: not text; a config file is YAML") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
 
 
 def read_args(args: Sequence[str]) -> list[Given]:

@@ -22,6 +22,7 @@ from jaxllm.config.fields import (
     LoraInit,
     Path,
     Positive,
+    Rank,
     Read,
     Role,
     Schedule,
@@ -327,7 +328,7 @@ class PeftSection:
     path: Path | None = None
     """adapter in peft's format to start from: a directory or hub id; its config sets every key but
     lora_dropout and loraplus_lr_ratio"""
-    r: Annotated[int, Gt(0)] = 8
+    r: Rank = 8
     """LoRA: rank"""
     lora_alpha: Positive = 16.0
     """LoRA: the update is scaled by lora_alpha / r"""
@@ -340,7 +341,7 @@ class PeftSection:
     """LoRA: modules to exclude from target_modules"""
     layers_to_transform: tuple[Count, ...] = ()
     """LoRA: indices of the layers to adapt; default: all"""
-    rank_pattern: dict[str, Annotated[int, Gt(0)]] = field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = field(default_factory=dict)
     """LoRA: ranks other than r, {suffix of a module name: rank}"""
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)
     """LoRA: alphas other than lora_alpha, {suffix of a module name: alpha}"""

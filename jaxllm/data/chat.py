@@ -38,6 +38,8 @@ from jaxllm.tokenizer import (
 # Private-use characters; those that no message contains become the marks of a TemplateInput.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
 
+MAX_TEXT = 1 << 24  # characters of a conversation; tokenizing it takes 100 times as many bytes
+
 SEPARATE_EXAMPLE = (
     "the chat template renders an assistant turn differently later, so it is a separate example"
 )
@@ -216,6 +218,10 @@ class _Renderer:
                 raise UserError(_not_rendered(name))
         plain = template.normalize(messages)
         text_parts = list(all_strings([plain, tools]))
+        if sum(map(len, text_parts)) > MAX_TEXT:
+            raise UserError(
+                f"the conversation has more than {MAX_TEXT:,} characters; shorten or split it"
+            )
         unused = (c for c in _MARKS if not any(c in text for text in text_parts))
         escape_mark, tag_mark = next(unused), next(unused)
         if any(map(self.turns.special_pattern.search, text_parts)):

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import DataSection, Source
-from jaxllm.data.formats import excerpt
 from jaxllm.data.messages import (
     MEDIA,
     WEIGHTS,
@@ -35,6 +34,7 @@ from jaxllm.data.prompts import (
     split_pair,
 )
 from jaxllm.errors import UserError
+from jaxllm.untrusted import excerpt
 
 CONVERSATION_FORMS = (
     "messages (role, content), conversations (from, value), prompt + completion, "

@@ -45,13 +45,14 @@ from jaxllm.data.template import template_source, with_settings
 from jaxllm.data.tokenization import ENCODERS
 from jaxllm.errors import UserError
 from jaxllm.paths import file_size
+from jaxllm.untrusted import rust
 
 # Modules and packages that determine the tokens: changing one invalidates the cache. The versions
 # of Python and of the packages that read files do not change tokens.
 _MODULES = ("formats", "sources", "messages", "prompts", "conversations", "template", "turns")
 _MODULES += ("chat", "tokenization", "examples")
 _CODE = [Path(__file__).with_name(f"{name}.py") for name in _MODULES]
-_CODE.append(Path(__file__).parents[1] / "tokenizer.py")  # `special_tokens`
+_CODE += [Path(__file__).parents[1] / name for name in ("tokenizer.py", "untrusted.py")]
 _PACKAGES = ("jinja2", "tokenizers", "transformers")
 
 FEATURES = datasets.Features(
@@ -329,5 +330,6 @@ def _cores() -> int:
 
 def _encode_batch(encode, source, cfg, tokenizer, start, batch, indices) -> dict[str, list]:
     numbers = [start + index for index in indices]
-    rows = list(encode(records(batch, numbers, source.path), source, cfg, tokenizer))
+    with rust(f"{source.path}: the tokenizer cannot handle a record"):
+        rows = list(encode(records(batch, numbers, source.path), source, cfg, tokenizer))
     return {name: [row[i] for row in rows] for i, name in enumerate(FEATURES)}

@@ -8,7 +8,6 @@ import glob
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -17,6 +16,7 @@ from typing import Any
 
 from jaxllm.errors import MissingFile, UserError
 from jaxllm.paths import as_path, first_line, hub_id, is_bucket, matching
+from jaxllm.untrusted import exceeded_limit, excerpt
 
 FORMATS = {
     ".txt": "text",
@@ -31,8 +31,6 @@ FORMATS = {
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # after a suffix of a COMPRESSIBLE format
 COMPRESSIBLE = ("text", "json", "csv")
 ACCEPTED = ", ".join(FORMATS) + "; all but the last three also compressed (.gz, .zst)"
-# JSON's escape of a UTF-16 surrogate. A pair is one character; a lone surrogate is not text.
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _ONLY_KEY = re.compile(r'\{[ \t\r\n]*"(?:[^"\\]|\\.)*"[ \t\r\n]*:[ \t\r\n]*')  # up to the value
@@ -165,29 +163,6 @@ READERS = {
 # ---- text and JSON
 
 
-def parse_json(text: str, location: str, problem: str = "malformed JSON") -> Any:
-    """Parse JSON. Raises UserError for malformed JSON and for text with a lone surrogate."""
-    try:
-        value = json.loads(text)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        why = f"{error.msg} at column {error.colno}"
-    except UnicodeEncodeError as error:
-        why = f"{error.object[error.start]!a} is a lone surrogate, which is not a character"
-    except (ValueError, RecursionError) as error:
-        why = _exceeded_limit(error)
-    raise UserError(f"{location}: {problem}: {why}; saw {excerpt(text)}")
-
-
-def _exceeded_limit(error: ValueError | RecursionError) -> str:
-    """The limit of Python's parser that a JSON text exceeds. The error has no position."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return f"an integer has more than {sys.get_int_max_str_digits()} digits"
-
-
 def _decode(text: str, offset: int) -> tuple[Any, int]:
     """(the JSON value at `offset`, its end). Raises JSONDecodeError for all errors."""
     try:
@@ -195,7 +170,7 @@ def _decode(text: str, offset: int) -> tuple[Any, int]:
     except json.JSONDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise json.JSONDecodeError(_exceeded_limit(error), text, offset) from None
+        raise json.JSONDecodeError(exceeded_limit(error), text, offset) from None
 
 
 def _decode_utf8(data: bytes, location: str, *, start: bool) -> str:
@@ -296,12 +271,3 @@ def _wraps_records(value: Any, file: Path) -> bool:
 def _skip_space(text: str, offset: int) -> int:
     """The offset of the next character that is not a space."""
     return next(_SPACE.finditer(text, offset)).end()
-
-
-def excerpt(value: Any) -> str:
-    """The repr of a value, cut to 60 characters, for an error message."""
-
-    def cut(text: str) -> str:
-        return text if len(text) <= 60 else text[:57] + "…"
-
-    return repr(cut(value)) if isinstance(value, str) else cut(repr(value))

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import DataSection
-from jaxllm.data.formats import excerpt, parse_json
 from jaxllm.errors import UserError
+from jaxllm.untrusted import excerpt, parse_json
 
 # Names of roles in common datasets, in lower case and with "_" for "-"; data.roles adds to them.
 ROLES = {

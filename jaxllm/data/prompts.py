@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxllm.data.formats import excerpt
 from jaxllm.data.messages import ParseContext, message_text
+from jaxllm.untrusted import excerpt
 
 PROMPT_FORMS = (
     "messages, conversations, prompt, question, or instruction (and input, system, history)"

@@ -28,12 +28,10 @@ from jaxllm.data.formats import (
     ACCEPTED,
     READERS,
     check_source,
-    excerpt,
     format_of,
-    parse_json,
     split_suffix,
 )
-from jaxllm.errors import MissingFile, UserError
+from jaxllm.errors import MissingFile, UserError, seen
 from jaxllm.paths import (
     as_path,
     file_size,
@@ -45,6 +43,7 @@ from jaxllm.paths import (
     matching,
     read_bytes,
 )
+from jaxllm.untrusted import excerpt, odd_values, parse_json, read_json
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -209,12 +208,19 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     """A dataset written by `save_to_disk`, or a folder of data files, split by their names."""
     split = None
     if (saved := folder / "dataset_dict.json").exists():
-        split = _choose_split(parse_json(saved.read_text(), str(saved))["splits"], source, held_out)
+        splits = read_json(saved).get("splits")
+        names = splits if isinstance(splits, list) and splits else [None]
+        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+            raise UserError(
+                f"{saved}: splits is {seen(splits)}; it must list directories beside it"
+            )
+        split = _choose_split(names, source, held_out)
         folder = folder / split
     if (folder / "state.json").exists():
-        return _from_dataset(datasets.load_from_disk(str(folder)), split)
-    seen = (f.relative_to(folder) for f in files_in(folder) if format_of(f))
-    files = [folder / f for f in seen if not any(part.startswith(".") for part in f.parts)]
+        with odd_values(f"{folder}: not a dataset that save_to_disk wrote", pa.ArrowException):
+            return _from_dataset(datasets.load_from_disk(str(folder)), split)
+    inside = (f.relative_to(folder) for f in files_in(folder) if format_of(f))
+    files = [folder / f for f in inside if not any(part.startswith(".") for part in f.parts)]
     if not files:
         raise UserError(f"{folder}: has no data files; accepted formats: {ACCEPTED}")
     splits: dict[str, list[Path]] = {}
@@ -331,7 +337,7 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
                 table = datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
-            except (DatasetGenerationError, pa.ArrowInvalid) as error:
+            except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
                 where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
                 why = first_line(error.__cause__ or error)
                 raise UserError(f"{where}: not readable as {located.format}: {why}") from error

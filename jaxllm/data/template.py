@@ -25,6 +25,7 @@ from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, message_text
 from jaxllm.errors import UserError
 from jaxllm.paths import local_path
+from jaxllm.untrusted import Exceeded, bounded
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -175,6 +176,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: dict[str, Any], date: str | None) -> None:
         self.source, self._variables = source, variables
         self._dated = _dated(source, date) if date and "strftime_now" in source else source
+        self._is_tried = False
         self.has_generation_blocks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source))
 
     def render(
@@ -196,19 +198,24 @@ class ChatTemplate:
         names = [n for n in ("xml_tools", "python_tools") if tools and self._mentions(n)]
         settings: dict[str, Any] = self._variables | {name: tools for name in names[:1]}
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self._dated,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=generation_blocks,
-                **settings,
-            )
+            # The first rendering is that of a small conversation, when nothing else runs.
+            with bounded("the chat template", strict=not self._is_tried):
+                rendered: Any = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self._dated,
+                    add_generation_prompt=generation_prompt,
+                    return_assistant_tokens_mask=generation_blocks,
+                    **settings,
+                )
         except TemplateSyntaxError as error:
             raise UserError(f"the chat template, line {error.lineno}: {error.message}") from None
+        except Exceeded:
+            raise
         except Exception as error:  # templates are programs: 1/0, endless recursion
             why = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise UserError(f"the chat template rejects the conversation: {why}") from None
+        self._is_tried = True
         texts, spans = rendered
         return texts[0], spans[0] if generation_blocks else []
 
@@ -244,6 +251,8 @@ class ChatTemplate:
         """True if the template renders the messages with these words, not as Python objects."""
         try:
             text, _ = self.render(messages)
+        except Exceeded:
+            raise
         except ValueError:
             return False
         # A template that expects text renders an object by its Python repr.

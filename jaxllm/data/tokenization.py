@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import DataSection, Source, TrainConfig
-from jaxllm.data.chat import SEPARATE_EXAMPLE, prompt_tokens, render
+from jaxllm.data.chat import MAX_TEXT, SEPARATE_EXAMPLE, prompt_tokens, render
 from jaxllm.data.conversations import (
     Pair,
     Prompt,
@@ -24,12 +24,17 @@ from jaxllm.data.conversations import (
 )
 from jaxllm.data.template import embedded_user_template, template_fields
 from jaxllm.errors import UserError
+from jaxllm.untrusted import rust
 
 USER_TEMPLATE_SKIPPED = "the model's user_template is not applied, because columns are missing"
 
 # The outcome of an example.
 COMPLETE, TRUNCATED, TOO_LONG, NOTHING_TO_LEARN, NO_PREFERENCE = range(5)
 DROPPED = {TOO_LONG, NOTHING_TO_LEARN}  # outcomes of an answer or a conversation without tokens
+
+# A longer document is tokenized in pieces, since the tokenizer's memory is 50 times the text's: in
+# characters, and what consecutive pieces have in common.
+PIECE, OVERLAP = 1 << 22, 1 << 10
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_WEIGHTS = np.zeros(0, np.float32)
@@ -56,7 +61,7 @@ def _encode_documents(records, source: Source, cfg: TrainConfig, tokenizer) -> I
     """Documents, each with exactly one eos at its end, and bos if the tokenizer adds it."""
     texts = [parse_text(record, source.columns, location) for location, record in records]
     encoded = tokenizer(
-        texts,
+        [text[:PIECE] for text in texts],
         split_special_tokens=True,  # "<eos>" in a text is five characters
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -64,12 +69,62 @@ def _encode_documents(records, source: Source, cfg: TrainConfig, tokenizer) -> I
     )["input_ids"]
     eos = tokenizer.eos_token_id
     for text, ids in zip(texts, encoded, strict=True):
-        if not ids or ids[-1] != eos:
-            ids.append(eos)
-        if not text or len(ids) < 2:
+        tokens = np.array(ids, np.int32)
+        if len(text) > PIECE:
+            tokens = _long_document(text, tokens, tokenizer)
+        if not len(tokens) or tokens[-1] != eos:
+            tokens = np.append(tokens, np.int32(eos))
+        if not text or len(tokens) < 2:
             yield Encoded(outcome=NOTHING_TO_LEARN)
         else:
-            yield Encoded(np.array(ids, np.int32), learned=len(ids) - 1)
+            yield Encoded(tokens, learned=len(tokens) - 1)
+
+
+def _long_document(text: str, first: np.ndarray, tokenizer) -> np.ndarray:
+    """The tokens of a text of more than PIECE characters. first: those of its first PIECE, with
+    what the tokenizer adds to a text.
+
+    Consecutive pieces overlap. They are joined between two words of the overlap where both have
+    the same tokens on either side, as the complete text then has.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+
+    def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, the character each starts at) of the piece from `start`."""
+        encoding = backend.encode(text[start : start + PIECE], add_special_tokens=False)
+        starts = np.fromiter((pair[0] for pair in encoding.offsets), np.int64, len(encoding.ids))
+        return np.array(encoding.ids, np.int32), starts + start
+
+    start, (tokens, places) = 0, encode(0)
+    same = (i for i in range(len(first)) if np.array_equal(first[i : i + 9], tokens[:9]))
+    lead = next(same, 0)
+    tail = first[lead + len(tokens) :]
+    parts = [first[:lead]]
+    while start + PIECE < len(text):
+        start += PIECE - OVERLAP
+        more, later = encode(start)
+        middle = start + OVERLAP // 2
+        cut = _meeting(tokens, places, more, later, middle)
+        if cut is None:  # a word longer than the overlap, which is cut at one of its tokens
+            start = cut = int(min(places[places >= middle], default=middle))
+            more, later = encode(start)
+        parts.append(tokens[places < cut])
+        tokens, places = more[later >= cut], later[later >= cut]
+    return np.concatenate([*parts, tokens, tail])
+
+
+def _meeting(
+    tokens: np.ndarray, places: np.ndarray, more: np.ndarray, later: np.ndarray, middle: int
+) -> int | None:
+    """A character near `middle` at which a token starts in two overlapping pieces, between equal
+    tokens; None if there is none. places, later: the character that each token starts at."""
+    near = {int(at): i for i, at in enumerate(places) if at >= middle - OVERLAP // 4}
+    for j in np.flatnonzero((later >= middle) & (later < middle + OVERLAP // 4)).tolist():
+        i = near.get(int(later[j]), 0)
+        if i >= 8 <= j and np.array_equal(tokens[i - 8 : i + 8], more[j - 8 : j + 8]):
+            return int(later[j])
+    return None
 
 
 def _encode_parsed(
@@ -83,7 +138,8 @@ def _encode_parsed(
         data, notes = _with_user_template(record, source, cfg, tokenizer)
         parsed = parse(record, source, data, location)
         try:
-            examples, record_notes = encode(parsed, location, cfg, tokenizer)
+            with rust("the tokenizer cannot handle it"):
+                examples, record_notes = encode(parsed, location, cfg, tokenizer)
         except RecursionError as error:
             raise UserError(f"{location}: the record is nested too deeply") from error
         except ValueError as error:
@@ -144,6 +200,8 @@ def _encode_pair(pair: Pair, _, cfg: TrainConfig, tokenizer) -> Noted:
 
 def _tokenize_texts(pair: Pair, cfg: TrainConfig, tokenizer) -> list[Encoded]:
     """A pair of complete texts, whose common prefix is the prompt."""
+    if max(len(pair.chosen), len(pair.rejected)) > MAX_TEXT:
+        raise UserError(f"a text has more than {MAX_TEXT:,} characters; shorten or split it")
     answers = tokenizer([pair.chosen, pair.rejected], split_special_tokens=True)["input_ids"]
     eos = tokenizer.eos_token_id
     answers = [np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32) for ids in answers]

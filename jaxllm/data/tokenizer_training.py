@@ -22,6 +22,7 @@ from jaxllm.tokenizer import save_tokenizer
 
 END, PAD, TURN, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 
+_LONGEST = 1 << 20  # characters that the library gets at once; it takes 20 bytes for each
 # The files of a tokenizer. Nothing is written to a directory that has any other file.
 _FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -99,11 +100,12 @@ def _check_target(out: Path) -> None:
 
 
 def _require_text(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts. Raise UserError at the end if all were empty."""
+    """Yield the texts, long ones in parts. Raise UserError at the end if all were empty."""
     has_text = False
     for text in texts:
         has_text = has_text or bool(text)
-        yield text
+        for start in range(0, len(text), _LONGEST):
+            yield text[start : start + _LONGEST]
     if not has_text:
         raise UserError("there is no text to train a tokenizer on")
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from jaxllm.data.template import ChatTemplate
 from jaxllm.errors import UserError
 from jaxllm.tokenizer import special_tokens
+from jaxllm.untrusted import Exceeded
 
 Span = tuple[int, int]
 
@@ -176,6 +177,8 @@ class Turns:
         try:
             messages = self.template.normalize(messages)
             return self.template.render(messages, generation_prompt=generation_prompt)[0]
+        except Exceeded:
+            raise
         except ValueError:  # reported when a real conversation is rendered
             return ""
 

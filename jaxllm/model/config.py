@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_type_hints
+
+from jaxllm.errors import UserError, seen
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,26 @@ class ModelConfig:
     def tied_head(self) -> bool:
         """True if the token table is also the head; never for a reward model."""
         return self.tie_embeddings and not self.scores
+
+
+def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
+    """Raises UserError for sizes that are not positive int32, and numbers that are not finite.
+
+    keys: {field: the name of its key, for messages}.
+    """
+    parts: tuple[Any, ...] = (cfg, *cfg.ropes, *cfg.kinds)
+    for part in parts:
+        hints = get_type_hints(type(part))
+        for f in fields(part):
+            value, hint = getattr(part, f.name), hints[f.name]
+            is_size = hint is int or (f.name == "window" and value is not None)
+            low = 0 if f.name == "original_length" else 1  # 0 = none
+            if is_size and not (type(value) is int and low <= value < 2**31):
+                raise UserError(
+                    f"{keys.get(f.name, f.name)} is {seen(value)}; it must be an integer from {low}"
+                )
+            numbers = value if hint == tuple[float, ...] else [value] if hint is float else []
+            if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+                raise UserError(
+                    f"{keys.get(f.name, f.name)} is {seen(value)}; it must be a finite number"
+                )

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxllm.errors import UserError
-from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.errors import UserError, seen
+from jaxllm.model.config import LayerKind, ModelConfig, Rope, check_numbers
+from jaxllm.untrusted import odd_values
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -27,9 +28,10 @@ ACTIVATIONS = {
     "gelu": "gelu",
 }
 
-
 # How transformers' names of a language model and of a reward model end.
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+# Limits of counts, by which tables are made before the weights are compared.
+LIMITS = {"num_hidden_layers": 10_000}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -39,8 +41,10 @@ def _same(value: Any) -> Any:
 
 
 def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UserError(
+            f"activation {seen(name)} is not supported; known: {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[name]
 
 
@@ -217,7 +221,7 @@ def _read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
     """One set of `rope_parameters` in transformers' full spelling; `c` is the model's config."""
     kind = p["rope_type"]
     if kind not in ROPE_KEYS:
-        raise UserError(f"rope_type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}")
+        raise UserError(f"rope_type {seen(kind)} is not supported; known: {', '.join(ROPE_KEYS)}")
     partial = p.get("partial_rotary_factor")
     partial = 1.0 if partial is None else float(partial)
     if partial != 1.0 and not FAMILIES[c["model_type"]].partial_rope:
@@ -327,8 +331,8 @@ def _write_layers(cfg: ModelConfig) -> dict[str, Any]:
 
 def _family(config: dict[str, Any]) -> Family:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"model_type {kind!r} is not supported; known: {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"model_type {seen(kind)} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -347,20 +351,22 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
     kind = keep.pop("model_type")
-    try:
+    for key, most in LIMITS.items():  # before transformers makes lists of that length
+        if type(value := keep.get(key, 1)) is not int or not 1 <= value <= most:
+            raise UserError(f"{key} is {seen(value)}; it must be an integer from 1 to {most:,}")
+    with odd_values(f"config of a {kind} model", StrictDataclassError):
         c = AutoConfig.for_model(kind, **keep).to_dict()
-    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config of a {kind} model: {str(error).strip()}") from error
+        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     for key, reason in family.refused.items():
         if c.get(key):
-            raise UserError(f"{key} is {c[key]!r}: {reason}")
-    c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+            raise UserError(f"{key} is {seen(c[key])}: {reason}")
     return c
 
 
 def is_reward(config: dict[str, Any]) -> bool:
     """True for the config.json of a reward model."""
-    return any(name.endswith(CLASSIFIER) for name in config.get("architectures") or ())
+    names = config.get("architectures")
+    return any(str(n).endswith(CLASSIFIER) for n in (names if isinstance(names, list) else ()))
 
 
 def as_reward(config: dict[str, Any]) -> dict[str, Any]:
@@ -377,13 +383,13 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     Raises ValueError for a family, activation, rope type or option that is not supported.
     """
     family, c = _family(config), normalised(config)
-    values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
-    kind = {"family": c["model_type"], "scores": is_reward(config)}
-    if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
-        raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
-    cfg = ModelConfig(**kind, **values, **family.fixed, **_read_layers(c))
-    if cfg.num_layers < 1:
-        raise UserError(f"num_hidden_layers is {cfg.num_layers}; it must be at least 1")
+    with odd_values(f"config of a {c['model_type']} model"):
+        values = {o.field: o.read(c[o.key]) for o in SHARED + family.options}
+        kind = {"family": c["model_type"], "scores": is_reward(config)}
+        if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
+            raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
+        cfg = ModelConfig(**kind, **values, **family.fixed, **_read_layers(c))
+    check_numbers(cfg, {o.field: o.key for o in SHARED + family.options})
     if cfg.num_heads % cfg.num_kv_heads:
         raise UserError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "

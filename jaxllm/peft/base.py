@@ -111,26 +111,33 @@ class PeftAdapter(Adapter):
         """{name in the adapter's file: float32 array}, without modules_to_save."""
         return read_slots(self.slots(model))
 
-    def load(self, model: Any, tensors: dict[str, np.ndarray], file: Path, which: int = 0) -> None:
-        """Copies the tensors of a file to the model's adapter and removes them from `tensors`.
+    def check(
+        self, model: Any, shapes: Mapping[str, tuple[int, ...]], file: Path, which: int = 0
+    ) -> None:
+        """Raises UserError unless the tensors of `file`, with `shapes`, fit the model's adapter.
 
-        Raises UserError if one is missing or has another shape.
+        The model may be abstract: nothing is allocated for an adapter that does not fit.
         """
+        for slot in self.slots(model, which):
+            if slot.name not in shapes:
+                raise UserError(f"{file} has no {slot.name}, which its config asks for")
+            place = np.broadcast_to(np.float32(0), slot.variable.get_value().shape)[slot.index]
+            ours = place.T.shape if slot.transpose else place.shape
+            if ours != shapes[slot.name]:
+                raise UserError(
+                    f"{file}: {slot.name} does not fit the model: its shape is "
+                    f"{shapes[slot.name]}, the model's is {ours}"
+                )
+
+    def load(self, model: Any, tensors: dict[str, np.ndarray], which: int = 0) -> None:
+        """Copies the tensors of a file, which `check` accepts, to the model's adapter, and removes
+        them from `tensors`."""
         slots = list(self.slots(model, which))
         variables = {id(slot.variable): slot.variable for slot in slots}
         values = dist.gather([v.get_value() for v in variables.values()])
         arrays = {key: np.array(value) for key, value in zip(variables, values, strict=True)}
         for slot in slots:
-            if slot.name not in tensors:
-                raise UserError(f"{file} has no {slot.name}, which its config asks for")
             tensor = tensors.pop(slot.name)
-            tensor = tensor.T if slot.transpose else tensor
-            array = arrays[id(slot.variable)]
-            if array[slot.index].shape != tensor.shape:
-                raise UserError(
-                    f"{file}: {slot.name} does not fit the model: its shape is {tensor.shape}, the "
-                    f"model's is {array[slot.index].shape}"
-                )
-            array[slot.index] = tensor
+            arrays[id(slot.variable)][slot.index] = tensor.T if slot.transpose else tensor
         for key, variable in variables.items():
             set_value(variable, arrays[key])

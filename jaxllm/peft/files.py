@@ -15,8 +15,16 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import PEFT_METHODS, PeftSection
-from jaxllm.errors import UserError
-from jaxllm.files import ADAPTER, ADAPTER_CONFIG, local_dir, open_tensors, read_json
+from jaxllm.errors import UserError, seen
+from jaxllm.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    READABLE,
+    header,
+    local_dir,
+    open_tensors,
+    read_json,
+)
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table, tensor_names
@@ -24,6 +32,7 @@ from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
+from jaxllm.untrusted import odd_values
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def with_base(path: str, adapter: str | Mapping[str, str] | None) -> tuple[str, 
     if "default" in named:
         raise UserError(f"{path} is an adapter too; name the other: NAME={named['default']}")
     base = find(path).config.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{path} does not name its base model; give the base model's path too")
     if not as_path(base).is_dir() and not hub_id(base):
         raise UserError(
@@ -113,9 +122,9 @@ def method_of(config: dict[str, Any]) -> str:
     """The peft.method of an adapter_config.json. Raises UserError for an unsupported peft_type."""
     kind = config.get("peft_type")
     methods = {adapter.peft_type: method for method, adapter in METHODS.items()}
-    if kind not in methods:
+    if not isinstance(kind, str) or kind not in methods:
         raise UserError(
-            f"{ADAPTER_CONFIG}: peft_type {kind!r} is not supported, only {', '.join(methods)}"
+            f"{ADAPTER_CONFIG}: peft_type {seen(kind)} is not supported, only {', '.join(methods)}"
         )
     return methods[kind]
 
@@ -124,20 +133,33 @@ def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> Peft
     """The adapter that one adapter_config.json describes, or several of LoRA."""
     described = {}
     for name, files in adapters.items():
-        method = METHODS[method_of(files.config)]
-        described[name] = method.from_config(cfg, files.config, files.folder / ADAPTER_CONFIG)
+        method, file = METHODS[method_of(files.config)], files.folder / ADAPTER_CONFIG
+        with odd_values(str(file)):
+            described[name] = method.from_config(cfg, files.config, file)
     return combine(cfg, described) if len(described) > 1 else described.popitem()[1]
+
+
+def check_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
+    """Raises UserError for tensors of a directory that are missing, or of another shape or dtype
+    than the `which`th adapter of an abstract model."""
+    _, tensors = header(files.weights)
+    for name, tensor in tensors.items():
+        if tensor["dtype"] not in READABLE:
+            raise UserError(f"{files.weights}: {name} is stored as {seen(tensor['dtype'])}")
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    adapter: PeftAdapter = model.peft
+    adapter.check(model, shapes, files.weights, which)
 
 
 def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
     """Loads a directory's weights, except for modules_to_save, into the model's `which`th adapter.
 
-    Raises UserError for tensors that are missing, unexpected or of another shape.
+    `check_weights` must accept them. Raises UserError for unexpected tensors.
     """
     with open_tensors(files.weights) as file:
         tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
     adapter: PeftAdapter = model.peft
-    adapter.load(model, tensors, files.weights, which)
+    adapter.load(model, tensors, which)
     expected = set(saved_tensors(model.cfg, adapter, {"": files}))
     if model.head is None:
         expected.add("lm_head.weight")  # a second copy of the token table

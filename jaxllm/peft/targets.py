@@ -15,6 +15,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import key_table, tensor_names
+from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
@@ -71,6 +72,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
     return modules
 
 
+@bounded("matching the names of modules")
 def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[Target, ...]:
     """The targets of target_modules, exclude_modules, layers_to_transform and the patterns.
 

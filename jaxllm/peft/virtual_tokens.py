@@ -12,7 +12,7 @@ Dims: L layers, P virtual tokens, N key/value heads, K head_dim, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -91,12 +91,15 @@ class PrefixAdapter(VirtualTokens):
         kv_L2PNK = np.stack(dist.gather([model.prefix.keys[...], model.prefix.values[...]]), 1)
         return {TENSOR: kv_L2PNK.transpose(2, 0, 1, 3, 4).reshape(self.length, -1)}
 
-    def load(self, model: Any, tensors: dict[str, np.ndarray], file: Path, which: int = 0) -> None:
-        if TENSOR not in tensors:
-            raise UserError(f"{file} has no {TENSOR}")
+    def check(
+        self, model: Any, shapes: Mapping[str, tuple[int, ...]], file: Path, which: int = 0
+    ) -> None:
         L, P, N, K = model.prefix.keys.get_value().shape
-        if tensors[TENSOR].shape != (P, 2 * L * N * K):
-            raise UserError(f"{file}: {TENSOR} does not fit the model")
+        if shapes.get(TENSOR) != (P, 2 * L * N * K):
+            raise UserError(f"{file}: {TENSOR} is missing or does not fit the model")
+
+    def load(self, model: Any, tensors: dict[str, np.ndarray], which: int = 0) -> None:
+        L, P, N, K = model.prefix.keys.get_value().shape
         kv_2LPNK = tensors.pop(TENSOR).reshape(P, L, 2, N, K).transpose(2, 1, 0, 3, 4)
         set_value(model.prefix.keys, kv_2LPNK[0])
         set_value(model.prefix.values, kv_2LPNK[1])
