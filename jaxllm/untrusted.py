@@ -32,7 +32,8 @@ MAX_FILE = 1 << 26  # bytes of a file that is read whole; JSON takes up to 30 ti
 # What code raises for values of another type or range than it expects.
 ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 MAX_DEPTH, MAX_VALUES = 100, 1 << 22  # of a JSON or YAML value, repeated aliases counted
-SECONDS, GROWTH = 10, 1 << 30  # what a template or a pattern may take; GROWTH in bytes
+MAX_TEXT = 1 << 24  # characters of a conversation; tokenizing it takes 100 times as many bytes
+SECONDS, GROWTH = 10, 1 << 29  # what a template or a pattern may take; GROWTH in bytes
 # JSON's escape of a UTF-16 surrogate. A pair is one character; a lone surrogate is not text.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -158,13 +159,14 @@ def bounded(what: str, *, strict: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    too_large = f"{what} takes more than {GROWTH >> 20} MiB of memory"
     unit = 1 if sys.platform == "darwin" else 1024
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def look(*_: Any) -> None:
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
         if grown > GROWTH:
-            raise Exceeded(f"{what} takes more than {GROWTH >> 30} GiB of memory")
+            raise Exceeded(too_large)
         if time.monotonic() - began > SECONDS:
             raise Exceeded(f"{what} takes more than {SECONDS} seconds, so it may never end")
 
@@ -174,7 +176,7 @@ def bounded(what: str, *, strict: bool = False) -> Iterator[None]:
         with _address_space(GROWTH) if strict else nullcontext():
             yield
     except MemoryError:
-        raise Exceeded(f"{what} takes more than {GROWTH >> 30} GiB of memory") from None
+        raise Exceeded(too_large) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)

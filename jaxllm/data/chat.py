@@ -34,11 +34,10 @@ from jaxllm.tokenizer import (
     load_tokenizer,
     special_tokens,
 )
+from jaxllm.untrusted import MAX_TEXT
 
 # Private-use characters; those that no message contains become the marks of a TemplateInput.
 _MARKS = [chr(code) for code in range(0xE000, 0xF900)]
-
-MAX_TEXT = 1 << 24  # characters of a conversation; tokenizing it takes 100 times as many bytes
 
 SEPARATE_EXAMPLE = (
     "the chat template renders an assistant turn differently later, so it is a separate example"

@@ -208,12 +208,10 @@ def _locate_folder(folder: Path, source: Source, held_out: bool) -> Located:
     """A dataset written by `save_to_disk`, or a folder of data files, split by their names."""
     split = None
     if (saved := folder / "dataset_dict.json").exists():
-        splits = read_json(saved).get("splits")
-        names = splits if isinstance(splits, list) and splits else [None]
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise UserError(
-                f"{saved}: splits is {seen(splits)}; it must list directories beside it"
-            )
+        names: Any = read_json(saved).get("splits")
+        is_list = isinstance(names, list) and names
+        if not is_list or not all(isinstance(n, str) and n == Path(n).name for n in names):
+            raise UserError(f"{saved}: splits is {seen(names)}; it must list folders beside it")
         split = _choose_split(names, source, held_out)
         folder = folder / split
     if (folder / "state.json").exists():

@@ -25,7 +25,7 @@ from jaxllm.data.conversations import USER_TEMPLATES
 from jaxllm.data.messages import REASONING, message_text
 from jaxllm.errors import UserError
 from jaxllm.paths import local_path
-from jaxllm.untrusted import Exceeded, bounded
+from jaxllm.untrusted import MAX_TEXT, Exceeded, bounded
 
 TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parent.glob("templates/*.jinja"))}
 
@@ -217,6 +217,8 @@ class ChatTemplate:
             raise UserError(f"the chat template rejects the conversation: {why}") from None
         self._is_tried = True
         texts, spans = rendered
+        if len(texts[0]) > 4 * MAX_TEXT:
+            raise Exceeded(f"the chat template renders more than {4 * MAX_TEXT:,} characters")
         return texts[0], spans[0] if generation_blocks else []
 
     def _mentions(self, word: str) -> bool:

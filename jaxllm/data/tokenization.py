@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxllm.config import DataSection, Source, TrainConfig
-from jaxllm.data.chat import MAX_TEXT, SEPARATE_EXAMPLE, prompt_tokens, render
+from jaxllm.data.chat import SEPARATE_EXAMPLE, prompt_tokens, render
 from jaxllm.data.conversations import (
     Pair,
     Prompt,
@@ -24,7 +24,7 @@ from jaxllm.data.conversations import (
 )
 from jaxllm.data.template import embedded_user_template, template_fields
 from jaxllm.errors import UserError
-from jaxllm.untrusted import rust
+from jaxllm.untrusted import MAX_TEXT, rust
 
 USER_TEMPLATE_SKIPPED = "the model's user_template is not applied, because columns are missing"
 
@@ -34,7 +34,7 @@ DROPPED = {TOO_LONG, NOTHING_TO_LEARN}  # outcomes of an answer or a conversatio
 
 # A longer document is tokenized in pieces, since the tokenizer's memory is 50 times the text's: in
 # characters, and what consecutive pieces have in common.
-PIECE, OVERLAP = 1 << 22, 1 << 10
+PIECE, OVERLAP = 1 << 20, 1 << 10
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _NO_WEIGHTS = np.zeros(0, np.float32)
@@ -69,20 +69,21 @@ def _encode_documents(records, source: Source, cfg: TrainConfig, tokenizer) -> I
     )["input_ids"]
     eos = tokenizer.eos_token_id
     for text, ids in zip(texts, encoded, strict=True):
-        tokens = np.array(ids, np.int32)
+        parts = [np.array(ids, np.int32)]
         if len(text) > PIECE:
-            tokens = _long_document(text, tokens, tokenizer)
-        if not len(tokens) or tokens[-1] != eos:
-            tokens = np.append(tokens, np.int32(eos))
+            parts = _long_document(text, parts[0], tokenizer)
+        if not len(parts[-1]) or parts[-1][-1] != eos:
+            parts.append(np.array([eos], np.int32))
+        tokens = np.concatenate(parts)
         if not text or len(tokens) < 2:
             yield Encoded(outcome=NOTHING_TO_LEARN)
         else:
             yield Encoded(tokens, learned=len(tokens) - 1)
 
 
-def _long_document(text: str, first: np.ndarray, tokenizer) -> np.ndarray:
-    """The tokens of a text of more than PIECE characters. first: those of its first PIECE, with
-    what the tokenizer adds to a text.
+def _long_document(text: str, first: np.ndarray, tokenizer) -> list[np.ndarray]:
+    """The tokens of a text of more than PIECE characters, in parts. first: those of its first
+    PIECE, with what the tokenizer adds to a text.
 
     Consecutive pieces overlap. They are joined between two words of the overlap where both have
     the same tokens on either side, as the complete text then has.
@@ -111,7 +112,7 @@ def _long_document(text: str, first: np.ndarray, tokenizer) -> np.ndarray:
             more, later = encode(start)
         parts.append(tokens[places < cut])
         tokens, places = more[later >= cut], later[later >= cut]
-    return np.concatenate([*parts, tokens, tail])
+    return [*parts, np.concatenate([tokens, tail])]
 
 
 def _meeting(

@@ -101,7 +101,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
                 raise UserError(
                     f"{keys.get(f.name, f.name)} is {seen(value)}; it must be an integer from {low}"
                 )
-            numbers = value if hint == tuple[float, ...] else [value] if hint is float else []
+            numbers: Any = value if hint == tuple[float, ...] else [value] if hint is float else []
             if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise UserError(
                     f"{keys.get(f.name, f.name)} is {seen(value)}; it must be a finite number"

@@ -36,7 +36,8 @@ def outcome(read: Any, value: Any) -> tuple[str, str]:
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        if line := mistake(error):
+        line = None if isinstance(error, MemoryError) else mistake(error)
+        if line:
             assert "\n" not in line, line
             return LINE, line
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "jaxllm" in f.filename]
@@ -57,7 +58,7 @@ def run(kind: Any, examples: int, report: Any) -> None:
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck],
     )
 
     @options
