@@ -133,7 +133,8 @@ def _modules(file: Path) -> list[Path]:
         finder.run_script(str(file))  # reads its imports, and runs nothing
     except (SyntaxError, ValueError):  # reported when it is imported
         return [file]
-    return sorted(Path(m.__file__) for m in finder.modules.values() if m.__file__)
+    found: Any = finder.modules.values()
+    return sorted(Path(module.__file__) for module in found if module.__file__)
 
 
 def _origin(module: str) -> list[Path]:
