@@ -54,8 +54,9 @@ class Timetable:
         config = saved["identity"]["config"].items()
         named = {k.removeprefix("optim."): v for k, v in config if k.startswith("optim.")}
         known = {field.name for field in fields(OptimSection)} & named.keys()
-        before = make_schedule(OptimSection(**{k: named[k] for k in known}), saved["steps"])
-        old, new = float(before(start)), float(make_schedule(self.optim, self.steps)(start))
+        before: Any = make_schedule(OptimSection(**{k: named[k] for k in known}), saved["steps"])
+        after: Any = make_schedule(self.optim, self.steps)
+        old, new = float(before(start)), float(after(start))
         if math.isclose(old, new, rel_tol=1e-3, abs_tol=1e-12):
             return
         yield (
