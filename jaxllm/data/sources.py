@@ -331,6 +331,8 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
             return _head(located.dataset, max_records)
         case "parquet" | "arrow":
             files = [str(local_copy(f, _numbered(folder, i))) for i, f in enumerate(located.files)]
+            for file in files if located.format == "arrow" else ():
+                _check_arrow(Path(file))
             try:
                 table = datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
@@ -352,6 +354,16 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
                 files = [local_copy(f, _numbered(folder, i)) for i, f in enumerate(files)]
             pairs = (pair for file in files for pair in reader(file))
     return _spool(islice(pairs, max_records), folder / "records.arrow")
+
+
+def _check_arrow(file: Path) -> None:
+    """Raises UserError for a file that is no Arrow file, of which pyarrow would allocate as many
+    bytes as its first four give."""
+    (head,) = read_bytes(file, [(0, 8)])
+    length = int.from_bytes(head[4:], "little")  # of a stream's schema
+    is_stream = head.startswith(b"\xff\xff\xff\xff") and length <= file_size(file)
+    if not is_stream and not head.startswith(b"ARROW1"):
+        raise UserError(f"{file}: not readable as arrow: it starts with {head!r}")
 
 
 def _numbered(folder: Path, index: int) -> Path:

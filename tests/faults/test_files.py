@@ -366,6 +366,13 @@ def test_a_long_document_has_the_tokens_of_the_whole(at, monkeypatch, tmp_path):
         assert np.array_equal(pieces[:words], whole[:words])
 
 
+@pytest.mark.parametrize("content", [b"[" * 99, b"\xff\xff\xff\xff[[[[" * 9, b""])
+def test_an_arrow_file_starts_as_one(content, at, tmp_path):
+    (tmp_path / "a.arrow").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.arrow: not readable as arrow: it starts with"):
+        read_data(at, "pretrain", tmp_path / "a.arrow")
+
+
 def test_a_conversation_that_memory_has_no_room_for_is_refused(at, tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "MAX_TEXT", 20)
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": CHAT}))
