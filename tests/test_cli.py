@@ -65,7 +65,7 @@ def result(stopped=False):
     evals = {"eval": {"loss": 1.0, "perplexity": 2.72}}
     best = SimpleNamespace(step=2, value=0.5, loss=1.25)
     ended = {"stopped": stopped, "early": False, "final": "run/final"}
-    return SimpleNamespace(step=3, best=best, evals=evals, **ended)
+    return SimpleNamespace(step=3, best=best, evals=evals, evaluated=3, **ended)
 
 
 # ---- imports

@@ -469,9 +469,10 @@ def test_schema_describes_every_key_and_allows_what_yaml_allows():
         assert part["properties"][name]["description"] == leaf.doc
         assert part["additionalProperties"] is False
     for leaf in leaves().values():
-        section, _, name = leaf.key.partition(".")
+        section, _, name = leaf.key.rpartition(".")
         if isinstance(leaf.default, tuple):
-            part = schema["$defs"][f"{section.title()}Section"]["properties"][name]
+            part = schema["$defs"][f"{section.title()}Section"] if section else schema
+            part = part["properties"][name]
             item, array = part["anyOf"][0], part["anyOf"][-1]
             assert item["type"] in ("string", "number", "integer") and "type" not in part
             assert array["type"] == "array" and item in array["items"]["anyOf"]
