@@ -357,6 +357,8 @@ def test_longrope_samples_short_and_long_texts_as_they_are_trained_on(stretched)
     for row, prompt in enumerate(prompts):
         text = [*prompt, *made.tokens[row].tolist()]
         assert len(text) <= ORIGINAL or len(prompt) > ORIGINAL
-        logps = jax.nn.log_softmax(stretched(jnp.array([text])))[0, len(prompt) - 1 : -1]
-        want = logps[np.arange(8), made.tokens[row]]
+        padded = jnp.array([text + [0] * (32 - len(text))])
+        segments = (jnp.arange(32) < len(text)).astype(jnp.int32)[None]
+        logps = jax.nn.log_softmax(forward(stretched, padded, segments))
+        want = logps[0, len(prompt) - 1 + np.arange(8), made.tokens[row]]
         np.testing.assert_allclose(made.logps[row], want, atol=1e-4)
