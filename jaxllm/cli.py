@@ -45,8 +45,7 @@ def training(verb: str, args: list[str]) -> int:
     check_inputs(cfg)
     from jaxllm.training import train
 
-    result = train(cfg)
-    return _report(cfg, result)
+    return _report(cfg, train(cfg))
 
 
 def _report(cfg: TrainConfig, result: Any) -> int:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 from flax import nnx
-from huggingface_hub import HfApi, split_state_dict_into_shards_factory
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import dist, fp8
@@ -30,7 +30,6 @@ from jaxllm.files import (
     ADAPTER,
     ADAPTER_CONFIG,
     INDEX,
-    MARKER,
     READABLE,
     Tensor,
     check_dtype,
@@ -58,7 +57,7 @@ from jaxllm.model.families import (
     to_hf,
 )
 from jaxllm.ops.quantized import quantize
-from jaxllm.paths import first_line, is_bucket, read_bytes
+from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
@@ -466,36 +465,3 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
             save_tokenizer(tokenizer, part)
         if dist.is_main():
             write_json(part / ADAPTER_CONFIG, adapter.to_config(model))
-
-
-# ---- the hub
-
-
-def create_repo(name: str, private: bool = False) -> None:
-    """Creates a model repository on the hub, if it does not exist. name: NAME or OWNER/NAME.
-
-    Raises UserError if the hub cannot be reached or refuses it.
-    """
-    try:
-        HfApi().create_repo(name, private=private or None, exist_ok=True)
-    except Exception as error:  # that of the HTTP client, or of a missing token
-        reason = first_line(error)
-        raise UserError(f"{reason} (`hf auth login`, or HF_TOKEN, gives access)") from error
-
-
-def upload(folder: str, name: str) -> str:
-    """Uploads a saved model or adapter to the main branch of a repository, in one commit.
-
-    Returns the address of the repository. Raises UserError if the hub cannot be reached or refuses
-    it.
-    """
-    try:
-        api = HfApi()
-        repo = api.create_repo(name, exist_ok=True)  # its full name
-        message = "Upload a model trained with jaxllm"
-        api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, commit_message=message, ignore_patterns=MARKER
-        )
-    except Exception as error:  # as above
-        raise UserError(first_line(error)) from error
-    return str(repo)

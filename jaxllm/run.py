@@ -33,7 +33,8 @@ from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
 from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG, local_dir
-from jaxllm.hf import create_repo, save_configs
+from jaxllm.hf import save_configs
+from jaxllm.hub import create_repo
 from jaxllm.identity import check_processes_read_the_same, check_same_run, fixed
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (

@@ -84,7 +84,7 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
     if (hub := program.cfg.save.hub) and dist.is_main():
         dist.say(f"uploading to {hub}")
         try:
-            dist.say(hf.upload(path, hub))
+            dist.say(hub.upload(path, hub))
         except UserError as error:  # nothing is lost
             dist.say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
     dist.barrier("upload")  # the others wait; a process that ends early would end the run

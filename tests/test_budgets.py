@@ -43,7 +43,7 @@ FLOORS = (
     ("model",),
     ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
     ("objectives", "optim"),
-    ("hf", "checkpoint", "step", "identity", "finite"),
+    ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize", "saving", "timetable"),

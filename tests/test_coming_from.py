@@ -14,7 +14,7 @@ import yaml
 from runs import MODEL, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jaxllm import hf
+from jaxllm import hub
 from jaxllm.cli import main
 from jaxllm.config import aliases, leaves, load_config
 from jaxllm.config.deepspeed import CARRIED
@@ -215,7 +215,7 @@ class Hub:
 
 
 def test_a_dpo_config_of_trl_runs_and_is_uploaded(run, monkeypatch, capsys):
-    monkeypatch.setattr(hf, "HfApi", Hub)
+    monkeypatch.setattr(hub, "HfApi", Hub)
     assert run("dpo", TRL_DPO) == 0
     assert Hub.calls[0] == ("create", "mine/dpo", {"private": True, "exist_ok": True})
     assert Hub.calls[-1] == ("upload", "mine/dpo", "trl/dpo/final")
@@ -234,7 +234,7 @@ def test_a_hub_that_refuses_is_found_before_training(run, monkeypatch, capsys):
     def refuse(*_, **__):
         raise PermissionError("401 Unauthorized\nlong trace")
 
-    monkeypatch.setattr(hf, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
     assert run("dpo", TRL_DPO | {"output_dir": "trl/none"}) == 2
     said = capsys.readouterr().err
     assert "error: save.hub mine/dpo: 401 Unauthorized (`hf auth login`, or HF_TOKEN, gives" in said

@@ -26,7 +26,7 @@ from jaxllm.config import (
     to_dict,
 )
 from jaxllm.config.checks import check, resolve
-from jaxllm.config.memory import InMemory
+from jaxllm.config.source import InMemory
 from jaxllm.data import examples
 from jaxllm.data.dataset import load_data
 from jaxllm.data.examples import fingerprint

@@ -4,7 +4,7 @@
 verbs      the training commands and PEFT methods: what each reads, and its defaults
 sections   TrainConfig and its sections: documentation, ranges, units and short forms
 optimizers what each optimizer and schedule reads
-memory     data of a Python program as the path of a source
+source     a source of data, which may be in the memory of a Python program
 aliases    names of transformers, TRL and LLaMA-Factory, from the tables in names, by the rules in
            rules and datasets                   deepspeed  keys of a DeepSpeed file
 schema     the fields as a table of dotted keys; validation; conversion from and to dicts

@@ -35,18 +35,16 @@ from jaxllm.config.fields import (
     sources,
     trackers,
 )
-from jaxllm.config.memory import path_of
 from jaxllm.config.optimizers import OPTIMIZERS
+from jaxllm.config.source import Source
 from jaxllm.config.verbs import PEFT_METHODS, VERBS, Verb
 from jaxllm.errors import UserError
 
 if TYPE_CHECKING:  # a type checker accepts no computed Literal
     Method = Objective = Optimizer = Tracker = str
-    Data = Any
 else:
     Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
     Optimizer, Tracker = Literal[tuple(OPTIMIZERS)], Literal[tuple(TRACKERS)]
-    Data = str
 
 
 @dataclass(frozen=True)
@@ -87,30 +85,6 @@ class ModelSection:
     activations"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One source of examples."""
-
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
-
-    path: Data
-    """file, glob, directory, hub id or `tfds:NAME`; the suffix gives the format. In Python also a
-    datasets.Dataset or a list of records"""
-    weight: Positive | None = None
-    """sampling weight relative to the other sources; without weights, sources are concatenated"""
-    split: str | None = None
-    """split of a dataset with several; default: train; a source of data.eval must name it"""
-    columns: dict[str, str] = field(default_factory=dict)
-    """{name that jaxllm expects: column in the file}, e.g. {text: content, prompt: question}"""
-    max_samples: Size | None = None
-    """read only the first records; default: all"""
-    streaming: bool = False
-    """pretraining: tokenize one file at a time during training and cache only a few"""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", path_of(self.path))
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxllm.config import TrainConfig
-from jaxllm.config.memory import MEMORY
+from jaxllm.config.source import MEMORY
 from jaxllm.data.examples import Examples, fingerprint, tokenize_sources
 from jaxllm.data.formats import COMPRESSED
 from jaxllm.data.preference import Judged, Pairs, Prompts

@@ -23,7 +23,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 
 from jaxllm.config import Source
-from jaxllm.config.memory import MEMORY, InMemory
+from jaxllm.config.source import MEMORY, InMemory
 from jaxllm.data.formats import (
     ACCEPTED,
     READERS,

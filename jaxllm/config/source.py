@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data that a Python program has in memory, as the path of a source."""
+"""One source of examples: a path, or what a Python program has in memory by a path of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,41 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from jaxllm.config.fields import Positive, Size
 from jaxllm.errors import UserError
 
 MEMORY = "memory:"
+if TYPE_CHECKING:  # what path_of accepts
+    Data = Any
+else:
+    Data = str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of examples."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
+    path: Data
+    """file, glob, directory, hub id or `tfds:NAME`; the suffix gives the format. In Python also a
+    datasets.Dataset or a list of records"""
+    weight: Positive | None = None
+    """sampling weight relative to the other sources; without weights, sources are concatenated"""
+    split: str | None = None
+    """split of a dataset with several; default: train; a source of data.eval must name it"""
+    columns: dict[str, str] = field(default_factory=dict)
+    """{name that jaxllm expects: column in the file}, e.g. {text: content, prompt: question}"""
+    max_samples: Size | None = None
+    """read only the first records; default: all"""
+    streaming: bool = False
+    """pretraining: tokenize one file at a time during training and cache only a few"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", path_of(self.path))
 
 
 class InMemory(str):
