@@ -82,8 +82,9 @@ def test_a_checkpoint_has_the_trained_weights_and_names_the_base(straight):
     weights = {n for n in names if "opt_state" not in n and "step" not in n}
     assert len(weights) == 4 and all("['lora']" in name for name in weights), weights
     assert not any("kernel" in name or "embedding" in name for name in names)
-    base = saves.meta(12)["base"]
-    assert base["path"] == str(straight / "base" / "final") and len(base["hash"]) == 16
+    identity = saves.meta(12)["identity"]
+    assert identity["config"]["model.path"] == str(straight / "base" / "final")
+    assert len(identity["weights"]["model.path"]) == 32
     saves.close()
 
 
@@ -98,7 +99,7 @@ def test_resuming_and_exporting_with_another_base_are_errors(straight, capsys):
     try:
         again = tuning(straight, "moved", *LORA, *held_out, "--steps", "14")
         for args in (again, ["export", str(run), str(straight / "m"), "--merge"]):
-            assert "was trained from another model" in refused(capsys, args)
+            assert "weights model.path changed since" in refused(capsys, args)
     finally:
         model.write_bytes(kept)
 
