@@ -81,11 +81,11 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
         hf.save_adapter(model, path, tokenizer)
     else:
         hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
-    if (hub := program.cfg.save.hub) and dist.is_main():
-        dist.say(f"uploading to {hub}")
+    if (repo := program.cfg.save.hub) and dist.is_main():
+        dist.say(f"uploading to {repo}")
         try:
-            dist.say(hub.upload(path, hub))
+            dist.say(hub.upload(path, repo))
         except UserError as error:  # nothing is lost
-            dist.say(f"warning: not uploaded: {error}", f"to upload it: hf upload {hub} {path}")
+            dist.say(f"warning: not uploaded: {error}", f"to upload it: hf upload {repo} {path}")
     dist.barrier("upload")  # the others wait; a process that ends early would end the run
     return path
