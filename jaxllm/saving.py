@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxllm import dist, hf
+from jaxllm import dist, hf, hub
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.errors import UserError
 from jaxllm.finite import check_finite

@@ -153,7 +153,7 @@ def test_nothing_is_deleted_in_a_directory_of_the_users(unset):
     ],
     ids=lambda args: args[0],
 )
-def test_verbs_that_compile_enable_the_cache_first(monkeypatch, args):
+def test_verbs_that_compile_enable_the_cache_first(monkeypatch, tmp_path, args):
     class Called(Exception):
         pass
 
@@ -161,6 +161,10 @@ def test_verbs_that_compile_enable_the_cache_first(monkeypatch, args):
         raise Called
 
     monkeypatch.setattr(cli, "use_cache", raising)
+    monkeypatch.chdir(tmp_path)
+    for name in ("m", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "f").touch()
     with pytest.raises(Called):
         cli.main(args)
 
@@ -205,5 +209,7 @@ def test_a_resumed_run_does_not_compile_again(project, tmp_path):
     first, names = ran("--steps", "2")
     assert first["cache_misses"] == len(names) and any(n.startswith("jit_step") for n in names)
     again, same = ran("--steps", "4")
-    assert again["compile_requests_use_cache"] == again["cache_hits"] > 0
-    assert same == names
+    assert again["cache_hits"] > 0 and names < same
+    # The learning rates of both schedules, of 2 steps and of 4, are compared once.
+    new = {name.partition("-")[0] for name in same - names}
+    assert not new & {name.partition("-")[0] for name in names}
