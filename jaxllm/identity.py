@@ -38,12 +38,8 @@ FREE |= {"micro_batch_size", "eval_every", "model.attention", "model.remat", "mo
 FREE |= {"model.loss_chunk", "model.loss_blocks", "model.mlp_blocks", "optim.offload"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
-SHOWN = (
-    "config",
-    "model_config",
-    "generation_config",
-    "own_objective",
-)  # their values are not hashes
+# Their values are shown in an error, since they are not hashes.
+SHOWN = ("config", "model_config", "generation_config", "own_objective")
 
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:

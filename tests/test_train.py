@@ -622,13 +622,10 @@ def test_no_damaged_file_of_a_checkpoint_is_exported(straight, capsys, tmp_path,
     (run / "model" / "tokenizer.json").write_text("{}")
     refused(capsys, ["export", str(run), out], f"{run / 'model'} is damaged (tokenizer.json has")
     (run / "config.json").write_text("")
-    refused(
-        capsys,
-        ["export", str(run), out],
-        f"{run / 'config.json'}:1: malformed JSON: Expec",
-        "delete it",
-    )
-    refused(capsys, ["eval", "--model", str(step), "--data", "x.txt"], f"jaxllm export {step} OUT")
+    damaged = f"{run / 'config.json'}:1: malformed JSON"
+    refused(capsys, ["export", str(run), out], damaged, "delete it")
+    words = ["eval", "--model", str(step), "--data", str(run / "data.json")]
+    refused(capsys, words, f"jaxllm export {step} OUT")
 
 
 def test_a_run_whose_evaluation_data_changed_does_not_go_on(project, capsys):
