@@ -53,10 +53,12 @@ def identity(
     manifest: dict[str, Any],
     hf_config: dict[str, Any],
     weights: dict[str, Any],
+    own_objective: str | None = None,
 ) -> dict[str, Any]:
     """The identity of a run, the same after a round trip through JSON.
 
     manifest: of its data (`Data`). weights: `base_weights`, {} if a checkpoint has all weights.
+    own_objective: the name of the function that replaces the loss, if one does.
     """
     config = dict(hf_config)
     generation = config.pop(GENERATION, {})
@@ -71,6 +73,7 @@ def identity(
         "model_config": config,
         "generation_config": generation,
         "weights": weights,
+        "own_objective": own_objective,
         "rewards": {name: _reward(name, cfg) for name in cfg.rl.rewards},
     }
     return json.loads(json.dumps(found))

@@ -121,9 +121,8 @@ class Program:
         compares = self.reference is not None
         depends = compares or self.adapter.frozen  # on weights that a checkpoint does not have
         weights = base_weights(self.cfg, adapter=compares) if depends else {}
-        own = {"own_objective": self.objective.own or None}
-        hf_config = json.loads(self.policy.hf_config)
-        return own | identity(self.cfg, tokenizer, manifest, hf_config, weights)
+        hf_config, own = json.loads(self.policy.hf_config), self.objective.own or None
+        return identity(self.cfg, tokenizer, manifest, hf_config, weights, own)
 
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""

@@ -217,7 +217,7 @@ class RunFolder:
             return f"output_dir {self.path} is not writable"
         return None
 
-    def save_start(self, model: Decoder, tokenizer: Any, resumed: bool) -> None:
+    def save_start(self, model: Decoder, tokenizer: Any, *, resumed: bool = False) -> None:
         """Writes the configs and the tokenizer, and the config of the adapter that the run starts
         from, so that checkpoints can be exported when those are gone. A resumed run writes them if
         they are damaged or gone."""

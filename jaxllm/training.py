@@ -122,7 +122,7 @@ def train(
     run.claim(program.state)  # deletes the run that this one replaces; config and data are valid
     checkpoints = run.checkpoints
     with jax.set_mesh(mesh):
-        run.save_start(program.policy, tokenizer, resumed is not None)
+        run.save_start(program.policy, tokenizer, resumed=resumed is not None)
         if resumed is None:
             state, saved = program.begin(trainable), {}  # donates `trainable`
             del trainable

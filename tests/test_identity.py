@@ -41,9 +41,9 @@ def manifest(content="1", tokenizer="t", **evals):
     return {"tokenizer": tokenizer, "train": {"sources": [source]}, "eval": sets}
 
 
-def found(cfg, data=None, template="t", hf=HF, weights=None):
-    tokenizer = SimpleNamespace(chat_template=template)
-    return identity(cfg, tokenizer, data or manifest(b="1"), hf, weights or {"model.path": "1"})
+def found(cfg, data=None, template="t", hf=HF, weights=None, own=None):
+    tokenizer, data = SimpleNamespace(chat_template=template), data or manifest(b="1")
+    return identity(cfg, tokenizer, data, hf, weights or {"model.path": "1"}, own)
 
 
 def changes(cfg):
@@ -57,6 +57,7 @@ def changes(cfg):
         "model_config": (found(cfg, hf=theta), "model_config rope_theta was 10000.0, is 100000.0"),
         "generation_config": (found(cfg, hf=ends), "generation_config eos_token_id was 2, is 3"),
         "weights": (found(cfg, weights={"model.path": "2"}), "weights model.path changed since"),
+        "own_objective": (found(cfg, own="a.loss"), "own_objective was None, is 'a.loss'"),
         "seed": (found(replace(cfg, seed=1)), "seed was 0, is 1"),
     }
 
