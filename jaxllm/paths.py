@@ -44,7 +44,8 @@ def check_model(path: str) -> None:
     not asked."""
     folder = as_path(path)
     if not is_bucket(path) and not hub_id(path) and not folder.is_dir():
-        why = f"; {folder.parent} is one, so the hub is not asked" if folder.parent.is_dir() else ""
+        is_local = folder.parent not in (Path(), folder) and folder.parent.is_dir()
+        why = f"; {folder.parent} is one, so the hub is not asked" if is_local else ""
         raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
 
 

@@ -27,7 +27,7 @@ def training_help(verb: str) -> str:
     lines = [
         f"usage: jaxllm {verb} [CONFIG.yaml] [--section.key value ...]",
         "",
-        f"{row.about}.",
+        f"{row.about[0].upper()}{row.about[1:]}.",
         "",
         f"  jaxllm {verb} {row.example} --output_dir run/{verb}",
         "",
