@@ -28,11 +28,11 @@ class Exceeded(UserError):
     """A template or a pattern takes too long or too much memory."""
 
 
-MAX_FILE = 1 << 26  # bytes of a file that is read whole; JSON takes up to 30 times as much
+MAX_FILE = 1 << 26  # bytes of a file that is read whole
 # What code raises for values of another type or range than it expects.
 ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
 MAX_DEPTH, MAX_VALUES = 100, 1 << 22  # of a JSON or YAML value, repeated aliases counted
-MAX_TEXT = 1 << 24  # characters of a conversation; tokenizing it takes 100 times as many bytes
+MAX_TEXT = 1 << 24  # characters of a conversation, which is tokenized in one piece
 SECONDS, GROWTH = 10, 1 << 29  # what a template or a pattern may take; GROWTH in bytes
 # JSON's escape of a UTF-16 surrogate. A pair is one character; a lone surrogate is not text.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Python program may give beside paths: records, an objective, an observer, a model."""
+"""The Python interface: data in memory, an objective of the caller, an observer, a loaded model."""
 
 import json
 import pickle

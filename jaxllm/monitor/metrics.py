@@ -38,8 +38,11 @@ from jaxllm.paths import (
 
 @dataclass(frozen=True)
 class Session:
-    """What a tracker is told of a run. It writes its files to `folder`, which a user finds as
-    `shown`; `step` is that of the checkpoint that the run resumes from."""
+    """A run, as a tracker sees it.
+
+    folder: where the tracker writes its files. shown: the path at which the user finds them, which
+    differs for a run in a bucket. step: of the checkpoint that the run resumes from.
+    """
 
     folder: Path
     shown: Path

@@ -138,7 +138,7 @@ def json_file(base: Any, keys: tuple[str, ...] = ()) -> st.SearchStrategy[bytes 
 
 
 class Place:
-    """A directory with a model, an adapter and a tokenizer, copied anew for each input."""
+    """A model, an adapter and a tokenizer in one directory, of which each input gets a copy."""
 
     def __init__(self, root: Path):
         self.root, self.good = root, root / "good"
