@@ -84,7 +84,7 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
     if (repo := program.cfg.save.hub) and dist.is_main():
         dist.say(f"uploading to {repo}")
         try:
-            dist.say(hub.upload(path, repo))
+            dist.say(hub.upload(path, repo, program.cfg.save.hub_private))
         except UserError as error:  # nothing is lost
             dist.say(f"warning: not uploaded: {error}", f"to upload it: hf upload {repo} {path}")
     dist.barrier("upload")  # the others wait; a process that ends early would end the run

@@ -21,8 +21,8 @@ from jaxllm.config.checks import check, resolve
 from jaxllm.config.names import IGNORED, REFUSED
 
 
-def load(*args, path=None):
-    return load_config("pretrain", path, args)[0]
+def load(*args, path=None, objective="pretrain"):
+    return load_config(objective, path, args)[0]
 
 
 def refused(*args, path=None):
@@ -339,6 +339,53 @@ def test_bf16_with_torch_dtype_sets_only_the_compute_dtype():
     assert (model.weight_dtype, model.compute_dtype) == ("float32", "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("file", "flags", "wanted"),
+    [
+        (
+            "hub_model_id: mine/x\nhub_private_repo: true\n",
+            ["--push_to_hub"],
+            {"save.hub": "mine/x", "save.hub_private": True},
+        ),
+        (
+            "push_to_hub: true\noutput_dir: saves/x\n",
+            ["--hub_private_repo"],
+            {"save.hub": "x", "save.hub_private": True},
+        ),
+        (
+            "finetuning_type: lora\nlora_rank: 8\nlora_alpha: 32\n",
+            ["--lora_rank", "64"],
+            {"peft.r": 64, "peft.lora_alpha": 32},
+        ),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\n"
+            "learning_rate: 1e-4\n",
+            ["--learning_rate", "1e-3"],
+            {"optim.final": 0.01},
+        ),
+        ("warmup_steps: 0\nwarmup_ratio: 0.1\n", [], {"optim.warmup": 0.1}),
+        ("warmup_steps: null\nwarmup_ratio: 0.1\n", [], {"optim.warmup": 0.1}),
+        ("eval_strategy: steps\neval_steps: null\n", [], {"eval_every": 500}),
+        ("run_name: null\nswanlab_run_name: a\n", [], {"log.run_name": "a"}),
+        ("datasets: [{path: o/d}]\nstreaming: true\n", [], {"data.train.0.streaming": True}),
+    ],
+)
+def test_a_name_is_read_with_those_of_the_file_and_the_flags(yaml, file, flags, wanted):
+    cfg = load(*flags, path=yaml(file))
+    for key, value in wanted.items():
+        found = cfg
+        for part in key.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        assert found == value, key
+
+
+def test_pref_loss_is_of_the_stage_dpo_alone(capsys):
+    with pytest.raises(ValueError, match="--pref_loss: simpo is another command: `jaxllm simpo`"):
+        load("--pref_loss", "simpo", objective="dpo")
+    load("--pref_loss", "sigmoid", objective="sft")
+    assert "ignored, no effect here: --pref_loss" in capsys.readouterr().err
+
+
 def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
     args = ("--batch_size", "64", "--per_device_train_batch_size", "4")
     assert load(*args).batch_size == 64
@@ -397,7 +444,7 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
             "--label_smoothing_factor: label smoothing is not supported",
         ),
         (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha: NEFTune is not supported"),
-        (["--lr_scheduler_kwargs", "{a: 1}"], "give it in the same place as lr_scheduler_type"),
+        (["--lr_scheduler_kwargs", "{a: 1}"], "it needs lr_scheduler_type, which is not given"),
         (
             ["--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", "{a: 1}"],
             "lr_scheduler_kwargs.a is not known; linear takes none",
@@ -409,12 +456,11 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         (["--lr_scheduler_type", "polynomial", "--learning_rate", "0"], "give learning_rate"),
         (["--stage", "dpo"], "--stage: dpo is another command: `jaxllm dpo`"),
         (["--stage", "bco"], "--stage: 'bco' is not known; known: pt, sft, rm, dpo, kto, ppo"),
-        (["--pref_loss", "simpo"], "--pref_loss: simpo is another command: `jaxllm simpo`"),
         (["--finetuning_type", "freeze"], "freeze is not supported; use lora or full"),
         (["--adapter_name_or_path", "a,b"], "seen 2 adapters; merge all but one"),
         (["--val_size", "100"], "seen 100; give the fraction of the examples"),
         (["--mix_strategy", "interleave_under", "--dataset", "o/d"], "use interleave_over"),
-        (["--max_samples", "9"], "give it in the same place as dataset or eval_dataset"),
+        (["--max_samples", "9"], "it needs dataset or eval_dataset, which is"),
         (["--dataset", "identity"], "data/dataset_info.json: no such file; give its file as"),
         (["--datasets", "[{path: o/d, fraction: 0.5}]"], "fraction of o/d: write sources of"),
         (["--use_bias_correction_kl", "--beta", "0.1"], "not multiplied by the ratio; set it to"),

@@ -201,17 +201,21 @@ class Hub:
     """A hub that records what it is asked; `fails` makes an upload fail."""
 
     calls: list = []
-    fails = False
+    fails = public = False
 
     def create_repo(self, name, **options):
         self.calls.append(("create", name, options))
-        return SimpleNamespace(repo_id=name, __str__=lambda self: f"https://hub/{name}")
+        return SimpleNamespace(repo_id=name)
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=not self.public)
 
     def upload_folder(self, repo_id, folder_path, **_):
         assert (Path(folder_path) / "adapter_model.safetensors").is_file()
         self.calls.append(("upload", repo_id, folder_path))
         if self.fails:
             raise ConnectionError("no route to host\nlong trace")
+        return f"https://hub/{repo_id}/commit/1"
 
 
 def test_a_dpo_config_of_trl_runs_and_is_uploaded(run, monkeypatch, capsys):
@@ -219,7 +223,9 @@ def test_a_dpo_config_of_trl_runs_and_is_uploaded(run, monkeypatch, capsys):
     assert run("dpo", TRL_DPO) == 0
     assert Hub.calls[0] == ("create", "mine/dpo", {"private": True, "exist_ok": True})
     assert Hub.calls[-1] == ("upload", "mine/dpo", "trl/dpo/final")
-    assert "adamw_8bit runs as adamw" in capsys.readouterr().err
+    assert all(private for kind, *_, private in Hub.calls if kind == "create")
+    said = capsys.readouterr().err
+    assert "adamw_8bit runs as adamw" in said and "\nhttps://hub/mine/dpo/commit/1\n" in said
     config = json.loads(Path("trl/dpo/config.json").read_text())
     assert config["optim"]["final"] == 0.1 and config["log"]["run_name"] == "first"
 
@@ -237,6 +243,10 @@ def test_a_hub_that_refuses_is_found_before_training(run, monkeypatch, capsys):
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(create_repo=refuse))
     assert run("dpo", TRL_DPO | {"output_dir": "trl/none"}) == 2
     said = capsys.readouterr().err
+    monkeypatch.setattr(Hub, "public", True)
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    assert run("dpo", TRL_DPO | {"output_dir": "trl/none"}) == 2
+    assert "error: save.hub mine/dpo: mine/dpo exists and is public" in capsys.readouterr().err
     assert "error: save.hub mine/dpo: 401 Unauthorized (`hf auth login`, or HF_TOKEN, gives" in said
     assert "step" not in said.replace("steps", "") and not Path("trl/none/metrics.jsonl").exists()
 

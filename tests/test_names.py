@@ -407,7 +407,7 @@ def test_a_dataset_without_an_entry_may_be_a_file_or_a_hub_id(yaml):
     assert sources("sft", "mine.jsonl,o/d").train == (Source("data/mine.jsonl"), Source("o/d"))
     with pytest.raises(UserError, match=re.escape("data/dataset_info.json: no entry mine")):
         sources("sft", "mine")
-    Path("data/dataset_info.json").write_text("[1]")
+    Path("data/dataset_info.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="must be an object of objects"):
         sources("sft", "mine")
 

@@ -6,11 +6,11 @@ Every name is translated, refused, or reported as ignored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxllm.config.fields import Given
-from jaxllm.config.names import IGNORED, OFF, REFUSED, RENAMED
+from jaxllm.config.names import IGNORED, REFUSED, RENAMED, harmless
 from jaxllm.config.rules import NOTE, NULLS, STEPS, TRANSLATED
 from jaxllm.errors import UserError
 
@@ -44,22 +44,32 @@ def spellings() -> dict[str, list[str]]:
     return names
 
 
-def translate(layer: Sequence[Given], objective: str = "pretrain") -> Translation:
-    """Translate the names of one file or command line of the command `objective`."""
+def is_given(one: Given) -> bool:
+    """False for a name of another library whose value is null, unless null has a meaning there."""
+    return one.value is not None or one.name in NULLS or one.name not in NAMES
+
+
+def translate(
+    layer: Sequence[Given], objective: str = "pretrain", names: Mapping[str, Given] | None = None
+) -> Translation:
+    """Translate the names of one file or command line of the command `objective`.
+
+    names: those of the file and the command line together, which the rules read; default: `layer`.
+    """
     found = Translation()
     flags = {one.name: one for one in layer}
     overwrite, resume = flags.get("overwrite_output_dir"), flags.get("resume_from_checkpoint")
     if overwrite and resume and overwrite.value and resume.value:
         deletes = "--overwrite_output_dir deletes what --resume_from_checkpoint resumes from"
         found.errors.append(UserError(f"{deletes}; keep one"))
-    context = flags | {"objective": Given("objective", objective, "the command")}
+    context = {**(flags if names is None else names)}
+    context |= {"objective": Given("objective", objective, "the command")}
+    context |= {"layer": Given("layer", flags.keys(), "")}
     skipped = {STEPS[name] for name in STEPS.keys() & flags if flags[name].value != "steps"}
     for name, one in flags.items():
         at = one.where if one.where.startswith("--") else f"{one.where}: {name}"
-        refused, *harmless = REFUSED.get(name, (None,))
-        if refused and one.value in (*OFF, *harmless):
-            continue
-        if one.value is None and name in TRANSLATED and name not in NULLS:
+        refused = REFUSED.get(name, (None,))[0]
+        if refused and one.value in harmless(name):
             continue
         values = {RENAMED.get(name, name): one.value}
         try:

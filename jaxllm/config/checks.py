@@ -38,11 +38,12 @@ def check(cfg: TrainConfig) -> None:
 def check_run(cfg: TrainConfig) -> None:
     """`check` for a run that starts here: the packages of its trackers must be installed."""
     check(cfg)
-    for name in cfg.log.report_to:
-        if not installed(name):
-            raise UserError(
-                f"log.report_to: {name} is not installed; pip install 'jaxllm[{name}]' or remove it"
-            )
+    missing = [name for name in cfg.log.report_to if not installed(name)]
+    if missing:
+        names, extras = " and ".join(missing), ",".join(missing)
+        raise UserError(
+            f"log.report_to: not installed: {names}; pip install 'jaxllm[{extras}]' or remove it"
+        )
 
 
 def warnings(cfg: TrainConfig, steps: int) -> Iterator[str]:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import UserError
+from jaxllm.config.fields import home
+from jaxllm.errors import MissingFile, UserError
 from jaxllm.paths import hub_id
+from jaxllm.untrusted import read_json
 
 INFO = "dataset_info.json"
 # A column of dataset_info.json -> its name here; the columns of the same name need no entry.
@@ -47,15 +48,18 @@ def hub_source(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def mixture(value: Any) -> dict[str, Any]:
-    """TRL's `datasets`: a list of {path, name, split, data_files}."""
+def mixture(value: Any, *, streaming: bool = False) -> dict[str, Any]:
+    """TRL's `datasets`: a list of {path, name, split, data_files}; streaming: of all of them."""
     found = []
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, dict) or "path" not in entry:
             raise UserError(f"seen {entry!r}; must be a mapping with a path")
         given = {key: one for key, one in entry.items() if one is not None}
         path, files = given.pop("path"), given.pop("data_files", None)
-        source = {"split": given.pop("split")} if "split" in given else {}
+        source: dict[str, Any] = {"streaming": True} if streaming else {}
+        source |= {"split": given.pop("split")} if "split" in given else {}
+        if isinstance(files, dict):
+            raise UserError(f"data_files of {path} has splits; write sources of data.train instead")
         if name := given.pop("name", None):
             path = f"{path}:{name}"
         if given:
@@ -71,7 +75,7 @@ def factory_sources(
 ) -> dict[str, Any]:
     """LLaMA-Factory's `dataset` or `eval_dataset`: names in dataset_dir/dataset_info.json, files
     there, or hub ids. text: records are documents, not conversations."""
-    folder = str(options.get("dataset_dir") or "data")
+    folder = home(str(options.get("dataset_dir") or "data"))
     info = _read_info(folder)
     sources, roles = [], {}
     for name in separated(names):
@@ -89,14 +93,12 @@ def factory_sources(
 
 
 def _read_info(folder: str) -> dict[str, Any]:
-    file = Path(folder).expanduser() / INFO
+    file = Path(folder) / INFO
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        info = read_json(file, INFO)
+    except MissingFile:
         return {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
-    if not isinstance(info, dict) or not all(isinstance(one, dict) for one in info.values()):
+    if not all(isinstance(one, dict) for one in info.values()):
         raise UserError(f"{file}: must be an object of objects")
     return info
 

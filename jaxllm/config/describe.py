@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jaxllm.config import aliases
 from jaxllm.config.fields import home
-from jaxllm.config.names import IGNORED, OFF, REFUSED
+from jaxllm.config.names import IGNORED, REFUSED, harmless
 from jaxllm.config.schema import SECTIONS, Leaf, field_docs, leaves, members, type_adapter, value_of
 from jaxllm.config.sections import Source, TrainConfig
 from jaxllm.config.verbs import VERBS, unread
@@ -49,8 +49,9 @@ def training_help(verb: str) -> str:
             section = prefix
         lines += _described(leaf, names)
     lines += ["", "Other names of transformers, TRL and LLaMA-Factory, and what they set:"]
-    others = [(flags, text) for text, flags in names.items() if not skipped & {*_words(text)}]
-    lines += [f"  {', '.join(flags)}: {text}" for flags, text in others]
+    for text, flags in names.items():
+        if parts := [part for part in text.split("; ") if not skipped & {*_words(part)}]:
+            lines.append(f"  {', '.join(flags)}: {'; '.join(parts)}")
     return "\n".join(lines)
 
 
@@ -121,12 +122,13 @@ def json_schema() -> dict[str, Any]:
     keys["resume"]["type"] = ["boolean", "string"]  # a checkpoint's path, as in transformers
     keys["optim"] = {"anyOf": [{"type": "string"}, keys["optim"]]}  # optim: NAME in transformers
     names: dict[str, Any] = {
-        n: {"description": f"another library's name of {m}"}
+        n: {"description": f"of another library: {m}"}
         for n, m in aliases.meanings().items()
         if "." not in n
     }
     names |= {n: {"description": "ignored: no effect here"} for n in sorted(IGNORED)}
-    names |= {n: {"enum": (*OFF, *ok), "description": w} for n, (w, *ok) in REFUSED.items()}
+    refused = {n: {"enum": harmless(n), "description": why} for n, (why, *_) in REFUSED.items()}
+    names |= refused
     schema["properties"] = names | keys
     return schema
 

@@ -64,16 +64,17 @@ def installed(tracker: str) -> bool:
 
 def trackers(value: Any) -> Any:
     """none, all (that are installed), a name, comma-separated names, or a list of these -> a list
-    of names."""
+    of names, each once."""
     if value in (None, False, "none"):
         return []
     if value == "all":
         return list(filter(installed, TRACKERS))
     if isinstance(value, str):
-        return value.split(",")
+        return [name.strip() for name in value.split(",")]
     if not isinstance(value, list):
         return value
-    return [n for one in value for n in (trackers(one) if isinstance(one, str) else [one])]
+    names = (n for one in value for n in (trackers(one) if isinstance(one, str) else [one]))
+    return list(dict.fromkeys(names))
 
 
 def cache_dir(value: Any) -> Any:

@@ -200,10 +200,13 @@ def load_config(
     notes: list[str] = []
     errors: list[UserError] = []
     file = read_yaml(path) if path else []
-    for layer in (file, [_parsed(flag) for flag in read_args(args)]):
+    layers = [file, [_parsed(flag) for flag in read_args(args)]]
+    layers = [[one for one in layer if aliases.is_given(one)] for layer in layers]
+    names = {one.name: one for layer in layers for one in layer}
+    for layer in layers:
         known = [one for one in layer if leaf_of(one.name) or one.name in aliases.NAMES]
         errors += [unknown_key(one.name, one.where) for one in layer if one not in known]
-        found = aliases.translate(known, objective)
+        found = aliases.translate(known, objective, names)
         values, errors = found.given, errors + found.errors
         given = {k: v for k, v in given.items() if k.rpartition(".")[0] not in values} | values
         ignored, notes = ignored + found.ignored, notes + found.notes

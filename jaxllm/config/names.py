@@ -24,8 +24,6 @@ RENAMED = {
     "dataset_num_proc": "data.workers",
     "gradient_accumulation_steps": "accumulation",
     "learning_rate": "optim.learning_rate",
-    "warmup_steps": "optim.warmup",
-    "warmup_ratio": "optim.warmup",
     "weight_decay": "optim.weight_decay",
     "adam_beta1": "optim.b1",
     "adam_beta2": "optim.b2",
@@ -209,7 +207,7 @@ _LLAMA_FACTORY = {
     "ray_init_kwargs", "ray_num_workers", "ray_run_name", "ray_storage_filesystem",
     "ray_storage_path", "resources_per_worker", "sglang_config", "sglang_lora_backend",
     "sglang_maxlen", "sglang_mem_fraction", "sglang_tp_size", "skip_special_tokens",
-    "swanlab_logdir", "swanlab_mode", "swanlab_workspace", "train_mm_proj_only",
+    "split_special_tokens", "swanlab_logdir", "swanlab_workspace", "train_mm_proj_only",
     "upcast_layernorm", "upcast_lmhead_output", "use_audio_in_video", "use_kv_cache",
     "use_reentrant_gc", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "video_fps",
     "video_max_pixels", "video_maxlen", "video_min_pixels", "video_resolution", "vllm_config",
@@ -225,6 +223,7 @@ _OPTIMIZER = "this optimizer is not supported; optim.name muon and adafactor nee
 _REFERENCE = "the reference is the model that training starts from; remove it"
 _REWARD = "give the directory of the reward model or of its adapter as rl.rewards; remove it"
 _EXPORT = "use `jaxllm export RUN OUT`, with --merge for an adapter"
+OFF = (None, False, 0, "", [], {})
 # What would change the result and is not supported: name -> (why, or what to use instead; values
 # besides those of OFF that change nothing).
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -318,8 +317,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "reward_model_type": ("use full, or a function in rl.rewards for an API", "full", "lora"),
     "rope_scaling": ("set it in the model's config.json, or in model.overrides with model.config",),
     "shift_attn": ("shifted sparse attention is not supported; remove it",),
-    "split_special_tokens": ("special tokens are never split; remove it",),
     "swanlab_api_key": ("a key would be stored with the run; set SWANLAB_API_KEY",),
+    "swanlab_mode": ("set SWANLAB_MODE in the environment", "cloud", "online"),
     "swanlab_lark_secret": ("notifications are not supported; remove it",),
     "swanlab_lark_webhook_url": ("notifications are not supported; remove it",),
     "tokenized_path": ("tokens are cached in data.cache_dir (see `jaxllm tokenize`); remove it",),
@@ -336,4 +335,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_llama_pro": ("block expansion is not supported; use lora or full",),
     "use_mca": ("use the mesh section",),
 }
-OFF = (None, False, 0, "", [], {})
+
+
+def harmless(name: str) -> tuple[Any, ...]:
+    """The values of a refused name that change nothing: it is off, or has its neutral value."""
+    neutral = REFUSED[name][1:]
+    off = (None, "", [], {}) if any(isinstance(one, int) for one in neutral) else OFF
+    return (*off, *neutral)

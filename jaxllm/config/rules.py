@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxllm.config.datasets import factory_sources, hub_source, mixture, separated
@@ -20,8 +19,10 @@ from jaxllm.config.names import (
 )
 from jaxllm.config.verbs import VERBS
 from jaxllm.errors import UserError
+from jaxllm.paths import absolute, as_path
 
-# All names of the same file or command line; also `objective`, the command.
+# All names of the file and the command line; also `objective`, the command, and `layer`, the names
+# that are given in the same place.
 Flags = Mapping[str, Given]
 # Returns our keys and values for the value of a name; None if it has no effect here. The key NOTE
 # has a line for the user.
@@ -69,7 +70,7 @@ def _model(value: Any, flags: Flags) -> dict[str, Any]:
 
 def _scratch(value: Any, flags: Flags) -> dict[str, Any]:
     if value is True and "model_name_or_path" not in flags:
-        raise UserError("give model_name_or_path in the same place, or model.config alone")
+        raise UserError("give model_name_or_path too, or model.config alone")
     return _choose(value, {True: {}, False: {}})
 
 
@@ -165,7 +166,7 @@ def _with(*names: str, known: tuple[Any, ...] = ()) -> Rule:
         if not value or value in known[:1]:
             return {}
         if not {*names} & flags.keys():
-            raise UserError(f"give it in the same place as {' or '.join(names)}")
+            raise UserError(f"it needs {' or '.join(names)}, which is not given")
         return {}
 
     return rule
@@ -214,7 +215,8 @@ def _part(key: str) -> Rule:
 
 
 def _per_device(value: Any, flags: Flags) -> dict[str, Any]:
-    return {"micro_batch_size": value} | ({} if "batch_size" in flags else {"batch_size": 0})
+    total = {} if "batch_size" in flags["layer"].value else {"batch_size": 0}
+    return {"micro_batch_size": value} | total
 
 
 def _generation_steps(value: Any, flags: Flags) -> dict[str, Any]:
@@ -226,8 +228,8 @@ def _generation_steps(value: Any, flags: Flags) -> dict[str, Any]:
 
 
 def _eval_strategy(value: Any, flags: Flags) -> dict[str, Any]:
-    if value == "steps" and "eval_steps" not in flags:
-        return {"eval_every": flags["logging_steps"].value if "logging_steps" in flags else 500}
+    if value == "steps" and _value(flags, "eval_steps") is None:
+        return {"eval_every": _value(flags, "logging_steps") or 500}
     known = {"steps": {}, "epoch": {"eval_every": "epoch"}, "no": {"eval_every": 0}}
     return _choose(value, known)
 
@@ -248,6 +250,15 @@ def _deepspeed(value: Any, flags: Flags) -> dict[str, Any]:
 
 
 # ---- the optimizer
+
+
+def _warmup(value: Any, flags: Flags) -> dict[str, Any]:
+    """warmup_steps: 0, the default of transformers, leaves it to warmup_ratio."""
+    return {} if value == 0 and _value(flags, "warmup_ratio") else {"optim.warmup": value}
+
+
+def _warmup_ratio(value: Any, flags: Flags) -> dict[str, Any]:
+    return {} if _value(flags, "warmup_steps") else {"optim.warmup": value}
 
 
 def _schedule(value: Any, flags: Flags) -> dict[str, Any]:
@@ -305,8 +316,11 @@ def _loss(value: Any, flags: Flags) -> dict[str, Any]:
     return {"align.loss": [DPO_LOSSES.get(str(name), name) for name in names]}
 
 
-def _preference(value: Any, flags: Flags) -> dict[str, Any]:
-    """LLaMA-Factory's pref_loss with pref_ftx, the weight of an SFT loss."""
+def _preference(value: Any, flags: Flags) -> dict[str, Any] | None:
+    """LLaMA-Factory's pref_loss, which its stage dpo reads, with pref_ftx, the weight of an SFT
+    loss."""
+    if _verb(flags).stage != VERBS["dpo"].stage:
+        return None
     verb = _choose(value, {loss: name for name, verb in VERBS.items() for loss in verb.preference})
     if verb != flags["objective"].value:
         raise UserError(f"{value} is another command: `jaxllm {verb}`")
@@ -346,19 +360,14 @@ def _swanlab(value: Any, flags: Flags) -> dict[str, Any]:
 
 
 def _push(value: Any, flags: Flags) -> dict[str, Any]:
-    name = _value(flags, "hub_model_id") or Path(str(_value(flags, "output_dir") or "run")).name
+    folder = absolute(as_path(str(_value(flags, "output_dir") or "run")))
+    name = _value(flags, "hub_model_id") or folder.name
     return _choose(value, {True: {"save.hub": name}, False: {}})
 
 
-def _if_pushed(key: str | None) -> Rule:
+def _if_pushed(key: str) -> Rule:
     """A name without effect unless push_to_hub is true."""
-
-    def rule(value: Any, flags: Flags) -> dict[str, Any] | None:
-        if _value(flags, "push_to_hub") is not True:
-            return None
-        return {key: value} if key else {}
-
-    return rule
+    return lambda value, flags: {key: value} if _value(flags, "push_to_hub") is True else None
 
 
 _SAVE = {"steps": {}, "epoch": {"save.every": "epoch"}, "no": {"save.every": 0}}
@@ -372,13 +381,15 @@ TRANSLATED: dict[str, tuple[Rule, str]] = {
     "bf16": _switch("model.compute_dtype", "bfloat16", "float32"),
     "torch_dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
     "dtype": (_dtype, "model.weight_dtype and model.compute_dtype"),
-    "fp16": (_fp16, "refused: use bf16"),
+    "fp16": (_fp16, "not supported; use bf16"),
     "gradient_checkpointing": (_remat, "model.remat full"),
     "activation_checkpointing": (_remat, "model.remat full"),
     "max_length": (_length, "data.max_length"),
     "per_device_train_batch_size": (_per_device, "micro_batch_size"),
     "max_steps": (lambda value, _: {"steps": 0 if value == -1 else value}, "steps"),
     "max_grad_norm": (lambda value, _: {"optim.clip": value or 0}, "optim.clip"),
+    "warmup_steps": (_warmup, "optim.warmup"),
+    "warmup_ratio": (_warmup_ratio, "optim.warmup"),
     "lr_scheduler_type": (_schedule, "optim.schedule"),
     "lr_scheduler_kwargs": (_with("lr_scheduler_type"), "optim.final, optim.power and optim.decay"),
     "optim": (_optimizer, "optim.name"),
@@ -388,20 +399,23 @@ TRANSLATED: dict[str, tuple[Rule, str]] = {
     "save_total_limit": (lambda value, _: {"save.keep": value or 0}, "save.keep"),
     "logging_strategy": _choice({"steps": {}, "epoch": {"log.every": "epoch"}}, "log.every"),
     "validation_split_percentage": (_percent, "data.eval_fraction x 100"),
-    "train_sampling_strategy": _choice({"random": {}}, "random: the only order"),
+    "train_sampling_strategy": _choice({"random": {}}, "only random"),
     "disable_tqdm": _switch("log.progress", False, True),
     "deepspeed": (_deepspeed, "a DeepSpeed JSON file"),
     "report_to": (_trackers, "log.report_to"),
     "push_to_hub": (_push, "save.hub: hub_model_id, or the name of output_dir"),
-    "hub_model_id": (_if_pushed(None), "save.hub, with push_to_hub"),
+    "hub_model_id": (_if_pushed("save.hub"), "save.hub, with push_to_hub"),
     "hub_private_repo": (_if_pushed("save.hub_private"), "save.hub_private"),
     # ---- TRL
-    "dataset_name": (_hub, "data.train, and data.eval unless eval_strategy is no"),
+    "dataset_name": (_hub, "data.train; data.eval too, if eval_strategy asks for evaluations"),
     "dataset_config": (_with("dataset_name"), "subset of dataset_name"),
     "dataset_train_split": (_with("dataset_name"), "split of data.train"),
     "dataset_test_split": (_with("dataset_name"), "split of data.eval"),
     "dataset_streaming": (_with("dataset_name"), "streaming of data.train"),
-    "datasets": (lambda value, _: mixture(value), "data.train"),
+    "datasets": (
+        lambda value, flags: mixture(value, streaming=_value(flags, "streaming") is True),
+        "data.train",
+    ),
     "streaming": (_with("dataset", "datasets"), "streaming of data.train"),
     "completion_only_loss": (_learned("assistant_only_loss"), "data.train_on_prompt, inverted"),
     "assistant_only_loss": (_learned("completion_only_loss"), "data.train_on_prompt, inverted"),
@@ -416,7 +430,7 @@ TRANSLATED: dict[str, tuple[Rule, str]] = {
     "max_prompt_length": (_part("data.max_length"), "data.max_length"),
     "steps_per_generation": (_generation_steps, "rl.minibatches"),
     "scale_rewards": (lambda v, _: {"rl.scale_rewards": _choose(v, _SCALED)}, "rl.scale_rewards"),
-    "use_bias_correction_kl": (_unbiased, "false: the KL term is not multiplied by the ratio"),
+    "use_bias_correction_kl": (_unbiased, "only false"),
     # ---- LLaMA-Factory
     "stage": (_stage, "the command"),
     "finetuning_type": (_tuning, "peft.method"),

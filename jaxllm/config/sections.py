@@ -241,7 +241,7 @@ class LogSection:
     run_name: str | None = None
     """name of the run in the trackers; default: that of output_dir"""
     project: str | None = None
-    """project of the run in the trackers; default: jaxllm"""
+    """project of the run in the trackers; default: WANDB_PROJECT, or else jaxllm"""
     samples: tuple[str, ...] = ()
     """prompts to complete at each evaluation; the completions go to samples.jsonl"""
     sample_tokens: Tokens = 64

@@ -59,6 +59,15 @@ class Session:
         return file.read_text()
 
 
+def _offline(folder: str, command: str, mode: str) -> str:
+    """Where a tracker's files are if its mode is offline, and the command that uploads them."""
+    if mode != "offline":
+        return ""
+    if is_bucket(folder):
+        return f"offline in {folder}; copy it to a disk, then `{command.format('COPY')}` uploads it"
+    return f"offline in {folder}; upload it with `{command.format(folder)}`"
+
+
 class _Wandb:
     """Weights & Biases. Offline unless the user is logged in."""
 
@@ -81,9 +90,7 @@ class _Wandb:
         # wandb's own step must increase, but a resumed run repeats the steps after its checkpoint.
         self.session.define_metric("*", step_metric="step")
         self.table = wandb.Table
-        folder = f"{run.shown}/wandb"
-        self.note = f"offline in {folder}; upload it with `wandb sync {folder}/offline-run-*`"
-        self.note = self.note if mode == "offline" else ""
+        self.note = _offline(f"{run.shown}/wandb", "wandb sync {}/offline-run-*", mode)
 
     def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self.session.log({"step": step} | {f"{kind}/{k}": v for k, v in numbers.items()})
@@ -138,9 +145,7 @@ class _SwanLab:
             resume="allow",
         )
         self.text = swanlab.Text
-        folder = f"{run.shown}/swanlog"
-        self.note = f"offline in {folder}; upload it with `swanlab sync {folder}/run-*`"
-        self.note = self.note if mode == "offline" else ""
+        self.note = _offline(f"{run.shown}/swanlog", "swanlab sync {}/run-*", mode)
 
     def write(self, kind: str, step: int, numbers: dict[str, float]) -> None:
         self.session.log({f"{kind}/{k}": v for k, v in numbers.items()}, step=step)
@@ -159,9 +164,11 @@ class _Trackio:
     def __init__(self, run: Session):
         import trackio  # pyright: ignore[reportMissingImports]
 
+        # It resumes the latest run of a name, so other folders of the same name need another one.
+        name = run.id("trackio", lambda: f"{run.name}-{secrets.token_hex(2)}")
         with redirect_stdout(io.StringIO()):  # prints what `note` says
             self.session = trackio.init(
-                project=run.project, name=run.name, config=run.config, resume="allow", embed=False
+                project=run.project, name=name, config=run.config, resume="allow", embed=False
             )
         self.table, self.finish = trackio.Table, trackio.finish
         self.note = (
@@ -191,6 +198,8 @@ class _MLflow:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         self.note = ""
+        if uri is None and is_bucket(run.shown):
+            raise UserError("a run in a bucket needs a server; set MLFLOW_TRACKING_URI")
         if uri is None:
             place = (run.folder / "mlflow").absolute()
             place.mkdir(exist_ok=True)

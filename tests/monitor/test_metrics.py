@@ -20,6 +20,7 @@ from jaxllm.config.checks import check, check_run
 from jaxllm.config.fields import TRACKERS, trackers
 from jaxllm.monitor import metrics as module
 from jaxllm.monitor.metrics import Metrics
+from jaxllm.paths import as_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,7 +333,9 @@ def test_trackio_logs_to_this_machine(tmp_path, stand_in, capsys):
     trackio.init.side_effect = lambda **_: print("* Trackio project") or trackio.run
     trackio.finish.side_effect = lambda: print("* Run finished")
     write_everything(tmp_path, "trackio")
-    keys = {"project": "papers", "name": "first", "config": CONFIG, "resume": "allow"}
+    name = (tmp_path / "run" / "trackio-id.txt").read_text()
+    assert name.startswith("first-") and len(name) == len("first-") + 4
+    keys = {"project": "papers", "name": name, "config": CONFIG, "resume": "allow"}
     assert trackio.init.call_args == call(**keys, embed=False)
     assert trackio.run.log.call_args_list == [
         call({"train/loss": 1.5}, step=1),
@@ -377,6 +380,23 @@ def test_mlflow_logs_to_the_run_folder_or_a_server(tmp_path, stand_in, monkeypat
     assert (f"mlflow ui --backend-store-uri {database}" in capsys.readouterr().err) is (uri is None)
 
 
+def test_trackio_keeps_runs_of_one_name_apart(tmp_path, stand_in):
+    trackio = stand_in("trackio")
+    for folder in ("a", "b", "a"):
+        Metrics(tmp_path / folder / "sft", ("trackio",)).close()
+    first, other, again = (made.kwargs["name"] for made in trackio.init.call_args_list)
+    assert first == again != other
+
+
+def test_mlflow_needs_a_server_for_a_run_in_a_bucket(tmp_path, stand_in):
+    stand_in("mlflow", "mlflow.entities")
+    session = module.Session(tmp_path, as_path("gs://b/run"), "run", "p", {}, 0)
+    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
+        module.TRACKERS["mlflow"](session)
+    note = module._offline("gs://b/run/wandb", "wandb sync {}/offline-run-*", "offline")
+    assert "copy it to a disk, then `wandb sync COPY/offline-run-*`" in note
+
+
 def test_a_name_that_mlflow_does_not_take_is_written_with_underscores(tmp_path, stand_in):
     mlflow = stand_in("mlflow", "mlflow.entities")
     mlflow.MlflowClient.return_value.create_run.return_value.info.run_id = "0123"
@@ -395,7 +415,7 @@ def test_a_run_needs_the_packages_of_its_trackers(monkeypatch):
     empty.__spec__ = ModuleSpec("mlflow", None)  # a folder ./mlflow
     for found in (None, empty):
         monkeypatch.setitem(sys.modules, "mlflow", found)
-        with pytest.raises(ValueError, match=r"mlflow is not installed; pip install 'jaxllm\[mlf"):
+        with pytest.raises(ValueError, match=r"not installed: mlflow; pip install 'jaxllm\[mlf"):
             check_run(cfg)
     empty.__spec__ = ModuleSpec("mlflow", None, origin="mlflow/__init__.py")
     monkeypatch.setitem(sys.modules, "mlflow", empty)
