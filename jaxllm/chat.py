@@ -80,9 +80,10 @@ class TextModel:
         """What the model is, and its chat template."""
         family = json.loads(self.model.hf_config)["model_type"]
         count = sum(x.size for x in jax.tree.leaves(nnx.state(self.model)))
+        template = template or "the tokenizer's"
         return (
             f"{name}: {family}, {count:,} parameters, {self.model.compute_dtype}; chat template: "
-            f"{template or 'of the tokenizer'}"
+            f"{template}"
         )
 
     def answer(
@@ -137,10 +138,10 @@ def generate_text(
     """
     if not isinstance(model, str):
         if (template, dtype, adapter) != (None, "float32", None):
-            raise UserError("template, dtype and adapter are of a path; this model is loaded")
+            raise UserError("template, dtype and adapter apply to a model given by its path")
         loaded = TextModel.of(model, tokenizer)
     elif tokenizer is not None:
-        raise UserError("tokenizer is of a loaded model; a directory has its own")
+        raise UserError("tokenizer is used only with a loaded model; a directory has its own")
     else:
         loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
     if len(use) not in (0, 1, len(prompts)):
@@ -161,7 +162,7 @@ def generate_text(
 
 COMMANDS = {
     "/system TEXT": "replace the system message; without TEXT, remove it",
-    "/clear": "forget the conversation but the system message",
+    "/clear": "clear the conversation and keep the system message",
     "/save FILE": "append the conversation to FILE, as a record that `jaxllm sft` reads",
     "/help": "show this",
     "/exit": "end, as Ctrl-D does",

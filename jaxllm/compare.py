@@ -215,14 +215,6 @@ def _check_resume(cfg: TrainConfig) -> None:
     check_same_run(folder, {"config": old}, {"config": new}, cfg.resume_changed)
 
 
-def _earlier(file: Path) -> dict[str, float]:
-    """{method: seconds that its run took} of the comparison that is resumed."""
-    try:
-        return {row["method"]: float(row["wall_seconds"]) for row in json.loads(file.read_text())}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
 def _row(method: str, program: Any, seconds: float) -> Row:
     """The results of a run that has ended."""
     import jax
@@ -330,7 +322,6 @@ def compare(args: list[str]) -> int:
     for program in programs.values():
         _check_resume(program.cfg)
     out = Path(cfg.output_dir)
-    earlier = {} if cfg.overwrite else _earlier(out / OBJECTS)
     out.mkdir(parents=True, exist_ok=True)
 
     rows: list[Row] = []
@@ -341,8 +332,7 @@ def compare(args: list[str]) -> int:
         status = _run(program.cfg)
         if status:
             break
-        seconds = max(time.perf_counter() - start, earlier.get(method, 0.0))
-        rows.append(_row(method, program, seconds))
+        rows.append(_row(method, program, time.perf_counter() - start))
     if rows:
         notes = _notes(cfg, origins, rows)
         cells = [[cell(row) for cell in COLUMNS.values()] for row in rows]

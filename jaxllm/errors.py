@@ -45,7 +45,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 LONGEST = 200  # characters of a value in a message
-_LONG = re.compile(rf"(?P<start>\S{{{LONGEST}}})\S+|(?P<quoted>'[^']{{{LONGEST}}})[^']+(?=')")
+_PART = re.compile(r"(?<!\w)'[^']*'|\S+")  # a quoted value, or a word
 
 
 def seen(value: Any) -> str:
@@ -55,7 +55,7 @@ def seen(value: Any) -> str:
 
 
 def is_panic(error: BaseException | None) -> bool:
-    """True for a panic of Rust code, whose class derives from BaseException and has no module."""
+    """True for a panic of Rust code; its class, a BaseException, cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -85,7 +85,8 @@ def mistake(error: BaseException) -> str | None:
     if is_panic(error):
         return f"the tokenizer cannot handle its input: {_one_line(error)}"
     if isinstance(error, MemoryError):
-        return f"out of memory: {_one_line(error) or 'of the host'}; use smaller files"
+        line = _one_line(error)
+        return f"the host is out of memory{f' ({line})' if line else ''}; use smaller files"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return f"{_one_line(error)}; write to another directory"
     # A path that is missing, too long, a loop of links, not accessible or on a failing disk.
@@ -100,8 +101,14 @@ def _one_line(error: BaseException) -> str:
     else:
         text = str(error)
     text = _without_long_lists(" ".join(text.split()))
-    text = _LONG.sub(lambda found: f"{found['start'] or found['quoted']}…", text)
+    text = _PART.sub(lambda found: _shortened(found[0]), text)
     return text if len(text) <= 20_000 else f"{text[:15_000]} … {text[-4_000:]}"
+
+
+def _shortened(part: str) -> str:
+    """A part of a message without its middle, if it is long: a path keeps its end."""
+    half = LONGEST // 2
+    return part if len(part) <= LONGEST else f"{part[:half]}…{part[1 - half :]}"
 
 
 def _without_long_lists(text: str) -> str:

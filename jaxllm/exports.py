@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoint import Checkpoints, changed_file
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.config import DataSection, MeshSection, TrainConfig, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
@@ -30,7 +30,7 @@ from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.program import build, load_model
-from jaxllm.run import START
+from jaxllm.run import START, start_problem
 from jaxllm.tokenizer import load_tokenizer
 
 Step = int | Literal["best"] | None  # a checkpoint
@@ -100,7 +100,7 @@ def _load_run(
     cfg = replace(cfg, model=model, optim=replace(cfg.optim, offload=False), mesh=MeshSection())
     start = replace(cfg, output_dir=str(folder), overwrite=False)
     if (folder / START).is_dir():
-        if problem := changed_file(folder / START):
+        if problem := start_problem(folder):
             raise UserError(
                 f"{folder / START} is damaged ({problem}); start the run again, which restores it"
             )
@@ -116,7 +116,9 @@ def _load_run(
         program = build(start, mesh)
         model, adapter = program.policy, program.adapter
         if adapter.frozen and (merge or adapter.needs_base):
-            saved, now = checkpoints.meta(step).get("identity", {}), {"weights": base_weights(cfg)}
+            # The run's cache may be of another machine.
+            here = replace(cfg, data=replace(cfg.data, cache_dir=None))
+            saved, now = checkpoints.meta(step).get("identity", {}), {"weights": base_weights(here)}
             kept = {n: saved["weights"].get(n) for n in now["weights"]} if saved else {}
             check_same_run(folder, {"weights": kept} if saved else {}, now, resumes=False)
             cfg = replace(cfg, peft=replace(cfg.peft, path=None))  # the checkpoint has its values

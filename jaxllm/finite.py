@@ -24,7 +24,7 @@ def check_finite(
     """Raises UserError that names a tensor with NaN or infinity, the same in every process.
 
     weights: a nested dict of arrays, some or all of those of a Decoder of shape `cfg`. where and
-    remedy: the begin and the end of the message. dtype: in which they must be finite.
+    remedy: the beginning and the end of the message. dtype: in which they must be finite.
     """
     leaves = jax.tree_util.tree_leaves_with_path(weights)
     floats = [(path, x) for path, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The identity of a run: what a resumed run must share with the run that it resumes.
 
-{name: its value, or {part: value}} with the names IDENTITY and `config`, the config's keys but for
-FREE. Files are represented by hashes. Each checkpoint saves the identity that it was trained with.
+{name: value or {part: value}}. The names are those of IDENTITY, and `config`, which has the keys of
+the config that are not in FREE. Files are represented by hashes. Each checkpoint saves the identity
+that it was trained with.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib.machinery import PathFinder
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -124,32 +126,61 @@ def _reward(name: str, cfg: TrainConfig) -> str | None:
             weights = (file for file in files if file.suffix == ".safetensors")
             parts.append([texts, _weights(weights, cfg)])
         return _hash(parts)
-    files = _modules(Path(module).expanduser()) if module.endswith(".py") else _origin(module)
+    files = _function_files(module)
     return content_hash(files) if files else None
 
 
-def _modules(file: Path) -> list[Path]:
-    """A Python file and the modules in its folder that it imports, directly or not."""
-    if not file.is_file():
-        return []
-    finder = ModuleFinder([str(file.parent)])
-    try:
-        finder.run_script(str(file))  # reads its imports, and runs nothing
-    except (SyntaxError, ValueError):  # reported when it is imported
-        return [file]
-    found: Any = finder.modules.values()
-    return sorted(Path(module.__file__) for module in found if module.__file__)
+def _with_imports(file: Path, root: Path) -> list[Path]:
+    """A Python file and the modules under `root` that it imports, directly or not. Nothing is
+    run; a file that is missing or no Python has no imports, and is reported when it is imported."""
+    found: set[Path] = set()
+    todo = [file]
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        with suppress(SyntaxError, ValueError):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                for folder, name in _imported(node, path, root):
+                    place = folder.joinpath(*name.split("."))
+                    todo += [place.with_name(f"{place.name}.py"), place / "__init__.py"]
+    return sorted(found)
 
 
-def _origin(module: str) -> list[Path]:
-    """The file of a module, which is not imported; none if it is not found in a directory."""
+def _imported(node: ast.AST, file: Path, root: Path) -> Iterator[tuple[Path, str]]:
+    """(folder, dotted name) of each module that an import statement of `file` may name."""
+    if isinstance(node, ast.Import):
+        names, folder = [alias.name for alias in node.names], root
+    elif isinstance(node, ast.ImportFrom):
+        folder = file.parents[node.level - 1] if node.level else root
+        parts = [[node.module, alias.name] for alias in node.names]
+        names = [".".join(filter(None, part)) for part in parts] + [node.module or ""]
+    else:
+        return
+    for name in filter(None, names):
+        parents = name.split(".")
+        yield from ((folder, ".".join(parents[: n + 1])) for n in range(len(parents)))
+
+
+def _function_files(module: str) -> list[Path]:
+    """The files that a reward function's source is in; none if there is no such module."""
+    if module.endswith(".py"):
+        file = Path(module).expanduser()
+        return _with_imports(file, file.parent)
     path: Any = [os.getcwd(), *sys.path]
     for name in module.split("."):
-        spec = PathFinder.find_spec(name, path)
+        spec = PathFinder.find_spec(name, path)  # does not import it
         if spec is None:
             return []
         path = spec.submodule_search_locations or []
-    return [Path(spec.origin)] if spec.origin else []
+    if not spec.origin:
+        return []
+    file = Path(spec.origin)
+    if "site-packages" in file.parts:  # of an installed package
+        return [file]
+    depth = module.count(".") + (file.name == "__init__.py")
+    return _with_imports(file, file.parents[depth])
 
 
 # ---- comparing

@@ -205,7 +205,7 @@ def write_bytes(file: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         new.replace(file)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         new.unlink(missing_ok=True)
         raise
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import socket
-import sys
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -27,7 +26,7 @@ import jax
 import xxhash
 
 from jaxllm import dist
-from jaxllm.checkpoint import Checkpoints, changed_file, list_files
+from jaxllm.checkpoint import FILES, Checkpoints, changed_file, list_files
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
@@ -178,8 +177,7 @@ class RunFolder:
                 lines.append(
                     f"checkpoint {step} has no record of {missing}; a change since is not noticed"
                 )
-            for line in lines if dist.is_main() else ():
-                print(line, file=sys.stderr)
+            dist.say(*lines)
         return step
 
     def claim(self, state: Any = None) -> None:
@@ -222,11 +220,10 @@ class RunFolder:
         from, so that checkpoints can be exported when those are gone. A resumed run writes them if
         they are damaged or gone."""
         folder = self.path / START
-        if not dist.is_main() or (resumed and not changed_file(folder)):
+        if not dist.is_main() or (resumed and folder.is_dir() and not start_problem(self.path)):
             return
         made = folder if is_bucket(folder) else folder.with_name(f"{START}.new")
-        for old in {folder, made}:
-            delete(old)
+        delete(made)
         make_folder(made)
         with naming(made):
             save_configs(model, made, tokenizer)
@@ -235,6 +232,7 @@ class RunFolder:
                 (made / ADAPTER_CONFIG).write_bytes(config.read_bytes())
         list_files(made, files_in(made), {})
         if made != folder:
+            delete(folder)
             rename_folder(made, folder)
 
     def _check_overwrite(self) -> None:
@@ -296,10 +294,10 @@ def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None
         config = json.loads(file.read_text())
         if {"objective", "optim", "data"} <= config.keys():
             return config
-        problem = ""  # a HF directory has a config.json too
+        problem = "it is not the config of a run"  # a HF directory has a config.json too
     except (OSError, ValueError, AttributeError) as error:
         problem = first_line(error)
-    if not names & SIGNS or not problem:
+    if not names & SIGNS:
         raise UserError(
             f"output_dir {folder} has files that are not from a run; choose another directory"
         )
@@ -307,8 +305,8 @@ def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None
         return None
     if file.exists() and not overwrite:
         raise UserError(
-            f"{file} is damaged ({problem}); delete it to resume the run, whose last checkpoint "
-            "has the config too, or start over with --overwrite true"
+            f"{file} is damaged ({problem}); delete it to resume with the config and the data.date "
+            "of before, or start over with --overwrite true"
         )
     return {}
 
@@ -316,10 +314,18 @@ def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None
 # ---- the model that a run started from
 
 
+def start_problem(run: Path) -> str:
+    """What is wrong with a run's START, one line; "" if it is as it was written, or without a list
+    of its files, as runs had it before."""
+    listed = (run / START / FILES).is_file()
+    return changed_file(run / START) if listed else ""
+
+
 def started_from(cfg: TrainConfig) -> PeftSection:
     """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
-    copy = as_path(cfg.output_dir) / START
+    run = as_path(cfg.output_dir)
+    copy = run / START
     saved = cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file()
-    if saved and not changed_file(copy):
+    if saved and not start_problem(run):
         return replace(cfg.peft, path=str(copy))
     return cfg.peft

@@ -29,7 +29,7 @@ class Save:
     log: Any
     evals: Any
     batches: Any
-    """of train(), like the two before"""
+    """log, evals, batches: those of `train`"""
     identity: dict[str, Any]
     """of the run (identity.py)"""
     steps: int
@@ -40,7 +40,9 @@ class Save:
     def __call__(self, step: int, state: TrainState, pending: bool = False) -> None:
         """Starts to save `state`. pending: the resumed run evaluates it first. Raises UserError if
         its weights are not finite, and as `Checkpoints.save` does."""
-        log, evals, remedy = self.log, self.evals, f"the last good checkpoint is kept. {LOWER_RATE}"
+        log, evals = self.log, self.evals
+        kept = "the last good checkpoint is kept" if self.last else "no checkpoint was saved"
+        remedy = f"{kept}. {LOWER_RATE}"
         check_finite(state.trainable, self.program.shape, f"step {step}", remedy)
         with log.saving(step):
             meta = {"sums": log.meter.sums, "seconds": log.meter.seconds, "steps": self.steps}
@@ -51,8 +53,8 @@ class Save:
 
     @contextmanager
     def on_reward_error(self, step: int, state: TrainState, unlogged: bool) -> Iterator[None]:
-        """Saves `state`, that after `step`, if a reward fails in the block, as all processes then
-        know. unlogged: its line of metrics is still to be written."""
+        """Saves `state`, which is that after `step`, if a reward fails in the block. The error is
+        raised in all processes. unlogged: the step's line of metrics is still to be written."""
         try:
             yield
         except RewardError as error:

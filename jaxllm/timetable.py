@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxllm.config import OptimSection, TrainConfig
+from jaxllm.config.optimizers import DECAYS
 from jaxllm.data.stream import ENDLESS
 from jaxllm.optim import make_schedule
 from jaxllm.rl import online
@@ -63,7 +64,7 @@ class Timetable:
             f"the schedule changes: the learning rate was {float(before(start - 1)):.3g} at step "
             f"{start} of {saved['steps']} and is {new:.3g} at step {start + 1} of {self.steps}"
         )
-        if self.optim.schedule in ("cosine", "linear", "wsd") and new > old:
+        if self.optim.schedule in DECAYS and new > old:
             yield (
                 "to train on at one rate instead: --optim.schedule constant "
                 "--optim.learning_rate RATE --resume_changed optim.schedule optim.learning_rate"

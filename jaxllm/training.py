@@ -140,8 +140,8 @@ def train(
     metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending, **names)
     metrics.manifest(data.manifest)
     record = RowLog(cfg, metrics.run, start)
-    sampler = program.models, frozen, rewards, tokenizer, metrics.samples, record
-    batches = make_batches(program, data.train, start, sampler, saved.get("feed", {}))
+    sampler = program.models, frozen, rewards, tokenizer, metrics.samples
+    batches = make_batches(program, data.train, start, record, sampler, saved.get("feed", {}))
     peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
@@ -250,12 +250,16 @@ def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
 # ---- in the loop
 
 
-def make_batches(program: Program, rows: Any, start: int, sampler: Any, feed: Any) -> Any:
-    """`(step, weights) -> (batch [A, B, T], metrics)`, from the data or from rollouts by `sampler`,
-    the arguments of `online.Rollouts`, whose last checkpoint saved `feed`."""
+def make_batches(
+    program: Program, rows: Any, start: int, record: RowLog, sampler: Any, feed: Any
+) -> Any:
+    """`(step, weights) -> (batch [A, B, T], metrics)`, from the data or from rollouts.
+
+    sampler: what `online.Rollouts` takes besides; feed: its state in the last checkpoint.
+    """
     if program.cfg.verb.online:
-        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, state=feed)
-    return LoadedBatches(program, rows, start, sampler[-1])
+        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, record, state=feed)
+    return LoadedBatches(program, rows, start, record)
 
 
 class LoadedBatches:

@@ -109,7 +109,7 @@ def check_extent(value: Any) -> None:
 def exceeded_limit(error: ValueError | RecursionError) -> str:
     """The limit of Python's parser that a JSON text exceeds. The error has no position."""
     if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+        return f"it is nested too deeply, or has more than {MAX_VALUES:,} values"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
 
 
@@ -160,36 +160,44 @@ def bounded(what: str, *, strict: bool = False) -> Iterator[None]:
         yield
         return
     too_large = f"{what} takes more than {GROWTH >> 20} MiB of memory"
-    unit = 1 if sys.platform == "darwin" else 1024
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, before = time.monotonic(), _pages()[1]
 
     def look(*_: Any) -> None:
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-        if grown > GROWTH:
+        if _pages()[1] - before > GROWTH:
             raise Exceeded(too_large)
         if time.monotonic() - began > SECONDS:
             raise Exceeded(f"{what} takes more than {SECONDS} seconds, so it may never end")
 
     handler = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.25)
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.5, 0.25)
     try:
         with _address_space(GROWTH) if strict else nullcontext():
             yield
     except MemoryError:
         raise Exceeded(too_large) from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # the caller's
+
+
+def _pages() -> tuple[int, int]:
+    """Bytes of this process's address space and of its resident memory; outside Linux (0, the peak
+    of the resident memory)."""
+    file = Path("/proc/self/statm")
+    if not file.is_file():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    size, resident = (int(n) * resource.getpagesize() for n in file.read_text().split()[:2])
+    return size, resident
 
 
 @contextmanager
 def _address_space(growth: int) -> Iterator[None]:
     """Lets the address space of this process grow by at most `growth` bytes; on Linux only."""
-    pages = Path("/proc/self/statm")
-    if not pages.is_file():
+    size = _pages()[0]
+    if not size:
         yield
         return
-    size = int(pages.read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limits = [n for n in (size + growth, soft, hard) if n != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))

@@ -9,7 +9,7 @@ import pytest
 from runs import ENV, project  # noqa: F401, a fixture of every test
 
 os.environ.update(ENV)
-gc.set_threshold(200_000, 50, 100)  # traced programs are millions of objects, searched in vain
+gc.set_threshold(200_000, 50, 100)  # else it scans millions of live traced objects
 # A shell's background job ignores Ctrl-C, and nohup a closed terminal; the tests send both signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

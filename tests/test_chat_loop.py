@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from runs import ENV, MODEL
 
 import jaxllm
 from jaxllm import hf
-from jaxllm.chat import COMMANDS, Conversation, cut, piped
+from jaxllm.chat import COMMANDS, Conversation, cut, piped, typed
 from jaxllm.config import MeshSection
 from jaxllm.data.chat import stop_ids
 from jaxllm.mesh import make_mesh
@@ -141,12 +142,19 @@ def talker(project, tmp_path_factory):
     return path
 
 
+def test_exit_ends_the_chat(monkeypatch):
+    lines = iter(["hi", " ", "/exit", "never read"])
+    session = SimpleNamespace(prompt=lambda _: next(lines))
+    monkeypatch.setattr("prompt_toolkit.PromptSession", lambda: session)
+    assert list(typed(Conversation(None))) == ["hi"]
+
+
 def test_a_chat_in_a_terminal(talker, tmp_path):
     options = ("--max_new_tokens", "4000", "--system", "Be brief.")
     terminal = Terminal("chat", "--model", talker, *options)
     try:
         begin = terminal.wait(lambda new: PROMPT in new)
-        words = r"model: qwen3, \d\d,\d{3} parameters, float32; chat template: of the tokenizer"
+        words = r"model: qwen3, \d\d,\d{3} parameters, float32; chat template: the tokenizer's"
         assert re.search(words, begin)
         assert "/save FILE" in terminal.enter("/help", "end, as Ctrl-D does")
         terminal.interrupt("import os")

@@ -5,8 +5,11 @@ import importlib
 import json
 import re
 import shlex
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import jax
 import pytest
@@ -289,16 +292,23 @@ BOOK = """--config_name model.json --tokenizer_name tokenizer --train_files text
     --warmup_steps 200 --logging_dir output/pretrain/logs --logging_strategy steps
     --logging_steps 5 --save_strategy steps --save_steps 100 --preprocessing_num_workers 10
     --save_total_limit 1 --seed 12 --block_size 64 --bf16 --gradient_checkpointing
-    --deepspeed ds_config_zero2.json --report_to none"""
+    --deepspeed ds_config_zero2.json --report_to swanlab"""
 
 
-def test_the_launch_line_of_the_book_runs(run, place, capsys):
-    """As chapter 6 of happy-llm has it, with files, length and tracker of its own."""
+def test_the_launch_line_of_the_book_runs(run, place, monkeypatch, capsys):
+    """As chapter 6 of happy-llm has it, with files and length of its own."""
+    swanlab = MagicMock()
+    swanlab.__spec__ = ModuleSpec("swanlab", None, origin="swanlab/__init__.py")
+    swanlab.Settings.return_value = SimpleNamespace(api_key=None, mode="online")
+    monkeypatch.setitem(sys.modules, "swanlab", swanlab)
     (place / "ds_config_zero2.json").write_text(
         (ROOT / "configs" / "deepspeed" / "zero2.json").read_text()
     )
     assert main(["pretrain", *shlex.split(BOOK)]) == 0
     said = capsys.readouterr().err
+    assert swanlab.init.call_args.kwargs["mode"] == "offline"
+    sent = [call.args[0] for call in swanlab.init.return_value.log.call_args_list]
+    assert any("train/loss" in numbers for numbers in sent)
     assert "ignored, no effect here: --do_train, --logging_dir, ds_config_zero2.json: " in said
     steps = max(lines_of(Path("output/pretrain")))
     assert steps < 200 and f"optim.warmup is 200 steps and the run has {steps}, so the" in said

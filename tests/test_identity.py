@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxllm.config import DataSection, ModelSection, OptimSection, RlSection, Source, TrainConfig
 from jaxllm.config.checks import IDENTITY, check
+from jaxllm.config.schema import leaves
 from jaxllm.data import cache as cache_module
 from jaxllm.errors import UserError
 from jaxllm.identity import base_weights, check_same_run, fixed, identity
@@ -91,6 +92,7 @@ def test_what_a_checkpoint_does_not_record_is_not_compared(cfg):
 
 
 def test_resume_changed_names_what_there_is(cfg):
+    assert all(name in leaves()["resume_changed"].doc for name in IDENTITY)
     check(replace(cfg, resume_changed=("data", "weights", "optim.schedule")))
     with pytest.raises(UserError, match="resume_changed: wieghts is unknown; did you mean weights"):
         check(replace(cfg, resume_changed=("wieghts",)))
@@ -153,17 +155,31 @@ def test_the_source_of_a_reward_function_is_part_of_the_identity(cfg, name):
     assert reward_of(cfg, name) != first
 
 
-def test_the_modules_next_to_a_reward_function_that_it_imports_count(cfg):
-    for name, imports in (("reward", "helper"), ("helper", "deeper"), ("deeper", "numpy")):
-        Path(f"{name}.py").write_text(f"def score(): pass\ndef f():\n    import {imports}")
+@pytest.mark.parametrize("name", ["reward.py:score", "reward:score", "pkg.reward:score"])
+def test_the_modules_next_to_a_reward_function_that_it_imports_count(cfg, name):
+    Path("pkg").mkdir()
+    Path("pkg/reward.py").write_text("from .near import a\nimport helper")
+    Path("pkg/near.py").write_text("")
+    for module, imports in (("reward", "helper"), ("helper", "deeper"), ("deeper", "numpy")):
+        Path(f"{module}.py").write_text(f"def score(): pass\ndef f():\n    import {imports}")
     Path("other.py").write_text("")
-    first = reward_of(cfg, "reward.py:score")
+    first = reward_of(cfg, name)
     Path("other.py").write_text("x = 1")
-    assert reward_of(cfg, "reward.py:score") == first
+    assert reward_of(cfg, name) == first
     Path("deeper.py").write_text("import numpy as np")
-    assert reward_of(cfg, "reward.py:score") != first
-    Path("reward.py").write_text("def (")  # reported when it is imported
-    assert reward_of(cfg, "reward.py:score") is not None
+    second = reward_of(cfg, name)
+    assert second != first
+    Path("pkg/near.py").write_text("a = 1")
+    assert (reward_of(cfg, name) == second) == (not name.startswith("pkg"))
+
+
+def test_a_folder_of_the_name_of_an_import_is_no_module(cfg):
+    Path("wandb").mkdir()
+    Path("wandb/run.txt").touch()
+    Path("judge.py").write_text("import wandb, os.path\nfrom wandb import log\nfrom . import x")
+    assert reward_of(cfg, "judge.py:score") is not None
+    Path("judge.py").write_text("def (")  # reported when it is imported
+    assert reward_of(cfg, "judge.py:score") is not None
     assert reward_of(cfg, "missing.py:score") is None is reward_of(cfg, "missing.module:score")
 
 

@@ -246,9 +246,9 @@ def test_a_loaded_model_generates_what_its_directory_does(project, observed, tmp
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     saved = jaxllm.load_tokenizer(tmp_path / "saved")
     assert fingerprint(saved) == fingerprint(tokenizer)
-    with pytest.raises(jaxllm.UserError, match="this model is loaded"):
+    with pytest.raises(jaxllm.UserError, match="apply to a model given by its path"):
         jaxllm.generate_text(model, ["a"], dtype="bfloat16")
-    with pytest.raises(jaxllm.UserError, match="tokenizer is of a loaded model"):
+    with pytest.raises(jaxllm.UserError, match="tokenizer is used only with a loaded model"):
         jaxllm.generate_text(final, ["a"], tokenizer=tokenizer)
     model.base = ""
     with pytest.raises(jaxllm.UserError, match="was not loaded from a directory; give its token"):

@@ -6,13 +6,14 @@ sections   TrainConfig and its sections: documentation, ranges, units and short 
 optimizers what each optimizer and schedule reads
 source     a source of data, which may be in the memory of a Python program
 aliases    names of transformers, TRL and LLaMA-Factory, from the tables in names, by the rules in
-           rules and datasets                   deepspeed  keys of a DeepSpeed file
+           rules and datasets
+deepspeed  keys of a DeepSpeed file
 schema     the fields as a table of dotted keys; validation; conversion from and to dicts
 loading    YAML + flags + DeepSpeed file -> TrainConfig and the origin of each value
 checks     contradictions between fields; defaults that depend on other fields
 describe   --help, --explain, --schema
 
-Imports nothing of jaxllm but `errors`; every other module may import it.
+Imports `errors`, `paths` and `untrusted` alone; every other module may import it.
 """
 
 # ruff: noqa: F401

@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "schedule_free_adamw": (("weight_lr_power",), ()),
 }
 FLAT = ("constant", "warmup_log")  # schedules without a decay
+DECAYS = ("cosine", "linear", "polynomial", "wsd")  # schedules that end at optim.final
 
 
 def optimizer_mistakes(optim: Any) -> Iterator[str]:
@@ -53,10 +54,9 @@ def optimizer_mistakes(optim: Any) -> Iterator[str]:
 
 def schedule_mistakes(optim: Any) -> Iterator[str]:
     """Messages on an OptimSection's keys that its schedule does not read."""
-    if optim.final and optim.schedule in (*FLAT, "inverse_sqrt"):
+    if optim.final and optim.schedule not in DECAYS:
         yield (
-            f"optim.final {optim.final} goes with cosine, linear, polynomial and wsd; "
-            f"{optim.schedule} ignores it"
+            f"optim.final {optim.final} goes with {', '.join(DECAYS)}; {optim.schedule} ignores it"
         )
     if optim.power != 1 and optim.schedule != "polynomial":
         yield f"optim.power {optim.power} goes with polynomial; {optim.schedule} ignores it"

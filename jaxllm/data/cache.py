@@ -92,7 +92,7 @@ class Cache:
         entry = self.root / name
         if entry.is_dir() and not self._is_intact(entry):
             print(f"jaxllm: {entry} is damaged, so it is made again", file=sys.stderr)
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)  # another process may do it too
         if entry.is_dir() or self.shared is None:
             return entry if entry.exists() else None
         remote, made = self.shared / name, self.root / f"making-{uuid.uuid4().hex}"

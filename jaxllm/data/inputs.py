@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that the files and directories a command reads are there.
 
-Nothing is opened and nothing heavy is imported, so a mistyped path is reported at once. Buckets and
-the hub are not asked.
+Nothing heavy is imported, so a mistyped path is reported at once. Only one file is opened, the
+config.json of a run that is resumed; neither buckets nor the hub are asked.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def _check(inputs: Iterable[tuple[Check, str | None]]) -> None:
 
 def _models(cfg: TrainConfig) -> Iterator[tuple[Check, str | None]]:
     yield check_model, cfg.model.path
-    if cfg.model.config and not as_path(cfg.model.config).is_file():
-        yield check_model, cfg.model.config
+    config = cfg.model.config
+    if config and not is_bucket(config) and not as_path(config).is_file():
+        yield check_model, config
     if not is_bucket(cfg.output_dir) and not recorded_config(cfg):
         yield check_model, cfg.peft.path  # a resumed run has a copy of its config
 

@@ -357,8 +357,8 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
 
 
 def _check_arrow(file: Path) -> None:
-    """Raises UserError for a file that is no Arrow file, of which pyarrow would allocate as many
-    bytes as its first four give."""
+    """Raises UserError for a file that is not Arrow. pyarrow would allocate the size that its first
+    bytes state."""
     (head,) = read_bytes(file, [(0, 8)])
     length = int.from_bytes(head[4:], "little")  # of a stream's schema
     is_stream = head.startswith(b"\xff\xff\xff\xff") and length <= file_size(file)

@@ -287,7 +287,7 @@ class Worker:
             return {"error": f"closed its connection to the run {when}"}
         if code < 0:
             return {"error": f"lost its process {when}: {signal.Signals(-code).name} killed it"}
-        return {"error": f"ended its process {when} with status {code}; it must return instead"}
+        return {"error": f"ended its process {when}, with status {code}; it must return instead"}
 
 
 def _end(connection: Any, process: subprocess.Popen) -> None:
@@ -377,7 +377,7 @@ def _function_scores(
     part = list(chain(*prompts[start:stop]))
     answer: dict[str, Any] = {"rewards": []}
     if part:
-        when = f"when called for {len(part)} completions, starting at {part[0].prompt['at']},"
+        when = f"when called for {len(part)} completions, starting at {part[0].prompt['at']}"
         answer = worker.ask(_request(function, part), when)
     answers = dist.everyone(answer)
     for each in answers:

@@ -87,6 +87,7 @@ def child(name: str, examples: int) -> None:
         kind = kinds(Path(folder, "files"))[name]
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, size + BYTES))
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
         run(kind, examples, report)
     faulthandler.cancel_dump_traceback_later()
 
@@ -129,7 +130,10 @@ def main() -> int:
     print("{:<30}{:>8,}{:>18,}{:>12,}{:>12,}".format("all", *totals))
     for fault, count in faults.most_common():
         print(f"\n{count} x {fault}")
-    return 1 if faults else 0
+    few = not options.kind and sum(row[1] for row in rows) < 14 * options.examples
+    if few:
+        print("\nfewer inputs were tried than asked for")
+    return 1 if faults or few else 0
 
 
 if __name__ == "__main__":

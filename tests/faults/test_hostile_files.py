@@ -20,7 +20,7 @@ from jaxllm.config import Source, load_config
 from jaxllm.data import chat, tokenization
 from jaxllm.data.chat import render
 from jaxllm.data.template import with_settings
-from jaxllm.errors import LONGEST, UserError, mistake, nearest, seen
+from jaxllm.errors import LONGEST, UserError, mistake, nearest, seen, together
 from jaxllm.files import tensor_files
 from jaxllm.untrusted import Exceeded, bounded, read_json, rust
 
@@ -130,7 +130,11 @@ def test_values_in_messages_are_cut():
     word, quoted = "a" * 10_000, "b c " * 3000
     line = mistake(UserError(f"key {word} is\n'{quoted}'; write another"))
     assert line is not None and len(line) < 2.5 * LONGEST
-    assert line.startswith("key aaa") and line.endswith("…'; write another")
+    assert line.startswith("key aaa") and "…" in line and line.endswith("b c '; write another")
+    path = f"{'/folder' * 50}/config.json:12: it's wrong"
+    assert (mistake(UserError(path)) or "").endswith("/config.json:12: it's wrong")
+    several = together([UserError(f"'a' is {'x ' * 150}"), UserError("b is 'c'; use 'd'")])
+    assert (mistake(several) or "").endswith("(2) b is 'c'; use 'd'")
     line = mistake(UserError(f"seen {[1] * 10_000}; write another"))
     assert line is not None and len(line) < 1.2 * LONGEST and line.endswith("…; write another")
     assert mistake(UserError("a [1] is {2: [3]}; write [4]")) == "a [1] is {2: [3]}; write [4]"
