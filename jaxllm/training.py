@@ -258,7 +258,7 @@ def make_batches(
     sampler: what `online.Rollouts` takes besides; feed: its state in the last checkpoint.
     """
     if program.cfg.verb.online:
-        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, record, state=feed)
+        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, record=record, state=feed)
     return LoadedBatches(program, rows, start, record)
 
 
