@@ -109,7 +109,7 @@ def check_extent(value: Any) -> None:
 def exceeded_limit(error: ValueError | RecursionError) -> str:
     """The limit of Python's parser that a JSON text exceeds. The error has no position."""
     if isinstance(error, RecursionError):
-        return f"it is nested too deeply, or has more than {MAX_VALUES:,} values"
+        return f"it has more than {MAX_VALUES:,} values, or is nested too deeply"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
 
 
