@@ -28,6 +28,10 @@ class Exceeded(UserError):
     """A template or a pattern takes too long or too much memory."""
 
 
+class TooManyValues(RecursionError):
+    """A value has more than MAX_VALUES parts."""
+
+
 MAX_FILE = 1 << 26  # bytes of a file that is read whole
 # What code raises for values of another type or range than it expects.
 ODD = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError)
@@ -94,12 +98,14 @@ def parse_json(
 
 
 def check_extent(value: Any) -> None:
-    """Raises RecursionError if a value is nested too deeply, or if aliases repeat its parts too
-    often, for what copies, prints and compares it."""
+    """Raises RecursionError if a value is nested too deeply, or TooManyValues if aliases repeat its
+    parts too often, for what copies, prints and compares it."""
     level, depth, count = [value], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)
-        if depth > MAX_DEPTH or count > MAX_VALUES:
+        if count > MAX_VALUES:
+            raise TooManyValues
+        if depth > MAX_DEPTH:
             raise RecursionError
         containers = [one for one in level if isinstance(one, dict | list)]
         parts = (one.values() if isinstance(one, dict) else one for one in containers)
@@ -108,8 +114,10 @@ def check_extent(value: Any) -> None:
 
 def exceeded_limit(error: ValueError | RecursionError) -> str:
     """The limit of Python's parser that a JSON text exceeds. The error has no position."""
+    if isinstance(error, TooManyValues):
+        return f"it has more than {MAX_VALUES:,} values"
     if isinstance(error, RecursionError):
-        return f"it has more than {MAX_VALUES:,} values, or is nested too deeply"
+        return "it is nested too deeply"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
 
 

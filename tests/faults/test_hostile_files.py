@@ -55,6 +55,7 @@ def edited(folder: Path, name: str, **changes: Any) -> Path:
         (b"[1]", r"the file must be a JSON object, seen \[1\]"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
+        (b'{"a": [' + b"1," * (1 << 22) + b"1]}", "it has more than 4,194,304 values"),
         (b'{"a": ' + b"9" * 5000 + b"}", "an integer has more than 4300 digits"),
         (b'{"a": "\\ud800"}', "a lone surrogate"),
         (b"\xff\xfe{", "not UTF-8 text"),
