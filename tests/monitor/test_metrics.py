@@ -17,7 +17,7 @@ import pytest
 
 from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
 from jaxllm.config.checks import check, check_run
-from jaxllm.config.fields import TRACKERS, trackers
+from jaxllm.config.fields import TRACKER_PACKAGES, trackers
 from jaxllm.monitor import metrics as module
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.paths import as_path
@@ -420,14 +420,14 @@ def test_a_run_needs_the_packages_of_its_trackers(monkeypatch):
     empty.__spec__ = ModuleSpec("mlflow", None, origin="mlflow/__init__.py")
     monkeypatch.setitem(sys.modules, "mlflow", empty)
     check_run(cfg)
-    for name in set(TRACKERS.values()) - {"mlflow"}:
+    for name in set(TRACKER_PACKAGES.values()) - {"mlflow"}:
         monkeypatch.setitem(sys.modules, name, None)
     assert trackers("all") == ["mlflow"]
 
 
 def test_every_tracker_is_an_extra_and_has_a_row():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(TRACKERS) == set(module.TRACKERS)
-    for name, package in TRACKERS.items():
+    assert set(TRACKER_PACKAGES) == set(module.TRACKERS)
+    for name, package in TRACKER_PACKAGES.items():
         (line,) = project["optional-dependencies"][name]
         assert line.startswith(package)
