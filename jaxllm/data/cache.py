@@ -27,6 +27,7 @@ from jaxllm.paths import (
     files_in,
     is_bucket,
     read_checked,
+    unfinished,
     version,
     write_checked,
 )
@@ -56,7 +57,8 @@ class Cache:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"data.cache_dir: {self.root} is a file, or is inside one") from None
-        for left in self.root.glob("making-*"):
+        records = self.root / "hashes"
+        for left in (*self.root.glob("making-*"), *unfinished(self.root), *unfinished(records)):
             with suppress(OSError):  # another process deletes it, or another user owns it
                 if left.stat().st_mtime < time.time() - _ABANDONED:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
