@@ -334,10 +334,6 @@ class Metrics:
         name: str | None = None,
         project: str | None = None,
     ):
-        for tracker in report_to:
-            if tracker not in TRACKERS:
-                names = ", ".join(TRACKERS)
-                raise UserError(f"log.report_to {tracker!r} is unknown; choose from {names}")
         self.run = shown = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
@@ -376,7 +372,7 @@ class Metrics:
         self._append("metrics.jsonl", line | values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
-        self._send("write", group, step, numbers)
+        self._sender.submit(self._call_trackers, "write", group, step, numbers)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends {"step", "prompt", "text", …} of each row to samples.jsonl, and sends the rows to
@@ -386,7 +382,7 @@ class Metrics:
         for row in rows:
             self._append("samples.jsonl", {"step": step} | row)
         columns = {key: [_cell(row[key]) for row in rows] for key in rows[0]}
-        self._send("samples", step, columns)
+        self._sender.submit(self._call_trackers, "samples", step, columns)
 
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""
@@ -405,10 +401,6 @@ class Metrics:
         self.trackers.clear()
         if self.spool:
             self.spool.close()
-
-    def _send(self, method: str, *args: Any) -> None:
-        if self.trackers:
-            self._sender.submit(self._call_trackers, method, *args)
 
     def _call_trackers(self, method: str, *args: Any) -> None:
         for name, tracker in list(self.trackers.items()):

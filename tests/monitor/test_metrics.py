@@ -206,11 +206,6 @@ def test_trackers_are_imported_only_when_asked_for(tmp_path):
     assert "tensorboardX" not in sys.modules
 
 
-def test_an_unknown_tracker_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="'comet' is unknown; choose from wandb, tensorboard, sw"):
-        Metrics(tmp_path, report_to=("comet",))
-
-
 @pytest.mark.parametrize(
     ("environment", "logged_in", "mode"),
     [(None, False, "offline"), (None, True, "online"), ("disabled", True, "disabled")],
