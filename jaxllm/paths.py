@@ -25,8 +25,6 @@ import xxhash
 from jaxllm.errors import MissingFile, UserError
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> its client, the extra `gcs` or `s3`
-# Suffix of a file that `write_bytes` writes. Others may write the same file at the same time.
-_NEW = re.compile(r"\.jaxllm-[0-9a-f]{16}\.new$")
 PROBE = ".access-"  # prefix of the objects by which processes see whether they can write
 
 
@@ -200,7 +198,7 @@ def write_bytes(file: Path, data: bytes) -> None:
     if is_bucket(file):
         file.write_bytes(data)
         return
-    new = file.with_name(f"{file.name}.jaxllm-{secrets.token_hex(8)}.new")
+    new = file.with_name(f"{file.name}.jaxllm-{secrets.token_hex(8)}.new")  # others may write it
     try:
         with naming(file), new.open("wb") as out:
             out.write(data)
@@ -214,7 +212,7 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 def unfinished(folder: Path) -> list[Path]:
     """The files in a local folder that `write_bytes` writes now, or did when it was killed."""
-    return [file for file in folder.glob("*.new") if _NEW.search(file.name)]
+    return list(folder.glob(f"*.jaxllm-{16 * '[0-9a-f]'}.new"))
 
 
 def write_text(file: Path, text: str) -> None:
