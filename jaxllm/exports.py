@@ -76,15 +76,15 @@ def export(
 
 def _config(run: str, folder: Path) -> dict[str, Any]:
     """The config.json of a run folder or HF directory."""
-    if not (folder / "config.json").is_file():
+    file, is_run = folder / "config.json", (folder / "checkpoints").is_dir()
+    if not file.is_file() and not is_run:
         raise UserError(f"{run} is neither a run folder nor a HF directory: it has no config.json")
     try:
-        return read_json(folder / "config.json")
+        return read_json(file)
     except UserError as error:
-        if not (folder / "checkpoints").is_dir():
+        if not is_run:
             raise
-        hint = "delete it and start the run again, which writes it"
-        raise UserError(f"{error}; {hint}") from None
+        raise UserError(f"{error}; start the run without this file, which writes it") from None
 
 
 def _load_run(

@@ -198,7 +198,7 @@ def write_bytes(file: Path, data: bytes) -> None:
     if is_bucket(file):
         file.write_bytes(data)
         return
-    new = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")  # others may write it too
+    new = file.with_name(f"{file.name}.jaxllm-{secrets.token_hex(8)}.new")  # others may write it
     try:
         with naming(file), new.open("wb") as out:
             out.write(data)
@@ -208,6 +208,11 @@ def write_bytes(file: Path, data: bytes) -> None:
     except BaseException:  # Ctrl-C too
         new.unlink(missing_ok=True)
         raise
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The files in a local folder that `write_bytes` writes now, or did when it was killed."""
+    return list(folder.glob(f"*.jaxllm-{16 * '[0-9a-f]'}.new"))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -49,6 +49,7 @@ from jaxllm.paths import (
     matching,
     naming,
     rename_folder,
+    unfinished,
     write_text,
 )
 from jaxllm.watch import STARTS
@@ -144,6 +145,9 @@ class RunFolder:
             _read_config(self.path, cfg.overwrite)  # raises for a folder that is not a run's
             _check_writable(self.path)
             self._lock = Lock.of(self.path)
+            for folder in (self.path, *self.path.glob("checkpoints/*")) if self._lock else ():
+                for left in unfinished(folder):  # by a run that was killed
+                    left.unlink()
         config = dist.agree(_read_config(self.path, cfg.overwrite) if dist.is_main() else None)
         self.changed: dict[str, Any] = {}  # of the identity; see `latest`
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run

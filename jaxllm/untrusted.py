@@ -94,7 +94,7 @@ def parse_json(
         why = f"{error.object[error.start]!a} is a lone surrogate, which is not a character"
     except (ValueError, RecursionError) as error:
         why = exceeded_limit(error)
-    raise UserError(f"{location}: {problem}: {why}; saw {excerpt(shown)}")
+    raise UserError(f"{location}: {problem}: {why}; saw {seen(shown)}")
 
 
 def check_extent(value: Any) -> None:
@@ -119,15 +119,6 @@ def exceeded_limit(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return f"an integer has more than {sys.get_int_max_str_digits()} digits"
-
-
-def excerpt(value: Any) -> str:
-    """The repr of a value, cut to 60 characters, for an error message."""
-
-    def cut(text: str) -> str:
-        return text if len(text) <= 60 else text[:57] + "…"
-
-    return repr(cut(value)) if isinstance(value, str) else cut(repr(value))
 
 
 def check_regular(folder: Path, suffixes: tuple[str, ...]) -> None:

@@ -157,17 +157,21 @@ def test_temporary_files_of_the_cache_are_deleted(tmp_path):
         (made / "state.json").write_text(text)
         entry = cache.put(made, "entry")
     assert (entry / "state.json").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["entry"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["entry", "hashes"]
     assert cache.get("entry") == entry
     (tmp_path / "making-old").mkdir()
     (tmp_path / "making-old" / "part").touch()
     (tmp_path / "making-old.json").touch()
     (tmp_path / "making-new").touch()
-    for name in ("making-old", "making-old.json"):
+    new = [f"{name}.jaxllm-0123456789abcdef.new" for name in ("a.json", "hashes/a")]
+    for name in (*new, "users.new"):
+        (tmp_path / name).touch()
+    for name in ("making-old", "making-old.json", *new, "users.new"):
         os.utime(tmp_path / name, (0, 0))
     Cache(str(tmp_path))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["entry", "hashes", "making-new"]
+    assert names == ["entry", "hashes", "making-new", "users.new"]
+    assert not list((tmp_path / "hashes").glob("*.new"))
 
 
 # ---- tokenizers

@@ -253,3 +253,9 @@ def test_a_loaded_model_generates_what_its_directory_does(project, observed, tmp
     model.base = ""
     with pytest.raises(jaxllm.UserError, match="was not loaded from a directory; give its token"):
         jaxllm.generate_text(model, ["a"])
+
+
+def test_the_vocabulary_of_a_loaded_model_is_checked_once(observed, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("jaxllm.chat.check_vocabulary", lambda _, size: sizes.append(size))
+    assert sizes == [TextModel.load(observed[0].final).model.cfg.vocab_size]

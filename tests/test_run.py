@@ -226,6 +226,27 @@ def test_a_disk_that_is_full_at_the_first_start_leaves_a_folder_that_can_be_used
     assert (RunFolder(replace(cfg, seed=2)).path / "config.json").is_file()
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from jaxllm.paths import write_checked
+os.fsync = lambda _: os.kill(os.getpid(), 9)
+write_checked(Path(sys.argv[1]), {})
+"""
+
+
+def test_the_next_start_deletes_what_a_killed_one_had_not_renamed(cfg):
+    run = Path(used(cfg))
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    for file in (run / "data.json", run / "checkpoints" / "1" / "amended.json"):
+        assert subprocess.run([sys.executable, "-c", KILLED, str(file)]).returncode == -9
+    (run / "notes.json.1a2b3c4d.new").touch()  # the user's
+    (run / "a.new").touch()
+    assert len(list(run.rglob("*.new"))) == 4
+    RunFolder(cfg)
+    assert sorted(file.name for file in run.rglob("*.new")) == ["a.new", "notes.json.1a2b3c4d.new"]
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_folder_that_cannot_be_written_is_named_at_once(cfg, monkeypatch, exists):
     if exists:

@@ -50,7 +50,9 @@ def training_help(verb: str) -> str:
         lines += _described(leaf, names)
     lines += ["", "Other names of transformers, TRL and LLaMA-Factory, and what they set:"]
     for text, flags in names.items():
-        if parts := [part for part in text.split("; ") if not skipped & {*_words(part)}]:
+        if parts := [
+            part for part in text.split("; ") if not skipped & {*re.findall(r"[\w.]+", part)}
+        ]:
             lines.append(f"  {', '.join(flags)}: {'; '.join(parts)}")
     return "\n".join(lines)
 
@@ -61,10 +63,6 @@ def _described(leaf: Leaf, names: dict[str, list[str]]) -> list[str]:
     indent = " " * 6
     text = textwrap.wrap(leaf.doc + also, 92, initial_indent=indent, subsequent_indent=indent)
     return [f"  --{leaf.key} {kind_of(leaf)} [{plain(leaf.default)}]", *text]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[\w.]+", text)
 
 
 def kind_of(leaf: Leaf) -> str:

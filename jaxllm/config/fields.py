@@ -47,7 +47,7 @@ def sources(value: Any) -> Any:
 
 
 # Trackers and the packages that they need.
-TRACKERS = {
+TRACKER_PACKAGES = {
     "wandb": "wandb",
     "tensorboard": "tensorboardX",
     "swanlab": "swanlab",
@@ -58,7 +58,7 @@ TRACKERS = {
 
 def installed(tracker: str) -> bool:
     """True if the package of a tracker is installed; it is not imported."""
-    spec = find_spec(TRACKERS[tracker])
+    spec = find_spec(TRACKER_PACKAGES[tracker])
     return spec is not None and spec.origin is not None  # None: a folder of this name, as of runs
 
 
@@ -68,7 +68,7 @@ def trackers(value: Any) -> Any:
     if value in (None, False, "none"):
         return []
     if value == "all":
-        return list(filter(installed, TRACKERS))
+        return list(filter(installed, TRACKER_PACKAGES))
     if isinstance(value, str):
         return [name.strip() for name in value.split(",")]
     if not isinstance(value, list):

@@ -126,12 +126,12 @@ SCHEDULE_KEYS |= {"power": "optim.power", "num_decay_steps": "optim.decay"}
 SCHEDULE_VALUES = {"num_cycles": 0.5, "decay_type": "linear", "warmup_type": "linear"}
 
 # fmt: off
-OPTIMIZERS = dict.fromkeys(
+HF_OPTIMIZERS = dict.fromkeys(
     ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf",
      "paged_adamw_32bit", "adamw"), "adamw",
 )
-OPTIMIZERS |= {"adafactor": "adafactor", "lion_32bit": "lion", "paged_lion_32bit": "lion"}
-OPTIMIZERS |= {"sgd": "sgd", "schedule_free_adamw": "schedule_free_adamw", "lion": "lion"}
+HF_OPTIMIZERS |= {"adafactor": "adafactor", "lion_32bit": "lion", "paged_lion_32bit": "lion"}
+HF_OPTIMIZERS |= {"sgd": "sgd", "schedule_free_adamw": "schedule_free_adamw", "lion": "lion"}
 # They round the optimizer state to 8 or 4 bits to save memory. Here it is float32.
 QUANTIZED = dict.fromkeys(
     ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"),

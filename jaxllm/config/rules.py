@@ -10,7 +10,7 @@ from jaxllm.config.datasets import factory_sources, hub_source, mixture, separat
 from jaxllm.config.fields import Given, home
 from jaxllm.config.names import (
     DPO_LOSSES,
-    OPTIMIZERS,
+    HF_OPTIMIZERS,
     QUANTIZED,
     RATES,
     SCHEDULE_KEYS,
@@ -301,7 +301,7 @@ def _optimizer(value: Any, flags: Flags) -> dict[str, Any]:
         less = "optim.options {mu_dtype: bfloat16} and optim.offload need less"
         note = f"{value} runs as {name} with float32 moments, which need more memory; {less}"
         return {"optim.name": name, NOTE: note}
-    return {"optim.name": _choose(value, OPTIMIZERS)}
+    return {"optim.name": _choose(value, HF_OPTIMIZERS)}
 
 
 # ---- objectives

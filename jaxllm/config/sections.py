@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
 from jaxllm.config.fields import (
-    TRACKERS,
+    TRACKER_PACKAGES,
     Amount,
     Count,
     DpoLoss,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # a type checker accepts no computed Literal
     Method = Objective = Optimizer = Tracker = str
 else:
     Method, Objective = Literal[tuple(PEFT_METHODS)], Literal[tuple(VERBS)]
-    Optimizer, Tracker = Literal[tuple(OPTIMIZERS)], Literal[tuple(TRACKERS)]
+    Optimizer, Tracker = Literal[tuple(OPTIMIZERS)], Literal[tuple(TRACKER_PACKAGES)]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of what is made from data once: directories that never change, and files that grow.
 
-A directory has the hashes of its files. They are compared when it is first read, and again when the
-size, time or inode of a file has changed: to compare them at each start would read all tokens.
+A directory has the hashes of its files. They are compared again when the size, time or inode of a
+file has changed: to compare them at each start would read all tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxllm.paths import (
     files_in,
     is_bucket,
     read_checked,
+    unfinished,
     version,
     write_checked,
 )
@@ -56,18 +57,20 @@ class Cache:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"data.cache_dir: {self.root} is a file, or is inside one") from None
-        for left in self.root.glob("making-*"):
+        records = self.root / "hashes"
+        for left in (*self.root.glob("making-*"), *unfinished(self.root), *unfinished(records)):
             with suppress(OSError):  # another process deletes it, or another user owns it
                 if left.stat().st_mtime < time.time() - _ABANDONED:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    def hash_of(self, file: Path) -> str:
+    def hash_of(self, file: Path, place: Path | None = None) -> str:
         """A hash of all bytes of a file; in a bucket, its version. It is kept in the cache, so the
-        file is read again only if its size, time or inode has changed."""
+        file is read again only if its size, time or inode has changed. place: the path that it is
+        about to get."""
         if is_bucket(file):
             return version(file)
         stat = file.stat()
-        state = [str(file.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        state = [str((place or file).absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
         record = self.root / "hashes" / xxhash.xxh3_128_hexdigest(json.dumps(state).encode())
         with suppress(OSError, ValueError):
             return read_checked(record)
@@ -77,22 +80,29 @@ class Cache:
             write_checked(record, digest)
         return digest
 
-    def _is_intact(self, entry: Path) -> bool:
-        """True if the files of a directory have the hashes that `put` wrote."""
+    def _is_intact(self, made: Path, entry: Path) -> bool:
+        """True if the files of a directory have the hashes that `put` wrote. entry: its path, or
+        the one that it is about to get."""
         try:
-            sums = read_checked(entry / _SUMS)
-            return all(self.hash_of(entry / name) == digest for name, digest in sums.items())
+            sums = read_checked(made / _SUMS)
+            return all(self.hash_of(made / n, entry / n) == digest for n, digest in sums.items())
         except (OSError, ValueError):
             return False
 
-    def get(self, name: str) -> Path | None:
-        """The local path of an entry, None if there is none. A directory that is damaged is
-        deleted. A file is read from the bucket again, since another machine may have replaced it.
-        """
+    def check(self, name: str) -> bool:
+        """True if there is an entry. A directory that is damaged is deleted first, so one process
+        of those that share the cache calls it, before any of them reads the entry."""
         entry = self.root / name
-        if entry.is_dir() and not self._is_intact(entry):
+        if entry.is_dir() and not self._is_intact(entry, entry):
             print(f"jaxllm: {entry} is damaged, so it is made again", file=sys.stderr)
-            shutil.rmtree(entry, ignore_errors=True)  # another process may do it too
+            with suppress(FileNotFoundError):  # a source that is listed twice has two processes
+                shutil.rmtree(entry)
+        return self.get(name) is not None
+
+    def get(self, name: str) -> Path | None:
+        """The local path of an entry, None if there is none. A file is read from the bucket again,
+        since another machine may have replaced it."""
+        entry = self.root / name
         if entry.is_dir() or self.shared is None:
             return entry if entry.exists() else None
         remote, made = self.shared / name, self.root / f"making-{uuid.uuid4().hex}"
@@ -100,7 +110,7 @@ class Cache:
             made.mkdir()
             for file in files_in(remote):
                 copy(file, made / file.name)
-            if not self._is_intact(made):
+            if not self._is_intact(made, entry):
                 shutil.rmtree(made)
                 return None
         elif remote.is_file():
@@ -111,14 +121,15 @@ class Cache:
 
     def put(self, made: Path, name: str) -> Path:
         """Moves a complete file or directory, which is in `root`, to the entry `name`."""
+        entry = self.root / name
         if made.is_dir():
             names = [str(file.relative_to(made)) for file in files_in(made)]
-            write_checked(made / _SUMS, {name: file_hash(made / name) for name in names})
+            write_checked(made / _SUMS, {n: self.hash_of(made / n, entry / n) for n in names})
         if self.shared:
             files = files_in(made) if made.is_dir() else [made]
             for file in sorted(files, key=lambda file: file.name == _LAST):
                 copy(file, self.shared / name / file.relative_to(made))
-        return self._move(made, self.root / name)
+        return self._move(made, entry)
 
     def _move(self, made: Path, entry: Path) -> Path:
         entry.parent.mkdir(exist_ok=True)

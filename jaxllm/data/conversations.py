@@ -33,8 +33,7 @@ from jaxllm.data.prompts import (
     prompt_message_count,
     split_pair,
 )
-from jaxllm.errors import UserError
-from jaxllm.untrusted import excerpt
+from jaxllm.errors import UserError, seen
 
 CONVERSATION_FORMS = (
     "messages (role, content), conversations (from, value), prompt + completion, "
@@ -135,7 +134,7 @@ def parse_pair(record: dict, source: Source, data: DataSection, location: str) -
         margin = _parse_cell(parser.columns.get("margin", 0.0))
         is_number = isinstance(margin, int | float) and not isinstance(margin, bool)
         if not is_number or not abs(margin) < 3e38:
-            raise parser.error(f"margin is {excerpt(margin)}; it must be a number")
+            raise parser.error(f"margin is {seen(margin)}; it must be a number")
         margin = float(margin)
         chosen, rejected = parser.columns["chosen"], parser.columns["rejected"]
         turns = parser.prompt_turns()
@@ -158,7 +157,7 @@ def parse_judged(
     with _parser(record, source, data, location) as parser:
         label = _parse_cell(parser.columns.get("label", parser.columns.get("kto_tag")))
         if label not in (True, False):
-            raise parser.error(f"label is {excerpt(label)}; it must be true or false")
+            raise parser.error(f"label is {seen(label)}; it must be true or false")
     chat = parse_conversation(record, source, data, location)
     if chat["messages"][-1]["role"] != "assistant":
         raise parser.error("the last message is judged, so it must be the assistant's")
@@ -230,7 +229,7 @@ class _RecordParser(ParseContext):
 
     def messages(self, turns: Any) -> list[dict[str, Any]]:
         if not isinstance(turns, list) or not turns:
-            raise self.error(f"a conversation must be a list of messages; saw {excerpt(turns)}")
+            raise self.error(f"a conversation must be a list of messages; saw {seen(turns)}")
         return [parse_message(turn, self) for turn in turns]
 
     def turns(self, name: str) -> Any:
@@ -254,7 +253,7 @@ class _RecordParser(ParseContext):
             isinstance(p, list) and len(p) == 2 for p in pairs
         ):
             problem = "history must be a list of [question, answer]"
-            raise self.error(f"{problem}; saw {excerpt(pairs)}")
+            raise self.error(f"{problem}; saw {seen(pairs)}")
         history = [t for q, a in pairs for t in (*_as_turns("user", q), *_as_turns("assistant", a))]
         return history + _as_turns("user", "\n".join(prompt))
 
@@ -299,8 +298,8 @@ class _RecordParser(ParseContext):
         if first["role"] in ("system", "developer"):
             if system and message_text(first).strip() != system.strip():
                 raise self.error(
-                    f"the column system is {excerpt(system)}, but the messages begin with "
-                    f"{excerpt(message_text(first))}; keep one (data.drop_columns: [system])"
+                    f"the column system is {seen(system)}, but the messages begin with "
+                    f"{seen(message_text(first))}; keep one (data.drop_columns: [system])"
                 )
         elif system:
             messages = [{"role": "system", "content": system}, *messages]
@@ -321,7 +320,7 @@ class _RecordParser(ParseContext):
             user["content"] = template.format_map(values)
         except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise self.error(
-                f"user_template {excerpt(template)} cannot be filled in: {error!r}; "
+                f"user_template {seen(template)} cannot be filled in: {error!r}; "
                 f"the columns are {', '.join(self.columns)}"
             ) from None
 
@@ -358,7 +357,7 @@ def _string(record: dict, name: str, location: str) -> str:
     if isinstance(value := record.get(name, ""), str):
         return value
     kind = type(value).__name__
-    raise UserError(f"{location}: {name} is {kind}, not a string: {excerpt(value)}")
+    raise UserError(f"{location}: {name} is {kind}, not a string: {seen(value)}")
 
 
 def _as_turns(role: str, value: Any) -> list:

@@ -146,6 +146,8 @@ class _Cached:
     def load(self) -> Examples:
         """The tokens of all parts, in the order of the records."""
         parts = [self.part(g, i) for g, (_, count) in enumerate(self.groups) for i in range(count)]
+        for part in parts if self.cache.shared else ():
+            self.cache.check(part)  # this machine's copy
         tables: Any = [datasets.load_from_disk(str(self.cache.get(part))) for part in parts]
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
         if not len(table):
@@ -212,7 +214,7 @@ def tokenize_sources(
     for one in cached:
         for group, (_, count) in enumerate(one.groups):
             mine = [i for i in range(count) if next(turns) == dist.index()]
-            missing = [i for i in mine if one.cache.get(one.part(group, i)) is None]
+            missing = [i for i in mine if not one.cache.check(one.part(group, i))]
             if missing:
                 _fill(one, group, missing, cfg, tokenizer)
     dist.barrier("tokens")

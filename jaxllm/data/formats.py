@@ -14,9 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from jaxllm.errors import MissingFile, UserError
+from jaxllm.errors import MissingFile, UserError, seen
 from jaxllm.paths import as_path, first_line, hub_id, is_bucket, matching
-from jaxllm.untrusted import exceeded_limit, excerpt
+from jaxllm.untrusted import exceeded_limit
 
 FORMATS = {
     ".txt": "text",
@@ -208,10 +208,10 @@ def _multiline_records(file: Path) -> Records:
             line, before = line + text.count("\n", before, offset), offset
             yield text[offset:end], f"{file}:{line}"
     except json.JSONDecodeError as error:
-        seen = error.doc[error.pos : error.pos + 60] or "the end of the file"
+        shown = error.doc[error.pos : error.pos + 60] or "the end of the file"
         raise UserError(
             f"{file}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}; "
-            f"saw {excerpt(seen)}"
+            f"saw {seen(shown)}"
         ) from None
 
 

@@ -78,12 +78,6 @@ def unstacked(batch: Row) -> Iterator[Row]:
     return ({f: v[row] for f, v in fields.items()} for row in range(len(fields["tokens"])))
 
 
-def batch_at(rows: Rows, seed: int, step: int, batch_size: int) -> Row:
-    """The fields of Batch [B, T] of update `step` (from 0), the same on every host and mesh."""
-    loader = make_loader(rows, batch_size=batch_size, seed=seed, start_step=step, prefetch=0)
-    return {name: value[0] for name, value in next(loader).items()}
-
-
 def make_loader(
     rows: Rows,
     *,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.config import DataSection
-from jaxllm.errors import UserError
-from jaxllm.untrusted import excerpt, parse_json
+from jaxllm.errors import UserError, seen
+from jaxllm.untrusted import parse_json
 
 # Names of roles in common datasets, in lower case and with "_" for "-"; data.roles adds to them.
 ROLES = {
@@ -85,7 +85,7 @@ def without_nulls(value: Any) -> Any:
 def parse_message(turn: Any, context: ParseContext) -> dict[str, Any]:
     """Convert a turn of any accepted layout to a message. Raises UserError for any other."""
     if not isinstance(turn, dict):
-        saw = excerpt(turn)
+        saw = seen(turn)
         raise context.error(f"a message must be an object with role and content; saw {saw}")
     drop = context.data.drop_columns
     turn = {k: v for k, v in turn.items() if v is not None and k not in drop}
@@ -124,7 +124,7 @@ def parse_tools(value: Any, name: str, location: str) -> list[Any] | None:
     if tools is None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{location}: {name} must be a list of JSON schemas; saw {excerpt(tools)}")
+        raise UserError(f"{location}: {name} must be a list of JSON schemas; saw {seen(tools)}")
     return [_wrap_function(_clean_schema(tool)) for tool in tools] or None
 
 
@@ -140,7 +140,7 @@ def _parse_role(value: Any, context: ParseContext) -> tuple[str, bool]:
         if name in ROLES:
             return ROLES[name], name in CALLS
     raise context.error(
-        f"a message has the role {excerpt(value)}; accepted are {', '.join(ROLES)} (map others "
+        f"a message has the role {seen(value)}; accepted are {', '.join(ROLES)} (map others "
         "with data.roles: {ROLE: assistant})"
     )
 
@@ -158,7 +158,7 @@ def _text_parts(content: list, context: ParseContext) -> tuple[list[dict] | str,
             reasoning_parts.append(_reasoning_text(text if found is None else found, kind, context))
         else:
             raise context.error(
-                f"a content part has the type {excerpt(kind)}, not text; saw {excerpt(part)}"
+                f"a content part has the type {seen(kind)}, not text; saw {seen(part)}"
             )
     return parts or "", reasoning_parts
 
@@ -187,7 +187,7 @@ def parse_weight(value: Any, name: str, context: ParseContext) -> float:
     """A loss weight: true, false or a number >= 0."""
     if isinstance(value, bool | int | float) and 0 <= value < 3e38:  # a float32
         return float(value)
-    raise context.error(f"a message's {name} is {excerpt(value)}; use true, false or a number >= 0")
+    raise context.error(f"a message's {name} is {seen(value)}; use true, false or a number >= 0")
 
 
 def _message_weight(turn: dict, context: ParseContext) -> dict[str, float]:
@@ -242,7 +242,7 @@ def _tool_calls(turn: dict, content: Any, context: ParseContext) -> list[dict]:
             calls = parse_json(calls, "")
     calls = [_wrap_function(call) for call in (calls if isinstance(calls, list) else [calls])]
     if not all(map(_is_call, calls)):
-        raise context.error(f"a tool call must have a name and arguments; saw {excerpt(calls)}")
+        raise context.error(f"a tool call must have a name and arguments; saw {seen(calls)}")
     return [_clean_call(call, context) for call in calls]
 
 
@@ -278,7 +278,7 @@ def _clean_call(call: dict, context: ParseContext) -> dict:
         except ValueError:
             return call
     if not isinstance(arguments, dict):
-        raise context.error(f"the arguments of a tool call are {excerpt(given)}, not an object")
+        raise context.error(f"the arguments of a tool call are {seen(given)}, not an object")
     schema: Any = {}
     for tool in context.tools or ():
         described = tool.get("function", tool)
@@ -355,17 +355,17 @@ def _clean_argument(value: Any, schema: Any, root: Any) -> Any:
     return cleaned
 
 
-def _subschemas(schema: Any, root: Any = None, seen: tuple[str, ...] = ()) -> Iterator[dict]:
+def _subschemas(schema: Any, root: Any = None, above: tuple[str, ...] = ()) -> Iterator[dict]:
     """A schema and the schemas that it combines or refers to in `root`."""
     if not isinstance(schema, dict):
         return
     yield schema
     for name in ("anyOf", "oneOf", "allOf"):
         for inner_schema in _list_at(schema, name):
-            yield from _subschemas(inner_schema, root, seen)
+            yield from _subschemas(inner_schema, root, above)
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference not in seen:
+    if isinstance(reference, str) and reference not in above:
         target = root
         for key in reference.removeprefix("#/").split("/"):
             target = target.get(key) if isinstance(target, dict) else None
-        yield from _subschemas(target, root, (*seen, reference))
+        yield from _subschemas(target, root, (*above, reference))

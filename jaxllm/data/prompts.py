@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.data.messages import ParseContext, message_text
-from jaxllm.untrusted import excerpt
+from jaxllm.errors import seen
 
 PROMPT_FORMS = (
     "messages, conversations, prompt, question, or instruction (and input, system, history)"
@@ -54,7 +54,7 @@ def split_pair(
         ):
             raise context.error(
                 f"{name} begins with the {overlap[0]['role']} message "
-                f"{excerpt(message_text(overlap[0]))}, but the prompt does not end with it; an "
+                f"{seen(message_text(overlap[0]))}, but the prompt does not end with it; an "
                 "answer must begin with an assistant message"
             )
         answers[name] = answer[len(overlap) :]
@@ -78,8 +78,8 @@ def merge_prompt(
         if _same_messages(prompt[-count:], shared[:count]):
             return prompt[:-count] + shared
     raise context.error(
-        f"the prompt ends with {excerpt(message_text(prompt[-1]))}, but the messages of {where} "
-        f"begin with {excerpt(message_text(shared[0]))}; keep one (data.drop_columns: [prompt])"
+        f"the prompt ends with {seen(message_text(prompt[-1]))}, but the messages of {where} "
+        f"begin with {seen(message_text(shared[0]))}; keep one (data.drop_columns: [prompt])"
     )
 
 

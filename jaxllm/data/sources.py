@@ -43,7 +43,7 @@ from jaxllm.paths import (
     matching,
     read_bytes,
 )
-from jaxllm.untrusted import excerpt, odd_values, parse_json, read_json
+from jaxllm.untrusted import odd_values, parse_json, read_json
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -390,9 +390,7 @@ def records(
     for text, location in zip(batch[_RECORD], batch[_LOCATION], strict=True):
         record = parse_json(text, location)
         if not isinstance(record, dict):
-            raise UserError(
-                f"{location}: a record must be a JSON object {{…}}; saw {excerpt(text)}"
-            )
+            raise UserError(f"{location}: a record must be a JSON object {{…}}; saw {seen(text)}")
         yield location, record
 
 

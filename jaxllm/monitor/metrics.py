@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -317,8 +318,9 @@ class Metrics:
     report_to: names in TRACKERS. config: a dict, for the trackers. On resume, lines after
     `resume_step` are dropped, so that no step occurs twice. `eval_pending`: the checkpoint was
     saved before its evaluation, so the evaluation's lines are dropped too. name, project: of the
-    run in the trackers; default: the folder's name, and WANDB_PROJECT or jaxllm. A tracker that
-    fails, at start or later, is disabled with one line on stderr; training continues.
+    run in the trackers; default: the folder's name, and WANDB_PROJECT or jaxllm. A thread sends
+    them the numbers, as a server may be slow. A tracker that fails, at start or later, is disabled
+    with one line on stderr; training continues.
     """
 
     def __init__(
@@ -332,13 +334,10 @@ class Metrics:
         name: str | None = None,
         project: str | None = None,
     ):
-        for tracker in report_to:
-            if tracker not in TRACKERS:
-                names = ", ".join(TRACKERS)
-                raise UserError(f"log.report_to {tracker!r} is unknown; choose from {names}")
         self.run = shown = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
+        self._sender = ThreadPoolExecutor(1, "trackers")
         self.spool: Spool | None = None
         if not self.enabled:
             return
@@ -373,8 +372,7 @@ class Metrics:
         self._append("metrics.jsonl", line | values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
-        for name, tracker in list(self.trackers.items()):
-            self._try(name, partial(tracker.write, group, step, numbers))
+        self._sender.submit(self._call_trackers, "write", group, step, numbers)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends {"step", "prompt", "text", …} of each row to samples.jsonl, and sends the rows to
@@ -384,8 +382,7 @@ class Metrics:
         for row in rows:
             self._append("samples.jsonl", {"step": step} | row)
         columns = {key: [_cell(row[key]) for row in rows] for key in rows[0]}
-        for name, tracker in list(self.trackers.items()):
-            self._try(name, partial(tracker.samples, step, columns))
+        self._sender.submit(self._call_trackers, "samples", step, columns)
 
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""
@@ -398,12 +395,16 @@ class Metrics:
             self.spool.flush()
 
     def close(self) -> None:
-        """Closes the trackers."""
-        for name, tracker in list(self.trackers.items()):
-            self._try(name, tracker.close)
+        """Closes the trackers, after they have received everything."""
+        self._sender.shutdown()
+        self._call_trackers("close")
         self.trackers.clear()
         if self.spool:
             self.spool.close()
+
+    def _call_trackers(self, method: str, *args: Any) -> None:
+        for name, tracker in list(self.trackers.items()):
+            self._try(name, partial(getattr(tracker, method), *args))
 
     def _try(self, name: str, call: Callable[[], Any]) -> Any:
         try:

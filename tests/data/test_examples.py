@@ -16,6 +16,7 @@ from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data import cache as cache_module
 from jaxllm.data import examples as examples_module
 from jaxllm.data import tokenization
+from jaxllm.data.cache import Cache
 from jaxllm.data.chat import EOS_APPENDED, SEPARATE_EXAMPLE
 from jaxllm.data.examples import fingerprint, tokenize
 from jaxllm.data.tokenization import COMPLETE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
@@ -333,19 +334,39 @@ def test_damaged_tokens_are_made_again(tmp_path, tokenizer, capsys, how):
     assert capsys.readouterr().err == ""
 
 
-def test_the_bytes_of_cached_tokens_are_compared_once(tmp_path, tokenizer, monkeypatch):
+def test_the_bytes_of_cached_tokens_are_read_once(tmp_path, tokenizer, monkeypatch):
     """To read all of a large cache at each start would take minutes."""
     file = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
-    read = []
+    read, checked = [], []
+
+    def is_intact(*args, real=Cache._is_intact):
+        checked.append(args)
+        return real(*args)
 
     def file_hash(path, real=cache_module.file_hash):
         read.append(path.suffix)
         return real(path)
 
     monkeypatch.setattr(cache_module, "file_hash", file_hash)
-    for count in (2, 2):  # when it is made and when it is first read; then not again
+    monkeypatch.setattr(Cache, "_is_intact", is_intact)
+    for starts in range(3):
         documents(file, config(tmp_path), tokenizer)
-        assert read.count(".arrow") == count
+        assert read.count(".arrow") == 1  # when it is made
+        assert len(checked) == starts  # by the process that made it or would make it
+
+
+def test_who_reads_a_damaged_entry_does_not_delete_it(tmp_path, capsys):
+    """Another process may read it as well. The one that makes it again deletes it."""
+    cache = Cache(str(tmp_path))
+    made = cache.root / "making-it"
+    made.mkdir()
+    (made / "state.json").write_text("{}")
+    entry = cache.put(made, "entry")
+    assert cache.check("entry")
+    (entry / "state.json").write_text("{ }")
+    assert cache.get("entry") == entry and entry.is_dir() and not capsys.readouterr().err
+    assert not cache.check("entry") and not entry.exists()
+    assert "is damaged, so it is made again" in capsys.readouterr().err
 
 
 def test_another_content_tokenizer_or_setting_is_tokenised_anew(tmp_path, tokenizer, bos_tokenizer):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import batch_at
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data.batch import TEXT
 from jaxllm.data.dataset import load_data, summarize
-from jaxllm.data.loader import batch_at, eval_batches, make_loader
+from jaxllm.data.loader import eval_batches, make_loader
 from jaxllm.data.rows import Conversations, Rows, Windows
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import batch_at
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data.dataset import load_data, summarize
-from jaxllm.data.loader import batch_at, eval_batches
+from jaxllm.data.loader import eval_batches
 from jaxllm.data.preference import Judged
 from jaxllm.objectives.table import OBJECTIVES
 

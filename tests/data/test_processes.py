@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import DEVICES, ENV
+from runs import DEVICES, ENV, batch_at
 
 from jaxllm.config import DataSection, LogSection, Source, TrainConfig
 from jaxllm.data import sources
 from jaxllm.data.cache import Cache
 from jaxllm.data.dataset import load_data
-from jaxllm.data.loader import batch_at
 
 ROOT = Path(__file__).parents[2]
 STEP, ROWS = 3, 8

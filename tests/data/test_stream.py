@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from runs import batch_at
 
 from jaxllm.config import DataSection, LogSection, ModelSection, Source, TrainConfig
 from jaxllm.config.checks import check
 from jaxllm.data import stream
 from jaxllm.data.dataset import load_data, summarize
-from jaxllm.data.loader import batch_at, make_loader
+from jaxllm.data.loader import make_loader
 from jaxllm.data.stream import Stream
 from jaxllm.paths import read_checked, write_checked
 

@@ -128,6 +128,8 @@ def test_a_config_of_a_megabyte_is_refused(tmp_path):
 
 def test_values_in_messages_are_cut():
     assert len(seen("a" * 10_000)) == len(seen([1] * 10_000)) == LONGEST
+    ends = f"the prompt ends with {seen('a ' * 500)}, not with {seen(['b'] * 500)}; keep one"
+    assert mistake(UserError(ends)) == ends and "a…', not with ['b'" in ends and "…]; keep" in ends
     word, quoted = "a" * 10_000, "b c " * 3000
     line = mistake(UserError(f"key {word} is\n'{quoted}'; write another"))
     assert line is not None and len(line) < 2.5 * LONGEST
