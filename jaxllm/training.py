@@ -169,6 +169,7 @@ def train(
             if unlogged:  # the line is written while this step runs on the device
                 log(step - 1)
             meter.add(step, step_metrics | rollout_metrics)
+            bar.advance(step - 1)
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
             stop = timetable.may_stop(step) and watch.should_stop(step, step + timetable.stride)

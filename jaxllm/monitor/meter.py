@@ -85,8 +85,10 @@ class Meter:
             self._start += duration_secs
 
     def add(self, step: int, metrics: Any) -> None:
-        """Adds the metrics of an update without waiting for them."""
+        """Adds the metrics of an update without waiting for it, but for the one before it: a signal
+        could not stop the run before all updates that are queued on the devices."""
         self._pending.append((step, metrics))
+        jax.block_until_ready(self._pending[-2:-1])
 
     def read(self) -> None:
         """Waits for the updates so far. Raises UserError if a loss or gradient is not finite, so
