@@ -66,10 +66,8 @@ def _report(cfg: TrainConfig, result: Any) -> int:
         print(f"best: step {best.step}, {metric} {best.value:.4f}{loss}{exported}")
     if result.early:
         more = f" by more than {cfg.eval.min_delta:g}" if cfg.eval.min_delta else ""
-        print(
-            f"stopped early: {metric} has not improved{more} in {best.waited} evaluations "
-            "(eval.patience)"
-        )
+        waited = f"{best.waited} evaluations (eval.patience)"
+        print(f"stopped early: {metric} has not improved{more} in {waited}")
     if result.stopped:
         print(f"stopped at step {result.step}; run the same command to resume", file=sys.stderr)
         return STOPPED
@@ -84,15 +82,13 @@ class _Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError."""
 
     def __init__(self, verb: str):
-        super().__init__(
-            prog=f"jaxllm {verb}",
-            description=VERBS[verb.split()[0]][1] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        about = VERBS[verb.split()[0]][1]
+        about = f"{about[0].upper()}{about[1:]}."
+        super().__init__(prog=f"jaxllm {verb}", description=about, allow_abbrev=False)
 
     def flag(self, name: str, about: str, **keys: Any) -> None:
-        self.add_argument(name, help=about, **keys)
+        default = "" if keys.get("default") in (None, []) else f" [{keys['default']}]"
+        self.add_argument(name, help=about + default, **keys)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
@@ -201,10 +197,8 @@ def tokenizer(verb: str, args: list[str]) -> None:
 
     made = train_tokenizer(options.files, options.out, vocab_size=options.vocab_size)
     if len(made) < options.vocab_size:
-        seen = (
-            f"{len(made):,} tokens, not {options.vocab_size:,}: the text has no more pairs to merge"
-        )
-        print(seen, file=sys.stderr)
+        fewer = f"{len(made):,} tokens, not {options.vocab_size:,}"
+        print(f"{fewer}: the text has no more pairs to merge", file=sys.stderr)
     print(options.out)
 
 
@@ -390,10 +384,7 @@ def tokenize(verb: str, args: list[str]) -> None:
         print(TOKENIZE_HELP)
         return
     path = args.pop(0) if args and not args[0].startswith("-") else None
-    objective = find_objective(path, read_args(args))
-    if objective is None:
-        raise UserError("no objective: give --objective sft, or the verb of another training run")
-    cfg, _ = load_config(objective, path, args)
+    cfg, _ = load_config(find_objective(path, read_args(args)), path, args)
     checks.check(cfg)  # before the imports below, which take seconds
     check_inputs(cfg)
     from jaxllm import dist
@@ -424,10 +415,7 @@ def planning(verb: str, args: list[str]) -> None:
     flag("--json", "print one JSON object", action="store_true")
     path = args.pop(0) if args and not args[0].startswith("-") else None
     options, words = parser.parse_known_args(args)
-    objective = find_objective(path, read_args(words))
-    if objective is None:
-        raise UserError("no objective: give --objective sft, or the verb of another training run")
-    cfg, _ = load_config(objective, path, words)
+    cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
     check_inputs(cfg, data=False)
     from jaxllm.plan_search import run
 

@@ -44,9 +44,9 @@ def check_model(path: str) -> None:
     not asked."""
     folder = as_path(path)
     if not is_bucket(path) and not hub_id(path) and not folder.is_dir():
-        is_local = folder.parent not in (Path(), folder) and folder.parent.is_dir()
-        why = f"; {folder.parent} is one, so the hub is not asked" if is_local else ""
-        raise UserError(f"{path} is not a directory (nor a hub id like owner/name){why}")
+        is_local = folder.is_absolute() or (folder.parent != Path() and folder.parent.is_dir())
+        hub = "" if is_local else ", and not a hub id (OWNER/NAME)"
+        raise UserError(f"{path}: no such directory{hub}")
 
 
 def check_tokenizer(path: str) -> None:

@@ -168,7 +168,7 @@ def train(
             state, step_metrics = step_fn(state, frozen, batch)
             if unlogged:  # the line is written while this step runs on the device
                 log(step - 1)
-            meter.add(step, step_metrics | rollout_metrics)
+            bar.advance(meter.add(step, step_metrics | rollout_metrics))
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
             stop = timetable.may_stop(step) and watch.should_stop(step, step + timetable.stride)

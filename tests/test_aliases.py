@@ -460,7 +460,7 @@ def test_a_batch_size_that_is_given_survives_a_per_device_one(yaml):
         (["--adapter_name_or_path", "a,b"], "seen 2 adapters; merge all but one"),
         (["--val_size", "100"], "seen 100; give the fraction of the examples"),
         (["--mix_strategy", "interleave_under", "--dataset", "o/d"], "use interleave_over"),
-        (["--max_samples", "9"], "it needs dataset or eval_dataset, which is"),
+        (["--max_samples", "9"], "not given; or write data.train: {path: …, max_samples"),
         (["--dataset", "identity"], "data/dataset_info.json: no such file; give its file as"),
         (["--datasets", "[{path: o/d, fraction: 0.5}]"], "fraction of o/d: write sources of"),
         (["--use_bias_correction_kl", "--beta", "0.1"], "not multiplied by the ratio; set it to"),

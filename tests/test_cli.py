@@ -129,23 +129,28 @@ MISTAKES = [
     ("sft --model.path m --data.train d.txt --optim.name adamv", "optim.name is 'adamv'"),
     ("sft --model.path m --data.train d.txt --optim.options.b 1", "optim.options.b is no option"),
     ("sft --model.path no --data.train d.txt --optim.power 2", "goes with polynomial"),
-    ("sft --model.path no --data.train d.txt", "no is not a directory (nor a hub id"),
+    ("sft --model.path no --data.train d.txt", "no: no such directory, and not a hub"),
+    ("sft --model.path /no --data.train d.txt", "error: /no: no such directory"),
+    (
+        "sft --model.path m --data.train d.txt --output_dir d.txt/run",
+        "run: d.txt is not a writable folder",
+    ),
     ("sft --model.path m --data.train no.jsonl 'n*'", "2 mistakes: (1) no.jsonl: no such file"),
     ("sft --model.path m --model.tokenizer t --data.train d.txt", "t: no such directory, and not"),
     ("sft --model.path m --data.train d.txt --data.template t", "neither a file nor one of"),
-    ("grpo --model.path m --data.train d.txt --rl.rewards no", "no is not a directory"),
-    ("sft --model.path m --data.train d.txt --peft.method lora --peft.path n", "n is not a dir"),
+    ("grpo --model.path m --data.train d.txt --rl.rewards no", "no: no such directory, and"),
+    ("sft --model.path m --data.train d.txt --peft.method lora --peft.path n", "n: no such"),
     ("grpo --model.path m --data.train d.txt --rl.rewards n.py:f", "there is no file n.py"),
     ("pretrain --deepspeed no.json", "no.json: no such DeepSpeed file"),
     ("tokenize --objective sft --model.path m --data.train no.txt", "no.txt: no such file"),
-    ("compare --model.path no --data.train d.txt --data.eval_fraction 0.5", "no is not a"),
-    ("plan --objective sft --model.path no --topology cpu:1", "no is not a directory"),
+    ("compare --model.path no --data.train d.txt --data.eval_fraction 0.5", "no: no such"),
+    ("plan --objective sft --model.path no --topology cpu:1", "no: no such directory, and"),
     ("tokenizer train no.txt --out t", "no.txt: no such file or directory"),
-    ("eval --model no --data a", "no is not a directory"),
+    ("eval --model no --data a", "no: no such directory, and"),
     ("eval --model m --data '{path: no.txt}'", "no.txt: no such file or directory"),
-    ("generate --model no --prompt x", "no is not a directory"),
+    ("generate --model no --prompt x", "no: no such directory, and"),
     ("generate --model m --chat --template t --prompt x", "neither a file nor one of"),
-    ("chat --model m --adapter n=no", "no is not a directory"),
+    ("chat --model m --adapter n=no", "no: no such directory, and"),
     ("export no out", "no: no such directory"),
     ("rows no --step 1", "no: no such directory"),
     ("verify no", "no: no such directory"),
@@ -166,6 +171,12 @@ def test_mistakes_are_found_before_anything_heavy_is_imported():
     for line, (_, message) in zip(lines, MISTAKES, strict=True):
         assert message in line
     assert not (set(HEAVY) - {"pydantic", "yaml"}) & set(done.stdout.split())
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_heavy(monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cli.main(["sft", *RUN]) == 2
+    assert "output_dir run: run is not a writable folder" in capsys.readouterr().err
 
 
 def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, capsys):

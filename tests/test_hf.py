@@ -550,7 +550,7 @@ def test_a_hub_id_without_a_hub_is_one_clear_line():
     with pytest.raises(ValueError, match="nobody/nothing is no directory, nor could the hub") as e:
         local_dir("nobody/nothing")
     assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="no such directory"):
         local_dir("./nothing/here")
 
 

@@ -240,6 +240,7 @@ def test_a_loaded_model_generates_what_its_directory_does(project, observed, tmp
     want = jaxllm.generate_text(final, ["import os"], **options)
     model, tokenizer = jaxllm.load_hf(final), jaxllm.load_tokenizer(final)
     assert jaxllm.generate_text(model, ["import os"], tokenizer=tokenizer, **options) == want
+    assert jaxllm.generate_text(model, "import os", tokenizer=tokenizer, **options) == want
     found = TextModel.of(model)  # the tokenizer of model.base
     assert fingerprint(found.tokenizer) == fingerprint(tokenizer) and len(found.stop_ids) == 2
     jaxllm.save_hf(model, str(tmp_path / "saved"), tokenizer=tokenizer)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,8 +37,13 @@ def check(cfg: TrainConfig) -> None:
 
 
 def check_run(cfg: TrainConfig) -> None:
-    """`check` for a run that starts here: the packages of its trackers must be installed."""
+    """`check` for a run that starts here: its trackers are installed, its folder is writable."""
     check(cfg)
+    out = as_path(cfg.output_dir)
+    parents = () if is_bucket(cfg.output_dir) else (out, *out.parents)
+    there = next((folder for folder in parents if folder.exists()), None)
+    if there and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {cfg.output_dir}: {there} is not a writable folder")
     missing = [name for name in cfg.log.report_to if not installed(name)]
     if missing:
         names, extras = " and ".join(missing), ",".join(missing)

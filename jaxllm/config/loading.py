@@ -176,9 +176,14 @@ def read_sources(texts: Sequence[str], flag: str) -> tuple[Source, ...]:
 
 
 def find_objective(path: str | None, flags: Sequence[Given], default: Any = None) -> Any:
-    """The objective that the flags or else the file name, for a verb that trains nothing itself."""
+    """The objective that the flags or else the file name, for a verb that trains nothing itself.
+
+    Raises UserError if there is none and no default.
+    """
     named = [one.value for one in (read_yaml(path) if path else ()) if one.name == "objective"]
     named += [(flag.value or [True])[0] for flag in flags if flag.name == "objective"]
+    if not named and default is None:
+        raise UserError("no objective: give --objective sft, or the verb of another training run")
     return named[-1] if named else default
 
 

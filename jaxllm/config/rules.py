@@ -157,8 +157,8 @@ def _hub(value: Any, flags: Flags) -> dict[str, Any]:
     return hub_source(value, {name: one.value for name, one in flags.items()})
 
 
-def _with(*names: str, known: tuple[Any, ...] = ()) -> Rule:
-    """A name that the rule of one of `names` reads."""
+def _with(*names: str, known: tuple[Any, ...] = (), other: str = "") -> Rule:
+    """A name that the rule of one of `names` reads. other: what to write without them."""
 
     def rule(value: Any, flags: Flags) -> dict[str, Any] | None:
         if known and value not in known:
@@ -166,7 +166,7 @@ def _with(*names: str, known: tuple[Any, ...] = ()) -> Rule:
         if not value or value in known[:1]:
             return {}
         if not {*names} & flags.keys():
-            raise UserError(f"it needs {' or '.join(names)}, which is not given")
+            raise UserError(f"it needs {' or '.join(names)}, which is not given{other}")
         return {}
 
     return rule
@@ -450,7 +450,10 @@ TRANSLATED: dict[str, tuple[Rule, str]] = {
     ),
     "dataset": (_factory("data.train"), "data.train, by dataset_dir/dataset_info.json"),
     "eval_dataset": (_factory("data.eval"), "data.eval, by dataset_dir/dataset_info.json"),
-    "max_samples": (_with("dataset", "eval_dataset"), "max_samples of each source"),
+    "max_samples": (
+        _with("dataset", "eval_dataset", other="; or write data.train: {path: …, max_samples: …}"),
+        "max_samples of each source",
+    ),
     "mix_strategy": (_mix, "weights of data.train"),
     "interleave_probs": (_with("dataset"), "weights of data.train"),
     "val_size": (_held_out, "data.eval_fraction"),

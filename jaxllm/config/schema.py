@@ -117,9 +117,12 @@ def unknown_key(key: str, where: str = "") -> UserError:
     if is_flag and key in SECTIONS:
         hint = f"did you mean --{USUAL[key]}?" if key in USUAL else "--help lists them"
         return UserError(f"{where}: {key} is a section with keys; {hint}")
+    section, _, name = key.rpartition(".")
     near = _nearest_key(key)
     near = USUAL.get(near or "", near) if is_flag else near
     hint = f"did you mean {'--' * is_flag}{near}?" if near else "--help lists all keys"
+    if section in ("data", "data.train", "data.eval") and name in field_docs(Source):
+        hint = f"it belongs to a source of data.train: {{path: PATH, {name}: …}}"
     if is_flag:
         return UnknownFlag(f"unknown flag {where}; {hint}")
     return UserError(f"{where}: unknown key {key}; {hint}".removeprefix(": "))

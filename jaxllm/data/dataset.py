@@ -210,6 +210,7 @@ def _manifest_entry(rows: Rows | None) -> dict[str, Any]:
                 "records": len(np.unique(examples.source_record)),
                 "read": len(examples),
                 **_counts(examples),
+                "truncated": int((examples.outcome[indices] == TRUNCATED).sum()),
                 "examples": len(indices),
                 "notes": examples.notes,
                 "tokens": int(examples.lengths[indices].sum()),

@@ -75,6 +75,11 @@ class Progress:
             self.last_line = now
             print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`; the numbers beside it stay those of the last log line."""
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
     def compiling(self) -> None:
         """Announces compilation, which may take minutes; the bar already says so at start."""
         if not self.bar and dist.is_main():

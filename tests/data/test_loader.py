@@ -312,6 +312,14 @@ def test_manifest_counts_what_was_read_cut_dropped_and_laid_out(tmp_path, tokeni
     assert manifest["train"]["fill"] == source["tokens"] / (64 * len(data.train))
 
 
+def test_a_divided_source_counts_the_truncated_examples_of_each_part(tmp_path, tokenizer):
+    file = chats(tmp_path, "a.jsonl", [("q", "a" * 100)] * 4)
+    cfg = config(tmp_path, file, objective="sft", max_length=64, eval_fraction=0.25)
+    manifest = load_data(cfg, tokenizer).manifest
+    parts = [manifest["train"]["sources"][0], manifest["eval"]["eval"]["sources"][0]]
+    assert [part["truncated"] for part in parts] == [3, 1]
+
+
 def test_no_record_has_examples_on_both_sides_of_a_split(tmp_path, tokenizer):
     file = tmp_path / "a.jsonl"
     turns = [{"role": r, "content": "x"} for r in ("user", "assistant") * 2]

@@ -59,6 +59,18 @@ def test_a_log_line_of_a_resumed_run_covers_the_steps_before_it(clock):
     assert resumed.line()["tokens"] == straight.line()["tokens"] == 40
 
 
+def test_at_most_one_update_is_queued_behind_the_one_that_runs(monkeypatch):
+    """So that a signal stops a run of long steps soon: JAX queues up to 32."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.extend(s for s, _ in tree))
+    meter = Meter({}, 0.0)
+    meter.add(1, step_of(1))
+    assert waited == []
+    meter.add(2, step_of(1))
+    meter.add(3, step_of(1))
+    assert waited == [1, 2]
+
+
 def test_tokens_seen_are_counted_over_lines_and_restarts():
     meter = Meter({}, 0.0)
     meter.add(1, step_of(10))

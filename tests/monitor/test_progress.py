@@ -48,6 +48,8 @@ def test_on_a_terminal_progress_is_a_bar(capsys, monkeypatch):
         assert progress.bar.tasks[0].description == "compiling"
         progress.compiled(2.0)
         assert progress.bar.tasks[0].description == "compiled the step in 2.0 s"
+        progress.advance(21)  # between two log lines
+        assert progress.bar.tasks[0].completed == 21
         progress.update(50, **numbers())
         progress.say("[eval] loss 2")
         assert progress.bar.tasks[0].completed == 50
