@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -391,9 +391,17 @@ def _place_beside(out: Path) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent)
     new = Path(parent, "new")
+    write_json(Path(parent, MARKER), {"version": __version__})
     new.mkdir()
     write_json(new / MARKER, {"version": __version__})
     return parent
+
+
+def _delete_place(parent: Path) -> None:
+    """Deletes what `_place_beside` created, the marker last: the next export deletes what a kill
+    leaves of it."""
+    for part in ("new", "old", "."):
+        shutil.rmtree(parent / part, ignore_errors=True)
 
 
 def _prefix(out: Path) -> str:
@@ -409,8 +417,10 @@ def _clear_up(out: Path) -> None:
         new, old = parent / "new", parent / "old"
         if (old / MARKER).is_file() and not out.exists():
             old.rename(out)
-        if (new / MARKER).is_file() or (old / MARKER).is_file():
-            shutil.rmtree(parent, ignore_errors=True)
+        if any((place / MARKER).is_file() for place in (parent, new, old)):
+            _delete_place(parent)
+        with suppress(OSError):  # of an export that was killed before it wrote the marker
+            parent.rmdir()
 
 
 @contextmanager
@@ -460,4 +470,4 @@ def new_folder(path: str) -> Iterator[Path]:
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(parent, ignore_errors=True)
+        _delete_place(parent)
