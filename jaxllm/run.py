@@ -26,7 +26,7 @@ import jax
 import xxhash
 
 from jaxllm import dist
-from jaxllm.checkpoint import FILES, Checkpoints, changed_file, list_files
+from jaxllm.checkpoint import Checkpoints, changed_file, list_files
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
@@ -319,10 +319,8 @@ def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None
 
 
 def start_problem(run: Path) -> str:
-    """What is wrong with a run's START, one line; "" if it is as it was written, or without a list
-    of its files, as runs had it before."""
-    listed = (run / START / FILES).is_file()
-    return changed_file(run / START) if listed else ""
+    """What is wrong with a run's START, one line; "" if it is as it was written."""
+    return changed_file(run / START)
 
 
 def started_from(cfg: TrainConfig) -> PeftSection:
