@@ -387,19 +387,17 @@ def _check_target(out: Path) -> None:
 
 
 def _place_beside(out: Path) -> str:
-    """Creates a directory with a unique name beside `out`. Its subdirectory "new" has MARKER."""
+    """Creates a directory with a unique name beside `out`; it and its "new" have MARKER."""
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent)
-    new = Path(parent, "new")
-    write_json(Path(parent, MARKER), {"version": __version__})
-    new.mkdir()
-    write_json(new / MARKER, {"version": __version__})
+    for folder in (Path(parent), Path(parent, "new")):
+        folder.mkdir(exist_ok=True)
+        write_json(folder / MARKER, {"version": __version__})
     return parent
 
 
 def _delete_place(parent: Path) -> None:
-    """Deletes what `_place_beside` created, the marker last: the next export deletes what a kill
-    leaves of it."""
+    """Deletes what `_place_beside` created, the marker last, so that a kill hides nothing."""
     for part in ("new", "old", "."):
         shutil.rmtree(parent / part, ignore_errors=True)
 
@@ -414,10 +412,9 @@ def _clear_up(out: Path) -> None:
     for parent in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
         if "." in parent.name.removeprefix(_prefix(out)):  # of another directory, `out`.SUFFIX
             continue
-        new, old = parent / "new", parent / "old"
-        if (old / MARKER).is_file() and not out.exists():
-            old.rename(out)
-        if any((place / MARKER).is_file() for place in (parent, new, old)):
+        if (parent / "old" / MARKER).is_file() and not out.exists():
+            (parent / "old").rename(out)
+        if (parent / MARKER).is_file():
             _delete_place(parent)
         with suppress(OSError):  # of an export that was killed before it wrote the marker
             parent.rmdir()
