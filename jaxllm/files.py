@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -387,13 +387,19 @@ def _check_target(out: Path) -> None:
 
 
 def _place_beside(out: Path) -> str:
-    """Creates a directory with a unique name beside `out`. Its subdirectory "new" has MARKER."""
+    """Creates a directory with a unique name beside `out`; it and its "new" have MARKER."""
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent)
-    new = Path(parent, "new")
-    new.mkdir()
-    write_json(new / MARKER, {"version": __version__})
+    for folder in (Path(parent), Path(parent, "new")):
+        folder.mkdir(exist_ok=True)
+        write_json(folder / MARKER, {"version": __version__})
     return parent
+
+
+def _delete_place(parent: Path) -> None:
+    """Deletes what `_place_beside` created, the marker last, so that a kill hides nothing."""
+    for part in ("new", "old", "."):
+        shutil.rmtree(parent / part, ignore_errors=True)
 
 
 def _prefix(out: Path) -> str:
@@ -406,11 +412,12 @@ def _clear_up(out: Path) -> None:
     for parent in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
         if "." in parent.name.removeprefix(_prefix(out)):  # of another directory, `out`.SUFFIX
             continue
-        new, old = parent / "new", parent / "old"
-        if (old / MARKER).is_file() and not out.exists():
-            old.rename(out)
-        if (new / MARKER).is_file() or (old / MARKER).is_file():
-            shutil.rmtree(parent, ignore_errors=True)
+        if (parent / "old" / MARKER).is_file() and not out.exists():
+            (parent / "old").rename(out)
+        if (parent / MARKER).is_file():
+            _delete_place(parent)
+        with suppress(OSError):  # of an export that was killed before it wrote the marker
+            parent.rmdir()
 
 
 @contextmanager
@@ -460,4 +467,4 @@ def new_folder(path: str) -> Iterator[Path]:
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(parent, ignore_errors=True)
+        _delete_place(parent)

@@ -26,7 +26,7 @@ import jax
 import xxhash
 
 from jaxllm import dist
-from jaxllm.checkpoint import FILES, Checkpoints, changed_file, list_files
+from jaxllm.checkpoint import Checkpoints, changed_file, list_files
 from jaxllm.config import PeftSection, TrainConfig, to_dict
 from jaxllm.config.checks import has_results
 from jaxllm.config.schema import flat
@@ -224,7 +224,7 @@ class RunFolder:
         from, so that checkpoints can be exported when those are gone. A resumed run writes them if
         they are damaged or gone."""
         folder = self.path / START
-        if not dist.is_main() or (resumed and folder.is_dir() and not start_problem(self.path)):
+        if not dist.is_main() or (resumed and folder.is_dir() and not changed_file(folder)):
             return
         made = folder if is_bucket(folder) else folder.with_name(f"{START}.new")
         delete(made)
@@ -318,18 +318,10 @@ def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None
 # ---- the model that a run started from
 
 
-def start_problem(run: Path) -> str:
-    """What is wrong with a run's START, one line; "" if it is as it was written, or without a list
-    of its files, as runs had it before."""
-    listed = (run / START / FILES).is_file()
-    return changed_file(run / START) if listed else ""
-
-
 def started_from(cfg: TrainConfig) -> PeftSection:
     """The run's peft section; path is the run's copy of the adapter's config, if there is one."""
-    run = as_path(cfg.output_dir)
-    copy = run / START
+    copy = as_path(cfg.output_dir) / START
     saved = cfg.peft.path and not cfg.overwrite and (copy / ADAPTER_CONFIG).is_file()
-    if saved and not start_problem(run):
+    if saved and not changed_file(copy):
         return replace(cfg.peft, path=str(copy))
     return cfg.peft

@@ -609,14 +609,23 @@ def test_folders_beside_an_export_are_left_alone(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", *(f.name for f in (*mine, other))}
 
 
-def test_a_killed_export_is_cleared_up_by_the_next(tmp_path):
+@pytest.mark.parametrize("at", ["start", "move", "deletion"])
+def test_a_killed_export_is_cleared_up_by_the_next(tmp_path, at):
     """Also one that was killed between moving the old model away and the new one in."""
     write_model(tmp_path / "in")
     model = load_hf(str(tmp_path / "in"))
     out = tmp_path / "out"
     save_hf(model, str(out))
     place = Path(files._place_beside(out))
-    out.rename(place / "old")
+    if at == "start":
+        shutil.rmtree(place)
+        place.mkdir()
+    elif at == "move":
+        out.rename(place / "old")
+    else:  # of the old model, whose marker is gone and whose weights are not
+        shutil.rmtree(place / "new")
+        shutil.copytree(out, place / "old")
+        (place / "old" / files.MARKER).unlink()
     save_hf(model, str(out))
     assert_same_weights(model, load_hf(str(out)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]

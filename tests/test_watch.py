@@ -83,6 +83,14 @@ def test_restarts_and_lost_seconds_count_without_a_checkpoint(clock, tmp_path, m
     assert watch.finish()["lost_seconds"] == 30 + 5
 
 
+def test_a_damaged_start_is_left_out(tmp_path):
+    start = b'{"time": 1.0, "last": 0.0}\n'
+    (tmp_path / "starts.jsonl").write_bytes(start + b'\xff{"time": 2.0\n' + start)
+    watch = Watch(ClusterSection(), tmp_path)
+    watch.restore({})
+    assert watch.restarts == 2 and len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
+
+
 def test_the_wait_for_a_lost_process_is_lost_too(tmp_path, monkeypatch):
     """The survivor of a run that was started at 100 s and logged until 130 s ends at 430 s."""
     now = iter((100.0, 500.0))

@@ -94,8 +94,10 @@ def _long_document(text: str, first: np.ndarray, tokenizer) -> list[np.ndarray]:
     def encode(start: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, the character each starts at) of the piece from `start`."""
         encoding = backend.encode(text[start : start + PIECE], add_special_tokens=False)
-        starts = np.fromiter((pair[0] for pair in encoding.offsets), np.int64, len(encoding.ids))
-        return np.array(encoding.ids, np.int32), starts + start
+        ids, offsets = encoding.ids, encoding.offsets
+        del encoding  # malloc cannot reuse its memory if arrays that outlive it lie behind it
+        starts = np.fromiter((pair[0] for pair in offsets), np.int64, len(ids))
+        return np.array(ids, np.int32), starts + start
 
     start, (tokens, places) = 0, encode(0)
     same = (i for i in range(len(first)) if np.array_equal(first[i : i + 9], tokens[:9]))
