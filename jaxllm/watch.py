@@ -165,7 +165,7 @@ class Watch:
         if complete or not dist.is_main():
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
-        starts = _starts(file.read_text(errors="replace") if file.is_file() else "")
+        starts = _starts(file.read_bytes().decode(errors="replace") if file.is_file() else "")
         ends = [modified(one) for one in (file, lines) if one.is_file()]  # of the previous run
         start: dict[str, Any] = {"time": time.time(), "last": max(ends, default=0.0)}
         starts.append(start | ({"changed": changed} if changed else {}))

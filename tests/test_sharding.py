@@ -178,7 +178,8 @@ def test_gradients_keep_the_dtype_of_their_sum_until_the_end_of_a_micro_batch(mo
     found = run(), run(mlp_blocks=2)
     monkeypatch.setattr(stack, "narrowed", lambda weights, _: weights)
     np.testing.assert_array_equal(found[0], run())
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-3)
+    # Blocks round other sums to bfloat16; how far that shows after 3 steps depends on the CPU.
+    np.testing.assert_allclose(found[1], found[0], rtol=2**-7)
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):
