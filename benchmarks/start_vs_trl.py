@@ -37,7 +37,7 @@ def trl_side(a) -> None:
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=4,
             max_length=512,
-            bf16=True,
+            bf16=a.dtype == "bfloat16",
             **TRAINER,
         ),
         train_dataset=Dataset.from_list(rows),
@@ -49,6 +49,7 @@ def trl_side(a) -> None:
 
 def trl_seconds(a, data: Path) -> float:
     command = [sys.executable, __file__, "--side", "trl", "--model", a.model, "--data", str(data)]
+    command += ["--dtype", a.dtype]
     began = time.time()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     ended = [json.loads(x)["ended"] for x in done.stdout.splitlines() if x.startswith('{"ended"')]
@@ -58,7 +59,16 @@ def trl_seconds(a, data: Path) -> float:
 def jaxllm_seconds(a, folder: Path) -> float:
     command = [sys.executable, "-m", "jaxllm", "sft", "--model.path", a.model]
     command += ["--data.train", a.data, "--data.max_length", "512", "--batch_size", "4"]
-    command += ["--bf16", "--steps", "1", "--save.final", "false", "--save.every", "0"]
+    command += [
+        "--model.compute_dtype",
+        a.dtype,
+        "--steps",
+        "1",
+        "--save.final",
+        "false",
+        "--save.every",
+        "0",
+    ]
     command += ["--output_dir", str(folder / "run"), "--data.cache_dir", str(folder / "cache")]
     began = time.time()
     subprocess.run([*command, "--overwrite"], check=True, capture_output=True)
@@ -71,6 +81,7 @@ def main() -> None:
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--side", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.side:
@@ -98,7 +109,7 @@ def main() -> None:
     print(json.dumps(found))
     ours, theirs = (found[n]["seconds"] for n in ("jaxllm", "trl"))
     print(f"command to first update: jaxllm {ours:.1f} s, trl {theirs:.1f} s, {ours / theirs:.2f}")
-    keep("command to first update, SFT", found)
+    keep(f"command to first update, SFT, {a.dtype}", found)
     return None
 
 
