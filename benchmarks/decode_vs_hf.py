@@ -5,14 +5,14 @@ Every row generates all its tokens; stop tokens are disabled. The time runs from
 on the host and includes the prefill; for jaxllm it also includes the copy of the weights made for
 decoding. Both sides store the weights in the compute dtype.
 
-    python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR [--rounds 7]
+    python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR
 """
 
 import argparse
 import json
 
 import numpy as np
-from turns import Side, compare, serve
+from turns import Side, add_blocks, compare, serve
 
 
 def prompts(a) -> np.ndarray:
@@ -59,7 +59,7 @@ def jaxllm_step(a):
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", required=True)
-    p.add_argument("--rounds", type=int, default=7)
+    add_blocks(p)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--prompt", type=int, default=64)
     p.add_argument("--new", type=int, default=64)
@@ -68,12 +68,9 @@ def main() -> None:
     a = p.parse_args()
     if a.side:
         return serve(lambda: (jaxllm_step if a.side == "jaxllm" else torch_step)(a))
-    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
-    names = ("jaxllm", "transformers")
-    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
-    print(json.dumps(out))
-    ours, theirs = (out[n]["rate"] for n in names)
-    print(f"new tokens/s: jaxllm {ours:.0f}, transformers {theirs:.0f}, ratio {ours / theirs:.2f}")
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "blocks", "steps")}
+    sides = {n: Side(__file__, side=n, **options) for n in ("jaxllm", "transformers")}
+    compare(f"decoding, batch {a.batch}, {a.dtype}", sides, a.blocks, a.steps)
     return None
 
 

@@ -6,15 +6,14 @@ linear layers with the same rank, use the frozen base model as the reference, an
 same length. jaxllm packs pairs into rows. TRL pads the pairs of a step to the longest of them; it
 cannot group pairs by length.
 
-    python benchmarks/dpo_vs_trl.py --model SMOLLM2_DIR --data PAIRS.json [--rounds 6]
+    python benchmarks/dpo_vs_trl.py --model SMOLLM2_DIR --data PAIRS.json
 """
 
 import argparse
-import json
 import sys
 import tempfile
 
-from turns import TRAINER, Side, Turn, compare, examples, run_trainer, serve
+from turns import TRAINER, Side, Turn, add_blocks, compare, examples, run_trainer, serve
 
 
 def trl_side(a) -> None:
@@ -110,7 +109,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
-    p.add_argument("--rounds", type=int, default=6)
+    add_blocks(p)
     p.add_argument("--rows", type=int, default=2, help="jaxllm: packed rows per step [%(default)s]")
     p.add_argument("--pairs", type=int, default=4, help="TRL: padded pairs per step [%(default)s]")
     p.add_argument(
@@ -125,11 +124,9 @@ def main() -> None:
         return serve(lambda: jaxllm_step(a))
     if a.side:
         return trl_side(a)
-    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
-    names = ("jaxllm", "trl")
-    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
-    print(json.dumps(out))
-    print(f"real tokens/s, jaxllm / trl: {out['jaxllm']['rate'] / out['trl']['rate']:.2f}")
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "blocks", "steps")}
+    sides = {n: Side(__file__, side=n, **options) for n in ("jaxllm", "trl")}
+    compare("DPO with LoRA, real tokens", sides, a.blocks, a.steps)
     return None
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (r 8, alpha 16) of SmolLM2-135M: jaxllm and peft on torch, same batch shape.
 
-    python benchmarks/lora_vs_peft.py --model SMOLLM2_DIR [--rounds 5] [--remat full]
+    python benchmarks/lora_vs_peft.py --model SMOLLM2_DIR [--remat full]
     python benchmarks/lora_vs_peft.py --quick     a dry run on a tiny random model
 
 The three parts:
 
-speed: median tokens/s and peak memory of both sides in turn, with LoRA on q_proj and v_proj or on
+speed: tokens/s and peak memory of both sides in turn, with LoRA on q_proj and v_proj or on
 every linear module of the layers. Memory is that of the process and includes the runtime and the
 compiler. peft runs as in transformers' Trainer(bf16=True): bfloat16 autocast over weights of
 --weight_dtype, fused AdamW, no KV cache, no gradient checkpointing. Rows have no padding and hold
@@ -26,7 +26,7 @@ import argparse
 import tempfile
 from functools import partial
 
-from turns import Side, compare, serve
+from turns import Side, add_blocks, compare, serve
 
 TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 PARTS = ("speed", "flops", "memory")
@@ -187,19 +187,11 @@ def reserved(a, plan) -> tuple[float, float]:
 
 
 def speed(a) -> None:
-    print("targets     jaxllm/s  peft/s  ratio (>= 1.20)  jaxllm GiB  peft GiB  ratio (<= 0.60)")
     keys = ("model", "batch", "length", "remat", "scan_unroll", "weight_dtype", "checkpointing")
     options = {key: getattr(a, key) for key in keys}
     for targets in TARGETS:
         sides = {n: Side(__file__, side=n, targets=targets, **options) for n in ("jaxllm", "torch")}
-        out = compare(sides, a.rounds)
-        ours, theirs = out["jaxllm"], out["torch"]
-        print(
-            f"{targets:<11} {ours['rate']:>8.0f} {theirs['rate']:>7.0f}"
-            f" {ours['rate'] / theirs['rate']:>16.2f} {ours['gib']:>11.2f} {theirs['gib']:>9.2f}"
-            f" {ours['gib'] / theirs['gib']:>16.2f}",
-            flush=True,
-        )
+        compare(f"LoRA {targets}, remat {a.remat}", sides, a.blocks, a.steps)
 
 
 def flops(a) -> None:
@@ -236,7 +228,7 @@ def main() -> None:
     p.add_argument("--model", help="a HuggingFace directory")
     p.add_argument("--quick", action="store_true", help="a tiny random model, one round")
     p.add_argument("--parts", default=",".join(PARTS), help="parts to run [%(default)s]")
-    p.add_argument("--rounds", type=int, default=5)
+    add_blocks(p)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--remat", default="full", help="jaxllm: none, names, dots, full [%(default)s]")
@@ -259,10 +251,10 @@ def main() -> None:
 
             config = AutoConfig.for_model("llama", **TINY)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            a.model, a.rounds, a.batch, a.length = folder, 1, 2, 32
+            a.model, a.blocks, a.batch, a.length = folder, 1, 2, 32
         print(
             f"batch {a.batch} x {a.length}, AdamW, base {a.weight_dtype}, bfloat16 compute, "
-            f"remat {a.remat}, {a.rounds} interleaved rounds, medians",
+            f"remat {a.remat}",
             flush=True,
         )
         for part in a.parts.split(","):

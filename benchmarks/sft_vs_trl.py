@@ -6,16 +6,15 @@ both sides. TRL runs in two modes. `trl` pads, with examples grouped by length; 
 only mode in which examples do not attend to each other. `trl-packed` packs (bfd); without flash
 attention its examples attend to each other, so it is not the same training.
 
-    python benchmarks/sft_vs_trl.py --model SMOLLM2_DIR --data CHATS.jsonl [--rounds 6]
+    python benchmarks/sft_vs_trl.py --model SMOLLM2_DIR --data CHATS.jsonl
 
 CHATS.jsonl: {"messages": [...]} lines, or alpaca records.
 """
 
 import argparse
-import json
 import tempfile
 
-from turns import TRAINER, Side, Turn, compare, examples, run_trainer, serve
+from turns import TRAINER, Side, Turn, add_blocks, compare, examples, run_trainer, serve
 
 
 def trl_side(a) -> None:
@@ -93,7 +92,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
-    p.add_argument("--rounds", type=int, default=6)
+    add_blocks(p)
     p.add_argument("--rows", type=int, default=4, help="packed rows per step [%(default)s]")
     p.add_argument(
         "--examples", type=int, default=12, help="trl: padded examples per step [%(default)s]"
@@ -107,12 +106,9 @@ def main() -> None:
         return serve(lambda: jaxllm_step(a))
     if a.side:
         return trl_side(a)
-    options = {k: v for k, v in vars(a).items() if k not in ("side", "rounds")}
-    names = ("jaxllm", "trl", "trl-packed")
-    out = compare({n: Side(__file__, side=n, **options) for n in names}, a.rounds, warmup=2)
-    print(json.dumps(out))
-    for name in names[1:]:
-        print(f"learned tokens/s, jaxllm / {name}: {out['jaxllm']['rate'] / out[name]['rate']:.2f}")
+    options = {k: v for k, v in vars(a).items() if k not in ("side", "blocks", "steps")}
+    sides = {n: Side(__file__, side=n, **options) for n in ("jaxllm", "trl", "trl-packed")}
+    compare("SFT, learned tokens", sides, a.blocks, a.steps)
     return None
 
 

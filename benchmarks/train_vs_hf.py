@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full fine-tuning of SmolLM2-135M's architecture: jaxllm and transformers on torch, same shapes.
 
-Prints median tokens/s, peak memory, their ratios, and the compile time at two depths.
+Prints tokens/s, peak memory and their ratios.
 
-    python benchmarks/train_vs_hf.py [--rounds 5] [--batch 4] [--length 512] [--remat full]
+    python benchmarks/train_vs_hf.py [--batch 4] [--length 512] [--remat full]
 """
 
 import argparse
 
-from turns import Side, compare, serve
+from turns import Side, add_blocks, compare, serve
 
 SHAPE = dict(
     model_type="llama",
@@ -95,20 +95,9 @@ def side(name: str, dtype: str, a, layers: int | None = None) -> Side:
     return Side(__file__, side=name, dtype=dtype, **options)
 
 
-def row(dtype: str, a) -> None:
-    out = compare({name: side(name, dtype, a) for name in ("jaxllm", "torch")}, a.rounds)
-    ours, theirs = out["jaxllm"], out["torch"]
-    ratio = ours["rate"] / theirs["rate"]
-    print(
-        f"{dtype:<9} {ours['rate']:>9.0f} {theirs['rate']:>9.0f} {ratio:>7.2f}"
-        f" {ours['gib']:>11.2f} {theirs['gib']:>10.2f} {ours['gib'] / theirs['gib']:>7.2f}",
-        flush=True,
-    )
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--rounds", type=int, default=5)
+    add_blocks(p)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--length", type=int, default=512)
     p.add_argument("--layers", type=int, default=30)
@@ -120,17 +109,9 @@ def main() -> None:
     if a.side:
         make = {"torch": torch_step, "jaxllm": jaxllm_step}[a.side]
         return serve(lambda: make(a))
-    print(f"batch {a.batch} x {a.length}, AdamW, {a.rounds} interleaved rounds, medians")
-    print("dtype      jaxllm/s   torch/s   ratio  jaxllm GiB  torch GiB   ratio", flush=True)
     for dtype in a.dtypes.split(","):
-        row(dtype, a)
-    took = {}
-    for layers in (6, a.layers):
-        one = side("jaxllm", "bfloat16", a, layers)
-        took[layers] = one.ready
-        one.close()
-    few, many = took.values()
-    print(f"start and compile: 6 layers {few:.1f} s, {a.layers} layers {many:.1f} s")
+        sides = {name: side(name, dtype, a) for name in ("jaxllm", "torch")}
+        compare(f"full, {dtype}, remat {a.remat}", sides, a.blocks, a.steps)
     return None
 
 

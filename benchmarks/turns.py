@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the sides of a benchmark in separate processes that alternate, one step at a time.
+"""Runs the sides of a benchmark in separate processes that alternate, a block of steps at a time.
 
 Alternating exposes all sides to the same drift in machine speed. Separate processes give each side
-its own peak memory.
+its own peak memory. The first step of a block is left out: a process that has waited first takes
+its pages and caches back, which costs torch up to three seconds a step.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -136,20 +140,73 @@ def examples(path: str, read_one: Callable) -> list:
         return [read_one(record, source, data, at) for at, record in found]
 
 
-def compare(sides: dict[str, Side], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
-    """{side: {"rate": median count per second, "gib": peak memory}}, without warm-up rounds."""
-    runs: dict[str, list[dict]] = {name: [] for name in sides}
-    for number in range(rounds + warmup):
+def add_blocks(parser: ArgumentParser) -> None:
+    parser.add_argument("--blocks", type=int, default=5, help="blocks of each side [%(default)s]")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a block [%(default)s]")
+
+
+def compare(
+    row: str, sides: dict[str, Side], blocks: int = 5, steps: int = 5
+) -> dict[str, dict[str, float]]:
+    """Runs blocks of 1 + `steps` steps on each side in turn, after two steps of warm-up.
+
+    Prints and returns {side: {"rate": median over blocks of count per second, "low" and "high": its
+    range, "gib": peak memory}}, and keeps it as `row` of this processor's file of results.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    gib: dict[str, float] = {}
+    for block in range(blocks + 1):
         for name, side in sides.items():
-            out = side.step()
-            if number >= warmup:
-                runs[name].append(out)
+            side.step()
+            out = [side.step() for _ in range(steps if block else 1)]
+            if block:
+                rates[name].append(sum(o["count"] for o in out) / sum(o["s"] for o in out))
+            gib[name] = max(o["gib"] for o in out)
     for side in sides.values():
         side.close()
-    return {
+    found = {
         name: {
-            "rate": statistics.median(o["count"] / o["s"] for o in outs),
-            "gib": max(o["gib"] for o in outs),
+            "rate": statistics.median(some),
+            "low": min(some),
+            "high": max(some),
+            "gib": gib[name],
         }
-        for name, outs in runs.items()
+        for name, some in rates.items()
     }
+    ours, *others = found
+    for name, one in found.items():
+        print(
+            f"{row:<34} {name:<14} {one['rate']:>8.1f} [{one['low']:.1f}, {one['high']:.1f}] /s"
+            f" {one['gib']:>6.2f} GiB",
+            flush=True,
+        )
+    for name in others:
+        ratio, memory = (found[ours][key] / found[name][key] for key in ("rate", "gib"))
+        print(f"{row:<34} {ours} / {name}: {ratio:.2f} speed, {memory:.2f} memory", flush=True)
+    keep(row, found)
+    return found
+
+
+def processor() -> str:
+    """The processor's vendor, family and the widest matrix instructions it has."""
+    text = Path("/proc/cpuinfo").read_text()
+    name, vendor, family, model = (
+        re.search(rf"^{key}\s*: (.*)$", text, re.M)[1]  # type: ignore[index]
+        for key in ("model name", "vendor_id", "cpu family", "model")
+    )
+    flags = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())  # type: ignore[index]
+    widest = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+    return f"{name} ({vendor} {family}/{model}), {next(f for f in widest if f in flags)}"
+
+
+def keep(row: str, found: dict[str, dict[str, float]]) -> None:
+    """Adds a row to the file of this kind of processor in benchmarks/results."""
+    kind = processor().rpartition(", ")[2]
+    file = Path(__file__).parent / "results" / f"cpu-{kind}.json"
+    rows = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
+    names = ("jax", "jaxlib", "torch", "transformers", "peft", "trl")
+    rows |= {"processor": processor(), "cores": os.cpu_count()}
+    versions = {name: version(name) for name in names}
+    rounded = {s: {k: round(v, 2) for k, v in one.items()} for s, one in found.items()}
+    rows["rows"][row] = {"date": time.strftime("%Y-%m-%d"), "versions": versions} | rounded
+    file.write_text(json.dumps(rows, indent=1) + "\n")

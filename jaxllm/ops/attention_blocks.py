@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxllm.mesh import platform
 from jaxllm.ops.attention_mask import NOWHERE, visible, visible_blocks
-from jaxllm.ops.matmul import softcapped
+from jaxllm.ops.matmul import operand, softcapped
 from jaxllm.ops.residuals import saveable_in_vjp
 
 # Tokens in a block: the fastest sizes measured. Smaller ones skip more pairs, larger ones make
@@ -92,7 +92,7 @@ def _split(x: jax.Array, axis: int, size: int, front: int = 0, fill: int = 0) ->
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product over the dims `contract`, batched over [B, N], in float32."""
     dims = (((contract[0],), (contract[1],)), ((0, 1), (0, 1)))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(operand(a), operand(b), dims, preferred_element_type=jnp.float32)
 
 
 def _visible_pairs(where: Any, window: Any, aligned: bool) -> tuple[Any, Any, jax.Array]:

@@ -6,6 +6,9 @@ Dims: B rows, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +24,21 @@ from jaxllm.ops.quantized import dense
 THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
 
 
+@cache
+def _has_bfloat16() -> bool:
+    """False on an x86 processor without instructions for products of bfloat16 numbers."""
+    file = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)", file.read_text(), re.MULTILINE) if file.is_file() else None
+    return flags is None or "bf16" in flags[1]
+
+
+def operand(x: jax.Array) -> jax.Array:
+    """An operand of a product in the dtype that is fastest: float32 for bfloat16 on a processor
+    without bfloat16 products. The product is the same, since it is accumulated in float32."""
+    widens = platform() == "cpu" and x.dtype == jnp.bfloat16 and not _has_bfloat16()
+    return x.astype(jnp.float32) if widens else x
+
+
 def transposed(x: jax.Array) -> jax.Array:
     """[I, O] -> [O, I], with a row-major layout where XLA:CPU's fast product needs one.
 
@@ -29,7 +47,7 @@ def transposed(x: jax.Array) -> jax.Array:
     only, because XLA does not shard an array with a pinned layout.
     """
     single_device = jax.sharding.get_abstract_mesh().size <= 1
-    if platform() == "cpu" and x.dtype == jnp.bfloat16 and single_device:
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and single_device and _has_bfloat16():
         return with_layout_constraint(x.T, Layout((0, 1)))
     return x.T
 
@@ -40,7 +58,8 @@ def product(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -
     # XLA:CPU has a fast bfloat16 kernel for float32 results only. Other platforms accumulate in
     # float32 and write `dtype`.
     result_dtype = jnp.float32 if platform() == "cpu" else dtype
-    return lax.dot_general(x, w, dims, preferred_element_type=result_dtype).astype(dtype)
+    y = lax.dot_general(operand(x), operand(w), dims, preferred_element_type=result_dtype)
+    return y.astype(dtype)
 
 
 def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:

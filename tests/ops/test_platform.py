@@ -16,6 +16,7 @@ from jaxllm.mesh import AXES, MeshSection, make_mesh, platform
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.ops import matmul
 from jaxllm.ops.attention_blocks import block_size
 from jaxllm.ops.cross_entropy import default_chunk
 from jaxllm.ops.decoding import argmax, cache_dtype, prefers_unstacked
@@ -107,12 +108,27 @@ def test_a_program_for_an_accelerator_has_no_form_of_a_cpu(name, sizes):
     }
 
 
-def test_a_program_for_a_cpu_has_the_forms_of_a_cpu():
+def test_a_program_for_a_cpu_has_the_forms_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: True)
     found = forms("cpu", ONE)
     assert found.pop("bfloat16 products") == 0 and found.pop("blocks") == {128}
     assert not found.pop("splash")
     assert all(count > 0 for count in found.values()), found
     assert forms("cpu", EIGHT)["pinned layouts"] == 0  # a pinned layout cannot be sharded
+
+
+def test_a_cpu_without_bfloat16_products_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: False)
+    found = [eqn for eqn, _ in equations(traced("cpu", ONE).jaxpr.jaxpr)]
+    products = [eqn for eqn in found if eqn.primitive.name == "dot_general"]
+    operands = {operand.aval.dtype for eqn in products for operand in eqn.invars}
+    assert operands == {jnp.dtype("float32")}
+    assert forms("cpu", ONE)["pinned layouts"] == 0
+    x, w = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) for i in (0, 1))
+    widened = matmul.product(x, w, (1, 0), jnp.float32)
+    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: True)
+    kept = matmul.product(x, w, (1, 0), jnp.float32)
+    np.testing.assert_allclose(widened, kept, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [ONE, EIGHT, (1, 2, 1, 2, 1)])
