@@ -191,7 +191,7 @@ def speed(a) -> None:
     options = {key: getattr(a, key) for key in keys}
     for targets in TARGETS:
         sides = {n: Side(__file__, side=n, targets=targets, **options) for n in ("jaxllm", "torch")}
-        compare(f"LoRA {targets}, remat {a.remat}", sides, a.blocks, a.steps)
+        compare(f"LoRA {targets}, remat {a.remat}", sides, a.blocks, a.steps, save=not a.quick)
 
 
 def flops(a) -> None:

@@ -2,8 +2,8 @@
 """Runs the sides of a benchmark in separate processes that alternate, a block of steps at a time.
 
 Alternating exposes all sides to the same drift in machine speed. Separate processes give each side
-its own peak memory. The first step of a block is left out: a process that has waited first takes
-its pages and caches back, which costs torch up to three seconds a step.
+its own peak memory. The first step of a block is left out: it is slower
+after a wait, torch's by up to three seconds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -146,12 +147,12 @@ def add_blocks(parser: ArgumentParser) -> None:
 
 
 def compare(
-    row: str, sides: dict[str, Side], blocks: int = 5, steps: int = 5
+    row: str, sides: dict[str, Side], blocks: int = 5, steps: int = 5, *, save: bool = True
 ) -> dict[str, dict[str, float]]:
     """Runs blocks of 1 + `steps` steps on each side in turn, after two steps of warm-up.
 
     Prints and returns {side: {"rate": median over blocks of count per second, "low" and "high": its
-    range, "gib": peak memory}}, and keeps it as `row` of this processor's file of results.
+    range, "gib": peak memory}}. save: keep it as `row` of this processor's file of results.
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     gib: dict[str, float] = {}
@@ -183,7 +184,8 @@ def compare(
     for name in others:
         ratio, memory = (found[ours][key] / found[name][key] for key in ("rate", "gib"))
         print(f"{row:<34} {ours} / {name}: {ratio:.2f} speed, {memory:.2f} memory", flush=True)
-    keep(row, found)
+    if save:
+        keep(row, found)
     return found
 
 
@@ -206,7 +208,7 @@ def keep(row: str, found: dict[str, dict[str, float]]) -> None:
     rows = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     names = ("jax", "jaxlib", "torch", "transformers", "peft", "trl")
     rows |= {"processor": processor(), "cores": os.cpu_count()}
-    versions = {name: version(name) for name in names}
+    versions = {name: version(name) for name in names if find_spec(name)}
     rounded = {s: {k: round(v, 2) for k, v in one.items()} for s, one in found.items()}
     rows["rows"][row] = {"date": time.strftime("%Y-%m-%d"), "versions": versions} | rounded
     file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -49,8 +49,9 @@ _PART = re.compile(r"(?<!\w)'[^']*'|\S+")  # a quoted value, or a word
 
 
 def seen(value: Any) -> str:
-    """The repr of a value for a message, cut to LONGEST characters and closed."""
-    text = repr(value)
+    """The repr of a value for a message, truncated to LONGEST characters; its closing quote or
+    bracket stays."""
+    text = repr(value[: LONGEST + 1] if isinstance(value, str) else value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]}…{text[-1]}"
 
 

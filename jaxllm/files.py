@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -397,7 +398,8 @@ def _place_beside(out: Path) -> str:
 
 
 def _delete_place(parent: Path) -> None:
-    """Deletes what `_place_beside` created, the marker last, so that a kill hides nothing."""
+    """Deletes what `_place_beside` created, the marker last, so that an interrupted
+    deletion can be finished."""
     for part in ("new", "old", "."):
         shutil.rmtree(parent / part, ignore_errors=True)
 
@@ -410,7 +412,7 @@ def _clear_up(out: Path) -> None:
     """Deletes temporary directories that killed exports to `out` left beside it. Restores `out` if
     an export was killed after it had moved it."""
     for parent in out.parent.glob(f"{glob.escape(_prefix(out))}*"):
-        if "." in parent.name.removeprefix(_prefix(out)):  # of another directory, `out`.SUFFIX
+        if not re.fullmatch("[a-z0-9_]{8}", parent.name.removeprefix(_prefix(out))):  # by mkdtemp
             continue
         if (parent / "old" / MARKER).is_file() and not out.exists():
             (parent / "old").rename(out)

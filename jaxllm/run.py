@@ -147,7 +147,7 @@ class RunFolder:
             self._lock = Lock.of(self.path)
             for folder in (self.path, *self.path.glob("checkpoints/*")) if self._lock else ():
                 for left in unfinished(folder):  # by a run that was killed
-                    left.unlink()
+                    left.unlink(missing_ok=True)
         config = dist.agree(_read_config(self.path, cfg.overwrite) if dist.is_main() else None)
         self.changed: dict[str, Any] = {}  # of the identity; see `latest`
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run

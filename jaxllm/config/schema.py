@@ -122,7 +122,8 @@ def unknown_key(key: str, where: str = "") -> UserError:
     near = USUAL.get(near or "", near) if is_flag else near
     hint = f"did you mean {'--' * is_flag}{near}?" if near else "--help lists all keys"
     if section in ("data", "data.train", "data.eval") and name in field_docs(Source):
-        hint = f"it belongs to a source of data.train: {{path: PATH, {name}: …}}"
+        owner = "data.eval" if section == "data.eval" else "data.train"
+        hint = f"it belongs to a source of {owner}: {{path: PATH, {name}: …}}"
     if is_flag:
         return UnknownFlag(f"unknown flag {where}; {hint}")
     return UserError(f"{where}: unknown key {key}; {hint}".removeprefix(": "))

@@ -95,8 +95,10 @@ class Cache:
         entry = self.root / name
         if entry.is_dir() and not self._is_intact(entry, entry):
             print(f"jaxllm: {entry} is damaged, so it is made again", file=sys.stderr)
-            with suppress(FileNotFoundError):  # a source that is listed twice has two processes
-                shutil.rmtree(entry)
+            moved = self.root / f"making-{uuid.uuid4().hex}"
+            with suppress(FileNotFoundError):  # another process moved it
+                entry.rename(moved)
+                shutil.rmtree(moved)
         return self.get(name) is not None
 
     def get(self, name: str) -> Path | None:

@@ -148,7 +148,13 @@ class _Cached:
         parts = [self.part(g, i) for g, (_, count) in enumerate(self.groups) for i in range(count)]
         for part in parts if self.cache.shared else ():
             self.cache.check(part)  # this machine's copy
-        tables: Any = [datasets.load_from_disk(str(self.cache.get(part))) for part in parts]
+        folders = [self.cache.get(part) for part in parts]
+        if None in folders:
+            part = parts[folders.index(None)]
+            raise UserError(
+                f"{part} in data.cache_dir is damaged; start the run again to rebuild it"
+            )
+        tables: Any = [datasets.load_from_disk(str(folder)) for folder in folders]
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
         if not len(table):
             raise UserError(f"{self.source.path}: has no records")

@@ -86,7 +86,7 @@ class Meter:
 
     def add(self, step: int, metrics: Any) -> int:
         """Adds the metrics of an update, and waits for the one before it, whose number it returns:
-        a signal could not stop the run before all updates that are queued on the devices."""
+        otherwise a signal would take effect only after all queued updates."""
         self._pending.append((step, metrics))
         jax.block_until_ready(self._pending[-2:-1])
         return step - 1

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -312,6 +313,9 @@ class Spool:
             self.flush()
 
 
+BACKLOG = 16  # calls that may wait for the trackers, so that the end of a run soon follows
+
+
 class Metrics:
     """Writes a run's numbers to its folder and to trackers. Only the main process writes.
 
@@ -337,7 +341,7 @@ class Metrics:
         self.run = shown = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
-        self._sender = ThreadPoolExecutor(1, "trackers")
+        self._sender, self._sent = ThreadPoolExecutor(1, "trackers"), deque[Future[None]]()
         self.spool: Spool | None = None
         if not self.enabled:
             return
@@ -372,7 +376,7 @@ class Metrics:
         self._append("metrics.jsonl", line | values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         group = f"{kind}/{values['name']}" if "name" in values else kind
-        self._sender.submit(self._call_trackers, "write", group, step, numbers)
+        self._send("write", group, step, numbers)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Appends {"step", "prompt", "text", …} of each row to samples.jsonl, and sends the rows to
@@ -382,7 +386,7 @@ class Metrics:
         for row in rows:
             self._append("samples.jsonl", {"step": step} | row)
         columns = {key: [_cell(row[key]) for row in rows] for key in rows[0]}
-        self._sender.submit(self._call_trackers, "samples", step, columns)
+        self._send("samples", step, columns)
 
     def manifest(self, data: dict[str, Any]) -> None:
         """Writes data.json: the sources that were read and their counts."""
@@ -401,6 +405,11 @@ class Metrics:
         self.trackers.clear()
         if self.spool:
             self.spool.close()
+
+    def _send(self, method: str, *args: Any) -> None:
+        self._sent.append(self._sender.submit(self._call_trackers, method, *args))
+        if len(self._sent) > BACKLOG:
+            self._sent.popleft().result()
 
     def _call_trackers(self, method: str, *args: Any) -> None:
         for name, tracker in list(self.trackers.items()):

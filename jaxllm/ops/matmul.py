@@ -34,7 +34,7 @@ def _has_bfloat16() -> bool:
 
 def operand(x: jax.Array) -> jax.Array:
     """An operand of a product in the dtype that is fastest: float32 for bfloat16 on a processor
-    without bfloat16 products. The product is the same, since it is accumulated in float32."""
+    without bfloat16 products. Products are accumulated in float32 in any case."""
     widens = platform() == "cpu" and x.dtype == jnp.bfloat16 and not _has_bfloat16()
     return x.astype(jnp.float32) if widens else x
 

@@ -108,8 +108,20 @@ def test_a_program_for_an_accelerator_has_no_form_of_a_cpu(name, sizes):
     }
 
 
-def test_a_program_for_a_cpu_has_the_forms_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: True)
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """Sets whether the CPU has bfloat16 products; functions are traced again."""
+
+    def set_to(value):
+        monkeypatch.setattr(matmul, "_has_bfloat16", lambda: value)
+        jax.clear_caches()
+
+    yield set_to
+    jax.clear_caches()
+
+
+def test_a_program_for_a_cpu_has_the_forms_of_a_cpu(bfloat16):
+    bfloat16(True)
     found = forms("cpu", ONE)
     assert found.pop("bfloat16 products") == 0 and found.pop("blocks") == {128}
     assert not found.pop("splash")
@@ -117,8 +129,8 @@ def test_a_program_for_a_cpu_has_the_forms_of_a_cpu(monkeypatch):
     assert forms("cpu", EIGHT)["pinned layouts"] == 0  # a pinned layout cannot be sharded
 
 
-def test_a_cpu_without_bfloat16_products_multiplies_in_float32(monkeypatch):
-    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: False)
+def test_a_cpu_without_bfloat16_products_multiplies_in_float32(bfloat16):
+    bfloat16(False)
     found = [eqn for eqn, _ in equations(traced("cpu", ONE).jaxpr.jaxpr)]
     products = [eqn for eqn in found if eqn.primitive.name == "dot_general"]
     operands = {operand.aval.dtype for eqn in products for operand in eqn.invars}
@@ -126,7 +138,7 @@ def test_a_cpu_without_bfloat16_products_multiplies_in_float32(monkeypatch):
     assert forms("cpu", ONE)["pinned layouts"] == 0
     x, w = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) for i in (0, 1))
     widened = matmul.product(x, w, (1, 0), jnp.float32)
-    monkeypatch.setattr(matmul, "_has_bfloat16", lambda: True)
+    bfloat16(True)
     kept = matmul.product(x, w, (1, 0), jnp.float32)
     np.testing.assert_allclose(widened, kept, rtol=1e-5, atol=1e-5)
 
