@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO: completions/s of jaxllm and of TRL's GRPOTrainer with transformers' generation.
 
-Both sides train the whole model on the same sums of two small numbers, with the same reward
-function, groups of 8, one update per rollout and completions of at most --new tokens.
+Both sides fine-tune all weights on the same prompts, which ask for the sum of two numbers, with the
+same reward function, groups of 8, one update per rollout and completions of at most --new tokens.
 
     python benchmarks/grpo_vs_trl.py --model SMOLLM2_DIR
 """

@@ -198,7 +198,7 @@ def processor() -> str:
     )
     flags = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())  # type: ignore[index]
     widest = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    return f"{name} ({vendor} {family}/{model}), {next(f for f in widest if f in flags)}"
+    return f"{name} ({vendor} {family}/{model}), {next((f for f in widest if f in flags), 'x86')}"
 
 
 def keep(row: str, found: dict[str, dict[str, float]]) -> None:

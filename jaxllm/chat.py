@@ -145,7 +145,7 @@ def generate_text(
         raise UserError("tokenizer is used only with a loaded model; a directory has its own")
     else:
         loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
-    prompts = [prompts] if isinstance(prompts, str) else prompts  # one prompt
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(use) not in (0, 1, len(prompts)):
         raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
     use = list(use) * len(prompts) if len(use) == 1 else use

@@ -84,7 +84,8 @@ def _config(run: str, folder: Path) -> dict[str, Any]:
     except UserError as error:
         if not is_run:
             raise
-        raise UserError(f"{error}; start the run without this file, which writes it") from None
+        remedy = "delete it and resume the run" if file.is_file() else "resume the run"
+        raise UserError(f"{error}; {remedy}, which writes the file again") from None
 
 
 def _load_run(

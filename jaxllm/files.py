@@ -388,7 +388,7 @@ def _check_target(out: Path) -> None:
 
 
 def _place_beside(out: Path) -> str:
-    """Creates a directory with a unique name beside `out`; it and its "new" have MARKER."""
+    """Creates a temporary directory beside `out` with a subdirectory "new"; both have MARKER."""
     out.parent.mkdir(parents=True, exist_ok=True)
     parent = tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent)
     for folder in (Path(parent), Path(parent, "new")):
@@ -398,8 +398,8 @@ def _place_beside(out: Path) -> str:
 
 
 def _delete_place(parent: Path) -> None:
-    """Deletes what `_place_beside` created, the marker last, so that an interrupted
-    deletion can be finished."""
+    """Deletes what `_place_beside` created. The marker is deleted last, so that the next export can
+    finish an interrupted deletion."""
     for part in ("new", "old", "."):
         shutil.rmtree(parent / part, ignore_errors=True)
 

@@ -168,7 +168,7 @@ def train(
             state, step_metrics = step_fn(state, frozen, batch)
             if unlogged:  # the line is written while this step runs on the device
                 log(step - 1)
-            bar.advance(meter.add(step, step_metrics | rollout_metrics))
+            log.add(step, step_metrics | rollout_metrics)
 
             # Read once: a signal that arrives later in this iteration stops the run after the next.
             stop = timetable.may_stop(step) and watch.should_stop(step, step + timetable.stride)
@@ -341,6 +341,11 @@ class Log:
             self.rows.flush()
             self.metrics.flush()
             yield
+
+    def add(self, step: int, metrics: Any) -> None:
+        """Adds the metrics of an update, and shows that the update before it has ended."""
+        self.meter.add(step, metrics)
+        self.bar.advance(step - 1)
 
     def __call__(self, step: int) -> None:
         line, memory = self.meter.line(), memory_gib()

@@ -173,7 +173,7 @@ def test_mistakes_are_found_before_anything_heavy_is_imported():
     assert not (set(HEAVY) - {"pydantic", "yaml"}) & set(done.stdout.split())
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_anything_heavy(monkeypatch, capsys):
+def test_an_output_dir_that_cannot_be_written_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.main(["sft", *RUN]) == 2
     assert "output_dir run: run is not a writable folder" in capsys.readouterr().err

@@ -178,8 +178,10 @@ def test_gradients_keep_the_dtype_of_their_sum_until_the_end_of_a_micro_batch(mo
     found = run(), run(mlp_blocks=2)
     monkeypatch.setattr(stack, "narrowed", lambda weights, _: weights)
     np.testing.assert_array_equal(found[0], run())
-    # Blocks round other sums to bfloat16; how far that shows after 3 steps depends on the CPU.
-    np.testing.assert_allclose(found[1], found[0], rtol=2**-7)
+    # Blocks round other sums to bfloat16, so the CPU's products matter; 2**-8 is its precision.
+    (losses, norms), (wanted_losses, wanted_norms) = found[1], found[0]
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-3)
+    np.testing.assert_allclose(norms, wanted_norms, rtol=2**-8)
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):

@@ -623,8 +623,8 @@ def test_no_damaged_file_of_a_checkpoint_is_exported(straight, capsys, tmp_path,
     refused(capsys, ["export", str(run), out], f"{run / 'model'} is damaged (tokenizer.json has")
     (run / "config.json").write_text("")
     damaged = f"{run / 'config.json'}:1: malformed JSON"
-    remedy = "start the run without this file, which writes it"
-    refused(capsys, ["export", str(run), out], damaged, remedy)
+    remedy = "resume the run, which writes the file again"
+    refused(capsys, ["export", str(run), out], damaged, f"delete it and {remedy}")
     (run / "config.json").unlink()
     refused(capsys, ["export", str(run), out], f"{run / 'config.json'}: no such", remedy)
     words = ["eval", "--model", str(step), "--data", str(run / "data.json")]

@@ -65,8 +65,8 @@ class Cache:
 
     def hash_of(self, file: Path, place: Path | None = None) -> str:
         """A hash of all bytes of a file; in a bucket, its version. It is kept in the cache, so the
-        file is read again only if its size, time or inode has changed. place: the path that it is
-        about to get."""
+        file is read again only if its size, time or inode has changed. place: the path to which
+        the file will be moved."""
         if is_bucket(file):
             return version(file)
         stat = file.stat()
@@ -82,7 +82,7 @@ class Cache:
 
     def _is_intact(self, made: Path, entry: Path) -> bool:
         """True if the files of a directory have the hashes that `put` wrote. entry: its path, or
-        the one that it is about to get."""
+        the one to which it will be moved."""
         try:
             sums = read_checked(made / _SUMS)
             return all(self.hash_of(made / n, entry / n) == digest for n, digest in sums.items())

@@ -84,12 +84,11 @@ class Meter:
         if ours and event.endswith(COMPILE_EVENTS) and self._paused_at is None:
             self._start += duration_secs
 
-    def add(self, step: int, metrics: Any) -> int:
-        """Adds the metrics of an update, and waits for the one before it, whose number it returns:
-        otherwise a signal would take effect only after all queued updates."""
+    def add(self, step: int, metrics: Any) -> None:
+        """Adds the metrics of an update, and waits for the update before it: a signal would
+        otherwise take effect only after all queued updates."""
         self._pending.append((step, metrics))
         jax.block_until_ready(self._pending[-2:-1])
-        return step - 1
 
     def read(self) -> None:
         """Waits for the updates so far. Raises UserError if a loss or gradient is not finite, so

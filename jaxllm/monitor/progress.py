@@ -76,7 +76,7 @@ class Progress:
             print(f"step {step}/{self.total}  {text}", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`; the numbers beside it stay those of the last log line."""
+        """Moves the bar to `step`. The metrics beside it are those of the last log line."""
         if self.bar:
             self.bar.update(self.task, completed=step)
 

@@ -355,7 +355,7 @@ def test_the_bytes_of_cached_tokens_are_read_once(tmp_path, tokenizer, monkeypat
         assert len(checked) == starts  # by the process that made it or would make it
 
 
-def test_who_reads_a_damaged_entry_does_not_delete_it(tmp_path, capsys):
+def test_get_does_not_delete_a_damaged_entry(tmp_path, capsys):
     """Another process may read it as well. The one that makes it again deletes it."""
     cache = Cache(str(tmp_path))
     made = cache.root / "making-it"

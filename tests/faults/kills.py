@@ -248,7 +248,8 @@ def is_at(moment: str, folders: set[tuple[str, int, int]]) -> bool:
 def durations(worker: Worker, run: Path) -> dict[str, float]:
     """Seconds that the first save, the later saves and the export of an undisturbed run take."""
     seconds, before = dict.fromkeys(MOMENTS, 0.0), time.monotonic()
-    while not worker.pipe.poll(0.0005):
+    until = before + SECONDS
+    while not worker.pipe.poll(0.0005) and before < until:
         now, folders = time.monotonic(), partial_folders(run)
         for moment in seconds:
             seconds[moment] += (now - before) * is_at(moment, folders)

@@ -28,14 +28,14 @@ for step in (1, 2):
     metrics.samples(step, rows)
     metrics.close()
 """
-# Of each: the files that have what it got, in the folder of the run or the user, and texts in them.
+# Of each tracker: the files that contain the logged values, and texts in them.
 FILES = {
     "wandb": ("run/wandb/offline-run-*/**", ["train/loss", "books (1)/loss", "answer 2"]),
     "swanlab": ("run/swanlog/run-*/**", ["train/loss", "books (1)/loss", "answer 2"]),
     "trackio": ("trackio/**", ["train/loss", "books (1)/loss", "answer 2"]),
     "mlflow": ("run/mlflow/**", ["train/loss", "books _1_/loss", "answer 2", "optim.b1"]),
 }
-# The printed command, and what tries it out here, where nothing can be uploaded, and is said then.
+# Of each: the printed command, a command that tries it without a server, and its answer.
 COMMANDS = {
     "wandb": ("sync {run}/wandb/offline-run-*", "sync --dry-run {run}/wandb/offline-run-*", "run-"),
     "swanlab": ("sync {run}/swanlog/run-*", "sync {run}/swanlog/run-*", "Please login first"),
