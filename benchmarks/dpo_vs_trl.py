@@ -126,7 +126,7 @@ def main() -> None:
         return trl_side(a)
     options = {k: v for k, v in vars(a).items() if k not in ("side", "blocks", "steps")}
     sides = {n: Side(__file__, side=n, **options) for n in ("jaxllm", "trl")}
-    compare("DPO with LoRA, real tokens", sides, a.blocks, a.steps)
+    compare(f"DPO with LoRA, real tokens, {a.dtype}", sides, a.blocks, a.steps)
     return None
 
 

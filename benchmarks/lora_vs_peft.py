@@ -60,7 +60,7 @@ def torch_step(a):
     tokens = torch.randint(0, model.config.vocab_size, (a.batch, a.length))
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=a.dtype == "bfloat16"):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -120,7 +120,7 @@ def jaxllm_step(a):
 
     from jaxllm.hf import load_hf
 
-    options = dict(compute_dtype="bfloat16", remat=a.remat, scan_unroll=a.scan_unroll)
+    options = dict(compute_dtype=a.dtype, remat=a.remat, scan_unroll=a.scan_unroll)
     model = load_hf(a.model, a.weight_dtype, peft=lora(a, a.targets), **options)
     update, begin, params, frozen, batch = program(a, model, chunk=512)
     del model
@@ -146,7 +146,7 @@ def compiled(a, plan, remat: str, unroll: int = 1, chunk: int = 512):
     from jaxllm.model.families import from_hf
 
     cfg = from_hf(read_config(a.model))
-    options = dict(dtype=a.weight_dtype, compute_dtype="bfloat16", remat=remat, scan_unroll=unroll)
+    options = dict(dtype=a.weight_dtype, compute_dtype=a.dtype, remat=remat, scan_unroll=unroll)
     model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), peft=plan, **options))
     update, begin, params, frozen, batch = program(a, model, chunk)
     state = jax.eval_shape(begin, params)
@@ -187,11 +187,18 @@ def reserved(a, plan) -> tuple[float, float]:
 
 
 def speed(a) -> None:
-    keys = ("model", "batch", "length", "remat", "scan_unroll", "weight_dtype", "checkpointing")
+    keys = ("model", "batch", "length", "dtype", "remat")
+    keys += ("scan_unroll", "weight_dtype", "checkpointing")
     options = {key: getattr(a, key) for key in keys}
     for targets in TARGETS:
         sides = {n: Side(__file__, side=n, targets=targets, **options) for n in ("jaxllm", "torch")}
-        compare(f"LoRA {targets}, remat {a.remat}", sides, a.blocks, a.steps, save=not a.quick)
+        compare(
+            f"LoRA {targets}, {a.dtype}, remat {a.remat}",
+            sides,
+            a.blocks,
+            a.steps,
+            save=not a.quick,
+        )
 
 
 def flops(a) -> None:
@@ -231,6 +238,7 @@ def main() -> None:
     add_blocks(p)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--length", type=int, default=512)
+    p.add_argument("--dtype", default="bfloat16", help="of the products, both sides [%(default)s]")
     p.add_argument("--remat", default="full", help="jaxllm: none, names, dots, full [%(default)s]")
     p.add_argument(
         "--scan_unroll", type=int, default=1, help="jaxllm: model.scan_unroll [%(default)s]"
@@ -253,7 +261,7 @@ def main() -> None:
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             a.model, a.blocks, a.batch, a.length = folder, 1, 2, 32
         print(
-            f"batch {a.batch} x {a.length}, AdamW, base {a.weight_dtype}, bfloat16 compute, "
+            f"batch {a.batch} x {a.length}, AdamW, base {a.weight_dtype}, {a.dtype} compute, "
             f"remat {a.remat}",
             flush=True,
         )

@@ -108,7 +108,7 @@ def main() -> None:
         return trl_side(a)
     options = {k: v for k, v in vars(a).items() if k not in ("side", "blocks", "steps")}
     sides = {n: Side(__file__, side=n, **options) for n in ("jaxllm", "trl", "trl-packed")}
-    compare("SFT, learned tokens", sides, a.blocks, a.steps)
+    compare(f"SFT, learned tokens, {a.dtype}", sides, a.blocks, a.steps)
     return None
 
 

@@ -201,10 +201,15 @@ def processor() -> str:
     return f"{name} ({vendor} {family}/{model}), {next((f for f in widest if f in flags), 'x86')}"
 
 
+def results_file() -> Path:
+    """The file of this kind of processor in benchmarks/results."""
+    kind = processor().rpartition(", ")[2]
+    return Path(__file__).parent / "results" / f"cpu-{kind}.json"
+
+
 def keep(row: str, found: dict[str, dict[str, float]]) -> None:
     """Adds a row to the file of this kind of processor in benchmarks/results."""
-    kind = processor().rpartition(", ")[2]
-    file = Path(__file__).parent / "results" / f"cpu-{kind}.json"
+    file = results_file()
     rows = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     names = ("jax", "jaxlib", "torch", "transformers", "peft", "trl")
     rows |= {"processor": processor(), "cores": os.cpu_count()}

@@ -33,11 +33,12 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh
 from jaxllm.monitor.flops import Flops, forward_flops, run_flops
 from jaxllm.ops.cross_entropy import ACCELERATOR_CHUNK, BLOCKS
+from jaxllm.ops.decoding import shared_length
 from jaxllm.paths import as_path, hub_id
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.program import Program, build
 from jaxllm.rl.online import make_evaluation
-from jaxllm.sampling import Sampling, bucketed, decode, prefill
+from jaxllm.sampling import Sampling, decode, prefill
 from jaxllm.topologies import Topology, topology
 
 GIB = 2**30
@@ -390,7 +391,7 @@ def rollout(program: Program) -> dict[str, float]:
     sampling = Sampling(new, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids=(0,))
     length = program.row_length
     every = replace(program, cfg=replace(cfg, batch_size=cfg.batch_size * rl.minibatches))
-    tokens = jax.tree.leaves(every.batch(bucketed(cfg.data.length)).tokens)[0]
+    tokens = jax.tree.leaves(every.batch(shared_length(cfg.data.length)).tokens)[0]
     shape = (rows, tokens.shape[-1])
     spec = jax.sharding.PartitionSpec(*tokens.sharding.spec[1:])
     prompts = jax.ShapeDtypeStruct(

@@ -37,11 +37,11 @@ from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
 from jaxllm.ops.cross_entropy import blocks_of
+from jaxllm.ops.decoding import shared_length
 from jaxllm.ops.residuals import check_offload
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.files import make_adapter
 from jaxllm.run import started_from
-from jaxllm.sampling import bucketed
 from jaxllm.step import (
     Models,
     StepShardings,
@@ -103,7 +103,7 @@ class Program:
         """Tokens in the longest row of a training batch."""
         length = self.cfg.data.length
         if self.cfg.verb.online:
-            return bucketed(length + self.cfg.rl.max_new_tokens)
+            return shared_length(length + self.cfg.rl.max_new_tokens)
         return length * (2 if self.cfg.verb.data in ("pairs", "judged") else 1)
 
     @property

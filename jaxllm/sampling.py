@@ -28,7 +28,7 @@ from jaxllm.mesh import data_parallel, put
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.stack import unstack
-from jaxllm.ops.decoding import argmax, prefers_unstacked
+from jaxllm.ops.decoding import argmax, prefers_unstacked, shared_length
 from jaxllm.peft.combine import Choice, choice_weights
 
 BUCKET = 64  # lengths are padded to a multiple of this, so that few shapes are compiled
@@ -99,10 +99,9 @@ def _unstacked(graph: Any, params: Any) -> tuple[Any, Any]:
 
 
 def decoding_layout(graph: Any, params: Any) -> tuple[Any, Any]:
-    """(graph, params) in the layout that decodes fastest: unstacked layers for bfloat16 on a CPU,
-    which takes one copy of the weights."""
-    unstacked = prefers_unstacked(nnx.merge(graph, params).compute_dtype)
-    return _unstacked(graph, params) if unstacked else (graph, params)
+    """(graph, params) in the layout that decodes fastest: unstacked layers on a CPU, which takes
+    one copy of the weights."""
+    return _unstacked(graph, params) if prefers_unstacked() else (graph, params)
 
 
 @jax.tree_util.register_dataclass
@@ -247,9 +246,9 @@ def left_padded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, segment_ids) int32 [rows, P] of prompts padded on the left.
 
-    P is the length of the longest prompt, or `longest` if that is more, rounded up to a bucket.
+    P is `longest` if that is given, else the length of the longest prompt, rounded up.
     """
-    width = bucketed(max(longest, *map(len, prompts)))
+    width = shared_length(longest) if longest else bucketed(max(map(len, prompts)))
     tokens, segment_ids = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt

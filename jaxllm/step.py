@@ -145,7 +145,7 @@ def make_gradients(
         loss, weight, metrics = objective(model, batch, keys, reference)
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
-            for name, mask in (("tokens", batch.segment_ids > 0), ("learned", batch.weights > 0))
+            for name, mask in (("tokens", batch.segment_ids != 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 

@@ -47,7 +47,8 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Experience(Batch):
-    """Sampled completions, one per row after its prompt, for the update of an online run.
+    """Sampled completions, each in a row after its prompt or with its group in one row
+    (rl/shared.py), for the update of an online run.
 
     Each field is float32 [B, T]; index t belongs to `targets[t]`, which was sampled after
     `tokens[: t + 1]`. `weights` is 1 for the completion's tokens.

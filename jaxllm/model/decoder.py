@@ -28,7 +28,7 @@ from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
 from jaxllm.ops.decoding import cache_dtype
-from jaxllm.ops.matmul import product, softcapped
+from jaxllm.ops.matmul import ByOutputs, product, product_by_outputs, softcapped
 from jaxllm.ops.quantized import Quantized
 
 SCORE_AXES: Any = (None, None)
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored. Split along
         fsdp."""
-        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel.get_value()
 
     def head_terms(
         self, hidden: jax.Array, rng: jax.Array | None = None, adapter_weights: Any = None
@@ -232,12 +232,15 @@ class Decoder(nnx.Module):
         if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
             table = self.embed.embedding[...].astype(hidden.dtype)
             table = gathered(table, HEAD_AXES[::-1], (self.cfg.vocab_size, self.cfg.hidden_size))
-            logits = product(hidden, table, (hidden.ndim - 1, 1), jnp.float32)
+            logits = product_by_outputs(hidden, table, jnp.float32)
             return softcapped(logits, self.cfg.logit_softcap)
-        raw = [
-            product(x, gathered_head(x, w), (x.ndim - 1, 0), jnp.float32)
-            for x, w in self.head_terms(hidden, adapter_weights=adapter_weights)
-        ]
+
+        def term(x: jax.Array, w: Any) -> jax.Array:
+            if isinstance(w, ByOutputs):
+                return product_by_outputs(x, w.rows, jnp.float32)
+            return product(x, gathered_head(x, w), (x.ndim - 1, 0), jnp.float32)
+
+        raw = [term(x, w) for x, w in self.head_terms(hidden, adapter_weights=adapter_weights)]
         return softcapped(sum(raw[1:], raw[0]), self.cfg.logit_softcap)
 
     def scores(self, hidden: jax.Array, segment_ids: jax.Array, segments: jax.Array) -> jax.Array:

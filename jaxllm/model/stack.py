@@ -23,6 +23,8 @@ from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.parts import gathered_layer, narrowed
+from jaxllm.ops.decoding import kernel_for_decoding
+from jaxllm.ops.matmul import operand
 from jaxllm.ops.quantized import Quantized
 from jaxllm.ops.residuals import saveable
 
@@ -178,8 +180,8 @@ def _select(values: list[Any], index: jax.Array) -> Any:
 def unstack(model: Any) -> Any:
     """Splits the stacked arrays of a Decoder by layer, for decoding; returns the model.
 
-    Kernels, biases and the token table are cast to the compute dtype once: in a decoding step a
-    cast costs more than its product.
+    Kernels, biases and the token table are rounded to the compute dtype once, and stored in the
+    dtype in which they are multiplied: in a decoding step a cast costs more than its product.
     """
 
     def converted(state: Any, layer: int | None = None) -> Any:
@@ -189,7 +191,8 @@ def unstack(model: Any) -> Any:
                 value = jax.tree.map(lambda x: x[layer], value)
             if path[-1] in ("kernel", "bias", "embedding") and not isinstance(value, Quantized):
                 axes = variable.get_metadata("axes")[-value.ndim :]
-                value = constrain(value.astype(model.compute_dtype), *axes)
+                value = constrain(operand(value.astype(model.compute_dtype)), *axes)
+                value = kernel_for_decoding(value) if path[-1] == "kernel" else value
             return variable.replace(value)
 
         return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(state)])

@@ -57,15 +57,23 @@ def kl_terms(logp: Any, reference: Any, kind: Literal["k1", "k3"]) -> Any:
 
 
 def token_weights(
-    mask_BT: jax.Array, normalizer: Literal["tokens", "sequence", "constant"], max_tokens: int
+    mask_BT: jax.Array,
+    normalizer: Literal["tokens", "sequence", "constant"],
+    max_tokens: int,
+    segments_BT: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (weight of each token, float32 [B, T]; divisor of the sum). mask: 0 or 1."""
-    lengths_B1 = jnp.sum(mask_BT, 1, keepdims=True)
-    completions = jnp.sum(lengths_B1 > 0).astype(jnp.float32)
+    """Returns (weight of each token, float32 [B, T]; divisor of the sum). mask: 0 or 1.
+
+    segments: int32 [B, T], the completions of a row; default: a row is one completion.
+    """
     if normalizer == "tokens":
         return mask_BT, jnp.sum(mask_BT)
-    divisor = jnp.maximum(lengths_B1, 1.0) if normalizer == "sequence" else max_tokens
-    return mask_BT / divisor, completions
+    segments_BT = jnp.ones(mask_BT.shape) if segments_BT is None else segments_BT
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    lengths_BT = jnp.sum(jnp.where(same_BTT, mask_BT[:, None, :], 0), -1)
+    shares_BT = mask_BT / jnp.maximum(lengths_BT, 1.0)
+    completions = jnp.round(jnp.sum(shares_BT))
+    return shares_BT if normalizer == "sequence" else mask_BT / max_tokens, completions
 
 
 def grpo_loss(
@@ -93,7 +101,7 @@ def grpo_loss(
         terms_BT, clipped_BT = clipped_terms(logp_BT, old_BT, batch.advantages, **clips)
         if beta:
             terms_BT = terms_BT + beta * kl_terms(logp_BT, batch.reference_logps, kl)
-        weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens)
+        weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens, batch.segment_ids)
         loss = jnp.sum(terms_BT * weights_BT)
     metrics: Metrics = {
         "entropy": (jnp.sum(entropy_BT * mask_BT), tokens),

@@ -95,6 +95,11 @@ def choose(kernel: str, **facts: Any) -> tuple[str, str]:
     raise UserError(f"model.attention: {kernel} cannot run: {reasons[0]}; set it to auto or xla")
 
 
+def shares_prefixes(kernel: str) -> bool:
+    """True if rows may begin with keys of EVERYWHERE: no fused kernel has their mask."""
+    return kernel == "xla" or (kernel == "auto" and platform() == "cpu")
+
+
 def attention(
     q_BTHK: jax.Array,
     k_BNSK: jax.Array,

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-EVERYWHERE = -1  # segment id of keys that every query sees: a prefix that precedes each text
+EVERYWHERE = -1  # segment id of a prefix that precedes each text of a row
 NOWHERE = -2  # segment id of what fills a row's last block
 
 
 def visible(q_segments, k_segments, q_positions, q_indices, k_indices, window) -> jax.Array:
     """True where a query sees a key, bool [B, T, S].
 
-    A query sees the keys of its own segment at or before its own index, and those of EVERYWHERE;
-    with a window, only those fewer than `window` tokens away.
+    A query sees the keys of its own segment and of EVERYWHERE at or before its own index; with a
+    window, only those fewer than `window` tokens away.
 
     q_segments [B, T] and k_segments [B, S] are segment ids, q_positions [B, T] positions within the
     texts, q_indices [T] and k_indices [S] indices among the keys; all are int32. window is an int,
@@ -26,11 +26,11 @@ def visible(q_segments, k_segments, q_positions, q_indices, k_indices, window) -
     is counted from the query's position, not from its index.
     """
     everywhere = (k_segments == EVERYWHERE)[:, None, :]
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_indices <= q_indices[:, None])
+    same = q_segments[:, :, None] == k_segments[:, None, :]
     if window is not None:
         same &= q_indices[:, None] - k_indices < window
         everywhere &= q_positions[:, :, None] - k_indices < window
-    return same | everywhere
+    return (same | everywhere) & (k_indices <= q_indices[:, None])
 
 
 def first_visible(segments: jax.Array, window: jax.Array | int | None) -> jax.Array:

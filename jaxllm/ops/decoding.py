@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.mesh import platform
+from jaxllm.ops.matmul import ByOutputs
 
 
 def cache_dtype(compute_dtype: Any) -> Any:
@@ -19,12 +20,26 @@ def cache_dtype(compute_dtype: Any) -> Any:
     return jnp.float32 if platform() == "cpu" else compute_dtype
 
 
-def prefers_unstacked(compute_dtype: Any) -> bool:
+def prefers_unstacked() -> bool:
     """True where decoding is faster with one array per layer than with stacked weights.
 
-    XLA:CPU copies every slice that it takes of a bfloat16 stack.
+    XLA:CPU copies every slice that it takes of a stack.
     """
-    return platform() == "cpu" and compute_dtype == jnp.bfloat16
+    return platform() == "cpu"
+
+
+def kernel_for_decoding(w: jax.Array) -> Any:
+    """A layer's kernel [I, O], stored as it multiplies few rows fastest."""
+    single_device = jax.sharding.get_abstract_mesh().size <= 1
+    turned = platform() == "cpu" and single_device and w.ndim == 2 and w.dtype == jnp.float32
+    return ByOutputs(w.T) if turned else w
+
+
+def shared_length(length: int) -> int:
+    """The length of rows which is that of all calls, so that they share one program: a little more
+    than `length` on a CPU, whose work grows with the padding, and a multiple of 64 elsewhere."""
+    multiple = 8 if platform() == "cpu" else 64
+    return -(-length // multiple) * multiple
 
 
 def argmax(x: jax.Array) -> jax.Array:

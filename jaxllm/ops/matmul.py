@@ -6,6 +6,7 @@ Dims: B rows, T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -21,6 +23,8 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.mesh import Axes, automatic_axes, manual_rows, platform, spec, stream_specs
 from jaxllm.ops.quantized import dense
 
+# XLA:CPU multiplies up to this many rows two times faster as the second operand.
+FEW = 256
 THIN = 8  # a gradient with this many times fewer outputs than inputs is computed transposed
 
 
@@ -62,6 +66,29 @@ def product(x: jax.Array, w: jax.Array, contract: tuple[int, int], dtype: Any) -
     return y.astype(dtype)
 
 
+@struct.dataclass
+class ByOutputs:
+    """A kernel [I, O] that is stored as [O, I], for decoding."""
+
+    rows: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape[::-1]
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The kernel [I, O]."""
+        return self.rows.T.astype(dtype)
+
+
+def product_by_outputs(x: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., I] · rowsᵀ, [O, I] -> [..., O] in `dtype`."""
+    few = math.prod(x.shape[:-1]) <= FEW
+    if not (few and platform() == "cpu" and operand(x).dtype == jnp.float32):
+        return product(x, rows, (x.ndim - 1, 1), dtype)
+    return jnp.moveaxis(product(rows, x, (1, x.ndim - 1), dtype), 0, -1)
+
+
 def weight_gradient(x: jax.Array, g: jax.Array, dtype: Any) -> jax.Array:
     """xᵀ g summed over all leading dims: [..., I], [..., O] -> [I, O]."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
@@ -76,6 +103,8 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
     A Quantized w is dequantized here and again in the backward pass; it has no gradient.
     """
+    if isinstance(w, ByOutputs):
+        return product_by_outputs(x, w.rows, x.dtype)
     return product(x, dense(w, x.dtype), (x.ndim - 1, 0), x.dtype)
 
 

@@ -29,8 +29,10 @@ from jaxllm.data.rows import Rows
 from jaxllm.mesh import data_parallel, put
 from jaxllm.objectives.grpo import group_advantages, kl_terms
 from jaxllm.objectives.ppo import KlController, act, gae, token_rewards, whiten
+from jaxllm.ops.decoding import shared_length
 from jaxllm.rl.rewards import Completion, Reward, RewardError
-from jaxllm.sampling import Completions, Sampling, bucketed, completions
+from jaxllm.rl.shared import SharedRows, can_share
+from jaxllm.sampling import Completions, Sampling, completions
 from jaxllm.step import Models
 
 Sums = dict[str, tuple[float, float]]  # {metric: (Σ, weight)}
@@ -124,6 +126,7 @@ class Rollouts:
             rl.max_new_tokens, rl.temperature, rl.top_k, rl.top_p, rl.min_p, stop_ids(tokenizer)
         )
         self.experience: dict[str, np.ndarray] = {}
+        self.shared: SharedRows | None = None  # of the last rollout
         self._jitted = jax.jit(make_evaluation(cfg, models))
 
     def state(self) -> dict[str, float]:
@@ -140,11 +143,15 @@ class Rollouts:
         iteration, minibatch = divmod(update, cfg.rl.minibatches)
         order = np.random.default_rng((cfg.seed, number, iteration)).permutation(self.size)
         rows = order[minibatch * cfg.batch_size : (minibatch + 1) * cfg.batch_size]
+        if self.shared is not None:
+            return self._batch(self.experience), metrics
         return self._batch({name: x[rows] for name, x in self.experience.items()}), metrics
 
     def _batch(self, fields: dict[str, np.ndarray]) -> Experience:
         """Rows [R, T] in micro-batches [A, B, T] on the devices."""
         size = self.cfg.micro_batch_size * data_parallel(self.mesh)
+        if self.shared is not None:
+            fields, size = self.shared.pack(fields), size // self.group
         split = {name: x.reshape(-1, size, x.shape[1]) for name, x in fields.items()}
         return Experience(**put(self.mesh, split))
 
@@ -157,7 +164,8 @@ class Rollouts:
         groups: Any = self.prompts[number]
         self.record(step, groups)
         prompts = [prompt for prompt in groups for _ in range(self.group)]
-        graph, params = nnx.split(self.models(trainable, self.frozen)[0])
+        policy = self.models(trainable, self.frozen)[0]
+        graph, params = nnx.split(policy)
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
         tokens = [prompt["tokens"].tolist() for prompt in prompts]
         sampled = completions(
@@ -175,6 +183,9 @@ class Rollouts:
                 f"step {step}: rl.rewards gave no reward at all at {at}; ppo needs one for each"
             )
         rows = self._rows(tokens, sampled)
+        if can_share(cfg, policy, self.mesh):
+            width = shared_length(self.longest - 1 + self.group * sampled.tokens.shape[1])
+            self.shared = SharedRows(rows, self.group, width)
         rollout = Rollout(sampled, rows, scores, rewards, **self._evaluate(trainable, rows))
         experience, metrics = self._ppo(rollout) if cfg.verb.critic else self._grpo(rollout)
         metrics |= self._metrics(rollout)
@@ -210,8 +221,8 @@ class Rollouts:
         return np.where(np.isnan(table).all(0), np.nan, np.nansum(table.astype(np.float64), 0))
 
     def _rows(self, prompts: list[list[int]], sampled: Completions) -> dict[str, np.ndarray]:
-        """A row for each prompt with its completion, [R, T]; T is bucketed."""
-        width = bucketed(self.longest + sampled.tokens.shape[1])
+        """A row for each prompt with its completion, [R, T]; T is that of all rollouts."""
+        width = shared_length(self.longest + sampled.tokens.shape[1])
         rows = []
         for prompt, tokens, n in zip(prompts, sampled.tokens, sampled.lengths, strict=True):
             text = np.concatenate([np.asarray(prompt, np.int32), tokens[:n]])
@@ -222,6 +233,8 @@ class Rollouts:
     def _evaluate(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The last fields of `Rollout`."""
         out = dist.gather(self._jitted(trainable, self.frozen, self._batch(rows)))
+        if self.shared is not None:
+            return {name: self.shared.unpack(x) for name, x in out.items()}
         learned = rows["weights"] > 0
         return {name: np.where(learned, x.reshape(learned.shape), 0.0) for name, x in out.items()}
 

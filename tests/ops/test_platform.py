@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program built on a CPU for another platform has the forms of that platform."""
 
+import math
 import re
 
 import jax
@@ -19,7 +20,9 @@ from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops import matmul
 from jaxllm.ops.attention_blocks import block_size
 from jaxllm.ops.cross_entropy import default_chunk
-from jaxllm.ops.decoding import argmax, cache_dtype, prefers_unstacked
+from jaxllm.ops.decoding import argmax, cache_dtype, kernel_for_decoding, prefers_unstacked
+from jaxllm.ops.matmul import FEW, ByOutputs, dot
+from jaxllm.ops.quantized import dense
 from jaxllm.sampling import Sampling, decode, prefill
 
 CFG = ModelConfig(
@@ -175,12 +178,30 @@ def test_one_function_is_traced_for_each_platform():
     assert {x[0]: x[1:] for x in seen} == {"cpu": cpu, "gpu": other, "tpu": other}
 
 
+@pytest.mark.parametrize("rows", [(3, 2), (FEW + 1,)])
+def test_a_kernel_stored_by_outputs_gives_the_same_product(rows):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((*rows, 24), (24, 40)))
+    turned = kernel_for_decoding(w)
+    assert isinstance(turned, ByOutputs) and turned.shape == w.shape
+    np.testing.assert_array_equal(dense(turned, jnp.float32), w)
+    np.testing.assert_allclose(dot(x, turned), x @ w, rtol=0, atol=1e-5)
+    first = [
+        e.invars[0].aval.shape
+        for e, _ in equations(jax.make_jaxpr(dot)(x, turned).jaxpr)
+        if e.primitive.name == "dot_general"
+    ]
+    assert first == [(40, 24) if math.prod(rows) <= FEW else x.shape]
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
+        assert jax.eval_shape(kernel_for_decoding, w).shape == w.shape
+
+
 def test_decoding_forms_differ_and_results_do_not():
     x = jnp.asarray(np.random.default_rng(0).integers(0, 5, (64, 9)), jnp.float32)
     want = np.argmax(x, -1)
-    assert prefers_unstacked(jnp.bfloat16) and not prefers_unstacked(jnp.float32)
+    assert prefers_unstacked()
     np.testing.assert_array_equal(argmax(x), want)
     with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
-        assert not prefers_unstacked(jnp.bfloat16)
+        assert not prefers_unstacked()
         primitives = {e.primitive.name for e, _ in equations(jax.make_jaxpr(argmax)(x).jaxpr)}
     assert "argmax" in primitives

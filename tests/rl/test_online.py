@@ -264,7 +264,7 @@ def test_ppo_estimates_advantages_from_kl_score_and_value():
     values = np.asarray(act(run.policy, SimpleNamespace(**fields))[2]) * w
     rewards = token_rewards(kl, score, w, 0.3)
     advantages, returns = gae(rewards, values, w, 0.9, 0.8)
-    np.testing.assert_allclose(fields["old_values"], values, atol=1e-5)
+    np.testing.assert_allclose(fields["old_values"], values, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(fields["returns"], returns, atol=2e-5)
     np.testing.assert_allclose(fields["advantages"], whiten(advantages, w), atol=1e-4)
     assert seen["kl"] == pytest.approx(kl.sum(1).mean(), rel=1e-3, abs=1e-5)
