@@ -73,7 +73,7 @@ def test_every_verb_has_a_plan(model, capsys, monkeypatch, verb, more):
     assert 0 < found["peak_gib"] < found["hbm_gib"] and found["fits"] is True
     assert found["devices"] == 8 and found["mesh"] == {"fsdp": 8}
     pair = 2 if VERBS[verb].data in ("pairs", "judged") else 1
-    assert found["length"] == (64 if VERBS[verb].online else 32 * pair)
+    assert found["length"] == (48 if VERBS[verb].online else 32 * pair)
     for row in found["collectives"]:
         assert row["axis"] == "fsdp" and row["gib"] > 0 and row["count"] >= 1
     sent = sum(row["gib"] for row in found["collectives"])

@@ -76,6 +76,10 @@ class ByOutputs:
     def shape(self) -> tuple[int, ...]:
         return self.rows.shape[::-1]
 
+    @property
+    def dtype(self) -> Any:
+        return self.rows.dtype
+
     def astype(self, dtype: Any) -> jax.Array:
         """The kernel [I, O]."""
         return self.rows.T.astype(dtype)

@@ -141,7 +141,7 @@ def ours(place, objective, file, **align):
         module = importlib.import_module("jaxllm.training")
         patch.setattr(module, "make_mesh", lambda section: make_mesh(section, jax.devices()[:1]))
         before = np.roll(np.arange(COUNT), 1)  # TRL lends the answer of the record before
-        patch.setattr(Judged, "lenders", lambda self, epoch: before)
+        patch.setattr(Judged, "donors", lambda self, epoch: before)
         module.train(cfg)
     found = lines_of(place / "ours")
     return np.array([[found[i + 1][k] for k in ("loss", "grad_norm")] for i in range(STEPS)])
