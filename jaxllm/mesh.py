@@ -50,6 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "router": (),
     "norm": (),
     "micro": (),  # micro-batches of one update
     "batch": ROWS,

@@ -317,8 +317,10 @@ def step_flops(program: Program) -> tuple[float, float]:
     )
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
-    if shape.norm_placement == "pre":  # nothing in the backward pass reads a layer's last product
-        weights -= 2 * shape.num_layers * shape.hidden_size * shape.intermediate_size
+    # Nothing in the backward pass reads a product that is added to the residual stream at the end.
+    unread = {"pre": shape.intermediate_size}
+    unread["parallel"] = unread["pre"] + shape.num_heads * shape.head_dim
+    weights -= 2 * shape.num_layers * shape.hidden_size * unread.get(shape.norm_placement, 0)
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:

@@ -67,7 +67,8 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        if leaf in ("kernel", "embedding") and key.path not in score_paths(cfg):
+        # Experts are parameters, not modules, in transformers; peft's all-linear leaves them out too.
+        if "{expert}" not in key.name and leaf in ("kernel", "embedding") and key.path not in score_paths(cfg):
             modules[path] = module
     return modules
 
