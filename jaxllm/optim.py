@@ -25,7 +25,14 @@ from jaxllm.mesh import in_memory
 from jaxllm.peft import METHODS
 
 # Leaf name -> whether weight decay applies. Any other name is a bug.
-DECAYED = {"kernel": True, "router": True, "embedding": True, "scale": False, "shift": False, "bias": False}
+DECAYED = {
+    "kernel": True,
+    "router": True,
+    "embedding": True,
+    "scale": False,
+    "shift": False,
+    "bias": False,
+}
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
 

@@ -24,7 +24,8 @@ from jaxllm.config.checks import resolve
 from jaxllm.program import build
 from jaxllm.run import RunFolder
 from jaxllm.mesh import make_mesh
-from jaxllm.model.families import FAMILIES, as_reward, from_hf, to_hf
+from jaxllm.model.families import as_reward, from_hf, to_hf
+from jaxllm.model.families.table import FAMILIES
 tokenizer = jaxllm.train_tokenizer([], "tokenizer", 300, texts=["some text " * 20])
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_embeddings=64)
@@ -91,7 +92,7 @@ def test_pretrain_then_load_then_generate_then_lora(tmp_path):
 
 
 def test_without_torch_every_family_is_read_and_written_and_nothing_is_said(tmp_path):
-    from jaxllm.model.families import FAMILIES
+    from jaxllm.model.families.table import FAMILIES
 
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True

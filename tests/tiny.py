@@ -154,7 +154,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         dict(partial_rotary_factor=0.5, tie_word_embeddings=True, num_key_value_heads=1),
     ),
-    "ministral": ("ministral", dict(head_dim=12, layer_types=[SLIDING, FULL] * 2, sliding_window=5)),
+    "ministral": (
+        "ministral",
+        dict(head_dim=12, layer_types=[SLIDING, FULL] * 2, sliding_window=5),
+    ),
     "ministral3": (
         "ministral3",
         dict(
@@ -261,9 +264,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             head_dim=12,
             num_local_experts=8,
             num_experts_per_tok=3,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5
-            ),
+            rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5),
         ),
     ),
 }

@@ -33,7 +33,9 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, peft=peft, dtype=dtype, rngs=rngs)
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         dense = cfg.experts is None
-        self.mlp = MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys) if dense else MoE(cfg, **keys)
+        self.mlp = (
+            MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys) if dense else MoE(cfg, **keys)
+        )
         self.attn_norm = norm() if before or self.parallel else None
         self.attn_post_norm = norm() if after else None
         self.mlp_norm = norm() if before else None
@@ -47,13 +49,17 @@ class Block(nnx.Module):
             n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
             h_BTD, past = self.attn(n_BTD, ctx, past)
             h_BTD = h_BTD if self.attn_post_norm is None else self.attn_post_norm(h_BTD)
-            x_BTD = self.added(x_BTD, h_BTD if self.attn_adapter is None else self.attn_adapter(h_BTD))
+            x_BTD = self.added(
+                x_BTD, h_BTD if self.attn_adapter is None else self.attn_adapter(h_BTD)
+            )
         with jax.named_scope("mlp"):
             if not self.parallel:
                 n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
             h_BTD = self.mlp(n_BTD, ctx)
             h_BTD = h_BTD if self.mlp_post_norm is None else self.mlp_post_norm(h_BTD)
-            x_BTD = self.added(x_BTD, h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD))
+            x_BTD = self.added(
+                x_BTD, h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD)
+            )
         return constrain(x_BTD, "batch", "sequence", "features"), past
 
     def added(self, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:

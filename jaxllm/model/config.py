@@ -66,7 +66,7 @@ class Experts:
 class ModelConfig:
     """The decoder's shape. Widths are in features, lengths in tokens."""
 
-    family: str  # key of families.FAMILIES
+    family: str  # key of families.table.FAMILIES
     vocab_size: int
     hidden_size: int
     intermediate_size: int

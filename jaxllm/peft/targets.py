@@ -14,7 +14,7 @@ from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table, tensor_names
+from jaxllm.model.families.tensors import key_table, tensor_names
 from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
@@ -68,7 +68,11 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
         # Experts are parameters, not modules, in transformers; peft's all-linear leaves them out too.
-        if "{expert}" not in key.name and leaf in ("kernel", "embedding") and key.path not in score_paths(cfg):
+        if (
+            "{expert}" not in key.name
+            and leaf in ("kernel", "embedding")
+            and key.path not in score_paths(cfg)
+        ):
             modules[path] = module
     return modules
 

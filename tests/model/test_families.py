@@ -13,15 +13,10 @@ from transformers.models.auto import modeling_auto
 
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import (
-    FAMILIES,
-    as_reward,
-    from_hf,
-    key_table,
-    normalised,
-    rope_keys,
-    to_hf,
-)
+from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
+from jaxllm.model.families.rope import rope_keys
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import key_table
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(

@@ -43,7 +43,8 @@ from jaxllm.data.batch import Batch, make_row
 from jaxllm.hf import hf_tensors, load_hf, save_hf
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import FAMILIES, from_hf, to_hf
+from jaxllm.model.families import from_hf, to_hf
+from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.rope import rope_frequencies
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.sampling import Sampling, generate

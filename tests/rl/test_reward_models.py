@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from jaxllm.config import PeftSection
 from jaxllm.data.batch import make_row
 from jaxllm.hf import load_hf, save_adapter, save_hf
-from jaxllm.model.families import FAMILIES, from_hf
+from jaxllm.model.families import from_hf
+from jaxllm.model.families.table import FAMILIES
 from jaxllm.peft.files import make_adapter
 
 EOS, PAD = 7, 3

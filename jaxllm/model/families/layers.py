@@ -10,6 +10,7 @@ from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_rope, write_rope
 from jaxllm.model.families.table import FAMILIES
 
+
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: the index of each layer's kind."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
@@ -50,7 +51,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
         # full layers lack RoPE if there are windows, none means that they have it.
-        unused = None if family.nope == "full" and cfg.kinds[0].rope is not None else cfg.max_positions
+        unused = (
+            None if family.nope == "full" and cfg.kinds[0].rope is not None else cfg.max_positions
+        )
         config |= {"layer_types": types, "sliding_window": window or unused}
     if family.switched:
         config["use_sliding_window"] = window is not None

@@ -198,7 +198,9 @@ FAMILIES: dict[str, Family] = {
         "Exaone4", {"norm_placement": "post", "qk_norm": "head"}, window="typed", nope="full"
     ),
     "phi3": Family("Phi3", window="all", partial_rope=True, fused=("qkv", "gate_up")),
-    "smollm3": Family("SmolLM3", options=ATTENTION_BIAS + MLP_BIAS, window="typed", switched=True, nope="listed"),
+    "smollm3": Family(
+        "SmolLM3", options=ATTENTION_BIAS + MLP_BIAS, window="typed", switched=True, nope="listed"
+    ),
     "seed_oss": Family(
         "SeedOss",
         options=_biases("attention_bias", "qkv") + _biases("attention_out_bias", "o") + MLP_BIAS,
