@@ -125,7 +125,7 @@ def updated_configs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config.json, generation_config.json) to save with a model, from those it was loaded with.
 
-    RoPE is written in the old and the new spelling (families.rope.rope_keys). bos, eos and pad are the
+    RoPE is written in the old and the new spelling (`rope_keys`). bos, eos and pad are the
     tokenizer's. The eos ids of the generation config are those of the old generation config, of the
     config and of the tokenizer (eos and end of turn), in that order. If the tokenizer's eos is new
     to the model, the old ids are dropped, because they mean other tokens.

@@ -28,6 +28,7 @@ from jaxllm.peft import METHODS
 DECAYED = {
     "kernel": True,
     "router": True,
+    "choice_bias": False,
     "embedding": True,
     "scale": False,
     "shift": False,

@@ -318,8 +318,9 @@ def step_flops(program: Program) -> tuple[float, float]:
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
     # Nothing in the backward pass reads a product that is added to the residual stream at the end.
-    unread = {"pre": shape.intermediate_size}
-    unread["parallel"] = unread["pre"] + shape.num_heads * shape.head_dim
+    # (What an expert adds is weighted by the router, whose gradient reads it.)
+    mlp = shape.intermediate_size if shape.experts is None else 0
+    unread = {"pre": mlp, "parallel": mlp + shape.num_heads * shape.head_dim}
     weights -= 2 * shape.num_layers * shape.hidden_size * unread.get(shape.norm_placement, 0)
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)

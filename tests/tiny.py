@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
@@ -297,6 +298,13 @@ def magnified(config: dict[str, Any]) -> Any:
             if path.endswith("correction_bias"):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
     return model.eval()
+
+
+def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors under the names that transformers saves: those of experts one by one."""
+    if not any(".experts." in name for name in tensors):
+        return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 def one_device() -> Any:

@@ -30,11 +30,12 @@ class Block(nnx.Module):
         before = cfg.norm_placement in ("pre", "sandwich")
         self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
-        self.attn = Attention(cfg, peft=peft, dtype=dtype, rngs=rngs)
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        dense = cfg.experts is None
+        self.attn = Attention(cfg, **keys)
         self.mlp = (
-            MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys) if dense else MoE(cfg, **keys)
+            MoE(cfg, **keys)
+            if cfg.experts
+            else MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys)
         )
         self.attn_norm = norm() if before or self.parallel else None
         self.attn_post_norm = norm() if after else None
@@ -48,19 +49,15 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
             h_BTD, past = self.attn(n_BTD, ctx, past)
-            h_BTD = h_BTD if self.attn_post_norm is None else self.attn_post_norm(h_BTD)
-            x_BTD = self.added(
-                x_BTD, h_BTD if self.attn_adapter is None else self.attn_adapter(h_BTD)
-            )
+            x_BTD = self.added(x_BTD, h_BTD, self.attn_post_norm, self.attn_adapter)
         with jax.named_scope("mlp"):
             if not self.parallel:
                 n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-            h_BTD = self.mlp(n_BTD, ctx)
-            h_BTD = h_BTD if self.mlp_post_norm is None else self.mlp_post_norm(h_BTD)
-            x_BTD = self.added(
-                x_BTD, h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD)
-            )
+            x_BTD = self.added(x_BTD, self.mlp(n_BTD, ctx), self.mlp_post_norm, self.mlp_adapter)
         return constrain(x_BTD, "batch", "sequence", "features"), past
 
-    def added(self, x_BTD: jax.Array, h_BTD: jax.Array) -> jax.Array:
+    def added(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Any, adapter: Any) -> jax.Array:
+        """The residual stream plus the output of attention or MLP."""
+        h_BTD = h_BTD if norm is None else norm(h_BTD)
+        h_BTD = h_BTD if adapter is None else adapter(h_BTD)
         return x_BTD + (h_BTD if self.scale == 1 else h_BTD * self.scale)

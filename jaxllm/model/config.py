@@ -13,10 +13,9 @@ from jaxllm.errors import UserError, seen
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base and how it is stretched to longer contexts (layers.rope_frequencies).
+    """Rotary embedding: base and how it is stretched to longer contexts (rope.rope_frequencies).
 
-    `kind` default | linear | dynamic | llama3 | yarn | longrope. Fields that a kind does not use stay at
-    their defaults. Lengths are in tokens.
+    Fields that a kind does not use stay at their defaults. Lengths are in tokens.
     """
 
     theta: float = 10_000.0
@@ -53,11 +52,7 @@ class Experts:
     size: int  # hidden features of an expert
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
     has_bias: bool = False  # added to the scores for the choice alone
-    groups: int = 1  # of experts, of which a token chooses from `top_groups`
-    top_groups: int = 1
-    renormalised: bool = True  # the weights of the chosen experts are divided by their sum,
-    least_sum: float = 0.0  # or by this, if their sum is less
-    scale: float = 1.0  # of the weights
+    renormalised: bool = True  # the weights of the chosen experts are divided by their sum
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
 

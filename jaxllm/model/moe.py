@@ -15,19 +15,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from jaxllm.errors import UserError
+from jaxllm.mesh import automatic_axes, spec, stream_specs
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import Experts, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import ACTIVATIONS, MLP, Linear
 from jaxllm.ops.grouped import by_group, grouped, permuted
 from jaxllm.ops.matmul import product
+from jaxllm.ops.residuals import saveable
+
+OBSTACLE = "its MLP is a mixture of experts"
+UP, DOWN = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
 
 
 def route(
     logits_NE: jax.Array, bias_E: jax.Array | None, experts: Experts
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(weights float32 [N, C], chosen experts int32 [N, C], scores float32 [N, E]).
+) -> tuple[jax.Array, jax.Array]:
+    """(weights float32 [N, C], chosen experts int32 [N, C]).
 
     The bias takes part in the choice alone (arXiv:2408.15664). Of equal scores the first is chosen.
     """
@@ -35,42 +42,22 @@ def route(
     scores_NE = score(logits_NE.astype(jnp.float32))
     choice_NE = lax.stop_gradient(scores_NE)
     if bias_E is not None:
-        choice_NE = choice_NE + bias_E.astype(jnp.float32)
-    if experts.groups > 1:  # the best groups, by the sum of their two best experts
-        by_group = choice_NE.reshape(len(choice_NE), experts.groups, -1)
-        best = jnp.sum(lax.top_k(by_group, 2)[0], -1)
-        _, kept = lax.top_k(best, experts.top_groups)
-        mask = jnp.any(jnp.arange(experts.groups)[None, :, None] == kept[:, None], -1)
-        choice_NE = jnp.where(mask[..., None], by_group, -jnp.inf).reshape(choice_NE.shape)
+        choice_NE = choice_NE + lax.stop_gradient(bias_E.astype(jnp.float32))
     chosen_NC = lax.top_k(choice_NE, experts.top_k)[1]
     weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, 1)
     if experts.renormalised:
-        total = jnp.sum(weights_NC, -1, keepdims=True)
-        weights_NC = weights_NC / jnp.maximum(total, experts.least_sum)
-    return weights_NC * experts.scale, chosen_NC, scores_NE
+        weights_NC = weights_NC / jnp.sum(weights_NC, -1, keepdims=True)
+    return weights_NC, chosen_NC
 
 
 class Kernels(nnx.Module):
     """The matrices of all experts, [E, I, O]."""
 
     def __init__(
-        self,
-        cfg: ModelConfig,
-        path: str,
-        axes: tuple[str, str],
-        shape: tuple[int, int],
-        *,
-        peft: Adapter,
-        dtype: Any,
-        rngs: nnx.Rngs,
+        self, cfg: ModelConfig, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any, rngs: Any
     ):
-        assert cfg.experts is not None
-        shape = (cfg.experts.count, *shape)
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
-        self.kernel = nnx.Param(kernel.astype(dtype), axes=("experts", *axes))
-
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        return grouped(x, self.kernel.get_value(), sizes)
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
 
 
 class MoE(nnx.Module):
@@ -79,41 +66,97 @@ class MoE(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         experts = cfg.experts
         assert experts is not None
-        D, F = cfg.hidden_size, experts.size
+        E, D, F = experts.count, cfg.hidden_size, experts.size
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        router = jax.random.normal(rngs.params(), (D, experts.count)) * cfg.initializer_range
+        router = jax.random.normal(rngs.params(), (D, E)) * cfg.initializer_range
         self.router = nnx.Param(router.astype(dtype), axes=("embed", "router"))
-        self.bias = (
-            nnx.Param(jnp.zeros(experts.count), axes=("router",)) if experts.has_bias else None
+        self.choice_bias = nnx.Param(jnp.zeros(E), axes=("router",)) if experts.has_bias else None
+        self.gate = Kernels(cfg, UP, (E, D, F), dtype, rngs)
+        self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
+        self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
+        self.shared = (
+            MLP(cfg, "layers.mlp.shared", experts.shared_size, **keys)
+            if experts.shared_size
+            else None
         )
-        make = partial(Kernels, cfg, **keys)
-        self.gate = make("layers.mlp.experts.gate", ("embed", "mlp"), (D, F))
-        self.up = make("layers.mlp.experts.up", ("embed", "mlp"), (D, F))
-        self.down = make("layers.mlp.experts.down", ("mlp", "embed"), (F, D))
-        self.shared = self.shared_gate = None
-        if experts.shared_size:
-            self.shared = MLP(cfg, "layers.mlp.shared", experts.shared_size, **keys)
-        if experts.shared_gate:
-            path, axes = "layers.mlp.shared_gate", ("embed", None)
-            self.shared_gate = Linear(cfg, path, axes, (D, 1), **keys)
+        self.shared_gate = (
+            Linear(cfg, "layers.mlp.shared_gate", ("embed", None), (D, 1), **keys)
+            if experts.shared_gate
+            else None
+        )
         self.cfg = cfg
 
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        experts, activation = self.cfg.experts, ACTIVATIONS[self.cfg.activation]
-        assert experts is not None
-        x_ND = x.reshape(-1, x.shape[-1])
-        logits_NE = product(x_ND, self.router[...].astype(x.dtype), (1, 0), jnp.float32)
-        bias = None if self.bias is None else self.bias[...]
-        weights_NC, chosen_NC, _ = route(logits_NE, bias, experts)
-        order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
-        rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
-        hidden = activation(self.gate(rows, sizes)) * self.up(rows, sizes)
-        out = permuted(self.down(hidden, sizes), inverse, order)
-        out_NCD = out.reshape(*chosen_NC.shape, -1).astype(jnp.float32)
-        y = jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x.dtype).reshape(x.shape)
+    def obstacle(self, blocks: int) -> str:
+        """As `MLP.obstacle`: why the hidden features cannot be computed in blocks."""
+        return OBSTACLE
+
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+        if ctx.mlp_blocks > 1:
+            raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
+        bias = None if self.choice_bias is None else self.choice_bias[...]
+        kernels = {n: getattr(self, n).kernel.get_value() for n in ("gate", "up", "down")}
+        y_BTD = over_mesh(partial(routed, self.cfg), x_BTD, self.router[...], bias, kernels)
         if self.shared is None:
-            return y
-        shared = self.shared(x, ctx)
+            return y_BTD
+        shared_BTD = self.shared(x_BTD, ctx)
         if self.shared_gate is not None:
-            shared = shared * jax.nn.sigmoid(self.shared_gate(x, ctx))
-        return y + shared
+            shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
+        return y_BTD + shared_BTD
+
+
+def routed(
+    cfg: ModelConfig, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> jax.Array:
+    """Σ of the outputs of each token's chosen experts, weighted."""
+    experts, activation = cfg.experts, ACTIVATIONS[cfg.activation]
+    assert experts is not None
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    logits_NE = product(x_ND, router_DE.astype(x_ND.dtype), (1, 0), jnp.float32)
+    weights_NC, chosen_NC = route(logits_NE, bias_E, experts)
+    order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
+    rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
+    gate, up = (saveable(grouped(rows, kernels[n], sizes), "dot") for n in ("gate", "up"))
+    out = saveable(grouped(activation(gate) * up, kernels["down"], sizes), "dot")
+    out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
+    return jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def over_mesh(
+    run: Any, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> jax.Array:
+    """`run` for a device's own tokens, with its part of the hidden features.
+
+    XLA's partitioner would sort the tokens of all devices. Along the tensor axis a device has a
+    part of each expert's features, gathers the tokens, and sends parts of their outputs back.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or all(mesh.shape[a] == 1 for a in automatic_axes()):
+        return run(x_BTD, router_DE, bias_E, kernels)
+    axes = {"gate": UP, "up": UP, "down": DOWN}
+    specs = {
+        n: jax.tree.map(lambda leaf, n=n: spec(axes[n], leaf.shape, mesh, drop="fsdp"), w)
+        for n, w in kernels.items()
+    }
+    stream, whole = stream_specs(x_BTD.shape)
+    parts = [s[axes[n].index("mlp")] for n in specs for s in jax.tree.leaves(specs[n])]
+    split = all(part == ("tensor",) for part in parts)
+    if not split:  # e.g. the scales of a quantized weight do not divide
+        stream, specs = whole, P()
+    by_sequence = stream[1] != whole[1]
+
+    def own(x_BTD: jax.Array, *weights: Any) -> jax.Array:
+        if by_sequence:
+            x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
+        y_BTD = run(x_BTD, *weights)
+        if by_sequence:
+            return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return lax.psum(y_BTD, "tensor") if split else y_BTD
+
+    mapped = jax.shard_map(
+        own,
+        in_specs=(stream, P(), P(), specs),
+        out_specs=stream,
+        axis_names=automatic_axes(),
+        check_vma=False,
+    )
+    return mapped(x_BTD, router_DE, bias_E, kernels)

@@ -21,9 +21,10 @@ from jaxllm.model.config import Rope
 def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, float32 [R/2], and what cos and sin are scaled by.
 
-    `length` (tokens in the text or the cache) chooses between longrope's short and long factors;
-    dynamic frequencies of longer texts are `dynamic_frequencies`. linear: positions / factor. llama3: long wavelengths / factor, a ramp between. yarn
-    (arXiv:2309.00071): the same by rotations over the original length. longrope (arXiv:2402.13753).
+    `length` (tokens in the text or the cache) chooses between longrope's short and long factors
+    (arXiv:2402.13753). linear: positions / factor. llama3: long wavelengths / factor, a ramp
+    between. yarn (arXiv:2309.00071): the same by rotations over the original length. dynamic: those
+    of texts up to the original length; longer ones have `dynamic_frequencies`.
     Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
     """
     rotated = int(head_dim * rope.partial)

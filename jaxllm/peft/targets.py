@@ -67,12 +67,9 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        # Experts are parameters, not modules, in transformers; peft's all-linear leaves them out too.
-        if (
-            "{expert}" not in key.name
-            and leaf in ("kernel", "embedding")
-            and key.path not in score_paths(cfg)
-        ):
+        # Experts are no modules in transformers, so peft's all-linear leaves them out too.
+        left_out = "{expert}" in key.name or key.path in score_paths(cfg)
+        if leaf in ("kernel", "embedding") and not left_out:
             modules[path] = module
     return modules
 

@@ -72,7 +72,10 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         if type(value := keep.get(key, 1)) is not int or not 1 <= value <= most:
             raise UserError(f"{key} is {seen(value)}; it must be an integer from 1 to {most:,}")
     with odd_values(f"config of a {kind} model", StrictDataclassError):
-        c = AutoConfig.for_model(kind, **keep).to_dict()
+        filled = AutoConfig.for_model(kind, **keep)
+        c = filled.to_dict()
+        # Published configs and transformers 5 may differ in the name of a key: both are set.
+        c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     for key, reason in family.refused.items():
         if c.get(key) and c[key] != family.accepted.get(key):
@@ -89,6 +92,9 @@ def is_reward(config: dict[str, Any]) -> bool:
 def as_reward(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a reward model of that shape."""
     family = _family(config)
+    if family.scores_as is None:
+        kind = config["model_type"]
+        raise UserError(f"transformers has no reward model of model_type {kind}; use another model")
     name = (family.scores_as or family.name) + CLASSIFIER
     one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     return config | {"architectures": [name]} | one

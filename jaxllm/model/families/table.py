@@ -120,7 +120,8 @@ QWEN_EXPERTS = (
 class Family:
     """How the models of one `model_type` differ from plain Llama.
 
-    name: prefix of transformers' class names; scores_as: that of reward models, if it differs.
+    name: prefix of transformers' class names; scores_as: that of reward models, if it differs; None
+      = transformers has none.
       transformers' own tables of these names need torch.
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
@@ -149,7 +150,7 @@ class Family:
     modules: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     accepted: dict[str, Any] = field(default_factory=dict)
-    scores_as: str = ""
+    scores_as: str | None = ""
 
     def every_option(self) -> tuple[Option, ...]:
         """The options of the family, and the shared ones that it does not replace."""
@@ -205,9 +206,12 @@ FAMILIES: dict[str, Family] = {
         "SeedOss",
         options=_biases("attention_bias", "qkv") + _biases("attention_out_bias", "o") + MLP_BIAS,
     ),
-    "internlm3": Family("InternLM3", options=ATTENTION_BIAS + MLP_BIAS),
+    "internlm3": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS, scores_as=None),
     "ernie4_5": Family(
-        "Ernie4_5", {"rope_pairs": "neighbours"}, _biases("use_bias", "qkv", "o", "mlp")
+        "Ernie4_5",
+        {"rope_pairs": "neighbours"},
+        _biases("use_bias", "qkv", "o", "mlp"),
+        scores_as=None,
     ),
     "glm": Family(
         "Glm",
@@ -228,7 +232,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_post_norm": "post_mlp_layernorm",
         },
     ),
-    "granite": Family("Granite", options=ATTENTION_BIAS + MLP_BIAS + GRANITE),
+    "granite": Family("Granite", options=ATTENTION_BIAS + MLP_BIAS + GRANITE, scores_as=None),
     "cohere2": Family(
         "Cohere2",
         {"norm": "layer", "norm_placement": "parallel", "rope_pairs": "neighbours"},
@@ -239,6 +243,7 @@ FAMILIES: dict[str, Family] = {
         ),
         window="typed",
         nope="full",
+        scores_as=None,
     ),
     "starcoder2": Family(
         "Starcoder2",
@@ -276,7 +281,6 @@ FAMILIES: dict[str, Family] = {
         ),
         window="typed",
         switched=True,
-        modules={"mlp.shared": "mlp.shared_expert", "mlp.shared_gate": "mlp.shared_expert_gate"},
         refused=_SAME_LAYERS,
         accepted={"decoder_sparse_step": 1},
     ),
@@ -298,6 +302,7 @@ FAMILIES: dict[str, Family] = {
             *ATTENTION_BIAS,
         ),
         refused={"clip_qkv": "clipped queries, keys and values are not supported"},
+        scores_as=None,
     ),
     "minimax_m2": Family(
         "MiniMaxM2",
@@ -306,18 +311,19 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
         modules={
             "mlp.router": "block_sparse_moe.gate",
-            "mlp.bias": "block_sparse_moe.e_score_correction_bias",
+            "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
             "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
             "mlp.up": "block_sparse_moe.experts.{expert}.w3",
             "mlp.down": "block_sparse_moe.experts.{expert}.w2",
         },
+        scores_as=None,
     ),
 }
 
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "layers with experts after layers without": ("glm4_moe", "dots1", "ernie4_5_moe", "mellum"),
-    "latent attention": ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "minicpm3"),
+    "latent attention": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
     "attention sinks": ("gpt_oss",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
     "state-space layers": (

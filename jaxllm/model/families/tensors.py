@@ -92,15 +92,14 @@ def key_table(cfg: ModelConfig) -> list[Key]:
         router = family.modules.get("mlp.router", "mlp.gate")
         keys.append(Key("layers.mlp.router", f"{layer}{router}.weight", True))
         if experts.has_bias:
-            name = family.modules.get("mlp.bias", f"{router}.e_score_correction_bias")
-            keys.append(Key("layers.mlp.bias", layer + name))
+            name = family.modules["mlp.choice_bias"]
+            keys.append(Key("layers.mlp.choice_bias", layer + name))
         for part in ("gate", "up", "down"):
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
-        shared = family.modules.get("mlp.shared", "mlp.shared_experts")
         for part in ("gate", "up", "down") if experts.shared_size else ():
-            linear(f"mlp.shared.{part}", f"{shared}.{part}_proj", cfg.mlp_bias)
+            linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
         if experts.shared_gate:
-            linear("mlp.shared_gate", "mlp.shared_gate", False)
+            linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
     elif "gate_up" in family.fused:
         for part, rows in (("gate", (0, F)), ("up", (F, 2 * F))):
             linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, rows)
