@@ -213,7 +213,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere2": (
         "cohere2",
-        dict(sliding_window=5, sliding_window_pattern=2, logit_scale=0.7, attention_bias=True),
+        dict(sliding_window=5, sliding_window_pattern=2, logit_scale=0.7),
+    ),
+    "cohere2 biases, untied": (
+        "cohere2",
+        dict(
+            sliding_window=6,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            head_dim=12,
+            logit_scale=0.5,
+        ),
     ),
     "starcoder2": ("starcoder2", dict(sliding_window=5)),
     "starcoder2 no biases, untied": (

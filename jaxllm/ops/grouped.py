@@ -119,6 +119,6 @@ def _gradients(x: jax.Array, g: jax.Array, sizes: jax.Array, dtype: Any) -> jax.
 
 
 def _block(x: jax.Array, sizes: jax.Array) -> int:
-    """M: a power of two near a quarter of an average group, which wastes little on its last block."""
+    """M: a power of two near a quarter of an average group, whose last block then wastes little."""
     quarter = max(len(x) // len(sizes) // 4, 1)
     return min(max(1 << (quarter.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)

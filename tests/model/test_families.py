@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
 from jaxllm.errors import UserError
+from jaxllm.hf_config import updated_configs
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
 from jaxllm.model.families.rope import rope_keys
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import key_table
+from jaxllm.model.families.tensors import key_table, tensor_names
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(
@@ -203,6 +204,14 @@ def test_phi3_longrope_scales_attention_by_the_ratio_of_lengths():
     assert len(rope.long_factor) == 48 and rope.long_factor[3] == 2.5
 
 
+def test_phi3_longrope_may_have_its_first_name():
+    old = PHI_3_MINI_128K | {"rope_scaling": PHI_3_MINI_128K["rope_scaling"] | {"type": "su"}}
+    assert from_hf(old) == from_hf(PHI_3_MINI_128K)
+    written, _ = updated_configs(old, "float32", 32064, None)
+    assert written["rope_scaling"]["type"] == "longrope"
+    AutoConfig.for_model("phi3", **{k: v for k, v in written.items() if k != "model_type"})
+
+
 def test_smollm3_leaves_every_fourth_layer_without_positions():
     assert [k.rope for k in kinds(from_hf(SMOLLM3_3B))] == [0, 0, 0, None] * 9
 
@@ -264,13 +273,23 @@ def test_to_hf_refuses_what_the_family_cannot_express():
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("gpt2", {}, "'gpt2' is not supported; known: llama, mistral, qwen2"),
-        (None, {}, "None is not supported"),
+        ("gpt9", {}, "'gpt9' is not supported; known: llama, mistral, ministral"),
+        ("gpt_oss", {}, "'gpt_oss' is not supported: it needs attention sinks, which this"),
+        (
+            "qwen2_5_vl",
+            {"text_config": {"model_type": "qwen2_5_vl_text"}},
+            "'qwen2_5_vl' wraps a language model of model_type 'qwen2_5_vl_text'",
+        ),
+        (None, {}, "the config has no model_type; set it to the family"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "layers with experts and layers without"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "layers with experts and layers without"),
+        ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
+        ("olmoe", {"clip_qkv": 3.0}, "clipped queries"),
         ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; known: silu"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported; known: default, linear",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            "'proportional' is not supported; known: default, linear",
         ),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama model.*high_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
@@ -311,6 +330,8 @@ def test_architectures_are_those_of_transformers(kind):
 def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     biases = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, sliding_window=8)
     config = TINY | biases | {"model_type": kind}
+    if kind == "ministral":  # whose model in transformers has no default for it
+        config |= {"head_dim": 4}
     cfg = from_hf(config)
     abstract = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     ours = {".".join(p): v.get_value().shape for p, v in nnx.to_flat_state(abstract)}

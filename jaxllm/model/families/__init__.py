@@ -22,6 +22,7 @@ from typing import Any
 from jaxllm.errors import UserError, seen
 from jaxllm.model.config import Experts, ModelConfig, check_numbers
 from jaxllm.model.families.layers import read_layers, write_layers
+from jaxllm.model.families.rope import renamed
 from jaxllm.model.families.table import FAMILIES, MISSING, Family
 from jaxllm.untrusted import odd_values
 
@@ -68,6 +69,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
     kind = keep.pop("model_type")
+    keep |= {key: renamed(keep[key]) for key in ("rope_scaling", "rope_parameters") if key in keep}
     for key, most in LIMITS.items():  # before transformers makes lists of that length
         if type(value := keep.get(key, 1)) is not int or not 1 <= value <= most:
             raise UserError(f"{key} is {seen(value)}; it must be an integer from 1 to {most:,}")
@@ -120,6 +122,10 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         raise UserError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "
             f"num_key_value_heads {cfg.num_kv_heads}"
+        )
+    if (experts := cfg.experts) is not None and experts.top_k > experts.count:
+        raise UserError(
+            f"num_experts_per_tok {experts.top_k} is more than the {experts.count} experts"
         )
     return cfg
 

@@ -38,6 +38,14 @@ ROPE_KEYS: dict[str, dict[str, str]] = {
 }
 
 
+def renamed(p: Any) -> Any:
+    """RoPE's parameters with the name of longrope in place of "su", Phi-3's first one, for which
+    transformers 5 does not find the original length."""
+    if not isinstance(p, dict):
+        return p
+    return {k: "longrope" if k in ("type", "rope_type") and v == "su" else v for k, v in p.items()}
+
+
 def _stretch_scale(p: dict[str, Any], max_positions: int) -> float:
     """What yarn and longrope multiply cos and sin by if there is no `attention_factor`."""
     factor, original = p.get("factor"), p["original_max_position_embeddings"]
