@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from jaxllm.errors import UserError
 from jaxllm.hf_config import updated_configs
-from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.config import Experts, LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
 from jaxllm.model.families.rope import rope_keys
@@ -146,6 +146,67 @@ SMOLLM3_3B = dict(
     use_sliding_window=False,
     vocab_size=128256,
 )
+QWEN3_30B_A3B = dict(
+    model_type="qwen3_moe",
+    attention_bias=False,
+    decoder_sparse_step=1,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=6144,
+    max_position_embeddings=40960,
+    max_window_layers=48,
+    mlp_only_layers=[],
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_experts=128,
+    num_experts_per_tok=8,
+    num_hidden_layers=48,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=1000000.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    use_sliding_window=False,
+    vocab_size=151936,
+)
+MIXTRAL_8X7B = dict(
+    model_type="mixtral",
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    max_position_embeddings=32768,
+    num_attention_heads=32,
+    num_experts_per_tok=2,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    num_local_experts=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1000000.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    vocab_size=32000,
+)
+COMMAND_R7B = dict(
+    model_type="cohere2",
+    attention_bias=False,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    layer_norm_eps=1e-5,
+    logit_scale=0.25,
+    max_position_embeddings=8192,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rope_theta=50000.0,
+    sliding_window=4096,
+    sliding_window_pattern=4,
+    vocab_size=256000,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -226,7 +287,10 @@ def test_a_config_is_read_without_being_changed():
 
 @pytest.mark.parametrize(
     "config",
-    [LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B],
+    [
+        *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
+        *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B),
+    ],
     ids=lambda c: c["model_type"],
 )
 def test_to_hf_inverts_from_hf(config):
@@ -361,8 +425,38 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     assert rows == {name: shape[0] for name, shape in theirs.items()}
 
 
-def test_a_70b_model_costs_nothing_to_describe():
-    cfg = from_hf(LLAMA_3_1_70B)
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (LLAMA_3_1_70B, 70_553_706_496),
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (COMMAND_R7B, 8_028_033_024),
+    ],
+    ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
+)
+def test_a_large_model_costs_nothing_to_describe(config, want):
+    cfg = from_hf(config)
     abstract = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
-    assert sum(prod(leaf.shape) for leaf in leaves) == 70_553_706_496
+    assert sum(prod(leaf.shape) for leaf in leaves) == want
+    with torch.device("meta"):
+        values = {k: v for k, v in config.items() if k != "model_type"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
+    assert sum(p.numel() for p in model.parameters()) == want
+
+
+def test_published_configs_of_experts_are_read_and_written_in_their_own_spelling():
+    cfg = from_hf(QWEN3_30B_A3B)
+    assert cfg.experts == Experts(count=128, top_k=8, size=768)
+    assert kinds(cfg) == [LayerKind(0, None)] * 48
+    written = AutoConfig.for_model(**QWEN3_30B_A3B).to_dict()  # transformers 5 names it otherwise
+    assert "num_experts" not in written and from_hf(written) == cfg
+    assert to_hf(cfg)["num_experts"] == 128
+    assert from_hf(MIXTRAL_8X7B).experts == Experts(count=8, top_k=2, size=14336)
+
+
+def test_cohere2_rotates_only_the_layers_with_a_window():
+    cfg = from_hf(COMMAND_R7B)
+    assert kinds(cfg) == ([LayerKind(0, 4096)] * 3 + [LayerKind(None, None)]) * 8
+    assert cfg.logit_scale == 0.25 and cfg.norm_placement == "parallel"
