@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm import dist
 from jaxllm.errors import UserError
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table, tensor_names
+from jaxllm.model.families.tensors import key_table, tensor_names
 
 
 def check_finite(

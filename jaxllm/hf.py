@@ -46,16 +46,8 @@ from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import (
-    EMBED,
-    HEAD,
-    TOKEN_IDS,
-    Key,
-    from_hf,
-    key_table,
-    tensor_names,
-    to_hf,
-)
+from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
+from jaxllm.model.families.tensors import EMBED, HEAD, Key, key_table, tensor_names
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files

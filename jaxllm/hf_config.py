@@ -12,18 +12,10 @@ from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
-from jaxllm.model.families import (
-    CAUSAL,
-    EMBED,
-    FAMILIES,
-    HEAD,
-    OLD_ROPE,
-    TOKEN_IDS,
-    as_reward,
-    is_reward,
-    normalised,
-    rope_keys,
-)
+from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
+from jaxllm.model.families.rope import OLD_ROPE, rope_keys
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import EMBED, HEAD
 from jaxllm.paths import as_path
 from jaxllm.tokenizer import generation_stop_ids
 
@@ -133,7 +125,7 @@ def updated_configs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config.json, generation_config.json) to save with a model, from those it was loaded with.
 
-    RoPE is written in the old and the new spelling (families.rope_keys). bos, eos and pad are the
+    RoPE is written in the old and the new spelling (`rope_keys`). bos, eos and pad are the
     tokenizer's. The eos ids of the generation config are those of the old generation config, of the
     config and of the tokenizer (eos and end of turn), in that order. If the tokenizer's eos is new
     to the model, the old ids are dropped, because they mean other tokens.

@@ -50,6 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "router": (),
     "norm": (),
     "micro": (),  # micro-batches of one update
     "batch": ROWS,
@@ -57,6 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "sequence": ("context", "tensor"),  # the length of the residual stream
     "features": (),  # the model width of an activation
 }
+STACKED = ("layers", "experts")  # dims that count matrices
 # Dims of a matrix that fsdp may split. The token table is not split along the vocabulary: a device
 # could not look up all tokens in its part.
 FSDP_DIMS = ("embed", "heads", "kv_heads", "mlp")
@@ -202,7 +204,7 @@ def _fsdp_dim(axes: Axes, shape: tuple[int, ...], mesh: Any) -> int | None:
     other axis splits, so that no matrix is split along its last dim, the lanes of a TPU, if another
     is free. None if there is none, and for vectors, which are replicated."""
     names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
-    matrix = len([name for name in names if name != "layers"]) == 2
+    matrix = len([name for name in names if name not in STACKED]) == 2
     if mesh.shape["fsdp"] == 1 or "fsdp" in _manual(mesh) or not matrix or "batch" in names:
         return None
     for dim, (name, axis, size) in enumerate(zip(names, axes, shape, strict=True)):
@@ -229,7 +231,7 @@ def replicated(mesh: Any, variables: Iterable[Any], drop: str = "") -> list[str]
                 by = " x ".join(f"{a} {mesh.shape[a]}" for a in along)
                 lines.append(f"mesh: {count} {name} do not divide by {by}; they are replicated")
         names = [axis[0] if isinstance(axis, tuple) else axis for axis in axes]
-        matrix = [name for name in names if name != "layers"]
+        matrix = [name for name in names if name not in STACKED]
         whole = len(matrix) == 2 and None not in matrix and set(matrix) & set(FSDP_DIMS)
         if fsdp > 1 and whole and _fsdp_dim(axes, shape, mesh) is None:
             dims = " x ".join(f"{n} {name}" for n, name in zip(shape[-2:], matrix, strict=True))

@@ -25,7 +25,15 @@ from jaxllm.mesh import in_memory
 from jaxllm.peft import METHODS
 
 # Leaf name -> whether weight decay applies. Any other name is a bug.
-DECAYED = {"kernel": True, "embedding": True, "scale": False, "bias": False}
+DECAYED = {
+    "kernel": True,
+    "router": True,
+    "choice_bias": False,
+    "embedding": True,
+    "scale": False,
+    "shift": False,
+    "bias": False,
+}
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
 

@@ -318,8 +318,11 @@ def step_flops(program: Program) -> tuple[float, float]:
     )
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
-    if shape.norm_placement == "pre":  # nothing in the backward pass reads a layer's last product
-        weights -= 2 * shape.num_layers * shape.hidden_size * shape.intermediate_size
+    # Nothing in the backward pass reads a product that is added to the residual stream at the end.
+    # (What an expert adds is weighted by the router, whose gradient reads it.)
+    mlp = shape.intermediate_size if shape.experts is None else 0
+    unread = {"pre": mlp, "parallel": mlp + shape.num_heads * shape.head_dim}
+    weights -= 2 * shape.num_layers * shape.hidden_size * unread.get(shape.norm_placement, 0)
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:

@@ -44,9 +44,9 @@ TINY = ModelConfig(
 WHOLE = PeftSection()  # every weight is trained
 
 
-def decoder(section=WHOLE, *, scores=False, quantize_base="none", **options):
-    """A random model of TINY's shape with what a peft section adds."""
-    cfg = replace(TINY, scores=scores)
+def decoder(section=WHOLE, *, shape=TINY, scores=False, quantize_base="none", **options):
+    """A random model with what a peft section adds."""
+    cfg = replace(shape, scores=scores)
     model = Decoder(
         cfg, rngs=nnx.Rngs(params=1, peft=2), peft=make_adapter(cfg, section), **options
     )
@@ -156,7 +156,7 @@ def trajectory(
     made = decoder(section, **model)
 
     def make(adapter):
-        options = {name: value for name, value in model.items() if name != "scores"}
+        options = {k: v for k, v in model.items() if k not in ("scores", "shape")}
         return abstract_model(made.cfg, mesh, {}, peft=adapter, **options)
 
     program = assemble(cfg, mesh, make, made.peft, objective)

@@ -32,11 +32,11 @@ from jaxllm.files import local_dir
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.mesh import axes_of, make_mesh, spec
-from jaxllm.model import families
 from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import EMBED, HEAD
+from jaxllm.model.families import tensors
+from jaxllm.model.families.tensors import EMBED, HEAD
 from jaxllm.program import load_model, model_config
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, generate
@@ -735,11 +735,11 @@ def test_export_names_what_is_missing(run, tmp_path):
 
 def test_a_weight_with_two_indices_is_read_and_written_tensor_by_tensor(tmp_path, monkeypatch):
     """As the weights of experts: [layers, experts, in, out], a tensor for each layer and expert."""
-    monkeypatch.setattr(families, "INDICES", families.INDICES | {"expert": "num_kv_heads"})
-    key = families.Key("experts.kernel", "layers.{layer}.experts.{expert}.weight", transpose=True)
+    monkeypatch.setattr(tensors, "INDICES", tensors.INDICES | {"expert": "num_kv_heads"})
+    key = tensors.Key("experts.kernel", "layers.{layer}.experts.{expert}.weight", transpose=True)
     cfg: Any = SimpleNamespace(num_layers=3, num_kv_heads=2)
     weight = np.arange(3 * 2 * 4 * 5, dtype=np.float32).reshape(3, 2, 4, 5)
-    names = families.tensor_names(cfg, key.name)
+    names = tensors.tensor_names(cfg, key.name)
     assert names[:3] == [f"layers.{i}.experts.{e}.weight" for i, e in ((0, 0), (0, 1), (1, 0))]
     files = {n: weight[divmod(i, 2)].T.copy() for i, n in enumerate(names)}
     save_file({n: torch.tensor(x) for n, x in files.items()}, tmp_path / "model.safetensors")

@@ -24,15 +24,16 @@ from jaxllm.config.checks import resolve
 from jaxllm.program import build
 from jaxllm.run import RunFolder
 from jaxllm.mesh import make_mesh
-from jaxllm.model.families import FAMILIES, as_reward, from_hf, to_hf
+from jaxllm.model.families import as_reward, from_hf, to_hf
+from jaxllm.model.families.table import FAMILIES
 tokenizer = jaxllm.train_tokenizer([], "tokenizer", 300, texts=["some text " * 20])
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_embeddings=64)
 ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-for family in FAMILIES:
-    config = to_hf(from_hf(shape | ids | dict(model_type=family)))
-    reward = to_hf(from_hf(as_reward(config | ids)))
-    print(family, *config["architectures"], *reward["architectures"])
+for name, family in FAMILIES.items():
+    config = to_hf(from_hf(shape | ids | dict(model_type=name, max_position_embeddings=2**18)))
+    reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))
+    print(name, *config["architectures"], *(reward["architectures"] if reward else ()))
 Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))
 for objective in ("sft", "reward"):
     cfg = TrainConfig(objective=objective, model=ModelSection(config="config.json"))
@@ -91,7 +92,7 @@ def test_pretrain_then_load_then_generate_then_lora(tmp_path):
 
 
 def test_without_torch_every_family_is_read_and_written_and_nothing_is_said(tmp_path):
-    from jaxllm.model.families import FAMILIES
+    from jaxllm.model.families.table import FAMILIES
 
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, capture_output=True, text=True

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from flax import nnx
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
@@ -154,6 +155,84 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         dict(partial_rotary_factor=0.5, tie_word_embeddings=True, num_key_value_heads=1),
     ),
+    "ministral": (
+        "ministral",
+        dict(head_dim=12, layer_types=[SLIDING, FULL] * 2, sliding_window=5),
+    ),
+    "ministral3": (
+        "ministral3",
+        dict(
+            head_dim=24,
+            rope_parameters=YARN
+            | dict(original_max_position_embeddings=7, llama_4_scaling_beta=0.4, mscale=1.0),
+        ),
+    ),
+    "gemma": ("gemma", dict(head_dim=12, hidden_act="gelu")),
+    "olmo3": (
+        "olmo3",
+        dict(
+            sliding_window=5,
+            rope_scaling=YARN | dict(rope_theta=500.0),
+            head_dim=24,
+            layer_types=[SLIDING, FULL] * 2,
+        ),
+    ),
+    "exaone4": ("exaone4", dict(head_dim=12, sliding_window=5, sliding_window_pattern=2)),
+    "exaone4 without windows": ("exaone4", dict(sliding_window=None, layer_types=[FULL] * 4)),
+    "seed_oss": ("seed_oss", dict(head_dim=12)),
+    "seed_oss other biases": (
+        "seed_oss",
+        dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),
+    ),
+    "internlm3": (
+        "internlm3",
+        dict(
+            head_dim=12,
+            attention_bias=True,
+            mlp_bias=True,
+            max_position_embeddings=16,
+            rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=3.0),
+        ),
+    ),
+    "ernie4_5": ("ernie4_5", dict(head_dim=12)),
+    "ernie4_5 biases": ("ernie4_5", dict(head_dim=8, use_bias=True)),
+    "glm": ("glm", dict(head_dim=12)),
+    "glm4": ("glm4", dict(head_dim=12)),
+    "glm4 whole, no biases": (
+        "glm4",
+        dict(head_dim=8, attention_bias=False, partial_rotary_factor=1.0),
+    ),
+    "granite": (
+        "granite",
+        dict(
+            embedding_multiplier=3.0,
+            logits_scaling=0.7,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+        ),
+    ),
+    "cohere2": (
+        "cohere2",
+        dict(sliding_window=5, sliding_window_pattern=2, logit_scale=0.7),
+    ),
+    "cohere2 biases, untied": (
+        "cohere2",
+        dict(
+            sliding_window=6,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            head_dim=12,
+            logit_scale=0.5,
+        ),
+    ),
+    "starcoder2": ("starcoder2", dict(sliding_window=5)),
+    "starcoder2 no biases, untied": (
+        "starcoder2",
+        dict(use_bias=False, tie_word_embeddings=False),
+    ),
+    "arcee": ("arcee", dict(head_dim=12)),
+    "nemotron": ("nemotron", dict(attention_bias=True)),
+    "nemotron whole": ("nemotron", dict(head_dim=12, mlp_bias=True, partial_rotary_factor=1.0)),
     "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], head_dim=12)),
     "smollm3 sliding, biases, untied": (
         "smollm3",
@@ -164,6 +243,39 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             attention_bias=True,
             mlp_bias=True,
             tie_word_embeddings=False,
+        ),
+    ),
+    "mixtral": ("mixtral", dict(num_local_experts=6, sliding_window=5, head_dim=12)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(moe_intermediate_size=20, shared_expert_intermediate_size=28, num_experts=6),
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        dict(head_dim=12, moe_intermediate_size=20, num_experts=8, num_experts_per_tok=3),
+    ),
+    "qwen3_moe renormalised, sliding, biases": (
+        "qwen3_moe",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "minimax_m2": (
+        "minimax_m2",
+        dict(
+            head_dim=12,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5),
         ),
     ),
 }
@@ -186,12 +298,23 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in path:
-                weight.copy_((0.0 if "gemma" in kind else 1.0) + 0.4 * noise)
+                around = 0.0 if "gemma" in kind or kind == "nemotron" else 1.0
+                weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
             elif path.endswith("bias"):
                 weight.copy_(0.5 * noise)
             else:
-                weight.copy_(noise * (1.0 if "embed" in path else 1.2 / weight.shape[1] ** 0.5))
+                weight.copy_(noise * (1.0 if "embed" in path else 1.2 / weight.shape[-1] ** 0.5))
+        for path, buffer in model.named_buffers():
+            if path.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     return model.eval()
+
+
+def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors under the names that transformers saves: those of experts one by one."""
+    if not any(".experts." in name for name in tensors):
+        return tensors
+    return revert_weight_conversion(model, tensors)
 
 
 def one_device() -> Any:

@@ -7,7 +7,8 @@ adapter     what a PEFT method may add to a model
 context     Context, the inputs of a layer besides the residual stream
 rope, cache rotary positions; keys and values of past tokens
 parts       a layer's weights, of which a device has parts: gathered, and in blocks
-layers      Linear, Embed, RMSNorm, MLP
+layers      Linear, Embed, norms, MLP
+moe         a mixture of experts in place of the MLP
 attention, block, stack, decoder: from the inside out; a reader starts with decoder
 
 May import config, errors, mesh and ops. peft, objectives, hf and sampling import it.

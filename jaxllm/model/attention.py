@@ -54,8 +54,11 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None."""
         q_BTHK, k_BTNK, v_BTNK = self.project(x_BTD, ctx)
-        table = [x[ctx.rope] for x in ctx.rope_tables]
-        q_BTHK, k_BTNK = rotate(q_BTHK, *table), rotate(k_BTNK, *table)
+        cos, sin, *scale = [x[ctx.rope] for x in ctx.rope_tables]
+        pairs = self.cfg.rope_pairs
+        q_BTHK, k_BTNK = rotate(q_BTHK, cos, sin, pairs), rotate(k_BTNK, cos, sin, pairs)
+        if scale:
+            q_BTHK = q_BTHK * scale[0].astype(q_BTHK.dtype)
         if past is not None:
             past, k_BTNK, v_BTNK = past.extend(k_BTNK, v_BTNK, ctx.offset)
         out_BTHK = attention(

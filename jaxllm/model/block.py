@@ -17,19 +17,27 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.layers import MLP, RMSNorm
+from jaxllm.model.layers import MLP, NORMS
+from jaxllm.model.moe import MoE
 
 
 class Block(nnx.Module):
-    """x + attention, x + MLP, with norms before, after, or on both sides of each."""
+    """x + attention, x + MLP, with norms before, after, or on both sides of each; or x + attention
+    + MLP of the same normed x (`parallel`)."""
 
     def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, cfg, cfg.hidden_size, dtype=dtype)
+        norm = partial(NORMS[cfg.norm], cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
+        self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
-        self.attn = Attention(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.attn_norm = norm() if before else None
+        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        self.attn = Attention(cfg, **keys)
+        self.mlp = (
+            MoE(cfg, **keys)
+            if cfg.experts
+            else MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys)
+        )
+        self.attn_norm = norm() if before or self.parallel else None
         self.attn_post_norm = norm() if after else None
         self.mlp_norm = norm() if before else None
         self.mlp_post_norm = norm() if after else None
@@ -39,13 +47,17 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(x_BTD, the layer's new past). past: a LayerCache, VirtualTokens, or None."""
         with jax.named_scope("attention"):
-            h_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
-            h_BTD, past = self.attn(h_BTD, ctx, past)
-            h_BTD = h_BTD if self.attn_post_norm is None else self.attn_post_norm(h_BTD)
-            x_BTD = x_BTD + (h_BTD if self.attn_adapter is None else self.attn_adapter(h_BTD))
+            n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
+            h_BTD, past = self.attn(n_BTD, ctx, past)
+            x_BTD = self.added(x_BTD, h_BTD, self.attn_post_norm, self.attn_adapter)
         with jax.named_scope("mlp"):
-            h_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-            h_BTD = self.mlp(h_BTD, ctx)
-            h_BTD = h_BTD if self.mlp_post_norm is None else self.mlp_post_norm(h_BTD)
-            x_BTD = x_BTD + (h_BTD if self.mlp_adapter is None else self.mlp_adapter(h_BTD))
+            if not self.parallel:
+                n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+            x_BTD = self.added(x_BTD, self.mlp(n_BTD, ctx), self.mlp_post_norm, self.mlp_adapter)
         return constrain(x_BTD, "batch", "sequence", "features"), past
+
+    def added(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Any, adapter: Any) -> jax.Array:
+        """The residual stream plus the output of attention or MLP."""
+        h_BTD = h_BTD if norm is None else norm(h_BTD)
+        h_BTD = h_BTD if adapter is None else adapter(h_BTD)
+        return x_BTD + (h_BTD if self.scale == 1 else h_BTD * self.scale)

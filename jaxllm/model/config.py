@@ -13,14 +13,13 @@ from jaxllm.errors import UserError, seen
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base and how it is stretched to longer contexts (layers.rope_frequencies).
+    """Rotary embedding: base and how it is stretched to longer contexts (rope.rope_frequencies).
 
-    `kind` default | linear | llama3 | yarn | longrope. Fields that a kind does not use stay at
-    their defaults. Lengths are in tokens.
+    Fields that a kind does not use stay at their defaults. Lengths are in tokens.
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     partial: float = 1.0  # share of head_dim that is rotated
     factor: float = 1.0
     original_length: int = 0  # context length before stretching
@@ -32,6 +31,8 @@ class Rope:
     mscale: float = 1.0  # what cos and sin are multiplied by: yarn and longrope
     long_factor: tuple[float, ...] = ()  # longrope, one each frequency
     short_factor: tuple[float, ...] = ()  # longrope
+    # Queries are multiplied by 1 + query_beta · log(1 + ⌊position / original_length⌋).
+    query_beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,24 @@ class LayerKind:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP (model/moe.py)."""
+
+    count: int
+    top_k: int  # experts of a token
+    size: int  # hidden features of an expert
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
+    has_bias: bool = False  # added to the scores for the choice alone
+    renormalised: bool = True  # the weights of the chosen experts are divided by their sum
+    shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
+    shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder's shape. Widths are in features, lengths in tokens."""
 
-    family: str  # key of families.FAMILIES
+    family: str  # key of families.table.FAMILIES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -60,16 +75,24 @@ class ModelConfig:
     layer_kinds: tuple[int, ...] = ()  # per layer, index into kinds; empty = all of kind 0
     norm_eps: float = 1e-6
     norm_offset: float = 0.0  # gemma multiplies by (1 + weight)
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"  # olmo2: post; gemma2/3: sandwich
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     qk_norm: Literal["none", "head", "full"] = "none"  # over each head (qwen3) or all (olmo2)
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    gated_mlp: bool = True  # down(act(gate x) · up x); False: down(act(up x))
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
+    rope_pairs: Literal["halves", "neighbours"] = "halves"  # which features are rotated together
     query_scale: float = 0.0  # multiplies q·k; 0 = head_dim ** -0.5
     attention_softcap: float = 0.0  # 0 = none
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
+    logit_scale: float = 1.0
+    experts: Experts | None = None
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
@@ -90,13 +113,14 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
 
     keys: {field: the name of its key, for messages}.
     """
-    parts: tuple[Any, ...] = (cfg, *cfg.ropes, *cfg.kinds)
+    parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
+    parts += [] if cfg.experts is None else [cfg.experts]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
             is_size = hint is int or (f.name == "window" and value is not None)
-            low = 0 if f.name == "original_length" else 1  # 0 = none
+            low = 0 if f.name in ("original_length", "shared_size") else 1  # 0 = none
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(
                     f"{keys.get(f.name, f.name)} is {seen(value)}; it must be an integer from {low}"

@@ -28,7 +28,9 @@ class Context:
     positions: Any = None  # int32 [B, T]
     key_segment_ids: Any = None  # int32 [B, S]; None = the keys are those of the T tokens alone
     offset: Any = 0  # index of the first token among the keys; a Python int where it is static
-    rope_tables: Any = ()  # (cos, sin), each float32 [tables, B, T, 1, R/2]
+    # (cos, sin), each float32 [tables, B, T, 1, R/2]; where queries are scaled by their position,
+    # also the scales [tables, B, T, 1, 1]
+    rope_tables: Any = ()
     rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
     window: Any = None  # of the layer: an int or int32 scalar; None = all keys
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention

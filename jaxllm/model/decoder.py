@@ -22,8 +22,8 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.layers import Embed, Linear, RMSNorm
-from jaxllm.model.rope import cached_table, rope_table, text_lengths
+from jaxllm.model.layers import NORMS, Embed, Linear
+from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
         # One Block whose weights have a leading dim L; an nnx.List of Blocks after `unstack`.
         self.layers: Any = make_stack(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm(cfg, cfg.hidden_size, dtype=dtype)
+        self.norm = NORMS[cfg.norm](cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
             Linear(
@@ -185,6 +185,9 @@ class Decoder(nnx.Module):
         else:
             slots = cache.segment_ids.shape[1]
             tables = [cached_table(rope, cfg.head_dim, positions, slots) for rope in cfg.ropes]
+        if any(rope.query_beta for rope in cfg.ropes):
+            scales = [query_scale(rope, positions) for rope in cfg.ropes]
+            tables = [(*table, scale) for table, scale in zip(tables, scales, strict=True)]
         if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
             tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
         # Elsewhere, in an evaluation over a mesh, XLA would replicate the blocks of split weights.
@@ -218,10 +221,16 @@ class Decoder(nnx.Module):
         fsdp."""
         return self.embed.embedding[...].T if self.head is None else self.head.kernel.get_value()
 
+    def head_input(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D], multiplied by the factor of the logits."""
+        scale = self.cfg.logit_scale
+        return hidden if scale == 1 else hidden * jnp.asarray(scale, hidden.dtype)
+
     def head_terms(
         self, hidden: jax.Array, rng: jax.Array | None = None, adapter_weights: Any = None
     ) -> list[tuple[jax.Array, jax.Array]]:
         """[(x [..., K], w [K, V])], whose products add up to the logits: the head's, and LoRA's."""
+        hidden = self.head_input(hidden)
         terms = [(hidden, self.head_kernel())]
         if self.head is not None and self.head.lora is not None:
             terms += self.head.lora.terms(hidden, self.context(rng, adapter_weights))
@@ -232,6 +241,7 @@ class Decoder(nnx.Module):
         if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
             table = self.embed.embedding[...].astype(hidden.dtype)
             table = gathered(table, HEAD_AXES[::-1], (self.cfg.vocab_size, self.cfg.hidden_size))
+            hidden = self.head_input(hidden)
             logits = product_by_outputs(hidden, table, jnp.float32)
             return softcapped(logits, self.cfg.logit_softcap)
 

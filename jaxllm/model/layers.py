@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear, Embed, RMSNorm, MLP and rotary positions.
+"""Linear, Embed, norms, MLP and rotary positions.
 
 Dims: B rows, T tokens, D model width, I in, O out, H heads, K head_dim, V vocabulary.
 Weights are float32 or bfloat16; activations keep the dtype they come in.
@@ -33,6 +33,7 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -100,35 +101,59 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = cfg.norm_eps, cfg.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        unit = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return (unit * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scaled(x.astype(jnp.float32)).astype(x.dtype)
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        unit = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
+        return unit * (self.offset + self.scale[...].astype(jnp.float32))
+
+
+class LayerNorm(RMSNorm):
+    """RMSNorm of x minus its mean, plus a shift where the family has one (arXiv:1607.06450)."""
+
+    def __init__(self, cfg: ModelConfig, size: int, *, dtype: Any = jnp.float32):
+        super().__init__(cfg, size, dtype=dtype)
+        self.shift = nnx.Param(jnp.zeros(size, dtype), axes=("norm",)) if cfg.norm_bias else None
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        y = super().scaled(x - jnp.mean(x, -1, keepdims=True))
+        return y if self.shift is None else y + self.shift[...].astype(jnp.float32)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class MLP(nnx.Module):
-    """Gated feed-forward: down(act(gate x) · up x)."""
+    """Feed-forward: down(act(gate x) · up x), or down(act(up x)) without a gate."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
-        D, F = cfg.hidden_size, cfg.intermediate_size
+    def __init__(
+        self, cfg: ModelConfig, path: str, F: int, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs
+    ):
+        D = cfg.hidden_size
         keys: dict[str, Any] = dict(peft=peft, bias=cfg.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = Linear(cfg, "layers.mlp.gate", ("embed", "mlp"), (D, F), **keys)
-        self.up = Linear(cfg, "layers.mlp.up", ("embed", "mlp"), (D, F), **keys)
-        self.down = Linear(cfg, "layers.mlp.down", ("mlp", "embed"), (F, D), **keys)
-        self.gate_up = peft.linear("layers.mlp.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
+        linear = partial(Linear, cfg, axes=("embed", "mlp"), shape=(D, F), **keys)
+        self.gate = linear(f"{path}.gate") if cfg.gated_mlp else None
+        self.up = linear(f"{path}.up")
+        self.down = Linear(cfg, f"{path}.down", ("mlp", "embed"), (F, D), **keys)
+        self.gate_up = peft.linear(f"{path}.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         if ctx.mlp_blocks > 1:
             return self.in_blocks(x, ctx)
+        activation = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            return self.down(activation(self.up(x, ctx)), ctx)
         gate, up = fused(self.gate_up, x, (self.gate, self.up), ctx)
-        return self.down(ACTIVATIONS[self.activation](gate) * up, ctx)
+        return self.down(activation(gate) * up, ctx)
 
     def obstacle(self, blocks: int) -> str:
         """Why the hidden features cannot be computed in so many blocks on the mesh in context;
         empty if they can."""
         mesh: dict[str, int] = dict(jax.sharding.get_abstract_mesh().shape)
-        branches = [p.lora for p in (self.gate, self.up, self.down) if p.lora is not None]
-        if isinstance(self.gate.kernel.get_value(), Quantized):
+        parts = (self.gate, self.up, self.down)
+        branches = [p.lora for p in parts if p is not None and p.lora is not None]
+        if isinstance(self.up.kernel.get_value(), Quantized):
             return "its weights are quantized"
         if mesh.get("tensor", 1) > 1:
             return "mesh.tensor splits them already"

@@ -24,14 +24,15 @@ def record_shapes(model: Any) -> None:
     `collectives.shard_over_rows` these hold parts."""
     for _, variable in nnx.iter_graph(model):
         if is_variable(variable):
-            variable.set_metadata(shapes=_shapes_here(variable))
+            variable.set_metadata(shapes=shapes_here(variable))
 
 
 def is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _shapes_here(variable: Any) -> tuple[tuple[int, ...], ...]:
+def shapes_here(variable: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a layer's arrays of a variable, on this device where arrays are parts."""
     rank, leaves = len(variable.get_metadata("axes")), jax.tree.leaves(variable.get_value())
     return tuple(x.shape[x.ndim - rank :] for x in leaves)
 
@@ -40,7 +41,7 @@ def shapes_of(variable: Any) -> tuple[tuple[int, ...], ...]:
     """The shapes of a layer's arrays of a variable, on all devices together."""
     shapes = variable.get_metadata().get("shapes")
     assert shapes or not manual_rows(), "record_shapes was not called"
-    return shapes or _shapes_here(variable)
+    return shapes or shapes_here(variable)
 
 
 def narrowed(weights: Any, dtype: Any) -> Any:

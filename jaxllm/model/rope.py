@@ -7,6 +7,7 @@ Dims: B rows, T tokens, H heads, K head_dim, R rotated features.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from jaxllm.model.config import Rope
 def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:
     """Angle per position of each rotated pair, float32 [R/2], and what cos and sin are scaled by.
 
-    `length` (tokens in the text or the cache) chooses between longrope's short and long factors.
-    linear: positions / factor. llama3: long wavelengths / factor, a ramp between. yarn
-    (arXiv:2309.00071): the same by rotations over the original length. longrope (arXiv:2402.13753).
+    `length` (tokens in the text or the cache) chooses between longrope's short and long factors
+    (arXiv:2402.13753). linear: positions / factor. llama3: long wavelengths / factor, a ramp
+    between. yarn (arXiv:2309.00071): the same by rotations over the original length. dynamic: those
+    of texts up to the original length; longer ones have `dynamic_frequencies`.
     Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
     """
     rotated = int(head_dim * rope.partial)
@@ -66,6 +68,17 @@ def text_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(positions, end, 1) + 1
 
 
+def dynamic_frequencies(rope: Rope, head_dim: int, lengths: jax.Array) -> jax.Array:
+    """Angles per position in texts of `lengths` [...], float32 [..., 1, R/2]: a larger base for
+    texts longer than the original length ("NTK-aware")."""
+    rotated = int(head_dim * rope.partial)
+    length = jnp.maximum(lengths, rope.original_length).astype(jnp.float32)
+    stretch = rope.factor * length / rope.original_length - (rope.factor - 1)
+    base = rope.theta * stretch ** (rotated / (rotated - 2))
+    exponent = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
+    return 1 / base[..., None, None] ** exponent
+
+
 def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
     """cos and sin of positions [...], float32 [..., 1, R/2]. lengths: `length` of rope_frequencies,
     or int32 [...]: that of each token's text, or of each row's [B, 1]."""
@@ -75,6 +88,8 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
         stretched, _ = rope_frequencies(rope, head_dim, rope.original_length + 1)
         long = lengths[..., None, None] > rope.original_length
         inverse = jnp.where(long, stretched, inverse)
+    elif not known and rope.kind == "dynamic":
+        inverse = dynamic_frequencies(rope, head_dim, lengths)
     angle = positions.astype(jnp.float32)[..., None, None] * inverse
     return jnp.cos(angle) * mscale, jnp.sin(angle) * mscale
 
@@ -82,23 +97,38 @@ def rope_table(rope: Rope, head_dim: int, positions: jax.Array, lengths: Any):
 def cached_table(rope: Rope, head_dim: int, positions: jax.Array, slots: int):
     """`rope_table` of positions [B, T] that end at the last token of each row's text so far, for a
     cache of so many slots."""
-    if rope.kind == "longrope":
+    if rope.kind in ("longrope", "dynamic"):
         return rope_table(rope, head_dim, positions, positions.max(1, keepdims=True) + 1)
     table = rope_table(rope, head_dim, jnp.arange(slots), slots)  # one, of which rows are read
     return tuple(jnp.take(x, positions, 0, mode="clip") for x in table)
 
 
-@jax.custom_vjp
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the two halves of x [B, T, H, K] (its first R features); cos, sin [B, T, 1, R/2]."""
+def query_scale(rope: Rope, positions: jax.Array) -> jax.Array:
+    """What queries at positions [B, T] are multiplied by, float32 [B, T, 1, 1]."""
+    turns = jnp.floor(positions / max(rope.original_length, 1))
+    return (1 + rope.query_beta * jnp.log1p(turns))[..., None, None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "halves") -> jax.Array:
+    """Rotates the first R features of x [B, T, H, K] in pairs; cos, sin [B, T, 1, R/2].
+
+    pairs: "halves", feature i with i + R/2; "neighbours", feature 2i with 2i + 1.
+    """
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
-    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    rest = wide[..., 2 * half :]
+    if pairs == "neighbours":
+        a, b = wide[..., : 2 * half : 2], wide[..., 1 : 2 * half : 2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+        turned = turned.reshape(*x.shape[:-1], 2 * half)
+        return jnp.concatenate([turned, rest], -1).astype(x.dtype)
+    a, b = wide[..., :half], wide[..., half : 2 * half]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 
 # The gradient turns back: the transpose of a rotation, in the forward pass's own fast form.
 rotate.defvjp(
-    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
-    lambda table, g: (rotate(g, table[0], -table[1]), None, None),
+    lambda x, cos, sin, pairs: (rotate(x, cos, sin, pairs), (cos, sin)),
+    lambda pairs, table, g: (rotate(g, table[0], -table[1], pairs), None, None),
 )

@@ -22,7 +22,7 @@ from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.parts import gathered_layer, narrowed
+from jaxllm.model.parts import gathered_layer, is_variable, narrowed, shapes_here, shapes_of
 from jaxllm.ops.decoding import kernel_for_decoding
 from jaxllm.ops.matmul import operand
 from jaxllm.ops.quantized import Quantized
@@ -43,10 +43,18 @@ REMAT: dict[str, Any] = {
 }
 
 
-def _activations(primitive: Any, *inputs: Any, **options: Any) -> bool:
+def _activations(weights: Any) -> Any:
     """The policy without remat where weights are gathered: saves what is computed from activations
-    [B, T, ...], so that gathered weights are not saved."""
-    return any(x.ndim > 2 for x in inputs)
+    [B, T, ...] and what is named, so that gathered weights are not saved."""
+    variables = jax.tree.leaves(weights, is_leaf=is_variable)
+    experts = [v for v in variables if len(v.get_metadata("axes")) > 2]
+    shapes = {shape for v in experts for shape in (*shapes_of(v), *shapes_here(v))}
+
+    def saves(primitive: Any, *inputs: Any, **options: Any) -> bool:
+        activations = any(x.ndim > 2 and x.shape not in shapes for x in inputs)
+        return activations or primitive.name == "name"
+
+    return saves
 
 
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
@@ -162,7 +170,7 @@ class Stack:
             block = nnx.merge(graph, gathered_layer(weights, self.dtype, skip))
             return block(x_BTD, here, past)
 
-        policy = _activations if manual_rows() else None
+        policy = _activations(weights) if manual_rows() else None
         if self.remat != "none":
             policy = REMAT[self.remat]
         decoding = isinstance(past, LayerCache) and not manual_rows()

@@ -32,7 +32,11 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     although segments do less. A reward model's head reads one token per text and counts as 0.
     """
     Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    layer = model.hidden_size * (2 * Q + 2 * KV + 3 * model.intermediate_size)
+    mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
+    if (experts := model.experts) is not None:  # those that a token passes, and the router
+        mlp = 3 * (experts.top_k * experts.size + experts.shared_size)
+        mlp += experts.count + experts.shared_gate
+    layer = model.hidden_size * (2 * Q + 2 * KV + mlp)
     keys = 0.0  # average number of keys per query, summed over layers
     for kind in model.layer_kinds or (0,) * model.num_layers:
         window = min(model.kinds[kind].window or length, length)

@@ -6,6 +6,7 @@ Imports config, errors, mesh and collectives only. In the order in which a model
     embedding          lookup in a token table that is split over devices
     quantized          int8 and nf4 kernels, and their dequantization
     matmul             products with float32 accumulation, and their gradients
+    grouped            products of rows with the matrices of their groups: experts
     residuals          values that a layer stores for its backward pass
     attention          grouped-query attention: the table of kernels, and their shards
     attention_mask     which keys a query sees

@@ -6,7 +6,7 @@
     nf4    4 bits: 16 quantiles of a normal          bfloat16, per TILE inputs    0.53
            distribution                              of an output
 
-Dims: L layers, I inputs, O outputs.
+Dims: L layers, E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TILE = 64  # inputs that share a scale: QLoRA's block size
 
 @struct.dataclass
 class Quantized:
-    """A kernel [(L,) I, O] as codes and scales.
+    """A kernel [..., I, O] as codes and scales; leading dims count layers and experts.
 
-    codes: int8 [(L,) I, O]; for nf4 uint8 [(L,) I / 2, O], two inputs in a byte, because a scan
-    over layers would unpack a sub-byte dtype. scale: [(L,) 1, O]; for nf4 [(L,) I / tile, O].
+    codes: int8 [..., I, O]; for nf4 uint8 [..., I / 2, O], two inputs in a byte, because a scan
+    over layers would unpack a sub-byte dtype. scale: [..., 1, O]; for nf4 [..., I / tile, O].
     """
 
     codes: Any
@@ -69,6 +69,8 @@ def _tile(inputs: int) -> int:
 
 @partial(jax.jit, static_argnums=1)  # qwix's nf4 needs 129 bytes per weight unless jitted, then 8
 def _quantize_layer(w: jax.Array, kind: str) -> Quantized:
+    if w.ndim > 2:
+        return jax.lax.map(lambda expert: _quantize_layer(expert, kind), w)
     w = w.astype(jnp.float32)
     if kind == "int8":
         quantized = qwix.quantize(w, jnp.int8, channelwise_axes=(1,))
@@ -82,7 +84,7 @@ def _quantize_layer(w: jax.Array, kind: str) -> Quantized:
 
 
 def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Array]) -> Quantized:
-    """A stack of kernels [L, I, O] as int8 or nf4, quantized layer by layer.
+    """A stack of kernels [L, (E,) I, O] as int8 or nf4, quantized layer by layer.
 
     `place` puts each resulting array on its devices. Raises UserError if no nf4 tile divides I.
     """
@@ -91,12 +93,14 @@ def quantize(kernel: jax.Array, kind: str, place: Callable[[jax.Array], jax.Arra
 
 
 def dense(w: Any, dtype: Any) -> jax.Array:
-    """A layer's kernel [I, O] in `dtype`."""
+    """A layer's kernel [(E,) I, O] in `dtype`."""
     if not isinstance(w, Quantized):
         return w.astype(dtype)
     codes, scale = w.codes, w.scale.astype(jnp.float32)
     if w.kind == "int8":
         return (codes.astype(jnp.float32) * scale).astype(dtype)
+    if codes.ndim > 2:
+        return jax.vmap(lambda expert: dense(expert, dtype))(w)
     codes = jnp.stack([codes & 15, codes >> 4], 1).reshape(scale.shape[0], -1, scale.shape[1])
     levels = qwix.dequantize(qwix.QArray(jnp.arange(16, dtype=jnp.uint8), jnp.ones(1), None, "nf4"))
     values = levels.at[codes].get(mode="promise_in_bounds") * scale[:, None]

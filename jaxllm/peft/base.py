@@ -17,7 +17,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.model.adapter import Adapter, AdapterParam
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table
+from jaxllm.model.families.tensors import key_table
 
 SEQUENCE_CLASSIFICATION = "SEQ_CLS"  # peft's task_type of a reward model
 

@@ -20,7 +20,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import tensor_names
+from jaxllm.model.families.tensors import tensor_names
 from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.peft.base import set_value
 from jaxllm.peft.lora import LoraAdapter, branch_of, dense_kernel, kernels_of

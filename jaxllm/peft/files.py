@@ -27,7 +27,7 @@ from jaxllm.files import (
 )
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table, tensor_names
+from jaxllm.model.families.tensors import key_table, tensor_names
 from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter

@@ -37,7 +37,7 @@ from jaxllm.mesh import Axes, context_shards
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.families import tensor_names
+from jaxllm.model.families.tensors import tensor_names
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value

@@ -14,7 +14,7 @@ from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import key_table, tensor_names
+from jaxllm.model.families.tensors import key_table, tensor_names
 from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
@@ -67,7 +67,9 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        if leaf in ("kernel", "embedding") and key.path not in score_paths(cfg):
+        # Experts are no modules in transformers, so peft's all-linear leaves them out too.
+        left_out = "{expert}" in key.name or key.path in score_paths(cfg)
+        if leaf in ("kernel", "embedding") and not left_out:
             modules[path] = module
     return modules
 

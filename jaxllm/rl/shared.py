@@ -22,12 +22,13 @@ def can_share(cfg: TrainConfig, policy: Any, mesh: Any) -> bool:
 
     A group must be whole in one micro-batch of one device. Prompts precede all tokens of their row,
     where the positions of virtual tokens would be, and where frequencies that depend on the length
-    of a text (longrope) would not know it.
+    of a text would not know it.
     """
     group, size = cfg.rl.group_size or 1, cfg.micro_batch_size
     if group == 1 or size % group or cfg.rl.minibatches > 1 or dict(mesh.shape)["context"] > 1:
         return False
-    plain = policy.peft.length == 0 and all(rope.kind != "longrope" for rope in policy.cfg.ropes)
+    kinds = {rope.kind for rope in policy.cfg.ropes}
+    plain = policy.peft.length == 0 and not kinds & {"longrope", "dynamic"}
     return plain and shares_prefixes(cfg.model.attention)
 
 

@@ -35,7 +35,9 @@ from jaxllm.data.sources import locate, read
 from jaxllm.data.template import with_settings
 from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.hf_config import source_config, updated_configs
-from jaxllm.model.families import FAMILIES, from_hf, tensor_names
+from jaxllm.model.families import from_hf
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import tensor_names
 from jaxllm.peft.files import with_base
 from jaxllm.tokenizer import check_vocabulary, generation_stop_ids, load_tokenizer, special_tokens
 

@@ -8,20 +8,18 @@ import jax
 import pytest
 import torch
 from flax import nnx
+from tiny import as_saved
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
-from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.errors import UserError
+from jaxllm.hf_config import updated_configs
+from jaxllm.model.config import Experts, LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import (
-    FAMILIES,
-    as_reward,
-    from_hf,
-    key_table,
-    normalised,
-    rope_keys,
-    to_hf,
-)
+from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
+from jaxllm.model.families.rope import rope_keys
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import key_table, tensor_names
 
 # What the published config.json files say (only keys that shape the model), in their own spelling.
 LLAMA_3_1_8B = dict(
@@ -148,6 +146,67 @@ SMOLLM3_3B = dict(
     use_sliding_window=False,
     vocab_size=128256,
 )
+QWEN3_30B_A3B = dict(
+    model_type="qwen3_moe",
+    attention_bias=False,
+    decoder_sparse_step=1,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=6144,
+    max_position_embeddings=40960,
+    max_window_layers=48,
+    mlp_only_layers=[],
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_experts=128,
+    num_experts_per_tok=8,
+    num_hidden_layers=48,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=1000000.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    use_sliding_window=False,
+    vocab_size=151936,
+)
+MIXTRAL_8X7B = dict(
+    model_type="mixtral",
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    max_position_embeddings=32768,
+    num_attention_heads=32,
+    num_experts_per_tok=2,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    num_local_experts=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1000000.0,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    vocab_size=32000,
+)
+COMMAND_R7B = dict(
+    model_type="cohere2",
+    attention_bias=False,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    layer_norm_eps=1e-5,
+    logit_scale=0.25,
+    max_position_embeddings=8192,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rope_theta=50000.0,
+    sliding_window=4096,
+    sliding_window_pattern=4,
+    vocab_size=256000,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -206,6 +265,14 @@ def test_phi3_longrope_scales_attention_by_the_ratio_of_lengths():
     assert len(rope.long_factor) == 48 and rope.long_factor[3] == 2.5
 
 
+def test_phi3_longrope_may_have_its_first_name():
+    old = PHI_3_MINI_128K | {"rope_scaling": PHI_3_MINI_128K["rope_scaling"] | {"type": "su"}}
+    assert from_hf(old) == from_hf(PHI_3_MINI_128K)
+    written, _ = updated_configs(old, "float32", 32064, None)
+    assert written["rope_scaling"]["type"] == "longrope"
+    AutoConfig.for_model("phi3", **{k: v for k, v in written.items() if k != "model_type"})
+
+
 def test_smollm3_leaves_every_fourth_layer_without_positions():
     assert [k.rope for k in kinds(from_hf(SMOLLM3_3B))] == [0, 0, 0, None] * 9
 
@@ -220,7 +287,10 @@ def test_a_config_is_read_without_being_changed():
 
 @pytest.mark.parametrize(
     "config",
-    [LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B],
+    [
+        *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
+        *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B),
+    ],
     ids=lambda c: c["model_type"],
 )
 def test_to_hf_inverts_from_hf(config):
@@ -267,13 +337,23 @@ def test_to_hf_refuses_what_the_family_cannot_express():
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("gpt2", {}, "'gpt2' is not supported; known: llama, mistral, qwen2"),
-        (None, {}, "None is not supported"),
+        ("gpt9", {}, "'gpt9' is not supported; known: llama, mistral, ministral"),
+        ("gpt_oss", {}, "'gpt_oss' is not supported: it needs attention sinks, which this"),
+        (
+            "qwen2_5_vl",
+            {"text_config": {"model_type": "qwen2_5_vl_text"}},
+            "'qwen2_5_vl' wraps a language model of model_type 'qwen2_5_vl_text'",
+        ),
+        (None, {}, "the config has no model_type; set it to the family"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "layers with experts and layers without"),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, "layers with experts and layers without"),
+        ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
+        ("olmoe", {"clip_qkv": 3.0}, "clipped queries"),
         ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; known: silu"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "'dynamic' is not supported; known: default, linear",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            "'proportional' is not supported; known: default, linear",
         ),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama model.*high_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
@@ -300,8 +380,12 @@ def test_what_cannot_be_computed_is_refused(kind, change, message):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_architectures_are_those_of_transformers(kind):
     config = to_hf(from_hf(TINY | {"model_type": kind}))
-    reward = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[kind]
-    assert as_reward(config)["architectures"] == [reward]
+    reward = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)
+    if reward is None:
+        with pytest.raises(UserError, match=f"no reward model of model_type {kind}"):
+            as_reward(config)
+    else:
+        assert as_reward(config)["architectures"] == [reward]
     assert config["architectures"] == [modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
 
 
@@ -310,6 +394,8 @@ def test_architectures_are_those_of_transformers(kind):
 def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     biases = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, sliding_window=8)
     config = TINY | biases | {"model_type": kind}
+    if kind == "ministral":  # whose model in transformers has no default for it
+        config |= {"head_dim": 4}
     cfg = from_hf(config)
     abstract = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     ours = {".".join(p): v.get_value().shape for p, v in nnx.to_flat_state(abstract)}
@@ -320,14 +406,17 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
         )
-    theirs = {k: tuple(v.shape) for k, v in model.named_parameters()}
+    rotary = [name for name, _ in model.named_buffers() if "rotary" in name]
+    theirs = {k: v for k, v in model.state_dict().items() if k not in rotary}
+    if cfg.tie_embeddings:
+        del theirs["lm_head.weight"]
+    theirs = {k: tuple(v.shape) for k, v in as_saved(model, theirs).items()}
     rows = dict.fromkeys(theirs, 0)
     for key in table:
         shape = ours[key.path]
-        assert key.stacked == key.path.startswith("layers.")
-        for layer in range(cfg.num_layers if key.stacked else 1):
-            name = key.name.format(layer=layer)
-            one = shape[1:] if key.stacked else shape
+        assert bool(key.stacked) == key.path.startswith("layers.")
+        for name in tensor_names(cfg, key.name):
+            one = shape[key.stacked :]
             one = one[::-1] if key.transpose else one
             start, stop = key.rows or (0, one[0])
             assert (rows[name], stop - start) == (start, one[0]), "parts must follow one another"
@@ -336,8 +425,38 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     assert rows == {name: shape[0] for name, shape in theirs.items()}
 
 
-def test_a_70b_model_costs_nothing_to_describe():
-    cfg = from_hf(LLAMA_3_1_70B)
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        (LLAMA_3_1_70B, 70_553_706_496),
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (COMMAND_R7B, 8_028_033_024),
+    ],
+    ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
+)
+def test_a_large_model_costs_nothing_to_describe(config, want):
+    cfg = from_hf(config)
     abstract = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
-    assert sum(prod(leaf.shape) for leaf in leaves) == 70_553_706_496
+    assert sum(prod(leaf.shape) for leaf in leaves) == want
+    with torch.device("meta"):
+        values = {k: v for k, v in config.items() if k != "model_type"}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
+    assert sum(p.numel() for p in model.parameters()) == want
+
+
+def test_published_configs_of_experts_are_read_and_written_in_their_own_spelling():
+    cfg = from_hf(QWEN3_30B_A3B)
+    assert cfg.experts == Experts(count=128, top_k=8, size=768)
+    assert kinds(cfg) == [LayerKind(0, None)] * 48
+    written = AutoConfig.for_model(**QWEN3_30B_A3B).to_dict()  # transformers 5 names it otherwise
+    assert "num_experts" not in written and from_hf(written) == cfg
+    assert to_hf(cfg)["num_experts"] == 128
+    assert from_hf(MIXTRAL_8X7B).experts == Experts(count=8, top_k=2, size=14336)
+
+
+def test_cohere2_rotates_only_the_layers_with_a_window():
+    cfg = from_hf(COMMAND_R7B)
+    assert kinds(cfg) == ([LayerKind(0, 4096)] * 3 + [LayerKind(None, None)]) * 8
+    assert cfg.logit_scale == 0.25 and cfg.norm_placement == "parallel"

@@ -29,6 +29,7 @@ from tiny import (
     B,
     T,
     V,
+    as_saved,
     hf_config,
     logits_of,
     magnified,
@@ -43,10 +44,17 @@ from jaxllm.data.batch import Batch, make_row
 from jaxllm.hf import hf_tensors, load_hf, save_hf
 from jaxllm.model.cache import Cache
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import FAMILIES, from_hf, to_hf
-from jaxllm.model.rope import rope_frequencies
+from jaxllm.model.families import from_hf, to_hf
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.rope import dynamic_frequencies, rope_frequencies
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.sampling import Sampling, generate
+
+# Tested past every window and original length; test_logits_equal_transformers_over_2048_tokens
+# does so for the structures of the other families.
+LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
+LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
+LONGER += ["qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +118,27 @@ def test_logits_equal_transformers(pair, name):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dynamic_frequencies_equal_transformers(head_dim):
+    rope = dict(rope_type="dynamic", rope_theta=500_000.0, factor=3.0)
+    config = SHAPE | dict(head_dim=head_dim, rope_parameters=rope, max_position_embeddings=8192)
+    theirs = AutoConfig.for_model("llama", **copy.deepcopy(config))
+    (ours,) = from_hf(config | {"model_type": "llama"}).ropes
+    got = dynamic_frequencies(ours, head_dim, jnp.asarray([4096, 8192, 8193, 16384, 100_000]))
+    for length, one in zip((4096, 8192, 8193, 16384, 100_000), got[:, 0], strict=True):
+        want, scale = ROPE_INIT_FUNCTIONS["dynamic"](theirs, None, seq_len=length)
+        np.testing.assert_allclose(one, want.numpy(), rtol=2e-6)
+        assert scale == ours.mscale == 1.0
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_logits_equal_transformers_over_300_tokens(pair, name):
+    theirs, ours = pair(name)
+    tokens = some_tokens(1, 300)
+    want, got = torch_logits(theirs, tokens), np.asarray(logits_of(ours, tokens))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama yarn", "gemma3_text", "phi3 longrope, long"])
 def test_logits_equal_transformers_over_2048_tokens(pair, name):
     theirs, ours = pair(name)
@@ -145,12 +174,28 @@ def decoded(model: Decoder, tokens: np.ndarray, prompt: int, slots: int) -> np.n
     return np.concatenate(parts, 1)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3"])
+DECODED = ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "ministral3", "olmo3"]
+DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("name", DECODED)
 def test_decoding_through_the_cache_equals_transformers(pair, name):
     theirs, ours = pair(name)
     tokens = some_tokens()
     got = decoded(ours, tokens, prompt=9, slots=28)
     np.testing.assert_allclose(got, torch_logits(theirs, tokens), rtol=0, atol=1e-4)
+
+
+def test_dynamic_frequencies_grow_while_decoding_as_in_transformers(pair):
+    """Keys of the cache keep the rotation of the text's length when they came, 16 the original."""
+    theirs, ours = pair("internlm3")
+    tokens, cache, want = some_tokens(), None, []
+    with torch.no_grad():
+        for start, stop in [(0, 9), *((i, i + 1) for i in range(9, T))]:
+            out = theirs(torch.from_numpy(tokens[:, start:stop]).long(), past_key_values=cache)
+            want, cache = [*want, out.logits.numpy()], out.past_key_values
+    got = decoded(ours, tokens, prompt=9, slots=28)
+    np.testing.assert_allclose(got, np.concatenate(want, 1), rtol=0, atol=1e-4)
 
 
 def ragged_batch() -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -183,15 +228,20 @@ def test_loss_and_gradients_equal_transformers(pair, name):
     want = theirs(tokens, labels=torch.from_numpy(labels).long()).loss
     want.backward()
     assert abs(float(loss) - want.item()) < 1e-5
-    gradients = dict(theirs.named_parameters())
+    gradients = as_saved(theirs, {n: p.grad for n, p in theirs.named_parameters()})
     seen = {t.name: t.read() for t in hf_tensors(nnx.merge(graph, grads))}
-    assert set(seen) == set(gradients)
-    for path, got in seen.items():
-        expected = gradients[path].grad.numpy()
+    chosen_by = {name for name in seen if name.endswith("correction_bias")}
+    assert set(seen) - chosen_by == set(gradients)
+    assert not any(seen[name].any() for name in chosen_by)
+    unused = {n for n, g in gradients.items() if ".experts." in n and not g.any()}
+    assert len(unused) < len(gradients) / 4
+    for path in gradients.keys() - unused:
+        got, expected = seen[path], gradients[path].numpy()
         assert np.abs(expected).max() > 1e-6, f"{path} has no gradient to compare"
         np.testing.assert_allclose(
             got, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()), err_msg=path
         )
+    assert not any(seen[path].any() for path in unused)
 
 
 @pytest.mark.parametrize("name", CASES)

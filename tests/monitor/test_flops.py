@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs against the model's own weights and a count of every query's keys; peaks by device name."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxllm.config import AlignSection, RlSection, TrainConfig
-from jaxllm.model.config import LayerKind, ModelConfig
+from jaxllm.model.config import Experts, LayerKind, ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 
@@ -50,6 +51,20 @@ def test_products_with_weights_are_six_flops_a_weight(tied):
     cfg = config(tie_embeddings=tied)
     without_attention = flops_per_token(cfg, 1) - 3 * 4 * 3 * 4 * 12  # one key in three layers
     assert without_attention == 6 * products(cfg)
+
+
+def test_a_token_passes_its_chosen_experts_and_the_shared_one():
+    shape = dict(family="qwen3_moe", qk_norm="head", tie_embeddings=False)
+    cfg = config(experts=Experts(count=16, top_k=3, size=20), **shape)
+    state = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    mlp = nnx.to_pure_dict(state)["layers"]["mlp"]
+    held = sum(mlp[name]["kernel"].size for name in ("gate", "up", "down"))
+    active = products(cfg) - held + held * 3 // 16 + mlp["router"].size
+    attention = 3 * 4 * 3 * 4 * 12  # one key in three layers
+    assert flops_per_token(cfg, 1) - attention == 6 * active
+    shared = replace(cfg.experts, shared_size=28, shared_gate=True)
+    more = flops_per_token(replace(cfg, experts=shared), 1) - flops_per_token(cfg, 1)
+    assert more == 6 * 3 * (3 * 32 * 28 + 32)
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])

@@ -20,7 +20,7 @@ from jaxllm.config import ModelSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import Batch
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.model.decoder import merge
-from jaxllm.model.families import FAMILIES
+from jaxllm.model.families.table import FAMILIES
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.optim import make_optimizer, make_schedule
 from jaxllm.peft.combine import choose, fold, merged

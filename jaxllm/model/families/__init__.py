@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model families as tables: HF config <-> ModelConfig, and the name of every weight.
+
+    table      the families and their options
+    rope       RoPE of a config
+    layers     the kinds of layers
+    tensors    the HF name of every weight
+
+transformers' own config classes first fill in defaults and translate old spellings (`rope_scaling`,
+`rope_theta`, `type`), so a config.json of any age reads the same. A model computes
+the same as transformers does from its config. A config that this decoder cannot compute is refused
+with UserError.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any
+
+from jaxllm.errors import UserError, seen
+from jaxllm.model.config import Experts, ModelConfig, check_numbers
+from jaxllm.model.families.layers import read_layers, write_layers
+from jaxllm.model.families.rope import renamed
+from jaxllm.model.families.table import FAMILIES, MISSING, Family
+from jaxllm.untrusted import odd_values
+
+# How transformers' names of a language model and of a reward model end.
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+# Limits of counts, by which tables are made before the weights are compared.
+LIMITS = {"num_hidden_layers": 10_000}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _family(config: dict[str, Any]) -> Family:
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind is None:
+        raise UserError(
+            "the config has no model_type; set it to the family that the weights belong to: "
+            + ", ".join(FAMILIES)
+        )
+    if isinstance(text := config.get("text_config"), dict):
+        inner = text.get("model_type")
+        raise UserError(
+            f"model_type {seen(kind)} wraps a language model of model_type {seen(inner)}; wrapped "
+            "models are not supported: save the language model on its own with transformers"
+        )
+    feature = next((f for f, kinds in MISSING.items() if kind in kinds), "")
+    needs = f": it needs {feature}, which this decoder lacks" if feature else ""
+    known = ", ".join(FAMILIES)
+    raise UserError(f"model_type {seen(kind)} is not supported{needs}; known: {known}")
+
+
+def normalised(config: dict[str, Any]) -> dict[str, Any]:
+    """The config in transformers' newest spelling with every default filled in; a new dict.
+
+    Raises ValueError for an unknown family, quantized weights, and what transformers finds wrong.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    family = _family(config)
+    if config.get("quantization_config"):
+        raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
+    if config.get("is_causal") is False:
+        raise UserError("is_causal is false; only causal attention is supported")
+    keep = copy.deepcopy(config)  # transformers writes into nested dicts
+    kind = keep.pop("model_type")
+    keep |= {key: renamed(keep[key]) for key in ("rope_scaling", "rope_parameters") if key in keep}
+    for key, most in LIMITS.items():  # before transformers makes lists of that length
+        if type(value := keep.get(key, 1)) is not int or not 1 <= value <= most:
+            raise UserError(f"{key} is {seen(value)}; it must be an integer from 1 to {most:,}")
+    with odd_values(f"config of a {kind} model", StrictDataclassError):
+        filled = AutoConfig.for_model(kind, **keep)
+        c = filled.to_dict()
+        # Published configs and transformers 5 may differ in the name of a key: both are set.
+        c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
+        c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+    for key, reason in family.refused.items():
+        if c.get(key) and c[key] != family.accepted.get(key):
+            raise UserError(f"{key} is {seen(c[key])}: {reason}")
+    return c
+
+
+def is_reward(config: dict[str, Any]) -> bool:
+    """True for the config.json of a reward model."""
+    names = config.get("architectures")
+    return any(str(n).endswith(CLASSIFIER) for n in (names if isinstance(names, list) else ()))
+
+
+def as_reward(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a reward model of that shape."""
+    family = _family(config)
+    if family.scores_as is None:
+        kind = config["model_type"]
+        raise UserError(f"transformers has no reward model of model_type {kind}; use another model")
+    name = (family.scores_as or family.name) + CLASSIFIER
+    one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | {"architectures": [name]} | one
+
+
+def from_hf(config: dict[str, Any]) -> ModelConfig:
+    """The decoder that a HF config.json describes; keys that do not affect it are ignored.
+
+    Raises ValueError for a family, activation, rope type or option that is not supported.
+    """
+    family, c = _family(config), normalised(config)
+    with odd_values(f"config of a {c['model_type']} model"):
+        values = {o.field: o.read(c[o.key]) for o in family.every_option()}
+        kind = {"family": c["model_type"], "scores": is_reward(config)}
+        if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
+            raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
+        values |= kind | family.fixed | read_layers(c)
+        parts = {k.partition(".")[2]: v for k, v in values.items() if k.startswith("experts.")}
+        values = {k: v for k, v in values.items() if "." not in k}
+        cfg = ModelConfig(**values, experts=Experts(**parts) if parts else None)
+    check_numbers(cfg, {o.field.rpartition(".")[2]: o.key for o in family.every_option()})
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise UserError(
+            f"num_attention_heads {cfg.num_heads} is no multiple of "
+            f"num_key_value_heads {cfg.num_kv_heads}"
+        )
+    if (experts := cfg.experts) is not None and experts.top_k > experts.count:
+        raise UserError(
+            f"num_experts_per_tok {experts.top_k} is more than the {experts.count} experts"
+        )
+    return cfg
+
+
+def to_hf(cfg: ModelConfig) -> dict[str, Any]:
+    """The HF config.json of a decoder: `from_hf(to_hf(cfg)) == cfg`.
+
+    Raises ValueError naming the fields when the family cannot express `cfg`.
+    """
+    family = _family({"model_type": cfg.family})
+    config = {o.key: o.write(attrgetter(o.field)(cfg)) for o in family.every_option()}
+    config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
+    config |= write_layers(cfg)
+    config = as_reward(config) if cfg.scores else config
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
+    if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
+        raise UserError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
+    return config

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The families: how each model type differs from plain Llama.
+
+A dense family is a row of FAMILIES, made of options that name ModelConfig fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxllm.errors import UserError, seen
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu2": "relu2",
+}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _activation(name: str) -> str:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UserError(
+            f"activation {seen(name)} is not supported; known: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A ModelConfig field and the HF key it is kept under, with the change of value each way."""
+
+    field: str
+    key: str
+    read: Callable[[Any], Any] = _same
+    write: Callable[[Any], Any] = _same
+
+
+def _activation_under(key: str) -> Option:
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    return Option("activation", key, _activation, back.__getitem__)
+
+
+def _softcap(field: str, key: str) -> Option:
+    return Option(field, key, lambda cap: cap or 0.0, lambda cap: cap or None)
+
+
+def _inverse(value: float) -> float:
+    """1 / value, rounded so that the inverse of an inverse is the value."""
+    return float(f"{1 / value:.12g}")
+
+
+def _biases(key: str, *fields: str) -> tuple[Option, ...]:
+    return tuple(Option(f"{field}_bias", key, bool) for field in fields)
+
+
+# An option of a family takes the place of the shared one with the same field.
+SHARED = (
+    Option("vocab_size", "vocab_size"),
+    Option("hidden_size", "hidden_size"),
+    Option("intermediate_size", "intermediate_size"),
+    Option("num_layers", "num_hidden_layers"),
+    Option("num_heads", "num_attention_heads"),
+    Option("num_kv_heads", "num_key_value_heads"),
+    Option("head_dim", "head_dim"),
+    Option("max_positions", "max_position_embeddings"),
+    Option("norm_eps", "rms_norm_eps"),
+    Option("tie_embeddings", "tie_word_embeddings", bool),
+    Option("initializer_range", "initializer_range"),
+    _activation_under("hidden_act"),
+)
+ATTENTION_BIAS = _biases("attention_bias", "qkv", "o")
+MLP_BIAS = _biases("mlp_bias", "mlp")
+GEMMA = (
+    Option("embed_scale", "hidden_size", math.sqrt, lambda scale: round(scale**2)),
+    *ATTENTION_BIAS,
+)
+GEMMA2 = (
+    *GEMMA,
+    _activation_under("hidden_activation"),
+    Option(
+        "query_scale",
+        "query_pre_attn_scalar",
+        lambda width: width**-0.5,
+        lambda scale: round(scale**-2),
+    ),
+    _softcap("logit_softcap", "final_logit_softcapping"),
+)
+ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
+GRANITE = (
+    Option("embed_scale", "embedding_multiplier"),
+    Option("query_scale", "attention_multiplier"),
+    Option("residual_scale", "residual_multiplier"),
+    Option("logit_scale", "logits_scaling", _inverse, _inverse),
+)
+
+
+def _experts(count: str, size: str = "moe_intermediate_size") -> tuple[Option, ...]:
+    return (
+        Option("experts.count", count),
+        Option("experts.top_k", "num_experts_per_tok"),
+        Option("experts.size", size),
+    )
+
+
+QWEN_EXPERTS = (
+    *_experts("num_experts"),
+    Option("experts.renormalised", "norm_topk_prob", bool),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one `model_type` differ from plain Llama.
+
+    name: prefix of transformers' class names; scores_as: that of reward models, if it differs; None
+      = transformers has none.
+      transformers' own tables of these names need torch.
+    fixed: ModelConfig fields with the same value in every model of the family.
+    options: fields that the config sets, besides SHARED.
+    window: which layers have `sliding_window`: none, all, or those that `layer_types` names
+      ("typed"). switched: only if `use_sliding_window` says so too.
+    nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
+      that see all keys while others have a window ("full").
+    rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
+    partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
+    scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
+    fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are.
+    modules: HF names of modules that are named otherwise than in Llama.
+    refused: HF keys that must be empty (or have the value `accepted`), each with the reason.
+    """
+
+    name: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    window: Literal["none", "all", "typed"] = "none"
+    switched: bool = False
+    nope: Literal["none", "listed", "full"] = "none"
+    rope_by_type: bool = False
+    partial_rope: bool = False
+    scaled_queries: bool = False
+    fused: tuple[str, ...] = ()
+    modules: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    accepted: dict[str, Any] = field(default_factory=dict)
+    scores_as: str | None = ""
+
+    def every_option(self) -> tuple[Option, ...]:
+        """The options of the family, and the shared ones that it does not replace."""
+        own = {option.field for option in self.options}
+        return tuple(o for o in SHARED if o.field not in own) + self.options
+
+
+_CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
+_NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it to null"}
+_SAME_LAYERS = {
+    key: "layers with experts and layers without are not supported in one model"
+    for key in ("mlp_only_layers", "decoder_sparse_step")
+}
+_SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS),
+    "mistral": Family("Mistral", window="all", refused=_NO_TYPES),
+    "ministral": Family("Ministral", window="typed"),
+    "ministral3": Family("Ministral3", window="all", scaled_queries=True, refused=_NO_TYPES),
+    "qwen2": Family("Qwen2", fixed={"qkv_bias": True}, window="typed", switched=True),
+    "qwen3": Family("Qwen3", {"qk_norm": "head"}, ATTENTION_BIAS, window="typed", switched=True),
+    "gemma": Family("Gemma", {"norm_offset": 1.0}, GEMMA, refused=_CAUSAL),
+    "gemma2": Family(
+        "Gemma2", _SANDWICH, GEMMA2 + ATTENTION_SOFTCAP, window="typed", refused=_CAUSAL
+    ),
+    "gemma3_text": Family(
+        "Gemma3",
+        _SANDWICH | {"qk_norm": "head"},
+        GEMMA2,
+        scores_as="Gemma3Text",
+        window="typed",
+        rope_by_type=True,
+        refused=_CAUSAL
+        | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
+    ),
+    "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
+    "olmo3": Family(
+        "Olmo3",
+        {"norm_placement": "post", "qk_norm": "full"},
+        ATTENTION_BIAS,
+        window="typed",
+        rope_by_type=True,
+    ),
+    "exaone4": Family(
+        "Exaone4", {"norm_placement": "post", "qk_norm": "head"}, window="typed", nope="full"
+    ),
+    "phi3": Family("Phi3", window="all", partial_rope=True, fused=("qkv", "gate_up")),
+    "smollm3": Family(
+        "SmolLM3", options=ATTENTION_BIAS + MLP_BIAS, window="typed", switched=True, nope="listed"
+    ),
+    "seed_oss": Family(
+        "SeedOss",
+        options=_biases("attention_bias", "qkv") + _biases("attention_out_bias", "o") + MLP_BIAS,
+    ),
+    "internlm3": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS, scores_as=None),
+    "ernie4_5": Family(
+        "Ernie4_5",
+        {"rope_pairs": "neighbours"},
+        _biases("use_bias", "qkv", "o", "mlp"),
+        scores_as=None,
+    ),
+    "glm": Family(
+        "Glm",
+        {"rope_pairs": "neighbours"},
+        _biases("attention_bias", "qkv"),
+        partial_rope=True,
+        fused=("gate_up",),
+    ),
+    "glm4": Family(
+        "Glm4",
+        {"rope_pairs": "neighbours", "norm_placement": "sandwich"},
+        _biases("attention_bias", "qkv"),
+        partial_rope=True,
+        fused=("gate_up",),
+        modules={
+            "attn_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+    ),
+    "granite": Family("Granite", options=ATTENTION_BIAS + MLP_BIAS + GRANITE, scores_as=None),
+    "cohere2": Family(
+        "Cohere2",
+        {"norm": "layer", "norm_placement": "parallel", "rope_pairs": "neighbours"},
+        (
+            Option("norm_eps", "layer_norm_eps"),
+            Option("logit_scale", "logit_scale"),
+            *ATTENTION_BIAS,
+        ),
+        window="typed",
+        nope="full",
+        scores_as=None,
+    ),
+    "starcoder2": Family(
+        "Starcoder2",
+        {"norm": "layer", "norm_bias": True, "gated_mlp": False},
+        (Option("norm_eps", "norm_epsilon"), *_biases("use_bias", "qkv", "o", "mlp")),
+        window="all",
+        modules={"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+        refused=_NO_TYPES,
+    ),
+    "arcee": Family("Arcee", {"gated_mlp": False}, ATTENTION_BIAS + MLP_BIAS),
+    "nemotron": Family(
+        "Nemotron",
+        {"norm": "layer", "norm_bias": True, "norm_offset": 1.0, "gated_mlp": False},
+        (Option("norm_eps", "norm_eps"), *ATTENTION_BIAS, *MLP_BIAS),
+        partial_rope=True,
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        options=_experts("num_local_experts", "intermediate_size"),
+        window="all",
+        modules={
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
+            "mlp.up": "block_sparse_moe.experts.{expert}.w3",
+            "mlp.down": "block_sparse_moe.experts.{expert}.w2",
+        },
+    ),
+    "qwen2_moe": Family(
+        "Qwen2Moe",
+        {"experts.shared_gate": True},
+        (
+            *QWEN_EXPERTS,
+            *_biases("qkv_bias", "qkv"),
+            Option("experts.shared_size", "shared_expert_intermediate_size"),
+        ),
+        window="typed",
+        switched=True,
+        refused=_SAME_LAYERS,
+        accepted={"decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        {"qk_norm": "head"},
+        QWEN_EXPERTS + ATTENTION_BIAS,
+        window="all",
+        switched=True,
+        refused=_SAME_LAYERS,
+        accepted={"decoder_sparse_step": 1},
+    ),
+    "olmoe": Family(
+        "Olmoe",
+        {"qk_norm": "full"},
+        (
+            *_experts("num_experts", "intermediate_size"),
+            Option("experts.renormalised", "norm_topk_prob", bool),
+            *ATTENTION_BIAS,
+        ),
+        refused={"clip_qkv": "clipped queries, keys and values are not supported"},
+        scores_as=None,
+    ),
+    "minimax_m2": Family(
+        "MiniMaxM2",
+        {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
+        _experts("num_local_experts", "intermediate_size"),
+        partial_rope=True,
+        modules={
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
+            "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
+            "mlp.up": "block_sparse_moe.experts.{expert}.w3",
+            "mlp.down": "block_sparse_moe.experts.{expert}.w2",
+        },
+        scores_as=None,
+    ),
+}
+
+# Features that the decoder lacks, and the model types that need them.
+MISSING = {
+    "layers with experts after layers without": ("glm4_moe", "dots1", "ernie4_5_moe", "mellum"),
+    "latent attention": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+    "attention sinks": ("gpt_oss",),
+    "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
+    "state-space layers": (
+        *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
+        *("zamba", "zamba2", "falcon_mamba"),
+    ),
+    "short convolutions": ("lfm2", "lfm2_moe"),
+    "per-layer embeddings": ("gemma3n_text", "gemma4_text"),
+    "learned positions": ("gpt2", "gpt_bigcode", "opt"),
+    "chunked attention": ("llama4_text",),
+}

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HF name of every weight."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+
+from jaxllm.model.config import ModelConfig
+from jaxllm.model.families.table import FAMILIES
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Indices that a tensor's name may have, and the ModelConfig field with the size of each.
+INDICES = {"layer": "num_layers", "expert": "experts.count"}
+
+
+def _indices(name: str) -> list[str]:
+    return re.findall(r"{(\w+)}", name)
+
+
+def tensor_names(cfg: ModelConfig, name: str) -> list[str]:
+    """The HF names that `name` stands for: one for each layer, if it has `{layer}`."""
+    indices = _indices(name)
+    grid = np.ndindex(*(attrgetter(INDICES[index])(cfg) for index in indices))
+    return [name.format(**dict(zip(indices, at, strict=True))) for at in grid]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A weight of the decoder and the HF tensors that store it.
+
+    path: of the weight, dotted. name: of the tensors; each index in it (`{layer}`) is a
+    leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
+    rows: the weight is this range of a fused tensor's out dim.
+    """
+
+    path: str
+    name: str
+    transpose: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def stacked(self) -> int:
+        """Leading dims of the weight, which are not dims of a tensor."""
+        return len(_indices(self.name))
+
+
+NORMS: dict[str, dict[str, str]] = {
+    "pre": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+    "sandwich": {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+    "parallel": {"attn_norm": "input_layernorm"},
+}
+
+
+def key_table(cfg: ModelConfig) -> list[Key]:
+    """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
+    Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
+    family, layer = FAMILIES[cfg.family], "model.layers.{layer}."
+    keys = [Key("embed.embedding", EMBED)]
+
+    def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:
+        name = family.modules.get(path, name)
+        keys.append(Key(f"layers.{path}.kernel", f"{layer}{name}.weight", True, rows))
+        if bias:
+            keys.append(Key(f"layers.{path}.bias", f"{layer}{name}.bias", False, rows))
+
+    def norm(path: str, name: str) -> None:
+        keys.append(Key(f"{path}.scale", f"{name}.weight"))
+        if cfg.norm_bias:
+            keys.append(Key(f"{path}.shift", f"{name}.bias"))
+
+    if "qkv" in family.fused:
+        for part, rows in (("q", (0, Q)), ("k", (Q, Q + KV)), ("v", (Q + KV, Q + 2 * KV))):
+            linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, rows)
+    else:
+        for part in "qkv":
+            linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
+    experts = cfg.experts
+    if experts is not None:
+        router = family.modules.get("mlp.router", "mlp.gate")
+        keys.append(Key("layers.mlp.router", f"{layer}{router}.weight", True))
+        if experts.has_bias:
+            name = family.modules["mlp.choice_bias"]
+            keys.append(Key("layers.mlp.choice_bias", layer + name))
+        for part in ("gate", "up", "down"):
+            linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
+        for part in ("gate", "up", "down") if experts.shared_size else ():
+            linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
+        if experts.shared_gate:
+            linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
+    elif "gate_up" in family.fused:
+        for part, rows in (("gate", (0, F)), ("up", (F, 2 * F))):
+            linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, rows)
+    else:
+        for part in ("gate", "up") if cfg.gated_mlp else ("up",):
+            linear(f"mlp.{part}", f"mlp.{part}_proj", cfg.mlp_bias)
+    if experts is None:
+        linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
+    linear("attn.o", "self_attn.o_proj", cfg.o_bias)
+    if cfg.qk_norm != "none":
+        for part in ("q_norm", "k_norm"):
+            keys.append(Key(f"layers.attn.{part}.scale", f"{layer}self_attn.{part}.weight"))
+    for ours, name in NORMS[cfg.norm_placement].items():
+        norm(f"layers.{ours}", layer + family.modules.get(ours, name))
+    norm("norm", "model.norm")
+    if cfg.scores:
+        keys.append(Key("score.kernel", "score.weight", True))
+    elif not cfg.tie_embeddings:
+        keys.append(Key("head.kernel", HEAD, True))
+    return keys
