@@ -109,12 +109,16 @@ def query_scale(rope: Rope, positions: jax.Array) -> jax.Array:
     return (1 + rope.query_beta * jnp.log1p(turns))[..., None, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "halves") -> jax.Array:
     """Rotates the first R features of x [B, T, H, K] in pairs; cos, sin [B, T, 1, R/2].
 
     pairs: "halves", feature i with i + R/2; "neighbours", feature 2i with 2i + 1.
     """
+    return _rotate(x, cos, sin, pairs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str) -> Any:
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
     rest = wide[..., 2 * half :]
@@ -128,7 +132,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "halves") 
 
 
 # The gradient turns back: the transpose of a rotation, in the forward pass's own fast form.
-rotate.defvjp(
-    lambda x, cos, sin, pairs: (rotate(x, cos, sin, pairs), (cos, sin)),
-    lambda pairs, table, g: (rotate(g, table[0], -table[1], pairs), None, None),
+_rotate.defvjp(
+    lambda x, cos, sin, pairs: (_rotate(x, cos, sin, pairs), (cos, sin)),
+    lambda pairs, table, g: (_rotate(g, table[0], -table[1], pairs), None, None),
 )
