@@ -179,7 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4": ("exaone4", dict(head_dim=12, sliding_window=5, sliding_window_pattern=2)),
     "exaone4 without windows": ("exaone4", dict(sliding_window=None, layer_types=[FULL] * 4)),
-    "seed_oss": ("seed_oss", dict(head_dim=12)),
+    "seed_oss": ("seed_oss", dict(head_dim=12, attention_dropout=0.0, residual_dropout=0.0)),
     "seed_oss other biases": (
         "seed_oss",
         dict(head_dim=8, attention_bias=False, attention_out_bias=True, mlp_bias=True),

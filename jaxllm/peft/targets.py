@@ -67,7 +67,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.rows:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        # Experts are no modules in transformers, so peft's all-linear leaves them out too.
+        # Experts are parameters in transformers 5; peft has another key for them.
         left_out = "{expert}" in key.name or key.path in score_paths(cfg)
         if leaf in ("kernel", "embedding") and not left_out:
             modules[path] = module
