@@ -186,6 +186,16 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
     np.testing.assert_allclose(got, torch_logits(theirs, tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["cohere2", "ministral3", "qwen2_moe"])
+def test_24_greedy_tokens_of_a_ragged_batch_equal_transformers(pair, name):
+    theirs, ours = pair(name)
+    prompts = [some_tokens()[0, :n].tolist() for n in (11, 4, 1)]
+    for prompt, got in zip(prompts, generate(ours, prompts, Sampling(24)), strict=True):
+        tokens = torch.tensor([prompt])
+        want = theirs.generate(tokens, max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+        assert got == want.tolist()
+
+
 def test_dynamic_frequencies_grow_while_decoding_as_in_transformers(pair):
     """Keys of the cache keep the rotation of the text's length when they came, 16 the original."""
     theirs, ours = pair("internlm3")
