@@ -27,7 +27,7 @@ class Batch:
     tokens: Any  # int32 [B, T]
     targets: Any  # int32 [B, T]
     weights: Any  # float32 [B, T]; 0 = no loss
-    segment_ids: Any  # int32 [B, T]; 0 = padding, 1.. = documents or conversations
+    segment_ids: Any  # int32 [B, T]; 0 = padding, 1.. = texts, -1 = a prompt that they share
     positions: Any  # int32 [B, T]; start at 0 in each segment
     # Preferences: the segments of a pair's answers. A judged answer is one half of a pair.
     chosen_segment: Any = None  # int32 [B, P]; 0 = none

@@ -110,19 +110,16 @@ def _experts(count: str, size: str = "moe_intermediate_size") -> tuple[Option, .
     )
 
 
-QWEN_EXPERTS = (
-    *_experts("num_experts"),
-    Option("experts.renormalised", "norm_topk_prob", bool),
-)
+RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
+QWEN_EXPERTS = (*_experts("num_experts"), RENORMALISED)
 
 
 @dataclass(frozen=True)
 class Family:
     """How the models of one `model_type` differ from plain Llama.
 
-    name: prefix of transformers' class names; scores_as: that of reward models, if it differs; None
-      = transformers has none.
-      transformers' own tables of these names need torch.
+    name: prefix of transformers' class names; scores_as: that of reward models, if it differs, None
+      where transformers has none. transformers' own tables of these names need torch.
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
@@ -163,6 +160,13 @@ _NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it
 _SAME_LAYERS = {
     key: "layers with experts and layers without are not supported in one model"
     for key in ("mlp_only_layers", "decoder_sparse_step")
+}
+_MIXTRAL = {
+    "mlp.router": "block_sparse_moe.gate",
+    "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
+    "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
+    "mlp.up": "block_sparse_moe.experts.{expert}.w3",
+    "mlp.down": "block_sparse_moe.experts.{expert}.w2",
 }
 _SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
 
@@ -264,12 +268,7 @@ FAMILIES: dict[str, Family] = {
         "Mixtral",
         options=_experts("num_local_experts", "intermediate_size"),
         window="all",
-        modules={
-            "mlp.router": "block_sparse_moe.gate",
-            "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
-            "mlp.up": "block_sparse_moe.experts.{expert}.w3",
-            "mlp.down": "block_sparse_moe.experts.{expert}.w2",
-        },
+        modules=_MIXTRAL,
     ),
     "qwen2_moe": Family(
         "Qwen2Moe",
@@ -298,7 +297,7 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "full"},
         (
             *_experts("num_experts", "intermediate_size"),
-            Option("experts.renormalised", "norm_topk_prob", bool),
+            RENORMALISED,
             *ATTENTION_BIAS,
         ),
         refused={"clip_qkv": "clipped queries, keys and values are not supported"},
@@ -309,13 +308,7 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
         _experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
-        modules={
-            "mlp.router": "block_sparse_moe.gate",
-            "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
-            "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
-            "mlp.up": "block_sparse_moe.experts.{expert}.w3",
-            "mlp.down": "block_sparse_moe.experts.{expert}.w2",
-        },
+        modules=_MIXTRAL,
         scores_as=None,
     ),
 }
