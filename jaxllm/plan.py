@@ -315,6 +315,7 @@ def step_flops(program: Program) -> tuple[float, float]:
         frozen=program.adapter.frozen,
         compares=program.reference is not None,
         baseline=program.objective.baseline is not None,
+        on_policy=program.objective.on_policy,
     )
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
@@ -408,8 +409,9 @@ def rollout(program: Program) -> dict[str, float]:
         decoding = compiled(decode, graph, params, begin.outputs, key, stop, sampling)
         phases["decode"] = decoding, params
     given = program.state.trainable, program.frozen
-    evaluation = jax.jit(make_evaluation(cfg, program.models))
-    phases["log-probabilities"] = compiled(evaluation, *given, every.batch(length)), given
+    if not program.objective.on_policy:
+        evaluation = jax.jit(make_evaluation(cfg, program.models))
+        phases["log-probabilities"] = compiled(evaluation, *given, every.batch(length)), given
     return {name: one.peak + resident - device_bytes(args) for name, (one, args) in phases.items()}
 
 

@@ -32,7 +32,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import read_json
 from jaxllm.paths import as_path, is_bucket, naming
 from jaxllm.reference import RowsWithLogps
-from jaxllm.rl.online import prompts_per_rollout, updates_per_rollout
+from jaxllm.rl.online import prompts_per_rollout
 
 FILE = "rows.bin"
 # The fields of `Batch` that come from the data; positions follow from segment_ids.
@@ -52,7 +52,7 @@ def row_hash(row: Row) -> int:
 def _record_shape(cfg: TrainConfig) -> tuple[int, int]:
     """(steps from one record to the next, hashes in a record)."""
     if cfg.verb.online:
-        return updates_per_rollout(cfg), prompts_per_rollout(cfg)
+        return cfg.rl.updates, prompts_per_rollout(cfg)
     return 1, cfg.batch_size
 
 

@@ -13,7 +13,6 @@ from jaxllm.config import OptimSection, TrainConfig
 from jaxllm.config.optimizers import DECAYS
 from jaxllm.data.stream import ENDLESS
 from jaxllm.optim import make_schedule
-from jaxllm.rl import online
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Timetable:
         # Every row is learned: the last update of an epoch continues into the next one.
         self.stride, epoch = 1, Fraction(rows, cfg.batch_size)
         if cfg.verb.online:
-            self.stride = online.updates_per_rollout(cfg)
+            self.stride = cfg.rl.updates
             epoch *= (cfg.rl.group_size or 1) * (cfg.rl.iterations or 1)
         self.epoch = epoch if rows < ENDLESS else None  # steps in an epoch, if that is known
         steps = cfg.steps or Fraction(str(cfg.epochs)) * epoch

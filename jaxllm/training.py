@@ -258,7 +258,8 @@ def make_batches(
     sampler: what `online.Rollouts` takes besides; feed: its state in the last checkpoint.
     """
     if program.cfg.verb.online:
-        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, record=record, state=feed)
+        options = {"on_policy": program.objective.on_policy, "record": record, "state": feed}
+        return online.Rollouts(program.cfg, program.mesh, rows, *sampler, **options)
     return LoadedBatches(program, rows, start, record)
 
 
@@ -302,6 +303,7 @@ def compiled(
         frozen=program.adapter.frozen,
         compares=program.reference is not None,
         baseline=program.objective.baseline is not None,
+        on_policy=program.objective.on_policy,
     )
     return step
 

@@ -423,6 +423,12 @@ class RlSection:
     critic: Literal["shared", "separate"] = "shared"
     """PPO: compute values from the policy's hidden states, or with a separate model"""
 
+    @property
+    def updates(self) -> int:
+        """Updates that learn from one rollout. A run stops, saves and resumes only between
+        rollouts."""
+        return self.minibatches * (self.iterations or 1)
+
 
 @dataclass(frozen=True)
 class TrainConfig:

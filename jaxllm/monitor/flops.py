@@ -53,6 +53,7 @@ def run_flops(
     frozen: bool = False,
     compares: bool = False,
     baseline: bool = False,
+    on_policy: bool = False,
 ) -> Flops:
     """FLOPs of an update with rows of `length` tokens (preferences: 2 max_length; online runs: a
     prompt with its completion).
@@ -60,14 +61,15 @@ def run_flops(
     Forward and backward cost 3 forward passes; matmuls with `frozen` weights, which have no
     gradient, cost 2. Not counted: what an adapter adds, recomputation, elementwise work, rewards.
     Extra forward passes: one for the reference if the run `compares` with a live one, and those of
-    a `baseline`. Online, sampling and the log-probabilities of policy and reference cost a forward
-    pass each, divided by the rl.iterations updates that reuse the rollout, as its time is. A
-    separate critic costs as much as the policy without its head.
+    a `baseline`. Online, sampling and the log-probabilities of policy (not
+    `on_policy`) and reference cost a forward pass each, divided by the rl.iterations updates that
+    reuse the rollout, as its time is. A separate critic costs as much as the policy without its
+    head.
     """
     weights, attention, head = forward_flops(model, length)
     share = 1 / (cfg.rl.iterations or 1)  # of a rollout's cost, for each update that reuses it
     if cfg.verb.online:
-        extra = (2 + compares) * share
+        extra = (2 + compares - on_policy) * share
     else:
         live = compares and cfg.align.reference == "model"
         extra = live + baseline * (1 + live)

@@ -86,6 +86,7 @@ def grpo_loss(
     kl: Literal["k1", "k3"] = "k3",
     normalizer: Literal["tokens", "sequence", "constant"] = "tokens",
     max_tokens: int = 1,
+    on_policy: bool = False,
     temperature: float = 1.0,
     chunk: int = 0,
     **clips: float,
@@ -93,17 +94,22 @@ def grpo_loss(
     """Returns (Σ loss, weight, metrics). max_tokens: the longest completion, for `constant`.
 
     clips: `clip` and `clip_high`, ε and ε'. Dropout is off, since with dropout the ratio would not
-    start at 1.
+    start at 1. on_policy: the model is the policy that sampled, so that its own log-probabilities
+    are the old ones; `batch.old_logps` has the sampler's, for the metric `sampler_gap`.
     """
     logp_BT, entropy_BT, _ = logps(model, batch, chunk=chunk, temperature=temperature)
     old_BT, mask_BT, tokens = batch.old_logps, batch.weights, jnp.sum(batch.weights)
+    metrics: Metrics = {}
+    if on_policy:
+        metrics["sampler_gap"] = (jnp.sum(jnp.abs(old_BT - logp_BT) * mask_BT), tokens)
+        old_BT = jax.lax.stop_gradient(logp_BT)
     with jax.named_scope("loss"):
         terms_BT, clipped_BT = clipped_terms(logp_BT, old_BT, batch.advantages, **clips)
         if beta:
             terms_BT = terms_BT + beta * kl_terms(logp_BT, batch.reference_logps, kl)
         weights_BT, weight = token_weights(mask_BT, normalizer, max_tokens, batch.segment_ids)
         loss = jnp.sum(terms_BT * weights_BT)
-    metrics: Metrics = {
+    metrics |= {
         "entropy": (jnp.sum(entropy_BT * mask_BT), tokens),
         "clip_fraction": (jnp.sum(clipped_BT * mask_BT), tokens),
         "update_kl": (jnp.sum((old_BT - logp_BT) * mask_BT), tokens),

@@ -30,6 +30,7 @@ class Objective:
     # (model, reference, batch) -> (Σ, weight), a mean over all rows of an update. The loss reads it
     # as `batch.baseline`, so that it does not depend on the division into micro-batches.
     baseline: Callable[..., Any] | None = None
+    on_policy: bool = False  # true if the loss needs no log-probabilities of a rollout
     own: str = ""  # MODULE.NAME of a loss that a user gave instead
 
 
@@ -74,9 +75,11 @@ def _ppo(cfg: TrainConfig) -> Objective:
 def _grpo(cfg: TrainConfig) -> Objective:
     rl, beta = cfg.rl, cfg.align.beta
     options = {"beta": beta, "kl": rl.kl, "normalizer": rl.normalizer}
-    loss = partial(grpo_loss, **_online(cfg), **options, max_tokens=rl.max_new_tokens)
     # The KL is logged even if beta is 0, if the reference is the base model of an adapter.
-    return Objective(loss, bool(beta) or cfg.peft.method != "none")
+    compares = bool(beta) or cfg.peft.method != "none"
+    options["on_policy"] = on_policy = rl.updates == 1 and not compares
+    loss = partial(grpo_loss, **_online(cfg), **options, max_tokens=rl.max_new_tokens)
+    return Objective(loss, compares, on_policy=on_policy)
 
 
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {
@@ -107,7 +110,9 @@ def make_objective(cfg: TrainConfig, own: Callable[..., Any] | None = None) -> O
     inner = own.func if isinstance(own, partial) else own
     named = inner if isroutine(inner) else type(inner)
     name = f"{named.__module__}.{named.__qualname__}"
-    return replace(objective, loss=partial(_own_loss, own, name), baseline=None, own=name)
+    return replace(
+        objective, loss=partial(_own_loss, own, name), baseline=None, on_policy=False, own=name
+    )
 
 
 # Metrics that every step adds to those of the objective.

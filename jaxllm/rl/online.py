@@ -39,11 +39,6 @@ Sums = dict[str, tuple[float, float]]  # {metric: (Σ, weight)}
 SAMPLES = 4  # completions of a rollout that are written to samples.jsonl
 
 
-def updates_per_rollout(cfg: TrainConfig) -> int:
-    """Updates that learn from one rollout. A run stops, saves and resumes only between rollouts."""
-    return cfg.rl.minibatches * (cfg.rl.iterations or 1)
-
-
 def prompts_per_rollout(cfg: TrainConfig) -> int:
     """Prompts of a rollout, each of which gets a group of completions."""
     return cfg.batch_size * cfg.rl.minibatches // (cfg.rl.group_size or 1)
@@ -51,9 +46,10 @@ def prompts_per_rollout(cfg: TrainConfig) -> int:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions with their rewards, and the models' log-probabilities and values of the tokens.
+    """Completions with their rewards, and the log-probabilities and values of their tokens.
 
-    The last four fields are float32 [R, T], 0 where nothing is learned.
+    The last five fields are float32 [R, T], 0 where nothing is learned. Those of the models are
+    None where the update computes them itself, the reference's also where there is none.
     """
 
     sampled: Completions
@@ -63,15 +59,15 @@ class Rollout:
     """{reward: float32 [R]}, NaN if it gave no score"""
     rewards: np.ndarray
     """float64 [R]: weighted sum of the scores, NaN if there is none"""
-    logps: np.ndarray
-    entropy: np.ndarray
-    values: np.ndarray
+    sampler_logps: np.ndarray
+    logps: Any = None
+    entropy: Any = None
+    values: Any = None
     reference_logps: Any = None
-    """None without a reference"""
 
 
 def make_evaluation(cfg: TrainConfig, models: Models) -> Callable[[Any, Any, Experience], Any]:
-    """(trainable, frozen, rows [A, B, T]) -> the last fields of `Rollout`, [A, B, T]."""
+    """(trainable, frozen, rows [A, B, T]) -> the models' fields of `Rollout`, [A, B, T]."""
     forward = partial(act, temperature=cfg.rl.temperature, chunk=cfg.model.loss_chunk)
 
     def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
@@ -92,7 +88,8 @@ class Rollouts:
     """The batches of an online run: `rollouts(step, trainable)` samples when a rollout is due.
 
     rows: prompts; models, frozen: those of the step; samples: writes lines of samples.jsonl;
-    record: receives (step, prompts) of each rollout; state: of a checkpoint, {} for a new run.
+    record: receives (step, prompts) of each rollout; on_policy: `Objective.on_policy`; state: of a
+    checkpoint, {} for a new run.
     """
 
     phase = "rollout"
@@ -109,6 +106,7 @@ class Rollouts:
         samples: Callable[[int, list[dict[str, Any]]], None],
         record: Callable[[int, list[Any]], None],
         *,
+        on_policy: bool = False,
         state: dict[str, float],
     ):
         rl = cfg.rl
@@ -127,7 +125,7 @@ class Rollouts:
         )
         self.experience: dict[str, np.ndarray] = {}
         self.shared: SharedRows | None = None  # of the last rollout
-        self._jitted = jax.jit(make_evaluation(cfg, models))
+        self.evaluation = None if on_policy else jax.jit(make_evaluation(cfg, models))
 
     def state(self) -> dict[str, float]:
         """The state that a checkpoint saves besides the weights."""
@@ -136,15 +134,15 @@ class Rollouts:
     def __call__(self, step: int, trainable: Any) -> tuple[Batch, Sums]:
         """(batch [A, B, T] of update `step`, from 0; the metrics of a rollout made for it)."""
         cfg = self.cfg
-        number, update = divmod(step, updates_per_rollout(cfg))
+        number, update = divmod(step, cfg.rl.updates)
         metrics: Sums = {}
         if update == 0:
             self.experience, metrics = self._rollout(number, step + 1, trainable)
+        if self.shared is not None:
+            return self._batch(self.experience), metrics
         iteration, minibatch = divmod(update, cfg.rl.minibatches)
         order = np.random.default_rng((cfg.seed, number, iteration)).permutation(self.size)
         rows = order[minibatch * cfg.batch_size : (minibatch + 1) * cfg.batch_size]
-        if self.shared is not None:
-            return self._batch(self.experience), metrics
         return self._batch({name: x[rows] for name, x in self.experience.items()}), metrics
 
     def _batch(self, fields: dict[str, np.ndarray]) -> Experience:
@@ -186,7 +184,9 @@ class Rollouts:
         if can_share(cfg, policy, self.mesh):
             width = shared_length(self.longest - 1 + self.group * sampled.tokens.shape[1])
             self.shared = SharedRows(rows, self.group, width)
-        rollout = Rollout(sampled, rows, scores, rewards, **self._evaluate(trainable, rows))
+        evaluated = self._evaluate(trainable, rows)
+        sampler_logps = _at_tokens(sampled, rows["weights"])
+        rollout = Rollout(sampled, rows, scores, rewards, sampler_logps, **evaluated)
         experience, metrics = self._ppo(rollout) if cfg.verb.critic else self._grpo(rollout)
         metrics |= self._metrics(rollout)
         metrics["rollout_seconds"] = (time.perf_counter() - start, 1.0)
@@ -231,8 +231,10 @@ class Rollouts:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _evaluate(self, trainable: Any, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The last fields of `Rollout`."""
-        out = dist.gather(self._jitted(trainable, self.frozen, self._batch(rows)))
+        """The models' fields of `Rollout`, {} where the update computes them."""
+        if self.evaluation is None:
+            return {}
+        out = dist.gather(self.evaluation(trainable, self.frozen, self._batch(rows)))
         if self.shared is not None:
             return {name: self.shared.unpack(x) for name, x in out.items()}
         learned = rows["weights"] > 0
@@ -248,9 +250,10 @@ class Rollouts:
         masked = np.isnan(rewards) | (rollout.sampled.truncated if rl.mask_truncated else False)
         learned = np.logical_not(masked)[:, None]
         advantages = group_advantages(rewards, self.group, scale=rl.scale_rewards)
+        old = rollout.sampler_logps if rollout.logps is None else rollout.logps
         experience = rollout.rows | {
             "weights": weights * learned,
-            "old_logps": rollout.logps * learned,
+            "old_logps": old * learned,
             "advantages": advantages[:, None] * weights,
         }
         if rollout.reference_logps is not None:
@@ -286,22 +289,19 @@ class Rollouts:
 
     def _metrics(self, rollout: Rollout) -> Sums:
         """The metrics of every rollout. Weight 0 where no completion has a reward."""
-        sampled, weights, logps = rollout.sampled, rollout.rows["weights"], rollout.logps
-        count, tokens = float(len(weights)), float(weights.sum())
-        sampler_logps = np.zeros(weights.shape, np.float32)
-        is_sampled = np.arange(sampled.logps.shape[1]) < sampled.lengths[:, None]
-        sampler_logps[weights > 0] = sampled.logps[is_sampled]
-        gap = np.abs(sampler_logps - logps)
+        sampled, logps, count = rollout.sampled, rollout.logps, float(len(rollout.rewards))
         stds = [np.std(group) for group in self._groups(rollout) if len(group)]
         metrics: Sums = {
             **_mean_and_std("reward", "reward_std", rollout.rewards),
             "reward_group_std": (float(np.sum(stds)), float(len(stds))),
             "completion_length": (float(sampled.lengths.sum()), count),
             "truncated": (float(sampled.truncated.sum()), count),
-            "sampling_entropy": (float(rollout.entropy.sum()), tokens),
-            "sampler_gap": (float(gap.sum()), tokens),
-            "sampler_gap_max": (float(gap.max()), 1.0),
         }
+        if logps is not None:
+            tokens, gap = float(sampled.lengths.sum()), np.abs(rollout.sampler_logps - logps)
+            metrics["sampling_entropy"] = (float(rollout.entropy.sum()), tokens)
+            metrics["sampler_gap"] = (float(gap.sum()), tokens)
+            metrics["sampler_gap_max"] = (float(gap.max()), 1.0)
         if rollout.reference_logps is not None:
             k1, k3 = (kl_terms(logps, rollout.reference_logps, kind) for kind in ("k1", "k3"))
             metrics["kl"] = (float(np.sum(k1)), count)  # nats per completion
@@ -309,6 +309,13 @@ class Rollouts:
         for name, values in rollout.scores.items():
             metrics |= _mean_and_std(f"reward/{name}", f"reward_std/{name}", values)
         return metrics
+
+
+def _at_tokens(sampled: Completions, weights: np.ndarray) -> np.ndarray:
+    """The sampler's log-probabilities where rows [R, T] learn its tokens, 0 elsewhere."""
+    logps = np.zeros(weights.shape, np.float32)
+    logps[weights > 0] = sampled.logps[np.arange(sampled.logps.shape[1]) < sampled.lengths[:, None]]
+    return logps
 
 
 def _mean_and_std(mean: str, std: str, values: np.ndarray) -> Sums:

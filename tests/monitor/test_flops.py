@@ -125,6 +125,7 @@ SEPARATE = RlSection(iterations=4, critic="separate")
             {"objective": "ppo", "compares": True, "rl": RlSection(iterations=4)},
         ),
         (6 + 4, 3 + 2, {"objective": "grpo"}),
+        (6 + 2, 3 + 1, {"objective": "grpo", "on_policy": True}),
     ],
 )
 def test_forward_passes_besides_the_policys_are_counted(weights, attention, keys):

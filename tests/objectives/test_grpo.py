@@ -171,6 +171,31 @@ def test_at_ratio_1_the_gradient_is_that_of_plain_policy_gradient(model):
     assert max(float(jnp.abs(b).max()) for b in want) > 1e-2
 
 
+def test_on_policy_the_models_own_log_probabilities_are_the_old_ones(model):
+    rows = experience()
+    sampler, w = rows["old_logps"], rows["weights"]
+    own = np.float32(plain(model, rows)[0]) * (w > 0)
+    graph, params = nnx.split(model)
+
+    def update(rows, **keys):
+        def loss(params):
+            loss, weight, metrics = grpo_loss(
+                nnx.merge(graph, params), batch_of(rows), None, **keys
+            )
+            return loss / weight, metrics
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (got, metrics), grads = update(rows, on_policy=True)
+    (want, others), expected = update(rows | {"old_logps": own})
+    assert float(got) == pytest.approx(float(want), abs=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    gap, tokens = metrics.pop("sampler_gap")
+    assert float(gap / tokens) == pytest.approx((abs(sampler - own) * w).sum() / w.sum(), rel=1e-5)
+    assert metrics.keys() == others.keys() and float(metrics["update_kl"][0]) == 0
+
+
 @pytest.mark.parametrize("normalizer", ["tokens", "sequence"])
 def test_neither_padding_nor_the_division_into_micro_batches_changes_an_update(model, normalizer):
     loss = partial(grpo_loss, beta=0.3, normalizer=normalizer)

@@ -35,6 +35,7 @@ from jaxllm.mesh import make_mesh
 from jaxllm.model.families import from_hf
 from jaxllm.monitor.meter import COMPILE_EVENTS, means
 from jaxllm.objectives.ppo import Value, act, gae, token_rewards, whiten
+from jaxllm.objectives.table import make_objective
 from jaxllm.peft.files import make_adapter
 from jaxllm.program import build, trained_by
 from jaxllm.rl.online import Rollouts
@@ -78,7 +79,7 @@ class PromptList(list):
 class Online:
     """Rollouts of a tiny policy with another model as its reference."""
 
-    def __init__(self, verb, *rewards, count=2, beta=None, **rl):
+    def __init__(self, verb, *rewards, count=2, beta=None, on_policy=False, **rl):
         rl = {"group_size": 4, "minibatches": 2, "max_new_tokens": 6} | rl
         names = tuple(r.name for r in rewards)
         sizes = {"batch_size": 8, "micro_batch_size": 8 // count}
@@ -106,7 +107,17 @@ class Online:
 
         rows = Rows((PromptList(PROMPTS),), None, 16)
         self.feed = Rollouts(
-            self.cfg, mesh, rows, models, {}, rewards, Numbers, sample, lambda *_: None, state={}
+            self.cfg,
+            mesh,
+            rows,
+            models,
+            {},
+            rewards,
+            Numbers,
+            sample,
+            lambda *_: None,
+            on_policy=on_policy,
+            state={},
         )
 
     def updates(self, count):
@@ -152,6 +163,33 @@ def grouped(rows):
     for row in rows:
         groups.setdefault(tuple(written(row)[0]), []).append(row)
     return list(groups.values())
+
+
+def test_on_policy_a_row_has_the_samplers_log_probabilities():
+    evaluated, sampled = (
+        Online("grpo", FIRST, minibatches=1, on_policy=on) for on in (False, True)
+    )
+    (want,), (others,) = evaluated.updates(1)
+    (got,), (seen,) = sampled.updates(1)
+    assert sampled.feed.evaluation is None
+    absent = {"sampling_entropy", "sampler_gap", "sampler_gap_max", "kl", "kl_k3"}
+    assert others.keys() - seen.keys() == absent and seen["reward"] == others["reward"]
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.old_logps, want.old_logps, atol=1e-5)
+    assert np.abs(got.old_logps).max() > 0.1
+
+
+def test_only_one_update_without_a_reference_is_on_policy():
+    def on_policy(own=None, beta=0.0, method="none", **rl):
+        sections = {"align": AlignSection(beta=beta), "peft": PeftSection(method=method)}
+        rl = RlSection(rewards=("r",), group_size=4, **rl)
+        cfg = TrainConfig(objective="grpo", batch_size=8, rl=rl, **sections)
+        return make_objective(resolve(cfg), own).on_policy
+
+    assert on_policy()
+    assert not on_policy(own=lambda *_: None)
+    others = [{"beta": 0.1}, {"method": "lora"}, {"minibatches": 2}, {"iterations": 2}]
+    assert not any(on_policy(**changed) for changed in others)
 
 
 def test_a_row_learns_the_sampled_tokens_and_has_their_log_probabilities():
