@@ -396,13 +396,15 @@ def rollout(program: Program) -> dict[str, float]:
     length = program.row_length
     every = replace(program, cfg=replace(cfg, batch_size=cfg.batch_size * rl.minibatches))
     tokens = jax.tree.leaves(every.batch(shared_length(cfg.data.length)).tokens)[0]
-    shape = (rows, tokens.shape[-1])
+    copies = rl.group_size or 1  # as in `sampling.completions`
+    copies = 1 if rows // copies % parts else copies
+    shape = (rows // copies, tokens.shape[-1])
     spec = jax.sharding.PartitionSpec(*tokens.sharding.spec[1:])
     prompts = jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=jax.sharding.NamedSharding(mesh, spec)
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    begin = compiled(prefill, graph, params, prompts, prompts, key, new, sampling)
+    begin = compiled(prefill, graph, params, prompts, prompts, key, new, sampling, None, copies)
     stop = jax.ShapeDtypeStruct((), jnp.int32)
     phases: dict[str, tuple[Compiled, Any]] = {"prefill": (begin, params)}
     if begin.outputs is not None:

@@ -128,7 +128,7 @@ class Decoding:
         return Decoding(self.step + 1, self.prompts, cache, ended, tokens, logps)
 
 
-@partial(jax.jit, static_argnames=("graph", "new", "sampling"))
+@partial(jax.jit, static_argnames=("graph", "new", "sampling", "copies"))
 def prefill(
     graph: Any,
     params: Any,
@@ -138,24 +138,30 @@ def prefill(
     new: int,
     sampling: Sampling,
     adapter_weights: jax.Array | None = None,
+    copies: int = 1,
 ) -> Decoding:
-    """The first token after left-padded prompts [B, P], with buffers for N = `new` tokens."""
+    """The first token after left-padded prompts, with buffers for N = `new` tokens.
+
+    copies: completions of each prompt, so that B / copies prompts are computed.
+    """
     model: Decoder = nnx.merge(graph, params)
     rows, P = tokens.shape
     cache = model.empty_cache(rows, P + bucketed(new))
     positions = cache.length + jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
     out = model.hidden(tokens, segment_ids, positions, cache, adapter_weights=adapter_weights)
+    assert out.cache is not None
+    cache = replace(out.cache, length=jnp.int32(out.cache.length)).repeated(copies)
+    logits = model.logits(out.x[:, -1], adapter_weights)
+    logits, tokens, segment_ids = (jnp.repeat(x, copies, 0) for x in (logits, tokens, segment_ids))
     empty = Decoding(
         jnp.int32(0),
         tokens,
         cache,
         ~jnp.any(segment_ids, 1),  # rows without a prompt pad the batch to the devices
-        jnp.zeros((rows, new), jnp.int32),
-        jnp.zeros((rows, new), jnp.float32),
+        jnp.zeros((len(tokens), new), jnp.int32),
+        jnp.zeros((len(tokens), new), jnp.float32),
     )
-    assert out.cache is not None
-    cache = replace(out.cache, length=jnp.int32(out.cache.length))
-    return empty.append(model.logits(out.x[:, -1], adapter_weights), cache, sampling, key)
+    return empty.append(logits, cache, sampling, key)
 
 
 @partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="state")
@@ -275,15 +281,18 @@ def completions(
     mesh: Mesh,
     key: jax.Array | None = None,
     longest: int = 0,
+    copies: int = 1,
 ) -> Completions:
-    """Completions of prompts by the model whose nnx.split is (graph, params).
+    """Completions of prompts, `copies` of each, by the model whose nnx.split is (graph, params).
 
     Rows are sharded over the mesh's data and fsdp axes; weights keep their sharding (but see
     `decoding_layout`). On every mesh, randomness is a function of (key, row, step); the default key
     is that of `sampling.seed`. longest: the longest prompt of all calls, so that they share one
     compiled program.
     """
-    parts = data_parallel(mesh)
+    parts, count = data_parallel(mesh), len(prompts) * copies
+    if len(prompts) % parts:  # rows that pad the batch would have copies too
+        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
     rows = -(-len(prompts) // parts) * parts
     tokens, segment_ids = left_padded(prompts, rows, longest)
     key = jax.random.key(sampling.seed) if key is None else key
@@ -291,10 +300,11 @@ def completions(
         graph, params = decoding_layout(graph, params)
         batch = put(mesh, {"tokens": tokens, "segment_ids": segment_ids})
         static, new = replace(sampling, seed=0), sampling.max_new_tokens
-        state = prefill(graph, params, batch["tokens"], batch["segment_ids"], key, new, static)
+        given = batch["tokens"], batch["segment_ids"]
+        state = prefill(graph, params, *given, key, new, static, copies=copies)
         state = decode(graph, params, state, key, jnp.int32(new), static)
         tokens, logps = dist.gather((state.tokens, state.logps))
-    tokens, logps = tokens[: len(prompts)], logps[: len(prompts)]
+    tokens, logps = tokens[:count], logps[:count]
     stopped = np.isin(tokens, sampling.stop_ids)
     lengths = np.where(stopped.any(1), stopped.argmax(1) + 1, new).astype(np.int32)
     return Completions(tokens, logps, lengths, np.logical_not(stopped.any(1)))

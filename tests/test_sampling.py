@@ -159,6 +159,23 @@ def completed(model, prompts, sampling, mesh=ONE, key=None):
     return completions(*nnx.split(model), prompts, sampling, mesh=mesh, key=key)
 
 
+@pytest.mark.parametrize("devices", [1, 3, 4])
+def test_completions_of_one_prompt_share_its_prefill(model, devices, monkeypatch):
+    """9 prompts divide over 3 devices, not over 4, where each completion has a prefill."""
+    mesh = make_mesh(MeshSection(), jax.devices()[:devices])
+    rows = []
+    monkeypatch.setattr(
+        "jaxllm.sampling.prefill", lambda *a, **k: rows.append(len(a[2])) or prefill(*a, **k)
+    )
+    options = {"mesh": mesh, "key": jax.random.key(4)}
+    each = [prompt for prompt in RAGGED for _ in range(4)]
+    want = completions(*nnx.split(model), each, WARM, **options)
+    got = completions(*nnx.split(model), RAGGED, WARM, copies=4, **options)
+    assert rows == [36, 36 if devices == 4 else 9] and len(got.tokens) == 36
+    assert_same(got, want, atol=1e-5)
+    assert len({tuple(row) for row in got.tokens[:4].tolist()}) > 1
+
+
 def assert_same(a, b, atol=0.0):
     """Two Completions are of the same tokens; what lies after a row's end does not matter."""
     np.testing.assert_array_equal(a.lengths, b.lengths)

@@ -112,6 +112,14 @@ class Cache:
         k, v = zip(*(layer.read() for layer in self.layers), strict=True)
         return jnp.stack(k), jnp.stack(v)
 
+    def repeated(self, copies: int) -> Cache:
+        """A cache with `copies` of each row, one after another."""
+        if copies == 1:
+            return self
+        layers = jax.tree.map(lambda x: jnp.repeat(x, copies, x.ndim - 4), self.layers)
+        segment_ids = jnp.repeat(self.segment_ids, copies, 0)
+        return Cache(layers, segment_ids, self.length).constrained()
+
     def constrained(self) -> Cache:
         """Rows sharded over the mesh's data axes and heads over its tensor axis."""
 

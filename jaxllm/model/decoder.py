@@ -239,7 +239,9 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, adapter_weights: jax.Array | None = None) -> jax.Array:
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
         if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
-            table = self.embed.embedding[...].astype(hidden.dtype)
+            table = self.embed.embedding[...]
+            if not isinstance(self.layers, nnx.List):  # `unstack` has rounded it
+                table = table.astype(hidden.dtype)
             table = gathered(table, HEAD_AXES[::-1], (self.cfg.vocab_size, self.cfg.hidden_size))
             hidden = self.head_input(hidden)
             logits = product_by_outputs(hidden, table, jnp.float32)

@@ -165,10 +165,9 @@ class Rollouts:
         policy = self.models(trainable, self.frozen)[0]
         graph, params = nnx.split(policy)
         key = jax.random.fold_in(jax.random.key(cfg.seed), number)
-        tokens = [prompt["tokens"].tolist() for prompt in prompts]
-        sampled = completions(
-            graph, params, tokens, self.sampling, mesh=self.mesh, key=key, longest=self.longest
-        )
+        options = {"mesh": self.mesh, "key": key, "longest": self.longest, "copies": self.group}
+        given = [prompt["tokens"].tolist() for prompt in groups]
+        sampled = completions(graph, params, given, self.sampling, **options)
         made = zip(prompts, sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)
         answers = [Completion(prompt, self._text(row[:n])) for prompt, row, n in made]
         sampling_seconds = time.perf_counter() - start
@@ -180,7 +179,7 @@ class Rollouts:
             raise RewardError(
                 f"step {step}: rl.rewards gave no reward at all at {at}; ppo needs one for each"
             )
-        rows = self._rows(tokens, sampled)
+        rows = self._rows([prompt["tokens"] for prompt in prompts], sampled)
         if can_share(cfg, policy, self.mesh):
             width = shared_length(self.longest - 1 + self.group * sampled.tokens.shape[1])
             self.shared = SharedRows(rows, self.group, width)
@@ -220,12 +219,12 @@ class Rollouts:
         table = np.stack([w * s for w, s in zip(weights, scores.values(), strict=True)])
         return np.where(np.isnan(table).all(0), np.nan, np.nansum(table.astype(np.float64), 0))
 
-    def _rows(self, prompts: list[list[int]], sampled: Completions) -> dict[str, np.ndarray]:
+    def _rows(self, prompts: list[np.ndarray], sampled: Completions) -> dict[str, np.ndarray]:
         """A row for each prompt with its completion, [R, T]; T is that of all rollouts."""
         width = shared_length(self.longest + sampled.tokens.shape[1])
         rows = []
         for prompt, tokens, n in zip(prompts, sampled.tokens, sampled.lengths, strict=True):
-            text = np.concatenate([np.asarray(prompt, np.int32), tokens[:n]])
+            text = np.concatenate([prompt.astype(np.int32), tokens[:n]])
             learn = np.arange(len(text)) >= len(prompt)
             rows.append(make_row([(text, learn.astype(np.float32))], width))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
