@@ -56,5 +56,6 @@ def _tensor_name(path: Any, index: int, cfg: ModelConfig) -> str:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     for key in key_table(cfg):
         if key.path == name:
-            return tensor_names(cfg, key.name)[index if key.stacked else 0]
+            names, layers = tensor_names(cfg, key.name), cfg.stacks.get(name.split(".")[0], ())
+            return names[index * len(names) // len(layers) if layers else 0]
     return name

@@ -248,7 +248,8 @@ def load_hf(
 def _is_quantized(model: Decoder, kind: str, path: tuple[Any, ...], variable: Any) -> bool:
     """True for the layers' frozen kernels, if the base model is to be quantized."""
     trained = model.peft.frozen and model.peft.trains(path, variable)
-    return kind != "none" and path[0] == "layers" and path[-1] == "kernel" and not trained
+    stacked = path[0] in model.cfg.stacks
+    return kind != "none" and stacked and path[-1] == "kernel" and not trained
 
 
 def _set_quantized(
@@ -370,9 +371,11 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
     tensors = []
     for parts in fused.values():
         names = tensor_names(model.cfg, parts[0].name)
-        first = weights[tuple(parts[0].path.split("."))].get_value()
-        grid = np.ndindex(first.shape[: parts[0].stacked])
-        tensors += [(at[:1], tensor(parts, name, at)) for name, at in zip(names, grid, strict=True)]
+        path = tuple(parts[0].path.split("."))
+        grid = np.ndindex(weights[path].get_value().shape[: parts[0].stacked])
+        layers = model.cfg.stacks.get(path[0])
+        for name, at in zip(names, grid, strict=True):
+            tensors.append((layers[at[0]] if layers else -1, tensor(parts, name, at)))
     for _, one in sorted(tensors, key=lambda pair: pair[0]):  # layer by layer
         yield one
 

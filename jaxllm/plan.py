@@ -321,9 +321,11 @@ def step_flops(program: Program) -> tuple[float, float]:
     weights, attention, head = forward_flops(shape, length)
     # Nothing in the backward pass reads a product that is added to the residual stream at the end.
     # (What an expert adds is weighted by the router, whose gradient reads it.)
-    mlp = shape.intermediate_size if shape.experts is None else 0
-    unread = {"pre": mlp, "parallel": mlp + shape.num_heads * shape.head_dim}
-    weights -= 2 * shape.num_layers * shape.hidden_size * unread.get(shape.norm_placement, 0)
+    Q, F = shape.num_heads * shape.head_dim, shape.intermediate_size
+    for kind in shape.kinds_by_layer:
+        mlp = F if shape.experts is None or kind.dense else 0
+        unread = {"pre": mlp, "parallel": mlp + Q}.get(shape.norm_placement, 0)
+        weights -= 2 * shape.hidden_size * unread
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:

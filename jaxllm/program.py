@@ -230,8 +230,9 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg, own))
     if (blocks := cfg.model.mlp_blocks) > 1:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            obstacle = program.policy.layers.mlp.obstacle(blocks)
-        if obstacle:
+            stacks = [getattr(program.policy, name) for name in shape.stacks]
+            obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
+        for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
     if program.row_length % mesh.shape["context"]:
         raise UserError(

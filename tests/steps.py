@@ -51,8 +51,8 @@ def decoder(section=WHOLE, *, shape=TINY, scores=False, quantize_base="none", **
         cfg, rngs=nnx.Rngs(params=1, peft=2), peft=make_adapter(cfg, section), **options
     )
     model.peft.begin(model)
-    for path, variable in nnx.to_flat_state(nnx.state(model.layers)):
-        if quantize_base != "none" and path[-1] == "kernel":
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if quantize_base != "none" and path[0] in cfg.stacks and path[-1] == "kernel":
             variable.set_value(quantize(variable.get_value(), quantize_base, lambda x: x))
     return model
 

@@ -735,9 +735,9 @@ def test_export_names_what_is_missing(run, tmp_path):
 
 def test_a_weight_with_two_indices_is_read_and_written_tensor_by_tensor(tmp_path, monkeypatch):
     """As the weights of experts: [layers, experts, in, out], a tensor for each layer and expert."""
-    monkeypatch.setattr(tensors, "INDICES", tensors.INDICES | {"expert": "num_kv_heads"})
-    key = tensors.Key("experts.kernel", "layers.{layer}.experts.{expert}.weight", transpose=True)
-    cfg: Any = SimpleNamespace(num_layers=3, num_kv_heads=2)
+    name = "layers.{layers}.experts.{expert}.weight"
+    key = tensors.Key("layers.kernel", name, transpose=True)
+    cfg: Any = SimpleNamespace(stacks={"layers": range(3)}, experts=SimpleNamespace(count=2))
     weight = np.arange(3 * 2 * 4 * 5, dtype=np.float32).reshape(3, 2, 4, 5)
     names = tensors.tensor_names(cfg, key.name)
     assert names[:3] == [f"layers.{i}.experts.{e}.weight" for i, e in ((0, 0), (0, 1), (1, 0))]
@@ -752,8 +752,8 @@ def test_a_weight_with_two_indices_is_read_and_written_tensor_by_tensor(tmp_path
 
     monkeypatch.setattr(hf, "key_table", lambda _: [key])
     model: Any = nnx.Module()
-    model.cfg, model.experts = nnx.static(cfg), nnx.Module()
-    model.experts.kernel = nnx.Param(jnp.asarray(weight))
+    model.cfg, model.layers = nnx.static(cfg), nnx.Module()
+    model.layers.kernel = nnx.Param(jnp.asarray(weight))
     written = {tensor.name: tensor for tensor in hf.hf_tensors(model)}
     assert list(written) == names
     for name, tensor in written.items():

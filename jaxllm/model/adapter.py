@@ -30,7 +30,7 @@ class Adapter:
 
     This class adds nothing and trains every weight. An adapter must be hashable, because it is a
     static part of the model's graph. `path` is a dotted path in the model, without layer indices
-    ("layers.attn.q").
+    ("layers.attn.q"; "layers_3.attn.q" where a model has several stacks).
     """
 
     method = "none"  # the value of peft.method

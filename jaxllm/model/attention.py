@@ -23,17 +23,17 @@ from jaxllm.ops.attention import attention
 class Attention(nnx.Module):
     """Projections, optional q/k norms, rotary positions, softmax attention."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, path: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         # The unit in which a mesh axis divides these dims is a head.
         heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
-        self.q = qkv("layers.attn.q", ("embed", heads), (D, Q))
-        self.k = qkv("layers.attn.k", ("embed", kv_heads), (D, KV))
-        self.v = qkv("layers.attn.v", ("embed", kv_heads), (D, KV))
-        self.o = Linear(cfg, "layers.attn.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
-        self.qkv = peft.linear("layers.attn.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
+        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q))
+        self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV))
+        self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV))
+        self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
+        self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
             self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)

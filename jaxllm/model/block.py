@@ -15,7 +15,7 @@ from flax import nnx
 from jaxllm.mesh import constrain
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import MLP, NORMS
 from jaxllm.model.moe import MoE
@@ -23,26 +23,38 @@ from jaxllm.model.moe import MoE
 
 class Block(nnx.Module):
     """x + attention, x + MLP, with norms before, after, or on both sides of each; or x + attention
-    + MLP of the same normed x (`parallel`)."""
+    + MLP of the same normed x (`parallel`).
 
-    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
+    path: the attribute of the decoder that holds the stack. kind: of one of its layers.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        path: str,
+        kind: LayerKind,
+        *,
+        peft: Adapter,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         norm = partial(NORMS[cfg.norm], cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
         self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        self.attn = Attention(cfg, **keys)
+        self.attn = Attention(cfg, f"{path}.attn", **keys)
         self.mlp = (
-            MoE(cfg, **keys)
-            if cfg.experts
-            else MLP(cfg, "layers.mlp", cfg.intermediate_size, **keys)
+            MoE(cfg, f"{path}.mlp", **keys)
+            if cfg.experts and not kind.dense
+            else MLP(cfg, f"{path}.mlp", cfg.intermediate_size, **keys)
         )
         self.attn_norm = norm() if before or self.parallel else None
         self.attn_post_norm = norm() if after else None
         self.mlp_norm = norm() if before else None
         self.mlp_post_norm = norm() if after else None
-        self.attn_adapter = peft.sublayer("layers.attn_adapter", cfg.hidden_size, rngs)
-        self.mlp_adapter = peft.sublayer("layers.mlp_adapter", cfg.hidden_size, rngs)
+        self.attn_adapter = peft.sublayer(f"{path}.attn_adapter", cfg.hidden_size, rngs)
+        self.mlp_adapter = peft.sublayer(f"{path}.mlp_adapter", cfg.hidden_size, rngs)
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(x_BTD, the layer's new past). past: a LayerCache, VirtualTokens, or None."""

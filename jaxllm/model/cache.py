@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxllm.mesh import constrain
@@ -83,34 +84,58 @@ class VirtualTokens:
         return None, prepend(self.k, k_BTNK), prepend(self.v, v_BTNK)
 
 
+def virtual_tokens(
+    cfg: ModelConfig, k_L1PNK: jax.Array, v_L1PNK: jax.Array
+) -> tuple[VirtualTokens, ...]:
+    """The virtual tokens of each stack, from those of all layers."""
+    stacks = cfg.stacks.values()
+    if len(stacks) == 1:
+        return (VirtualTokens(k_L1PNK, v_L1PNK),)
+    return tuple(VirtualTokens(k_L1PNK[np.array(at)], v_L1PNK[np.array(at)]) for at in stacks)
+
+
+def _read(stack: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a stack, stacked or not, [R, B, S, N, K]."""
+    if isinstance(stack, LayerCache):
+        return stack.read()
+    k, v = zip(*(layer.read() for layer in stack), strict=True)
+    return jnp.stack(k), jnp.stack(v)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of the past tokens. All rows write the same slots, short rows padding."""
 
-    layers: Any  # a LayerCache of the stack, or a tuple with one per layer if they are unstacked
+    layers: tuple[Any, ...]  # of each stack: a LayerCache, or a tuple of those of unstacked layers
     segment_ids: Any  # int32 [B, S]; 0 = empty or padding
     length: Any  # slots that are written: a Python int where it is static, else an int32 scalar
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-        shape = (cfg.num_layers, rows, cfg.num_kv_heads)
-        k = jnp.zeros((*shape, cfg.head_dim, slots), dtype)
-        v = jnp.zeros((*shape, slots, cfg.head_dim), dtype)
-        return Cache(LayerCache(k, v), jnp.zeros((rows, slots), jnp.int32), 0).constrained()
+        def stack(count: int) -> LayerCache:
+            shape = (count, rows, cfg.num_kv_heads)
+            k = jnp.zeros((*shape, cfg.head_dim, slots), dtype)
+            return LayerCache(k, jnp.zeros((*shape, slots, cfg.head_dim), dtype))
 
-    def with_prefix(self, k_L1PNK: jax.Array, v_L1PNK: jax.Array) -> Cache:
-        """This empty cache with virtual tokens in its first slots, seen by every token."""
-        P = k_L1PNK.shape[2]
-        layers = self.layers.write(k_L1PNK, v_L1PNK, 0)
+        layers = tuple(stack(len(layers)) for layers in cfg.stacks.values())
+        return Cache(layers, jnp.zeros((rows, slots), jnp.int32), 0).constrained()
+
+    def with_prefix(self, tokens: tuple[VirtualTokens, ...]) -> Cache:
+        """This empty cache with virtual tokens, of each stack, in its first slots, seen by every
+        token."""
+        P = tokens[0].k.shape[2]
+        pairs = zip(self.layers, tokens, strict=True)
+        layers = tuple(stack.write(virtual.k, virtual.v, 0) for stack, virtual in pairs)
         return Cache(layers, self.segment_ids.at[:, :P].set(EVERYWHERE), P)
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
+    def read(self, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
         """Keys and values of all slots and layers, [L, B, S, N, K]."""
-        if isinstance(self.layers, LayerCache):
-            return self.layers.read()
-        k, v = zip(*(layer.read() for layer in self.layers), strict=True)
-        return jnp.stack(k), jnp.stack(v)
+        k, v = zip(*map(_read, self.layers), strict=True)
+        if len(k) == 1:
+            return k[0], v[0]
+        place = np.argsort(np.concatenate([*cfg.stacks.values()]))
+        return jnp.concatenate(k)[place], jnp.concatenate(v)[place]
 
     def repeated(self, copies: int) -> Cache:
         """A cache with `copies` of each row, one after another."""

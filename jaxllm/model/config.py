@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_type_hints
 
 from jaxllm.errors import UserError, seen
@@ -37,10 +38,16 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer: which RoPE (None = NoPE) and which window."""
+    """What may differ from layer to layer: which RoPE (None = NoPE), which window, which weights."""
 
     rope: int | None = 0  # index into ModelConfig.ropes
     window: int | None = None  # attend to this many last tokens, itself included; None = all
+    dense: bool = False  # an MLP in a model whose other layers have experts
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for layers that have weights of equal shapes."""
+        return (self.dense,)
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,56 @@ class ModelConfig:
         return tuple(self.kinds[k] for k in self.layer_kinds or (0,) * self.num_layers)
 
     @property
+    def runs(self) -> tuple[tuple[range, ...], ...]:
+        """The layers cut into runs, each of one or more stacks, as `cut_into_runs` does."""
+        return cut_into_runs(tuple(kind.structure for kind in self.kinds_by_layer))
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """{attribute of the decoder that holds a stack: its layers}, in the order of the runs. The
+        only stack is `layers`; one of several is named by its first layer, as `layers_3`."""
+        stacks = [layers for run in self.runs for layers in run]
+        if len(stacks) == 1:
+            return {"layers": stacks[0]}
+        return {f"layers_{layers.start}": layers for layers in stacks}
+
+    @property
     def tied_head(self) -> bool:
         """True if the token table is also the head; never for a reward model."""
         return self.tie_embeddings and not self.scores
+
+
+LONGEST_PERIOD = 8  # layers in the body of a scan
+
+
+@cache
+def cut_into_runs(structures: tuple[Any, ...]) -> tuple[tuple[range, ...], ...]:
+    """The layers, whose structures are given, as runs that repeat a period of unlike layers.
+
+    A run is a tuple of stacks, one for each place in its period: `(range(0, 6, 2), range(1, 6, 2))`
+    are six layers of two alternating structures, `(range(45),)` are equal ones. There are as few
+    stacks as possible, since each is compiled on its own.
+    """
+    total = len(structures)
+    fewest = [0] * (total + 1)  # stacks of the layers from i on
+    first: list[tuple[range, ...]] = [()] * total  # the run that begins at i then
+    repeats = [[1] * total for _ in range(LONGEST_PERIOD + 1)]  # of the period that begins at i
+    for i in reversed(range(total)):
+        fewest[i] = total
+        for period in range(1, min(LONGEST_PERIOD, total - i) + 1):
+            after = i + period
+            if structures[i:after] == structures[after : after + period]:
+                repeats[period][i] = repeats[period][after] + 1
+            most = repeats[period][i]
+            for count in (most, max(most - 1, 1)):
+                stop = i + period * count
+                if period + fewest[stop] < fewest[i] or not first[i]:
+                    fewest[i] = period + fewest[stop]
+                    first[i] = tuple(range(i + place, stop, period) for place in range(period))
+    runs = [first[0]]
+    while (stop := runs[-1][-1][-1] + 1) < total:
+        runs.append(first[stop])
+    return tuple(runs)
 
 
 def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:

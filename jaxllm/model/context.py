@@ -21,7 +21,7 @@ class Context:
     set. PEFT branches read `layer`, `rng` and `adapter_weights`.
     """
 
-    layer: Any = 0  # int, or int32 scalar under a scan
+    layer: Any = 0  # its index in its stack: an int, or int32 scalar under a scan
     rng: Any = None  # typed keys [B], one per row: dropout; None = no dropout
     adapter_weights: Any = None  # float32 [B or 1, adapters]; None = every adapter has weight 1
     segment_ids: Any = None  # int32 [B, T]

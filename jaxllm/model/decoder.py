@@ -19,12 +19,12 @@ from jax.core import Tracer
 from jaxllm.collectives import gathered
 from jaxllm.mesh import manual_rows
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
-from jaxllm.model.cache import Cache, VirtualTokens
+from jaxllm.model.cache import Cache, virtual_tokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import NORMS, Embed, Linear
 from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
-from jaxllm.model.stack import Stack, make_stack
+from jaxllm.model.stack import Run, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
 from jaxllm.ops.decoding import cache_dtype
@@ -81,8 +81,9 @@ class Decoder(nnx.Module):
         self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
         self.loss_blocks, self.mlp_blocks = loss_blocks, mlp_blocks
         self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
-        # One Block whose weights have a leading dim L; an nnx.List of Blocks after `unstack`.
-        self.layers: Any = make_stack(cfg, peft=peft, dtype=dtype, rngs=rngs)
+        # Each is a Block whose weights have a leading dim; an nnx.List of Blocks after `unstack`.
+        for name in cfg.stacks:  # "layers", if all layers have one structure
+            setattr(self, name, make_stack(cfg, name, peft=peft, dtype=dtype, rngs=rngs))
         self.norm = NORMS[cfg.norm](cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
@@ -103,13 +104,20 @@ class Decoder(nnx.Module):
     @property
     def quantized(self) -> bool:
         """True if the kernels of the layers are quantized."""
-        return isinstance(self.layers.attn.o.kernel.get_value(), Quantized)
+        stack = getattr(self, next(iter(self.cfg.stacks)))
+        return isinstance(stack.attn.o.kernel.get_value(), Quantized)
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The stacks of layers, in order; one today."""
-        kinds, dtype = self.cfg.kinds_by_layer, self.compute_dtype
-        return (Stack(self.layers, kinds, dtype, self.remat, self.scan_unroll),)
+    def runs(self) -> tuple[Run, ...]:
+        """The layers, in order, as the scans that go through them."""
+        kinds, names = self.cfg.kinds_by_layer, iter(self.cfg.stacks)
+
+        def run(stacks: tuple[range, ...]) -> Run:
+            blocks = tuple(getattr(self, next(names)) for _ in stacks)
+            own = tuple(tuple(kinds[i] for i in layers) for layers in stacks)
+            return Run(blocks, own, self.compute_dtype, self.remat, self.scan_unroll)
+
+        return tuple(map(run, self.cfg.runs))
 
     def context(
         self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
@@ -157,23 +165,22 @@ class Decoder(nnx.Module):
     ) -> Forward:
         """`hidden` from the scaled embeddings x_BTD on."""
         cfg, (B, T) = self.cfg, x_BTD.shape[:2]
-        stacks = self.stacks
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
-        pasts: tuple[Any, ...] = (None,) * len(stacks)
+        pasts: tuple[Any, ...] = (None,) * len(cfg.stacks)
         key_segment_ids, offset = None, 0
         if cache is not None:
-            pasts, offset = (cache.layers,), cache.length
+            pasts, offset = cache.layers, cache.length
             cached = lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, offset))
             if not isinstance(offset, int):
                 key_segment_ids = cached
             elif offset:  # after a prefix; in an empty cache the keys are the tokens' own
                 key_segment_ids = cached[:, : offset + T]
         elif self.prefix is not None:
-            pasts, offset = (VirtualTokens(*self.prefix.kv(self)),), self.prefix.length
+            pasts, offset = virtual_tokens(cfg, *self.prefix.kv(self)), self.prefix.length
             positions = positions + offset
             key_segment_ids = jnp.pad(
                 segment_ids, ((0, 0), (offset, 0)), constant_values=EVERYWHERE
@@ -201,20 +208,23 @@ class Decoder(nnx.Module):
             offset=offset,
             rope_tables=[jnp.stack(x) for x in zip(*tables, strict=True)],
         )
-        new = []
-        for stack, past in zip(stacks, pasts, strict=True):
-            x_BTD, past = stack(x_BTD, ctx, past)
-            new.append(past)
+        new: tuple[Any, ...] = ()
+        for run in self.runs:
+            here = pasts[len(new) : len(new) + len(run.blocks)]
+            x_BTD, after = run(x_BTD, ctx, here)
+            new += after
         x_BTD = self.norm(x_BTD)
         if cache is not None:
-            cache = Cache(new[0], cached, offset + T).constrained()
+            cache = Cache(new, cached, offset + T).constrained()
         return Forward(x_BTD, cache, {})
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache with `slots` for texts, after the slots of the virtual tokens."""
         length = 0 if self.prefix is None else self.prefix.length
         cache = Cache.empty(self.cfg, rows, length + slots, cache_dtype(self.compute_dtype))
-        return cache if self.prefix is None else cache.with_prefix(*self.prefix.kv(self))
+        if self.prefix is None:
+            return cache
+        return cache.with_prefix(virtual_tokens(self.cfg, *self.prefix.kv(self)))
 
     def head_kernel(self) -> jax.Array:
         """[D, V], the transposed token table when tied; float32 or bfloat16 as stored. Split along

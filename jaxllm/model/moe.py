@@ -63,7 +63,7 @@ class Kernels(nnx.Module):
 class MoE(nnx.Module):
     """Σ of the chosen experts' outputs, weighted by the router, and of the shared expert's."""
 
-    def __init__(self, cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, path: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         experts = cfg.experts
         assert experts is not None
         E, D, F = experts.count, cfg.hidden_size, experts.size
@@ -75,12 +75,12 @@ class MoE(nnx.Module):
         self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
         self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
         self.shared = (
-            MLP(cfg, "layers.mlp.shared", experts.shared_size, **keys)
+            MLP(cfg, f"{path}.shared", experts.shared_size, **keys)
             if experts.shared_size
             else None
         )
         self.shared_gate = (
-            Linear(cfg, "layers.mlp.shared_gate", ("embed", None), (D, 1), **keys)
+            Linear(cfg, f"{path}.shared_gate", ("embed", None), (D, 1), **keys)
             if experts.shared_gate
             else None
         )

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of layers with equal weights' shapes: a scan, or a loop once they are unstacked.
+"""The layers of a model: scans over stacks of equal layers, or a loop once they are unstacked.
 
-Dims: B rows, T tokens, D model width, L layers.
+Dims: B rows, T tokens, D model width, R layers of a stack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -60,65 +62,67 @@ def _activations(weights: Any) -> Any:
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
 
 
-def make_stack(cfg: ModelConfig, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -> Block:
-    """A Block whose weights have a leading dim L."""
+def make_stack(cfg: ModelConfig, name: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -> Block:
+    """The stack `name` of cfg.stacks: a Block whose weights have a leading dim R."""
+    layers = cfg.stacks[name]
+    kind = cfg.kinds_by_layer[layers[0]]
 
-    @nnx.split_rngs(splits=cfg.num_layers)
+    @nnx.split_rngs(splits=len(layers))
     @partial(nnx.vmap, in_axes=0, out_axes=0)
     def make(rngs: nnx.Rngs) -> Block:
-        return Block(cfg, peft=peft, dtype=dtype, rngs=rngs)
+        return Block(cfg, name, kind, peft=peft, dtype=dtype, rngs=rngs)
 
     return make(rngs)
 
 
 @dataclass(frozen=True)
-class Stack:
-    """The layers of a stack, which are called alike in training and in decoding.
+class Run:
+    """Layers that one scan goes through, which are called alike in training and in decoding.
 
-    A scan's body is one layer. Where kinds differ, the RoPE table and the window are selected by
-    the layer's index, so there is one attention and no branch. (A body of one period of kinds would
-    take +50 % of memory on XLA:CPU, which then copies the stacked weights.)
+    The scan's body is one layer of each stack: one layer, or a period of unlike ones. Where kinds
+    differ within a stack, the RoPE table and the window are selected by the layer's index, so there
+    is one attention and no branch. (A body of one period of kinds would take +50 % of memory on
+    XLA:CPU, which then copies the stacked weights.)
 
-    blocks: a Block whose weights have a leading dim L, or one Block per layer (`unstack`).
-    kinds: of each layer. dtype: of products. remat: a key of REMAT, or none. unroll: layers in an
-    iteration of the scan.
+    blocks: of each stack, a Block whose weights have a leading dim R, or one Block per layer
+    (`unstack`). kinds: of each layer of each stack. dtype: of products. remat: a key of REMAT, or
+    none. unroll: iterations of the scan that are one of the loop.
     """
 
-    blocks: Any
-    kinds: tuple[LayerKind, ...]
+    blocks: tuple[Any, ...]
+    kinds: tuple[tuple[LayerKind, ...], ...]
     dtype: Any
     remat: str = "none"
     unroll: int = 1
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        """(x after the last layer, the layers' new past).
+    def __call__(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
+        """(x after the last layer, the new past of each stack).
 
-        past: a LayerCache or VirtualTokens, stacked or as a tuple with one per layer; or None.
+        pasts: of each stack, a LayerCache or VirtualTokens, stacked or as a tuple with one per
+        layer; or None.
         """
-        if isinstance(self.blocks, nnx.List):
-            return self.loop(x_BTD, ctx, past)
-        if isinstance(past, LayerCache) or not context_splits(x_BTD.shape[1]):
-            return self.scan(x_BTD, ctx, past)
-        return self.over_context(x_BTD, ctx, past), None
+        if isinstance(self.blocks[0], nnx.List):
+            return self.loop(x_BTD, ctx, pasts)
+        if isinstance(pasts[0], LayerCache) or not context_splits(x_BTD.shape[1]):
+            return self.scan(x_BTD, ctx, pasts)
+        return self.over_context(x_BTD, ctx, pasts), (None,) * len(pasts)
 
-    @property
-    def ropes(self) -> list[int]:
-        """The RoPE table of each layer; of a layer without RoPE the last one, -1."""
-        return [-1 if kind.rope is None else kind.rope for kind in self.kinds]
+    def loop(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
+        def unstacked(past: Any) -> Any:
+            if isinstance(past, tuple):
+                return past
+            layers = range(len(self.kinds[0]))
+            return [jax.tree.map(lambda x, i=i: x[i], past) for i in layers]
 
-    def loop(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        new, pasts = [], past
-        if not isinstance(past, tuple):
-            count = len(self.kinds)
-            pasts = [jax.tree.map(lambda x, i=i: x[i], past) for i in range(count)]
-        ropes, windows = self.ropes, [kind.window for kind in self.kinds]
-        for layer, block in enumerate(self.blocks):
-            here = ctx.at_layer(layer, ropes[layer], windows[layer])
-            graph, weights = nnx.split(block)
+        pasts, new = [unstacked(past) for past in pasts], [[] for _ in pasts]
+        for index, place in product(range(len(self.kinds[0])), range(len(pasts))):
+            kind = self.kinds[place][index]
+            here = ctx.at_layer(index, _rope(kind), kind.window)
+            graph, weights = nnx.split(self.blocks[place][index])
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
-            x_BTD, after = block(x_BTD, here, pasts[layer])
-            new.append(after)
-        return x_BTD, tuple(new)
+            x_BTD, past = block(x_BTD, here, pasts[place][index])
+            new[place].append(past)
+        return x_BTD, tuple(map(tuple, new))
 
     def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> jax.Array:
         """`scan` in a shard_map over the axis `context`: a device has a part of each row.
@@ -155,29 +159,51 @@ class Stack:
         )
         return mapped(tokens, ctx.rope_tables, shared)
 
-    def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        graph, weights = nnx.split(self.blocks)
-        weights = narrowed(weights, self.dtype)
+    def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
+        graphs, weights = zip(*map(nnx.split, self.blocks), strict=True)
+        weights = tuple(narrowed(one, self.dtype) for one in weights)
+        decoding = isinstance(pasts[0], LayerCache) and not manual_rows()
+        pairs = zip(graphs, weights, self.kinds, strict=True)
+        period = [self.layer(*pair, ctx, decoding) for pair in pairs]
+
+        def body(x_BTD, inputs):
+            weights, index, pasts = inputs
+            new = []
+            for layer, *own in zip(period, weights, pasts, strict=True):
+                x_BTD, past = layer(x_BTD, own[0], index, own[1])
+                new.append(past)
+            return x_BTD, tuple(new)
+
+        inputs = weights, jnp.arange(len(self.kinds[0])), pasts
+        return lax.scan(body, x_BTD, inputs, unroll=self.unroll)
+
+    def layer(
+        self, graph: Any, weights: Any, kinds: tuple[LayerKind, ...], ctx: Context, decoding: bool
+    ) -> Callable[..., tuple[jax.Array, Any]]:
+        """(x_BTD, a layer's weights, its index, its past) -> (x_BTD, its new past), for the layers
+        of a stack with `weights`. decoding: there is no backward pass."""
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
-        windows = [kind.window for kind in self.kinds]
+        ropes, windows = [_rope(kind) for kind in kinds], [kind.window for kind in kinds]
         if any(windows):
             windows = [UNBOUNDED if window is None else window for window in windows]
 
-        def layer(x_BTD, inputs):
-            weights, index, past = inputs
+        def layer(x_BTD, weights, index, past):
             x_BTD = saveable(x_BTD, "layer")
-            here = ctx.at_layer(index, _select(self.ropes, index), _select(windows, index))
+            here = ctx.at_layer(index, _select(ropes, index), _select(windows, index))
             block = nnx.merge(graph, gathered_layer(weights, self.dtype, skip))
             return block(x_BTD, here, past)
 
         policy = _activations(weights) if manual_rows() else None
         if self.remat != "none":
             policy = REMAT[self.remat]
-        decoding = isinstance(past, LayerCache) and not manual_rows()
-        if policy is not None and not decoding:
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        inputs = weights, jnp.arange(len(self.kinds)), past
-        return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
+        if policy is None or decoding:
+            return layer
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _rope(kind: LayerKind) -> int:
+    """The index of a layer's RoPE table; of a layer without RoPE that of the last one."""
+    return -1 if kind.rope is None else kind.rope
 
 
 def _select(values: list[Any], index: jax.Array) -> Any:
@@ -205,9 +231,10 @@ def unstack(model: Any) -> Any:
 
         return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(state)])
 
-    graph, stacked = nnx.split(model.layers)
-    layers = [nnx.merge(graph, converted(stacked, i)) for i in range(model.cfg.num_layers)]
-    model.layers = nnx.List(layers)
+    for name, layers in model.cfg.stacks.items():
+        graph, stacked = nnx.split(getattr(model, name))
+        blocks = [nnx.merge(graph, converted(stacked, i)) for i in range(len(layers))]
+        setattr(model, name, nnx.List(blocks))
     for name in ("embed", "head"):
         if (module := getattr(model, name)) is not None:
             graph, state = nnx.split(module)

@@ -32,17 +32,17 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     although segments do less. A reward model's head reads one token per text and counts as 0.
     """
     Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
+    dense = mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
     if (experts := model.experts) is not None:  # those that a token passes, and the router
         mlp = 3 * (experts.top_k * experts.size + experts.shared_size)
         mlp += experts.count + experts.shared_gate
-    layer = model.hidden_size * (2 * Q + 2 * KV + mlp)
-    keys = 0.0  # average number of keys per query, summed over layers
-    for kind in model.layer_kinds or (0,) * model.num_layers:
-        window = min(model.kinds[kind].window or length, length)
+    weights = keys = 0.0  # summed over layers: of a token, and the keys of a query on average
+    for kind in model.kinds_by_layer:
+        weights += model.hidden_size * (2 * Q + 2 * KV + (dense if kind.dense else mlp))
+        window = min(kind.window or length, length)
         keys += window - window * (window - 1) / (2 * length)
     head = 0 if model.scores else model.hidden_size * model.vocab_size
-    return 2 * model.num_layers * layer, 4 * Q * keys, 2 * head
+    return 2 * weights, 4 * Q * keys, 2 * head
 
 
 def run_flops(

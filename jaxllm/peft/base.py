@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,7 +18,8 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.model.adapter import Adapter, AdapterParam
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families.tensors import key_table
+from jaxllm.model.families.tensors import key_table, tensor_names
+from jaxllm.peft.targets import shortened
 
 SEQUENCE_CLASSIFICATION = "SEQ_CLS"  # peft's task_type of a reward model
 
@@ -95,9 +97,12 @@ class PeftAdapter(Adapter):
             "inference_mode": True,
         }
         if self.saved:
-            names = [k.name.rpartition(".")[0] for k in key_table(cfg) if k.path in self.saved]
-            modules = {n.rpartition(".")[2] if "{layer}" in n else n for n in names}
-            config["modules_to_save"] = sorted(modules)
+            modules = {k.path: k.name.rpartition(".")[0] for k in key_table(cfg)}
+            layered = {p: tensor_names(cfg, m) for p, m in modules.items() if "{" in m}
+            saved = [name for path in layered if path in self.saved for name in layered[path]]
+            names = {modules[path] for path in self.saved if path not in layered}
+            names |= set(shortened(saved, chain(*layered.values())))
+            config["modules_to_save"] = sorted(names)
         return config
 
     def trains(self, path: tuple[Any, ...], variable: Any) -> bool:

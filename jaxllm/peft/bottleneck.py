@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Self
 
 import jax
@@ -46,17 +47,18 @@ class BottleneckAdapter(PeftAdapter):
         return super().to_config(model) | shape
 
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Bottleneck | None:
-        adapted = self.placement == "houlsby" or path == "layers.mlp_adapter"
+        adapted = self.placement == "houlsby" or path.endswith(".mlp_adapter")
         return Bottleneck(size, self.width, rngs) if adapted else None
 
     def slots(self, model: Any, which: int = 0) -> Iterator[Slot]:
-        for place in ("attn_adapter", "mlp_adapter"):
-            module = getattr(model.layers, place)
+        stacks = model.cfg.stacks.items()
+        for place, (stack, layers) in product(("attn_adapter", "mlp_adapter"), stacks):
+            module = getattr(getattr(model, stack), place)
             for leaf in self.decayed if module is not None else ():
                 part, _, bias = leaf.partition("_")
-                for layer in range(model.cfg.num_layers):
+                for index, layer in enumerate(layers):
                     name = f"layers.{layer}.{place}.{part}.{bias or 'weight'}"
-                    yield Slot(name, getattr(module, leaf), layer, transpose=not bias)
+                    yield Slot(name, getattr(module, leaf), index, transpose=not bias)
 
 
 class Bottleneck(nnx.Module):

@@ -16,6 +16,7 @@ Dims: B rows, T tokens, I inputs, O outputs, R ranks of all adapters, L layers.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,15 @@ from jaxllm.model.families.tensors import tensor_names
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value
-from jaxllm.peft.targets import EMBED, HEAD, Target, find_targets, saved_paths
+from jaxllm.peft.targets import (
+    EMBED,
+    HEAD,
+    Target,
+    adaptable_modules,
+    find_targets,
+    saved_paths,
+    shortened,
+)
 
 # Modules that peft saves with an adapter for sequence classification, present or not.
 SCORE_MODULES = ("classifier", "score")
@@ -138,16 +147,19 @@ class LoraAdapter(PeftAdapter):
         alpha_factor = math.sqrt(r_factor) if self.rslora[0] else r_factor  # s stays the same
         ranks, alphas = {}, {}
         for t in self.targets:
-            layers = dict(t.adapted_layers(0))
-            ranks[t.module] = {layer: r * r_factor for layer, r in layers.items()}
-            alphas[t.module] = {layer: t.alphas[0][layer] * alpha_factor for layer in layers}
+            names = tensor_names(cfg, t.module)
+            for index, r in t.adapted_layers(0):
+                ranks[names[index]] = r * r_factor
+                alphas[names[index]] = t.alphas[0][index] * alpha_factor
+        modules = adaptable_modules(cfg).values()
+        every = [name for module in modules for name in tensor_names(cfg, module)]
         r, rank_pattern = _common(ranks)
         alpha, alpha_pattern = _common(alphas)
         config |= {
             "r": r,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": _module_names(ranks, cfg),
+            "target_modules": shortened(ranks, every),
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "use_rslora": self.rslora[0],
@@ -213,9 +225,10 @@ class LoraAdapter(PeftAdapter):
             branch, widths = branch_of(model, target.path), target.widths()
             start = sum(widths[:which])
             embedding = target.path == EMBED
-            for layer, r in target.adapted_layers(which):
-                prefix = f"{self.root}{target.module.format(layer=layer)}.lora_"
-                stack = (layer,) if target.stacked else ()
+            names = tensor_names(model.cfg, target.module)
+            for index, r in target.adapted_layers(which):
+                prefix = f"{self.root}{names[index]}.lora_"
+                stack = (index,) if target.stacked else ()
                 a, b = (branch.a0, branch.b0) if initial else (branch.a, branch.b)
                 ranks = slice(start, start + r)
                 name = "embedding_A" if embedding else "A.weight"
@@ -432,22 +445,16 @@ def _untied(config: dict[str, Any], file: Path, problem: str) -> UserError:
     )
 
 
-def _common(values: dict[str, dict[int, Any]]) -> tuple[Any, dict[str, Any]]:
-    """The most common value of {module: {layer: value}}, and a pattern for the others."""
-    common = Counter(v for layers in values.values() for v in layers.values()).most_common(1)[0][0]
+def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value of {module: value}, and a pattern for the others."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    by_place: dict[str, dict[str, Any]] = {}  # {the module's name within a layer: values}
+    for name, value in values.items():
+        by_place.setdefault(re.sub(r".*\.layers\.\d+\.", "", name), {})[name] = value
     pattern: dict[str, Any] = {}
-    for module, layers in values.items():
-        if set(layers.values()) == {common}:
-            continue
-        if len(set(layers.values())) == 1:
-            pattern[module.rpartition("{layer}.")[2]] = next(iter(layers.values()))
+    for place, layers in by_place.items():
+        if len(set(layers.values())) == 1 and common not in layers.values():
+            pattern[place] = next(iter(layers.values()))
         else:
-            pattern |= {module.format(layer=i): v for i, v in layers.items() if v != common}
+            pattern |= {name: v for name, v in layers.items() if v != common}
     return common, pattern
-
-
-def _module_names(ranks: dict[str, dict[int, int]], cfg: ModelConfig) -> list[str]:
-    """target_modules: suffixes if each matches adapted modules only, else full names."""
-    if all(len(layers) == len(tensor_names(cfg, module)) for module, layers in ranks.items()):
-        return [module.rpartition(".")[2] for module in ranks]
-    return [module.format(layer=i) for module, layers in ranks.items() for i in layers]

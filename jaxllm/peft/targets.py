@@ -24,11 +24,11 @@ PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the e
 
 @dataclass(frozen=True)
 class Target:
-    """An adapted weight, in all layers.
+    """An adapted weight, in all layers of a stack.
 
     path: its module in the model; the parts of a tensor that HF fuses are one target.
-    module: its module in HF's model, with `{layer}` for the layer.
-    ranks, alphas: [adapters][layers]; rank 0 = the layer is not adapted.
+    module: its module in HF's model, as `tensor_names` reads it, with the stack for the layer.
+    ranks, alphas: [adapters][layers of the stack]; rank 0 = the layer is not adapted.
     """
 
     path: str
@@ -39,14 +39,14 @@ class Target:
     @property
     def stacked(self) -> bool:
         """True if the weight has a dim of layers."""
-        return "{layer}" in self.module
+        return "{" in self.module
 
     def widths(self) -> list[int]:
         """Columns of A that each adapter has: its largest rank."""
         return [max(ranks) for ranks in self.ranks]
 
     def adapted_layers(self, which: int) -> list[tuple[int, int]]:
-        """(layer, rank) of each layer that the `which`th adapter adapts."""
+        """(index in the stack, rank) of each layer that the `which`th adapter adapts."""
         return [(layer, r) for layer, r in enumerate(self.ranks[which]) if r]
 
     def scales(self, rslora: Sequence[bool]) -> np.ndarray:
@@ -60,7 +60,7 @@ class Target:
 
 
 def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's module, `{layer}` for the layer} of every weight that LoRA can adapt."""
+    """{path: HF's module, as `tensor_names` reads it} of every weight that LoRA can adapt."""
     modules: dict[str, str] = {}
     for key in key_table(cfg):
         path, _, leaf = key.path.rpartition(".")
@@ -141,6 +141,15 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
             )
         paths |= dict.fromkeys(matching)
     return tuple(paths | dict.fromkeys(score_paths(cfg)))
+
+
+def shortened(names: Iterable[str], every: Iterable[str]) -> list[str]:
+    """The last parts of the names of modules, if they match no other module of `every`; else the
+    names."""
+    names = dict.fromkeys(names)
+    last = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    others = (name for name in every if name not in names)
+    return list(names if any(name.rpartition(".")[2] in last for name in others) else last)
 
 
 def _matches(entry: str, name: str) -> bool:

@@ -146,7 +146,8 @@ class Prefix(nnx.Module):
         """Sets keys and values to those that the model computes for the initial tokens."""
         cache = Cache.empty(model.cfg, 1, self.length, jnp.float32)
         cache = model.hidden(_initial_tokens(model, self.length), cache=cache).cache
-        for variable, value_L1PNK in zip((self.keys, self.values), cache.read(), strict=True):
+        pairs = zip((self.keys, self.values), cache.read(model.cfg), strict=True)
+        for variable, value_L1PNK in pairs:
             set_value(variable, value_L1PNK[:, 0])
 
 
@@ -162,7 +163,7 @@ class Prompt(nnx.Module):
         """Keys and values in the compute dtype, each [L, 1, P, N, K]."""
         x = self.embeddings[...].astype(model.compute_dtype)[None]
         cache = Cache.empty(model.cfg, 1, self.length, model.compute_dtype)
-        return model.forward(x, cache=cache).cache.read()
+        return model.forward(x, cache=cache).cache.read(model.cfg)
 
     def begin(self, model: Any) -> None:
         """Sets the embeddings to those of the initial tokens."""

@@ -225,7 +225,7 @@ def read_shape(folder: Path) -> None:
     """A model directory, as a run with random weights reads it, without making the weights."""
     config, _ = source_config(str(folder), {}, weights=False)
     cfg = from_hf(config)
-    tensor_names(cfg, "model.layers.{layer}.mlp.up_proj.weight")
+    tensor_names(cfg, "model.layers.{layers}.mlp.up_proj.weight")
     hf.abstract_model(cfg, one_device(), config)
     updated_configs(config, "float32", cfg.vocab_size, None)
 

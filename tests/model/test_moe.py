@@ -91,7 +91,7 @@ def test_packed_rows_equal_rows_of_one_text():
 def test_lora_leaves_experts_out_and_may_quantize_them(kind):
     keys = dict(shape=SHARED, section=LORA, quantize_base=kind)
     modules = adaptable_modules(SHARED).values()
-    assert "model.layers.{layer}.mlp.shared_expert.up_proj" in modules
+    assert "model.layers.{layers}.mlp.shared_expert.up_proj" in modules
     assert not any(".experts." in name for name in modules)
     losses, norms, state, (_, frozen) = trajectory(ragged_rows(16), **keys)
     mlp = state.trainable["layers"]["mlp"]

@@ -80,7 +80,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
     for key, reason in family.refused.items():
-        if c.get(key) and c[key] != family.accepted.get(key):
+        if c.get(key):
             raise UserError(f"{key} is {seen(c[key])}: {reason}")
     return c
 

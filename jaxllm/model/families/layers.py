@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.errors import UserError
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_rope, write_rope
-from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.table import FAMILIES, Family
 
 
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
@@ -32,12 +32,46 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
         LayerKind(
             rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else None,
             window=window if kind == "sliding_attention" else None,
+            dense=dense,
         )
-        for kind, uses_rope in zip(types, rotated, strict=True)
+        for kind, uses_rope, dense in zip(types, rotated, _read_dense(c), strict=True)
     ]
     kinds = tuple(dict.fromkeys(layers))
     index = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
     return {"ropes": ropes, "kinds": kinds, "layer_kinds": index}
+
+
+def _read_dense(c: dict[str, Any]) -> list[bool]:
+    """True for each layer with an MLP in place of experts."""
+    family, layers = FAMILIES[c["model_type"]], range(c["num_hidden_layers"])
+    if family.dense == "first":
+        return [i < c["first_k_dense_replace"] for i in layers]
+    if family.dense == "steps":
+        step, listed = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
+        return [i in listed or (i + 1) % step > 0 for i in layers]
+    if family.dense == "interval":
+        span = range(c["moe_layer_start_index"], c["moe_layer_end_index"] + 1)
+        return [i not in span or (i + 1) % c["moe_layer_interval"] > 0 for i in layers]
+    if family.dense == "typed":
+        return [kind == "dense" for kind in c["mlp_layer_types"]]
+    return [False for _ in layers]
+
+
+def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
+    sparse = [i for i, one in enumerate(dense) if not one]
+    if family.dense == "first":
+        return {"first_k_dense_replace": sparse[0] if sparse else len(dense)}
+    if family.dense == "steps":
+        listed = [i for i, one in enumerate(dense) if one]
+        return {"mlp_only_layers": listed, "decoder_sparse_step": 1}
+    if family.dense == "interval":
+        first, last = (sparse[0], sparse[-1]) if sparse else (len(dense), len(dense))
+        interval = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+        bounds = {"moe_layer_start_index": first, "moe_layer_end_index": last}
+        return bounds | {"moe_layer_interval": interval}
+    if family.dense == "typed":
+        return {"mlp_layer_types": ["dense" if one else "sparse" for one in dense]}
+    return {}
 
 
 def write_layers(cfg: ModelConfig) -> dict[str, Any]:
@@ -57,6 +91,7 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         config |= {"layer_types": types, "sliding_window": window or unused}
     if family.switched:
         config["use_sliding_window"] = window is not None
+    config |= _write_dense(family, [kind.dense for kind in layers])
     if family.nope == "listed":
         config["no_rope_layers"] = [int(kind.rope is not None) for kind in layers]
     if family.rope_by_type:

@@ -124,6 +124,9 @@ class Family:
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
       ("typed"). switched: only if `use_sliding_window` says so too.
+    dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
+      those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
+      `moe_layer_interval` ("interval"), or those that `mlp_layer_types` names ("typed").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
       that see all keys while others have a window ("full").
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
@@ -131,7 +134,7 @@ class Family:
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are.
     modules: HF names of modules that are named otherwise than in Llama.
-    refused: HF keys that must be empty (or have the value `accepted`), each with the reason.
+    refused: HF keys that must be empty, each with the reason.
     """
 
     name: str
@@ -139,6 +142,7 @@ class Family:
     options: tuple[Option, ...] = ()
     window: Literal["none", "all", "typed"] = "none"
     switched: bool = False
+    dense: Literal["none", "first", "steps", "interval", "typed"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
     partial_rope: bool = False
@@ -146,7 +150,6 @@ class Family:
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    accepted: dict[str, Any] = field(default_factory=dict)
     scores_as: str | None = ""
 
     def every_option(self) -> tuple[Option, ...]:
@@ -157,10 +160,6 @@ class Family:
 
 _CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
 _NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it to null"}
-_SAME_LAYERS = {
-    key: "layers with experts and layers without are not supported in one model"
-    for key in ("mlp_only_layers", "decoder_sparse_step")
-}
 _MIXTRAL = {
     "mlp.router": "block_sparse_moe.gate",
     "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
@@ -280,8 +279,7 @@ FAMILIES: dict[str, Family] = {
         ),
         window="typed",
         switched=True,
-        refused=_SAME_LAYERS,
-        accepted={"decoder_sparse_step": 1},
+        dense="steps",
     ),
     "qwen3_moe": Family(
         "Qwen3Moe",
@@ -289,8 +287,7 @@ FAMILIES: dict[str, Family] = {
         QWEN_EXPERTS + ATTENTION_BIAS,
         window="all",
         switched=True,
-        refused=_SAME_LAYERS,
-        accepted={"decoder_sparse_step": 1},
+        dense="steps",
     ),
     "olmoe": Family(
         "Olmoe",

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from operator import attrgetter
-
-import numpy as np
+from itertools import product
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.table import FAMILIES
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Indices that a tensor's name may have, and the ModelConfig field with the size of each.
-INDICES = {"layer": "num_layers", "expert": "experts.count"}
 
 
 def _indices(name: str) -> list[str]:
@@ -22,9 +18,13 @@ def _indices(name: str) -> list[str]:
 
 
 def tensor_names(cfg: ModelConfig, name: str) -> list[str]:
-    """The HF names that `name` stands for: one for each layer, if it has `{layer}`."""
+    """The HF names that `name` stands for: one for each layer of a stack, if it has the stack's
+    name in braces, and for each expert, if it has `{expert}`."""
+    values: dict[str, range] = dict(cfg.stacks)
+    if cfg.experts is not None:
+        values["expert"] = range(cfg.experts.count)
     indices = _indices(name)
-    grid = np.ndindex(*(attrgetter(INDICES[index])(cfg) for index in indices))
+    grid = product(*(values[index] for index in indices))
     return [name.format(**dict(zip(indices, at, strict=True))) for at in grid]
 
 
@@ -32,7 +32,7 @@ def tensor_names(cfg: ModelConfig, name: str) -> list[str]:
 class Key:
     """A weight of the decoder and the HF tensors that store it.
 
-    path: of the weight, dotted. name: of the tensors; each index in it (`{layer}`) is a
+    path: of the weight, dotted. name: of the tensors; each index in it (`{layers}`) is a
     leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
     rows: the weight is this range of a fused tensor's out dim.
     """
@@ -66,20 +66,33 @@ NORMS: dict[str, dict[str, str]] = {
 
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
-    Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    family, layer = FAMILIES[cfg.family], "model.layers.{layer}."
     keys = [Key("embed.embedding", EMBED)]
+    for stack in cfg.stacks:
+        keys += _stack_keys(cfg, stack)
+    keys += _norm_keys(cfg, "norm", "model.norm")
+    if cfg.scores:
+        keys.append(Key("score.kernel", "score.weight", True))
+    elif not cfg.tie_embeddings:
+        keys.append(Key("head.kernel", HEAD, True))
+    return keys
+
+
+def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
+    keys = [Key(f"{path}.scale", f"{name}.weight")]
+    return [*keys, Key(f"{path}.shift", f"{name}.bias")] if cfg.norm_bias else keys
+
+
+def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
+    """The weights of a stack of layers."""
+    Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
+    family, layer, keys = FAMILIES[cfg.family], f"model.layers.{{{stack}}}.", list[Key]()
+    kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
     def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:
         name = family.modules.get(path, name)
-        keys.append(Key(f"layers.{path}.kernel", f"{layer}{name}.weight", True, rows))
+        keys.append(Key(f"{stack}.{path}.kernel", f"{layer}{name}.weight", True, rows))
         if bias:
-            keys.append(Key(f"layers.{path}.bias", f"{layer}{name}.bias", False, rows))
-
-    def norm(path: str, name: str) -> None:
-        keys.append(Key(f"{path}.scale", f"{name}.weight"))
-        if cfg.norm_bias:
-            keys.append(Key(f"{path}.shift", f"{name}.bias"))
+            keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, rows))
 
     if "qkv" in family.fused:
         for part, rows in (("q", (0, Q)), ("k", (Q, Q + KV)), ("v", (Q + KV, Q + 2 * KV))):
@@ -87,13 +100,13 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     else:
         for part in "qkv":
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
-    experts = cfg.experts
+    experts = None if kind.dense else cfg.experts
     if experts is not None:
         router = family.modules.get("mlp.router", "mlp.gate")
-        keys.append(Key("layers.mlp.router", f"{layer}{router}.weight", True))
+        keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
         if experts.has_bias:
             name = family.modules["mlp.choice_bias"]
-            keys.append(Key("layers.mlp.choice_bias", layer + name))
+            keys.append(Key(f"{stack}.mlp.choice_bias", layer + name))
         for part in ("gate", "up", "down"):
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
         for part in ("gate", "up", "down") if experts.shared_size else ():
@@ -111,12 +124,8 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if cfg.qk_norm != "none":
         for part in ("q_norm", "k_norm"):
-            keys.append(Key(f"layers.attn.{part}.scale", f"{layer}self_attn.{part}.weight"))
+            name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
+            keys.append(Key(f"{stack}.attn.{part}.scale", f"{layer}{name}.weight"))
     for ours, name in NORMS[cfg.norm_placement].items():
-        norm(f"layers.{ours}", layer + family.modules.get(ours, name))
-    norm("norm", "model.norm")
-    if cfg.scores:
-        keys.append(Key("score.kernel", "score.weight", True))
-    elif not cfg.tie_embeddings:
-        keys.append(Key("head.kernel", HEAD, True))
+        keys += _norm_keys(cfg, f"{stack}.{ours}", layer + family.modules.get(ours, name))
     return keys
