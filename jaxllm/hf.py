@@ -108,7 +108,7 @@ def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused:
     """Raises UserError unless `part` holds floats of our `shape`, or of `fused` rows if ours are
     some of them."""
     want = _swapped(shape) if key.transpose else shape
-    want = (fused, *want[1:]) if key.rows else want
+    want = (fused, *want[1:]) if key.rows else (1,) * key.lead + want
     if tuple(part.get_shape()) != want:
         raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
     if part.get_dtype() not in READABLE:
@@ -121,7 +121,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     if key.rows is not None:
         start, stop, _ = index[0].indices(key.rows[1] - key.rows[0])
         index = (slice(key.rows[0] + start, key.rows[0] + stop), *index[1:])
-    value = part[index]
+    value = part[0, *index] if key.lead else part[index]
     return value.swapaxes(-1, -2) if key.transpose else value
 
 
@@ -357,13 +357,14 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
         shapes = [a.shape[key.stacked :] for a in arrays]
-        shapes = [_swapped(s) if key.transpose else s for s in shapes]
+        shapes = [_swapped(s) if key.transpose else (1,) * key.lead + s for s in shapes]
 
         def read(process: int = 0) -> np.ndarray | None:
             host = dist.gather([a[at] for a in arrays] if at else arrays, process)
             if host is None:
                 return None
             host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
+            host = [x[None] for x in host] if key.lead else host
             return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
 
         return Tensor(name, (sum(s[0] for s in shapes), *shapes[0][1:]), read)

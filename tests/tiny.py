@@ -46,6 +46,15 @@ LONGROPE = dict(
     short_factor=[1.0, 1.1, 1.2, 1.3],
     long_factor=[1.5, 2.0, 4.0, 9.0],
 )
+GLM4_MOE = dict(
+    head_dim=12,
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    attention_bias=True,
+)
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5)
 
 # One entry for each family carries the family's name; the others turn its flags.
@@ -268,7 +277,103 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
         ),
     ),
+    "qwen2_moe some dense": (
+        "qwen2_moe",
+        dict(
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=28,
+            num_experts=6,
+            decoder_sparse_step=2,
+        ),
+    ),
+    "qwen3_moe some dense": (
+        "qwen3_moe",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_hidden_layers=5,
+            mlp_only_layers=[1],
+        ),
+    ),
+    "glm4_moe": ("glm4_moe", GLM4_MOE),
+    "glm4_moe groups, norms, no biases": (
+        "glm4_moe",
+        GLM4_MOE
+        | dict(
+            use_qk_norm=True,
+            attention_bias=False,
+            n_group=4,
+            topk_group=2,
+            num_experts_per_tok=4,
+            n_shared_experts=2,
+            first_k_dense_replace=2,
+            norm_topk_prob=False,
+        ),
+    ),
+    "dots1": (
+        "dots1",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            first_k_dense_replace=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            sliding_window=5,
+            max_window_layers=2,
+        ),
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        dict(moe_intermediate_size=20, moe_num_experts=6, moe_k=3, tie_word_embeddings=False),
+    ),
+    "ernie4_5_moe intervals, tied": (
+        "ernie4_5_moe",
+        dict(
+            head_dim=12,
+            num_hidden_layers=7,
+            moe_intermediate_size=20,
+            moe_num_experts=6,
+            moe_k=3,
+            moe_num_shared_experts=1,
+            moe_layer_interval=2,
+            moe_layer_start_index=2,
+            moe_layer_end_index=5,
+        ),
+    ),
+    "mellum": (
+        "mellum",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=5,
+            layer_types=[SLIDING, FULL] * 2,
+            mlp_layer_types=["dense", "sparse", "sparse", "dense"],
+            rope_parameters={
+                FULL: YARN | dict(attention_factor=1.0),
+                SLIDING: dict(rope_type="default", rope_theta=100.0),
+            },
+        ),
+    ),
     "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        dict(
+            head_dim=12,
+            rope_parameters=dict(rope_type="dynamic", rope_theta=100.0, factor=1.0, alpha=50.0),
+        ),
+    ),
+    "hunyuan_v1_dense biases, tied": (
+        "hunyuan_v1_dense",
+        dict(head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", dict(head_dim=12, num_experts=6, moe_topk=[2] * 4)),
     "minimax_m2": (
         "minimax_m2",
         dict(

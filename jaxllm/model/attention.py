@@ -57,6 +57,8 @@ class Attention(nnx.Module):
         cos, sin, *scale = [x[ctx.rope] for x in ctx.rope_tables]
         pairs = self.cfg.rope_pairs
         q_BTHK, k_BTNK = rotate(q_BTHK, cos, sin, pairs), rotate(k_BTNK, cos, sin, pairs)
+        if self.cfg.qk_norm == "rotated":
+            q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
         if scale:
             q_BTHK = q_BTHK * scale[0].astype(q_BTHK.dtype)
         if past is not None:

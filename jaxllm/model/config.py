@@ -38,9 +38,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer: which RoPE (None = NoPE), which window, which weights."""
+    """What may differ from layer to layer: RoPE, window, and which weights a layer has."""
 
-    rope: int | None = 0  # index into ModelConfig.ropes
+    rope: int | None = 0  # index into ModelConfig.ropes; None = NoPE
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
 
@@ -60,6 +60,11 @@ class Experts:
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
     has_bias: bool = False  # added to the scores for the choice alone
     renormalised: bool = True  # the weights of the chosen experts are divided by their sum
+    scale: float = 1.0  # of the weights
+    # The experts are in groups; those of the best ones can be chosen, by the sum of a group's two
+    # best scores (arXiv:2412.19437).
+    groups: int = 1
+    top_groups: int = 1
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
 
@@ -86,7 +91,8 @@ class ModelConfig:
     norm_bias: bool = False
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
-    qk_norm: Literal["none", "head", "full"] = "none"  # over each head (qwen3) or all (olmo2)
+    # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan).
+    qk_norm: Literal["none", "head", "full", "rotated"] = "none"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

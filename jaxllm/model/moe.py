@@ -43,11 +43,17 @@ def route(
     choice_NE = lax.stop_gradient(scores_NE)
     if bias_E is not None:
         choice_NE = choice_NE + lax.stop_gradient(bias_E.astype(jnp.float32))
+    if experts.groups > 1:
+        choice_NGE = choice_NE.reshape(len(choice_NE), experts.groups, -1)
+        group_NG = lax.top_k(choice_NGE, 2)[0].sum(-1)
+        best = lax.top_k(group_NG, experts.top_groups)[1]
+        kept_NG = jax.nn.one_hot(best, experts.groups).sum(1) > 0
+        choice_NE = jnp.where(kept_NG[..., None], choice_NGE, -jnp.inf).reshape(choice_NE.shape)
     chosen_NC = lax.top_k(choice_NE, experts.top_k)[1]
     weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, 1)
     if experts.renormalised:
         weights_NC = weights_NC / jnp.sum(weights_NC, -1, keepdims=True)
-    return weights_NC, chosen_NC
+    return weights_NC * experts.scale, chosen_NC
 
 
 class Kernels(nnx.Module):
@@ -75,9 +81,7 @@ class MoE(nnx.Module):
         self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
         self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
         self.shared = (
-            MLP(cfg, f"{path}.shared", experts.shared_size, **keys)
-            if experts.shared_size
-            else None
+            MLP(cfg, f"{path}.shared", experts.shared_size, **keys) if experts.shared_size else None
         )
         self.shared_gate = (
             Linear(cfg, f"{path}.shared_gate", ("embed", None), (D, 1), **keys)

@@ -49,6 +49,56 @@ LLAMA_3_1_8B = dict(
     transformers_version="4.43.0",
     vocab_size=128256,
 )
+GLM_4_5_AIR = dict(
+    model_type="glm4_moe",
+    attention_bias=True,
+    first_k_dense_replace=1,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=10944,
+    max_position_embeddings=131072,
+    moe_intermediate_size=1408,
+    n_group=1,
+    n_routed_experts=128,
+    n_shared_experts=1,
+    norm_topk_prob=True,
+    num_attention_heads=96,
+    num_experts_per_tok=8,
+    num_hidden_layers=46,
+    num_key_value_heads=8,
+    num_nextn_predict_layers=1,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1e-5,
+    rope_scaling=None,
+    rope_theta=1000000,
+    routed_scaling_factor=1.0,
+    tie_word_embeddings=False,
+    topk_group=1,
+    use_qk_norm=False,
+    vocab_size=151552,
+)
+ERNIE_4_5_21B_A3B = dict(
+    model_type="ernie4_5_moe",
+    hidden_act="silu",
+    hidden_size=2560,
+    intermediate_size=12288,
+    max_position_embeddings=131072,
+    moe_intermediate_size=1536,
+    moe_k=6,
+    moe_layer_interval=1,
+    moe_layer_start_index=1,
+    moe_num_experts=64,
+    moe_num_shared_experts=2,
+    num_attention_heads=20,
+    num_hidden_layers=28,
+    num_key_value_heads=4,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    tie_word_embeddings=True,
+    use_bias=False,
+    vocab_size=103424,
+)
 LLAMA_3_1_70B = LLAMA_3_1_8B | dict(
     hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80
 )
@@ -216,6 +266,9 @@ TINY = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
     pad_token_id=None,
+    # dots1 has no defaults for these.
+    n_routed_experts=8,
+    num_experts_per_tok=1,
 )
 
 
@@ -347,6 +400,10 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
         ("olmoe", {"clip_qkv": 3.0}, "clipped queries"),
+        ("glm4_moe", {"n_group": 3}, "n_group 3, topk_group 1: 8 experts are not in such groups"),
+        ("dots1", {"n_group": 4, "num_experts_per_tok": 3}, "have fewer than 3 to choose"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias is True: a head with a bias"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "layers with other numbers of experts"),
         ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; known: silu"),
         (
             "llama",
@@ -430,6 +487,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (QWEN3_30B_A3B, 30_532_122_624),
         (MIXTRAL_8X7B, 46_702_792_704),
         (COMMAND_R7B, 8_028_033_024),
+        (GLM_4_5_AIR, 0),
+        (ERNIE_4_5_21B_A3B, 0),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -441,7 +500,8 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     with torch.device("meta"):
         values = {k: v for k, v in config.items() if k != "model_type"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
-    assert sum(p.numel() for p in model.parameters()) == want
+    biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    assert sum(p.numel() for p in [*model.parameters(), *biases]) == want
 
 
 def test_published_configs_of_experts_are_read_and_written_in_their_own_spelling():

@@ -67,6 +67,14 @@ def test_a_token_passes_its_chosen_experts_and_the_shared_one():
     assert more == 6 * 3 * (3 * 32 * 28 + 32)
 
 
+def test_a_layer_without_experts_costs_its_mlp():
+    shape = dict(family="qwen3_moe", experts=Experts(count=16, top_k=3, size=20))
+    kinds = (LayerKind(), LayerKind(dense=True))
+    mixed = config(kinds=kinds, layer_kinds=(1, 0, 0), **shape)
+    more = flops_per_token(mixed, 1) - flops_per_token(config(**shape), 1)
+    assert more == 6 * 32 * (3 * 48 - 3 * 3 * 20 - 16)
+
+
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_attention_counts_the_keys_that_each_query_sees(length):
     kinds = (LayerKind(), LayerKind(window=5))

@@ -122,6 +122,35 @@ def test_lora_and_its_options_round_trip_with_peft(tmp_path, options):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+STACKS = {
+    "other ranks in some layers": dict(
+        target_modules=["q_proj", "up_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "mlp.up_proj": 7},
+        alpha_pattern={"layers.0.mlp.down_proj": 3},
+    ),
+    "the layer without experts": dict(target_modules=r".*\.mlp\.up_proj", use_dora=True),
+    "a norm to save": dict(target_modules=["o_proj"], modules_to_save=["layers.0.input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
+def test_lora_of_layers_with_and_without_experts_round_trips_with_peft(tmp_path, options):
+    """The shared expert's modules end as those of the layer without experts."""
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options, task_type="CAUSAL_LM")
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, "glm4_moe"), config)
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
+def test_virtual_tokens_before_alternating_layers_round_trip_with_peft(tmp_path, kind):
+    config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    base = base_in(tmp_path, "qwen2_moe some dense")
+    _, want, *found = both_ways(tmp_path, base, config)
+    for got in found:
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
 def test_adapters_of_tied_weights_round_trip_with_peft_and_merge(tmp_path, options):
     base = base_in(tmp_path, tie_word_embeddings=True)

@@ -109,7 +109,7 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     """
     family, c = _family(config), normalised(config)
     with odd_values(f"config of a {c['model_type']} model"):
-        values = {o.field: o.read(c[o.key]) for o in family.every_option()}
+        values = {o.field: o.read(*o.arguments(c[o.key], c)) for o in family.every_option()}
         kind = {"family": c["model_type"], "scores": is_reward(config)}
         if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
             raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
@@ -127,6 +127,13 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         raise UserError(
             f"num_experts_per_tok {experts.top_k} is more than the {experts.count} experts"
         )
+    if experts is not None and experts.groups > 1:
+        each, rest = divmod(experts.count, experts.groups)
+        if rest or each < 2 or not experts.top_k <= each * min(experts.top_groups, experts.groups):
+            raise UserError(
+                f"n_group {experts.groups}, topk_group {experts.top_groups}: {experts.count} "
+                f"experts are not in such groups, or they have fewer than {experts.top_k} to choose"
+            )
     return cfg
 
 
@@ -136,7 +143,9 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     Raises ValueError naming the fields when the family cannot express `cfg`.
     """
     family = _family({"model_type": cfg.family})
-    config = {o.key: o.write(attrgetter(o.field)(cfg)) for o in family.every_option()}
+    config: dict[str, Any] = {}
+    for o in family.every_option():
+        config[o.key] = o.write(*o.arguments(attrgetter(o.field)(cfg), config))
     config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config |= write_layers(cfg)
     config = as_reward(config) if cfg.scores else config

@@ -77,6 +77,10 @@ def read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
     if kind == "yarn" and p.get("factor") is None:
         p["factor"] = c["max_position_embeddings"] / p["original_max_position_embeddings"]
     values: dict[str, Any] = {}
+    if family.static_ntk and kind == "dynamic" and (alpha := p.get("alpha")):
+        # A fixed stretch of the base, whatever the length of a text.
+        dim = c["head_dim"]
+        return Rope(theta=float(p["rope_theta"] * alpha ** (dim / (dim - 2))), partial=partial)
     if kind == "dynamic":
         values["original_length"] = c["max_position_embeddings"]
     if family.scaled_queries:

@@ -35,17 +35,33 @@ def _activation(name: str) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """A ModelConfig field and the HF key it is kept under, with the change of value each way."""
+    """A ModelConfig field and the HF key it is kept under, with the change of value each way.
+
+    beside: a HF key whose value is the second argument of `read` and `write`.
+    """
 
     field: str
     key: str
-    read: Callable[[Any], Any] = _same
-    write: Callable[[Any], Any] = _same
+    read: Callable[..., Any] = _same
+    write: Callable[..., Any] = _same
+    beside: str = ""
+
+    def arguments(self, value: Any, config: dict[str, Any]) -> tuple[Any, ...]:
+        """Those of `read` and `write` for a value."""
+        return (value, config[self.beside]) if self.beside else (value,)
 
 
 def _activation_under(key: str) -> Option:
     back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     return Option("activation", key, _activation, back.__getitem__)
+
+
+def _same_for_all_layers(value: Any) -> Any:
+    """The value of a key that may list one for each layer."""
+    values = value if isinstance(value, list) and value else [value]
+    if any(one != values[0] for one in values):
+        raise UserError(f"{seen(value)}: layers with other numbers of experts are not supported")
+    return values[0]
 
 
 def _softcap(field: str, key: str) -> Option:
@@ -110,7 +126,26 @@ def _experts(count: str, size: str = "moe_intermediate_size") -> tuple[Option, .
     )
 
 
+def _shared_experts(key: str) -> Option:
+    """Experts that every token passes: one MLP as large as all of them."""
+    return Option(
+        "experts.shared_size",
+        key,
+        lambda count, size: (count or 0) * size,
+        lambda total, size: total // size,
+        beside="moe_intermediate_size",
+    )
+
+
 RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
+DEEPSEEK_EXPERTS = (
+    *_experts("n_routed_experts"),
+    RENORMALISED,
+    _shared_experts("n_shared_experts"),
+    Option("experts.groups", "n_group"),
+    Option("experts.top_groups", "topk_group"),
+    Option("experts.scale", "routed_scaling_factor"),
+)
 QWEN_EXPERTS = (*_experts("num_experts"), RENORMALISED)
 
 
@@ -131,6 +166,7 @@ class Family:
       that see all keys while others have a window ("full").
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
+    static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are.
     modules: HF names of modules that are named otherwise than in Llama.
@@ -146,6 +182,7 @@ class Family:
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
     partial_rope: bool = False
+    static_ntk: bool = False
     scaled_queries: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
@@ -167,6 +204,15 @@ _MIXTRAL = {
     "mlp.up": "block_sparse_moe.experts.{expert}.w3",
     "mlp.down": "block_sparse_moe.experts.{expert}.w2",
 }
+_DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
+    f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
+}
+_HUNYUAN = {
+    "attn.q_norm": "self_attn.query_layernorm",
+    "attn.k_norm": "self_attn.key_layernorm",
+    "mlp.router": "mlp.gate.wg",
+} | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
+_SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
 
 FAMILIES: dict[str, Family] = {
@@ -300,6 +346,71 @@ FAMILIES: dict[str, Family] = {
         refused={"clip_qkv": "clipped queries, keys and values are not supported"},
         scores_as=None,
     ),
+    "glm4_moe": Family(
+        "Glm4Moe",
+        _SIGMOID,
+        (
+            *DEEPSEEK_EXPERTS,
+            *_biases("attention_bias", "qkv"),
+            Option(
+                "qk_norm",
+                "use_qk_norm",
+                lambda yes: "head" if yes else "none",
+                lambda norm: norm == "head",
+            ),
+        ),
+        dense="first",
+        partial_rope=True,
+        modules=_DEEPSEEK,
+        scores_as=None,
+    ),
+    "dots1": Family(
+        "Dots1",
+        _SIGMOID | {"qk_norm": "head"},
+        DEEPSEEK_EXPERTS + ATTENTION_BIAS,
+        window="typed",
+        dense="first",
+        modules=_DEEPSEEK,
+        scores_as=None,
+    ),
+    "ernie4_5_moe": Family(
+        "Ernie4_5_Moe",
+        {"experts.has_bias": True, "rope_pairs": "neighbours"},
+        (*_experts("moe_num_experts"), _shared_experts("moe_num_shared_experts")),
+        dense="interval",
+        modules=_DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
+        refused={"use_bias": "a head with a bias is not supported"},
+        scores_as=None,
+    ),
+    "mellum": Family(
+        "Mellum",
+        {"qk_norm": "head"},
+        QWEN_EXPERTS + ATTENTION_BIAS,
+        window="typed",
+        rope_by_type=True,
+        dense="typed",
+        scores_as=None,
+    ),
+    "hunyuan_v1_dense": Family(
+        "HunYuanDenseV1",
+        {"qk_norm": "rotated"},
+        ATTENTION_BIAS,
+        static_ntk=True,
+        modules=_HUNYUAN,
+    ),
+    "hunyuan_v1_moe": Family(
+        "HunYuanMoEV1",
+        {"qk_norm": "rotated"},
+        (
+            Option("experts.count", "num_experts"),
+            Option("experts.top_k", "moe_topk", _same_for_all_layers),
+            Option("experts.size", "intermediate_size"),
+            Option("experts.shared_size", "intermediate_size"),
+            *ATTENTION_BIAS,
+        ),
+        static_ntk=True,
+        modules=_HUNYUAN,
+    ),
     "minimax_m2": Family(
         "MiniMaxM2",
         {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
@@ -312,7 +423,6 @@ FAMILIES: dict[str, Family] = {
 
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
-    "layers with experts after layers without": ("glm4_moe", "dots1", "ernie4_5_moe", "mellum"),
     "latent attention": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
     "attention sinks": ("gpt_oss",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),

@@ -34,13 +34,15 @@ class Key:
 
     path: of the weight, dotted. name: of the tensors; each index in it (`{layers}`) is a
     leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
-    rows: the weight is this range of a fused tensor's out dim.
+    rows: the weight is this range of a fused tensor's out dim. lead: the tensor has a leading dim
+    of size 1, which the weight lacks.
     """
 
     path: str
     name: str
     transpose: bool = False
     rows: tuple[int, int] | None = None
+    lead: bool = False
 
     @property
     def stacked(self) -> int:
@@ -106,7 +108,8 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
         if experts.has_bias:
             name = family.modules["mlp.choice_bias"]
-            keys.append(Key(f"{stack}.mlp.choice_bias", layer + name))
+            lead = "moe_statics" in name  # Ernie's [1, E]
+            keys.append(Key(f"{stack}.mlp.choice_bias", layer + name, lead=lead))
         for part in ("gate", "up", "down"):
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
         for part in ("gate", "up", "down") if experts.shared_size else ():
