@@ -98,10 +98,11 @@ class PeftAdapter(Adapter):
         }
         if self.saved:
             modules = {k.path: k.name.rpartition(".")[0] for k in key_table(cfg)}
-            layered = {p: tensor_names(cfg, m) for p, m in modules.items() if "{" in m}
-            saved = [name for path in layered if path in self.saved for name in layered[path]]
-            names = {modules[path] for path in self.saved if path not in layered}
-            names |= set(shortened(saved, chain(*layered.values())))
+            every = {path: tensor_names(cfg, module) for path, module in modules.items()}
+            layered = [path for path, module in modules.items() if "{" in module]
+            in_layers = [name for path in layered if path in self.saved for name in every[path]]
+            names = shortened(in_layers, chain(*(every[path] for path in layered)))
+            names += [modules[path] for path in self.saved if path not in layered]
             config["modules_to_save"] = sorted(names)
         return config
 

@@ -168,6 +168,26 @@ def test_adapters_train_alike_on_every_mesh(method):
     np.testing.assert_allclose(found[1], want[1], rtol=1e-4)
 
 
+def test_a_bottlenecks_file_names_every_layer_and_is_read_again():
+    model, other = (decoder(PEFT["adapter"], shape=PERIODS) for _ in range(2))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path[-1] == "up_bias":  # another value in each layer
+            x = variable.get_value()
+            variable.set_value(x + jnp.arange(x.size).reshape(x.shape))
+    tensors = model.peft.tensors(model)
+    places = [f"layers.{i}.{place}.up.bias" for i in range(6) for place in ("attn", "mlp")]
+    assert {name.replace("_adapter", "") for name in tensors if name.endswith("up.bias")} == {
+        *places
+    }
+    layers = {
+        name.split(".")[1] for name, x in tensors.items() if x.flat[0] == 0 and "up.b" in name
+    }
+    assert layers == {"0", "1"}  # the first of each stack
+    other.peft.load(other, dict(tensors))
+    tokens = np.ones((1, T), np.int32)
+    np.testing.assert_array_equal(other(tokens), model(tokens))
+
+
 def test_a_killed_run_resumes_bit_for_bit(project):
     shape = dict(model_type="glm4_moe", num_hidden_layers=3, moe_intermediate_size=16)
     shape |= dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)

@@ -124,18 +124,20 @@ def test_lora_and_its_options_round_trip_with_peft(tmp_path, options):
 
 STACKS = {
     "other ranks in some layers": dict(
-        target_modules=["q_proj", "up_proj", "down_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2, "mlp.up_proj": 7},
-        alpha_pattern={"layers.0.mlp.down_proj": 3},
+        target_modules=["q_proj", "k_proj", "o_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2, "o_proj": 7},
+        alpha_pattern={"layers.0.self_attn.o_proj": 3, "k_proj": 11},
     ),
-    "the layer without experts": dict(target_modules=r".*\.mlp\.up_proj", use_dora=True),
+    "the layer without experts": dict(
+        target_modules=["model.layers.0.self_attn.q_proj"], use_dora=True
+    ),
     "a norm to save": dict(target_modules=["o_proj"], modules_to_save=["layers.0.input_layernorm"]),
 }
 
 
 @pytest.mark.parametrize("options", STACKS.values(), ids=STACKS.keys())
 def test_lora_of_layers_with_and_without_experts_round_trips_with_peft(tmp_path, options):
-    """The shared expert's modules end as those of the layer without experts."""
+    """In models with experts, peft takes the names of MLPs for those of experts."""
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6} | options, task_type="CAUSAL_LM")
     ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, "glm4_moe"), config)
     for got in (here, back, logits_of(merged(ours), some_tokens())):

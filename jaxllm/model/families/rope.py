@@ -116,6 +116,8 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
+    if c["model_type"] == "mellum":  # whose class in transformers reads no other spelling
+        return {"rope_parameters": nested}
     p = nested["full_attention"]
     keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}
     if c["model_type"] == "gemma3_text":
