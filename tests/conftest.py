@@ -35,6 +35,15 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("llama", "gemma2", "qwen3", "phi3", "cohere2", "starcoder2", "qwen2_moe", "minimax_m2"),
+        *("glm4_moe", "ernie4_5_moe", "qwen2_moe some dense", "hunyuan_v1_dense"),
+    ),
+    "test_stacks_on_a_mesh_equal_those_of_one_device": (
+        *("first-fsdp 8", "periods-data 2 x fsdp 2 x tensor 2"),
+        "periods-context 2 x tensor 2 x fsdp 2",
+    ),
+    "test_decoding_with_an_adapter_equals_the_whole_forward_pass": (
+        *("one dense layer first-none", "a period of two-lora", "a period of two-prompt"),
+        "a first layer, then periods-prefix",
     ),
     "test_a_mesh_remat_and_micro_batches_change_nothing": ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
     "test_lora_leaves_experts_out_and_may_quantize_them": ("nf4",),

@@ -96,13 +96,13 @@ class PeftAdapter(Adapter):
             "base_model_name_or_path": model.base or None,
             "inference_mode": True,
         }
-        if self.saved:
+        if saved := list[str](self.saved):
             modules = {k.path: k.name.rpartition(".")[0] for k in key_table(cfg)}
             every = {path: tensor_names(cfg, module) for path, module in modules.items()}
             layered = [path for path, module in modules.items() if "{" in module]
-            in_layers = [name for path in layered if path in self.saved for name in every[path]]
+            in_layers = [name for path in layered if path in saved for name in every[path]]
             names = shortened(in_layers, chain(*(every[path] for path in layered)))
-            names += [modules[path] for path in self.saved if path not in layered]
+            names += [modules[path] for path in saved if path not in layered]
             config["modules_to_save"] = sorted(names)
         return config
 

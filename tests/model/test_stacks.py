@@ -101,7 +101,7 @@ def alone(request):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
+def test_stacks_on_a_mesh_equal_those_of_one_device(alone, mesh):
     cfg, *want = alone
     keys = {"remat": "full", "count": 2} if mesh == "fsdp 8" else {}
     losses, norms, state, _ = trajectory(
