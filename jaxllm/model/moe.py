@@ -53,7 +53,8 @@ def route(
     weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, 1)
     if experts.renormalised:
         weights_NC = weights_NC / jnp.sum(weights_NC, -1, keepdims=True)
-    return weights_NC * experts.scale, chosen_NC
+    weights_NC = weights_NC if experts.scale == 1 else weights_NC * experts.scale
+    return weights_NC, chosen_NC
 
 
 class Kernels(nnx.Module):
