@@ -48,6 +48,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "latent": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
@@ -61,7 +62,7 @@ RULES: dict[str, tuple[str, ...]] = {
 STACKED = ("layers", "experts")  # dims that count matrices
 # Dims of a matrix that fsdp may split. The token table is not split along the vocabulary: a device
 # could not look up all tokens in its part.
-FSDP_DIMS = ("embed", "heads", "kv_heads", "mlp")
+FSDP_DIMS = ("embed", "heads", "kv_heads", "latent", "mlp")
 
 
 def make_mesh(section: MeshSection, devices: list[Any] | None = None) -> Mesh:

@@ -56,6 +56,13 @@ GLM4_MOE = dict(
     attention_bias=True,
 )
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5)
+LATENT: dict[str, Any] = dict(
+    kv_lora_rank=28,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    num_key_value_heads=4,
+)
 
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -252,6 +259,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             attention_bias=True,
             mlp_bias=True,
             tie_word_embeddings=False,
+        ),
+    ),
+    "minicpm3": (
+        "minicpm3",
+        LATENT | dict(scale_emb=3, scale_depth=1.4, dim_model_base=24, q_lora_rank=20),
+    ),
+    "minicpm3 without q_lora, biases, yarn": (
+        "minicpm3",
+        LATENT
+        | dict(
+            attention_bias=True,
+            q_lora_rank=None,
+            tie_word_embeddings=False,
+            rope_parameters=YARN | dict(mscale=0.8, mscale_all_dim=1.3),
         ),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=6, sliding_window=5, head_dim=12)),

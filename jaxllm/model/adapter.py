@@ -85,7 +85,8 @@ class Adapter:
     def linear(self, path: str, axes: Axes, shape: tuple[int, int], rngs: nnx.Rngs) -> Any:
         """None, or a module `f(x, y, kernel, context) -> y` that changes the output of a Linear
         (before its bias) or of Embed. x: the input (Embed: tokens). `kernel()`: the weight, float32
-        [I, O]. context: a model.context.Context."""
+        [I, O]. context: a model.context.Context. Its method `factors(kernel, context, ndim)` gives
+        the same change as matrices (peft.lora.LoraBranch.factors)."""
 
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Any:
         """None, or a module `f(h) -> h` that changes what attention or MLP adds to the residual."""

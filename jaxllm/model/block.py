@@ -18,6 +18,7 @@ from jaxllm.model.attention import Attention
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import MLP, NORMS
+from jaxllm.model.mla import LatentAttention
 from jaxllm.model.moe import MoE
 
 
@@ -43,7 +44,8 @@ class Block(nnx.Module):
         self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        self.attn = Attention(cfg, f"{path}.attn", **keys)
+        attention = Attention if cfg.latent is None else LatentAttention
+        self.attn = attention(cfg, f"{path}.attn", **keys)
         self.mlp = (
             MoE(cfg, f"{path}.mlp", **keys)
             if cfg.experts and not kind.dense

@@ -2,7 +2,8 @@
 """Keys and values that precede the tokens of a call: a decoding cache, or virtual tokens.
 
 Dims: L layers, B rows, T tokens, S slots of the cache, P virtual tokens, N key/value heads,
-K head_dim.
+K head_dim. In latent attention (model/mla.py) k is the rotated part of the keys and v the latent:
+N is 1, and the widths of k and v differ.
 """
 
 from __future__ import annotations
@@ -113,10 +114,11 @@ class Cache:
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
+        heads, k_dim, v_dim = cfg.cached_dims
+
         def stack(count: int) -> LayerCache:
-            shape = (count, rows, cfg.num_kv_heads)
-            k = jnp.zeros((*shape, cfg.head_dim, slots), dtype)
-            return LayerCache(k, jnp.zeros((*shape, slots, cfg.head_dim), dtype))
+            k = jnp.zeros((count, rows, heads, k_dim, slots), dtype)
+            return LayerCache(k, jnp.zeros((count, rows, heads, slots, v_dim), dtype))
 
         layers = tuple(stack(len(layers)) for layers in cfg.stacks.values())
         return Cache(layers, jnp.zeros((rows, slots), jnp.int32), 0).constrained()

@@ -32,6 +32,8 @@ class Rope:
     mscale: float = 1.0  # what cos and sin are multiplied by: yarn and longrope
     long_factor: tuple[float, ...] = ()  # longrope, one each frequency
     short_factor: tuple[float, ...] = ()  # longrope
+    # Latent attention multiplies its scores by (1 + 0.1 · mscale_all_dim · log factor)²: yarn.
+    mscale_all_dim: float = 0.0
     # Queries are multiplied by 1 + query_beta · log(1 + ⌊position / original_length⌋).
     query_beta: float = 0.0
 
@@ -70,6 +72,16 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (model/mla.py). head_dim is that of the rotated features."""
+
+    kv_rank: int  # features of a token's latent, from which all heads' keys and values are made
+    nope_dim: int  # features of a head's queries and keys that are not rotated
+    value_dim: int  # features of a head's values
+    q_rank: int = 0  # of the queries' latent; 0 = queries are made from x
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder's shape. Widths are in features, lengths in tokens."""
 
@@ -105,6 +117,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
     logit_scale: float = 1.0
+    latent: Latent | None = None
     experts: Experts | None = None
     tie_embeddings: bool = True
     initializer_range: float = 0.02
@@ -128,6 +141,21 @@ class ModelConfig:
         if len(stacks) == 1:
             return {"layers": stacks[0]}
         return {f"layers_{layers.start}": layers for layers in stacks}
+
+    @property
+    def attention_dims(self) -> tuple[int, int]:
+        """Features of a head's queries and keys, and of its values."""
+        if (latent := self.latent) is None:
+            return self.head_dim, self.head_dim
+        return latent.nope_dim + self.head_dim, latent.value_dim
+
+    @property
+    def cached_dims(self) -> tuple[int, int, int]:
+        """Heads of the cache, features of a key, and of a value. That of latent attention has one
+        head: the rotated part of all heads' keys, and the latent."""
+        if self.latent is None:
+            return self.num_kv_heads, self.head_dim, self.head_dim
+        return 1, self.head_dim, self.latent.kv_rank
 
     @property
     def tied_head(self) -> bool:
@@ -174,13 +202,13 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    parts += [] if cfg.experts is None else [cfg.experts]
+    parts += [part for part in (cfg.latent, cfg.experts) if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
             is_size = hint is int or (f.name == "window" and value is not None)
-            low = 0 if f.name in ("original_length", "shared_size") else 1  # 0 = none
+            low = 0 if f.name in ("original_length", "q_rank", "shared_size") else 1  # 0 = none
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(
                     f"{keys.get(f.name, f.name)} is {seen(value)}; it must be an integer from {low}"

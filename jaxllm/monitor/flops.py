@@ -31,18 +31,24 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     (length + 1) / 2, or fewer within a layer's window. Packed rows are counted as one document,
     although segments do less. A reward model's head reads one token per text and counts as 0.
     """
-    Q, KV = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
+    if (latent := model.latent) is None:
+        attention = D * (H * QK + H * V + model.num_kv_heads * (QK + V))
+    else:  # the products with low-rank weights, and of latents with those that expand them
+        attention = latent.q_rank * D + (latent.q_rank or D) * H * QK
+        attention += D * (latent.kv_rank + model.head_dim) + H * V * D
+        attention += latent.kv_rank * H * (latent.nope_dim + V)
     dense = mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
     if (experts := model.experts) is not None:  # those that a token passes, and the router
         mlp = 3 * (experts.top_k * experts.size + experts.shared_size)
         mlp += experts.count + experts.shared_gate
     weights = keys = 0.0  # summed over layers: of a token, and the keys of a query on average
     for kind in model.kinds_by_layer:
-        weights += model.hidden_size * (2 * Q + 2 * KV + (dense if kind.dense else mlp))
+        weights += attention + D * (dense if kind.dense else mlp)
         window = min(kind.window or length, length)
         keys += window - window * (window - 1) / (2 * length)
-    head = 0 if model.scores else model.hidden_size * model.vocab_size
-    return 2 * weights, 4 * Q * keys, 2 * head
+    head = 0 if model.scores else D * model.vocab_size
+    return 2 * weights, 2 * H * (QK + V) * keys, 2 * head
 
 
 def run_flops(

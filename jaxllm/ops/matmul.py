@@ -85,6 +85,11 @@ class ByOutputs:
         return self.rows.T.astype(dtype)
 
 
+def by_outputs(w: Any, dtype: Any) -> jax.Array:
+    """A kernel [I, O] as [O, I] in `dtype`."""
+    return w.rows.astype(dtype) if isinstance(w, ByOutputs) else dense(w, dtype).T
+
+
 def product_by_outputs(x: jax.Array, rows: jax.Array, dtype: Any) -> jax.Array:
     """x [..., I] · rowsᵀ, [O, I] -> [..., O] in `dtype`."""
     few = math.prod(x.shape[:-1]) <= FEW

@@ -281,12 +281,28 @@ class LoraBranch(nnx.Module):
         terms = self.terms(x, ctx, y_BTO.dtype)
         products: list[Any] = [dot(h_BTR, w_RO) for h_BTR, w_RO in terms]
         y_BTO = y_BTO + sum(products[1:], products[0])
+        columns_O = self.columns(kernel, ctx)
+        return y_BTO if columns_O is None else (y_BTO * columns_O).astype(y_BTO.dtype)
+
+    def columns(self, kernel: Any, ctx: Context) -> jax.Array | None:
+        """What DoRA multiplies each column of W + s·AB by, float32 [O]; None without DoRA."""
         if self.magnitude is None:
-            return y_BTO
+            return None
         scale_R = self.scale(replace(ctx, adapter_weights=None), 1)
         norm_O = column_norms(kernel(), self.a[...], scale_R[:, None] * self.b[...])
         factor_O = self.magnitude[...] / jax.lax.stop_gradient(norm_O)
-        return (y_BTO * jnp.where(jnp.any(scale_R > 0), factor_O, 1.0)).astype(y_BTO.dtype)
+        return jnp.where(jnp.any(scale_R > 0), factor_O, 1.0)
+
+    def factors(
+        self, kernel: Any, ctx: Context, ndim: int
+    ) -> tuple[list[tuple[jax.Array, jax.Array, jax.Array]], jax.Array | None]:
+        """([(A [I, R], s, B [R, O])], `columns`): what is added to W is the sum of A·s·B. For code
+        that multiplies otherwise than x W. ndim: dims of what s is multiplied with."""
+        s = self.scale(ctx, ndim)
+        factors = [(self.a[...], s, self.b[...])]
+        if self.a0 is not None:
+            factors.append((self.a0[...], -s, self.b0[...]))
+        return factors, self.columns(kernel, ctx)
 
     @property
     def additive(self) -> bool:

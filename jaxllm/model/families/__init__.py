@@ -20,7 +20,7 @@ from operator import attrgetter
 from typing import Any
 
 from jaxllm.errors import UserError, seen
-from jaxllm.model.config import Experts, ModelConfig, check_numbers
+from jaxllm.model.config import Experts, Latent, ModelConfig, check_numbers
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
 from jaxllm.model.families.table import FAMILIES, MISSING, Family
@@ -114,9 +114,11 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
             raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
         values |= kind | family.fixed | read_layers(c)
-        parts = {k.partition(".")[2]: v for k, v in values.items() if k.startswith("experts.")}
-        values = {k: v for k, v in values.items() if "." not in k}
-        cfg = ModelConfig(**values, experts=Experts(**parts) if parts else None)
+        for name, group in {"experts": Experts, "latent": Latent}.items():
+            dotted = [key for key in values if key.startswith(f"{name}.")]
+            parts = {key.partition(".")[2]: values.pop(key) for key in dotted}
+            values |= {name: group(**parts)} if parts else {}
+        cfg = ModelConfig(**values)
     check_numbers(cfg, {o.field.rpartition(".")[2]: o.key for o in family.every_option()})
     if cfg.num_heads % cfg.num_kv_heads:
         raise UserError(

@@ -28,6 +28,7 @@ ROPE_KEYS: dict[str, dict[str, str]] = {
         "beta_slow": "beta_slow",
         "truncate": "truncate",
         "mscale": "attention_factor",
+        "mscale_all_dim": "mscale_all_dim",
     },
     "longrope": {
         "original_length": "original_max_position_embeddings",

@@ -70,7 +70,11 @@ def _softcap(field: str, key: str) -> Option:
 
 def _inverse(value: float) -> float:
     """1 / value, rounded so that the inverse of an inverse is the value."""
-    return float(f"{1 / value:.12g}")
+    return _rounded(1 / value)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
 
 
 def _biases(key: str, *fields: str) -> tuple[Option, ...]:
@@ -115,6 +119,38 @@ GRANITE = (
     Option("query_scale", "attention_multiplier"),
     Option("residual_scale", "residual_multiplier"),
     Option("logit_scale", "logits_scaling", _inverse, _inverse),
+)
+
+LATENT = (
+    Option("latent.q_rank", "q_lora_rank", lambda rank: rank or 0, lambda rank: rank or None),
+    Option("latent.kv_rank", "kv_lora_rank"),
+    Option("latent.nope_dim", "qk_nope_head_dim"),
+    Option("latent.value_dim", "v_head_dim"),
+    Option("head_dim", "qk_rope_head_dim"),
+    *ATTENTION_BIAS,
+)
+INTERLEAVED = Option(
+    "rope_pairs",
+    "rope_interleave",
+    lambda yes: "neighbours" if yes else "halves",
+    lambda pairs: pairs == "neighbours",
+)
+MINICPM3 = (
+    Option("embed_scale", "scale_emb"),
+    Option(
+        "residual_scale",
+        "scale_depth",
+        lambda depth, layers: depth / math.sqrt(layers),
+        lambda scale, layers: _rounded(scale * math.sqrt(layers)),
+        beside="num_hidden_layers",
+    ),
+    Option(
+        "logit_scale",
+        "dim_model_base",
+        lambda base, size: base / size,
+        lambda scale, size: round(scale * size),
+        beside="hidden_size",
+    ),
 )
 
 
@@ -309,6 +345,7 @@ FAMILIES: dict[str, Family] = {
         (Option("norm_eps", "norm_eps"), *ATTENTION_BIAS, *MLP_BIAS),
         partial_rope=True,
     ),
+    "minicpm3": Family("MiniCPM3", options=LATENT + MLP_BIAS + MINICPM3),
     "mixtral": Family(
         "Mixtral",
         options=_experts("num_local_experts", "intermediate_size"),

@@ -96,7 +96,15 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         if bias:
             keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, rows))
 
-    if "qkv" in family.fused:
+    if cfg.latent is not None:
+        if cfg.latent.q_rank:
+            linear("attn.q_a", "self_attn.q_a_proj", cfg.qkv_bias)
+            keys += _norm_keys(cfg, f"{stack}.attn.q_norm", f"{layer}self_attn.q_a_layernorm")
+        linear("attn.q_b", f"self_attn.{'q_b' if cfg.latent.q_rank else 'q'}_proj", False)
+        linear("attn.kv_a", "self_attn.kv_a_proj_with_mqa", cfg.qkv_bias)
+        keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
+        linear("attn.kv_b", "self_attn.kv_b_proj", False)
+    elif "qkv" in family.fused:
         for part, rows in (("q", (0, Q)), ("k", (Q, Q + KV)), ("v", (Q + KV, Q + 2 * KV))):
             linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, rows)
     else:
