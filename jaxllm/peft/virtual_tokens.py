@@ -82,6 +82,11 @@ class PrefixAdapter(VirtualTokens):
     decayed = {"keys": False, "values": False}
 
     def prefix(self, cfg: ModelConfig, rngs: nnx.Rngs) -> Prefix:
+        if cfg.latent is not None:
+            raise UserError(
+                "peft.method prefix adds keys and values of each head, which latent attention does "
+                "not cache; use method prompt"
+            )
         return Prefix(cfg, self.length, rngs)
 
     def attention_shape(self, cfg: ModelConfig) -> tuple[int, int]:
