@@ -40,6 +40,13 @@ def compressed(**weights):
 LAYOUTS = {
     "blocks": ("qwen3", fine_grained(weight_block_size=[16, 8]), "_scale_inv", (16, 8), None),
     "fused": ("phi3", fine_grained(weight_block_size=[24, 16]), "_scale_inv", (24, 16), None),
+    "latent": (
+        "deepseek_v3",
+        fine_grained(weight_block_size=[16, 8]),
+        "_scale_inv",
+        (16, 8),
+        None,
+    ),
     "one": ("llama", fine_grained(weight_block_size=None), "_scale_inv", (0, 0), ()),
     "autofp8": (
         "llama",
@@ -133,9 +140,10 @@ def test_bfloat16_weights_are_rounded_once(blocks):
     np.testing.assert_array_equal(kernel[0].astype(np.float32), want)
 
 
-def test_logits_equal_those_of_transformers_dequantised_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3"])
+def test_logits_equal_those_of_transformers_dequantised_model(tmp_path, monkeypatch, kind):
     """With blocks that divide the weights; transformers accepts no others."""
-    even = ("qwen3", fine_grained(weight_block_size=[4, 4]), "_scale_inv", (4, 4), None)
+    even = (kind, fine_grained(weight_block_size=[4, 4]), "_scale_inv", (4, 4), None)
     monkeypatch.setitem(LAYOUTS, "even", even)
     quantised(tmp_path, "even")
     theirs = AutoModelForCausalLM.from_pretrained(

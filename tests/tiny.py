@@ -63,6 +63,16 @@ LATENT: dict[str, Any] = dict(
     v_head_dim=10,
     num_key_value_heads=4,
 )
+DEEPSEEK: dict[str, Any] = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=20,
+    n_shared_experts=2,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.7,
+    first_k_dense_replace=1,
+)
 
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -260,6 +270,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             mlp_bias=True,
             tie_word_embeddings=False,
         ),
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        LATENT
+        | DEEPSEEK
+        | dict(
+            q_lora_rank=20,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
+        ),
+    ),
+    "deepseek_v3 without q_lora, halves, biases": (
+        "deepseek_v3",
+        LATENT
+        | DEEPSEEK
+        | dict(
+            q_lora_rank=None,
+            rope_interleave=False,
+            attention_bias=True,
+            norm_topk_prob=False,
+            first_k_dense_replace=0,
+        ),
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        LATENT | DEEPSEEK | dict(q_lora_rank=20, mlp_layer_types=["dense"] + ["sparse"] * 3),
     ),
     "minicpm3": (
         "minicpm3",

@@ -153,6 +153,25 @@ def test_virtual_tokens_before_alternating_layers_round_trip_with_peft(tmp_path,
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("minicpm3", dict(target_modules="all-linear")),
+        ("deepseek_v3", dict(target_modules=LATENT, use_dora=True)),
+    ],
+)
+def test_lora_of_latent_attention_round_trips_with_peft_and_merges(tmp_path, name, options):
+    config = peft.LoraConfig(**options, r=4, lora_alpha=6, task_type="CAUSAL_LM")
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
+    adapted = {target.module.rpartition(".")[2] for target in ours.peft.targets}
+    assert set(LATENT) <= adapted
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
 def test_adapters_of_tied_weights_round_trip_with_peft_and_merge(tmp_path, options):
     base = base_in(tmp_path, tie_word_embeddings=True)

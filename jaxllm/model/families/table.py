@@ -346,6 +346,21 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
     ),
     "minicpm3": Family("MiniCPM3", options=LATENT + MLP_BIAS + MINICPM3),
+    "deepseek_v3": Family(
+        "DeepseekV3",
+        _SIGMOID,
+        (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
+        dense="first",
+        modules=_DEEPSEEK,
+    ),
+    "glm4_moe_lite": Family(
+        "Glm4MoeLite",
+        _SIGMOID,
+        (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
+        dense="typed",
+        modules=_DEEPSEEK,
+        scores_as=None,
+    ),
     "mixtral": Family(
         "Mixtral",
         options=_experts("num_local_experts", "intermediate_size"),
@@ -458,9 +473,12 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Model types of code on the hub, and transformers' name of the same architecture.
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
-    "latent attention": ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
+    "latent attention": ("deepseek_v2",),
     "attention sinks": ("gpt_oss",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
     "state-space layers": (
