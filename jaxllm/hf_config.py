@@ -14,7 +14,7 @@ from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
-from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.table import FAMILIES, SAME_AS
 from jaxllm.model.families.tensors import EMBED, HEAD
 from jaxllm.paths import as_path
 from jaxllm.tokenizer import generation_stop_ids
@@ -37,6 +37,10 @@ def read_config(path: str) -> dict[str, Any]:
     config = read_json(file)
     if {"objective", "optim", "data"} <= config.keys():
         raise UserError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
+    for kind, same in SAME_AS.items():
+        names = [FAMILIES[same].name + CAUSAL]
+        if config.get("model_type") == kind and config.get("architectures") == names:
+            config["model_type"] = same
     return config
 
 

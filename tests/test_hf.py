@@ -19,6 +19,7 @@ from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import hf_config, magnified
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jaxllm import files, hf
@@ -506,6 +507,38 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, change, message)
     rewrite(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         load_hf(str(tmp_path))
+
+
+def test_layers_of_multi_token_prediction_are_left_out_and_it_says_so(tmp_path, capsys):
+    theirs = magnified(hf_config("deepseek_v3"))
+    theirs.save_pretrained(tmp_path / "in")
+    rewrite(tmp_path / "in", put("model.layers.4.eh_proj.weight", torch.ones(32, 64)))
+    model = load_hf(str(tmp_path / "in"), mesh=one_device())
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.endswith(
+        "1 tensors of multi-token prediction (model.layers.4.*) are not loaded, trained or saved"
+    )
+    save_hf(model, str(tmp_path / "out"))
+    written = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert written == set(load_file(tmp_path / "in" / "model.safetensors")) - {
+        "model.layers.4.eh_proj.weight"
+    }
+    with pytest.raises(ValueError, match="has 1 unexpected ones"):
+        load_hf(str(tmp_path / "in"), overrides={"num_nextn_predict_layers": 0})
+
+
+def test_a_config_of_kimi_k2_is_read_and_saved_as_its_architecture(tmp_path):
+    magnified(hf_config("deepseek_v3")).save_pretrained(tmp_path / "in")
+    file = tmp_path / "in" / "config.json"
+    config = json.loads(file.read_text())
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    file.write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": code}))
+    save_hf(load_hf(str(tmp_path / "in"), mesh=one_device()), str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == "deepseek_v3" and "auto_map" not in written
+    file.write_text(json.dumps(config | {"model_type": "kimi_k2", "architectures": ["Other"]}))
+    with pytest.raises(ValueError, match="'kimi_k2' is not supported"):
+        load_hf(str(tmp_path / "in"))
 
 
 def test_a_fused_tensor_of_another_height_is_refused(tmp_path):
