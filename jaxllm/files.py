@@ -52,6 +52,7 @@ STORED_DTYPES = {
     "BF16": jnp.bfloat16,
     "F8_E4M3": jnp.float8_e4m3fn,
     "F8_E8M0": jnp.float8_e8m0fnu,
+    "U8": np.uint8,
 }
 MARKER = ".jaxllm.json"  # in a directory that jaxllm wrote, which it may replace
 CARD = "README.md"  # a model card, which is the user's

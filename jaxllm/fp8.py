@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads FP8 checkpoints, dequantized slice by slice; rejects every other quantized format.
+"""Reads FP8 and MXFP4 checkpoints, dequantized slice by slice; rejects other quantized formats.
 
     quantization_config                      scale of X.weight    its shape
     fp8, weight_block_size [m, n]            X.weight_scale_inv   [⌈O/m⌉, ⌈I/n⌉]
@@ -7,13 +7,14 @@
     fp8, activation_scheme alone (AutoFP8)   X.weight_scale       one number
     compressed-tensors, 8-bit float          X.weight_scale       tensor: one number, channel:
                                                                   [O, 1], block: as above
+    mxfp4                                    X_scales             of X_blocks (jaxllm/mxfp4.py)
 A weight [O, I] is its F8_E4M3 value times its scale, in float32. Scales of activations are ignored,
 because only weights are read. A layout that the config does not state is an error, never guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm import mxfp4
 from jaxllm.errors import UserError
 from jaxllm.files import STORED_DTYPES, BucketTensor, header, open_tensors
 from jaxllm.paths import is_bucket
@@ -29,7 +31,7 @@ from jaxllm.paths import is_bucket
 # Keys of config.json that describe a quantization; the second is of older compressed-tensors.
 CONFIG_KEYS = ("quantization_config", "compression_config")
 STORED = "F8_E4M3"
-DTYPES = {name: dtype for name, dtype in STORED_DTYPES.items() if name != "F64"}
+SCALE_DTYPES = [name for name in STORED_DTYPES if name not in ("F64", "U8")]
 ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale")
 # Suffixes of tensor names that occur in quantized checkpoints only.
 QUANTISED_SUFFIXES = (
@@ -40,7 +42,6 @@ FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors
 # quant_method -> how transformers dequantizes: (argument of from_pretrained, call after it).
 RECIPES = {
     "fp8": (", quantization_config=t.FineGrainedFP8Config(dequantize=True)", ""),
-    "mxfp4": (", quantization_config=t.Mxfp4Config(dequantize=True)", ""),
     "compressed-tensors": (", quantization_config=t.CompressedTensorsConfig(dequantize=True)", ""),
     "bitsandbytes": ("", ".dequantize()"),
 }
@@ -60,8 +61,11 @@ class Fp8:
         return tuple(-(-n // m) if m else 1 for n, m in zip(shape, self.block, strict=True))
 
 
+MXFP4 = Fp8(mxfp4.SCALES, (1, mxfp4.GROUP))
+
+
 def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Fp8 | None]:
-    """(config without its quantization, how the FP8 weights are stored; None = not quantized).
+    """(config without its quantization, how quantized weights are stored; None = not quantized).
 
     Raises UserError for any other format and says how to dequantize it.
     """
@@ -72,8 +76,12 @@ def split_quantization(config: dict[str, Any], folder: Path) -> tuple[dict[str, 
     stated = stated if isinstance(stated, dict) else {}
     default = "compressed-tensors" if "config_groups" in stated else "no quant_method"
     method = str(stated.get("quant_method") or default)
-    read = {"fp8": _fine_grained, "compressed-tensors": _compressed}.get(method, lambda _: None)
-    if scheme := read(stated):
+    readers: dict[str, Callable[[Any], Fp8 | None]] = {
+        "fp8": _fine_grained,
+        "compressed-tensors": _compressed,
+        "mxfp4": lambda _: MXFP4,
+    }
+    if scheme := readers.get(method, lambda _: None)(stated):
         return rest, scheme
     what = f"{folder}/config.json: the weights are quantized ({method})"
     if method == "fp8":
@@ -132,7 +140,8 @@ def unexpected(names: set[str], wanted: set[str], scheme: Fp8 | None) -> set[str
     rest = names - wanted
     if scheme is None:
         return rest
-    scales = {name + scheme.suffix for name in wanted if name.endswith(".weight")}
+    ending = "_proj" if scheme is MXFP4 else ".weight"
+    scales = {name + scheme.suffix for name in wanted if name.endswith(ending)}
     return {n for n in rest - scales if not n.endswith(ACTIVATION_SCALES)}
 
 
@@ -164,11 +173,17 @@ class Dequantised:
 Locations = Mapping[str, tuple[Path, str]]  # {tensor: (file, its name in the file)}
 
 
+def located(files: Mapping[str, Path], scheme: Fp8 | None) -> dict[str, tuple[Path, str]]:
+    """The Locations of the tensors of a checkpoint; MXFP4 weights by their own names."""
+    suffix = mxfp4.BLOCKS if scheme is MXFP4 else ""
+    return {name.removesuffix(suffix): (file, name) for name, file in files.items()}
+
+
 @contextmanager
 def opened(locations: Locations, scheme: Fp8 | None) -> Iterator[Callable[[str], Any]]:
-    """Yields `tensor(name)`: the tensor, to be read by slices, FP8 dequantized.
+    """Yields `tensor(name)`: the tensor, to be read by slices, quantized ones dequantized.
 
-    `tensor` raises UserError for an FP8 weight without a scale of the right shape.
+    `tensor` raises UserError for a quantized weight without a scale of the right shape.
     """
     with ExitStack() as stack:
         paths = sorted({file for file, _ in locations.values()})
@@ -180,6 +195,8 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
     file, stored = locations[name]
     part = files[file].get_slice(stored)
     scale = locations.get(name + scheme.suffix) if scheme else None
+    if stored == name + mxfp4.BLOCKS:
+        return _mxfp4(file, stored, scale)
     if part.get_dtype() != STORED:
         if scale:
             raise UserError(
@@ -189,7 +206,8 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
     if scheme is None or scale is None:
         lacks = f"the checkpoint has no {name}{scheme.suffix}" if scheme else f"no {CONFIG_KEYS[0]}"
         raise UserError(f"{file}: {name} is stored as {STORED}, quantized, but {lacks}")
-    weight, values = _mapped(file, stored), np.asarray(_mapped(*scale)[...], np.float32)
+    weight = _mapped(file, stored, [STORED])
+    values = np.asarray(_mapped(*scale, SCALE_DTYPES)[...], np.float32)
     want = scheme.grid(weight.shape) if weight.ndim == 2 else None
     if want is None or (values.shape != want and not values.size == int(np.prod(want)) == 1):
         raise UserError(
@@ -199,17 +217,29 @@ def _tensor(files: dict[Path, Any], locations: Locations, scheme: Fp8 | None, na
     return Dequantised(weight, values.reshape(want), scheme.block)
 
 
-def _mapped(file: Path, name: str) -> Any:
+def _mxfp4(file: Path, stored: str, scale: tuple[Path, str] | None) -> mxfp4.Mxfp4:
+    if scale is None:
+        wanted = stored.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES
+        raise UserError(f"{file}: {stored} is quantized, but the checkpoint has no {wanted}")
+    blocks, scales = _mapped(file, stored, [mxfp4.STORED]), _mapped(*scale, [mxfp4.STORED])
+    if blocks.ndim != 4 or blocks.shape[3] != mxfp4.GROUP // 2 or scales.shape != blocks.shape[:3]:
+        raise UserError(
+            f"{file}: {stored} has shape {blocks.shape} and its scales {scales.shape}; MXFP4 has "
+            "[experts, outputs, groups, 16] and [experts, outputs, groups]"
+        )
+    return mxfp4.Mxfp4(blocks, scales)
+
+
+def _mapped(file: Path, name: str, dtypes: Sequence[str]) -> Any:
     """A memory-mapped tensor, or one in a bucket. safe_open cannot return FP8, which NumPy does not
-    have."""
+    have. Raises UserError unless it has one of the dtypes."""
     start, tensors = header(file)
     entry = tensors[name]
-    if entry["dtype"] not in DTYPES:
-        raise UserError(
-            f"{file}: {name} is stored as {entry['dtype']}; that cannot be a scale of {STORED}"
-        )
+    if entry["dtype"] not in dtypes:
+        known = " or ".join(dtypes)
+        raise UserError(f"{file}: {name} is stored as {entry['dtype']}, not {known}")
     if is_bucket(file):
         return BucketTensor(file, start, entry)
     first, end = entry["data_offsets"]
     data = np.memmap(file, np.uint8, "r", start + first, (end - first,))
-    return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return data.view(STORED_DTYPES[entry["dtype"]]).reshape(entry["shape"])

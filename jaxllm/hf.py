@@ -122,22 +122,31 @@ def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
-    """Raises UserError unless `part` holds floats of our `shape`, or of `fused` rows if ours are
+    """Raises UserError unless `part` holds floats of our `shape`, or of `fused` outputs if ours are
     some of them."""
-    want = _swapped(shape) if key.transpose else shape
-    want = (fused, *want[1:]) if key.rows else (1,) * key.lead + want
-    if tuple(part.get_shape()) != want:
-        raise UserError(f"{name} has shape {tuple(part.get_shape())}; the config asks for {want}")
+    want = list(_swapped(shape) if key.transpose else (1,) * key.lead + shape)
+    if key.part:
+        want[key.out_dim] = fused
+    if list(part.get_shape()) != want:
+        seen = tuple(part.get_shape())
+        raise UserError(f"{name} has shape {seen}; the config asks for {tuple(want)}")
     if part.get_dtype() not in READABLE:
         raise UserError(f"{name} is stored as {part.get_dtype()}, quantized and not supported")
+
+
+def _within(key: Key, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Where a slice of a part of a fused tensor is in the tensor."""
+    assert key.part is not None
+    outputs = key.part[index[key.out_dim]]
+    found = list(index)
+    found[key.out_dim] = slice(outputs[0], outputs[-1] + 1, outputs.step)
+    return tuple(found)
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
     index = _swapped(index) if key.transpose else index
-    if key.rows is not None:
-        start, stop, _ = index[0].indices(key.rows[1] - key.rows[0])
-        index = (slice(key.rows[0] + start, key.rows[0] + stop), *index[1:])
+    index = index if key.part is None else _within(key, index)
     value = part[0, *index] if key.lead else part[index]
     return value.swapaxes(-1, -2) if key.transpose else value
 
@@ -147,7 +156,7 @@ def _read_shards(
 ) -> list[np.ndarray]:
     """Slices of a weight, in the dtype of `like`. parts: its tensors, in order.
 
-    All slices of one tensor are read before the next one is.
+    All slices of one tensor are read before the next one is; those of experts one by one.
     """
     stack = np.arange(len(parts)).reshape(like.shape[: key.stacked])
     outs, reads = [], []
@@ -157,7 +166,12 @@ def _read_shards(
         wanted = stack[*index[: key.stacked], ...]
         reads += [(i, len(outs) - 1, at) for at, i in np.ndenumerate(wanted)]
     for i, which, at in sorted(reads):
-        outs[which][at] = _read(parts[i], key, indices[which][key.stacked :])
+        first, *rest = indices[which][key.stacked :]
+        if len(rest) < 2:
+            outs[which][at] = _read(parts[i], key, (first, *rest))
+            continue
+        for n, expert in enumerate(range(*first.indices(like.shape[key.stacked]))):
+            outs[which][at][n] = _read(parts[i], key, (slice(expert, expert + 1), *rest))[0]
     return outs
 
 
@@ -173,8 +187,9 @@ def _read_weights(
     keys = {tuple(key.path.split(".")): key for key in key_table(model.cfg)}
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     assert keys.keys() == weights.keys()
-    # The last part of a fused tensor ends where the tensor does.
-    fused = {key.name: key.rows[1] for key in keys.values() if key.rows}
+    fused: dict[str, int] = {}  # outputs of each fused tensor
+    for key in keys.values():
+        fused[key.name] = fused.get(key.name, 0) + len(key.part or ())
     with fp8.opened(locations, scheme) as tensor:
         parts = {}
         for path, key in keys.items():  # all of them, before the first is allocated
@@ -236,13 +251,15 @@ def load_hf(
     folder, saved = local_dir(path), {n: adapter_files.find(one) for n, one in named.items()}
     scores, overrides = scores or adapter_files.is_reward(saved), overrides or {}
     config, scheme = source_config(str(folder), overrides, scores=scores)
+    if scheme is not None:
+        dist.say(f"{path}: quantized weights are read as {dtype} and saved without quantization")
     cfg = from_hf(config)
     if saved and not peft.frozen:
         peft = adapter_files.read_adapter(cfg, saved)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
-    locations = {name: (file, name) for name, file in tensor_files(folder).items()}
+    locations = fp8.located(tensor_files(folder), scheme)
     if cfg.tie_embeddings and EMBED not in locations and HEAD in locations:
         locations[EMBED] = locations.pop(HEAD)
     elif overrides.get("tie_word_embeddings") is False and EMBED in locations:
@@ -375,6 +392,8 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
         shapes = [a.shape[key.stacked :] for a in arrays]
         shapes = [_swapped(s) if key.transpose else (1,) * key.lead + s for s in shapes]
+        shape = list(shapes[0])
+        shape[key.out_dim] = sum(s[key.out_dim] for s in shapes)
 
         def read(process: int = 0) -> np.ndarray | None:
             host = dist.gather([a[at] for a in arrays] if at else arrays, process)
@@ -382,9 +401,14 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
                 return None
             host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
             host = [x[None] for x in host] if key.lead else host
-            return np.ascontiguousarray(host[0] if len(host) == 1 else np.concatenate(host))
+            if len(host) == 1:
+                return np.ascontiguousarray(host[0])
+            whole, everything = np.empty(shape, host[0].dtype), (slice(None),) * len(shape)
+            for part, x in zip(parts, host, strict=True):
+                whole[_within(part, everything)] = x
+            return whole
 
-        return Tensor(name, (sum(s[0] for s in shapes), *shapes[0][1:]), read)
+        return Tensor(name, tuple(shape), read)
 
     tensors = []
     for parts in fused.values():

@@ -28,7 +28,9 @@ from jaxllm.peft import METHODS
 DECAYED = {
     "kernel": True,
     "router": True,
+    "router_bias": False,
     "choice_bias": False,
+    "sinks": False,
     "embedding": True,
     "scale": False,
     "shift": False,

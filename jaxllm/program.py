@@ -127,6 +127,7 @@ class Program:
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
+        facts["sinks"] = self.shape.sinks
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         facts |= {"mixed_windows": len({kind.window for kind in self.shape.kinds_by_layer}) > 1}
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]

@@ -35,7 +35,7 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("llama", "gemma2", "qwen3", "phi3", "cohere2", "starcoder2", "qwen2_moe", "minimax_m2"),
-        *("glm4_moe", "ernie4_5_moe", "qwen2_moe some dense", "hunyuan_v1_dense"),
+        *("glm4_moe", "ernie4_5_moe", "qwen2_moe some dense", "hunyuan_v1_dense", "gpt_oss"),
     ),
     "test_stacks_on_a_mesh_equal_those_of_one_device": (
         *("first-fsdp 8", "periods-data 2 x fsdp 2 x tensor 2"),

@@ -439,6 +439,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5),
         ),
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(
+            head_dim=24,
+            intermediate_size=20,
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=5,
+            swiglu_limit=1.5,  # near the standard deviation, so that it matters
+            rope_parameters=YARN | dict(truncate=False, original_max_position_embeddings=16),
+        ),
+    ),
+    "gpt_oss no biases, tied": (
+        "gpt_oss",
+        dict(
+            head_dim=8,
+            intermediate_size=20,
+            num_local_experts=6,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+            sliding_window=9,
+            swiglu_limit=0.8,
+            swiglu_alpha=1.1,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
 }
 
 
@@ -461,6 +488,8 @@ def magnified(config: dict[str, Any]) -> Any:
             if "norm" in path:
                 around = 0.0 if "gemma" in kind or kind == "nemotron" else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
+            elif path.endswith("sinks"):
+                weight.copy_(2.0 * noise)
             elif path.endswith("bias"):
                 weight.copy_(0.5 * noise)
             else:

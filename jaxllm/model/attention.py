@@ -34,6 +34,9 @@ class Attention(nnx.Module):
         self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV))
         self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
         self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
+        if cfg.sinks:
+            drawn = jax.random.normal(rngs.params(), cfg.num_heads) * cfg.initializer_range
+            self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"
             self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)
@@ -74,6 +77,7 @@ class Attention(nnx.Module):
             window=ctx.window,
             softcap=self.cfg.attention_softcap,
             scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
+            sinks=self.sinks[...] if self.cfg.sinks else None,
             kernel=ctx.kernel,
         )
         return self.o(out_BTHK.reshape(*x_BTD.shape[:2], -1), ctx), past

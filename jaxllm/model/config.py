@@ -69,6 +69,11 @@ class Experts:
     top_groups: int = 1
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
+    bias: bool = False  # the router and the matrices of the experts have biases
+    # (up + 1) · gate · sigmoid(alpha · gate) of gate and up clamped to the limit, in place of
+    # act(gate) · up; limit 0 = not clamped.
+    limit: float = 0.0
+    alpha: float = 1.702
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full", "rotated"] = "none"
     qkv_bias: bool = False
     o_bias: bool = False
+    sinks: bool = False  # each head has a learned score of no key, which adds to its softmax's sum
     mlp_bias: bool = False
     gated_mlp: bool = True  # down(act(gate x) · up x); False: down(act(up x))
     activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"

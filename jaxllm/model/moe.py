@@ -58,13 +58,16 @@ def route(
 
 
 class Kernels(nnx.Module):
-    """The matrices of all experts, [E, I, O]."""
+    """The matrices of all experts, [E, I, O], and their biases [E, O]."""
 
     def __init__(
         self, cfg: ModelConfig, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any, rngs: Any
     ):
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+        zeros = jnp.zeros((shape[0], shape[2]), dtype)
+        biased = cfg.experts is not None and cfg.experts.bias
+        self.bias = nnx.Param(zeros, axes=(axes[0], axes[2])) if biased else None
 
 
 class MoE(nnx.Module):
@@ -78,6 +81,8 @@ class MoE(nnx.Module):
         router = jax.random.normal(rngs.params(), (D, E)) * cfg.initializer_range
         self.router = nnx.Param(router.astype(dtype), axes=("embed", "router"))
         self.choice_bias = nnx.Param(jnp.zeros(E), axes=("router",)) if experts.has_bias else None
+        zeros = jnp.zeros(E, dtype)
+        self.router_bias = nnx.Param(zeros, axes=("router",)) if experts.bias else None
         self.gate = Kernels(cfg, UP, (E, D, F), dtype, rngs)
         self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
         self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
@@ -100,6 +105,9 @@ class MoE(nnx.Module):
             raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
         bias = None if self.choice_bias is None else self.choice_bias[...]
         kernels = {n: getattr(self, n).kernel.get_value() for n in ("gate", "up", "down")}
+        if self.router_bias is not None:
+            kernels |= {f"{n}_bias": getattr(self, n).bias[...] for n in ("gate", "up", "down")}
+            kernels["router_bias"] = self.router_bias[...]
         y_BTD = over_mesh(partial(routed, self.cfg), x_BTD, self.router[...], bias, kernels)
         if self.shared is None:
             return y_BTD
@@ -117,13 +125,30 @@ def routed(
     assert experts is not None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     logits_NE = product(x_ND, router_DE.astype(x_ND.dtype), (1, 0), jnp.float32)
+    if "router_bias" in kernels:
+        logits_NE = logits_NE + kernels["router_bias"].astype(jnp.float32)
     weights_NC, chosen_NC = route(logits_NE, bias_E, experts)
     order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
     rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
-    gate, up = (saveable(grouped(rows, kernels[n], sizes), "dot") for n in ("gate", "up"))
-    out = saveable(grouped(activation(gate) * up, kernels["down"], sizes), "dot")
+
+    def linear(rows: jax.Array, name: str) -> jax.Array:
+        y = saveable(grouped(rows, kernels[name], sizes), "dot")
+        if (bias_EO := kernels.get(f"{name}_bias")) is None:
+            return y
+        # In float32, in which the gradients of an expert's rows are then added.
+        bias = bias_EO.astype(jnp.float32)[chosen_NC.ravel()[order]]
+        return (y + bias).astype(y.dtype)
+
+    gate, up = linear(rows, "gate"), linear(rows, "up")
+    hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
+    out = linear(hidden, "down")
     out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
     return jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+
+
+def clamped(gate: jax.Array, up: jax.Array, experts: Experts) -> jax.Array:
+    gate, up = jnp.minimum(gate, experts.limit), jnp.clip(up, -experts.limit, experts.limit)
+    return (up + 1) * gate * jax.nn.sigmoid(experts.alpha * gate)
 
 
 def over_mesh(
@@ -137,22 +162,28 @@ def over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or all(mesh.shape[a] == 1 for a in automatic_axes()):
         return run(x_BTD, router_DE, bias_E, kernels)
-    axes = {"gate": UP, "up": UP, "down": DOWN}
+    axes: dict[str, tuple[str, ...]] = {"gate": UP, "up": UP, "down": DOWN}
+    axes |= {f"{n}_bias": (dims[0], dims[2]) for n, dims in axes.items()}
+    axes["router_bias"] = ("router",)
     specs = {
         n: jax.tree.map(lambda leaf, n=n: spec(axes[n], leaf.shape, mesh, drop="fsdp"), w)
         for n, w in kernels.items()
     }
     stream, whole = stream_specs(x_BTD.shape)
-    parts = [s[axes[n].index("mlp")] for n in specs for s in jax.tree.leaves(specs[n])]
+    features = [n for n in specs if "mlp" in axes[n]]
+    parts = [s[axes[n].index("mlp")] for n in features for s in jax.tree.leaves(specs[n])]
     split = all(part == ("tensor",) for part in parts)
     if not split:  # e.g. the scales of a quantized weight do not divide
         stream, specs = whole, P()
     by_sequence = stream[1] != whole[1]
 
-    def own(x_BTD: jax.Array, *weights: Any) -> jax.Array:
+    def own(x_BTD: jax.Array, router_DE: Any, bias_E: Any, kernels: dict[str, Any]) -> jax.Array:
+        if split and "down_bias" in kernels:  # one device of those whose outputs are added has it
+            first = lax.axis_index("tensor") == 0
+            kernels = kernels | {"down_bias": jnp.where(first, kernels["down_bias"], 0)}
         if by_sequence:
             x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
-        y_BTD = run(x_BTD, *weights)
+        y_BTD = run(x_BTD, router_DE, bias_E, kernels)
         if by_sequence:
             return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
         return lax.psum(y_BTD, "tensor") if split else y_BTD

@@ -43,7 +43,8 @@ def _splash(q, k, v, q_segments, k_segments, _, **options) -> jax.Array:
 
 
 def _tokamax(name: str) -> Callable[..., jax.Array]:
-    def run(q, k, v, segments, _, __, *, offset, **options) -> jax.Array:
+    def run(q, k, v, segments, _, __, *, offset, sinks, **options) -> jax.Array:
+        assert sinks is None
         return gpu.run(name, q, k, v, segments, **options)
 
     return run
@@ -69,7 +70,8 @@ def choose(kernel: str, **facts: Any) -> tuple[str, str]:
     """(kernel to run, why it is not a faster one) for a value of model.attention.
 
     facts, where known: dtype of q; softcap; head_dims of (q, v); prefix, True if keys precede each
-    text; length of a row; mixed_windows, True if layers of one scan have different windows.
+    text; length of a row; mixed_windows, True if layers of one scan have different windows; sinks,
+    True if each head has one.
 
     "auto" is the first of KERNELS that is the fastest measured on the platform and can run, else
     xla: `attention_blocks`. Raises UserError for a requested kernel that cannot run.
@@ -112,6 +114,7 @@ def attention(
     window: jax.Array | int | None = None,
     softcap: float = 0.0,
     scale: float,
+    sinks: jax.Array | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """softmax(softcap(scale q·k)) v under the mask of `attention_mask.visible`, [B, T, H, V].
@@ -126,34 +129,36 @@ def attention(
       offset: index of the first query among the keys.
       window: number of keys that a query sees at most, an int or int32 scalar; None = all.
       softcap: scores are within (-softcap, softcap); 0 = unbounded.
+      sinks: [H], for each head a score of no key, which adds to the sum of its softmax alone.
       kernel: auto | xla | splash | mosaic | triton, as `choose` describes.
 
     Raises UserError if `kernel` cannot run here.
     """
     T, S = q_BTHK.shape[1], k_BNSK.shape[2]
     options: dict[str, Any] = dict(scale=scale, softcap=softcap)
+    given: dict[str, Any] = dict(window=window, sinks=sinks)  # may be arrays
     own = k_segments is None
     inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
     if own:
         length = T * context_shards()
         facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=length)
-        facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]))
+        facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]), sinks=sinks is not None)
         name, _ = choose(kernel, mixed_windows=isinstance(window, jax.Array), **facts)
         for row in KERNELS:
             if row.name == name:
-                return _per_shard(partial(row.run, **options), *inputs, offset=0, window=window)
+                return _per_shard(partial(row.run, **options), *inputs, offset=0, **given)
     if not (isinstance(offset, int) and T + offset == S):
         # A cache of unknown length, or one with empty slots, is read in one block.
-        return blocks.attend(*inputs, size=T, offset=offset, window=window, **options)
+        return blocks.attend(*inputs, size=T, offset=offset, **given, **options)
 
-    def in_blocks(q, *others, offset, window) -> jax.Array:
+    def in_blocks(q, *others, offset, **given) -> jax.Array:
         parts = 1 if isinstance(offset, int) else offset.size
         size = blocks.block_size(q.shape[1] // parts)
-        return blocks.attend(q, *others, size=size, offset=offset, window=window, **options)
+        return blocks.attend(q, *others, size=size, offset=offset, **given, **options)
 
     if blocks.block_size(T) == T and context_shards() == 1 and not context_splits(T):
-        return in_blocks(*inputs, offset=offset, window=window)
-    return _per_shard(in_blocks, *inputs, offset=offset, window=window)
+        return in_blocks(*inputs, offset=offset, **given)
+    return _per_shard(in_blocks, *inputs, offset=offset, **given)
 
 
 def _shards(axis: str) -> int:
@@ -172,26 +177,27 @@ def _per_shard(
     q_positions,
     *,
     offset: int,
-    window: Any,
+    **given: Any,
 ) -> jax.Array:
     """`attend`, with these arguments, on each device's own rows and heads.
 
     A kernel cannot be partitioned by XLA, and the list of visible blocks needs no other device's
-    rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]. Inside, all mesh axes are
-    manual, also those that are not yet in a shard_map around it: rows are split along data and
-    fsdp, heads along tensor where both H and N divide, queries and keys along context where T
-    divides, and everything else is replicated. Only context communicates (`attention_context`).
+    rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]; given: window and sinks.
+    Inside, all mesh axes are manual, also those that are not yet in a shard_map around it: rows are
+    split along data and fsdp, heads along tensor where both H and N divide, queries and keys along
+    context where T divides, and everything else is replicated. Only context communicates
+    (`attention_context`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if context_splits(q.shape[1]):
         split = context.split(partial(_per_shard, attend))
-        return split(q, k, v, q_segments, k_segments, q_positions, offset=offset, window=window)
+        return split(q, k, v, q_segments, k_segments, q_positions, offset=offset, **given)
     if context_shards() > 1:
         attend = context.attend_split(attend)
     free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     if mesh.size <= 1 or not free:
         tokens = q_segments, k_segments, q_positions
-        return attend(q, k, v, *tokens, offset=offset, window=window)
+        return attend(q, k, v, *tokens, offset=offset, **given)
     parts, (B, _, H, _), N = _shards("tensor"), q.shape, k.shape[1]
     if H % parts == 0 and N % parts and parts % N == 0:  # several devices share a key/value head
         k, v = (jnp.repeat(x, parts // N, axis=1) for x in (k, v))
@@ -203,20 +209,18 @@ def _per_shard(
     rows = tuple(a for a in free if a in split or mesh.shape[a] == 1 and a != heads)
     q_spec, kv_spec, token_spec = P(rows, None, heads), P(rows, heads), P(rows)
     inputs = (q, k, v, q_segments, k_segments, q_positions)
-    specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3)
-    local = partial(attend, offset=offset)
-    if isinstance(window, jax.Array):  # a nested shard_map does not capture arrays
+    arrays = context.arrays_of(given)
+    array_specs = {n: P(heads) if n == "sinks" else P() for n in arrays}
+    specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3, array_specs)
 
-        def run(*inputs) -> Any:
-            return local(*inputs[:-1], window=inputs[-1])
+    def run(*inputs) -> Any:
+        *inputs, arrays = inputs
+        return attend(*inputs, offset=offset, **given | arrays)
 
-        inputs, specs = (*inputs, window), (*specs, P())
-    else:
-        run = partial(local, window=window)
     # check_vma=False: Pallas kernels do not declare along which axes their results vary.
     axes = frozenset(free)
     mapped = jax.shard_map(run, in_specs=specs, out_specs=q_spec, axis_names=axes, check_vma=False)
-    return mapped(*inputs)
+    return mapped(*inputs, arrays)
 
 
 def notes(mesh: Mesh, kernel: str, **facts: Any) -> list[str]:

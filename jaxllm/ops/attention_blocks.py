@@ -49,6 +49,7 @@ def attend(
     *,
     size: int,
     offset: Any,
+    sinks: jax.Array | None = None,
     **options,
 ) -> jax.Array:
     """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T.
@@ -71,8 +72,9 @@ def attend(
         queries(q_positions, 1),
         ((parts + size * jnp.arange(len(q) // len(parts))).ravel(), jnp.asarray(-front)),
     )
+    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(N, -1, 1, 1)
     # [n, B, N, G, size, V]
-    out: Any = _attend(q, k, v, where, aligned=isinstance(offset, int), **options)
+    out: Any = _attend(q, k, v, sinks, where, aligned=isinstance(offset, int), **options)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -121,15 +123,15 @@ def _merged(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q, k, v, where, window: Any, scale: float, softcap: float, aligned: bool) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool) -> Any:
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
 
-    where: segments of queries [n, B, T] and keys [m, B, S], positions [n, B, T], and the indices of
-    the first query of each block [n] and of the first key. window: an int32 scalar or None.
-    aligned: as in `_visible_pairs`.
+    sinks: float32 [N, G, 1, 1], or None. where: segments of queries [n, B, T] and keys [m, B, S],
+    positions [n, B, T], and the indices of the first query of each block [n] and of the first key.
+    window: an int32 scalar or None. aligned: as in `_visible_pairs`.
     """
-    return _forward(q, k, v, where, window, scale, softcap, aligned)[0]
+    return _forward(q, k, v, sinks, where, window, scale, softcap, aligned)[0]
 
 
 def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
@@ -153,7 +155,7 @@ def _over_pairs(visit: Any, sums: Any, *pairs: Any) -> Any:
     return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, where, window: Any, scale: float, softcap: float, aligned: bool):
+def _forward(q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool):
     shape = (*q.shape[:-1], v.shape[-1])  # [n, B, N, G, T, V]
 
     def one_pair(i: Any, j: Any) -> tuple[jax.Array, ...]:
@@ -179,13 +181,17 @@ def _forward(q, k, v, where, window: Any, scale: float, softcap: float, aligned:
         zeros = jnp.zeros((*shape[:-1], 1), jnp.float32)
         start = (zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
         top, total, weighted = _over_pairs(visit, start, where, window, aligned)
+    if sinks is not None:  # one more score, whose value is 0
+        old, top = top, jnp.maximum(top, sinks)
+        keep = jnp.exp(old - top)
+        total, weighted = keep * total + jnp.exp(sinks - top), keep * weighted
     out = saveable_in_vjp((weighted / total).astype(v.dtype), "attention")
     lse = saveable_in_vjp((jnp.log(total) + top)[..., 0], "attention")
-    return out, (q, k, v, where, window, out, lse)
+    return out, (q, k, v, sinks, where, window, out, lse)
 
 
 def _backward(scale: float, softcap: float, aligned: bool, saved, g):
-    q, k, v, where, window, out, lse = saved
+    q, k, v, sinks, where, window, out, lse = saved
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
@@ -211,7 +217,10 @@ def _backward(scale: float, softcap: float, aligned: bool, saved, g):
         sums = visit(0, 0, sums)
     else:
         sums = _over_pairs(visit, tuple(sums), where, window, aligned)
-    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), None, None
+    if sinks is not None:
+        slope = -jnp.exp(sinks - lse[..., None]) * inner[..., None]
+        sinks = jnp.sum(slope, (0, 1, 4), keepdims=True)[0, 0]
+    return *(d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True)), sinks, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -65,23 +65,27 @@ def _all_keys(x: jax.Array, before: int, axis: int) -> jax.Array:
     return jnp.concatenate([front, lax.all_gather(own, AXIS, axis=axis, tiled=True)], axis)
 
 
+def arrays_of(given: dict[str, Any]) -> dict[str, jax.Array]:
+    """Those that are arrays, which a nested shard_map does not capture."""
+    return {name: x for name, x in given.items() if isinstance(x, jax.Array)}
+
+
 def split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`attend` in a shard_map over the axis: a device has a part of the queries, and of the keys
     after the first `offset` ones, which all devices have. The offset is static."""
 
-    def run(q, k, v, q_segments, k_segments, q_positions, *, offset: int, window: Any) -> Any:
+    def run(q, k, v, q_segments, k_segments, q_positions, *, offset: int, **given: Any) -> Any:
         dims = (2, 2, 1)
         pairs = [jnp.split(x, [offset], d) for x, d in zip((k, v, k_segments), dims, strict=True)]
         before, own = zip(*pairs, strict=True)
-        traced = isinstance(window, jax.Array)
 
-        def local(queries: Any, keys: Any, segments: Any, before: Any, given: Any) -> Any:
+        def local(queries: Any, keys: Any, segments: Any, before: Any, arrays: Any) -> Any:
             own = (*keys, segments)
             joined = [jnp.concatenate(x, d) for *x, d in zip(before, own, dims, strict=True)]
             k, v, k_segments = joined
             q, *tokens = queries
-            seen = given if traced else window
-            return attend(q, k, v, tokens[0], k_segments, tokens[1], offset=offset, window=seen)
+            tokens = tokens[0], k_segments, tokens[1]
+            return attend(q, k, v, *tokens, offset=offset, **given | arrays)
 
         length = P(None, AXIS)
         mapped = jax.shard_map(
@@ -92,7 +96,7 @@ def split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             check_vma=False,
         )
         queries = (q, q_segments, q_positions)
-        return mapped(queries, own[:2], own[2], before, window if traced else None)
+        return mapped(queries, own[:2], own[2], before, arrays_of(given))
 
     return run
 
@@ -100,7 +104,7 @@ def split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def attend_split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`attend` for rows that are split along the axis, which is manual; see `split`."""
 
-    def local(q, k, v, q_segments, k_segments, q_positions, *, offset: int, window: Any) -> Any:
+    def local(q, k, v, q_segments, k_segments, q_positions, *, offset: int, **given: Any) -> Any:
         k, v = (_all_keys(x, offset, 2) for x in (k, v))
         k_segments = _all_keys(k_segments, offset, 1)
         shards = lax.axis_size(AXIS)
@@ -110,7 +114,7 @@ def attend_split(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             queries = [_exchanged(x, back=False) for x in queries]
         q, q_segments, q_positions = queries
         first = jnp.asarray(table)[lax.axis_index(AXIS)]
-        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first, window=window)
+        out = attend(q, k, v, q_segments, k_segments, q_positions, offset=first, **given)
         return _exchanged(out, back=True) if zigzag else out
 
     return local

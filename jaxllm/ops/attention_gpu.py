@@ -39,6 +39,7 @@ def obstacle(
     head_dims: tuple[int, int] = (0, 0),
     prefix: bool = False,
     context: int = 1,
+    sinks: bool = False,
     soft_caps: bool = True,
     **_: Any,
 ) -> str:
@@ -61,6 +62,8 @@ def obstacle(
         return "it has no soft cap, and this model has one"
     if head_dims[0] != head_dims[1]:
         return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
+    if sinks:
+        return "it has no attention sinks, and this model has them"
     if context > 1:
         return "mesh.context splits the rows"
     return "keys of a prefix precede each text" if prefix else ""

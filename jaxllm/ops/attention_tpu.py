@@ -12,7 +12,7 @@ V head_dim of values; n and m numbers of blocks of queries and keys.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -106,20 +106,27 @@ def _mask_info(seen: jax.Array, q_sequence: jax.Array, by_keys: bool) -> Any:
     )
 
 
-@jax.custom_vjp
-def _attend(kernel: Any, segments: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """kernel(q, k, v) of each row."""
-    return jax.vmap(kernel)(q, k, v, segments)
+def _each_row(kernel: Any, segments: Any, q, k, v, sinks: Any) -> jax.Array:
+    """kernel(q, k, v) of each row; sinks [H] or None."""
+    return jax.vmap(kernel, (0, 0, 0, 0, None))(q, k, v, segments, sinks)
+
+
+_attend = jax.custom_vjp(_each_row)
 
 
 def _attend_forward(kernel: Any, segments: Any, *inputs: jax.Array) -> Any:
     # The kernel repeats each log-sum-exp 128 times. The barrier keeps one of each from here on;
     # XLA would keep all until the backward pass.
-    out = jax.vjp(lambda *inputs: jax.vmap(kernel)(*inputs, segments), *inputs)
+    out = jax.vjp(partial(_each_row, kernel, segments), *inputs)
     return lax.optimization_barrier(out)
 
 
-_attend.defvjp(_attend_forward, lambda pull, g: (None, None, *pull(g)))
+def _attend_backward(pull: Any, g: jax.Array) -> Any:
+    *inputs, sinks = pull(g)
+    return None, None, *inputs, None if sinks is None else sinks.astype(jnp.float32)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def run(
@@ -133,6 +140,7 @@ def run(
     scale: float,
     window: Any,
     softcap: float,
+    sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of tokens to the keys of their own segments, [B, T, H, V].
@@ -191,5 +199,6 @@ def run(
         mask_function=_packed_mask if traced else _mask(window),
         interpret=interpret,
     )
-    out = _attend(kernel, splash.SegmentIds(q_segments, k_segments), q, k, v)
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    out = _attend(kernel, splash.SegmentIds(q_segments, k_segments), q, k, v, sinks)
     return out[:, :, :T].swapaxes(1, 2)

@@ -65,10 +65,10 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
     for key in key_table(cfg):
         path, _, leaf = key.path.rpartition(".")
         module = key.name.removesuffix(".weight")
-        if key.rows:  # a part of a fused tensor
+        if key.part:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
         # Experts are parameters in transformers 5; peft has another key for them.
-        left_out = "{expert}" in key.name or key.path in score_paths(cfg)
+        left_out = ".experts." in key.name or key.path in score_paths(cfg)
         if leaf in ("kernel", "embedding") and not left_out:
             modules[path] = module
     return modules

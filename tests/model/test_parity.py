@@ -55,7 +55,7 @@ from jaxllm.sampling import Sampling, generate
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
 LONGER += ["qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2", "qwen2_moe some dense", "glm4_moe"]
-LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_moe"]
+LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_moe", "gpt_oss"]
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
 
 
@@ -179,7 +179,7 @@ def decoded(model: Decoder, tokens: np.ndarray, prompt: int, slots: int) -> np.n
 DECODED = ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "ministral3", "olmo3"]
 DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "qwen3_moe"]
 DECODED += ["qwen2_moe some dense", "glm4_moe", "dots1", "ernie4_5_moe intervals, tied"]
-DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3"]
+DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss"]
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -190,7 +190,10 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
     np.testing.assert_allclose(got, torch_logits(theirs, tokens), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
+
+
+@pytest.mark.parametrize("name", GREEDY)
 def test_24_greedy_tokens_of_a_ragged_batch_equal_transformers(pair, name):
     theirs, ours = pair(name)
     prompts = [some_tokens()[0, :n].tolist() for n in (11, 4, 1)]

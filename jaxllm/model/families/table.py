@@ -81,6 +81,12 @@ def _biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
 
+def _positive(value: float) -> float:
+    if not value > 0:
+        raise UserError(f"swiglu_limit is {seen(value)}; it must be positive")
+    return value
+
+
 # An option of a family takes the place of the shared one with the same field.
 SHARED = (
     Option("vocab_size", "vocab_size"),
@@ -204,7 +210,8 @@ class Family:
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
-    fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are.
+    fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
+      "experts" if those of all experts are one tensor, columns of gate and up in turn.
     modules: HF names of modules that are named otherwise than in Llama.
     refused: HF keys that must be empty, each with the reason.
     """
@@ -471,6 +478,20 @@ FAMILIES: dict[str, Family] = {
         modules=_MIXTRAL,
         scores_as=None,
     ),
+    # Its softmax over the chosen experts' logits is that over all, renormalised.
+    "gpt_oss": Family(
+        "GptOss",
+        {"sinks": True, "experts.bias": True},
+        (
+            *_experts("num_local_experts", "intermediate_size"),
+            Option("experts.limit", "swiglu_limit", _positive),
+            Option("experts.alpha", "swiglu_alpha"),
+            *ATTENTION_BIAS,
+        ),
+        window="typed",
+        fused=("experts",),
+        modules={"mlp.router": "mlp.router"},
+    ),
 }
 
 # Model types of code on the hub, and transformers' name of the same architecture.
@@ -479,7 +500,6 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "latent attention": ("deepseek_v2",),
-    "attention sinks": ("gpt_oss",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
     "state-space layers": (
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),

@@ -34,15 +34,20 @@ class Key:
 
     path: of the weight, dotted. name: of the tensors; each index in it (`{layers}`) is a
     leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
-    rows: the weight is this range of a fused tensor's out dim. lead: the tensor has a leading dim
-    of size 1, which the weight lacks.
+    part: the outputs of a fused tensor that are the weight's. lead: the tensor has a leading dim of
+    size 1, which the weight lacks.
     """
 
     path: str
     name: str
     transpose: bool = False
-    rows: tuple[int, int] | None = None
+    part: range | None = None
     lead: bool = False
+
+    @property
+    def out_dim(self) -> int:
+        """The dim of a tensor that counts outputs."""
+        return -2 if self.transpose else -1
 
     @property
     def stacked(self) -> int:
@@ -90,11 +95,11 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     family, layer, keys = FAMILIES[cfg.family], f"model.layers.{{{stack}}}.", list[Key]()
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
-    def linear(path: str, name: str, bias: bool, rows: tuple[int, int] | None = None) -> None:
+    def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
         name = family.modules.get(path, name)
-        keys.append(Key(f"{stack}.{path}.kernel", f"{layer}{name}.weight", True, rows))
+        keys.append(Key(f"{stack}.{path}.kernel", f"{layer}{name}.weight", True, part))
         if bias:
-            keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, rows))
+            keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, part))
 
     if cfg.latent is not None:
         if cfg.latent.q_rank:
@@ -105,8 +110,9 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
         linear("attn.kv_b", "self_attn.kv_b_proj", False)
     elif "qkv" in family.fused:
-        for part, rows in (("q", (0, Q)), ("k", (Q, Q + KV)), ("v", (Q + KV, Q + 2 * KV))):
-            linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, rows)
+        ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
+        for part, outputs in ends:
+            linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
     else:
         for part in "qkv":
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
@@ -118,21 +124,33 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             name = family.modules["mlp.choice_bias"]
             lead = "moe_statics" in name  # Ernie's [1, E]
             keys.append(Key(f"{stack}.mlp.choice_bias", layer + name, lead=lead))
-        for part in ("gate", "up", "down"):
+        if experts.bias:
+            keys.append(Key(f"{stack}.mlp.router_bias", f"{layer}{router}.bias"))
+        for part in ("gate", "up", "down") if "experts" not in family.fused else ():
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
+        if "experts" in family.fused:  # [experts, in, out]
+            F = experts.size
+            turns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
+            for part, outputs in turns.items():
+                name = f"{layer}mlp.experts." + ("gate_up_proj" if outputs else "down_proj")
+                keys.append(Key(f"{stack}.mlp.{part}.kernel", name, part=outputs))
+                if experts.bias:
+                    keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
         for part in ("gate", "up", "down") if experts.shared_size else ():
             linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
         if experts.shared_gate:
             linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
     elif "gate_up" in family.fused:
-        for part, rows in (("gate", (0, F)), ("up", (F, 2 * F))):
-            linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, rows)
+        for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
+            linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
     else:
         for part in ("gate", "up") if cfg.gated_mlp else ("up",):
             linear(f"mlp.{part}", f"mlp.{part}_proj", cfg.mlp_bias)
     if experts is None:
         linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
     linear("attn.o", "self_attn.o_proj", cfg.o_bias)
+    if cfg.sinks:
+        keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
     if cfg.qk_norm != "none":
         for part in ("q_norm", "k_norm"):
             name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
