@@ -18,8 +18,8 @@ GROUP = 32  # values that share a scale
 STORED = "U8"
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = np.array([*POSITIVE, *(-value for value in POSITIVE)], np.float32)
-# The two values of each byte, [256, 2].
-PAIRS = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], -1)
+# The two values of each byte, as one element: numpy takes those faster than pairs.
+PAIRS = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], -1).view(np.uint64)
 
 
 class Mxfp4:
@@ -40,9 +40,9 @@ class Mxfp4:
         experts, inputs, outputs = index
         first, stop, step = inputs.indices(self.get_shape()[1])
         groups = slice(first // GROUP, -(-stop // GROUP))
-        scales = np.ldexp(np.float32(1), self.scales[experts, outputs, groups].astype(int) - 127)
-        values = PAIRS[self.blocks[experts, outputs, groups, :]]
-        values = values.reshape(*scales.shape, GROUP) * scales[..., None]
-        start = first - groups.start * GROUP
-        values = values.reshape(*scales.shape[:2], -1)[..., start : stop - first + start : step]
-        return values.swapaxes(1, 2)
+        scales = self.scales[experts, outputs, groups]
+        values = np.take(PAIRS, self.blocks[experts, outputs, groups, :]).view(np.float32)
+        values *= np.ldexp(np.float32(1), scales.astype(int) - 127)[..., None]
+        values = values.reshape(*scales.shape[:2], -1)
+        skipped = groups.start * GROUP
+        return values[..., first - skipped : stop - skipped : step].swapaxes(1, 2)

@@ -2,9 +2,11 @@
 """Configs of every family, in the spellings found on the hub, and the names of their weights."""
 
 import copy
+import math
 from math import prod
 
 import jax
+import numpy as np
 import pytest
 import torch
 from flax import nnx
@@ -374,6 +376,47 @@ COMMAND_R7B = dict(
     sliding_window_pattern=4,
     vocab_size=256000,
 )
+# As published, but for the quantization and the keys of generation.
+GPT_OSS_20B = dict(
+    model_type="gpt_oss",
+    attention_bias=True,
+    attention_dropout=0.0,
+    experts_per_token=4,
+    head_dim=64,
+    hidden_act="silu",
+    hidden_size=2880,
+    initial_context_length=4096,
+    initializer_range=0.02,
+    intermediate_size=2880,
+    layer_types=["sliding_attention", "full_attention"] * 12,
+    max_position_embeddings=131072,
+    num_attention_heads=64,
+    num_experts_per_tok=4,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    num_local_experts=32,
+    output_router_logits=False,
+    rms_norm_eps=1e-05,
+    rope_scaling=dict(
+        beta_fast=32.0,
+        beta_slow=1.0,
+        factor=32.0,
+        original_max_position_embeddings=4096,
+        rope_type="yarn",
+        truncate=False,
+    ),
+    rope_theta=150000,
+    router_aux_loss_coef=0.9,
+    sliding_window=128,
+    swiglu_limit=7.0,
+    tie_word_embeddings=False,
+    vocab_size=201088,
+)
+GPT_OSS_120B = GPT_OSS_20B | dict(
+    layer_types=["sliding_attention", "full_attention"] * 18,
+    num_hidden_layers=36,
+    num_local_experts=128,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -462,7 +505,7 @@ def test_a_config_is_read_without_being_changed():
     "config",
     [
         *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
-        *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B),
+        *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
     ],
     ids=lambda c: c["model_type"],
@@ -512,7 +555,8 @@ def test_to_hf_refuses_what_the_family_cannot_express():
     ("kind", "change", "message"),
     [
         ("gpt9", {}, "'gpt9' is not supported; known: llama, mistral, ministral"),
-        ("gpt_oss", {}, "'gpt_oss' is not supported: it needs attention sinks, which this"),
+        ("mamba", {}, "'mamba' is not supported: it needs state-space layers, which this"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit is 0.0; it must be positive"),
         (
             "qwen2_5_vl",
             {"text_config": {"model_type": "qwen2_5_vl_text"}},
@@ -587,18 +631,20 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     if cfg.tie_embeddings:
         del theirs["lm_head.weight"]
     theirs = {k: tuple(v.shape) for k, v in as_saved(model, theirs).items()}
-    rows = dict.fromkeys(theirs, 0)
+    outputs: dict[str, set[int]] = {name: set() for name in theirs}
+    sizes = {}
     for key in table:
         shape = ours[key.path]
         assert bool(key.stacked) == (key.path.split(".")[0] in cfg.stacks)
         for name in tensor_names(cfg, key.name):
             one = shape[key.stacked :]
             one = one[::-1] if key.transpose else (1,) * key.lead + one
-            start, stop = key.rows or (0, one[0])
-            assert (rows[name], stop - start) == (start, one[0]), "parts must follow one another"
-            assert one[1:] == theirs[name][1:]
-            rows[name] = stop
-    assert rows == {name: shape[0] for name, shape in theirs.items()}
+            part = key.part or range(one[key.out_dim])
+            assert len(part) == one[key.out_dim] and not outputs[name] & set(part)
+            outputs[name] |= set(part)
+            assert [*np.delete(one, key.out_dim)] == [*np.delete(theirs[name], key.out_dim)]
+            sizes[name] = theirs[name][key.out_dim]
+    assert outputs == {name: set(range(sizes[name])) for name in theirs}
 
 
 @pytest.mark.parametrize(
@@ -613,6 +659,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (DEEPSEEK_V3, 671_026_419_200),
         (KIMI_K2 | {"model_type": "deepseek_v3"}, 1_026_408_232_448),
         (GLM_4_7_FLASH, 29_943_393_920),
+        (GPT_OSS_20B, 20_914_757_184),
+        (GPT_OSS_120B, 116_829_156_672),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -636,6 +684,16 @@ def test_published_configs_of_experts_are_read_and_written_in_their_own_spelling
     assert "num_experts" not in written and from_hf(written) == cfg
     assert to_hf(cfg)["num_experts"] == 128
     assert from_hf(MIXTRAL_8X7B).experts == Experts(count=8, top_k=2, size=14336)
+
+
+def test_gpt_oss_has_clamped_experts_with_biases_and_windows_in_turn():
+    cfg = from_hf(GPT_OSS_120B)
+    assert cfg.experts == Experts(128, 4, 2880, bias=True, limit=7.0, alpha=1.702)
+    assert kinds(cfg) == [LayerKind(0, 128), LayerKind(0, None)] * 18
+    assert cfg.sinks and cfg.qkv_bias and cfg.o_bias and not cfg.mlp_bias
+    (rope,) = cfg.ropes
+    assert (rope.kind, rope.theta, rope.factor, rope.truncate) == ("yarn", 150000.0, 32.0, False)
+    assert rope.mscale == pytest.approx(0.1 * math.log(32) + 1)
 
 
 def test_cohere2_rotates_only_the_layers_with_a_window():

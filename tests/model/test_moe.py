@@ -35,6 +35,14 @@ SHARED = replace(
     family="minimax_m2",
     experts=Experts(8, 2, 16, "sigmoid", has_bias=True, shared_size=48, shared_gate=True),
 )
+GPT_OSS = replace(
+    PLAIN,
+    family="gpt_oss",
+    sinks=True,
+    kinds=(LayerKind(0, 9), LayerKind(0)),
+    layer_kinds=(0, 1),
+    experts=Experts(8, 3, 16, bias=True, limit=0.5),
+)
 LORA = PeftSection(method="lora", target_modules=("all-linear",))
 MESHES = {
     "fsdp 8": MeshSection(fsdp=8),
@@ -64,6 +72,25 @@ def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
     assert not mlp["choice_bias"].any()  # no gradient and no decay
 
 
+@pytest.mark.parametrize("mesh", ["fsdp 8", "context 2 x tensor 2 x fsdp 2"])
+def test_a_mesh_changes_neither_sinks_nor_biases_of_experts(mesh):
+    losses, norms, want, _ = trajectory(ragged_rows(16), shape=GPT_OSS)
+    over = trajectory(ragged_rows(16), shape=GPT_OSS, devices=8, mesh=MESHES[mesh], remat="full")
+    np.testing.assert_allclose(over[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(over[1], norms, rtol=1e-5)
+    layers, tensor = over[2].trainable["layers"], MESHES[mesh].tensor
+    want = want.trainable["layers"]
+    vectors = [(layers["attn"]["sinks"], want["attn"]["sinks"], tensor)]
+    for name, parts in (("gate", tensor), ("up", tensor), ("down", 1)):
+        vectors.append((layers["mlp"][name]["bias"], want["mlp"][name]["bias"], parts))
+    vectors.append((layers["mlp"]["router_bias"], want["mlp"]["router_bias"], 1))
+    for ours, theirs, parts in vectors:
+        assert ours.addressable_shards[0].data.size * parts == ours.size
+        assert np.abs(theirs).min(-1).max() > 1e-3, "it was not trained"
+        # Adam's first steps have the signs of the gradients, also of those that are almost 0.
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_an_evaluation_over_a_mesh_equals_that_of_one_device():
     """Outside of shard_over_rows, where axes of rows are automatic."""
     graph, params = nnx.split(decoder(shape=SHARED))
@@ -80,8 +107,9 @@ def test_an_evaluation_over_a_mesh_equals_that_of_one_device():
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_packed_rows_equal_rows_of_one_text():
-    model, rows = decoder(shape=PLAIN), ragged_rows(6)
+@pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.family)
+def test_packed_rows_equal_rows_of_one_text(shape):
+    model, rows = decoder(shape=shape), ragged_rows(6)
     loss = nnx.jit(lambda model, batch: lm_loss(model, batch, None)[:2])
     packed, single = loss(model, batch_of(rows)), loss(model, batch_of(unpacked(rows)))
     assert [float(x) for x in packed] == pytest.approx([float(x) for x in single], rel=1e-6)
@@ -97,6 +125,20 @@ def test_lora_leaves_experts_out_and_may_quantize_them(kind):
     mlp = state.trainable["layers"]["mlp"]
     assert set(mlp) == {"shared", "shared_gate"} and losses[-1] < losses[0]
     kernel = frozen["layers"]["mlp"]["down"]["kernel"]
+    assert isinstance(kernel, Quantized) == (kind != "none")
+    over = trajectory(ragged_rows(16), devices=8, mesh=MESHES["data 2 x fsdp 2 x tensor 2"], **keys)
+    np.testing.assert_allclose(over[0], losses, rtol=2e-5)
+    np.testing.assert_allclose(over[1], norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_lora_of_gpt_oss_adapts_attention(kind):
+    keys = dict(shape=GPT_OSS, section=LORA, quantize_base=kind)
+    names = {name.rpartition(".")[2] for name in adaptable_modules(GPT_OSS).values()}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "lm_head"}
+    losses, norms, state, (_, frozen) = trajectory(ragged_rows(16), **keys)
+    assert set(state.trainable["layers"]) == {"attn"} and losses[-1] < losses[0]
+    kernel = frozen["layers"]["mlp"]["gate"]["kernel"]
     assert isinstance(kernel, Quantized) == (kind != "none")
     over = trajectory(ragged_rows(16), devices=8, mesh=MESHES["data 2 x fsdp 2 x tensor 2"], **keys)
     np.testing.assert_allclose(over[0], losses, rtol=2e-5)

@@ -111,6 +111,49 @@ def test_values_may_have_another_head_dim(V, block):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("block", [8, 128])
+def test_sinks_add_to_the_sum_of_the_softmax_alone(block, before):
+    """Against a softmax with one more score, with gradients; on one device and on a mesh."""
+    segments, S = ids(TEXTS["texts and padding"]), before + T
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = zip(keys, ((T, H, K), (T, H, K), (N, S, K), (N, S, K)), strict=True)
+    q, g, k, v = (jax.random.normal(key, (B, *shape)) for key, shape in shapes)
+    sinks = jnp.array([-30.0, 0.5, 3.0, 200.0])  # none of the sum, some of it, and all of it
+    wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
+    positions = jnp.broadcast_to(jnp.arange(T) + before, (B, T))
+    mask = visible(segments, wide, positions, before + jnp.arange(T), jnp.arange(S), 6)[:, None]
+
+    def plain(q, k, v, sinks):
+        k, v = (jnp.repeat(x, H // N, 1) for x in (k, v))
+        scores = jnp.where(mask, jnp.einsum("bthk,bhsk->bhts", q, k) / 2, -1e30)
+        extra = jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))
+        probs = jax.nn.softmax(jnp.concatenate([scores, extra], -1), -1)[..., :-1]
+        return jnp.einsum("bhts,bhsv->bthv", probs, v)
+
+    def ours(q, k, v, sinks):
+        tokens, options = (segments, wide if before else None, positions), {"window": 6}
+        options |= {"offset": before, "scale": 0.5, "sinks": sinks}
+        return attention.attention(q, k, v, *tokens, **options)
+
+    def both(run):
+        def text(*inputs):
+            return jnp.where(segments[..., None, None] > 0, run(*inputs), 0.0)
+
+        out, back = jax.vjp(text, q, k, v, sinks)
+        return out, *back(g)
+
+    want = both(plain)
+    assert abs(want[-1][1]) > 0.1 and not want[-1][3]
+    mesh = make_mesh(MeshSection(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    with mock.patch.object(attention_blocks, "CPU_BLOCK", block):
+        for devices in (make_mesh(MeshSection(), jax.devices()[:1]), mesh):
+            with jax.set_mesh(devices):
+                got = jax.jit(lambda: both(ours))()
+            for x, y in zip(got, want, strict=True):
+                np.testing.assert_allclose(x, y, atol=5e-6)
+
+
 def test_bfloat16_scores_are_scaled_in_float32():
     """gemma2-27b's 144 ** -0.5 is off by 0.2 % in bfloat16: a score of -20 gives 4 % too little
     of a key. The closed form, of a query that sees a key of score 0 and one of score -20."""

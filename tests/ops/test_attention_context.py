@@ -31,20 +31,22 @@ def inputs(length, before):
 
 
 def with_gradients(before):
-    """A function of `inputs` and a window: (result, gradients of q, k and v), without padding."""
+    """A function of `inputs`, sinks and a window: (result, gradients of q, k, v and the sinks [1, H]),
+    without padding."""
 
-    def compute(q, k, v, g, segments, window):
+    def compute(q, k, v, g, segments, sinks, window):
         wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
         positions = jnp.broadcast_to(jnp.arange(q.shape[1]) + before, segments.shape)
         tokens = segments, wide if before else None, positions
 
-        def text(q, k, v):
-            options = OPTIONS | {"offset": before, "window": window}
+        def text(q, k, v, sinks):
+            options = OPTIONS | {"offset": before, "window": window, "sinks": sinks}
             out = attention.attention(q, k, v, *tokens, **options)
             return jnp.where(segments[..., None, None] > 0, out, 0.0)
 
-        out, back = jax.vjp(text, q, k, v)
-        return out, *back(g)
+        out, back = jax.vjp(text, q, k, v, sinks)
+        *gradients, of_sinks = back(g)
+        return out, *gradients, *(() if of_sinks is None else (of_sinks[None],))
 
     return compute
 
@@ -60,22 +62,24 @@ def with_gradients(before):
     ],
 )
 def test_attention_does_not_depend_on_the_mesh(monkeypatch, sizes, manual, length, before):
-    """With soft cap, window, segments and padding; `before` keys of a prefix in front."""
+    """With soft cap, window, sinks, segments and padding; `before` keys of a prefix in front."""
     mesh = make_mesh(MeshSection(**{"data": 1, "fsdp": 1} | sizes), jax.devices())
-    arrays, window = inputs(length, before), jnp.int32(9)
+    arrays = (*inputs(length, before), jnp.array([-1.0, 0.0, 1.0, 3.0]), jnp.int32(9))
     compute = with_gradients(before)
-    want = jax.jit(compute)(*arrays, window)
+    want = jax.jit(compute)(*arrays)
     monkeypatch.setattr(attention_blocks, "CPU_BLOCK", 8)
     if manual:
         axes, rows = frozenset(manual), P(BATCH)
-        specs = (*[rows] * 5, P())
+        specs = (*[rows] * 5, P(), P())
         compute = jax.shard_map(
             compute, in_specs=specs, out_specs=rows, axis_names=axes, check_vma=False
         )
     with jax.set_mesh(mesh):
-        got = jax.jit(compute)(*arrays, window)
-    for ours, theirs in zip(got, want, strict=True):
+        *got, of_sinks = jax.jit(compute)(*arrays)
+    for ours, theirs in zip(got, want[:-1], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    assert np.abs(want[-1]).min() > 0.05
+    np.testing.assert_allclose(of_sinks.sum(0), want[-1][0], atol=2e-5)
 
 
 def test_keys_are_gathered_and_their_gradients_are_scattered():
@@ -88,7 +92,7 @@ def test_keys_are_gathered_and_their_gradients_are_scattered():
             jax.device_put(x, NamedSharding(mesh, spec))
             for x, spec in zip((*arrays, segments), (*specs, specs[0], specs[0]), strict=True)
         ]
-        program = jax.jit(with_gradients(0)).lower(*placed, jnp.int32(9)).compile()
+        program = jax.jit(with_gradients(0)).lower(*placed, None, jnp.int32(9)).compile()
     names = "all-reduce|all-gather|all-to-all|reduce-scatter"
     found = re.findall(rf" = (\w+\[[\d,]*\])\S* ({names})[a-z-]*\(", program.as_text())
     keys, gradients = f"f32[4,{N},64,{K}]", f"f32[4,{N},16,{K}]"

@@ -70,6 +70,8 @@ def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
         ("triton", {"softcap": 30.0}, {}, "no soft cap"),
         ("mosaic", {"head_dims": (8, 4)}, {}, "head_dim is 8 for queries and 4 for values"),
         ("mosaic", {"prefix": True}, {}, "keys of a prefix precede each text"),
+        ("mosaic", {"sinks": True}, {}, "it has no attention sinks, and this model has them"),
+        ("triton", {"sinks": True}, {}, "it has no attention sinks, and this model has them"),
         ("mosaic", {}, {"context": 2}, "mesh.context splits the rows"),
         ("mosaic", {}, {"version": "0.0.1"}, "tokamax 0.0.1 is not one of the tested versions"),
         ("mosaic", {}, {"device": SimpleNamespace(platform="cpu")}, "that is no GPU"),

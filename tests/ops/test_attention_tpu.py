@@ -95,6 +95,38 @@ def test_splash_equals_blocks(small_blocks, heads, dims, window, softcap, traced
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("traced", [False, True])
+def test_splash_has_sinks(small_blocks, traced, dtype):
+    """In packed rows, with gradients: those of the sinks are float32."""
+    segments, sinks = packed(), jnp.array([-2.0, 0.5, 1.0, 4.0])
+    q, k, v, g = (x.astype(dtype) for x in arrays(2, T, 4, 2, 64, 64))
+    options: dict = {"scale": 0.125, "softcap": 0.0}
+
+    def kernel(q, k, v, sinks, window):
+        keys = options | {"window": window, "sinks": sinks, "interpret": True}
+        return attention_tpu.run(q, k, v, segments, segments, 0, **keys)
+
+    def blocks(q, k, v, sinks, window):
+        keys = options | {"window": window, "sinks": sinks, "size": T, "offset": 0}
+        return attention_blocks.attend(q, k, v, segments, segments, segments, **keys)
+
+    def both(run, window):
+        def text(*inputs):
+            return jnp.where(segments[..., None, None] > 0, run(*inputs, window), 0.0)
+
+        out, back = jax.vjp(text, q, k, v, sinks)
+        return out, *back(g)
+
+    window = jnp.int32(40) if traced else 40
+    got, want = (both(run, window) for run in (kernel, blocks))
+    atol = 1e-5 if dtype == jnp.float32 else 0.05
+    assert got[-1].dtype == jnp.float32
+    for ours, theirs in zip(got, want, strict=True):
+        near = dict(atol=atol, rtol=atol)
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), **near)
+
+
 def test_padding_gives_no_nan(small_blocks):
     """Results are finite in blocks of padding alone, and so are gradients of all results."""
     q, k, v, g = arrays(1, T, 1, 1, 64, 64)
