@@ -41,7 +41,7 @@ FLOORS = (
     ("collectives",),
     ("ops",),
     ("model",),
-    ("peft", "tokenizer", "data", "fp8", "hf_config", "monitor"),
+    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "monitor"),
     ("objectives", "optim"),
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),

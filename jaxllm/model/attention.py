@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
         self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.sinks:
-            drawn = jax.random.normal(rngs.params(), cfg.num_heads) * cfg.initializer_range
+            drawn = jax.random.normal(rngs.params(), (cfg.num_heads,)) * cfg.initializer_range
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
         if cfg.qk_norm != "none":
             full = cfg.qk_norm == "full"

@@ -31,8 +31,8 @@ def inputs(length, before):
 
 
 def with_gradients(before):
-    """A function of `inputs`, sinks and a window: (result, gradients of q, k, v and the sinks [1, H]),
-    without padding."""
+    """A function of `inputs`, sinks and a window: (result and gradients of q, k and v, without
+    padding, and the gradient of the sinks, [1, H])."""
 
     def compute(q, k, v, g, segments, sinks, window):
         wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
