@@ -172,7 +172,7 @@ def over_mesh(
     stream, whole = stream_specs(x_BTD.shape)
     features = [n for n in specs if "mlp" in axes[n]]
     parts = [s[axes[n].index("mlp")] for n in features for s in jax.tree.leaves(specs[n])]
-    split = all(part == ("tensor",) for part in parts)
+    split = all(part in ("tensor", ("tensor",)) for part in parts)  # JAX may unwrap a tuple of one
     if not split:  # e.g. the scales of a quantized weight do not divide
         stream, specs = whole, P()
     by_sequence = stream[1] != whole[1]

@@ -14,9 +14,11 @@ from jaxllm.config import MeshSection, PeftSection
 from jaxllm.data.batch import Batch
 from jaxllm.errors import UserError
 from jaxllm.mesh import make_mesh, put
+from jaxllm.model import moe
 from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.model.moe import route
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.ops.grouped import grouped
 from jaxllm.ops.quantized import Quantized
 from jaxllm.peft.targets import adaptable_modules
 
@@ -70,6 +72,19 @@ def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
         parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
         assert kernel.addressable_shards[0].data.size * parts == kernel.size
     assert not mlp["choice_bias"].any()  # no gradient and no decay
+
+
+def test_a_device_multiplies_its_part_of_the_features(monkeypatch):
+    shapes = set()
+
+    def seen(x, w, sizes):
+        shapes.add(w.shape)
+        return grouped(x, w, sizes)
+
+    monkeypatch.setattr(moe, "grouped", seen)
+    mesh = MESHES["data 2 x fsdp 2 x tensor 2"]
+    trajectory(ragged_rows(8), shape=GPT_OSS, devices=8, mesh=mesh, steps=1)
+    assert shapes == {(8, 32, 8), (8, 8, 32)}
 
 
 @pytest.mark.parametrize("mesh", ["fsdp 8", "context 2 x tensor 2 x fsdp 2"])
