@@ -104,8 +104,12 @@ class Decoder(nnx.Module):
     @property
     def quantized(self) -> bool:
         """True if the kernels of the layers are quantized."""
-        stack = getattr(self, next(iter(self.cfg.stacks)))
-        return isinstance(stack.attn.o.kernel.get_value(), Quantized)
+        return isinstance(self.first_stack.attn.o.kernel.get_value(), Quantized)
+
+    @property
+    def first_stack(self) -> Any:
+        """A Block whose weights have a leading dim, or an nnx.List of its layers (`unstack`)."""
+        return getattr(self, next(iter(self.cfg.stacks)))
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -250,7 +254,7 @@ class Decoder(nnx.Module):
         """[..., D] -> float32 [..., V], soft-capped where the family does; not rounded before."""
         if self.head is None:  # a CPU has a bfloat16 kernel for the table's own layout only
             table = self.embed.embedding[...]
-            if not isinstance(self.layers, nnx.List):  # `unstack` has rounded it
+            if not isinstance(self.first_stack, nnx.List):  # `unstack` has rounded it
                 table = table.astype(hidden.dtype)
             table = gathered(table, HEAD_AXES[::-1], (self.cfg.vocab_size, self.cfg.hidden_size))
             hidden = self.head_input(hidden)
