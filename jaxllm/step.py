@@ -6,7 +6,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from jaxllm.collectives import (
 )
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
+from jaxllm.errors import UserError
 from jaxllm.mesh import ROWS, automatic_axes, axes_of, in_memory, param_sharding
 from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
@@ -78,6 +79,7 @@ def make_step(
     schedule: optax.Schedule,
     *,
     baseline: Callable[..., Any] | None = None,
+    router_losses: Mapping[str, float] | None = None,
     max_norm: float = 0.0,
     seed: int = 0,
     offloaded: Any = None,
@@ -94,6 +96,8 @@ def make_step(
       objective: (model, batch [B, T], row keys [B], reference) -> (Σ loss, weight, metrics).
       baseline: (model, reference, batch [B, T]) -> (Σ, weight). Its mean over the update's rows is
         computed before the gradients, and the objective reads it as `batch.baseline`.
+      router_losses: {metric of the objective: coefficient}. The mean of each over the update's
+        tokens, times the coefficient, is added to the mean loss.
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
@@ -103,7 +107,7 @@ def make_step(
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
     """
-    gradients = make_gradients(models, objective, baseline, shardings)
+    gradients = make_gradients(models, objective, baseline, shardings, router_losses or {})
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -126,13 +130,25 @@ def make_step(
             trainable, opt_state = update_if(finite, update, old, grads, offloaded=offloaded)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
+        if loads := metrics.pop("expert_load", None):
+            metrics["max_expert_load"] = (largest_load(loads[0]), jnp.ones(()))
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
 
 
+def largest_load(loads: dict[str, jax.Array]) -> jax.Array:
+    """The largest load of an expert relative to the mean of its layer. loads: {stack: [L, E]}."""
+    layers = jnp.concatenate(list(loads.values()))
+    return jnp.max(layers / jnp.maximum(jnp.mean(layers, 1, keepdims=True), 1e-30))
+
+
 def make_gradients(
-    models: Models, objective: Callable[..., Any], baseline: Any = None, shardings: Any = None
+    models: Models,
+    objective: Callable[..., Any],
+    baseline: Any,
+    shardings: Any,
+    router_losses: Mapping[str, float],
 ) -> Callable[..., Any]:
     """(trainable, frozen, batch [A, B, T], row keys [A, B]) -> (float32 gradients of the loss sum,
     metrics). The arguments are those of `make_step`.
@@ -140,17 +156,22 @@ def make_gradients(
     On a mesh each device computes the gradients of its own rows, which are then summed.
     """
 
-    def loss_of(trainable, frozen, batch, keys):
+    def loss_of(trainable, frozen, batch, keys, weight_per_token):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, keys, reference)
+        for name, coefficient in router_losses.items():
+            if name not in metrics:
+                raise UserError(f"model.{name} needs the metrics of `model.hidden(…).aux`")
+            loss = loss + coefficient * weight_per_token * metrics[name][0]
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
             for name, mask in (("tokens", batch.segment_ids != 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def micro_batch_gradients(trainable, frozen, batch, keys):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys)
+    def micro_batch_gradients(trainable, frozen, weight_per_token, batch, keys):
+        args = trainable, frozen, batch, keys, weight_per_token
+        grads, metrics = jax.grad(loss_of, has_aux=True)(*args)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if shardings is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)
@@ -162,7 +183,24 @@ def make_gradients(
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
                 total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
-        return accumulated(partial(micro_batch_gradients, trainable, frozen), batch, keys)
+        share = weight_per_token(trainable, frozen, batch, keys) if router_losses else None
+        return accumulated(partial(micro_batch_gradients, trainable, frozen, share), batch, keys)
+
+    def weight_per_token(trainable, frozen, batch, keys):
+        """The weight of the update's loss divided by its tokens: the sums over tokens of router
+        losses are multiplied by it, since the sum of all losses is divided by the weight. No
+        objective's weight depends on the model, so XLA leaves out the forward pass."""
+
+        def sums(inputs):
+            rows, keys = inputs
+            model, reference = models(trainable, frozen)
+            weight = objective(model, rows, keys, reference)[1]
+            return weight, jnp.sum(rows.segment_ids != 0, dtype=jnp.float32)
+
+        weight, tokens = across_rows(
+            jax.lax.psum, jax.tree.map(jnp.sum, jax.lax.map(sums, (batch, keys)))
+        )
+        return weight / jnp.maximum(tokens, 1.0)
 
     if shardings is None:
         return local_gradients

@@ -85,6 +85,11 @@ class ModelSection:
     activations"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
+    balance_loss: Amount | None = None
+    """mixtures of experts: coefficient of the routers' load-balance loss, computed for each text;
+    default: the config's router_aux_loss_coef if its output_router_logits is true, else 0"""
+    router_z_loss: Amount = 0.0
+    """mixtures of experts: coefficient of the routers' squared log-partition functions"""
 
 
 if TYPE_CHECKING:

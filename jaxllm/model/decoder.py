@@ -23,6 +23,7 @@ from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import NORMS, Embed, Linear
+from jaxllm.model.moe import router_metrics
 from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
@@ -41,7 +42,7 @@ class Forward:
 
     x: jax.Array  # [B, T, D] after the final norm, in compute_dtype
     cache: Cache | None  # after the tokens of the call; None without one
-    aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics; no layer has any yet
+    aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics (`router_metrics`)
 
 
 class Decoder(nnx.Module):
@@ -201,14 +202,14 @@ class Decoder(nnx.Module):
             offset=offset,
             rope_tables=[jnp.stack(x) for x in zip(*tables, strict=True)],
         )
-        new = []
-        for stack, past in zip(stacks, pasts, strict=True):
-            x_BTD, past = stack(x_BTD, ctx, past)
+        new, routings = [], {}
+        for name, stack, past in zip(("layers",), stacks, pasts, strict=True):
+            x_BTD, past, routings[name] = stack(x_BTD, ctx, past)
             new.append(past)
         x_BTD = self.norm(x_BTD)
         if cache is not None:
-            cache = Cache(new[0], cached, offset + T).constrained()
-        return Forward(x_BTD, cache, {})
+            return Forward(x_BTD, Cache(new[0], cached, offset + T).constrained(), {})
+        return Forward(x_BTD, None, router_metrics(routings, segment_ids))
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache with `slots` for texts, after the slots of the virtual tokens."""

@@ -3,11 +3,14 @@
 
 No token is dropped: the rows of all chosen experts are sorted by expert and multiplied in groups.
 
-Dims: B rows, T tokens, N = B · T, D model width, E experts, C chosen ones, F hidden features.
+Dims: B rows, T tokens, N = B · T, D model width, E experts, C chosen ones, F hidden features, L
+layers, S texts of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,6 +53,80 @@ def route(
     return weights_NC, chosen_NC
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routing:
+    """What the routers of several layers did: sums over the layers, each float32."""
+
+    probs: Any  # [B, T, E]: softmax of the router's logits
+    chosen: Any  # [B, T, E]: 1 for each chosen expert
+    square: Any  # [B, T]: (log Σ exp logits)²
+    entropy: Any  # [B, T]: of probs, in nats
+    load: Any = None  # [E]; of several layers [L, E]: tokens without padding that chose the expert
+
+
+def nothing_routed(mlp: Any, x_BTD: jax.Array) -> Routing | None:
+    """The sums before the first layer; None if its MLP has no experts."""
+    if not isinstance(mlp, MoE):
+        return None
+    zeros = jnp.zeros(x_BTD.shape[:2])
+    by_expert = jnp.zeros((*zeros.shape, mlp.router.get_value().shape[-1]))
+    return Routing(by_expert, by_expert, zeros, zeros)
+
+
+def routing_of(logits_BTE: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array) -> Routing:
+    """Of one layer. real: False for padding."""
+    log_z_BT = jax.nn.logsumexp(logits_BTE, -1)
+    probs_BTE = jnp.exp(logits_BTE - log_z_BT[..., None])
+    entropy_BT = log_z_BT - jnp.sum(probs_BTE * logits_BTE, -1)
+    chosen_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, logits_BTE.shape[-1]), -2)
+    load_E = jnp.sum(chosen_BTE, (0, 1), where=real_BT[..., None])
+    return Routing(probs_BTE, chosen_BTE, jnp.square(log_z_BT), entropy_BT, load_E)
+
+
+def router_metrics(
+    routings: Mapping[str, Routing | None], segment_ids_BT: jax.Array
+) -> dict[str, Any]:
+    """{metric: (Σ, weight)} of a forward pass; {} without experts. routings: by stack of layers.
+
+    The weight is the number of tokens without padding. The balance loss of a text is E Σ_e f_e P_e,
+    where f_e is the mean over its tokens and all layers of the number of choices of expert e, and
+    P_e that of its probability (arXiv:2101.03961, eq. 4 to 6): `load_balancing_loss_func` of
+    transformers on the text alone. It is taken text by text so that it does not depend on which
+    texts share a row or a micro-batch. `router_z_loss` is the mean over tokens and layers of
+    (log Σ exp logits)² (arXiv:2202.08906, eq. 5). `expert_load` has the load of each expert,
+    {stack: [L, E]}.
+    """
+    present = {name: routing for name, routing in routings.items() if routing is not None}
+    if not present:
+        return {}
+    loads = {name: routing.load for name, routing in present.items()}
+    layers = sum(len(load_LE) for load_LE in loads.values())
+    parts = ([r.probs, r.chosen, r.square, r.entropy] for r in present.values())
+    probs, chosen, square, entropy = (sum(xs[1:], xs[0]) for xs in zip(*parts, strict=True))
+    real_BT = segment_ids_BT != 0
+    tokens = jnp.sum(real_BT, dtype=jnp.float32)
+
+    def by_text(x_BTE: jax.Array) -> jax.Array:
+        """Sums over the tokens of each text, [B, S, E]."""
+        slots = x_BTE.shape[1] + 1  # texts are numbered from 1; a shared prompt is -1, the last
+        at_BT = segment_ids_BT % slots
+        zeros = jnp.zeros((slots, x_BTE.shape[2]))
+        return jax.vmap(lambda x_TE, at_T: zeros.at[at_T].add(x_TE))(x_BTE, at_BT)
+
+    probs_BSE, chosen_BSE = (by_text(x * real_BT[..., None]) for x in (probs, chosen))
+    length_BS1 = jnp.maximum(by_text(jnp.float32(real_BT)[..., None]), 1)
+    products = probs_BSE * lax.stop_gradient(chosen_BSE) / length_BS1
+    balance = probs.shape[-1] / layers**2 * jnp.sum(products)
+    total = partial(jnp.sum, where=real_BT)
+    return {
+        "balance_loss": (balance, tokens),
+        "router_z_loss": (total(square) / layers, tokens),
+        "router_entropy": (lax.stop_gradient(total(entropy)) / layers, tokens),
+        "expert_load": (lax.stop_gradient(loads), tokens),
+    }
+
+
 class Kernels(nnx.Module):
     """The matrices of all experts, [E, I, O]."""
 
@@ -90,40 +167,43 @@ class MoE(nnx.Module):
         """As `MLP.obstacle`: why the hidden features cannot be computed in blocks."""
         return OBSTACLE
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing]:
         if ctx.mlp_blocks > 1:
             raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
         bias = None if self.choice_bias is None else self.choice_bias[...]
         kernels = {n: getattr(self, n).kernel.get_value() for n in ("gate", "up", "down")}
-        y_BTD = over_mesh(partial(routed, self.cfg), x_BTD, self.router[...], bias, kernels)
+        router_DE = self.router[...].astype(x_BTD.dtype)
+        logits_BTE = product(x_BTD, router_DE, (2, 0), jnp.float32)
+        y_BTD, chosen_BTC = over_mesh(partial(routed, self.cfg), x_BTD, logits_BTE, bias, kernels)
+        routing = routing_of(logits_BTE, chosen_BTC, ctx.segment_ids != 0)
         if self.shared is None:
-            return y_BTD
+            return y_BTD, routing
         shared_BTD = self.shared(x_BTD, ctx)
         if self.shared_gate is not None:
             shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
-        return y_BTD + shared_BTD
+        return y_BTD + shared_BTD, routing
 
 
 def routed(
-    cfg: ModelConfig, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
-) -> jax.Array:
-    """Σ of the outputs of each token's chosen experts, weighted."""
+    cfg: ModelConfig, x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """(Σ of the outputs of each token's chosen experts, weighted; the chosen experts [B, T, C])."""
     experts, activation = cfg.experts, ACTIVATIONS[cfg.activation]
     assert experts is not None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits_NE = product(x_ND, router_DE.astype(x_ND.dtype), (1, 0), jnp.float32)
-    weights_NC, chosen_NC = route(logits_NE, bias_E, experts)
+    weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
     order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
     rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
     gate, up = (saveable(grouped(rows, kernels[n], sizes), "dot") for n in ("gate", "up"))
     out = saveable(grouped(activation(gate) * up, kernels["down"], sizes), "dot")
     out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
-    return jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+    y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype)
+    return y_ND.reshape(x_BTD.shape), chosen_NC.reshape(*x_BTD.shape[:2], -1)
 
 
 def over_mesh(
-    run: Any, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
-) -> jax.Array:
+    run: Any, x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
     """`run` for a device's own tokens, with its part of the hidden features.
 
     XLA's partitioner would sort the tokens of all devices. Along the tensor axis a device has a
@@ -131,7 +211,7 @@ def over_mesh(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or all(mesh.shape[a] == 1 for a in automatic_axes()):
-        return run(x_BTD, router_DE, bias_E, kernels)
+        return run(x_BTD, logits_BTE, bias_E, kernels)
     axes = {"gate": UP, "up": UP, "down": DOWN}
     specs = {
         n: jax.tree.map(lambda leaf, n=n: spec(axes[n], leaf.shape, mesh, drop="fsdp"), w)
@@ -144,19 +224,22 @@ def over_mesh(
         stream, specs = whole, P()
     by_sequence = stream[1] != whole[1]
 
-    def own(x_BTD: jax.Array, *weights: Any) -> jax.Array:
+    def own(x_BTD: jax.Array, logits_BTE: jax.Array, *weights: Any) -> tuple[jax.Array, jax.Array]:
         if by_sequence:
-            x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
-        y_BTD = run(x_BTD, *weights)
+            gather = partial(lax.all_gather, axis_name="tensor", axis=1, tiled=True)
+            x_BTD, logits_BTE = gather(x_BTD), gather(logits_BTE)
+        y_BTD, chosen_BTC = run(x_BTD, logits_BTE, *weights)
         if by_sequence:
-            return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
-        return lax.psum(y_BTD, "tensor") if split else y_BTD
+            y_BTD = lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
+        elif split:
+            y_BTD = lax.psum(y_BTD, "tensor")
+        return y_BTD, chosen_BTC
 
     mapped = jax.shard_map(
         own,
-        in_specs=(stream, P(), P(), specs),
-        out_specs=stream,
+        in_specs=(stream, stream, P(), specs),
+        out_specs=(stream, whole),
         axis_names=automatic_axes(),
         check_vma=False,
     )
-    return mapped(x_BTD, router_DE, bias_E, kernels)
+    return mapped(x_BTD, logits_BTE, bias_E, kernels)

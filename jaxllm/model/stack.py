@@ -22,6 +22,7 @@ from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.moe import nothing_routed
 from jaxllm.model.parts import gathered_layer, is_variable, narrowed, shapes_here, shapes_of
 from jaxllm.ops.decoding import kernel_for_decoding
 from jaxllm.ops.matmul import operand
@@ -90,23 +91,25 @@ class Stack:
     remat: str = "none"
     unroll: int = 1
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        """(x after the last layer, the layers' new past).
+    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
+        """(x after the last layer, the layers' new past, their Routing).
 
         past: a LayerCache or VirtualTokens, stacked or as a tuple with one per layer; or None.
+        The Routing is None without experts, and where layers are unstacked.
         """
         if isinstance(self.blocks, nnx.List):
             return self.loop(x_BTD, ctx, past)
         if isinstance(past, LayerCache) or not context_splits(x_BTD.shape[1]):
             return self.scan(x_BTD, ctx, past)
-        return self.over_context(x_BTD, ctx, past), None
+        x_BTD, routing = self.over_context(x_BTD, ctx, past)
+        return x_BTD, None, routing
 
     @property
     def ropes(self) -> list[int]:
         """The RoPE table of each layer; of a layer without RoPE the last one, -1."""
         return [-1 if kind.rope is None else kind.rope for kind in self.kinds]
 
-    def loop(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
+    def loop(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
         new, pasts = [], past
         if not isinstance(past, tuple):
             count = len(self.kinds)
@@ -116,11 +119,11 @@ class Stack:
             here = ctx.at_layer(layer, ropes[layer], windows[layer])
             graph, weights = nnx.split(block)
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
-            x_BTD, after = block(x_BTD, here, pasts[layer])
+            x_BTD, after, _ = block(x_BTD, here, pasts[layer])
             new.append(after)
-        return x_BTD, tuple(new)
+        return x_BTD, tuple(new), None
 
-    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> jax.Array:
+    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """`scan` in a shard_map over the axis `context`: a device has a part of each row.
 
         So the gradient of a weight is scattered along fsdp before it is summed along context, where
@@ -131,7 +134,7 @@ class Stack:
         tokens = (x_BTD, ctx.segment_ids, ctx.positions)
         shared = (weights, past, prefix, ctx.rng, ctx.adapter_weights)
 
-        def run(tokens: Any, tables: Any, shared: Any) -> jax.Array:
+        def run(tokens: Any, tables: Any, shared: Any) -> tuple[jax.Array, Any]:
             x_BTD, segments, positions = tokens
             weights, past, prefix, rng, adapter_weights = shared
             here = replace(
@@ -143,19 +146,26 @@ class Stack:
                 rng=rng,
                 adapter_weights=adapter_weights,
             )
-            return replace(self, blocks=nnx.merge(graph, weights)).scan(x_BTD, here, past)[0]
+            stack = replace(self, blocks=nnx.merge(graph, weights))
+            x_BTD, _, routing = stack.scan(x_BTD, here, past)
+            if routing is not None:
+                routing = replace(routing, load=lax.psum(routing.load, "context"))
+            return x_BTD, routing
 
         length = P(None, "context")
+        routing = nothing_routed(self.blocks.mlp, x_BTD)
+        if routing is not None:
+            routing = replace(jax.tree.map(lambda _: length, routing), load=P())
         mapped = jax.shard_map(
             run,
             in_specs=(length, P(None, *length), P()),
-            out_specs=length,
+            out_specs=(length, routing),
             axis_names={"context"},
             check_vma=False,
         )
         return mapped(tokens, ctx.rope_tables, shared)
 
-    def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
+    def scan(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
         graph, weights = nnx.split(self.blocks)
         weights = narrowed(weights, self.dtype)
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
@@ -176,8 +186,19 @@ class Stack:
         decoding = isinstance(past, LayerCache) and not manual_rows()
         if policy is not None and not decoding:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+        def add(carry, inputs):  # outside of jax.checkpoint, which would store the sums
+            x_BTD, total = carry
+            x_BTD, past, routing = layer(x_BTD, inputs)
+            if routing is None:
+                return (x_BTD, None), (past, None)
+            total = jax.tree.map(jnp.add, total, replace(routing, load=None))
+            return (x_BTD, total), (past, routing.load)
+
         inputs = weights, jnp.arange(len(self.kinds)), past
-        return lax.scan(layer, x_BTD, inputs, unroll=self.unroll)
+        start = x_BTD, nothing_routed(self.blocks.mlp, x_BTD)
+        (x_BTD, routing), (past, load) = lax.scan(add, start, inputs, unroll=self.unroll)
+        return x_BTD, past, routing and replace(routing, load=load)
 
 
 def _select(values: list[Any], index: jax.Array) -> Any:
