@@ -149,6 +149,7 @@ class Program:
             schedule,
             baseline=self.objective.baseline,
             router_losses=router_losses(self.cfg.model),
+            bias_rate=self.cfg.model.router_bias_rate,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
             offloaded=shardings_of(self.state.opt_state) if self.cfg.optim.offload else None,
@@ -224,9 +225,12 @@ def with_router_losses(
     Raises UserError for a key of routers that the model cannot follow.
     """
     model, known = cfg.model, normalised(hf_config)
-    if shape.experts is None and (model.balance_loss or model.router_z_loss):
-        key = "balance_loss" if model.balance_loss else "router_z_loss"
-        raise UserError(f"model.{key} is for mixtures of experts; this model has none")
+    for key in ("balance_loss", "router_z_loss", "router_bias_rate"):
+        if shape.experts is None and getattr(model, key):
+            raise UserError(f"model.{key} is for mixtures of experts; this model has none")
+    if model.router_bias_rate and not (shape.experts and shape.experts.has_bias):
+        kind = f"the routers of {shape.family} have no bias"
+        raise UserError(f"model.router_bias_rate: {kind}; use model.balance_loss")
     given = model.balance_loss
     if given is None:
         on = shape.experts is not None and known.get("output_router_logits")
@@ -251,6 +255,8 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
     cfg = with_router_losses(with_length(cfg, shape, adapter), shape, hf_config)
+    if cfg.model.router_bias_rate and adapter.frozen:
+        raise UserError("model.router_bias_rate: an adapter's base is not trained; set it to 0")
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg, own))
     if (blocks := cfg.model.mlp_blocks) > 1:

@@ -36,6 +36,8 @@ from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
 
+NO_METRICS = " needs the metrics of routers: an objective must return `model.hidden(…).aux` too"
+
 # (trainable, frozen) -> (the model, the reference or None)
 Models = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -80,6 +82,7 @@ def make_step(
     *,
     baseline: Callable[..., Any] | None = None,
     router_losses: Mapping[str, float] | None = None,
+    bias_rate: float = 0.0,
     max_norm: float = 0.0,
     seed: int = 0,
     offloaded: Any = None,
@@ -98,6 +101,7 @@ def make_step(
         computed before the gradients, and the objective reads it as `batch.baseline`.
       router_losses: {metric of the objective: coefficient}. The mean of each over the update's
         tokens, times the coefficient, is added to the mean loss.
+      bias_rate: how much `balanced` moves the routers' biases.
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
@@ -120,21 +124,42 @@ def make_step(
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             norm = scale * optax.tree.norm(grads)
 
-            def update(trainable, opt_state, grads):
+            loads, _ = metrics.pop("expert_load", ({}, 0))
+            if bias_rate and not loads:
+                raise UserError("model.router_bias_rate" + NO_METRICS)
+
+            def update(trainable, opt_state, grads, loads):
                 clipped = clip(grads, norm, max_norm, scale)
                 updates, opt_state = optimizer.update(clipped, opt_state, trainable)
-                return optax.apply_updates(trainable, updates), opt_state
+                trainable = optax.apply_updates(trainable, updates)
+                return balanced(trainable, loads, bias_rate), opt_state
 
             old = state.trainable, state.opt_state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            trainable, opt_state = update_if(finite, update, old, grads, offloaded=offloaded)
+            args = grads, loads
+            trainable, opt_state = update_if(finite, update, old, *args, offloaded=offloaded)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
-        if loads := metrics.pop("expert_load", None):
-            metrics["max_expert_load"] = (largest_load(loads[0]), jnp.ones(()))
+        if loads:
+            metrics["max_expert_load"] = (largest_load(loads), jnp.ones(()))
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def balanced(trainable: Any, loads: dict[str, jax.Array], rate: float) -> Any:
+    """The weights after each router's bias has moved by `rate`: up for experts whose load is below
+    the mean of their layer, down for those above it (arXiv:2408.15664, algorithm 1).
+
+    loads: {stack: tokens of the update that chose the expert, [L, E]}.
+    """
+    for stack, load_LE in loads.items() if rate else ():
+        below_LE = jnp.sign(jnp.mean(load_LE, 1, keepdims=True) - load_LE)
+        layers = trainable[stack]
+        bias_LE = layers["mlp"]["choice_bias"] + rate * below_LE
+        mlp = layers["mlp"] | {"choice_bias": bias_LE.astype(layers["mlp"]["choice_bias"].dtype)}
+        trainable = trainable | {stack: layers | {"mlp": mlp}}
+    return trainable
 
 
 def largest_load(loads: dict[str, jax.Array]) -> jax.Array:
@@ -161,7 +186,7 @@ def make_gradients(
         loss, weight, metrics = objective(model, batch, keys, reference)
         for name, coefficient in router_losses.items():
             if name not in metrics:
-                raise UserError(f"model.{name} needs the metrics of `model.hidden(…).aux`")
+                raise UserError(f"model.{name}" + NO_METRICS)
             loss = loss + coefficient * weight_per_token * metrics[name][0]
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))

@@ -155,15 +155,18 @@ def trajectory(
     mesh=None,
     devices=1,
     routers=None,
+    optimizer="adamw",
+    metrics=None,
     **model,
 ):
     """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows.
 
-    routers: keys of the model section.
+    routers: keys of the model section. metrics: receives those of the last step.
     """
     section_of_mesh = mesh or MeshSection()
     mesh = make_mesh(section_of_mesh, jax.devices()[:devices])
-    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
+    keys = dict(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
+    optim = OptimSection(optimizer, **keys)
     cfg = TrainConfig(
         model=ModelSection(**routers or {}), peft=section, optim=optim, mesh=section_of_mesh
     )
@@ -190,9 +193,11 @@ def trajectory(
         split = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in rows.items()}
         losses, norms = [], []
         for _ in range(steps):
-            state, metrics = step(state, frozen, Batch(**put(mesh, split)))
-            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-            norms.append(float(metrics["grad_norm"][0]))
+            state, found = step(state, frozen, Batch(**put(mesh, split)))
+            losses.append(float(found["loss"][0] / found["loss"][1]))
+            norms.append(float(found["grad_norm"][0]))
+            if metrics is not None:
+                metrics.update(found)
         assert step._cache_size() == 1  # nothing is compiled again
     return np.array(losses), np.array(norms), state, (graph, frozen)
 

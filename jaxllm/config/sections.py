@@ -90,6 +90,9 @@ class ModelSection:
     default: the config's router_aux_loss_coef if its output_router_logits is true, else 0"""
     router_z_loss: Amount = 0.0
     """mixtures of experts: coefficient of the routers' squared log-partition functions"""
+    router_bias_rate: Amount = 0.0
+    """mixtures of experts whose routers have a bias: how much each step raises the bias of experts
+    with less than the mean load, and lowers that of the others"""
 
 
 if TYPE_CHECKING:

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from steps import TINY, decoder, pair_rows, ragged_rows, trajectory, unpacked, unpacked_slots
+from runs import MODEL, arguments, command, killed, lines_of
+from safetensors.numpy import load_file
+from steps import TINY, WHOLE, decoder, pair_rows, ragged_rows, trajectory, unpacked, unpacked_slots
 from tiny import V, as_saved, hf_config, magnified, one_device
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import (
     router_z_loss_func,
 )
 
-from jaxllm.config import MeshSection, ModelSection, TrainConfig
+from jaxllm.cli import main
+from jaxllm.config import MeshSection, ModelSection, PeftSection, TrainConfig
 from jaxllm.config.checks import resolve
 from jaxllm.data.batch import Batch, make_row
 from jaxllm.errors import UserError
@@ -27,6 +30,7 @@ from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.lm import forward, lm_loss
 from jaxllm.objectives.table import Objective, make_objective
+from jaxllm.optim import eval_params
 from jaxllm.program import build
 
 SHAPE = replace(
@@ -158,13 +162,64 @@ def test_pairs_of_answers_have_the_losses_too():
         np.testing.assert_allclose(found[1], norms, rtol=2e-5)
 
 
+# ---- the bias
+
+
+def test_the_bias_moves_by_the_sign_of_the_load_and_by_nothing_else():
+    """Also where the optimizer averages weights, and however the update is divided."""
+    rows = ragged_rows(16)
+    model = decoder(shape=SHAPE)
+    aux = forward(model, Batch(**{k: jnp.asarray(v) for k, v in rows.items()})).aux
+    load = np.asarray(aux["expert_load"][0]["layers"])
+    want = 0.01 * np.sign(load.mean(1, keepdims=True) - load)
+    assert (want > 0).any() and (want < 0).any()
+    for options in (
+        {},
+        {"count": 4, "optimizer": "schedule_free_adamw"},
+        {"devices": 8, "mesh": MeshSection(data=2, fsdp=2, tensor=2), "optimizer": "muon"},
+        {"devices": 8, "mesh": MeshSection(context=4), "optimizer": "lion"},
+    ):
+        _, _, state, _ = trajectory(
+            rows, shape=SHAPE, steps=1, routers={"router_bias_rate": 0.01}, **options
+        )
+        weights = eval_params(state.opt_state, state.trainable)
+        bias = weights["layers"]["mlp"]["choice_bias"]
+        np.testing.assert_allclose(bias, want, atol=1e-7)
+        paths = [str(path) for path, _ in jax.tree.leaves_with_path(state.opt_state)]
+        assert any("router" in path for path in paths)
+        assert not any("choice_bias" in path for path in paths)
+
+
+def test_the_bias_balances_the_load():
+    rows, loads = ragged_rows(16), []
+    for steps in (1, 40):
+        kept = {}
+        trajectory(rows, shape=SHAPE, steps=steps, routers={"router_bias_rate": 0.02}, metrics=kept)
+        loads.append(float(kept["max_expert_load"][0]))
+    assert loads[0] > 1.5 and loads[1] < 1.2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
+def test_a_rate_needs_a_bias(tmp_path, family):
+    words = {"qwen3_moe": "the routers of qwen3_moe have no bias; use model.balance_loss"}
+    words |= {"qwen3": "is for mixtures of experts; this model has none"}
+    with pytest.raises(UserError, match=f"model.router_bias_rate.*{words[family]}"):
+        program(tmp_path, family=family, router_bias_rate=0.001)
+
+
+def test_a_rate_needs_a_base_that_is_trained(tmp_path):
+    peft = PeftSection(method="lora", target_modules=("q_proj",))
+    with pytest.raises(UserError, match="router_bias_rate: an adapter's base is not trained"):
+        program(tmp_path, family="minimax_m2", router_bias_rate=0.001, peft=peft)
+
+
 # ---- runs
 
 
-def program(tmp_path, objective="pretrain", family="qwen3_moe", config=(), **model):
+def program(tmp_path, family="qwen3_moe", config=(), peft=WHOLE, **model):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(family) | dict(config)))
     section = ModelSection(config=str(tmp_path / "config.json"), **model)
-    cfg = TrainConfig(objective=objective, model=section, batch_size=4, micro_batch_size=2)
+    cfg = TrainConfig(model=section, batch_size=4, micro_batch_size=2, peft=peft)
     return build(resolve(cfg, 1), one_device())
 
 
@@ -217,3 +272,31 @@ def test_an_objective_of_ones_own_needs_the_metrics_of_routers(tmp_path):
         else:
             with pytest.raises(UserError, match=r"balance_loss needs the metrics of .*aux"):
                 jax.eval_shape(step, *args)
+
+
+MINIMAX = MODEL | {
+    "model_type": "minimax_m2",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_killed_run_resumes_with_the_same_bias_and_exports_it(project):
+    (project / "model.json").write_text(json.dumps(MINIMAX))
+    flags = ("--model.router_bias_rate", "0.01", "--model.balance_loss", "0.02")
+    assert main(arguments(project, "pretrain", "straight", *flags)) == 0
+    killed(command(project, "pretrain", "killed", *flags), project / "killed")
+    assert main(arguments(project, "pretrain", "killed", *flags)) == 0
+    lines = [lines_of(project / name) for name in ("straight", "killed")]
+    for name in ("loss", "balance_loss", "router_z_loss", "router_entropy", "max_expert_load"):
+        values = [line[name] for line in lines[0].values()]
+        assert len(values) == 12 and all(np.isfinite(values))
+        assert values == [line[name] for line in lines[1].values()]
+    straight, resumed = (
+        load_file(project / name / "final/model.safetensors") for name in ("straight", "killed")
+    )
+    for name in straight:
+        np.testing.assert_array_equal(straight[name], resumed[name])
+    bias = straight["model.layers.1.block_sparse_moe.e_score_correction_bias"]
+    assert np.abs(bias).max() >= 0.02  # of 12 steps that move it by 0.01
