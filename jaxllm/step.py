@@ -208,24 +208,10 @@ def make_gradients(
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
                 total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
-        share = weight_per_token(trainable, frozen, batch, keys) if router_losses else None
+        share = None
+        if router_losses:
+            share = weight_per_token(models, objective, trainable, frozen, batch, keys)
         return accumulated(partial(micro_batch_gradients, trainable, frozen, share), batch, keys)
-
-    def weight_per_token(trainable, frozen, batch, keys):
-        """The weight of the update's loss divided by its tokens: the sums over tokens of router
-        losses are multiplied by it, since the sum of all losses is divided by the weight. No
-        objective's weight depends on the model, so XLA leaves out the forward pass."""
-
-        def sums(inputs):
-            rows, keys = inputs
-            model, reference = models(trainable, frozen)
-            weight = objective(model, rows, keys, reference)[1]
-            return weight, jnp.sum(rows.segment_ids != 0, dtype=jnp.float32)
-
-        weight, tokens = across_rows(
-            jax.lax.psum, jax.tree.map(jnp.sum, jax.lax.map(sums, (batch, keys)))
-        )
-        return weight / jnp.maximum(tokens, 1.0)
 
     if shardings is None:
         return local_gradients
@@ -255,6 +241,31 @@ def make_gradients(
         return jax.lax.with_sharding_constraint(grads, shardings.gradients), metrics
 
     return sharded_gradients
+
+
+def weight_per_token(
+    models: Models,
+    objective: Callable[..., Any],
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    keys: Any,
+) -> jax.Array:
+    """The weight of an update's loss divided by its tokens without padding.
+
+    Sums of router losses over tokens are multiplied by it, since the sum of all losses is divided
+    by the weight. No objective's weight depends on the model, so no forward pass is computed.
+    """
+
+    def sums(inputs: Any) -> tuple[jax.Array, jax.Array]:
+        rows, keys = inputs
+        model, reference = models(trainable, frozen)
+        weight = objective(model, rows, keys, reference)[1]
+        return weight, jnp.sum(rows.segment_ids != 0, dtype=jnp.float32)
+
+    totals = jax.tree.map(jnp.sum, jax.lax.map(sums, (batch, keys)))
+    weight, tokens = across_rows(jax.lax.psum, totals)
+    return weight / jnp.maximum(tokens, 1.0)
 
 
 def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:

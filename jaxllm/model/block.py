@@ -56,9 +56,10 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             if not self.parallel:
                 n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-            h_BTD, routing = self.mlp(n_BTD, ctx), None
             if isinstance(self.mlp, MoE):
-                h_BTD, routing = h_BTD
+                h_BTD, routing = self.mlp(n_BTD, ctx)
+            else:
+                h_BTD, routing = self.mlp(n_BTD, ctx), None
             x_BTD = self.added(x_BTD, h_BTD, self.mlp_post_norm, self.mlp_adapter)
         return constrain(x_BTD, "batch", "sequence", "features"), past, routing
 

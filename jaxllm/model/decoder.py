@@ -23,8 +23,8 @@ from jaxllm.model.cache import Cache, VirtualTokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import NORMS, Embed, Linear
-from jaxllm.model.moe import router_metrics
 from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
+from jaxllm.model.routing import router_metrics
 from jaxllm.model.stack import Stack, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
