@@ -319,6 +319,10 @@ class PeftSection:
     target_modules: tuple[str, ...] = ("all-linear",)
     """LoRA: HF module names to adapt (suffixes, or regular expressions of full names), or
     all-linear"""
+    target_parameters: tuple[str, ...] = ()
+    """LoRA: parameters of experts and routers to adapt, by the end of their name in transformers 5
+    (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight); default: all of them with
+    all-linear"""
     exclude_modules: tuple[str, ...] = ()
     """LoRA: modules to exclude from target_modules"""
     layers_to_transform: tuple[Count, ...] = ()

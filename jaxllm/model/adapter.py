@@ -87,6 +87,10 @@ class Adapter:
         (before its bias) or of Embed. x: the input (Embed: tokens). `kernel()`: the weight, float32
         [I, O]. context: a model.context.Context."""
 
+    def experts(self, path: str, axes: Axes, shape: tuple[int, ...], rngs: nnx.Rngs) -> Any:
+        """None, or a module with `factors_of_experts(context) -> (A [E, I, R], B [E, R, O])`, whose
+        products are added to the matrices [E, I, O] of experts."""
+
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Any:
         """None, or a module `f(h) -> h` that changes what attention or MLP adds to the residual."""
 

@@ -30,6 +30,12 @@ from jaxllm.ops.residuals import saveable
 
 OBSTACLE = "its MLP is a mixture of experts"
 UP, DOWN = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+# Dims of what `over_mesh` splits: kernels, and A and B of LoRA.
+DIMS: dict[str, tuple[str | None, ...]] = {"gate": UP, "up": UP, "down": DOWN}
+DIMS |= {f"{name}_a": (*dims[:2], None) for name, dims in DIMS.items()} | {
+    f"{name}_b": (dims[0], None, dims[2]) for name, dims in DIMS.items()
+}
+DIMS["gate_up_a"] = DIMS["up_a"]
 
 
 def route(
@@ -64,10 +70,19 @@ class Kernels(nnx.Module):
     """The matrices of all experts, [E, I, O]."""
 
     def __init__(
-        self, cfg: ModelConfig, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any, rngs: Any
+        self,
+        cfg: ModelConfig,
+        path: str,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        *,
+        peft: Adapter,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+        self.lora = peft.experts(path, axes, shape, rngs)
 
 
 class MoE(nnx.Module):
@@ -81,9 +96,11 @@ class MoE(nnx.Module):
         router = jax.random.normal(rngs.params(), (D, E)) * cfg.initializer_range
         self.router = nnx.Param(router.astype(dtype), axes=("embed", "router"))
         self.choice_bias = nnx.Param(jnp.zeros(E), axes=("router",)) if experts.has_bias else None
-        self.gate = Kernels(cfg, UP, (E, D, F), dtype, rngs)
-        self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
-        self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
+        self.router_lora = peft.linear("layers.mlp.router_lora", ("embed", "router"), (D, E), rngs)
+        self.gate = Kernels(cfg, "layers.mlp.gate", UP, (E, D, F), **keys)
+        self.up = Kernels(cfg, "layers.mlp.up", UP, (E, D, F), **keys)
+        self.down = Kernels(cfg, "layers.mlp.down", DOWN, (E, F, D), **keys)
+        self.gate_up = peft.experts("layers.mlp.gate_up", UP, (E, D, 2 * F), rngs)
         self.shared = (
             MLP(cfg, "layers.mlp.shared", experts.shared_size, **keys)
             if experts.shared_size
@@ -104,9 +121,11 @@ class MoE(nnx.Module):
         if ctx.mlp_blocks > 1:
             raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
         bias = None if self.choice_bias is None else self.choice_bias[...]
-        kernels = {n: getattr(self, n).kernel.get_value() for n in ("gate", "up", "down")}
         router_DE = self.router[...].astype(x_BTD.dtype)
         logits_BTE = product(x_BTD, router_DE, (2, 0), jnp.float32)
+        if self.router_lora is not None:
+            logits_BTE = self.router_lora(x_BTD, logits_BTE, None, ctx)
+        kernels = self.kernels(ctx)
         y_BTD, chosen_BTC = over_mesh(partial(routed, self.cfg), x_BTD, logits_BTE, bias, kernels)
         routing = routing_of(logits_BTE, chosen_BTC, ctx.segment_ids != 0)
         if self.shared is None:
@@ -115,6 +134,19 @@ class MoE(nnx.Module):
         if self.shared_gate is not None:
             shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
         return y_BTD + shared_BTD, routing
+
+    def kernels(self, ctx: Context) -> dict[str, Any]:
+        """The matrices of the experts, and A and B of LoRA, by their names in DIMS."""
+        found: dict[str, Any] = {}
+        for name in ("gate", "up", "down"):
+            part: Kernels = getattr(self, name)
+            found[name] = part.kernel.get_value()
+            if part.lora is not None:
+                found[f"{name}_a"], found[f"{name}_b"] = part.lora.factors_of_experts(ctx)
+        if self.gate_up is not None:
+            found["gate_up_a"], b = self.gate_up.factors_of_experts(ctx)
+            found["gate_b"], found["up_b"] = jnp.split(b, 2, -1)
+        return found
 
 
 def routed(
@@ -127,8 +159,18 @@ def routed(
     weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
     order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
     rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
-    gate, up = (saveable(grouped(rows, kernels[n], sizes), "dot") for n in ("gate", "up"))
-    out = saveable(grouped(activation(gate) * up, kernels["down"], sizes), "dot")
+
+    def linear(rows: jax.Array, name: str, inner: Any = None) -> jax.Array:
+        """inner: the product of the rows and A, if it is not this matrix's own A."""
+        y = saveable(grouped(rows, kernels[name], sizes), "dot")
+        if f"{name}_b" not in kernels:
+            return y
+        inner = grouped(rows, kernels[f"{name}_a"], sizes) if inner is None else inner
+        return y + grouped(inner, kernels[f"{name}_b"], sizes)
+
+    inner = grouped(rows, kernels["gate_up_a"], sizes) if "gate_up_a" in kernels else None
+    gate, up = linear(rows, "gate", inner), linear(rows, "up", inner)
+    out = linear(activation(gate) * up, "down")
     out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
     y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype)
     return y_ND.reshape(x_BTD.shape), chosen_NC.reshape(*x_BTD.shape[:2], -1)
@@ -145,13 +187,13 @@ def over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or all(mesh.shape[a] == 1 for a in automatic_axes()):
         return run(x_BTD, logits_BTE, bias_E, kernels)
-    axes = {"gate": UP, "up": UP, "down": DOWN}
     specs = {
-        n: jax.tree.map(lambda leaf, n=n: spec(axes[n], leaf.shape, mesh, drop="fsdp"), w)
+        n: jax.tree.map(lambda leaf, n=n: spec(DIMS[n], leaf.shape, mesh, drop="fsdp"), w)
         for n, w in kernels.items()
     }
     stream, whole = stream_specs(x_BTD.shape)
-    parts = [s[axes[n].index("mlp")] for n in specs for s in jax.tree.leaves(specs[n])]
+    split_ones = [n for n in specs if "mlp" in DIMS[n]]
+    parts = [s[DIMS[n].index("mlp")] for n in split_ones for s in jax.tree.leaves(specs[n])]
     split = all(part == ("tensor",) for part in parts)
     if not split:  # e.g. the scales of a quantized weight do not divide
         stream, specs = whole, P()
