@@ -55,6 +55,7 @@ def make_eval(
     def metrics(trainable, frozen, batch):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, None, reference)
+        metrics.pop("expert_load", None)
         learned = jnp.sum(batch.weights > 0).astype(jnp.float32)
         return {"loss": (loss, weight), "tokens": (learned, jnp.zeros(()))} | metrics
 

@@ -2,7 +2,8 @@
 """Learning-rate schedules, optimizers and gradient clipping.
 
 Weights are a nested dict whose leaves are called kernel, embedding, scale or bias. The layers'
-leaves are stacked (a leading dim L), so a leaf's name tells its role, not its rank.
+leaves are stacked (a leading dim L), so a leaf's name tells its role, not its rank. Optimizers do
+not see the routers' biases, `choice_bias`, which have no gradient (`step.balanced` moves them).
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ DECAYED = {
     "kernel": True,
     "router": True,
     "router_bias": False,
-    "choice_bias": False,
     "sinks": False,
     "embedding": True,
     "scale": False,
@@ -213,12 +213,27 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     """Runs `inner` in float32, also for bfloat16 weights."""
 
     def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), _optimized(tree))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(wide(updates), state, wide(params))
+        new, state = inner.update(wide(updates), state, wide(params))
+        return _with_others(new, updates), state
 
     return optax.GradientTransformation(lambda params: inner.init(wide(params)), update)
+
+
+def _optimized(tree: Any) -> Any:
+    """A nested dict of weights without the routers' biases."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _optimized(part) for name, part in tree.items() if name != "choice_bias"}
+
+
+def _with_others(tree: Any, whole: Any) -> Any:
+    """`tree` and the leaves of `whole` that `_optimized` leaves out."""
+    if not isinstance(whole, dict):
+        return tree
+    return {k: _with_others(tree[k], part) if k in tree else part for k, part in whole.items()}
 
 
 def opt_state_shardings(opt_state: Any, params: Any, shardings: Any) -> Any:
@@ -247,8 +262,8 @@ def eval_params(opt_state: Any, params: Any) -> Any:
         shardings = in_memory(jax.tree.map(lambda x: x.sharding, read), "device")
         b1, z = jax.device_put(read, shardings)  # from the host's memory with optim.offload
         opt_state = opt_state._replace(b1=b1, z=z)
-        mean = contrib.schedule_free_eval_params(opt_state, params)
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), mean, params)
+        mean = contrib.schedule_free_eval_params(opt_state, _optimized(params))
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), _with_others(mean, params), params)
     return params
 
 

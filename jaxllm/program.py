@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm import hf
 from jaxllm.collectives import fsdp_dim, reduction
-from jaxllm.config import TrainConfig
+from jaxllm.config import ModelSection, TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience
 from jaxllm.errors import UserError
 from jaxllm.evaluate import Eval, make_eval
@@ -31,7 +31,7 @@ from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
-from jaxllm.model.families import from_hf
+from jaxllm.model.families import from_hf, normalised
 from jaxllm.model.parts import record_shapes
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
@@ -149,6 +149,8 @@ class Program:
             make_optimizer(self.cfg.optim, schedule, self.adapter.learning_rate_ratios),
             schedule,
             baseline=self.objective.baseline,
+            router_losses=router_losses(self.cfg.model),
+            bias_rate=self.cfg.model.router_bias_rate,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
             offloaded=shardings_of(self.state.opt_state) if self.cfg.optim.offload else None,
@@ -216,6 +218,33 @@ def with_length(cfg: TrainConfig, shape: ModelConfig, adapter: Adapter) -> Train
     return replace(cfg, data=replace(cfg.data, max_length=length))
 
 
+def with_router_losses(
+    cfg: TrainConfig, shape: ModelConfig, hf_config: dict[str, Any]
+) -> TrainConfig:
+    """The config with model.balance_loss: if not given, what transformers adds to the loss.
+
+    Raises UserError for a key of routers that the model cannot follow.
+    """
+    model, known = cfg.model, normalised(hf_config)
+    for key in ("balance_loss", "router_z_loss", "router_bias_rate"):
+        if shape.experts is None and getattr(model, key):
+            raise UserError(f"model.{key} is for mixtures of experts; this model has none")
+    if model.router_bias_rate and not (shape.experts and shape.experts.has_bias):
+        kind = f"the routers of {shape.family} have no bias"
+        raise UserError(f"model.router_bias_rate: {kind}; use model.balance_loss")
+    given = model.balance_loss
+    if given is None:
+        on = shape.experts is not None and known.get("output_router_logits")
+        given = float(known.get("router_aux_loss_coef") or 0.0) if on else 0.0
+    return replace(cfg, model=replace(model, balance_loss=given))
+
+
+def router_losses(model: ModelSection) -> dict[str, float]:
+    """{metric: coefficient} of the losses of routers."""
+    losses = {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
+    return {name: coefficient for name, coefficient in losses.items() if coefficient}
+
+
 def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -> Program:
     """The program of a resolved config; its `cfg` has data.max_length. own: replaces the loss of
     its objective.
@@ -226,7 +255,9 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
         check_offload(mesh)
     shape, hf_config = model_config(cfg)
     adapter = make_adapter(shape, started_from(cfg))
-    cfg = with_length(cfg, shape, adapter)
+    cfg = with_router_losses(with_length(cfg, shape, adapter), shape, hf_config)
+    if cfg.model.router_bias_rate and adapter.frozen:
+        raise UserError("model.router_bias_rate: an adapter's base is not trained; set it to 0")
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg, own))
     if (blocks := cfg.model.mlp_blocks) > 1:

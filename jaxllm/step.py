@@ -6,7 +6,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -30,10 +30,13 @@ from jaxllm.collectives import (
 )
 from jaxllm.config import TrainConfig
 from jaxllm.data.batch import Batch
+from jaxllm.errors import UserError
 from jaxllm.mesh import ROWS, automatic_axes, axes_of, in_memory, param_sharding
 from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
+
+NO_METRICS = " needs the metrics of routers: an objective must return `model.hidden(…).aux` too"
 
 # (trainable, frozen) -> (the model, the reference or None)
 Models = Callable[[Any, Any], tuple[Any, Any]]
@@ -78,6 +81,8 @@ def make_step(
     schedule: optax.Schedule,
     *,
     baseline: Callable[..., Any] | None = None,
+    router_losses: Mapping[str, float] | None = None,
+    bias_rate: float = 0.0,
     max_norm: float = 0.0,
     seed: int = 0,
     offloaded: Any = None,
@@ -94,6 +99,9 @@ def make_step(
       objective: (model, batch [B, T], row keys [B], reference) -> (Σ loss, weight, metrics).
       baseline: (model, reference, batch [B, T]) -> (Σ, weight). Its mean over the update's rows is
         computed before the gradients, and the objective reads it as `batch.baseline`.
+      router_losses: {metric of the objective: coefficient}. The mean of each over the update's
+        tokens, times the coefficient, is added to the mean loss.
+      bias_rate: how much `balanced` moves the routers' biases.
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
         so it does not depend on micro-batches or the mesh.
@@ -103,7 +111,7 @@ def make_step(
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
     """
-    gradients = make_gradients(models, objective, baseline, shardings)
+    gradients = make_gradients(models, objective, baseline, shardings, router_losses or {})
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -116,23 +124,56 @@ def make_step(
             scale = jnp.where(weight > 0, 1.0 / jnp.maximum(weight, 1e-30), 0.0)
             norm = scale * optax.tree.norm(grads)
 
-            def update(trainable, opt_state, grads):
+            loads, _ = metrics.pop("expert_load", ({}, 0))
+            if bias_rate and not loads:
+                raise UserError("model.router_bias_rate" + NO_METRICS)
+
+            def update(trainable, opt_state, grads, loads):
                 clipped = clip(grads, norm, max_norm, scale)
                 updates, opt_state = optimizer.update(clipped, opt_state, trainable)
-                return optax.apply_updates(trainable, updates), opt_state
+                trainable = optax.apply_updates(trainable, updates)
+                return balanced(trainable, loads, bias_rate), opt_state
 
             old = state.trainable, state.opt_state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            trainable, opt_state = update_if(finite, update, old, grads, offloaded=offloaded)
+            args = grads, loads
+            trainable, opt_state = update_if(finite, update, old, *args, offloaded=offloaded)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics |= {"grad_norm": (norm, jnp.ones(())), "learning_rate": (rate, jnp.ones(()))}
+        if loads:
+            metrics["max_expert_load"] = (largest_load(loads), jnp.ones(()))
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
 
 
+def balanced(trainable: Any, loads: dict[str, jax.Array], rate: float) -> Any:
+    """The weights after each router's bias has moved by `rate`: up for experts whose load is below
+    the mean of their layer, down for those above it (arXiv:2408.15664, algorithm 1).
+
+    loads: {stack: tokens of the update that chose the expert, [L, E]}.
+    """
+    for stack, load_LE in loads.items() if rate else ():
+        below_LE = jnp.sign(jnp.mean(load_LE, 1, keepdims=True) - load_LE)
+        layers = trainable[stack]
+        bias_LE = layers["mlp"]["choice_bias"] + rate * below_LE
+        mlp = layers["mlp"] | {"choice_bias": bias_LE.astype(layers["mlp"]["choice_bias"].dtype)}
+        trainable = trainable | {stack: layers | {"mlp": mlp}}
+    return trainable
+
+
+def largest_load(loads: dict[str, jax.Array]) -> jax.Array:
+    """The largest load of an expert relative to the mean of its layer. loads: {stack: [L, E]}."""
+    layers = jnp.concatenate(list(loads.values()))
+    return jnp.max(layers / jnp.maximum(jnp.mean(layers, 1, keepdims=True), 1e-30))
+
+
 def make_gradients(
-    models: Models, objective: Callable[..., Any], baseline: Any = None, shardings: Any = None
+    models: Models,
+    objective: Callable[..., Any],
+    baseline: Any,
+    shardings: Any,
+    router_losses: Mapping[str, float],
 ) -> Callable[..., Any]:
     """(trainable, frozen, batch [A, B, T], row keys [A, B]) -> (float32 gradients of the loss sum,
     metrics). The arguments are those of `make_step`.
@@ -140,17 +181,22 @@ def make_gradients(
     On a mesh each device computes the gradients of its own rows, which are then summed.
     """
 
-    def loss_of(trainable, frozen, batch, keys):
+    def loss_of(trainable, frozen, batch, keys, weight_per_token):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, keys, reference)
+        for name, coefficient in router_losses.items():
+            if name not in metrics:
+                raise UserError(f"model.{name}" + NO_METRICS)
+            loss = loss + coefficient * weight_per_token * metrics[name][0]
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
             for name, mask in (("tokens", batch.segment_ids != 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def micro_batch_gradients(trainable, frozen, batch, keys):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys)
+    def micro_batch_gradients(trainable, frozen, weight_per_token, batch, keys):
+        args = trainable, frozen, batch, keys, weight_per_token
+        grads, metrics = jax.grad(loss_of, has_aux=True)(*args)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if shardings is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)
@@ -162,7 +208,10 @@ def make_gradients(
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
                 total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
-        return accumulated(partial(micro_batch_gradients, trainable, frozen), batch, keys)
+        share = None
+        if router_losses:
+            share = weight_per_token(models, objective, trainable, frozen, batch, keys)
+        return accumulated(partial(micro_batch_gradients, trainable, frozen, share), batch, keys)
 
     if shardings is None:
         return local_gradients
@@ -192,6 +241,31 @@ def make_gradients(
         return jax.lax.with_sharding_constraint(grads, shardings.gradients), metrics
 
     return sharded_gradients
+
+
+def weight_per_token(
+    models: Models,
+    objective: Callable[..., Any],
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    keys: Any,
+) -> jax.Array:
+    """The weight of an update's loss divided by its tokens without padding.
+
+    Sums of router losses over tokens are multiplied by it, since the sum of all losses is divided
+    by the weight. No objective's weight depends on the model, so no forward pass is computed.
+    """
+
+    def sums(inputs: Any) -> tuple[jax.Array, jax.Array]:
+        rows, keys = inputs
+        model, reference = models(trainable, frozen)
+        weight = objective(model, rows, keys, reference)[1]
+        return weight, jnp.sum(rows.segment_ids != 0, dtype=jnp.float32)
+
+    totals = jax.tree.map(jnp.sum, jax.lax.map(sums, (batch, keys)))
+    weight, tokens = across_rows(jax.lax.psum, totals)
+    return weight / jnp.maximum(tokens, 1.0)
 
 
 def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:

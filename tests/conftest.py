@@ -46,7 +46,6 @@ SWEEPS = {
         "a first layer, then periods-prefix",
     ),
     "test_a_mesh_remat_and_micro_batches_change_nothing": ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
-    "test_lora_leaves_experts_out_and_may_quantize_them": ("nf4",),
     "test_an_export_equals_the_final_folder": ("pissa, nf4",),
 }
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxllm.config import MeshSection, OptimSection, PeftSection, TrainConfig
+from jaxllm.config import MeshSection, ModelSection, OptimSection, PeftSection, TrainConfig
 from jaxllm.data.batch import TEXT, Batch, Experience, make_row
 from jaxllm.hf import abstract_model
 from jaxllm.mesh import make_mesh, put
@@ -146,13 +146,30 @@ LANGUAGE = Objective(lm_loss)
 
 
 def trajectory(
-    rows, section=WHOLE, *, objective=LANGUAGE, count=1, steps=3, mesh=None, devices=1, **model
+    rows,
+    section=WHOLE,
+    *,
+    objective=LANGUAGE,
+    count=1,
+    steps=3,
+    mesh=None,
+    devices=1,
+    routers=None,
+    optimizer="adamw",
+    metrics=None,
+    **model,
 ):
-    """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows."""
+    """(losses, gradient norms, the last state, (graph, frozen)) of AdamW steps on the same rows.
+
+    routers: keys of the model section. metrics: receives those of the last step.
+    """
     section_of_mesh = mesh or MeshSection()
     mesh = make_mesh(section_of_mesh, jax.devices()[:devices])
-    optim = OptimSection(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
-    cfg = TrainConfig(peft=section, optim=optim, mesh=section_of_mesh)
+    keys = dict(learning_rate=3e-3, weight_decay=0.1, schedule="constant", clip=0.5)
+    optim = OptimSection(optimizer, **keys)
+    cfg = TrainConfig(
+        model=ModelSection(**routers or {}), peft=section, optim=optim, mesh=section_of_mesh
+    )
     made = decoder(section, **model)
 
     def make(adapter):
@@ -176,9 +193,11 @@ def trajectory(
         split = {k: v.reshape(count, -1, *v.shape[1:]) for k, v in rows.items()}
         losses, norms = [], []
         for _ in range(steps):
-            state, metrics = step(state, frozen, Batch(**put(mesh, split)))
-            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-            norms.append(float(metrics["grad_norm"][0]))
+            state, found = step(state, frozen, Batch(**put(mesh, split)))
+            losses.append(float(found["loss"][0] / found["loss"][1]))
+            norms.append(float(found["grad_norm"][0]))
+            if metrics is not None:
+                metrics.update(found)
         assert step._cache_size() == 1  # nothing is compiled again
     return np.array(losses), np.array(norms), state, (graph, frozen)
 

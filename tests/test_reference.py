@@ -107,7 +107,7 @@ def test_another_packing_or_more_data_reuses_the_cached_log_probabilities(
     names = [name for name in reference.LOGPS if name in packed]
     first = logps_of(packed)
     assert len(computed) == 16
-    want, _ = answer_logps(model, Batch(**packed), [packed[name] for name in names])
+    want, *_ = answer_logps(model, Batch(**packed), [packed[name] for name in names])
     for name, logps in zip(names, want, strict=True):
         np.testing.assert_allclose(first[reference.LOGPS[name]], logps, atol=1e-5)
 

@@ -85,6 +85,14 @@ class ModelSection:
     activations"""
     z_loss: Amount = 0.0
     """coefficient of the squared log-partition function added to the loss"""
+    balance_loss: Amount | None = None
+    """mixtures of experts: coefficient of the routers' load-balance loss, computed for each text;
+    default: the config's router_aux_loss_coef if its output_router_logits is true, else 0"""
+    router_z_loss: Amount = 0.0
+    """mixtures of experts: coefficient of the routers' squared log-partition functions"""
+    router_bias_rate: Amount = 0.0
+    """mixtures of experts whose routers have a bias: how much each step raises the bias of experts
+    with less than the mean load, and lowers that of the others"""
 
 
 if TYPE_CHECKING:
@@ -310,6 +318,10 @@ class PeftSection:
     """LoRA: dropout probability of the adapter's input"""
     target_modules: tuple[str, ...] = ("all-linear",)
     """LoRA: HF module names to adapt (suffixes, or regular expressions of full names), or
+    all-linear"""
+    target_parameters: tuple[str, ...] = ()
+    """LoRA: parameters of experts and routers to adapt, by the end of their name in transformers 5
+    (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight); default: all of them with
     all-linear"""
     exclude_modules: tuple[str, ...] = ()
     """LoRA: modules to exclude from target_modules"""

@@ -88,6 +88,10 @@ class Adapter:
         [I, O]. context: a model.context.Context. Its method `factors(kernel, context, ndim)` gives
         the same change as matrices (peft.lora.LoraBranch.factors)."""
 
+    def experts(self, path: str, axes: Axes, shape: tuple[int, ...], rngs: nnx.Rngs) -> Any:
+        """None, or a module with `factors_of_experts(context) -> (A [E, I, R], B [E, R, O])`, whose
+        products are added to the matrices [E, I, O] of experts."""
+
     def sublayer(self, path: str, size: int, rngs: nnx.Rngs) -> Any:
         """None, or a module `f(h) -> h` that changes what attention or MLP adds to the residual."""
 

@@ -58,8 +58,11 @@ class Block(nnx.Module):
         self.attn_adapter = peft.sublayer(f"{path}.attn_adapter", cfg.hidden_size, rngs)
         self.mlp_adapter = peft.sublayer(f"{path}.mlp_adapter", cfg.hidden_size, rngs)
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        """(x_BTD, the layer's new past). past: a LayerCache, VirtualTokens, or None."""
+    def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
+        """(x_BTD, the layer's new past, its Routing or None without experts).
+
+        past: a LayerCache, VirtualTokens, or None.
+        """
         with jax.named_scope("attention"):
             n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
             h_BTD, past = self.attn(n_BTD, ctx, past)
@@ -67,8 +70,12 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             if not self.parallel:
                 n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-            x_BTD = self.added(x_BTD, self.mlp(n_BTD, ctx), self.mlp_post_norm, self.mlp_adapter)
-        return constrain(x_BTD, "batch", "sequence", "features"), past
+            if isinstance(self.mlp, MoE):
+                h_BTD, routing = self.mlp(n_BTD, ctx)
+            else:
+                h_BTD, routing = self.mlp(n_BTD, ctx), None
+            x_BTD = self.added(x_BTD, h_BTD, self.mlp_post_norm, self.mlp_adapter)
+        return constrain(x_BTD, "batch", "sequence", "features"), past, routing
 
     def added(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Any, adapter: Any) -> jax.Array:
         """The residual stream plus the output of attention or MLP."""

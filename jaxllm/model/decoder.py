@@ -24,6 +24,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import NORMS, Embed, Linear
 from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
+from jaxllm.model.routing import router_metrics
 from jaxllm.model.stack import Run, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
@@ -41,7 +42,7 @@ class Forward:
 
     x: jax.Array  # [B, T, D] after the final norm, in compute_dtype
     cache: Cache | None  # after the tokens of the call; None without one
-    aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics; no layer has any yet
+    aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics (`router_metrics`)
 
 
 class Decoder(nnx.Module):
@@ -213,14 +214,16 @@ class Decoder(nnx.Module):
             rope_tables=[jnp.stack(x) for x in zip(*tables, strict=True)],
         )
         new: tuple[Any, ...] = ()
+        routings: tuple[Any, ...] = ()
         for run in self.runs:
             here = pasts[len(new) : len(new) + len(run.blocks)]
-            x_BTD, after = run(x_BTD, ctx, here)
-            new += after
+            x_BTD, after, routed = run(x_BTD, ctx, here)
+            new, routings = new + after, routings + routed
         x_BTD = self.norm(x_BTD)
         if cache is not None:
-            cache = Cache(new, cached, offset + T).constrained()
-        return Forward(x_BTD, cache, {})
+            return Forward(x_BTD, Cache(new, cached, offset + T).constrained(), {})
+        by_stack = dict(zip(cfg.stacks, routings, strict=True))
+        return Forward(x_BTD, None, router_metrics(by_stack, segment_ids))
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache with `slots` for texts, after the slots of the virtual tokens."""

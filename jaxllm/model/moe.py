@@ -23,12 +23,20 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import Experts, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layers import ACTIVATIONS, MLP, Linear
+from jaxllm.model.routing import Routing, routing_of
 from jaxllm.ops.grouped import by_group, grouped, permuted
 from jaxllm.ops.matmul import product
 from jaxllm.ops.residuals import saveable
 
 OBSTACLE = "its MLP is a mixture of experts"
 UP, DOWN = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+# Dims of what `over_mesh` splits: kernels, biases, and A and B of LoRA.
+DIMS: dict[str, tuple[str | None, ...]] = {"gate": UP, "up": UP, "down": DOWN}
+BIASES: dict[str, tuple[str | None, ...]] = {f"{n}_bias": (d[0], d[2]) for n, d in DIMS.items()}
+DIMS |= {f"{name}_a": (*dims[:2], None) for name, dims in DIMS.items()} | {
+    f"{name}_b": (dims[0], None, dims[2]) for name, dims in DIMS.items()
+}
+DIMS |= BIASES | {"gate_up_a": DIMS["up_a"]}
 
 
 def route(
@@ -57,17 +65,35 @@ def route(
     return weights_NC, chosen_NC
 
 
+def nothing_routed(mlp: Any, x_BTD: jax.Array) -> Routing | None:
+    """The sums before the first layer; None if its MLP has no experts."""
+    if not isinstance(mlp, MoE):
+        return None
+    zeros = jnp.zeros(x_BTD.shape[:2])
+    by_expert = jnp.zeros((*zeros.shape, mlp.router.get_value().shape[-1]))
+    return Routing(by_expert, by_expert, zeros, zeros)
+
+
 class Kernels(nnx.Module):
     """The matrices of all experts, [E, I, O], and their biases [E, O]."""
 
     def __init__(
-        self, cfg: ModelConfig, axes: tuple[str, ...], shape: tuple[int, ...], dtype: Any, rngs: Any
+        self,
+        cfg: ModelConfig,
+        path: str,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        *,
+        peft: Adapter,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
         self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
         zeros = jnp.zeros((shape[0], shape[2]), dtype)
         biased = cfg.experts is not None and cfg.experts.bias
         self.bias = nnx.Param(zeros, axes=(axes[0], axes[2])) if biased else None
+        self.lora = peft.experts(path, axes, shape, rngs)
 
 
 class MoE(nnx.Module):
@@ -83,9 +109,11 @@ class MoE(nnx.Module):
         self.choice_bias = nnx.Param(jnp.zeros(E), axes=("router",)) if experts.has_bias else None
         zeros = jnp.zeros(E, dtype)
         self.router_bias = nnx.Param(zeros, axes=("router",)) if experts.bias else None
-        self.gate = Kernels(cfg, UP, (E, D, F), dtype, rngs)
-        self.up = Kernels(cfg, UP, (E, D, F), dtype, rngs)
-        self.down = Kernels(cfg, DOWN, (E, F, D), dtype, rngs)
+        self.router_lora = peft.linear(f"{path}.router_lora", ("embed", "router"), (D, E), rngs)
+        self.gate = Kernels(cfg, f"{path}.gate", UP, (E, D, F), **keys)
+        self.up = Kernels(cfg, f"{path}.up", UP, (E, D, F), **keys)
+        self.down = Kernels(cfg, f"{path}.down", DOWN, (E, F, D), **keys)
+        self.gate_up = peft.experts(f"{path}.gate_up", UP, (E, D, 2 * F), rngs)
         self.shared = (
             MLP(cfg, f"{path}.shared", experts.shared_size, **keys) if experts.shared_size else None
         )
@@ -100,50 +128,72 @@ class MoE(nnx.Module):
         """As `MLP.obstacle`: why the hidden features cannot be computed in blocks."""
         return OBSTACLE
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing]:
         if ctx.mlp_blocks > 1:
             raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
         bias = None if self.choice_bias is None else self.choice_bias[...]
-        kernels = {n: getattr(self, n).kernel.get_value() for n in ("gate", "up", "down")}
+        router_DE = self.router[...].astype(x_BTD.dtype)
+        logits_BTE = product(x_BTD, router_DE, (2, 0), jnp.float32)
         if self.router_bias is not None:
-            kernels |= {f"{n}_bias": getattr(self, n).bias[...] for n in ("gate", "up", "down")}
-            kernels["router_bias"] = self.router_bias[...]
-        y_BTD = over_mesh(partial(routed, self.cfg), x_BTD, self.router[...], bias, kernels)
+            logits_BTE = logits_BTE + self.router_bias[...].astype(jnp.float32)
+        if self.router_lora is not None:
+            logits_BTE = self.router_lora(x_BTD, logits_BTE, None, ctx)
+        kernels = self.kernels(ctx)
+        y_BTD, chosen_BTC = over_mesh(partial(routed, self.cfg), x_BTD, logits_BTE, bias, kernels)
+        routing = routing_of(logits_BTE, chosen_BTC, ctx.segment_ids != 0)
         if self.shared is None:
-            return y_BTD
+            return y_BTD, routing
         shared_BTD = self.shared(x_BTD, ctx)
         if self.shared_gate is not None:
             shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
-        return y_BTD + shared_BTD
+        return y_BTD + shared_BTD, routing
+
+    def kernels(self, ctx: Context) -> dict[str, Any]:
+        """The weights of the experts, and A and B of LoRA, by their names in DIMS."""
+        found: dict[str, Any] = {}
+        for name in ("gate", "up", "down"):
+            part: Kernels = getattr(self, name)
+            found[name] = part.kernel.get_value()
+            if part.bias is not None:
+                found[f"{name}_bias"] = part.bias[...]
+            if part.lora is not None:
+                found[f"{name}_a"], found[f"{name}_b"] = part.lora.factors_of_experts(ctx)
+        if self.gate_up is not None:
+            found["gate_up_a"], b = self.gate_up.factors_of_experts(ctx)
+            found["gate_b"], found["up_b"] = jnp.split(b, 2, -1)
+        return found
 
 
 def routed(
-    cfg: ModelConfig, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
-) -> jax.Array:
-    """Σ of the outputs of each token's chosen experts, weighted."""
+    cfg: ModelConfig, x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """(Σ of the outputs of each token's chosen experts, weighted; the chosen experts [B, T, C])."""
     experts, activation = cfg.experts, ACTIVATIONS[cfg.activation]
     assert experts is not None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    logits_NE = product(x_ND, router_DE.astype(x_ND.dtype), (1, 0), jnp.float32)
-    if "router_bias" in kernels:
-        logits_NE = logits_NE + kernels["router_bias"].astype(jnp.float32)
-    weights_NC, chosen_NC = route(logits_NE, bias_E, experts)
+    weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
     order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
     rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
 
-    def linear(rows: jax.Array, name: str) -> jax.Array:
+    def linear(rows: jax.Array, name: str, inner: Any = None) -> jax.Array:
+        """inner: the product of the rows and A, if it is not this matrix's own A."""
         y = saveable(grouped(rows, kernels[name], sizes), "dot")
-        if (bias_EO := kernels.get(f"{name}_bias")) is None:
+        if (bias_EO := kernels.get(f"{name}_bias")) is not None:
+            # In float32, in which the gradients of an expert's rows are then added.
+            bias = bias_EO.astype(jnp.float32)[chosen_NC.ravel()[order]]
+            y = (y + bias).astype(y.dtype)
+        if f"{name}_b" not in kernels:
             return y
-        # In float32, in which the gradients of an expert's rows are then added.
-        bias = bias_EO.astype(jnp.float32)[chosen_NC.ravel()[order]]
-        return (y + bias).astype(y.dtype)
+        inner = grouped(rows, kernels[f"{name}_a"], sizes) if inner is None else inner
+        return y + grouped(inner, kernels[f"{name}_b"], sizes)
 
-    gate, up = linear(rows, "gate"), linear(rows, "up")
+    inner = grouped(rows, kernels["gate_up_a"], sizes) if "gate_up_a" in kernels else None
+    gate, up = linear(rows, "gate", inner), linear(rows, "up", inner)
     hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
     out = linear(hidden, "down")
     out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
-    return jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype).reshape(x_BTD.shape)
+    y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype)
+    return y_ND.reshape(x_BTD.shape), chosen_NC.reshape(*x_BTD.shape[:2], -1)
 
 
 def clamped(gate: jax.Array, up: jax.Array, experts: Experts) -> jax.Array:
@@ -152,8 +202,8 @@ def clamped(gate: jax.Array, up: jax.Array, experts: Experts) -> jax.Array:
 
 
 def over_mesh(
-    run: Any, x_BTD: jax.Array, router_DE: jax.Array, bias_E: Any, kernels: dict[str, Any]
-) -> jax.Array:
+    run: Any, x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
     """`run` for a device's own tokens, with its part of the hidden features.
 
     XLA's partitioner would sort the tokens of all devices. Along the tensor axis a device has a
@@ -161,38 +211,40 @@ def over_mesh(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or all(mesh.shape[a] == 1 for a in automatic_axes()):
-        return run(x_BTD, router_DE, bias_E, kernels)
-    axes: dict[str, tuple[str, ...]] = {"gate": UP, "up": UP, "down": DOWN}
-    axes |= {f"{n}_bias": (dims[0], dims[2]) for n, dims in axes.items()}
-    axes["router_bias"] = ("router",)
+        return run(x_BTD, logits_BTE, bias_E, kernels)
     specs = {
-        n: jax.tree.map(lambda leaf, n=n: spec(axes[n], leaf.shape, mesh, drop="fsdp"), w)
+        n: jax.tree.map(lambda leaf, n=n: spec(DIMS[n], leaf.shape, mesh, drop="fsdp"), w)
         for n, w in kernels.items()
     }
     stream, whole = stream_specs(x_BTD.shape)
-    features = [n for n in specs if "mlp" in axes[n]]
-    parts = [s[axes[n].index("mlp")] for n in features for s in jax.tree.leaves(specs[n])]
+    features = [n for n in specs if "mlp" in DIMS[n]]
+    parts = [s[DIMS[n].index("mlp")] for n in features for s in jax.tree.leaves(specs[n])]
     split = all(part in ("tensor", ("tensor",)) for part in parts)  # JAX may unwrap a tuple of one
     if not split:  # e.g. the scales of a quantized weight do not divide
         stream, specs = whole, P()
     by_sequence = stream[1] != whole[1]
 
-    def own(x_BTD: jax.Array, router_DE: Any, bias_E: Any, kernels: dict[str, Any]) -> jax.Array:
+    def own(
+        x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
+    ) -> tuple[jax.Array, jax.Array]:
         if split and "down_bias" in kernels:  # one device of those whose outputs are added has it
             first = lax.axis_index("tensor") == 0
             kernels = kernels | {"down_bias": jnp.where(first, kernels["down_bias"], 0)}
         if by_sequence:
-            x_BTD = lax.all_gather(x_BTD, "tensor", axis=1, tiled=True)
-        y_BTD = run(x_BTD, router_DE, bias_E, kernels)
+            gather = partial(lax.all_gather, axis_name="tensor", axis=1, tiled=True)
+            x_BTD, logits_BTE = gather(x_BTD), gather(logits_BTE)
+        y_BTD, chosen_BTC = run(x_BTD, logits_BTE, bias_E, kernels)
         if by_sequence:
-            return lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
-        return lax.psum(y_BTD, "tensor") if split else y_BTD
+            y_BTD = lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
+        elif split:
+            y_BTD = lax.psum(y_BTD, "tensor")
+        return y_BTD, chosen_BTC
 
     mapped = jax.shard_map(
         own,
-        in_specs=(stream, P(), P(), specs),
-        out_specs=stream,
+        in_specs=(stream, stream, P(), specs),
+        out_specs=(stream, whole),
         axis_names=automatic_axes(),
         check_vma=False,
     )
-    return mapped(x_BTD, router_DE, bias_E, kernels)
+    return mapped(x_BTD, logits_BTE, bias_E, kernels)

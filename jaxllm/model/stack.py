@@ -24,6 +24,7 @@ from jaxllm.model.block import Block
 from jaxllm.model.cache import LayerCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.moe import nothing_routed
 from jaxllm.model.parts import gathered_layer, is_variable, narrowed, shapes_here, shapes_of
 from jaxllm.ops.decoding import kernel_for_decoding
 from jaxllm.ops.matmul import operand
@@ -96,19 +97,20 @@ class Run:
     remat: str = "none"
     unroll: int = 1
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
-        """(x after the last layer, the new past of each stack).
+    def __call__(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
+        """(x after the last layer, the new past of each stack, the Routing of each).
 
         pasts: of each stack, a LayerCache or VirtualTokens, stacked or as a tuple with one per
-        layer; or None.
+        layer; or None. A Routing is None without experts, and where layers are unstacked.
         """
         if isinstance(self.blocks[0], nnx.List):
             return self.loop(x_BTD, ctx, pasts)
         if isinstance(pasts[0], LayerCache) or not context_splits(x_BTD.shape[1]):
             return self.scan(x_BTD, ctx, pasts)
-        return self.over_context(x_BTD, ctx, pasts), (None,) * len(pasts)
+        x_BTD, routings = self.over_context(x_BTD, ctx, pasts)
+        return x_BTD, (None,) * len(pasts), routings
 
-    def loop(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
+    def loop(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         def unstacked(past: Any) -> Any:
             if isinstance(past, tuple):
                 return past
@@ -121,11 +123,11 @@ class Run:
             here = ctx.at_layer(index, _rope(kind), kind.window)
             graph, weights = nnx.split(self.blocks[place][index])
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
-            x_BTD, past = block(x_BTD, here, pasts[place][index])
+            x_BTD, past, _ = block(x_BTD, here, pasts[place][index])
             new[place].append(past)
-        return x_BTD, tuple(map(tuple, new))
+        return x_BTD, tuple(map(tuple, new)), (None,) * len(pasts)
 
-    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> jax.Array:
+    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """`scan` in a shard_map over the axis `context`: a device has a part of each row.
 
         So the gradient of a weight is scattered along fsdp before it is summed along context, where
@@ -136,7 +138,7 @@ class Run:
         tokens = (x_BTD, ctx.segment_ids, ctx.positions)
         shared = (weights, past, prefix, ctx.rng, ctx.adapter_weights)
 
-        def run(tokens: Any, tables: Any, shared: Any) -> jax.Array:
+        def run(tokens: Any, tables: Any, shared: Any) -> tuple[jax.Array, Any]:
             x_BTD, segments, positions = tokens
             weights, past, prefix, rng, adapter_weights = shared
             here = replace(
@@ -148,41 +150,54 @@ class Run:
                 rng=rng,
                 adapter_weights=adapter_weights,
             )
-            return replace(self, blocks=nnx.merge(graph, weights)).scan(x_BTD, here, past)[0]
+            x_BTD, _, routings = replace(self, blocks=nnx.merge(graph, weights)).scan(
+                x_BTD, here, past
+            )
+            total = partial(lax.psum, axis_name="context")
+            return x_BTD, tuple(r and replace(r, load=total(r.load)) for r in routings)
 
         length = P(None, "context")
+        start = [nothing_routed(block.mlp, x_BTD) for block in self.blocks]
+        routings = tuple(r and replace(jax.tree.map(lambda _: length, r), load=P()) for r in start)
         mapped = jax.shard_map(
             run,
             in_specs=(length, P(None, *length), P()),
-            out_specs=length,
+            out_specs=(length, routings),
             axis_names={"context"},
             check_vma=False,
         )
         return mapped(tokens, ctx.rope_tables, shared)
 
-    def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any]:
+    def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         graphs, weights = zip(*map(nnx.split, self.blocks), strict=True)
         weights = tuple(narrowed(one, self.dtype) for one in weights)
         decoding = isinstance(pasts[0], LayerCache) and not manual_rows()
         pairs = zip(graphs, weights, self.kinds, strict=True)
         period = [self.layer(*pair, ctx, decoding) for pair in pairs]
 
-        def body(x_BTD, inputs):
-            weights, index, pasts = inputs
-            new = []
-            for layer, own, past in zip(period, weights, pasts, strict=True):
-                x_BTD, after = layer(x_BTD, own, index, past)
+        def body(carry, inputs):
+            (x_BTD, totals), (weights, index, pasts) = carry, inputs
+            sums, new, loads = [], [], []
+            for layer, own, past, total in zip(period, weights, pasts, totals, strict=True):
+                x_BTD, after, routing = layer(x_BTD, own, index, past)
                 new.append(after)
-            return x_BTD, tuple(new)
+                # Outside of jax.checkpoint, which would store the sums.
+                routed = routing and replace(routing, load=None)
+                sums.append(routed and jax.tree.map(jnp.add, total, routed))
+                loads.append(routing and routing.load)
+            return (x_BTD, tuple(sums)), (tuple(new), tuple(loads))
 
         inputs = weights, jnp.arange(len(self.kinds[0])), pasts
-        return lax.scan(body, x_BTD, inputs, unroll=self.unroll)
+        start = x_BTD, tuple(nothing_routed(block.mlp, x_BTD) for block in self.blocks)
+        (x_BTD, totals), (new, loads) = lax.scan(body, start, inputs, unroll=self.unroll)
+        pairs = zip(totals, loads, strict=True)
+        return x_BTD, new, tuple(total and replace(total, load=load) for total, load in pairs)
 
     def layer(
         self, graph: Any, weights: Any, kinds: tuple[LayerKind, ...], ctx: Context, decoding: bool
-    ) -> Callable[..., tuple[jax.Array, Any]]:
-        """(x_BTD, a layer's weights, its index, its past) -> (x_BTD, its new past), for the layers
-        of a stack with `weights`. decoding: there is no backward pass."""
+    ) -> Callable[..., tuple[jax.Array, Any, Any]]:
+        """(x_BTD, a layer's weights, its index, its past) -> (x_BTD, its new past, its Routing),
+        for the layers of a stack with `weights`. decoding: there is no backward pass."""
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
         ropes, windows = [_rope(kind) for kind in kinds], [kind.window for kind in kinds]
         if any(windows):

@@ -156,16 +156,17 @@ REFERENCE_FREE = ("sft", "orpo", "simpo")
 
 def answer_logps(
     model: Decoder | None, batch: Batch, segments: Sequence[Any], rng: Any = None, chunk: int = 0
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Metrics]:
     """Log-probabilities of answers; all zeros without a model.
 
-    segments: N arrays of segment ids [B, P]. Returns (Σ log p, float32 [N, B, P]; entropy [B, T]).
+    segments: N arrays of segment ids [B, P]. Returns (Σ log p, float32 [N, B, P]; entropy [B, T];
+    the routers' metrics).
     """
     segments_NBP = jnp.stack(segments)
     if model is None:
-        return jnp.zeros(segments_NBP.shape), jnp.zeros(batch.tokens.shape)
-    logps_BT, entropy_BT, _ = logps(model, batch, rng, chunk=chunk)
-    return segment_sums(logps_BT, batch.segment_ids, segments_NBP), entropy_BT
+        return jnp.zeros(segments_NBP.shape), jnp.zeros(batch.tokens.shape), {}
+    logps_BT, entropy_BT, out = logps(model, batch, rng, chunk=chunk)
+    return segment_sums(logps_BT, batch.segment_ids, segments_NBP), entropy_BT, out.aux
 
 
 def answer_lengths(batch: Batch, segments: Any) -> jax.Array:
@@ -176,20 +177,21 @@ def answer_lengths(batch: Batch, segments: Any) -> jax.Array:
 
 def pair_logps(
     model: Decoder, reference: Decoder | None, batch: Batch, rng: Any = None, chunk: int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, Metrics]:
     """Log-probabilities and lengths of the chosen and the rejected answers.
 
     Returns (the policy's, the reference's, numbers of tokens, float32 [2, B, P] each; entropy
-    [B, T]). The reference's are read from the batch if it has them, and are 0 without a reference.
+    [B, T]; the metrics of the policy's routers). The reference's are read from the batch if it has
+    them, and are 0 without a reference.
     """
     segments = [batch.chosen_segment, batch.rejected_segment]
-    sums, entropy_BT = answer_logps(model, batch, segments, rng, chunk)
+    sums, entropy_BT, aux = answer_logps(model, batch, segments, rng, chunk)
     if batch.chosen_logps is None:
-        reference_sums, _ = answer_logps(reference, batch, segments, chunk=chunk)
+        reference_sums, *_ = answer_logps(reference, batch, segments, chunk=chunk)
         reference_sums = jax.lax.stop_gradient(reference_sums)
     else:
         reference_sums = jnp.stack([batch.chosen_logps, batch.rejected_logps])
-    return sums, reference_sums, answer_lengths(batch, jnp.stack(segments)), entropy_BT
+    return sums, reference_sums, answer_lengths(batch, jnp.stack(segments)), entropy_BT, aux
 
 
 def dpo_loss(
@@ -212,7 +214,7 @@ def dpo_loss(
     o = Options(**options)
     uses_reference = any(name not in REFERENCE_FREE for name, _ in losses)
     reference = reference if uses_reference else None
-    sums, reference_sums, lengths, entropy_BT = pair_logps(model, reference, batch, rng, chunk)
+    sums, reference_sums, lengths, entropy_BT, aux = pair_logps(model, reference, batch, rng, chunk)
     tokens: Any = lengths
     if length_normalized:
         sums, reference_sums, tokens = sums / lengths, reference_sums / lengths, (1.0, 1.0)
@@ -234,14 +236,14 @@ def dpo_loss(
         "nll_chosen": (total(-a.chosen_mean * lengths[0]), total(lengths[0])),
         "entropy": (jnp.sum(entropy_BT * learned_BT), jnp.sum(learned_BT, dtype=jnp.float32)),
     }
-    return loss, pairs, jax.lax.stop_gradient(metrics)
+    return loss, pairs, jax.lax.stop_gradient(metrics) | aux
 
 
 def dpo_baseline(
     model: Decoder, reference: Any, batch: Batch, *, beta, length_normalized=False, chunk=0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (Σ β Δ, count) over all answers; their ratio is BCO's δ."""
-    sums, reference_sums, lengths, _ = pair_logps(model, reference, batch, chunk=chunk)
+    sums, reference_sums, lengths, *_ = pair_logps(model, reference, batch, chunk=chunk)
     deltas = sums - reference_sums
     if length_normalized:
         deltas = deltas / lengths

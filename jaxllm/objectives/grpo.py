@@ -97,7 +97,7 @@ def grpo_loss(
     start at 1. on_policy: the model is the policy that sampled, so that its own log-probabilities
     are the old ones; `batch.old_logps` has the sampler's, for the metric `sampler_gap`.
     """
-    logp_BT, entropy_BT, _ = logps(model, batch, chunk=chunk, temperature=temperature)
+    logp_BT, entropy_BT, out = logps(model, batch, chunk=chunk, temperature=temperature)
     old_BT, mask_BT, tokens = batch.old_logps, batch.weights, jnp.sum(batch.weights)
     metrics: Metrics = {}
     if on_policy:
@@ -114,4 +114,4 @@ def grpo_loss(
         "clip_fraction": (jnp.sum(clipped_BT * mask_BT), tokens),
         "update_kl": (jnp.sum((old_BT - logp_BT) * mask_BT), tokens),
     }
-    return loss, weight, jax.lax.stop_gradient(metrics)
+    return loss, weight, jax.lax.stop_gradient(metrics) | out.aux

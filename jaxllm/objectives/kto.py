@@ -37,7 +37,7 @@ def kto_loss(
 
     weights: `desirable` and `undesirable`, λ_D and λ_U.
     """
-    sums, reference_sums, _, _ = pair_logps(model, reference, batch, rng, chunk)
+    sums, reference_sums, _, _, aux = pair_logps(model, reference, batch, rng, chunk)
     good_BP, bad_BP = batch.chosen_segment > 0, batch.rejected_segment > 0
     delta_BP = jnp.where(good_BP, *(sums - reference_sums))
     z = jnp.maximum(batch.baseline, 0.0)
@@ -52,7 +52,7 @@ def kto_loss(
         "logp_chosen": (jnp.sum(sums[0], where=good_BP), good),
         "logp_rejected": (jnp.sum(sums[1], where=bad_BP), bad),
     }
-    return loss, good + bad, jax.lax.stop_gradient(metrics)
+    return loss, good + bad, jax.lax.stop_gradient(metrics) | aux
 
 
 def kto_baseline(
@@ -60,9 +60,9 @@ def kto_baseline(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (Σ Δ, count) over prompts with the answer to another prompt."""
     segments = [batch.unpaired_segment]
-    logps_NBP, _ = answer_logps(model, batch, segments, chunk=chunk)
+    logps_NBP, *_ = answer_logps(model, batch, segments, chunk=chunk)
     reference_BP = batch.unpaired_logps
     if reference_BP is None:
-        (reference_BP,), _ = answer_logps(reference, batch, segments, chunk=chunk)
+        (reference_BP,), *_ = answer_logps(reference, batch, segments, chunk=chunk)
     count = jnp.sum(batch.unpaired_segment > 0, dtype=jnp.float32)
     return jnp.sum(logps_NBP - reference_BP), count

@@ -26,7 +26,7 @@ from flax import nnx
 from jaxllm.data.batch import Experience
 from jaxllm.model.decoder import Decoder
 from jaxllm.objectives.grpo import clipped_terms
-from jaxllm.objectives.lm import Loss, Metrics, hidden_states, logps
+from jaxllm.objectives.lm import Loss, Metrics, forward, logps
 
 
 class ValueParam(nnx.Variable):
@@ -47,7 +47,7 @@ class Value(nnx.Module):
     def __call__(self, batch: Experience, x_BTD: jax.Array) -> jax.Array:
         """Values, float32 [B, T], from the policy's hidden states."""
         if self.trunk is not None:
-            x_BTD = hidden_states(self.trunk, batch)
+            x_BTD = forward(self.trunk, batch).x
         x_BTD = x_BTD.astype(jnp.float32)
         return jnp.einsum("btd,do->bt", x_BTD, self.kernel[...]) + self.bias[...]
 
@@ -125,7 +125,7 @@ def ppo_loss(
 
     clips: `clip` and `clip_high` of `grpo.clipped_terms`.
     """
-    logp_BT, entropy_BT, values_BT = act(model, batch, temperature=temperature, chunk=chunk)
+    logp_BT, entropy_BT, values_BT, aux = act(model, batch, temperature=temperature, chunk=chunk)
     tokens = jnp.sum(batch.weights)
 
     def total(x_BT: Any) -> tuple[jax.Array, jax.Array]:
@@ -144,17 +144,18 @@ def ppo_loss(
         "value_clip_fraction": total(limited_BT),
         "update_kl": total(old_BT - logp_BT),
     }
-    return loss, tokens, jax.lax.stop_gradient(metrics)
+    return loss, tokens, jax.lax.stop_gradient(metrics) | aux
 
 
 def act(
     model: Any, batch: Experience, *, temperature: float = 1.0, chunk: int = 0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (log π(a_t | s_t), entropy of π(· | s_t), V(s_t)), float32 [B, T].
+) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
+    """Returns (log π(a_t | s_t), entropy of π(· | s_t), V(s_t), float32 [B, T] each; the routers'
+    metrics).
 
     The first two are 0 outside the completion; V is 0 without a critic.
     """
-    logp_BT, entropy_BT, x_BTD = logps(model, batch, chunk=chunk, temperature=temperature)
+    logp_BT, entropy_BT, out = logps(model, batch, chunk=chunk, temperature=temperature)
     if model.value is None:
-        return logp_BT, entropy_BT, jnp.zeros(batch.tokens.shape)
-    return logp_BT, entropy_BT, model.value(batch, x_BTD)
+        return logp_BT, entropy_BT, jnp.zeros(batch.tokens.shape), out.aux
+    return logp_BT, entropy_BT, model.value(batch, out.x), out.aux

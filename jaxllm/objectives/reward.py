@@ -21,7 +21,7 @@ from jax import lax
 from jaxllm.collectives import across_rows
 from jaxllm.data.batch import Batch
 from jaxllm.model.decoder import Decoder
-from jaxllm.objectives.lm import Loss, hidden_states
+from jaxllm.objectives.lm import Loss, forward
 
 
 def pair_terms(chosen, rejected, margin, *, centering: float = 0.0) -> jax.Array:
@@ -37,10 +37,10 @@ def reward_loss(
 
     reward_min and reward_max are extremes of a micro-batch, averaged over micro-batches.
     """
-    x_BTD = hidden_states(model, batch, rng)
+    out = forward(model, batch, rng)
     with jax.named_scope("head"):
-        chosen_BP = model.scores(x_BTD, batch.segment_ids, batch.chosen_segment)
-        rejected_BP = model.scores(x_BTD, batch.segment_ids, batch.rejected_segment)
+        chosen_BP = model.scores(out.x, batch.segment_ids, batch.chosen_segment)
+        rejected_BP = model.scores(out.x, batch.segment_ids, batch.rejected_segment)
     mask_BP = batch.chosen_segment > 0
     pairs = jnp.sum(mask_BP, dtype=jnp.float32)
     has_pairs = jnp.float32(pairs > 0)
@@ -61,4 +61,4 @@ def reward_loss(
         "reward_min": (jnp.where(has_pairs > 0, low, 0.0), has_pairs),
         "reward_max": (jnp.where(has_pairs > 0, high, 0.0), has_pairs),
     }
-    return loss, pairs, lax.stop_gradient(metrics)
+    return loss, pairs, lax.stop_gradient(metrics) | out.aux

@@ -125,6 +125,8 @@ def _own_loss(own: Callable[..., Any], name: str, *args: Any) -> Any:
     if not (isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Mapping)):
         raise UserError(f"the objective {name} must return (Σ loss, weight, metrics)")
     loss, weight, metrics = result
+    loads = {key: metrics[key] for key in metrics if key == "expert_load"}  # arrays
+    metrics = {key: metrics[key] for key in metrics if key not in loads}
     for key, pair in {"the loss": (loss, weight), **metrics}.items():
         if key in _TAKEN:
             raise UserError(f"the objective {name}: every run has a metric {key}; rename it")
@@ -134,4 +136,5 @@ def _own_loss(own: Callable[..., Any], name: str, *args: Any) -> Any:
     def scalars(pair: Any) -> Any:
         return tuple(jnp.asarray(x, jnp.float32) for x in pair)
 
-    return *scalars((loss, weight)), {key: scalars(pair) for key, pair in metrics.items()}
+    metrics = {key: scalars(pair) for key, pair in metrics.items()}
+    return *scalars((loss, weight)), metrics | loads

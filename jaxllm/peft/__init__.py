@@ -3,6 +3,7 @@
 
 base            PeftAdapter, the base class of the methods; tensors to and from a file
 targets         the weights that target_modules and modules_to_save name
+experts         LoRA on experts in peft's two spellings
 lora            LoRA, rsLoRA, DoRA, PiSSA, LoRA+
 bottleneck      Houlsby and Pfeiffer adapters
 virtual_tokens  prefix tuning and prompt tuning

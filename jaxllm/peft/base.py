@@ -33,6 +33,14 @@ class Slot:
     index: Any = ...
     transpose: bool = False  # True if the file has the transpose, as torch's Linear does
 
+    def to_file(self, value: np.ndarray) -> np.ndarray:
+        """The file's tensor, from the value in the model."""
+        return value.T if self.transpose else value
+
+    def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The value in the model, which has this shape."""
+        return tensor.T if self.transpose else tensor
+
 
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     """{name in the file: float32 array}, from the model."""
@@ -44,7 +52,7 @@ def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:
     tensors = {}
     for slot in slots:
         value = gathered[id(slot.variable)][slot.index]
-        tensors[slot.name] = np.ascontiguousarray(value.T if slot.transpose else value)
+        tensors[slot.name] = np.ascontiguousarray(slot.to_file(value))
     return tensors
 
 
@@ -128,7 +136,7 @@ class PeftAdapter(Adapter):
             if slot.name not in shapes:
                 raise UserError(f"{file} has no {slot.name}, which its config asks for")
             place = np.broadcast_to(np.float32(0), slot.variable.get_value().shape)[slot.index]
-            ours = place.T.shape if slot.transpose else place.shape
+            ours = slot.to_file(place).shape
             if ours != shapes[slot.name]:
                 raise UserError(
                     f"{file}: {slot.name} does not fit the model: its shape is "
@@ -143,7 +151,8 @@ class PeftAdapter(Adapter):
         values = dist.gather([v.get_value() for v in variables.values()])
         arrays = {key: np.array(value) for key, value in zip(variables, values, strict=True)}
         for slot in slots:
-            tensor = tensors.pop(slot.name)
-            arrays[id(slot.variable)][slot.index] = tensor.T if slot.transpose else tensor
+            array = arrays[id(slot.variable)]
+            shape = array[slot.index].shape
+            array[slot.index] = slot.from_file(tensors.pop(slot.name), shape)
         for key, variable in variables.items():
             set_value(variable, arrays[key])

@@ -20,11 +20,10 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families.tensors import tensor_names
 from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.peft.base import set_value
 from jaxllm.peft.lora import LoraAdapter, branch_of, dense_kernel, kernels_of
-from jaxllm.peft.targets import EMBED, Target, adaptable_modules
+from jaxllm.peft.targets import EMBED
 
 # One of a model's adapters by name, none, or {name: weight}.
 Choice = str | Mapping[str, float] | None
@@ -42,17 +41,17 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
                 "PiSSA or modules_to_save"
             )
     targets = []
-    for path, module in adaptable_modules(cfg).items():
-        layers = len(tensor_names(cfg, module))
-        unadapted = Target(path, module, ((0,) * layers,), ((1.0,) * layers,))
+    first = {t.path: t for adapter in adapters.values() for t in adapter.targets}
+    for path, target in first.items():
+        layers = len(target.ranks[0])
+        unadapted = replace(target, ranks=((0,) * layers,), alphas=((1.0,) * layers,))
         matching = [
             next((t for t in adapter.targets if t.path == path), unadapted)
             for adapter in adapters.values()
         ]
-        if any(max(t.ranks[0]) for t in matching):
-            ranks = tuple(t.ranks[0] for t in matching)
-            alphas = tuple(t.alphas[0] for t in matching)
-            targets.append(Target(path, module, ranks, alphas))
+        ranks = tuple(t.ranks[0] for t in matching)
+        alphas = tuple(t.alphas[0] for t in matching)
+        targets.append(replace(target, ranks=ranks, alphas=alphas))
     return LoraAdapter(
         targets=tuple(targets),
         names=tuple(adapters),

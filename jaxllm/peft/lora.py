@@ -16,9 +16,7 @@ Dims: B rows, T tokens, I inputs, O outputs, R ranks of all adapters, L layers.
 from __future__ import annotations
 
 import math
-import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -38,25 +36,27 @@ from jaxllm.mesh import Axes, context_shards
 from jaxllm.model.adapter import AdapterParam
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.families.tensors import tensor_names
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter, Slot, read_slots, set_value
+from jaxllm.peft.experts import check_experts, check_modules, expert_slots
 from jaxllm.peft.targets import (
     EMBED,
     HEAD,
     Target,
-    adaptable_modules,
+    common_value,
     find_targets,
+    is_router,
+    names_by_layer,
     saved_paths,
-    shortened,
+    target_names,
 )
 
 # Modules that peft saves with an adapter for sequence classification, present or not.
 SCORE_MODULES = ("classifier", "score")
 # Options of peft's LoraConfig that change the computation and are not supported, unless empty.
 UNSUPPORTED = (
-    "fan_in_fan_out lora_bias use_qalora layer_replication target_parameters "
+    "fan_in_fan_out lora_bias use_qalora layer_replication "
     "alora_invocation_tokens trainable_token_indices use_bdlora arrow_config kasa_config "
     "velora_config monteclora_config"
 ).split()
@@ -83,10 +83,16 @@ class LoraAdapter(PeftAdapter):
     lora_dropout: float = 0.0
     loraplus_lr_ratio: float = 1.0
 
+    def __post_init__(self) -> None:
+        plain = not (self.dora or self.lora_dropout or self.init == "pissa")
+        check_experts(self.targets, plain)
+
     @classmethod
     def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
         saved = saved_paths(cfg, section.modules_to_save)
         targets = find_targets(cfg, section, strict)
+        if strict:
+            check_modules(targets, section.use_rslora)
         paths = {t.path for t in targets}
         if section.use_dora and HEAD in paths:
             raise UserError("peft.use_dora does not support lm_head; exclude it")
@@ -119,7 +125,8 @@ class LoraAdapter(PeftAdapter):
             )
         values: dict[str, Any] = {"r": 8, "lora_alpha": 8}  # peft's defaults
         values |= super().section_values(config)
-        for key in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        lists = ("target_modules", "target_parameters", "exclude_modules")
+        for key in (*lists, "layers_to_transform", "modules_to_save"):
             values[key] = _listed(config, key)
         if config.get("task_type") == SEQUENCE_CLASSIFICATION:
             modules = values["modules_to_save"]
@@ -147,19 +154,19 @@ class LoraAdapter(PeftAdapter):
         alpha_factor = math.sqrt(r_factor) if self.rslora[0] else r_factor  # s stays the same
         ranks, alphas = {}, {}
         for t in self.targets:
-            names = tensor_names(cfg, t.module)
-            for index, r in t.adapted_layers(0):
-                ranks[names[index]] = r * r_factor
-                alphas[names[index]] = t.alphas[0][index] * alpha_factor
-        modules = adaptable_modules(cfg).values()
-        every = [name for module in modules for name in tensor_names(cfg, module)]
-        r, rank_pattern = _common(ranks)
-        alpha, alpha_pattern = _common(alphas)
+            layers = dict(t.adapted_layers(0))
+            ranks[t.module] = {layer: r * r_factor for layer, r in layers.items()}
+            alphas[t.module] = {layer: t.alphas[0][layer] * alpha_factor for layer in layers}
+        parameters = {t.module for t in self.targets if t.parameter}
+        experts = next((t.module for t in self.targets if t.experts and not t.parameter), "")
+        r, rank_pattern = common_value(cfg, ranks, experts)
+        alpha, alpha_pattern = common_value(cfg, alphas, experts)
+        modules, fused = target_names(cfg, ranks, parameters)
         config |= {
             "r": r,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": shortened(ranks, every),
+            "target_modules": modules,
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "use_rslora": self.rslora[0],
@@ -168,6 +175,8 @@ class LoraAdapter(PeftAdapter):
             "bias": "none",
             "fan_in_fan_out": False,
         }
+        if fused:
+            config["target_parameters"] = fused
         if cfg.tied_head and "embed.embedding" in self.saved:
             config["ensure_weight_tying"] = True
         return config
@@ -187,11 +196,16 @@ class LoraAdapter(PeftAdapter):
     def linear(
         self, path: str, axes: Axes, shape: tuple[int, int], rngs: nnx.Rngs
     ) -> LoraBranch | None:
+        return self.experts(path, axes, shape, rngs)
+
+    def experts(
+        self, path: str, axes: Axes, shape: tuple[int, ...], rngs: nnx.Rngs
+    ) -> LoraBranch | None:
         target = next((t for t in self.targets if t.path == path), None)
         return None if target is None else LoraBranch(self, target, axes, shape, rngs.peft())
 
     def begin(self, model: Any) -> None:
-        for target in self.targets:
+        for target in self.targets if self.dora or self.init == "pissa" else ():
             branch, kernel = branch_of(model, target.path), dense_kernel(model, target.path)
             if self.init == "pissa":
                 branch.begin_pissa(kernel)
@@ -202,9 +216,10 @@ class LoraAdapter(PeftAdapter):
         total = 0
         for target in self.targets:
             branch, ranks = branch_of(model, target.path), np.asarray(target.ranks)
-            inputs, outputs = branch.a.get_value().shape[-2], branch.b.get_value().shape[-1]
+            *lead, inputs, _ = branch.a.get_value().shape
+            outputs, experts = branch.b.get_value().shape[-1], math.prod(lead[target.stacked :])
             norms = outputs * (ranks > 0).sum() if self.dora else 0
-            total += int(ranks.sum() * (inputs + outputs) + norms)
+            total += int(ranks.sum() * (inputs + outputs) * experts + norms)
         weights = nnx.to_flat_state(nnx.state(model, nnx.Param))
         return total + sum(v.get_value().size for path, v in weights if self.trains(path, v))
 
@@ -215,7 +230,8 @@ class LoraAdapter(PeftAdapter):
         sizes = {n for a, b in shapes for n in (a[-2], b[-1])}
         ranks = [r for t in self.targets for r in t.ranks[0] if r]
         lines = super().summary(model)
-        if len(sizes) == len(set(ranks)) == 1 and not (self.saved or self.dora):
+        one = len(sizes) == len(set(ranks)) == 1 and not any(t.experts for t in self.targets)
+        if one and not (self.saved or self.dora):
             lines[0] += f" = 2·L·d·r = 2 · {len(ranks)} · {sizes.pop():,} · {ranks[0]}"
         return lines
 
@@ -225,9 +241,17 @@ class LoraAdapter(PeftAdapter):
             branch, widths = branch_of(model, target.path), target.widths()
             start = sum(widths[:which])
             embedding = target.path == EMBED
-            names = tensor_names(model.cfg, target.module)
+            names = names_by_layer(model.cfg, target.module)
+            container = target.path.rpartition(".")[0]
+            down = next((t for t in self.targets if t.path == f"{container}.down"), None)
             for index, r in target.adapted_layers(which):
-                prefix = f"{self.root}{names[index]}.lora_"
+                if target.experts:
+                    columns = slice(start, start + r)
+                    nested = down not in (None, target) and down.ranks[which][index] > 0
+                    at = index, columns, nested
+                    yield from expert_slots(self.root, target, names[index], branch, *at)
+                    continue
+                prefix = f"{self.root}{names[index][0].removesuffix('.weight')}.lora_"
                 stack = (index,) if target.stacked else ()
                 a, b = (branch.a0, branch.b0) if initial else (branch.a, branch.b)
                 ranks = slice(start, start + r)
@@ -253,13 +277,14 @@ class LoraAdapter(PeftAdapter):
 
 
 class LoraBranch(nnx.Module):
-    """A [I, R] and B [R, O] of one target; I of an embedding is the vocabulary."""
+    """A [I, R] and B [R, O] of one target; I of an embedding is the vocabulary. Those of experts
+    have a leading dim E."""
 
     def __init__(
-        self, adapter: LoraAdapter, target: Target, axes: Axes, shape: tuple[int, int], key: Any
+        self, adapter: LoraAdapter, target: Target, axes: Axes, shape: tuple[int, ...], key: Any
     ):
-        (inputs, outputs), width = shape, sum(target.widths())
-        a, b = jnp.zeros((inputs, width)), jnp.zeros((width, outputs))
+        (*experts, inputs, outputs), width = shape, sum(target.widths())
+        a, b = jnp.zeros((*experts, inputs, width)), jnp.zeros((*experts, width, outputs))
         if target.path == EMBED:
             b = jax.random.normal(key, b.shape)
         elif adapter.init == "gaussian":
@@ -268,7 +293,7 @@ class LoraBranch(nnx.Module):
             a = jax.random.uniform(key, a.shape, minval=-1, maxval=1) / math.sqrt(inputs)
         if not target.stacked:  # only the layers' weights are gathered along fsdp
             axes = tuple(None if axis == "embed" else axis for axis in axes)
-        a_axes, b_axes = (axes[0], None), (None, axes[1])
+        a_axes, b_axes = (*axes[:-1], None), (*axes[:-2], None, axes[-1])
         self.a, self.b = AdapterParam(a, axes=a_axes), AdapterParam(b, axes=b_axes)
         pissa = adapter.init == "pissa"
         self.a0: Any = LoraStart(a, axes=a_axes) if pissa else None
@@ -348,6 +373,14 @@ class LoraBranch(nnx.Module):
         weights_BR = ctx.adapter_weights[:, adapter_of_rank]
         return scale_R * weights_BR.reshape(len(weights_BR), *(1,) * (ndim - 2), -1)
 
+    def factors_of_experts(self, ctx: Context) -> tuple[jax.Array, jax.Array]:
+        """(A [E, I, R], s·B [E, R, O]) of this layer."""
+        weights = ctx.adapter_weights
+        if weights is not None and len(weights) > 1:
+            raise UserError("rows of a batch cannot use different adapters of experts")
+        scale_R = self.scale(ctx, 2).reshape(-1)
+        return self.a[...], scale_R[:, None] * self.b[...]
+
     def terms(self, x: jax.Array, ctx: Context, dtype: Any = None) -> list[tuple[Any, Any]]:
         """[(h [..., R], w [R, O])]: the branch's output is the sum of the products h w. dtype: of h
         if x are tokens."""
@@ -394,7 +427,9 @@ class LoraBranch(nnx.Module):
 
     def delta(self) -> jax.Array:
         """s·AB, minus PiSSA's initial product: float32 [(L,) I, O]."""
-        scales = self._scales()[..., None, :]
+        scales = self._scales()
+        between = (1,) * (self.a[...].ndim - scales.ndim)
+        scales = scales.reshape(*scales.shape[:-1], *between, scales.shape[-1])
         delta = _matmul(self.a[...] * scales, self.b[...])
         return delta if self.a0 is None else delta - _matmul(self.a0[...] * scales, self.b0[...])
 
@@ -428,6 +463,8 @@ def kernels_of(model: Any, path: str) -> list[Any]:
         return [model.embed.embedding]
     *parents, last = path.split(".")
     parent = reduce(getattr, parents, model)
+    if is_router(path):
+        return [parent.router]
     parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
     return [getattr(parent, part).kernel for part in parts]
 
@@ -459,18 +496,3 @@ def _untied(config: dict[str, Any], file: Path, problem: str) -> UserError:
         f"jaxllm.save_hf(jaxllm.load_hf({base!r}, overrides={{'tie_word_embeddings': False}}), "
         "'untied')"
     )
-
-
-def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value of {module: value}, and a pattern for the others."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    by_place: dict[str, dict[str, Any]] = {}  # {the module's name within a layer: values}
-    for name, value in values.items():
-        by_place.setdefault(re.sub(r".*\.layers\.\d+\.", "", name), {})[name] = value
-    pattern: dict[str, Any] = {}
-    for place, layers in by_place.items():
-        if len(set(layers.values())) == 1 and common not in layers.values():
-            pattern[place] = next(iter(layers.values()))
-        else:
-            pattern |= {name: v for name, v in layers.items() if v != common}
-    return common, pattern

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ class Target:
     """An adapted weight, in all layers of a stack.
 
     path: its module in the model; the parts of a tensor that HF fuses are one target.
-    module: its module in HF's model, as `tensor_names` reads it, with the stack for the layer.
+    module: its module in HF's model, as `tensor_names` reads it: with the stack for the layer, and
+      `{expert}` for the expert where each is a module.
+    parameter: True if peft names it in target_parameters; `module` is then a parameter of
+      transformers 5.
     ranks, alphas: [adapters][layers of the stack]; rank 0 = the layer is not adapted.
     """
 
@@ -35,6 +39,12 @@ class Target:
     module: str
     ranks: tuple[tuple[int, ...], ...]
     alphas: tuple[tuple[float, ...], ...]
+    parameter: bool = False
+
+    @property
+    def experts(self) -> bool:
+        """True if it is a matrix of every expert."""
+        return ".experts." in self.module
 
     @property
     def stacked(self) -> bool:
@@ -60,23 +70,91 @@ class Target:
 
 
 def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's module, as `tensor_names` reads it} of every weight that LoRA can adapt."""
+    """{path: HF's module, as `tensor_names` reads it} of every weight that LoRA can adapt and that
+    is a module.
+
+    So are the experts and the router in checkpoints, and adapters of these are converted by peft
+    for transformers 5, unless shared experts have modules of the same names.
+    """
     modules: dict[str, str] = {}
     for key in key_table(cfg):
         path, _, leaf = key.path.rpartition(".")
         module = key.name.removesuffix(".weight")
         if key.part:  # a part of a fused tensor
             path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
-        # Experts are parameters in transformers 5; peft has another key for them.
-        left_out = ".experts." in key.name or key.path in score_paths(cfg)
-        if leaf in ("kernel", "embedding") and not left_out:
-            modules[path] = module
+        routed = ".experts." in key.name or leaf == "router"
+        if key.path in score_paths(cfg) or (routed and not fuses_experts(cfg)):
+            continue
+        shared = cfg.experts is not None and cfg.experts.shared_size > 0
+        if leaf in ("kernel", "embedding", "router") and not (routed and shared):
+            modules[key.path + "_lora" if leaf == "router" else path] = module
     return modules
+
+
+def fuses_experts(cfg: ModelConfig) -> bool:
+    """True if transformers 5 fuses the experts, which are one by one in checkpoints."""
+    return any("{expert}" in key.name for key in key_table(cfg))
+
+
+def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
+    """{path: HF's parameter} of the experts and the router, as transformers 5 has them."""
+    if not fuses_experts(cfg):
+        return {}
+    names = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
+    names |= {"router_lora": "gate.weight"}
+    return {
+        f"{stack}.mlp.{name}": f"model.layers.{{{stack}}}.mlp.{end}"
+        for stack, layers in cfg.stacks.items()
+        if not cfg.kinds_by_layer[layers[0]].dense
+        for name, end in names.items()
+    }
+
+
+def is_router(path: str) -> bool:
+    return path.endswith(".router_lora")
+
+
+def within_layer(name: str) -> str:
+    """The name of a module within its layer."""
+    return re.sub(r".*\.layers\.(\d+|{\w+})\.", "", name)
+
+
+def names_by_layer(cfg: ModelConfig, module: str) -> list[list[str]]:
+    """The names of `module` in each layer of its stack: one, or one for each expert."""
+    layers = len(tensor_names(cfg, module.replace("{expert}", "0")))
+    names = tensor_names(cfg, module)
+    each = len(names) // layers
+    return [names[i * each : (i + 1) * each] for i in range(layers)]
+
+
+def _adapts(section: PeftSection, path: str, name: str, parameter: bool) -> bool:
+    """True if a module, or a parameter of transformers 5, is adapted."""
+    module = name.removesuffix(".weight")
+    container = name.partition(".experts.")[0] + ".experts" if ".experts." in name else module
+    for entry in section.exclude_modules:
+        if _matches(entry, module) or _matches(entry, container):
+            return False
+    layer, chosen = re.search(r"\.(\d+)\.", name), section.layers_to_transform
+    if chosen and (layer is None or int(layer[1]) not in chosen):
+        return False
+    if module.endswith(tuple(section.modules_to_save)):
+        return False
+    all_linear = ALL_LINEAR in section.target_modules
+    if parameter:
+        entries = section.target_parameters
+        return any(f".{name}".endswith(f".{e}") for e in entries) if entries else all_linear
+    if all_linear and path not in (EMBED, HEAD) and not is_router(path) and container == module:
+        return True
+    return any(_matches(e, name) for e in section.target_modules if e != ALL_LINEAR)
 
 
 @bounded("matching the names of modules")
 def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[Target, ...]:
-    """The targets of target_modules, exclude_modules, layers_to_transform and the patterns.
+    """The targets of target_modules, target_parameters, exclude_modules, layers_to_transform and
+    the patterns.
+
+    all-linear without target_parameters adapts experts and router as peft does: `gate_up_proj`,
+    in which gate and up share A, with twice the rank and alpha.
 
     Raises UserError if there are none, for a layer that does not exist and, if strict, for a name
     that matches no module.
@@ -84,6 +162,7 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
     if strict:
         suffixes = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_names(cfg, "target_modules", suffixes)
+        _check_names(cfg, "target_parameters", section.target_parameters)
         _check_names(cfg, "exclude_modules", section.exclude_modules)
         _check_names(cfg, "rank_pattern", section.rank_pattern, PATTERN)
         _check_names(cfg, "alpha_pattern", section.alpha_pattern, PATTERN)
@@ -94,26 +173,31 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
                 f"{cfg.num_layers} (0 to {cfg.num_layers - 1})"
             )
 
-    def rank(path: str, name: str) -> int:
-        excluded = any(_matches(entry, name) for entry in section.exclude_modules)
-        if excluded or name.endswith(tuple(section.modules_to_save)):
-            return 0
-        adapted = any(
-            path not in (EMBED, HEAD) if entry == ALL_LINEAR else _matches(entry, name)
-            for entry in section.target_modules
-        )
-        layer = re.search(r"\.(\d+)\.", name)
-        if section.layers_to_transform:
-            adapted &= layer is not None and int(layer[1]) in section.layers_to_transform
-        return int(_pattern(section.rank_pattern, name, section.r)) if adapted else 0
+    parameters = adaptable_parameters(cfg)
+
+    def values(path: str, name: str, parameter: bool) -> tuple[int, float]:
+        """(rank, alpha)"""
+        twice = parameter and path.endswith(".gate_up") and not section.target_parameters
+        r, alpha = section.r * (1 + twice), section.lora_alpha * (1 + twice)
+        adapted = _adapts(section, path, name, parameter)
+        rank = int(_pattern(section.rank_pattern, name, r)) if adapted else 0
+        return rank, float(_pattern(section.alpha_pattern, name, alpha))
 
     targets = []
-    for path, module in adaptable_modules(cfg).items():
-        names = tensor_names(cfg, module)
-        ranks = tuple(rank(path, name) for name in names)
-        alphas = tuple(float(_pattern(section.alpha_pattern, n, section.lora_alpha)) for n in names)
+    modules = [(*item, False) for item in adaptable_modules(cfg).items()]
+    for path, module, parameter in modules + [(*item, True) for item in parameters.items()]:
+        found = [
+            {values(path, name, parameter) for name in names}
+            for names in names_by_layer(cfg, module)
+        ]
+        if any(len(each) > 1 for each in found):
+            raise UserError(
+                f"peft: {within_layer(module).format(expert='N')}: the experts of a layer need "
+                "one rank and alpha; name all or none of them"
+            )
+        ranks, alphas = zip(*(each.pop() for each in found), strict=True)
         if max(ranks):
-            targets.append(Target(path, module, (ranks,), (alphas,)))
+            targets.append(Target(path, module, (ranks,), (alphas,), parameter))
     if not targets:
         raise UserError("peft: no module is left to adapt; see target_modules and exclude_modules")
     return tuple(targets)
@@ -143,15 +227,6 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
     return tuple(paths | dict.fromkeys(score_paths(cfg)))
 
 
-def shortened(names: Iterable[str], every: Iterable[str]) -> list[str]:
-    """The last parts of the names of modules, if they match no other module of `every`; else the
-    names."""
-    names = dict.fromkeys(names)
-    last = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    others = (name for name in every if name not in names)
-    return list(names if any(name.rpartition(".")[2] in last for name in others) else last)
-
-
 def _matches(entry: str, name: str) -> bool:
     if name == entry or name.endswith(f".{entry}"):
         return True
@@ -163,12 +238,21 @@ def _matches(entry: str, name: str) -> bool:
 
 def _check_names(cfg: ModelConfig, key: str, entries: Iterable[str], form: str = "{}") -> None:
     """Raises UserError for an entry that, inserted into the pattern `form`, matches no module."""
-    names = [
-        name for module in adaptable_modules(cfg).values() for name in tensor_names(cfg, module)
-    ]
+    modules, parameters = (
+        adaptable(cfg) for adaptable in (adaptable_modules, adaptable_parameters)
+    )
+    among = [] if key == "target_parameters" else list(modules.values())
+    among += [] if key == "target_modules" else list(parameters.values())
+    names = [name for module in among for name in tensor_names(cfg, module)]
+    suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    if key == "target_parameters":
+        suffixes = dict.fromkeys(map(within_layer, among))
+    elif key == "exclude_modules" and parameters:
+        names += [name.rpartition(".")[0] for name in names]
     for entry in entries:
         if not any(_matches(form.format(entry), name) for name in names):
-            suffixes = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            if not suffixes:
+                raise UserError(f"peft.{key}: the model has no parameters that it can name")
             tied = " (the head is the token table: embed_tokens)" if cfg.tied_head else ""
             raise UserError(
                 f"peft.{key}: {entry!r} matches nothing; the model has {', '.join(suffixes)}"
@@ -180,3 +264,60 @@ def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's name, as in peft."""
     values = (value for key, value in patterns.items() if _matches(PATTERN.format(key), name))
     return next(values, default)
+
+
+# ---- what an adapter_config.json says of targets
+
+
+def common_value(
+    cfg: ModelConfig, values: dict[str, dict[int, Any]], module: str
+) -> tuple[Any, dict[str, Any]]:
+    """The value of the module, if one is given, or else the most common one of {module: {layer of
+    its stack: value}}; and a pattern for the others."""
+    among = values[module].values() if module else (v for n in values.values() for v in n.values())
+    common = Counter(among).most_common(1)[0][0]
+    by_place: dict[str, dict[str, Any]] = {}  # {the module's name within a layer: values}
+    for name, layers in values.items():
+        names, place = names_by_layer(cfg, name), within_layer(name)
+        by_place.setdefault(place, {}).update(
+            {one: value for index, value in layers.items() for one in names[index]}
+        )
+    pattern: dict[str, Any] = {}
+    for place, named in by_place.items():
+        if len(set(named.values())) == 1 and common not in named.values():
+            pattern[place] = next(iter(named.values()))
+        else:
+            pattern |= {name: v for name, v in named.items() if v != common}
+    return common, pattern
+
+
+def target_names(
+    cfg: ModelConfig, ranks: dict[str, dict[int, int]], parameters: Set[str]
+) -> tuple[list[str], list[str]]:
+    """(target_modules, target_parameters): suffixes if each matches only what is adapted, else full
+    names. ranks: {module: {layer of its stack: rank}}."""
+
+    def entries(chosen: Set[str], every: Iterable[str], short: Callable[[str], str]) -> list[str]:
+        layers = [(name, i) for name in ranks if name in chosen for i in ranks[name]]
+        names = [one for name, i in layers for one in names_by_layer(cfg, name)[i]]
+        return shortened(names, (one for name in every for one in tensor_names(cfg, name)), short)
+
+    modules, fused = adaptable_modules(cfg).values(), adaptable_parameters(cfg).values()
+    return (
+        entries(ranks.keys() - parameters, modules, last_part),
+        entries(parameters, fused, within_layer),
+    )
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def shortened(
+    names: Iterable[str], every: Iterable[str], short: Callable[[str], str] = last_part
+) -> list[str]:
+    """The names as `short` gives them, if these match no other name of `every`; else the names."""
+    names = dict.fromkeys(names)
+    ends = dict.fromkeys(map(short, names))
+    others = (name for name in every if name not in names)
+    return list(names if any(short(name) in ends for name in others) else ends)

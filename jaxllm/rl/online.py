@@ -73,7 +73,7 @@ def make_evaluation(cfg: TrainConfig, models: Models) -> Callable[[Any, Any, Exp
     def evaluate(trainable: Any, frozen: Any, rows: Experience) -> Any:
         def micro_batch(rows: Experience) -> Any:
             policy, reference = models(trainable, frozen)
-            logps, entropy, values = forward(policy, rows)
+            logps, entropy, values, _ = forward(policy, rows)
             out = {"logps": logps, "entropy": entropy, "values": values}
             if reference is not None:
                 out["reference_logps"] = forward(reference, rows)[0]

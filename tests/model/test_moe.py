@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of experts: packed rows, remat, several devices, quantized experts, and LoRA."""
+"""Mixtures of experts: packed rows, remat and several devices."""
 
 from dataclasses import replace
 
@@ -128,22 +128,6 @@ def test_packed_rows_equal_rows_of_one_text(shape):
     loss = nnx.jit(lambda model, batch: lm_loss(model, batch, None)[:2])
     packed, single = loss(model, batch_of(rows)), loss(model, batch_of(unpacked(rows)))
     assert [float(x) for x in packed] == pytest.approx([float(x) for x in single], rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
-def test_lora_leaves_experts_out_and_may_quantize_them(kind):
-    keys = dict(shape=SHARED, section=LORA, quantize_base=kind)
-    modules = adaptable_modules(SHARED).values()
-    assert "model.layers.{layers}.mlp.shared_expert.up_proj" in modules
-    assert not any(".experts." in name for name in modules)
-    losses, norms, state, (_, frozen) = trajectory(ragged_rows(16), **keys)
-    mlp = state.trainable["layers"]["mlp"]
-    assert set(mlp) == {"shared", "shared_gate"} and losses[-1] < losses[0]
-    kernel = frozen["layers"]["mlp"]["down"]["kernel"]
-    assert isinstance(kernel, Quantized) == (kind != "none")
-    over = trajectory(ragged_rows(16), devices=8, mesh=MESHES["data 2 x fsdp 2 x tensor 2"], **keys)
-    np.testing.assert_allclose(over[0], losses, rtol=2e-5)
-    np.testing.assert_allclose(over[1], norms, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])

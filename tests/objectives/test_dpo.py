@@ -116,7 +116,7 @@ def rows():
 def test_answers_log_probabilities_are_sums_over_their_tokens_in_packed_rows(rows):
     model = decoder()
     segments = [rows.chosen_segment, rows.rejected_segment]
-    got, entropy = jax.jit(lambda m, b: answer_logps(m, b, segments))(model, rows)
+    got, entropy, _ = jax.jit(lambda m, b: answer_logps(m, b, segments))(model, rows)
     logits = model(rows.tokens, rows.segment_ids, rows.positions)
     each, entropies = plain_logps([(logits, jnp.eye(logits.shape[-1]))], rows.targets)
     for side, found in zip(segments, got, strict=True):

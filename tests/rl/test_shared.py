@@ -100,6 +100,8 @@ def test_what_cannot_share_does_not():
         replace(run.cfg, rl=replace(run.cfg.rl, minibatches=2)),
         replace(run.cfg, rl=replace(run.cfg.rl, group_size=1)),
         replace(run.cfg, model=replace(run.cfg.model, attention="splash")),
+        replace(run.cfg, model=replace(run.cfg.model, balance_loss=0.1)),
+        replace(run.cfg, model=replace(run.cfg.model, router_z_loss=0.1)),
     ]
     assert not any(can_share(cfg, run.policy, mesh) for cfg in others)
     long = replace(run.policy.cfg, ropes=(Rope(kind="longrope"),))
