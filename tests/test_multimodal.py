@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 from flax import nnx
@@ -34,15 +36,18 @@ from tiny import (
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from jaxllm.cli import main
+from jaxllm.config import PeftSection
 from jaxllm.data.tokenizer_training import train_tokenizer
 from jaxllm.errors import UserError
 from jaxllm.exports import export
 from jaxllm.files import tensor_files
-from jaxllm.hf import load_hf, save_hf
+from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import from_hf, to_hf
 from jaxllm.model.families.wrappers import WRAPPERS, is_text
+from jaxllm.peft.combine import merged
+from jaxllm.peft.files import make_adapter
 from jaxllm.sampling import Sampling, generate
 
 # Ids of images lie beyond the vocabulary, so that every token is text.
@@ -398,6 +403,121 @@ def test_every_wrapper_is_tested():
     assert {config["model_type"] for config in MODELS.values()} == {*WRAPPERS}
 
 
+# ---- adapters
+
+SECTIONS_OF_LORA = {
+    "q and v": dict(target_modules=["q_proj", "v_proj"]),
+    "all-linear, ranks, two layers": dict(
+        layers_to_transform=[1, 3], rank_pattern={"q_proj": 2, "mlp.up_proj": 3}
+    ),
+    "of modules that vision towers have too, one saved": dict(
+        target_modules=["q_proj", "down_proj"], modules_to_save=["k_proj", "norm"], use_dora=True
+    ),
+}
+
+
+def randomized(model: Any) -> Any:
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if model.peft.trains(path, variable):
+            noise = np.random.default_rng(len(str(path))).normal(size=variable[...].shape)
+            variable.set_value(variable[...] + 0.06 * jnp.asarray(noise, jnp.float32))
+    return model
+
+
+def in_peft(base: Any, folder: Any) -> Any:
+    """The adapter on the whole torch model, without a key missing or left over."""
+    model = peft.PeftModel.from_pretrained(loaded(base), folder)
+    result = peft.utils.save_and_load.set_peft_model_state_dict(
+        model, load_file(f"{folder}/adapter_model.safetensors")
+    )
+    missing = [k for k in result.missing_keys if "lora_" in k or "to_save" in k]
+    assert not missing and not result.unexpected_keys
+    adapted = [n for n, _ in model.named_parameters() if "lora_" in n or "modules_to_save" in n]
+    assert adapted and all(".language_model." in name for name in adapted)
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", SECTIONS_OF_LORA.values(), ids=SECTIONS_OF_LORA.keys())
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_ours_load_in_peft_on_the_whole_model(base, name, options, tmp_path):
+    model, folder = base(name)
+    section: Any = PeftSection(method="lora", r=4, **options)
+    adapter = make_adapter(from_hf(read_config(str(folder))), section)
+    ours = randomized(load_hf(str(folder), mesh=one_device(), peft=adapter))
+    save_adapter(ours, str(tmp_path / "adapter"))
+    tokens = some_tokens()
+    got, want = logits_of(ours, tokens), torch_logits(in_peft(folder, tmp_path / "adapter"), tokens)
+    assert np.abs(want - torch_logits(model, tokens)).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    again = load_hf(str(tmp_path / "adapter"), mesh=one_device())
+    np.testing.assert_array_equal(logits_of(again, tokens), got)
+    save_hf(merged(again), str(tmp_path / "merged"))
+    np.testing.assert_allclose(
+        torch_logits(loaded(tmp_path / "merged"), tokens), want, rtol=0, atol=1e-4
+    )
+
+
+OLD = {
+    "gemma3": "language_model.model.",
+    "mistral3": "language_model.model.",
+    "qwen2_5_vl": "model.",
+}
+
+
+@pytest.mark.parametrize("name", [*OLD, "qwen3_vl"])
+def test_adapters_of_peft_are_read_under_todays_and_earlier_names(base, name, tmp_path):
+    _, folder = base(name)
+    torch.manual_seed(1)
+    language = r"model\.language_model\..*\.(q_proj|down_proj)"
+    config = peft.LoraConfig(r=4, target_modules=language, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(loaded(folder), config)
+    with torch.no_grad():
+        for path, weight in theirs.named_parameters():
+            if "lora_B" in path:
+                weight.copy_(0.2 * torch.randn_like(weight))
+    theirs.save_pretrained(tmp_path / "new")
+    tokens = some_tokens()
+    want = torch_logits(theirs.eval(), tokens)
+
+    def read(place: str) -> Any:
+        ours = load_hf(str(folder), adapter=str(tmp_path / place), mesh=one_device())
+        return logits_of(ours, tokens)
+
+    np.testing.assert_allclose(read("new"), want, rtol=0, atol=1e-4)
+    if name in OLD:
+        shutil.copytree(tmp_path / "new", tmp_path / "old")
+        weights = load_file(tmp_path / "new" / "adapter_model.safetensors")
+        renamed = {k.replace("model.language_model.", OLD[name], 1): v for k, v in weights.items()}
+        assert renamed.keys() != weights.keys()
+        save_file(renamed, tmp_path / "old" / "adapter_model.safetensors")
+        config_file = tmp_path / "old" / "adapter_config.json"
+        values = json.loads(config_file.read_text()) | {"target_modules": ["q_proj", "down_proj"]}
+        config_file.write_text(json.dumps(values))
+        np.testing.assert_array_equal(read("old"), read("new"))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_virtual_tokens_of_ours_load_in_peft_on_the_whole_model(base, name, method, tmp_path):
+    _, folder = base(name)
+    section: Any = PeftSection(method=method, num_virtual_tokens=3)
+    adapter = make_adapter(from_hf(read_config(str(folder))), section)
+    ours = randomized(load_hf(str(folder), mesh=one_device(), peft=adapter))
+    save_adapter(ours, str(tmp_path / "adapter"))
+    theirs = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter").eval()
+    tokens = some_tokens()
+    want = torch_logits(theirs, tokens)[:, -tokens.shape[1] :]
+    np.testing.assert_allclose(logits_of(ours, tokens), want, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_the_vision_tower_is_refused(base, tmp_path):
+    _, folder = base("gemma3")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(loaded(folder), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="vision_tower.*, which is not of the language model; only"):
+        load_hf(str(folder), adapter=str(tmp_path / "a"), mesh=one_device())
+
+
 # ---- runs
 
 
@@ -475,6 +595,17 @@ def test_the_rest_of_the_model_is_copied_from_the_base_or_the_line_says_where_it
         moved.rename(base)
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     loaded(tmp_path / "out")
+
+
+def test_a_run_of_lora_is_merged_into_the_whole_model(project, tmp_path):
+    run = tmp_path / "run"
+    assert main(tuning(project, run, "--steps", "2", "--peft.method", "lora")) == 0
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    tokens = some_tokens()
+    want = torch_logits(in_peft(project / "base", run / "final"), tokens)
+    got = torch_logits(loaded(tmp_path / "merged"), tokens)
+    assert np.abs(want - torch_logits(loaded(project / "base"), tokens)).max() > 1e-3
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
 
 def test_what_cannot_be_done_with_a_part_of_a_model_is_one_line(project, tmp_path, capsys):

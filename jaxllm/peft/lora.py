@@ -159,7 +159,7 @@ class LoraAdapter(PeftAdapter):
             "r": r,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": self.lora_dropout,
-            "target_modules": shortened(ranks, every),
+            "target_modules": (_pattern if cfg.wrapper else shortened)(ranks, every),
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "use_rslora": self.rslora[0],
@@ -474,3 +474,12 @@ def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         else:
             pattern |= {name: v for name, v in layers.items() if v != common}
     return common, pattern
+
+
+def _pattern(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
+    """target_modules of a multimodal model, whose other parts have modules of the same names: a
+    pattern of full names if it matches no other module of `every`, else the names."""
+    in_layer = {re.sub(r"layers\\\.\d+", r"layers\\.\\d+", re.escape(n)): n for n in names}
+    pattern = "|".join(in_layer)
+    matched = {name for name in every if re.fullmatch(pattern, name)}
+    return pattern if matched == {*names} else [*names]

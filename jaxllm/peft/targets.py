@@ -123,23 +123,22 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
     """Paths of the weights of modules_to_save, the modules whose name ends with an entry, and of a
     reward model's head. Raises UserError for an entry without a match."""
     paths: dict[str, None] = {}
+    names = {k.path: tensor_names(cfg, k.name.rpartition(".")[0]) for k in key_table(cfg)}
     for entry in entries:
-        matching = []
-        for key in key_table(cfg):
-            hits = [name.endswith(entry) for name in tensor_names(cfg, key.name.rpartition(".")[0])]
-            if any(hits) and not all(hits):
-                raise UserError(
-                    f"peft.modules_to_save: {entry} matches some layers of a stack; name all or "
-                    "none of them"
-                )
-            matching += [key.path] if all(hits) else []
-        if not matching:
+        if not any(name.endswith(entry) for some in names.values() for name in some):
             modules = dict.fromkeys(k.name.split(".")[-2] for k in key_table(cfg))
             raise UserError(
                 f"peft.modules_to_save: {entry!r} matches nothing; the model has "
                 f"{', '.join(modules)}"
             )
-        paths |= dict.fromkeys(matching)
+    for path, some in names.items():
+        hits = {name for name in some if name.endswith(tuple(entries))}
+        if hits and hits != set(some):
+            raise UserError(
+                f"peft.modules_to_save: {', '.join(entries)} match some layers of a stack, as "
+                f"{min(hits)}; name all or none of them"
+            )
+        paths |= dict.fromkeys([path] if hits else [])
     return tuple(paths | dict.fromkeys(score_paths(cfg)))
 
 
