@@ -39,12 +39,12 @@ from jaxllm.files import (
     write_file,
     write_json,
 )
-from jaxllm.hf_config import source_config, text_tensors, updated_configs
+from jaxllm.hf_config import source_config, text_tensors, updated_configs, without_mtp
 from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import TOKEN_IDS, from_hf, normalised, to_hf
+from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
 from jaxllm.model.families.tensors import HEAD, Key, embed_name, key_table, tensor_names
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
@@ -96,23 +96,6 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
         hint = f"; they are of quantized weights, and {fp8.CONFIG_KEYS[0]} in config.json "
         hint += "is missing: restore it" if scheme is None else "describes others"
     raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
-
-
-def _without_mtp(
-    folder: Path, cfg: ModelConfig, config: dict[str, Any], found: set[str]
-) -> set[str]:
-    """The names without those of layers after the last one, which predict further tokens (MTP).
-    Says that they are not loaded."""
-    count = normalised(config).get("num_nextn_predict_layers")
-    more = range(min(count, 8)) if isinstance(count, int) else ()
-    layers = tuple(f"model.layers.{cfg.num_layers + i}." for i in more)
-    if extra := {name for name in found if name.startswith(layers)}:
-        which = ", ".join(f"{layer}*" for layer in layers)
-        dist.say(
-            f"jaxllm: {folder}: {len(extra)} tensors of multi-token prediction ({which}) are not "
-            "loaded, trained or saved"
-        )
-    return found - extra
 
 
 def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -263,7 +246,7 @@ def load_hf(
         locations[embed] = locations.pop(HEAD)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
         locations.setdefault(HEAD, locations[embed])
-    _check_names(folder, cfg, _without_mtp(folder, cfg, config, set(locations)), scheme)
+    _check_names(folder, cfg, without_mtp(folder, cfg, config, set(locations)), scheme)
     if cfg.wrapper:
         multimodal.other_tensors(folder, cfg.wrapper)  # raises
     locations |= adapter_files.saved_tensors(cfg, peft, saved)

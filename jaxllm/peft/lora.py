@@ -19,7 +19,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -479,7 +479,7 @@ def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _pattern(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
     """target_modules of a multimodal model, whose other parts have modules of the same names: a
     pattern of full names if it matches no other module of `every`, else the names."""
-    in_layer = {re.sub(r"layers\\\.\d+", r"layers\\.\\d+", re.escape(n)): n for n in names}
-    pattern = "|".join(in_layer)
+    in_layers = (re.sub(r"layers\\\.\d+", r"layers\\.\\d+", re.escape(n)) for n in names)
+    pattern = "|".join(dict.fromkeys(in_layers))
     matched = {name for name in every if re.fullmatch(pattern, name)}
     return pattern if matched == {*names} else [*names]
