@@ -57,10 +57,15 @@ STORED_DTYPES = {
 MARKER = ".jaxllm.json"  # in a directory that jaxllm wrote, which it may replace
 CARD = "README.md"  # a model card, which is the user's
 # Files of a saved model or adapter. A directory that holds any other file is never replaced.
+PROCESSOR = (  # of images and video; and older processors' template
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",
+)
 MODEL_FILES = (
     "config.json generation_config.json model*.safetensors model.safetensors.index.json "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja chat_template.json "
+    "vocab.json vocab.txt merges.txt tokenizer.model chat_template.jinja "
+    f"{' '.join(PROCESSOR)} "
     f"{ADAPTER} {ADAPTER_CONFIG} {CARD} {MARKER}"
 ).split()
 PART, PARTS = 1 << 25, 8  # bytes of a request to a bucket; requests at a time
@@ -332,6 +337,12 @@ class Tensor:
     shape: tuple[int, ...]
     read: Callable[..., Any]
     """process -> the tensor on its host, in the dtype of the weights; None in other processes"""
+    stored: tuple[str, int] | None = None
+    """(dtype in a header, bytes) of a tensor that is copied; `read` gives these bytes"""
+
+    def entry(self, dtype: str) -> tuple[str, int]:
+        """Its dtype in a header and its bytes, if other tensors are written in `dtype`."""
+        return self.stored or (DTYPES[dtype], prod(self.shape) * jnp.dtype(dtype).itemsize)
 
 
 def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) -> None:
@@ -339,22 +350,26 @@ def write_file(file: Path, tensors: list[Tensor], dtype: str, process: int = 0) 
 
     `process` writes it; every process must call this, since their devices hold the tensors.
     """
+    # Wide numbers first, so that each tensor is aligned.
+    tensors = sorted(tensors, key=lambda t: -t.entry(dtype)[1] // max(prod(t.shape), 1))
     if dist.index() != process:
         for t in tensors:
             t.read(process)
         return
-    width, offset = jnp.dtype(dtype).itemsize, 0
+    offset = 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for t in tensors:
-        end = offset + prod(t.shape) * width
-        header[t.name] = {"dtype": DTYPES[dtype], "shape": t.shape, "data_offsets": [offset, end]}
-        offset = end
+        (stored, size), start = t.entry(dtype), offset
+        offset += size
+        header[t.name] = {"dtype": stored, "shape": t.shape, "data_offsets": [start, offset]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with naming(file), file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
-            out.write(t.read(process).astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
+            value = t.read(process)
+            value = value if t.stored else value.astype(dtype, copy=False)
+            out.write(value.reshape(-1).view(np.uint8).data)
         if not is_bucket(file):
             out.flush()
             os.fsync(out.fileno())

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import xxhash
 from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm import dist, fp8
+from jaxllm import dist, fp8, multimodal
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 from jaxllm.files import (
@@ -37,17 +36,16 @@ from jaxllm.files import (
     local_dir,
     make_sharded,
     new_folder,
-    tensor_files,
     write_file,
     write_json,
 )
-from jaxllm.hf_config import source_config, updated_configs
+from jaxllm.hf_config import source_config, text_tensors, updated_configs, without_mtp
 from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import TOKEN_IDS, from_hf, normalised, to_hf
-from jaxllm.model.families.tensors import EMBED, HEAD, Key, key_table, tensor_names
+from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
+from jaxllm.model.families.tensors import HEAD, Key, embed_name, key_table, tensor_names
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
@@ -98,23 +96,6 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
         hint = f"; they are of quantized weights, and {fp8.CONFIG_KEYS[0]} in config.json "
         hint += "is missing: restore it" if scheme is None else "describes others"
     raise UserError(f"{folder} does not fit its config: it {' and '.join(problems)}{hint}")
-
-
-def _without_mtp(
-    folder: Path, cfg: ModelConfig, config: dict[str, Any], found: set[str]
-) -> set[str]:
-    """The names without those of layers after the last one, which predict further tokens (MTP).
-    Says that they are not loaded."""
-    count = normalised(config).get("num_nextn_predict_layers")
-    more = range(min(count, 8)) if isinstance(count, int) else ()
-    layers = tuple(f"model.layers.{cfg.num_layers + i}." for i in more)
-    if extra := {name for name in found if name.startswith(layers)}:
-        which = ", ".join(f"{layer}*" for layer in layers)
-        dist.say(
-            f"jaxllm: {folder}: {len(extra)} tensors of multi-token prediction ({which}) are not "
-            "loaded, trained or saved"
-        )
-    return found - extra
 
 
 def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -259,12 +240,15 @@ def load_hf(
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
-    locations = fp8.located(tensor_files(folder), scheme)
-    if cfg.tie_embeddings and EMBED not in locations and HEAD in locations:
-        locations[EMBED] = locations.pop(HEAD)
-    elif overrides.get("tie_word_embeddings") is False and EMBED in locations:
-        locations.setdefault(HEAD, locations[EMBED])
-    _check_names(folder, cfg, _without_mtp(folder, cfg, config, set(locations)), scheme)
+    locations = text_tensors(folder, cfg.wrapper, scheme)
+    embed = embed_name(cfg.wrapper)
+    if cfg.tie_embeddings and embed not in locations and HEAD in locations:
+        locations[embed] = locations.pop(HEAD)
+    elif overrides.get("tie_word_embeddings") is False and embed in locations:
+        locations.setdefault(HEAD, locations[embed])
+    _check_names(folder, cfg, without_mtp(folder, cfg, config, set(locations)), scheme)
+    if cfg.wrapper:
+        multimodal.other_tensors(folder, cfg.wrapper)  # raises
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
     for which, files in enumerate(saved.values()):
         adapter_files.check_weights(model, files, which)
@@ -422,13 +406,11 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         yield one
 
 
-def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None:
+def _write_weights(tensors: dict[str, Tensor], folder: Path, dtype: str, limit: int) -> None:
     """Writes one file, or numbered ones of at most `limit` bytes (or one tensor) and an index."""
-    tensors = {t.name: t for t in hf_tensors(model)}
-    width = jnp.dtype(dtype).itemsize
     split = split_state_dict_into_shards_factory(
         tensors,
-        get_storage_size=lambda t: prod(t.shape) * width,
+        get_storage_size=lambda t: t.entry(dtype)[1],
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
@@ -441,7 +423,8 @@ def _write_weights(model: Decoder, folder: Path, dtype: str, limit: int) -> None
 
 
 def save_configs(model: Decoder, folder: Path, tokenizer: Any, dtype: str | None = None) -> None:
-    """Writes config.json, generation_config.json and the tokenizer, if any, into a directory.
+    """Writes config.json, generation_config.json and the tokenizer, if any, into a directory; for
+    a multimodal model also the processor.
 
     dtype: that config.json names; default: that of the weights.
     """
@@ -451,6 +434,8 @@ def save_configs(model: Decoder, folder: Path, tokenizer: Any, dtype: str | None
     write_json(folder / "generation_config.json", generation)
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
+    if model.cfg.wrapper and model.base:
+        multimodal.copy_processor(model.base, folder)
     write_json(folder / "config.json", config)  # last, see `new_folder`
 
 
@@ -464,10 +449,11 @@ def save_hf(
 ) -> None:
     """Writes a HF directory that transformers and vLLM load: weights, configs, tokenizer.
 
-    dtype: of the weights in the files (default: their own). tokenizer None: none is written.
-    max_shard_bytes: the largest safetensors file. Tied weights are written once. The directory
-    appears complete or not at all. It replaces a saved model; any other content is refused
-    (UserError).
+    Of a multimodal model all is written: the rest is copied from where its language model was
+    loaded. dtype: of the weights in the files (default: their own). tokenizer None: none is
+    written. max_shard_bytes: the largest safetensors file. Tied weights are written once. The
+    directory appears complete or not at all. It replaces a saved model; any other content is
+    refused (UserError).
     """
     dtype = dtype or str(model.embed.embedding.get_value().dtype)
     check_dtype(dtype)
@@ -475,8 +461,11 @@ def save_hf(
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
+    tensors = {t.name: t for t in hf_tensors(model)}
+    if model.cfg.wrapper:
+        tensors = multimodal.with_the_rest(model, tensors, path)
     with new_folder(path) as part:
-        _write_weights(model, part, dtype, max_shard_bytes)
+        _write_weights(tensors, part, dtype, max_shard_bytes)
         if dist.is_main():
             save_configs(model, part, tokenizer, dtype)
 
@@ -494,7 +483,7 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     tensors = [Tensor(n, v.shape, lambda _, v=v: v) for n, v in adapter.tensors(model).items()]
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
-        if t.name == EMBED and model.cfg.tied_head:
+        if t.name == embed_name(model.cfg.wrapper) and model.cfg.tied_head:
             tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
     with new_folder(path) as part:
         write_file(part / ADAPTER, tensors, "float32")

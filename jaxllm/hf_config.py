@@ -8,14 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm import fp8
+from jaxllm import dist, fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
+from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
-from jaxllm.model.families.tensors import EMBED, HEAD
+from jaxllm.model.families.tensors import HEAD, embed_name
+from jaxllm.model.families.wrappers import (
+    WRAPPER,
+    is_text,
+    module_name,
+    rewrapped,
+    unwrapped,
+    wrapper_of,
+)
 from jaxllm.paths import as_path
 from jaxllm.tokenizer import generation_stop_ids
 
@@ -35,6 +44,7 @@ def read_config(path: str) -> dict[str, Any]:
             f"{file.parent} has no config.json, so it is not a HuggingFace model directory"
         )
     config = read_json(file)
+    config.pop(WRAPPER, None)  # only `unwrapped` gives this one
     if {"objective", "optim", "data"} <= config.keys():
         raise UserError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
     for kind, same in SAME_AS.items():
@@ -49,9 +59,10 @@ def source_config(
 ) -> tuple[dict[str, Any], fp8.Fp8 | None]:
     """(HF config of the model at `path` with `overrides`, how its FP8 weights are stored).
 
-    path: a directory, a hub id or a config.json. scores: return the config of a reward model.
-    weights: the weights of the directory will be loaded; with False they are randomly initialized,
-    so their quantization does not matter. Raises UserError for an unknown key in `overrides` and
+    path: a directory, a hub id or a config.json; of a wrapper, the config of its language model is
+    returned (families.wrappers). scores: return the config of a reward model. weights: the weights
+    of the directory will be loaded; with False they are randomly initialized, so their quantization
+    does not matter. Raises UserError for an unknown key in `overrides` and
     for weights in a quantized format that cannot be read.
     """
     config = read_config(path)
@@ -60,7 +71,7 @@ def source_config(
         config, scheme = fp8.split_quantization(config, folder)
     else:
         config, scheme = {k: v for k, v in config.items() if k not in fp8.CONFIG_KEYS}, None
-    config = _override(config, overrides)
+    config = _override(unwrapped(config), overrides)
     config = as_reward(config) if scores else config
     if folder is None:
         return config, None
@@ -102,11 +113,12 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
         return False
-    locations = {name: (file, name) for name, file in tensor_files(folder).items()}
-    if EMBED not in locations or HEAD not in locations:
+    wrapper = wrapper_of(config)
+    locations, embed = text_tensors(folder, wrapper, scheme), embed_name(wrapper)
+    if embed not in locations or HEAD not in locations:
         return False
     with fp8.opened(locations, scheme) as tensor:
-        table, head = tensor(EMBED), tensor(HEAD)
+        table, head = tensor(embed), tensor(HEAD)
         if len(table.get_shape()) != 2:
             return False  # refused when it is read
         rows, *width = table.get_shape()
@@ -115,6 +127,33 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
         step = max(1, CHUNK // max(1, *width))
         parts = ((slice(i, min(i + step, rows)), slice(None)) for i in range(0, rows, step))
         return any((np.float32(1) * table[part] != head[part]).any() for part in parts)
+
+
+def text_tensors(
+    folder: Path, wrapper: str, scheme: fp8.Fp8 | None = None
+) -> dict[str, tuple[Path, str]]:
+    """Where the tensors of the language model are (fp8.located), by their names in transformers'
+    modules, which differ from those in the files of some wrappers."""
+    stored = fp8.located(tensor_files(folder), scheme)
+    named = {module_name(name, wrapper): place for name, place in stored.items()}
+    return {name: place for name, place in named.items() if is_text(name, wrapper)}
+
+
+def without_mtp(
+    folder: Path, cfg: ModelConfig, config: dict[str, Any], found: set[str]
+) -> set[str]:
+    """The names without those of layers after the last one, which predict further tokens (MTP).
+    Says that they are not loaded."""
+    count = normalised(config).get("num_nextn_predict_layers")
+    more = range(min(count, 8)) if isinstance(count, int) else ()
+    layers = tuple(f"model.layers.{cfg.num_layers + i}." for i in more)
+    if extra := {name for name in found if name.startswith(layers)}:
+        which = ", ".join(f"{layer}*" for layer in layers)
+        dist.say(
+            f"jaxllm: {folder}: {len(extra)} tensors of multi-token prediction ({which}) are not "
+            "loaded, trained or saved"
+        )
+    return found - extra
 
 
 def _ids(value: Any) -> list[int]:
@@ -137,7 +176,7 @@ def updated_configs(
     generation = config.pop(GENERATION, {})
     for key in ("auto_map", "_name_or_path"):  # code that is not copied; a local path
         config.pop(key, None)
-    if not is_reward(config):
+    if not (is_reward(config) or WRAPPER in config):
         config["architectures"] = [FAMILIES[config["model_type"]].name + CAUSAL]
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     filled = normalised(config)
@@ -160,4 +199,4 @@ def updated_configs(
     single = len(ends) == 1 and not isinstance(source_eos, list)
     generation |= {k: v for k, v in ids.items() if v is not None}
     generation |= {"eos_token_id": ends[0] if single else ends} if ends else {}
-    return config | ids, generation
+    return rewrapped(config | ids), generation

@@ -404,6 +404,11 @@ def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapte
             scores=shape.scores,
             **options,
         )
+    if shape.wrapper:
+        raise UserError(
+            f"{cfg.model.config} is of a multimodal model, whose language model is not trained "
+            "without weights; set model.path, or use the config of a language model"
+        )
     return hf.random_model(shape, mesh, model_config(cfg)[1], **options)
 
 

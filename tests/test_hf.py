@@ -37,7 +37,7 @@ from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import tensors
-from jaxllm.model.families.tensors import EMBED, HEAD
+from jaxllm.model.families.tensors import HEAD, embed_name
 from jaxllm.program import load_model, model_config
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, generate
@@ -283,7 +283,7 @@ def test_one_number_of_the_head_is_enough_and_its_dtype_is_not(tmp_path):
     write_model(tmp_path, tie_word_embeddings=True, dtype=torch.bfloat16)
 
     def add(tensors):
-        tensors[HEAD] = tensors[EMBED].float()
+        tensors[HEAD] = tensors[embed_name("")].float()
 
     rewrite(tmp_path, add)
     assert load_hf(str(tmp_path)).head is None
@@ -301,7 +301,7 @@ def test_a_tied_model_kept_as_its_head_alone_is_read(tmp_path):
     model = write_model(tmp_path, tie_word_embeddings=True)
 
     def rename(tensors):
-        tensors[HEAD] = tensors.pop(EMBED)
+        tensors[HEAD] = tensors.pop(embed_name(""))
 
     rewrite(tmp_path, rename)
     want = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), TOKENS)

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import torch
 from flax import nnx
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
+from jaxllm.model.families.wrappers import WRAPPERS
 
 B, T, V = 2, 24, 131
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -479,7 +480,8 @@ def magnified(config: dict[str, Any]) -> Any:
     kind = config["model_type"]
     values = copy.deepcopy({k: v for k, v in config.items() if k != "model_type"})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
+    auto = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
+    model = auto.from_config(
         AutoConfig.for_model(kind, **values), attn_implementation="eager"
     ).float()
     with torch.no_grad():

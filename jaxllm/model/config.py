@@ -128,6 +128,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
+    wrapper: str = ""  # model_type of the multimodal model that it is a part of (families.wrappers)
 
     @property
     def kinds_by_layer(self) -> tuple[LayerKind, ...]:

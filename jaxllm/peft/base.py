@@ -109,7 +109,10 @@ class PeftAdapter(Adapter):
             every = {path: tensor_names(cfg, module) for path, module in modules.items()}
             layered = [path for path, module in modules.items() if "{" in module]
             in_layers = [name for path in layered if path in saved for name in every[path]]
-            names = shortened(in_layers, chain(*(every[path] for path in layered)))
+            if cfg.wrapper:  # whose other parts have modules of the same names
+                names = in_layers
+            else:
+                names = shortened(in_layers, chain(*(every[path] for path in layered)))
             names += [modules[path] for path in saved if path not in layered]
             config["modules_to_save"] = sorted(names)
         return config

@@ -141,6 +141,7 @@ def merged(model: Decoder) -> Decoder:
     options: Any = {"compute_dtype": model.compute_dtype, "remat": model.remat}
     plain = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0), dtype=table.dtype, **options))
     out = nnx.merge(nnx.graphdef(plain), weights)
+    out.base = model.base
     if model.hf_config:
         config = json.loads(model.hf_config) | {"tie_word_embeddings": cfg.tie_embeddings}
         out.hf_config = json.dumps(config)

@@ -28,6 +28,7 @@ from jaxllm.files import (
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.tensors import key_table, tensor_names
+from jaxllm.model.families.wrappers import is_text, module_name
 from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
@@ -139,6 +140,15 @@ def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> Peft
     return combine(cfg, described) if len(described) > 1 else described.popitem()[1]
 
 
+def _stored_names(cfg: ModelConfig, files: AdapterFiles) -> dict[str, str]:
+    """{name of a tensor, by transformers' modules of today: its name in the adapter's file}."""
+    names = {}
+    for stored in header(files.weights)[1]:
+        root, found, module = stored.rpartition(PeftAdapter.root)
+        names[root + found + module_name(module, cfg.wrapper)] = stored
+    return names
+
+
 def check_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
     """Raises UserError for tensors of a directory that are missing, or of another shape or dtype
     than the `which`th adapter of an abstract model."""
@@ -146,7 +156,8 @@ def check_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
     for name, tensor in tensors.items():
         if tensor["dtype"] not in READABLE:
             raise UserError(f"{files.weights}: {name} is stored as {seen(tensor['dtype'])}")
-    shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+    names = _stored_names(model.cfg, files)
+    shapes = {name: tuple(tensors[stored]["shape"]) for name, stored in names.items()}
     adapter: PeftAdapter = model.peft
     adapter.check(model, shapes, files.weights, which)
 
@@ -156,17 +167,21 @@ def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
 
     `check_weights` must accept them. Raises UserError for unexpected tensors.
     """
+    names = _stored_names(model.cfg, files)
     with open_tensors(files.weights) as file:
-        tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+        tensors = {name: file.get_tensor(names[name]).astype(np.float32) for name in names}
     adapter: PeftAdapter = model.peft
     adapter.load(model, tensors, which)
     expected = set(saved_tensors(model.cfg, adapter, {"": files}))
     if model.head is None:
         expected.add("lm_head.weight")  # a second copy of the token table
     for name in tensors:
-        base = name.endswith(".base_layer.weight")
-        if not base and name.removeprefix(adapter.root) not in expected:
-            raise UserError(f"{files.weights} has {name}, which its config does not name")
+        base, module = name.endswith(".base_layer.weight"), name.removeprefix(adapter.root)
+        if not base and module not in expected:
+            what = "which its config does not name"
+            if not is_text(module, model.cfg.wrapper):
+                what = "which is not of the language model; only that is adapted here"
+            raise UserError(f"{files.weights} has {names[name]}, {what}")
 
 
 def saved_tensors(
@@ -174,11 +189,11 @@ def saved_tensors(
 ) -> dict[str, tuple[Path, str]]:
     """{HF tensor of modules_to_save: (the adapter's file, its name in it)}."""
     keys = [key for key in key_table(cfg) if key.path in adapter.saved]
-    names = [name for key in keys for name in tensor_names(cfg, key.name)]
-    if not names:
-        return {}
-    for files in adapters.values():
-        with open_tensors(files.weights) as file:
-            if missing := {adapter.root + name for name in names} - set(file.keys()):
-                raise UserError(f"{files.weights} has no {min(missing)}, which its config asks for")
-    return {n: (files.weights, adapter.root + n) for n in names for files in adapters.values()}
+    wanted = [name for key in keys for name in tensor_names(cfg, key.name)]
+    places: dict[str, tuple[Path, str]] = {}
+    for files in adapters.values() if wanted else ():
+        names = _stored_names(cfg, files)
+        if missing := {adapter.root + name for name in wanted} - names.keys():
+            raise UserError(f"{files.weights} has no {min(missing)}, which its config asks for")
+        places |= {name: (files.weights, names[adapter.root + name]) for name in wanted}
+    return places

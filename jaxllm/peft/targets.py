@@ -207,23 +207,22 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
     """Paths of the weights of modules_to_save, the modules whose name ends with an entry, and of a
     reward model's head. Raises UserError for an entry without a match."""
     paths: dict[str, None] = {}
+    names = {k.path: tensor_names(cfg, k.name.rpartition(".")[0]) for k in key_table(cfg)}
     for entry in entries:
-        matching = []
-        for key in key_table(cfg):
-            hits = [name.endswith(entry) for name in tensor_names(cfg, key.name.rpartition(".")[0])]
-            if any(hits) and not all(hits):
-                raise UserError(
-                    f"peft.modules_to_save: {entry} matches some layers of a stack; name all or "
-                    "none of them"
-                )
-            matching += [key.path] if all(hits) else []
-        if not matching:
+        if not any(name.endswith(entry) for some in names.values() for name in some):
             modules = dict.fromkeys(k.name.split(".")[-2] for k in key_table(cfg))
             raise UserError(
                 f"peft.modules_to_save: {entry!r} matches nothing; the model has "
                 f"{', '.join(modules)}"
             )
-        paths |= dict.fromkeys(matching)
+    for path, some in names.items():
+        hits = {name for name in some if name.endswith(tuple(entries))}
+        if hits and hits != set(some):
+            raise UserError(
+                f"peft.modules_to_save: {', '.join(entries)} match some layers of a stack, as "
+                f"{min(hits)}; name all or none of them"
+            )
+        paths |= dict.fromkeys([path] if hits else [])
     return tuple(paths | dict.fromkeys(score_paths(cfg)))
 
 
@@ -293,20 +292,32 @@ def common_value(
 
 def target_names(
     cfg: ModelConfig, ranks: dict[str, dict[int, int]], parameters: Set[str]
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str] | str, list[str]]:
     """(target_modules, target_parameters): suffixes if each matches only what is adapted, else full
     names. ranks: {module: {layer of its stack: rank}}."""
 
-    def entries(chosen: Set[str], every: Iterable[str], short: Callable[[str], str]) -> list[str]:
+    def adapted(chosen: Set[str]) -> list[str]:
         layers = [(name, i) for name in ranks if name in chosen for i in ranks[name]]
-        names = [one for name, i in layers for one in names_by_layer(cfg, name)[i]]
-        return shortened(names, (one for name in every for one in tensor_names(cfg, name)), short)
+        return [one for name, i in layers for one in names_by_layer(cfg, name)[i]]
 
-    modules, fused = adaptable_modules(cfg).values(), adaptable_parameters(cfg).values()
+    def every(names: Iterable[str]) -> list[str]:
+        return [one for name in names for one in tensor_names(cfg, name)]
+
+    modules = adapted(ranks.keys() - parameters), every(adaptable_modules(cfg).values())
+    fused = adapted(parameters), every(adaptable_parameters(cfg).values())
     return (
-        entries(ranks.keys() - parameters, modules, last_part),
-        entries(parameters, fused, within_layer),
+        (full_names if cfg.wrapper else shortened)(*modules),
+        shortened(*fused, short=within_layer),
     )
+
+
+def full_names(names: Iterable[str], every: Iterable[str]) -> list[str] | str:
+    """target_modules of a multimodal model, whose other parts have modules of the same names: a
+    pattern of full names if it matches no other module of `every`, else the names."""
+    in_layers = (re.sub(r"layers\\\.\d+", r"layers\\.\\d+", re.escape(n)) for n in names)
+    pattern = "|".join(dict.fromkeys(in_layers))
+    matched = {name for name in every if re.fullmatch(pattern, name)}
+    return pattern if matched == {*names} else [*names]
 
 
 def last_part(name: str) -> str:

@@ -34,10 +34,12 @@ from jaxllm.data.examples import fingerprint, tokenize_table
 from jaxllm.data.sources import locate, read
 from jaxllm.data.template import with_settings
 from jaxllm.data.tokenizer_training import train_tokenizer
+from jaxllm.files import tensor_files
 from jaxllm.hf_config import source_config, updated_configs
 from jaxllm.model.families import from_hf
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.tensors import tensor_names
+from jaxllm.model.families.wrappers import WRAPPERS
 from jaxllm.peft.files import with_base
 from jaxllm.tokenizer import check_vocabulary, generation_stop_ids, load_tokenizer, special_tokens
 
@@ -217,7 +219,7 @@ def read_model(folder: Path) -> None:
     """A model directory, as training and generation read it."""
     config, _ = source_config(str(folder), {})
     model = hf.load_hf(str(folder), mesh=one_device())
-    hf.weights_hash(hf.tensor_files(folder).values())
+    hf.weights_hash(tensor_files(folder).values())
     updated_configs(config, "float32", model.cfg.vocab_size, None)
 
 
@@ -345,7 +347,8 @@ HF_KEYS = tuple(
     "rope_parameters layer_types sliding_window use_sliding_window head_dim hidden_act id2label "
     "no_rope_layers query_pre_attn_scalar final_logit_softcapping attention_bias auto_map dtype "
     "partial_rotary_factor original_max_position_embeddings initializer_range rms_norm_eps "
-    "num_labels max_window_layers attention_dropout pretraining_tp torch_dtype".split()
+    "num_labels max_window_layers attention_dropout pretraining_tp torch_dtype text_config "
+    "vision_config wrapper_config tie_word_embeddings".split()
 )
 ADAPTER_KEYS = tuple(
     "exclude_modules layers_to_transform modules_to_save use_dora use_rslora init_lora_weights "
@@ -484,6 +487,7 @@ def kinds(root: Path) -> dict[str, Kind]:
 
     config = at.config
     variants = [config | {"model_type": name} for name in FAMILIES]
+    variants += [{"model_type": name, "text_config": config} for name in WRAPPERS]
     configs = st.one_of(*(json_file(one, HF_KEYS) for one in variants))
     tokenizers = [at.json(f"tokenizer/{name}") for name in TOKENIZER_FILES[:2]]
     tokenizers += [{"eos_token": "<eos>", "pad_token": {"content": "<pad>"}}, {"<x>": 299}]

@@ -5,6 +5,7 @@
     rope       RoPE of a config
     layers     the kinds of layers
     tensors    the HF name of every weight
+    wrappers   multimodal models, whose language part is read and written
 
 transformers' own config classes first fill in defaults and translate old spellings (`rope_scaling`,
 `rope_theta`, `type`), so a config.json of any age reads the same. A model computes
@@ -24,17 +25,25 @@ from jaxllm.model.config import Experts, Latent, ModelConfig, check_numbers
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
 from jaxllm.model.families.table import FAMILIES, MISSING, Family
+from jaxllm.model.families.wrappers import (
+    TOKEN_IDS,
+    WRAPPER,
+    WRAPPERS,
+    family_of,
+    rewrapped,
+    unwrapped,
+    wrapper_of,
+)
 from jaxllm.untrusted import odd_values
 
 # How transformers' names of a language model and of a reward model end.
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 # Limits of counts, by which tables are made before the weights are compared.
 LIMITS = {"num_hidden_layers": 10_000}
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _family(config: dict[str, Any]) -> Family:
-    kind = config.get("model_type")
+    kind = family_of(config)
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     if kind is None:
@@ -44,14 +53,21 @@ def _family(config: dict[str, Any]) -> Family:
         )
     if isinstance(text := config.get("text_config"), dict):
         inner = text.get("model_type")
+        wraps = f"model_type {seen(kind)} wraps a language model of model_type {seen(inner)}"
+        if inner not in [*FAMILIES]:
+            raise UserError(f"{wraps}, which is not supported{_lacking(inner)}")
         raise UserError(
-            f"model_type {seen(kind)} wraps a language model of model_type {seen(inner)}; wrapped "
-            "models are not supported: save the language model on its own with transformers"
+            f"{wraps}; of such models only {', '.join(WRAPPERS)} are supported: save the language "
+            "model on its own with transformers"
         )
+    known = ", ".join((*FAMILIES, *WRAPPERS))
+    raise UserError(f"model_type {seen(kind)} is not supported{_lacking(kind)}; known: {known}")
+
+
+def _lacking(kind: Any) -> str:
+    """What a model type needs that the decoder lacks, for a message; "" if that is not known."""
     feature = next((f for f, kinds in MISSING.items() if kind in kinds), "")
-    needs = f": it needs {feature}, which this decoder lacks" if feature else ""
-    known = ", ".join(FAMILIES)
-    raise UserError(f"model_type {seen(kind)} is not supported{needs}; known: {known}")
+    return f": it needs {feature}, which this decoder lacks" if feature else ""
 
 
 def normalised(config: dict[str, Any]) -> dict[str, Any]:
@@ -62,12 +78,14 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    config = unwrapped(config)
     family = _family(config)
     if config.get("quantization_config"):
         raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
     if config.get("is_causal") is False:
         raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
+    keep.pop(WRAPPER, None)
     kind = keep.pop("model_type")
     keep |= {key: renamed(keep[key]) for key in ("rope_scaling", "rope_parameters") if key in keep}
     for key, most in LIMITS.items():  # before transformers makes lists of that length
@@ -79,7 +97,9 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         # Published configs and transformers 5 may differ in the name of a key: both are set.
         c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    for key, reason in family.refused.items():
+        c["model_type"] = family_of(config)
+    wrapper = WRAPPERS.get(wrapper_of(config))
+    for key, reason in (family.refused | (wrapper.refused if wrapper else {})).items():
         if c.get(key):
             raise UserError(f"{key} is {seen(c[key])}: {reason}")
     return c
@@ -93,7 +113,10 @@ def is_reward(config: dict[str, Any]) -> bool:
 
 def as_reward(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of a reward model of that shape."""
+    config = unwrapped(config)
     family = _family(config)
+    if WRAPPER in config:
+        raise _wrapped_reward(config)
     if family.scores_as is None:
         kind = config["model_type"]
         raise UserError(f"transformers has no reward model of model_type {kind}; use another model")
@@ -102,15 +125,26 @@ def as_reward(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"architectures": [name]} | one
 
 
+def _wrapped_reward(config: dict[str, Any]) -> UserError:
+    return UserError(
+        f"reward models of model_type {wrapper_of(config)} are not supported: save the language "
+        "model on its own with transformers"
+    )
+
+
 def from_hf(config: dict[str, Any]) -> ModelConfig:
     """The decoder that a HF config.json describes; keys that do not affect it are ignored.
 
     Raises ValueError for a family, activation, rope type or option that is not supported.
     """
+    config = unwrapped(config)
+    if is_reward(config.get(WRAPPER, {})):
+        raise _wrapped_reward(config)
     family, c = _family(config), normalised(config)
     with odd_values(f"config of a {c['model_type']} model"):
         values = {o.field: o.read(*o.arguments(c[o.key], c)) for o in family.every_option()}
         kind = {"family": c["model_type"], "scores": is_reward(config)}
+        kind["wrapper"] = wrapper_of(config)
         if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
             raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
         values |= kind | family.fixed | read_layers(c)
@@ -148,8 +182,13 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for o in family.every_option():
         config[o.key] = o.write(*o.arguments(attrgetter(o.field)(cfg), config))
-    config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config |= write_layers(cfg)
+    if cfg.wrapper:
+        texts = WRAPPERS[cfg.wrapper].texts
+        config["model_type"] = next(kind for kind, same in texts.items() if same == cfg.family)
+        config = rewrapped(config | {WRAPPER: {"model_type": cfg.wrapper, "text_config": {}}})
+    else:
+        config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config = as_reward(config) if cfg.scores else config
     back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:

@@ -17,7 +17,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     window = c.get("sliding_window")
     types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
     if family.window == "typed":
-        types = c["layer_types"]
+        types = c.get("layer_types") or types  # the text of qwen3_vl has none
     if strange := set(types) - {"full_attention", "sliding_attention"}:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope = c["rope_parameters"]

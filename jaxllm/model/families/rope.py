@@ -136,4 +136,5 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     if c["model_type"] == "phi3":  # transformers 4 accepts three keys and rejects any other
         scaling = {"type": scaling.pop("rope_type")} | scaling
         scaling.pop("original_max_position_embeddings", None)
-    return keys | {"rope_scaling": None if kind == "default" else scaling}
+    plain = kind == "default" and "mrope_section" not in p  # which transformers 4 reads there
+    return keys | {"rope_scaling": None if plain else scaling}

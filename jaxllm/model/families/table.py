@@ -1,194 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families: how each model type differs from plain Llama.
 
-A dense family is a row of FAMILIES, made of options that name ModelConfig fields.
+A family is a row of FAMILIES, made of options that name ModelConfig fields.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxllm.errors import UserError, seen
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu2": "relu2",
-}
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _activation(name: str) -> str:
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise UserError(
-            f"activation {seen(name)} is not supported; known: {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
-
-
-@dataclass(frozen=True)
-class Option:
-    """A ModelConfig field and the HF key it is kept under, with the change of value each way.
-
-    beside: a HF key whose value is the second argument of `read` and `write`.
-    """
-
-    field: str
-    key: str
-    read: Callable[..., Any] = _same
-    write: Callable[..., Any] = _same
-    beside: str = ""
-
-    def arguments(self, value: Any, config: dict[str, Any]) -> tuple[Any, ...]:
-        """Those of `read` and `write` for a value."""
-        return (value, config[self.beside]) if self.beside else (value,)
-
-
-def _activation_under(key: str) -> Option:
-    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    return Option("activation", key, _activation, back.__getitem__)
-
-
-def _same_for_all_layers(value: Any) -> Any:
-    """The value of a key that may list one for each layer."""
-    values = value if isinstance(value, list) and value else [value]
-    if any(one != values[0] for one in values):
-        raise UserError(f"{seen(value)}: layers with other numbers of experts are not supported")
-    return values[0]
-
-
-def _softcap(field: str, key: str) -> Option:
-    return Option(field, key, lambda cap: cap or 0.0, lambda cap: cap or None)
-
-
-def _inverse(value: float) -> float:
-    """1 / value, rounded so that the inverse of an inverse is the value."""
-    return _rounded(1 / value)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.12g}")
-
-
-def _biases(key: str, *fields: str) -> tuple[Option, ...]:
-    return tuple(Option(f"{field}_bias", key, bool) for field in fields)
-
-
-def _positive(value: float) -> float:
-    if not value > 0:
-        raise UserError(f"swiglu_limit is {seen(value)}; it must be positive")
-    return value
-
-
-# An option of a family takes the place of the shared one with the same field.
-SHARED = (
-    Option("vocab_size", "vocab_size"),
-    Option("hidden_size", "hidden_size"),
-    Option("intermediate_size", "intermediate_size"),
-    Option("num_layers", "num_hidden_layers"),
-    Option("num_heads", "num_attention_heads"),
-    Option("num_kv_heads", "num_key_value_heads"),
-    Option("head_dim", "head_dim"),
-    Option("max_positions", "max_position_embeddings"),
-    Option("norm_eps", "rms_norm_eps"),
-    Option("tie_embeddings", "tie_word_embeddings", bool),
-    Option("initializer_range", "initializer_range"),
-    _activation_under("hidden_act"),
-)
-ATTENTION_BIAS = _biases("attention_bias", "qkv", "o")
-MLP_BIAS = _biases("mlp_bias", "mlp")
-GEMMA = (
-    Option("embed_scale", "hidden_size", math.sqrt, lambda scale: round(scale**2)),
-    *ATTENTION_BIAS,
-)
-GEMMA2 = (
-    *GEMMA,
-    _activation_under("hidden_activation"),
-    Option(
-        "query_scale",
-        "query_pre_attn_scalar",
-        lambda width: width**-0.5,
-        lambda scale: round(scale**-2),
-    ),
-    _softcap("logit_softcap", "final_logit_softcapping"),
-)
-ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
-GRANITE = (
-    Option("embed_scale", "embedding_multiplier"),
-    Option("query_scale", "attention_multiplier"),
-    Option("residual_scale", "residual_multiplier"),
-    Option("logit_scale", "logits_scaling", _inverse, _inverse),
-)
-
-LATENT = (
-    Option("latent.q_rank", "q_lora_rank", lambda rank: rank or 0, lambda rank: rank or None),
-    Option("latent.kv_rank", "kv_lora_rank"),
-    Option("latent.nope_dim", "qk_nope_head_dim"),
-    Option("latent.value_dim", "v_head_dim"),
-    Option("head_dim", "qk_rope_head_dim"),
-    *ATTENTION_BIAS,
-)
-INTERLEAVED = Option(
-    "rope_pairs",
-    "rope_interleave",
-    lambda yes: "neighbours" if yes else "halves",
-    lambda pairs: pairs == "neighbours",
-)
-MINICPM3 = (
-    Option("embed_scale", "scale_emb"),
-    Option(
-        "residual_scale",
-        "scale_depth",
-        lambda depth, layers: depth / math.sqrt(layers),
-        lambda scale, layers: _rounded(scale * math.sqrt(layers)),
-        beside="num_hidden_layers",
-    ),
-    Option(
-        "logit_scale",
-        "dim_model_base",
-        lambda base, size: base / size,
-        lambda scale, size: round(scale * size),
-        beside="hidden_size",
-    ),
-)
-
-
-def _experts(count: str, size: str = "moe_intermediate_size") -> tuple[Option, ...]:
-    return (
-        Option("experts.count", count),
-        Option("experts.top_k", "num_experts_per_tok"),
-        Option("experts.size", size),
-    )
-
-
-def _shared_experts(key: str) -> Option:
-    """Experts that every token passes: one MLP as large as all of them."""
-    return Option(
-        "experts.shared_size",
-        key,
-        lambda count, size: (count or 0) * size,
-        lambda total, size: total // size,
-        beside="moe_intermediate_size",
-    )
-
-
-RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
-DEEPSEEK_EXPERTS = (
-    *_experts("n_routed_experts"),
+from jaxllm.model.families.options import (
+    ATTENTION_BIAS,
+    ATTENTION_SOFTCAP,
+    DEEPSEEK_EXPERTS,
+    GEMMA,
+    GEMMA2,
+    GRANITE,
+    INTERLEAVED,
+    LATENT,
+    MINICPM3,
+    MLP_BIAS,
+    QWEN_EXPERTS,
     RENORMALISED,
-    _shared_experts("n_shared_experts"),
-    Option("experts.groups", "n_group"),
-    Option("experts.top_groups", "topk_group"),
-    Option("experts.scale", "routed_scaling_factor"),
+    SHARED,
+    Option,
+    biases,
+    experts,
+    positive,
+    same_for_all_layers,
+    shared_experts,
 )
-QWEN_EXPERTS = (*_experts("num_experts"), RENORMALISED)
 
 
 @dataclass(frozen=True)
@@ -296,26 +137,26 @@ FAMILIES: dict[str, Family] = {
     ),
     "seed_oss": Family(
         "SeedOss",
-        options=_biases("attention_bias", "qkv") + _biases("attention_out_bias", "o") + MLP_BIAS,
+        options=biases("attention_bias", "qkv") + biases("attention_out_bias", "o") + MLP_BIAS,
     ),
     "internlm3": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS, scores_as=None),
     "ernie4_5": Family(
         "Ernie4_5",
         {"rope_pairs": "neighbours"},
-        _biases("use_bias", "qkv", "o", "mlp"),
+        biases("use_bias", "qkv", "o", "mlp"),
         scores_as=None,
     ),
     "glm": Family(
         "Glm",
         {"rope_pairs": "neighbours"},
-        _biases("attention_bias", "qkv"),
+        biases("attention_bias", "qkv"),
         partial_rope=True,
         fused=("gate_up",),
     ),
     "glm4": Family(
         "Glm4",
         {"rope_pairs": "neighbours", "norm_placement": "sandwich"},
-        _biases("attention_bias", "qkv"),
+        biases("attention_bias", "qkv"),
         partial_rope=True,
         fused=("gate_up",),
         modules={
@@ -340,7 +181,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         "Starcoder2",
         {"norm": "layer", "norm_bias": True, "gated_mlp": False},
-        (Option("norm_eps", "norm_epsilon"), *_biases("use_bias", "qkv", "o", "mlp")),
+        (Option("norm_eps", "norm_epsilon"), *biases("use_bias", "qkv", "o", "mlp")),
         window="all",
         modules={"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
         refused=_NO_TYPES,
@@ -370,7 +211,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mixtral": Family(
         "Mixtral",
-        options=_experts("num_local_experts", "intermediate_size"),
+        options=experts("num_local_experts", "intermediate_size"),
         window="all",
         modules=_MIXTRAL,
     ),
@@ -379,7 +220,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.shared_gate": True},
         (
             *QWEN_EXPERTS,
-            *_biases("qkv_bias", "qkv"),
+            *biases("qkv_bias", "qkv"),
             Option("experts.shared_size", "shared_expert_intermediate_size"),
         ),
         window="typed",
@@ -398,7 +239,7 @@ FAMILIES: dict[str, Family] = {
         "Olmoe",
         {"qk_norm": "full"},
         (
-            *_experts("num_experts", "intermediate_size"),
+            *experts("num_experts", "intermediate_size"),
             RENORMALISED,
             *ATTENTION_BIAS,
         ),
@@ -410,7 +251,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         (
             *DEEPSEEK_EXPERTS,
-            *_biases("attention_bias", "qkv"),
+            *biases("attention_bias", "qkv"),
             Option(
                 "qk_norm",
                 "use_qk_norm",
@@ -435,7 +276,7 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_moe": Family(
         "Ernie4_5_Moe",
         {"experts.has_bias": True, "rope_pairs": "neighbours"},
-        (*_experts("moe_num_experts"), _shared_experts("moe_num_shared_experts")),
+        (*experts("moe_num_experts"), shared_experts("moe_num_shared_experts")),
         dense="interval",
         modules=_DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
         refused={"use_bias": "a head with a bias is not supported"},
@@ -462,7 +303,7 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "rotated"},
         (
             Option("experts.count", "num_experts"),
-            Option("experts.top_k", "moe_topk", _same_for_all_layers),
+            Option("experts.top_k", "moe_topk", same_for_all_layers),
             Option("experts.size", "intermediate_size"),
             Option("experts.shared_size", "intermediate_size"),
             *ATTENTION_BIAS,
@@ -473,7 +314,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": Family(
         "MiniMaxM2",
         {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
-        _experts("num_local_experts", "intermediate_size"),
+        experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
         modules=_MIXTRAL,
         scores_as=None,
@@ -483,8 +324,8 @@ FAMILIES: dict[str, Family] = {
         "GptOss",
         {"sinks": True, "experts.bias": True},
         (
-            *_experts("num_local_experts", "intermediate_size"),
-            Option("experts.limit", "swiglu_limit", _positive),
+            *experts("num_local_experts", "intermediate_size"),
+            Option("experts.limit", "swiglu_limit", positive),
             Option("experts.alpha", "swiglu_alpha"),
             *ATTENTION_BIAS,
         ),

@@ -9,8 +9,14 @@ from itertools import product
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.wrappers import root_of
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
+
+
+def embed_name(wrapper: str) -> str:
+    """The HF name of the token table of a decoder, which may be in a wrapper."""
+    return root_of(wrapper) + "embed_tokens.weight"
 
 
 def _indices(name: str) -> list[str]:
@@ -73,10 +79,10 @@ NORMS: dict[str, dict[str, str]] = {
 
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
-    keys = [Key("embed.embedding", EMBED)]
+    keys = [Key("embed.embedding", embed_name(cfg.wrapper))]
     for stack in cfg.stacks:
         keys += _stack_keys(cfg, stack)
-    keys += _norm_keys(cfg, "norm", "model.norm")
+    keys += _norm_keys(cfg, "norm", root_of(cfg.wrapper) + "norm")
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
@@ -92,7 +98,8 @@ def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    family, layer, keys = FAMILIES[cfg.family], f"model.layers.{{{stack}}}.", list[Key]()
+    family, keys = FAMILIES[cfg.family], list[Key]()
+    layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
     def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
