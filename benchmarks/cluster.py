@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from train_vs_hf import SHAPE
+from train_vs_hf import DENSE
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -82,7 +82,7 @@ def measure_memory(folder: Path) -> None:
         with Peak() as saving:
             save_hf(model, str(folder / f"saved-{_}"))
         del model, arrays
-    largest = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4
+    largest = DENSE["vocab_size"] * DENSE["hidden_size"] * 4
     for name, peak, bound in (
         ("load", loading.bytes, 2 * largest + shards),
         ("save", saving.bytes, 2 * largest),  # the shards are there before
@@ -100,7 +100,7 @@ def memory(processes: int) -> None:
         script += "m = hf.random_model(from_hf(c), make_mesh(MeshSection()), c)\n"
         script += "save_hf(m, sys.argv[2], max_shard_bytes=100_000_000)"
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", script, json.dumps(SHAPE), f"{folder}/model"]
+        command = [sys.executable, "-c", script, json.dumps(DENSE), f"{folder}/model"]
         subprocess.run(command, env=env, check=True)
         output = launched(processes, "memory", "--folder", folder)
     for line in map(json.loads, filter(lambda x: x.startswith("{"), output.splitlines())):
@@ -118,7 +118,7 @@ def project(folder: Path) -> list[str]:
     """The arguments of a small pretraining run, but its output_dir and steps."""
     from jaxllm.data.tokenizer_training import train_tokenizer
 
-    shape = SHAPE | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128}
+    shape = DENSE | {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     text = "\n".join(p.read_text() for p in sorted(Path(json.__file__).parent.glob("*.py")))
     (folder / "text.txt").write_text(text)

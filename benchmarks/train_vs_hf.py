@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full fine-tuning of SmolLM2-135M's architecture: jaxllm and transformers on torch, same shapes.
+"""Full fine-tuning: jaxllm and transformers on torch, same shapes.
 
-Prints tokens/s, peak memory and their ratios.
+The architecture is that of SmolLM2-135M, or a mixture of 64 experts of 0.3 billion parameters in
+which a token passes 8. Prints tokens/s, peak memory and their ratios.
 
-    python benchmarks/train_vs_hf.py [--batch 4] [--length 512] [--remat full]
+    python benchmarks/train_vs_hf.py [--shape experts] [--batch 4] [--length 512] [--remat full]
 """
 
 import argparse
 
 from turns import Side, add_blocks, compare, serve
 
-SHAPE = dict(
+DENSE = dict(
     model_type="llama",
     vocab_size=49152,
     hidden_size=576,
@@ -24,6 +25,23 @@ SHAPE = dict(
     rope_theta=100_000.0,
     tie_word_embeddings=True,
 )
+EXPERTS = DENSE | dict(
+    model_type="qwen3_moe",
+    hidden_size=512,
+    num_hidden_layers=11,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    num_experts=64,
+    num_experts_per_tok=8,
+    moe_intermediate_size=256,
+    norm_topk_prob=True,
+)
+SHAPES = {"dense": DENSE, "experts": EXPERTS}
+
+
+def shape_of(a) -> dict:
+    shape = SHAPES[a.shape]
+    return shape | ({"num_hidden_layers": a.layers} if a.layers else {})
 
 
 def torch_step(a):
@@ -31,10 +49,10 @@ def torch_step(a):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**SHAPE | {"num_hidden_layers": a.layers})
+    config = AutoConfig.for_model(**shape_of(a))
     model = AutoModelForCausalLM.from_config(config).train()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, SHAPE["vocab_size"], (a.batch, a.length))
+    tokens = torch.randint(0, config.vocab_size, (a.batch, a.length))
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=a.dtype == "bfloat16"):
@@ -62,7 +80,7 @@ def jaxllm_step(a):
     from jaxllm.optim import make_optimizer, make_schedule
     from jaxllm.step import TrainState, alone, make_step
 
-    cfg = from_hf(SHAPE | {"num_hidden_layers": a.layers})
+    cfg = from_hf(shape_of(a))
     options = dict(compute_dtype=a.dtype, remat=a.remat)
     graph, weights = nnx.split(Decoder(cfg, rngs=nnx.Rngs(0), **options), nnx.Param)
     params = nnx.to_pure_dict(weights)
@@ -91,7 +109,8 @@ def jaxllm_step(a):
 
 
 def side(name: str, dtype: str, a, layers: int | None = None) -> Side:
-    options = dict(batch=a.batch, length=a.length, remat=a.remat, layers=layers or a.layers)
+    options = dict(batch=a.batch, length=a.length, remat=a.remat, shape=a.shape)
+    options["layers"] = layers or a.layers
     return Side(__file__, side=name, dtype=dtype, **options)
 
 
@@ -100,7 +119,8 @@ def main() -> None:
     add_blocks(p)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--length", type=int, default=512)
-    p.add_argument("--layers", type=int, default=30)
+    p.add_argument("--layers", type=int, default=0, help="0 = the shape's own")
+    p.add_argument("--shape", choices=SHAPES, default="dense")
     p.add_argument("--remat", default="full")
     p.add_argument("--dtypes", default="float32,bfloat16")
     p.add_argument("--side", help=argparse.SUPPRESS)
@@ -111,7 +131,8 @@ def main() -> None:
         return serve(lambda: make(a))
     for dtype in a.dtypes.split(","):
         sides = {name: side(name, dtype, a) for name in ("jaxllm", "torch")}
-        compare(f"full, {dtype}, remat {a.remat}", sides, a.blocks, a.steps)
+        row = "experts" if a.shape == "experts" else "full"
+        compare(f"{row}, {dtype}, remat {a.remat}", sides, a.blocks, a.steps)
     return None
 
 

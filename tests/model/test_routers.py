@@ -190,6 +190,27 @@ def test_the_bias_moves_by_the_sign_of_the_load_and_by_nothing_else():
         assert not any("choice_bias" in path for path in paths)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshSection(data=2, fsdp=2, tensor=2), MeshSection(context=4)],
+    ids=["tensor", "context"],
+)
+def test_routers_of_several_stacks_have_losses_and_biases(mesh):
+    layers = dict(num_layers=5, kinds=(LayerKind(dense=True), LayerKind()))
+    shape = replace(SHAPE, **layers, layer_kinds=(0, 0, 1, 0, 1))
+    stacks = [name for name, places in shape.stacks.items() if places[0] in (2, 4)]
+    options = {"shape": shape, "routers": ROUTERS | {"router_bias_rate": 0.01}}
+    losses, norms, alone, _ = trajectory(ragged_rows(16), **options)
+    over = trajectory(ragged_rows(16), devices=8, mesh=mesh, remat="full", count=2, **options)
+    np.testing.assert_allclose(over[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(over[1], norms, rtol=2e-5)
+    assert stacks
+    for name in stacks:
+        bias = alone.trainable[name]["mlp"]["choice_bias"]
+        assert np.abs(bias).max() >= 0.01
+        np.testing.assert_allclose(over[2].trainable[name]["mlp"]["choice_bias"], bias, atol=1e-7)
+
+
 def test_the_bias_balances_the_load():
     rows, loads = ragged_rows(16), []
     for steps in (1, 40):
