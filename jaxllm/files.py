@@ -338,7 +338,7 @@ class Tensor:
     read: Callable[..., Any]
     """process -> the tensor on its host, in the dtype of the weights; None in other processes"""
     stored: tuple[str, int] | None = None
-    """(dtype in a header, bytes) of a tensor that is copied; `read` gives these bytes"""
+    """(dtype in a header, bytes) of a tensor with another dtype, as `read` gives it"""
 
     def entry(self, dtype: str) -> tuple[str, int]:
         """Its dtype in a header and its bytes, if other tensors are written in `dtype`."""

@@ -392,7 +392,9 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
                 whole[_within(part, everything)] = x
             return whole
 
-        return Tensor(name, tuple(shape), read)
+        # float32 whatever the weights are: transformers keeps it so.
+        exact = ("F32", 4 * prod(shape)) if key.path.endswith(".choice_bias") else None
+        return Tensor(name, tuple(shape), read, exact)
 
     tensors = []
     for parts in fused.values():

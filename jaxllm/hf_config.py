@@ -142,13 +142,13 @@ def text_tensors(
 def without_mtp(
     folder: Path, cfg: ModelConfig, config: dict[str, Any], found: set[str]
 ) -> set[str]:
-    """The names without those of layers after the last one, which predict further tokens (MTP).
-    Says that they are not loaded."""
+    """The names without those that predict further tokens (MTP): of layers after the last one, or
+    of modules beside the layers. Says that they are not loaded."""
     count = normalised(config).get("num_nextn_predict_layers")
     more = range(min(count, 8)) if isinstance(count, int) else ()
-    layers = tuple(f"model.layers.{cfg.num_layers + i}." for i in more)
-    if extra := {name for name in found if name.startswith(layers)}:
-        which = ", ".join(f"{layer}*" for layer in layers)
+    places = [*(f"model.layers.{cfg.num_layers + i}." for i in more), "mtp.", "model.mtp_"]
+    if extra := {name for name in found if name.startswith(tuple(places))}:
+        which = ", ".join(f"{p}*" for p in places if any(name.startswith(p) for name in extra))
         dist.say(
             f"jaxllm: {folder}: {len(extra)} tensors of multi-token prediction ({which}) are not "
             "loaded, trained or saved"

@@ -127,9 +127,11 @@ class Program:
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
-        facts["sinks"] = self.shape.sinks
+        facts |= {"sinks": self.shape.sinks, "head_dims": self.shape.attention_dims}
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
-        facts |= {"mixed_windows": len({kind.window for kind in self.shape.kinds_by_layer}) > 1}
+        kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
+        windows = [{kinds[layer].window for layer in layers} for layers in stacks]
+        facts["mixed_windows"] = any(len(some) > 1 for some in windows)
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
         return [
             *attention.notes(self.mesh, self.cfg.model.attention, **facts),
@@ -234,7 +236,7 @@ def with_router_losses(
         raise UserError(f"model.router_bias_rate: {kind}; use model.balance_loss")
     given = model.balance_loss
     if given is None:
-        on = shape.experts is not None and known.get("output_router_logits")
+        on = shape.experts and not shape.scores and known.get("output_router_logits")
         given = float(known.get("router_aux_loss_coef") or 0.0) if on else 0.0
     return replace(cfg, model=replace(model, balance_loss=given))
 
@@ -406,8 +408,8 @@ def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapte
         )
     if shape.wrapper:
         raise UserError(
-            f"{cfg.model.config} is of a multimodal model, whose language model is not trained "
-            "without weights; set model.path, or use the config of a language model"
+            f"{cfg.model.config} is of a multimodal model, which cannot be trained from scratch; "
+            "set model.path, or use the config of a language model"
         )
     return hf.random_model(shape, mesh, model_config(cfg)[1], **options)
 

@@ -36,7 +36,10 @@ from jaxllm.model.decoder import merge
 from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
 
-NO_METRICS = " needs the metrics of routers: an objective must return `model.hidden(…).aux` too"
+NO_METRICS = (
+    " needs the metrics of routers: an objective must return `model.hidden(…).aux` too; "
+    "or set it to 0"
+)
 
 # (trainable, frozen) -> (the model, the reference or None)
 Models = Callable[[Any, Any], tuple[Any, Any]]

@@ -71,7 +71,8 @@ class ModelSection:
     """attention kernel; auto = the fastest one on this platform; splash needs a TPU, mosaic and
     triton an NVIDIA GPU and tokamax"""
     scan_unroll: Annotated[Size, Unit("layers")] = 1
-    """layers per iteration of the scan over layers; more take longer to compile and more memory"""
+    """layers (or periods of unlike layers) per iteration of the scan over them; more take longer to
+    compile and more memory"""
     loss_chunk: Annotated[Count, Unit("tokens")] = 0
     """tokens per chunk of the cross-entropy, which limits the memory for logits; 0 = 512 on CPU,
     4,096 on accelerators"""

@@ -8,7 +8,8 @@ context     Context, the inputs of a layer besides the residual stream
 rope, cache rotary positions; keys and values of past tokens
 parts       a layer's weights, of which a device has parts: gathered, and in blocks
 layers      Linear, Embed, norms, MLP
-moe         a mixture of experts in place of the MLP
+moe         a mixture of experts in place of the MLP; routing: what its routers did
+mla         latent attention in place of attention
 attention, block, stack, decoder: from the inside out; a reader starts with decoder
 
 May import config, errors, mesh and ops. peft, objectives, hf and sampling import it.

@@ -136,15 +136,15 @@ class ModelConfig:
         return tuple(self.kinds[k] for k in self.layer_kinds or (0,) * self.num_layers)
 
     @property
-    def runs(self) -> tuple[tuple[range, ...], ...]:
-        """The layers cut into runs, each of one or more stacks, as `cut_into_runs` does."""
-        return cut_into_runs(tuple(kind.structure for kind in self.kinds_by_layer))
+    def scans(self) -> tuple[tuple[range, ...], ...]:
+        """The layers cut into scans, each over one or more stacks, as `cut_into_scans` does."""
+        return cut_into_scans(tuple(kind.structure for kind in self.kinds_by_layer))
 
     @property
     def stacks(self) -> dict[str, range]:
-        """{attribute of the decoder that holds a stack: its layers}, in the order of the runs. The
+        """{attribute of the decoder that holds a stack: its layers}, in the order of the scans. The
         only stack is `layers`; one of several is named by its first layer, as `layers_3`."""
-        stacks = [layers for run in self.runs for layers in run]
+        stacks = [layers for scan in self.scans for layers in scan]
         if len(stacks) == 1:
             return {"layers": stacks[0]}
         return {f"layers_{layers.start}": layers for layers in stacks}
@@ -174,16 +174,16 @@ LONGEST_PERIOD = 8  # layers in the body of a scan
 
 
 @cache
-def cut_into_runs(structures: tuple[Any, ...]) -> tuple[tuple[range, ...], ...]:
-    """The layers, whose structures are given, as runs that repeat a period of unlike layers.
+def cut_into_scans(structures: tuple[Any, ...]) -> tuple[tuple[range, ...], ...]:
+    """The layers, whose structures are given, as scans that repeat a period of unlike layers.
 
-    A run is a tuple of stacks, one for each place in its period: `(range(0, 6, 2), range(1, 6, 2))`
-    are six layers of two alternating structures, `(range(45),)` are equal ones. There are as few
-    stacks as possible, since each is compiled on its own.
+    A scan is a tuple of stacks, one for each place in its period: six layers of two alternating
+    structures are `(range(0, 6, 2), range(1, 6, 2))`, 45 equal ones `(range(45),)`. There are as
+    few stacks as possible, since each is compiled on its own.
     """
     total = len(structures)
     fewest = [0] * (total + 1)  # stacks of the layers from i on
-    first: list[tuple[range, ...]] = [()] * total  # the run that begins at i then
+    first: list[tuple[range, ...]] = [()] * total  # the scan that begins at i then
     repeats = [[1] * total for _ in range(LONGEST_PERIOD + 1)]  # of the period that begins at i
     for i in reversed(range(total)):
         fewest[i] = total
@@ -192,15 +192,15 @@ def cut_into_runs(structures: tuple[Any, ...]) -> tuple[tuple[range, ...], ...]:
             if structures[i:after] == structures[after : after + period]:
                 repeats[period][i] = repeats[period][after] + 1
             most = repeats[period][i]
-            for count in (most, max(most - 1, 1)):
+            for count in (most, max(most - 1, 1)):  # the next scan may begin with the last period
                 stop = i + period * count
                 if period + fewest[stop] < fewest[i] or not first[i]:
                     fewest[i] = period + fewest[stop]
                     first[i] = tuple(range(i + place, stop, period) for place in range(period))
-    runs = [first[0]]
-    while (stop := runs[-1][-1][-1] + 1) < total:
-        runs.append(first[stop])
-    return tuple(runs)
+    scans = [first[0]]
+    while (stop := scans[-1][-1][-1] + 1) < total:
+        scans.append(first[stop])
+    return tuple(scans)
 
 
 def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ from jaxllm.model.context import Context
 from jaxllm.model.layers import NORMS, Embed, Linear
 from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
 from jaxllm.model.routing import router_metrics
-from jaxllm.model.stack import Run, make_stack
+from jaxllm.model.stack import Scan, make_stack
 from jaxllm.ops.attention import EVERYWHERE
 from jaxllm.ops.cross_entropy import HEAD_AXES, gathered_head
 from jaxllm.ops.decoding import cache_dtype
@@ -113,16 +113,16 @@ class Decoder(nnx.Module):
         return getattr(self, next(iter(self.cfg.stacks)))
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def scans(self) -> tuple[Scan, ...]:
         """The layers, in order, as the scans that go through them."""
         kinds, names = self.cfg.kinds_by_layer, iter(self.cfg.stacks)
 
-        def run(stacks: tuple[range, ...]) -> Run:
+        def scan(stacks: tuple[range, ...]) -> Scan:
             blocks = tuple(getattr(self, next(names)) for _ in stacks)
             own = tuple(tuple(kinds[i] for i in layers) for layers in stacks)
-            return Run(blocks, own, self.compute_dtype, self.remat, self.scan_unroll)
+            return Scan(blocks, own, self.compute_dtype, self.remat, self.scan_unroll)
 
-        return tuple(map(run, self.cfg.runs))
+        return tuple(map(scan, self.cfg.scans))
 
     def context(
         self, rng: jax.Array | None = None, adapter_weights: jax.Array | None = None
@@ -215,9 +215,9 @@ class Decoder(nnx.Module):
         )
         new: tuple[Any, ...] = ()
         routings: tuple[Any, ...] = ()
-        for run in self.runs:
-            here = pasts[len(new) : len(new) + len(run.blocks)]
-            x_BTD, after, routed = run(x_BTD, ctx, here)
+        for scan in self.scans:
+            here = pasts[len(new) : len(new) + len(scan.blocks)]
+            x_BTD, after, routed = scan(x_BTD, ctx, here)
             new, routings = new + after, routings + routed
         x_BTD = self.norm(x_BTD)
         if cache is not None:

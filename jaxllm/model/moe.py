@@ -31,12 +31,14 @@ from jaxllm.ops.residuals import saveable
 OBSTACLE = "its MLP is a mixture of experts"
 UP, DOWN = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
 # Dims of what `over_mesh` splits: kernels, biases, and A and B of LoRA.
-DIMS: dict[str, tuple[str | None, ...]] = {"gate": UP, "up": UP, "down": DOWN}
-BIASES: dict[str, tuple[str | None, ...]] = {f"{n}_bias": (d[0], d[2]) for n, d in DIMS.items()}
-DIMS |= {f"{name}_a": (*dims[:2], None) for name, dims in DIMS.items()} | {
-    f"{name}_b": (dims[0], None, dims[2]) for name, dims in DIMS.items()
+MATRICES = {"gate": UP, "up": UP, "down": DOWN}
+DIMS: dict[str, tuple[str | None, ...]] = {
+    **MATRICES,
+    **{f"{name}_bias": (e, o) for name, (e, _, o) in MATRICES.items()},
+    **{f"{name}_a": (e, i, None) for name, (e, i, _) in MATRICES.items()},
+    **{f"{name}_b": (e, None, o) for name, (e, _, o) in MATRICES.items()},
+    "gate_up_a": (*UP[:2], None),
 }
-DIMS |= BIASES | {"gate_up_a": DIMS["up_a"]}
 
 
 def route(

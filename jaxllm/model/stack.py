@@ -77,7 +77,7 @@ def make_stack(cfg: ModelConfig, name: str, *, peft: Adapter, dtype: Any, rngs: 
 
 
 @dataclass(frozen=True)
-class Run:
+class Scan:
     """Layers that one scan goes through, which are called alike in training and in decoding.
 
     The scan's body is one layer of each stack: one layer, or a period of unlike ones. Where kinds

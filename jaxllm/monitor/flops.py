@@ -67,10 +67,9 @@ def run_flops(
     Forward and backward cost 3 forward passes; matmuls with `frozen` weights, which have no
     gradient, cost 2. Not counted: what an adapter adds, recomputation, elementwise work, rewards.
     Extra forward passes: one for the reference if the run `compares` with a live one, and those of
-    a `baseline`. Online, sampling and the log-probabilities of policy (not
-    `on_policy`) and reference cost a forward pass each, divided by the rl.iterations updates that
-    reuse the rollout, as its time is. A separate critic costs as much as the policy without its
-    head.
+    a `baseline`. Online, sampling and the log-probabilities of the policy (not `on_policy`) and of
+    the reference cost a forward pass each, divided by the rl.iterations updates that reuse the
+    rollout, as its time is. A separate critic costs as much as the policy without its head.
     """
     weights, attention, head = forward_flops(model, length)
     share = 1 / (cfg.rl.iterations or 1)  # of a rollout's cost, for each update that reuses it

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT methods: they add trainable weights to a frozen base model.
 
-base            PeftAdapter, the base class of the methods; tensors to and from a file
 targets         the weights that target_modules and modules_to_save name
+base            PeftAdapter, the base class of the methods; tensors to and from a file
 experts         LoRA on experts in peft's two spellings
 lora            LoRA, rsLoRA, DoRA, PiSSA, LoRA+
 bottleneck      Houlsby and Pfeiffer adapters

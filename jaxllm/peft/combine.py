@@ -18,7 +18,6 @@ from flax import nnx
 
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
-from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.peft.base import set_value
@@ -29,10 +28,10 @@ from jaxllm.peft.targets import EMBED
 Choice = str | Mapping[str, float] | None
 
 
-def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
+def combine(adapters: Mapping[str, Any]) -> LoraAdapter:
     """One adapter whose ranks are those of all; the first adapter is in use.
 
-    Raises UserError for any that is not plain LoRA.
+    Raises UserError for any that is not plain LoRA, and if they adapt experts in unlike forms.
     """
     for name, adapter in adapters.items():
         if not adapter.names or adapter.always_on or adapter.needs_base:
@@ -41,14 +40,19 @@ def combine(cfg: ModelConfig, adapters: Mapping[str, Any]) -> LoraAdapter:
                 "PiSSA or modules_to_save"
             )
     targets = []
-    first = {t.path: t for adapter in adapters.values() for t in adapter.targets}
-    for path, target in first.items():
+    by_path = {t.path: t for adapter in adapters.values() for t in adapter.targets}
+    for path, target in by_path.items():
         layers = len(target.ranks[0])
         unadapted = replace(target, ranks=((0,) * layers,), alphas=((1.0,) * layers,))
         matching = [
             next((t for t in adapter.targets if t.path == path), unadapted)
             for adapter in adapters.values()
         ]
+        if any(t.parameter != target.parameter for t in matching):
+            raise UserError(
+                f"the adapters {', '.join(adapters)} cannot be combined: only some name the "
+                "experts in target_parameters"
+            )
         ranks = tuple(t.ranks[0] for t in matching)
         alphas = tuple(t.alphas[0] for t in matching)
         targets.append(replace(target, ranks=ranks, alphas=alphas))

@@ -96,5 +96,6 @@ def check_modules(targets: tuple[Target, ...], rslora: bool) -> None:
     shapes = {pair for t in experts for pair in zip(t.ranks[0], t.alphas[0], strict=True)}
     if rslora or len(shapes) > 1:
         raise UserError(
-            f"peft: modules of experts need one rank and alpha, and no use_rslora{OTHER}"
+            "peft: modules of experts need one rank and alpha in all layers, and no use_rslora"
+            + OTHER
         )

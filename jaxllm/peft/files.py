@@ -137,7 +137,7 @@ def read_adapter(cfg: ModelConfig, adapters: Mapping[str, AdapterFiles]) -> Peft
         method, file = METHODS[method_of(files.config)], files.folder / ADAPTER_CONFIG
         with odd_values(str(file)):
             described[name] = method.from_config(cfg, files.config, file)
-    return combine(cfg, described) if len(described) > 1 else described.popitem()[1]
+    return combine(described) if len(described) > 1 else described.popitem()[1]
 
 
 def _stored_names(cfg: ModelConfig, files: AdapterFiles) -> dict[str, str]:

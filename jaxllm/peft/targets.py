@@ -20,6 +20,8 @@ from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
+CONVERTED, UNCONVERTED = (".gate_proj", ".up_proj", ".down_proj"), ("qwen2_moe",)
+LINEAR_ROUTER = ".wg"  # the router's name where it is a Linear in transformers 5 too
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
 
 
@@ -73,9 +75,11 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
     """{path: HF's module, as `tensor_names` reads it} of every weight that LoRA can adapt and that
     is a module.
 
-    So are the experts and the router in checkpoints, and adapters of these are converted by peft
-    for transformers 5, unless shared experts have modules of the same names.
+    Checkpoints have experts and the router as modules too; peft converts adapters of them for
+    transformers 5, and takes the modules of dense layers and shared experts for those of experts,
+    so these are left out. In qwen2_moe it converts nothing.
     """
+    converted = fuses_experts(cfg) and cfg.family not in UNCONVERTED
     modules: dict[str, str] = {}
     for key in key_table(cfg):
         path, _, leaf = key.path.rpartition(".")
@@ -86,7 +90,11 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         if key.path in score_paths(cfg) or (routed and not fuses_experts(cfg)):
             continue
         shared = cfg.experts is not None and cfg.experts.shared_size > 0
-        if leaf in ("kernel", "embedding", "router") and not (routed and shared):
+        if routed and shared and not module.endswith(LINEAR_ROUTER):
+            continue
+        if converted and not routed and module.endswith(CONVERTED):
+            continue
+        if leaf in ("kernel", "embedding", "router"):
             modules[key.path + "_lora" if leaf == "router" else path] = module
     return modules
 
@@ -101,7 +109,8 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     if not fuses_experts(cfg):
         return {}
     names = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
-    names |= {"router_lora": "gate.weight"}
+    if any(key.name.endswith("gate.weight") for key in key_table(cfg)):
+        names |= {"router_lora": "gate.weight"}
     return {
         f"{stack}.mlp.{name}": f"model.layers.{{{stack}}}.mlp.{end}"
         for stack, layers in cfg.stacks.items()
@@ -143,7 +152,8 @@ def _adapts(section: PeftSection, path: str, name: str, parameter: bool) -> bool
     if parameter:
         entries = section.target_parameters
         return any(f".{name}".endswith(f".{e}") for e in entries) if entries else all_linear
-    if all_linear and path not in (EMBED, HEAD) and not is_router(path) and container == module:
+    left_out = path in (EMBED, HEAD) or (is_router(path) and not module.endswith(LINEAR_ROUTER))
+    if all_linear and not left_out and container == module:
         return True
     return any(_matches(e, name) for e in section.target_modules if e != ALL_LINEAR)
 
@@ -159,6 +169,11 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
     Raises UserError if there are none, for a layer that does not exist and, if strict, for a name
     that matches no module.
     """
+    if section.target_parameters and cfg.experts and not fuses_experts(cfg):
+        raise UserError(
+            f"peft.target_parameters: LoRA on the experts of {cfg.family} is not supported; "
+            "target_modules adapts its attention"
+        )
     if strict:
         suffixes = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_names(cfg, "target_modules", suffixes)
@@ -217,6 +232,11 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
             )
     for path, some in names.items():
         hits = {name for name in some if name.endswith(tuple(entries))}
+        if any(".experts." in name or "block_sparse_moe" in name for name in hits):
+            raise UserError(
+                f"peft.modules_to_save: {', '.join(entries)} match experts or their router, as "
+                f"{min(hits)}; adapt these with LoRA instead"
+            )
         if hits and hits != set(some):
             raise UserError(
                 f"peft.modules_to_save: {', '.join(entries)} match some layers of a stack, as "
@@ -277,7 +297,8 @@ def common_value(
     common = Counter(among).most_common(1)[0][0]
     by_place: dict[str, dict[str, Any]] = {}  # {the module's name within a layer: values}
     for name, layers in values.items():
-        names, place = names_by_layer(cfg, name), within_layer(name)
+        names = names_by_layer(cfg, name)
+        place = within_layer(name).replace("{expert}", r"\d+")  # keys are patterns
         by_place.setdefault(place, {}).update(
             {one: value for index, value in layers.items() for one in names[index]}
         )

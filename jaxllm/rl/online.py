@@ -48,8 +48,8 @@ def prompts_per_rollout(cfg: TrainConfig) -> int:
 class Rollout:
     """Completions with their rewards, and the log-probabilities and values of their tokens.
 
-    The last five fields are float32 [R, T], 0 where nothing is learned. Those of the models are
-    None where the update computes them itself, the reference's also where there is none.
+    The last five fields are float32 [R, T], 0 where nothing is learned. On policy only the first of
+    them is given; reference_logps is None without a reference.
     """
 
     sampled: Completions

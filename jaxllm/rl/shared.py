@@ -22,10 +22,10 @@ def can_share(cfg: TrainConfig, policy: Any, mesh: Any) -> bool:
 
     A group must be whole in one micro-batch of one device. Prompts precede all tokens of their row,
     where the positions of virtual tokens would be, and where frequencies that depend on the length
-    of a text would not know it. The routers' losses count the tokens of each text.
+    of a text would not know it. Routers' losses and loads count the tokens of each text.
     """
     group, size = cfg.rl.group_size or 1, cfg.micro_batch_size
-    if cfg.model.balance_loss or cfg.model.router_z_loss:
+    if cfg.model.balance_loss or cfg.model.router_z_loss or cfg.model.router_bias_rate:
         return False
     if group == 1 or size % group or cfg.rl.minibatches > 1 or dict(mesh.shape)["context"] > 1:
         return False

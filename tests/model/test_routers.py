@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 from runs import MODEL, arguments, command, killed, lines_of
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_file_torch
 from steps import TINY, WHOLE, decoder, pair_rows, ragged_rows, trajectory, unpacked, unpacked_slots
 from tiny import V, as_saved, hf_config, magnified, one_device
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -25,7 +26,7 @@ from jaxllm.config import MeshSection, ModelSection, PeftSection, TrainConfig
 from jaxllm.config.checks import resolve
 from jaxllm.data.batch import Batch, make_row
 from jaxllm.errors import UserError
-from jaxllm.hf import hf_tensors, load_hf
+from jaxllm.hf import hf_tensors, load_hf, save_hf
 from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.lm import forward, lm_loss
@@ -293,6 +294,21 @@ def test_an_objective_of_ones_own_needs_the_metrics_of_routers(tmp_path):
         else:
             with pytest.raises(UserError, match=r"balance_loss needs the metrics of .*aux"):
                 jax.eval_shape(step, *args)
+
+
+def test_an_export_keeps_the_bias_in_float32(tmp_path):
+    magnified(hf_config("minimax_m2")).save_pretrained(tmp_path / "base")
+    model = load_hf(str(tmp_path / "base"), mesh=one_device(), dtype="bfloat16")
+    bias = model.layers.mlp.choice_bias
+    bias.set_value(3 + 0.001 * jnp.arange(bias.get_value().size).reshape(bias.get_value().shape))
+    save_hf(model, str(tmp_path / "saved"))
+    saved = load_file_torch(tmp_path / "saved/model.safetensors")
+    for layer, row in enumerate(bias[...]):
+        one = saved[f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias"]
+        np.testing.assert_array_equal(one.numpy(), row)
+    assert saved["model.norm.weight"].dtype == torch.bfloat16
+    again = load_hf(str(tmp_path / "saved"), mesh=one_device(), dtype="bfloat16")
+    np.testing.assert_array_equal(again.layers.mlp.choice_bias[...], bias[...])
 
 
 MINIMAX = MODEL | {

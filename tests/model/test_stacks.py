@@ -17,7 +17,7 @@ from jaxllm.cli import main
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.finite import _tensor_name
 from jaxllm.hf import hf_tensors
-from jaxllm.model.config import Experts, LayerKind, cut_into_runs
+from jaxllm.model.config import Experts, LayerKind, cut_into_scans
 from jaxllm.model.families.tensors import key_table, tensor_names
 from jaxllm.model.moe import route
 from jaxllm.objectives.lm import lm_loss
@@ -60,7 +60,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("structures", "runs"),
+    ("structures", "scans"),
     [
         ("EEEE", ["0 1 2 3"]),
         ("DEEEE", ["0", "1 2 3 4"]),
@@ -71,14 +71,14 @@ MESHES = {
         ("DE" * 4 + "E" * 3, ["0 2 4 6|1 3 5 7", "8 9 10"]),
     ],
 )
-def test_layers_are_cut_into_as_few_stacks_as_possible(structures, runs):
-    found = cut_into_runs(tuple(structures))
-    assert ["|".join(" ".join(map(str, stack)) for stack in run) for run in found] == runs
+def test_layers_are_cut_into_as_few_stacks_as_possible(structures, scans):
+    found = cut_into_scans(tuple(structures))
+    assert ["|".join(" ".join(map(str, stack)) for stack in scan) for scan in found] == scans
 
 
 def test_a_long_model_of_random_structures_is_cut_in_time():
     structures = tuple(np.random.default_rng(0).integers(0, 3, 10_000).tolist())
-    layers = [i for run in cut_into_runs(structures) for i in np.array(run).T.ravel()]
+    layers = [i for scan in cut_into_scans(structures) for i in np.array(scan).T.ravel()]
     assert layers == list(range(10_000))
 
 

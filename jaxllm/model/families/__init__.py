@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
-    table      the families and their options
+    table      the families
+    options    ModelConfig fields that a family sets, and the HF keys they are kept under
     rope       RoPE of a config
     layers     the kinds of layers
     tensors    the HF name of every weight

@@ -76,7 +76,7 @@ def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
 
 def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[cfg.family]
-    layers = [cfg.kinds[k] for k in cfg.layer_kinds or (0,) * cfg.num_layers]
+    layers = cfg.kinds_by_layer
     types = ["full_attention" if kind.window is None else "sliding_attention" for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}

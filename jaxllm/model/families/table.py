@@ -340,7 +340,7 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
-    "latent attention": ("deepseek_v2",),
+    "a choice of groups of experts by their best one": ("deepseek_v2",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
     "state-space layers": (
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),

@@ -26,8 +26,8 @@ INHERITED = (*TOKEN_IDS, *DTYPES)
 class Wrapper:
     """How the models of one multimodal `model_type` hold their language model.
 
-    texts: {model_type of `text_config`: the family that computes the same for text}. The first one
-      is meant if `text_config` names none, and always if it is the only one.
+    texts: {model_type of `text_config`: the family that computes the same for text}. If
+      `text_config` names none, it is the first; a single one is used whatever it names.
     stored: (pattern of a tensor's name at its start, what today's name of the module has instead),
       for names in files that differ.
     flat: a config.json without `text_config` has the keys of the language model beside its own.
