@@ -230,7 +230,7 @@ def test_the_base_may_be_quantized(alone, kind):
         ),
         (
             dict(target_modules=("gate_proj", "up_proj", "down_proj"), rank_pattern={"up_proj": 2}),
-            "need one rank and alpha, and no use_rslora; name the experts in target_parameters",
+            "need one rank and alpha in all layers",
         ),
         (
             dict(
