@@ -427,7 +427,7 @@ def randomized(model: Any) -> Any:
 
 
 def in_peft(base: Any, folder: Any) -> Any:
-    """The adapter on the whole torch model, without a key missing or left over."""
+    """The whole torch model with the adapter, whose keys all match."""
     model = peft.PeftModel.from_pretrained(loaded(base), folder)
     result = peft.utils.save_and_load.set_peft_model_state_dict(
         model, load_file(f"{folder}/adapter_model.safetensors")

@@ -32,7 +32,9 @@ shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_em
 shape |= dict(n_routed_experts=16, num_experts_per_tok=1)  # of which dots1 has no defaults
 ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 for name, family in FAMILIES.items():
-    config = to_hf(from_hf(shape | ids | dict(model_type=name, max_position_embeddings=2 ** (17 if name == "gpt_oss" else 18))))
+    # Past the length that YaRN has by default; transformers warns if its factor is another.
+    longest = 2**17 if name == "gpt_oss" else 2**18
+    config = to_hf(from_hf(shape | ids | dict(model_type=name, max_position_embeddings=longest)))
     reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))
     print(name, *config["architectures"], *(reward["architectures"] if reward else ()))
 Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))
