@@ -158,9 +158,8 @@ def balanced(trainable: Any, loads: dict[str, jax.Array], rate: float) -> Any:
     """
     for stack, load_LE in loads.items() if rate else ():
         below_LE = jnp.sign(jnp.mean(load_LE, 1, keepdims=True) - load_LE)
-        layers = trainable[stack]
-        bias_LE = layers["mlp"]["choice_bias"] + rate * below_LE
-        mlp = layers["mlp"] | {"choice_bias": bias_LE.astype(layers["mlp"]["choice_bias"].dtype)}
+        layers, mlp = trainable[stack], trainable[stack]["mlp"]
+        mlp = mlp | {"choice_bias": mlp["choice_bias"] + rate * below_LE}
         trainable = trainable | {stack: layers | {"mlp": mlp}}
     return trainable
 
@@ -184,22 +183,21 @@ def make_gradients(
     On a mesh each device computes the gradients of its own rows, which are then summed.
     """
 
-    def loss_of(trainable, frozen, batch, keys, weight_per_token):
+    def loss_of(trainable, frozen, batch, keys, share):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, keys, reference)
         for name, coefficient in router_losses.items():
             if name not in metrics:
                 raise UserError(f"model.{name}" + NO_METRICS)
-            loss = loss + coefficient * weight_per_token * metrics[name][0]
+            loss = loss + coefficient * share * metrics[name][0]
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
             for name, mask in (("tokens", batch.segment_ids != 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def micro_batch_gradients(trainable, frozen, weight_per_token, batch, keys):
-        args = trainable, frozen, batch, keys, weight_per_token
-        grads, metrics = jax.grad(loss_of, has_aux=True)(*args)
+    def micro_batch_gradients(trainable, frozen, share, batch, keys):
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys, share)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if shardings is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)

@@ -14,6 +14,18 @@ gc.set_threshold(200_000, 50, 100)  # else it scans millions of live traced obje
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch's threads get in the way of XLA's at small sizes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
 # run with `make sweep` and .ci/run.
 SWEEPS = {

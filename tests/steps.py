@@ -41,6 +41,11 @@ TINY = ModelConfig(
     initializer_range=0.2,
 )
 
+MESHES = {
+    "fsdp 8": MeshSection(fsdp=8),
+    "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
+    "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
+}
 WHOLE = PeftSection()  # every weight is trained
 
 
@@ -274,3 +279,13 @@ def assert_same_update(update, rows, counts):
             assert found[name] == pytest.approx([value, weight], rel=2e-5), name
         for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(weights), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * norm)
+
+
+def same_over_mesh(name, shape, losses, norms):
+    """The weights after steps over MESHES[name], whose losses and gradient norms are those of one
+    device; over fsdp 8 with remat and micro-batches."""
+    keys = {"remat": "full", "count": 2} if name == "fsdp 8" else {}
+    found = trajectory(ragged_rows(16), shape=shape, devices=8, mesh=MESHES[name], **keys)
+    np.testing.assert_allclose(found[0], losses, rtol=1e-5)
+    np.testing.assert_allclose(found[1], norms, rtol=1e-5)
+    return found[2].trainable

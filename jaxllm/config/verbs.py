@@ -205,14 +205,8 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         "lora.LoraAdapter",
         5e-4,
         ("r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules")
-        + (
-            "layers_to_transform",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "init_lora_weights",
-        )
-        + ("use_rslora", "use_dora"),
+        + ("layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save")
+        + ("init_lora_weights", "use_rslora", "use_dora"),
         ("lora_dropout", "loraplus_lr_ratio"),
     ),
     "adapter": PeftMethod("bottleneck.BottleneckAdapter", 5e-4, ("bottleneck", "placement")),

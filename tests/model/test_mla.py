@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from steps import TINY, batch_of, decoder, ragged_rows, trajectory, unpacked
+from steps import MESHES, TINY, batch_of, decoder, ragged_rows, same_over_mesh, trajectory, unpacked
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.data.batch import Batch
@@ -42,11 +42,6 @@ SECTIONS = {
     "pissa": PeftSection(method="lora", r=4, target_modules=ALL, init_lora_weights="pissa"),
     "prompt": PeftSection(method="prompt", num_virtual_tokens=3),
 }
-MESHES = {
-    "fsdp 8": MeshSection(fsdp=8),
-    "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
-    "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
-}
 
 
 def changed(section, **options):
@@ -66,13 +61,8 @@ def alone():
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
-    keys = {"remat": "full", "count": 2} if mesh == "fsdp 8" else {}
-    losses, norms, state, _ = trajectory(
-        ragged_rows(16), shape=LOW, devices=8, mesh=MESHES[mesh], **keys
-    )
-    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone[1], rtol=1e-5)
-    attn, section = state.trainable["layers"]["attn"], MESHES[mesh]
+    attn = same_over_mesh(mesh, LOW, *alone)["layers"]["attn"]
+    section = MESHES[mesh]
     for name in ("q_a", "q_b", "kv_a", "kv_b", "o"):
         kernel = attn[name]["kernel"]
         parts = section.fsdp * (1 if name.endswith("_a") else section.tensor)  # heads are split

@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from steps import TINY, T, batch_of, decoder, ragged_rows, trajectory, unpacked
+from steps import (
+    MESHES,
+    TINY,
+    T,
+    batch_of,
+    decoder,
+    ragged_rows,
+    same_over_mesh,
+    trajectory,
+    unpacked,
+)
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.data.batch import Batch
@@ -46,11 +56,6 @@ GPT_OSS = replace(
     experts=Experts(8, 3, 16, bias=True, limit=0.5),
 )
 LORA = PeftSection(method="lora", target_modules=("all-linear",))
-MESHES = {
-    "fsdp 8": MeshSection(fsdp=8),
-    "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
-    "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
-}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +65,7 @@ def alone():
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
-    keys = {"remat": "full", "count": 2} if mesh == "fsdp 8" else {}
-    losses, norms, state, _ = trajectory(
-        ragged_rows(16), shape=SHARED, devices=8, mesh=MESHES[mesh], **keys
-    )
-    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone[1], rtol=1e-5)
-    mlp = state.trainable["layers"]["mlp"]
+    mlp = same_over_mesh(mesh, SHARED, *alone)["layers"]["mlp"]
     for name in ("gate", "up", "down"):
         kernel = mlp[name]["kernel"]
         parts = MESHES[mesh].fsdp * MESHES[mesh].tensor

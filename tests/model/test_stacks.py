@@ -11,10 +11,21 @@ import pytest
 from flax import nnx
 from runs import MODEL, arguments, command, killed, lines_of
 from safetensors.numpy import load_file
-from steps import TINY, T, V, batch_of, decoder, ragged_rows, trajectory, unpacked
+from steps import (
+    MESHES,
+    TINY,
+    T,
+    V,
+    batch_of,
+    decoder,
+    ragged_rows,
+    same_over_mesh,
+    trajectory,
+    unpacked,
+)
 
 from jaxllm.cli import main
-from jaxllm.config import MeshSection, PeftSection
+from jaxllm.config import PeftSection
 from jaxllm.finite import _tensor_name
 from jaxllm.hf import hf_tensors
 from jaxllm.model.config import Experts, LayerKind, cut_into_scans
@@ -52,11 +63,6 @@ def shape(layers):
 
 FIRST, PERIODS = shape(LAYERS["one dense layer first"]), shape(LAYERS["a period of two"])
 LORA = PeftSection(method="lora", target_modules=("all-linear",), r=3)
-MESHES = {
-    "fsdp 8": MeshSection(fsdp=8),
-    "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
-    "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
-}
 
 
 @pytest.mark.parametrize(
@@ -103,15 +109,10 @@ def alone(request):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_stacks_on_a_mesh_equal_those_of_one_device(alone, mesh):
     cfg, *want = alone
-    keys = {"remat": "full", "count": 2} if mesh == "fsdp 8" else {}
-    losses, norms, state, _ = trajectory(
-        ragged_rows(16), shape=cfg, devices=8, mesh=MESHES[mesh], **keys
-    )
-    np.testing.assert_allclose(losses, want[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, want[1], rtol=1e-5)
+    weights = same_over_mesh(mesh, cfg, *want)
     parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
     for name in cfg.stacks:
-        kernel = state.trainable[name]["mlp"]["up"]["kernel"]
+        kernel = weights[name]["mlp"]["up"]["kernel"]
         assert kernel.addressable_shards[0].data.size * parts == kernel.size
 
 
