@@ -4,6 +4,7 @@
 import gc
 import os
 import signal
+import sys
 
 import pytest
 from runs import ENV, project  # noqa: F401, a fixture of every test
@@ -13,17 +14,6 @@ gc.set_threshold(200_000, 50, 100)  # else it scans millions of live traced obje
 # A shell's background job ignores Ctrl-C, and nohup a closed terminal; the tests send both signals.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Torch's threads get in the way of XLA's at small sizes."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
@@ -60,6 +50,15 @@ SWEEPS = {
     "test_a_mesh_remat_and_micro_batches_change_nothing": ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
     "test_an_export_equals_the_final_folder": ("pissa, nf4",),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_programs():
+    """Compiled programs take memory mappings, of which Linux gives a process 65,530."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):

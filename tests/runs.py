@@ -51,6 +51,7 @@ ENV = os.environ | {
     "XLA_FLAGS": DEVICES + "8",
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # torch's threads wait for each other by spinning
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",  # source lines in programs take a tenth of the time
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

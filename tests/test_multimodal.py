@@ -108,8 +108,6 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
