@@ -319,6 +319,7 @@ MINIMAX = MODEL | {
 }
 
 
+@pytest.mark.sweep
 def test_a_killed_run_resumes_with_the_same_bias_and_exports_it(project):
     (project / "model.json").write_text(json.dumps(MINIMAX))
     flags = ("--model.router_bias_rate", "0.01", "--model.balance_loss", "0.02")

@@ -189,6 +189,7 @@ def test_a_bottlenecks_file_names_every_layer_and_is_read_again():
     np.testing.assert_array_equal(other(tokens), model(tokens))
 
 
+@pytest.mark.sweep
 def test_a_killed_run_resumes_bit_for_bit(project):
     shape = dict(model_type="glm4_moe", num_hidden_layers=3, moe_intermediate_size=16)
     shape |= dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
