@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.config import MeshSection
-from jaxllm.mesh import ROWS, Axes, automatic_axes, constrain, manual_rows, platform, spec
+from jaxllm.mesh import ROWS, STACKED, Axes, automatic_axes, constrain, manual_rows, platform, spec
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def gathered(w: jax.Array, axes: Axes, shape: tuple[int, ...], dtype: Any = None
     narrow = dtype if dtype is not None and dtype.itemsize < w.dtype.itemsize else w.dtype
     if not manual_rows():
         return _constrained(w, axes, narrow)
-    dim = _split_dim(w.shape, shape)
+    dim = _split_dim(w.shape, shape, axes)
     if dim is None:
         return w
     return _gathered(w, dim, spec(axes, w.shape, mesh), narrow)
@@ -101,9 +101,10 @@ def reduces_in(dtype: Any) -> bool:
     return _reduction.get().dtype == dtype
 
 
-def _split_dim(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """The dim along which `part` is smaller than `whole`; None if they are equal."""
-    return next((d for d, (a, b) in enumerate(zip(part, whole, strict=True)) if a != b), None)
+def _split_dim(part: tuple[int, ...], whole: tuple[int, ...], axes: Axes) -> int | None:
+    """The dim of a matrix along which `part` is smaller than `whole`; None if there is none."""
+    dims = enumerate(zip(part, whole, axes, strict=True))
+    return next((d for d, (a, b, axis) in dims if a != b and axis not in STACKED), None)
 
 
 def _per_device(f: Callable[..., Any], x: jax.Array, split: P) -> jax.Array:
@@ -172,9 +173,10 @@ def scattered(g: jax.Array, dim: int, split: P) -> jax.Array:
 
 
 def summed_gradient(g: jax.Array, spec: P) -> jax.Array:
-    """A device's gradient summed over all rows. spec: of the gradient; one that is split along fsdp
-    is already summed along it."""
-    axes = tuple(a for a in (ROWS[:1] if fsdp_dim(spec) >= 0 else ROWS) if lax.axis_size(a) > 1)
+    """A device's gradient summed over all rows. spec: of the gradient; along axes that split it, it
+    is already summed."""
+    split = {a for a in ROWS if any(entry and a in entry for entry in spec)}
+    axes = tuple(a for a in ROWS if a not in split and lax.axis_size(a) > 1)
     if not axes:
         return g
     dtype = _reduction.get().dtype or g.dtype

@@ -34,7 +34,7 @@ from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-ROWS = ("data", "fsdp")  # the axes that split the rows of a batch
+ROWS = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
 
 # A logical dim: its name, (name, units) where the dim is that many units which are never split, as
 # ("heads", H) of H * head_dim elements, or None: replicated.

@@ -260,6 +260,10 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
     cfg = with_router_losses(with_length(cfg, shape, adapter), shape, hf_config)
     if cfg.model.router_bias_rate and adapter.frozen:
         raise UserError("model.router_bias_rate: an adapter's base is not trained; set it to 0")
+    count, parts = shape.experts.count if shape.experts else 0, mesh.shape["expert"]
+    if parts > 1 and (count == 0 or count % parts):
+        seen = f"{count} experts, which do not divide by it" if count else "no experts"
+        raise UserError(f"mesh.expert is {parts}; this model has {seen}; change mesh.expert")
     make = partial(abstract_model, cfg, mesh, shape, hf_config)
     program = assemble(cfg, mesh, make, adapter, make_objective(cfg, own))
     if (blocks := cfg.model.mlp_blocks) > 1:

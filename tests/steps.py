@@ -46,6 +46,11 @@ MESHES = {
     "data 2 x fsdp 2 x tensor 2": MeshSection(data=2, fsdp=2, tensor=2),
     "context 2 x tensor 2 x fsdp 2": MeshSection(fsdp=2, context=2, tensor=2),
 }
+EXPERT_MESHES = {
+    "expert 4 x fsdp 2": MeshSection(expert=4, fsdp=2),
+    "expert 2 x tensor 2 x data 2": MeshSection(expert=2, tensor=2, data=2),
+    "expert 2 x context 2 x fsdp 2": MeshSection(expert=2, context=2, fsdp=2),
+}
 WHOLE = PeftSection()  # every weight is trained
 
 
@@ -285,7 +290,8 @@ def same_over_mesh(name, shape, losses, norms):
     """The weights after steps over MESHES[name], whose losses and gradient norms are those of one
     device; over fsdp 8 with remat and micro-batches."""
     keys = {"remat": "full", "count": 2} if name == "fsdp 8" else {}
-    found = trajectory(ragged_rows(16), shape=shape, devices=8, mesh=MESHES[name], **keys)
+    mesh = (MESHES | EXPERT_MESHES)[name]
+    found = trajectory(ragged_rows(16), shape=shape, devices=8, mesh=mesh, **keys)
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     np.testing.assert_allclose(found[1], norms, rtol=1e-5)
     return found[2].trainable

@@ -304,7 +304,7 @@ def test_batch_is_resolved_for_the_devices(given, devices, wanted, tmp_path):
         (
             {"batch_size": 30},
             8,
-            "batch_size 30 does not divide over 8 devices (data x fsdp); use 24 or 32",
+            "batch_size 30 does not divide over 8 devices (data x fsdp x expert); use 24 or 32",
         ),
         ({"batch_size": 4}, 8, "use 8"),
         ({"batch_size": 32, "micro_batch_size": 3}, 8, "use one of 1, 2, 4"),
@@ -432,7 +432,6 @@ def test_check_accepts_a_valid_config():
         ({"batch_size": -1}, "batch_size is -1; it should be greater than or equal to 0"),
         ({"mesh": MeshSection(data=0)}, "mesh.data is 0; it must be 1 or more"),
         ({"mesh": MeshSection(data=-1)}, "mesh: only one axis can be -1"),
-        ({"mesh": MeshSection(expert=2)}, "mesh.expert is 2; this axis is not supported yet"),
         ({"steps": 5, "optim": OptimSection(schedule="wsd", decay=6)}, "optim.decay is 6 steps"),
         ({"optim": OptimSection(schedule="cosin")}, "optim.schedule is 'cosin'"),
         (

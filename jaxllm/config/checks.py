@@ -193,8 +193,6 @@ def _contradictions(cfg: TrainConfig) -> Iterator[str]:
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis} is {size}; it must be 1 or more, or -1 for the remaining devices"
-        if size != 1 and axis == "expert":
-            yield f"mesh.{axis} is {size}; this axis is not supported yet, leave it at 1"
     if list(sizes.values()).count(-1) > 1:
         yield "mesh: only one axis can be -1"
 
@@ -215,10 +213,10 @@ def resolve(
 ) -> TrainConfig:
     """Fill in the defaults that depend on other fields: learning rate, beta, rl, date and batch.
 
-    data_parallel: devices that share the rows (mesh axes data x fsdp); None leaves the batch
-    unchanged. recorded: `config.json` of the run that is resumed, whose date and batch size are
-    kept: a run resumed on other devices changes its accumulation. Resolving twice changes nothing.
-    Raises UserError if the batch does not divide.
+    data_parallel: devices that share the rows (mesh axes data x fsdp x expert); None leaves the
+    batch unchanged. recorded: `config.json` of the run that is resumed, whose date and batch size
+    are kept: a run resumed on other devices changes its accumulation. Resolving twice changes
+    nothing. Raises UserError if the batch does not divide.
     """
     recorded, verb = recorded or {}, cfg.verb
     rate = cfg.optim.learning_rate or PEFT_METHODS[cfg.peft.method].learning_rate * verb.rate
@@ -247,8 +245,8 @@ def _with_batch(cfg: TrainConfig, data_parallel: int, recorded: Mapping[str, Any
         down = batch // data_parallel * data_parallel
         near = f"{down} or {down + data_parallel}" if down else data_parallel
         raise UserError(
-            f"batch_size {batch} does not divide over {data_parallel} devices (data x fsdp); "
-            f"use {near}"
+            f"batch_size {batch} does not divide over {data_parallel} devices "
+            f"(data x fsdp x expert); use {near}"
         )
     rows = batch // data_parallel
     if accumulation and micro and micro * accumulation != rows:

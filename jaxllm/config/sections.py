@@ -208,7 +208,7 @@ class MeshSection:
     fsdp: Annotated[int, Unit("devices")] = -1
     """shards of batch, weights, gradients and optimizer state"""
     expert: Annotated[int, Unit("devices")] = 1
-    """shards of the experts; not supported yet"""
+    """mixtures of experts: shards of the experts, and of the batch"""
     context: Annotated[int, Unit("devices")] = 1
     """shards of each row along its tokens"""
     tensor: Annotated[int, Unit("devices")] = 1

@@ -22,6 +22,7 @@ from jaxllm.mesh import automatic_axes, spec, stream_specs
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import Experts, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.expert_axis import over_experts
 from jaxllm.model.layers import ACTIVATIONS, MLP, Linear
 from jaxllm.model.routing import Routing, routing_of
 from jaxllm.ops.grouped import by_group, grouped, permuted
@@ -170,20 +171,36 @@ def routed(
     cfg: ModelConfig, x_BTD: jax.Array, logits_BTE: jax.Array, bias_E: Any, kernels: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """(Σ of the outputs of each token's chosen experts, weighted; the chosen experts [B, T, C])."""
-    experts, activation = cfg.experts, ACTIVATIONS[cfg.activation]
+    experts = cfg.experts
     assert experts is not None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
-    order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
-    rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
+    if len(jax.tree.leaves(kernels["gate"])[0]) < experts.count:
+        run = partial(expert_rows, cfg)
+        y_ND: Any = over_experts(run, x_ND, weights_NC, chosen_NC, kernels)
+    else:
+        order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
+        rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
+        out = expert_rows(cfg, rows, chosen_NC.ravel()[order], sizes, kernels)
+        out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
+        y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1)
+    y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+    return y_BTD, chosen_NC.reshape(*x_BTD.shape[:2], -1)
+
+
+def expert_rows(
+    cfg: ModelConfig, rows: jax.Array, group: jax.Array, sizes: jax.Array, kernels: dict[str, Any]
+) -> jax.Array:
+    """The outputs of rows [M, D] that are sorted by expert; `group` [M] is each row's expert."""
+    experts, activation = cfg.experts, ACTIVATIONS[cfg.activation]
+    assert experts is not None
 
     def linear(rows: jax.Array, name: str, inner: Any = None) -> jax.Array:
         """inner: the product of the rows and A, if it is not this matrix's own A."""
         y = saveable(grouped(rows, kernels[name], sizes), "dot")
         if (bias_EO := kernels.get(f"{name}_bias")) is not None:
             # In float32, in which the gradients of an expert's rows are then added.
-            bias = bias_EO.astype(jnp.float32)[chosen_NC.ravel()[order]]
-            y = (y + bias).astype(y.dtype)
+            y = (y + bias_EO.astype(jnp.float32)[group]).astype(y.dtype)
         if f"{name}_b" not in kernels:
             return y
         inner = grouped(rows, kernels[f"{name}_a"], sizes) if inner is None else inner
@@ -192,10 +209,7 @@ def routed(
     inner = grouped(rows, kernels["gate_up_a"], sizes) if "gate_up_a" in kernels else None
     gate, up = linear(rows, "gate", inner), linear(rows, "up", inner)
     hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
-    out = linear(hidden, "down")
-    out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
-    y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1).astype(x_BTD.dtype)
-    return y_ND.reshape(x_BTD.shape), chosen_NC.reshape(*x_BTD.shape[:2], -1)
+    return linear(hidden, "down")
 
 
 def clamped(gate: jax.Array, up: jax.Array, experts: Experts) -> jax.Array:

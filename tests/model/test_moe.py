@@ -2,13 +2,16 @@
 """Mixtures of experts: packed rows, remat and several devices."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from steps import (
+    EXPERT_MESHES,
     MESHES,
     TINY,
     T,
@@ -26,6 +29,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import make_mesh, put
 from jaxllm.model import moe
 from jaxllm.model.config import Experts, LayerKind, Rope
+from jaxllm.model.expert_axis import over_experts
 from jaxllm.model.moe import route
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops.grouped import grouped
@@ -63,12 +67,12 @@ def alone():
     return trajectory(ragged_rows(16), shape=SHARED)[:2]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*MESHES, *EXPERT_MESHES])
 def test_a_mesh_remat_and_micro_batches_change_nothing(alone, mesh):
     mlp = same_over_mesh(mesh, SHARED, *alone)["layers"]["mlp"]
     for name in ("gate", "up", "down"):
-        kernel = mlp[name]["kernel"]
-        parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
+        kernel, section = mlp[name]["kernel"], (MESHES | EXPERT_MESHES)[mesh]
+        parts = section.expert * section.fsdp * section.tensor
         assert kernel.addressable_shards[0].data.size * parts == kernel.size
     assert not mlp["choice_bias"].any()  # no gradient and no decay
 
@@ -86,16 +90,19 @@ def test_a_device_multiplies_its_part_of_the_features(monkeypatch):
     assert shapes == {(8, 32, 8), (8, 8, 32)}
 
 
-@pytest.mark.parametrize("mesh", ["fsdp 8", "context 2 x tensor 2 x fsdp 2"])
+@pytest.mark.parametrize(
+    "mesh", ["fsdp 8", "context 2 x tensor 2 x fsdp 2", "expert 2 x tensor 2 x data 2"]
+)
 def test_a_mesh_changes_neither_sinks_nor_biases_of_experts(mesh):
+    section = (MESHES | EXPERT_MESHES)[mesh]
     losses, norms, want, _ = trajectory(ragged_rows(16), shape=GPT_OSS)
-    over = trajectory(ragged_rows(16), shape=GPT_OSS, devices=8, mesh=MESHES[mesh], remat="full")
+    over = trajectory(ragged_rows(16), shape=GPT_OSS, devices=8, mesh=section, remat="full")
     np.testing.assert_allclose(over[0], losses, rtol=1e-5)
     np.testing.assert_allclose(over[1], norms, rtol=1e-5)
-    layers, tensor = over[2].trainable["layers"], MESHES[mesh].tensor
+    layers, tensor, expert = over[2].trainable["layers"], section.tensor, section.expert
     want = want.trainable["layers"]
     vectors = [(layers["attn"]["sinks"], want["attn"]["sinks"], tensor)]
-    for name, parts in (("gate", tensor), ("up", tensor), ("down", 1)):
+    for name, parts in (("gate", tensor * expert), ("up", tensor * expert), ("down", expert)):
         vectors.append((layers["mlp"][name]["bias"], want["mlp"][name]["bias"], parts))
     vectors.append((layers["mlp"]["router_bias"], want["mlp"]["router_bias"], 1))
     for ours, theirs, parts in vectors:
@@ -114,11 +121,49 @@ def test_an_evaluation_over_a_mesh_equals_that_of_one_device():
         return lm_loss(nnx.merge(graph, params), batch, None)[0]
 
     found = []
-    for section, devices in ((MeshSection(), 1), (MESHES["data 2 x fsdp 2 x tensor 2"], 8)):
+    meshes = MESHES["data 2 x fsdp 2 x tensor 2"], EXPERT_MESHES["expert 2 x tensor 2 x data 2"]
+    for section, devices in ((MeshSection(), 1), (meshes[0], 8), (meshes[1], 8)):
         mesh = make_mesh(section, jax.devices()[:devices])
         with jax.set_mesh(mesh):
             found.append(float(loss(params, Batch(**put(mesh, ragged_rows(8))))))
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("choice", ["even", "one device's experts", "none of a device's"])
+def test_no_token_is_dropped_however_the_experts_of_a_mesh_are_chosen(choice):
+    """Also the gradients, of which one of two weights has none."""
+    experts, tokens = 8, 24
+    allowed = {"even": experts, "one device's experts": 2, "none of a device's": 6}[choice]
+    keys = jax.random.split(jax.random.key(0), 5)
+    chosen = jax.lax.top_k(jax.random.normal(keys[0], (tokens, allowed)), 2)[1]
+    x, weights = jax.random.normal(keys[1], (tokens, 6)), jax.random.uniform(keys[2], (tokens, 2))
+    kernels = {"w": jax.random.normal(keys[3], (experts, 6, 6)), "v": jnp.ones((experts, 6, 6))}
+
+    def run(rows, expert, sizes, kernels):
+        return jnp.tanh(grouped(rows, kernels["w"], sizes)) + grouped(rows, kernels["v"], sizes)
+
+    def whole(x, weights, w):
+        each = jnp.einsum("nd,edf->nef", x, w)
+        out = jnp.tanh(each) + jnp.einsum("nd,edf->nef", x, kernels["v"])
+        return jnp.sum(jnp.take_along_axis(out, chosen[..., None], 1) * weights[..., None], 1)
+
+    mesh = make_mesh(MeshSection(fsdp=1, expert=4), jax.devices()[:4])
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+    def over(x, weights, chosen, w, v, g):
+        """The outputs, and the gradients of a device's own arrays."""
+
+        def own(x, weights, w):
+            return over_experts(run, x, weights, chosen, {"w": w, "v": v})
+
+        y, back = jax.vjp(own, x, weights, w)
+        return y, *back(g)
+
+    want, back = jax.vjp(whole, x, weights, kernels["w"])
+    g = jnp.cos(want)
+    found = jax.jit(over)(x, weights, chosen, kernels["w"], kernels["v"], g)
+    for ours, theirs in zip(found, (want, *back(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.family)

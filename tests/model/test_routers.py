@@ -27,6 +27,7 @@ from jaxllm.config.checks import resolve
 from jaxllm.data.batch import Batch, make_row
 from jaxllm.errors import UserError
 from jaxllm.hf import hf_tensors, load_hf, save_hf
+from jaxllm.mesh import make_mesh
 from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.objectives.dpo import dpo_loss
 from jaxllm.objectives.lm import forward, lm_loss
@@ -238,11 +239,19 @@ def test_a_rate_needs_a_base_that_is_trained(tmp_path):
 # ---- runs
 
 
-def program(tmp_path, family="qwen3_moe", config=(), peft=WHOLE, **model):
+def program(tmp_path, family="qwen3_moe", config=(), peft=WHOLE, mesh=None, **model):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(family) | dict(config)))
     section = ModelSection(config=str(tmp_path / "config.json"), **model)
     cfg = TrainConfig(model=section, batch_size=4, micro_batch_size=2, peft=peft)
-    return build(resolve(cfg, 1), one_device())
+    return build(resolve(cfg, 1), mesh or one_device())
+
+
+@pytest.mark.parametrize(("family", "experts"), [("qwen3", 2), ("qwen3_moe", 3)])
+def test_experts_that_a_mesh_cannot_divide_are_refused(tmp_path, family, experts):
+    seen = {"qwen3": "no experts", "qwen3_moe": "8 experts, which do not divide by it"}[family]
+    mesh = make_mesh(MeshSection(expert=experts), jax.devices()[:experts])
+    with pytest.raises(UserError, match=f"mesh.expert is {experts}; this model has {seen}; change"):
+        program(tmp_path, family=family, mesh=mesh)
 
 
 def test_the_weight_of_the_loss_takes_no_forward_pass(tmp_path):

@@ -170,6 +170,7 @@ WAYS = {
     "micro-batches and remat": dict(count=4, remat="dots"),
     "fsdp 2 x tensor 2 x data 2": dict(devices=8, mesh=MeshSection(data=2, fsdp=2, tensor=2)),
     "fsdp 2 x context 4": dict(devices=8, mesh=MeshSection(context=4, fsdp=2), remat="full"),
+    "expert 4 x fsdp 2": dict(devices=8, mesh=MeshSection(expert=4, fsdp=2)),
 }
 
 
@@ -206,10 +207,9 @@ def test_the_base_may_be_quantized(alone, kind):
     losses, norms, _, (_, frozen) = alone("fused", kind)
     assert isinstance(frozen["layers"]["mlp"]["down"]["kernel"], Quantized)
     assert losses[-1] < losses[0] and losses[0] != alone("fused")[0][0]
-    way = WAYS["fsdp 2 x tensor 2 x data 2"]
-    over = trajectory(
-        ragged_rows(16), section=SECTIONS["fused"], shape=PLAIN, quantize_base=kind, **way
-    )
+    keys = dict(section=SECTIONS["fused"], shape=PLAIN, quantize_base=kind)
+    way = "fsdp 2 x tensor 2 x data 2" if kind == "int8" else "expert 4 x fsdp 2"
+    over = trajectory(ragged_rows(16), **keys, **WAYS[way])
     np.testing.assert_allclose(over[0], losses, rtol=2e-5)
     np.testing.assert_allclose(over[1], norms, rtol=1e-4)
 
