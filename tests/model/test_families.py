@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax.sharding import AbstractMesh
 from tiny import as_saved
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
 from jaxllm.errors import UserError
 from jaxllm.hf_config import updated_configs
+from jaxllm.mesh import axes_of, param_sharding
 from jaxllm.model.config import Experts, LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
@@ -701,6 +703,18 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
     biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
     assert sum(p.numel() for p in [*model.parameters(), *biases]) == want
+
+    # On 64 devices nothing large is held whole, and each has a fair part.
+    sizes = dict(data=1, fsdp=8, expert=8 if cfg.experts else 1, context=1)
+    sizes |= dict(tensor=64 // prod(sizes.values()))
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    whole, own = [], 0
+    for _, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
+        shape = variable.get_value().shape
+        part = param_sharding(mesh, axes_of(variable), shape).shard_shape(shape)
+        own += 4 * prod(part)
+        whole += [4 * prod(shape)] if part == shape else []
+    assert max(whole, default=0) < 2**30 and own < 2 * 4 * want / 64
 
 
 def test_published_configs_of_experts_are_read_and_written_in_their_own_spelling():
