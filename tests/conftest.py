@@ -79,7 +79,10 @@ SWEEPS = {
     "test_decoding_with_an_adapter_equals_the_whole_forward_pass": (
         *("a period of two-lora", "a first layer, then periods-prefix"),
     ),
-    "test_a_mesh_remat_and_micro_batches_change_nothing": ("fsdp 8", "data 2 x fsdp 2 x tensor 2"),
+    "test_a_mesh_remat_and_micro_batches_change_nothing": (
+        *("fsdp 8", "data 2 x fsdp 2 x tensor 2", "expert 2 x tensor 2 x data 2"),
+    ),
+    "test_a_mesh_changes_neither_sinks_nor_biases_of_experts": ("expert 2 x tensor 2 x data 2",),
     "test_an_export_equals_the_final_folder": ("pissa, nf4",),
 }
 
