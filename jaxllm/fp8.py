@@ -135,14 +135,12 @@ def _help(method: str, folder: Path) -> str:
     )
 
 
-def unexpected(names: set[str], wanted: set[str], scheme: Fp8 | None) -> set[str]:
-    """Tensor names of a checkpoint that are neither `wanted` nor scales of those."""
-    rest = names - wanted
+def without_scales(names: set[str], scheme: Fp8 | None) -> set[str]:
+    """The tensor names of a checkpoint that are not those of scales."""
     if scheme is None:
-        return rest
-    ending = "_proj" if scheme is MXFP4 else ".weight"
-    scales = {name + scheme.suffix for name in wanted if name.endswith(ending)}
-    return {n for n in rest - scales if not n.endswith(ACTIVATION_SCALES)}
+        return names
+    scales = {name + scheme.suffix for name in names}
+    return {n for n in names - scales if not n.endswith(ACTIVATION_SCALES)}
 
 
 class Dequantised:

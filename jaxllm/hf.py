@@ -22,7 +22,7 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import Mesh, NamedSharding
 
-from jaxllm import dist, fp8, multimodal
+from jaxllm import dist, fp8, passthrough
 from jaxllm.config import MeshSection
 from jaxllm.errors import UserError
 from jaxllm.files import (
@@ -39,7 +39,7 @@ from jaxllm.files import (
     write_file,
     write_json,
 )
-from jaxllm.hf_config import source_config, text_tensors, updated_configs, without_mtp
+from jaxllm.hf_config import source_config, text_tensors, updated_configs
 from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
@@ -78,7 +78,8 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     """Raises UserError for missing and for unexpected tensors."""
     wanted = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
-    spare = sorted(n for n in fp8.unexpected(found, wanted, scheme) if not n.endswith(UNUSED))
+    spare = fp8.without_scales(found, scheme) - wanted
+    spare = sorted(name for name in spare if not name.endswith(UNUSED))
     if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
         spare.remove(HEAD)  # a second copy of the embedding, or the head of a causal model
     problems = [
@@ -246,9 +247,9 @@ def load_hf(
         locations[embed] = locations.pop(HEAD)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
         locations.setdefault(HEAD, locations[embed])
-    _check_names(folder, cfg, without_mtp(folder, cfg, config, set(locations)), scheme)
-    if cfg.wrapper:
-        multimodal.other_tensors(folder, cfg.wrapper)  # raises
+    mtp = passthrough.mtp_names(locations, cfg, config)
+    _check_names(folder, cfg, set(locations) - mtp, scheme)
+    passthrough.check_unused(folder, cfg, config, scheme, mtp)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
     for which, files in enumerate(saved.values()):
         adapter_files.check_weights(model, files, which)
@@ -437,7 +438,7 @@ def save_configs(model: Decoder, folder: Path, tokenizer: Any, dtype: str | None
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
     if model.cfg.wrapper and model.base:
-        multimodal.copy_processor(model.base, folder)
+        passthrough.copy_processor(model.base, folder)
     write_json(folder / "config.json", config)  # last, see `new_folder`
 
 
@@ -451,7 +452,7 @@ def save_hf(
 ) -> None:
     """Writes a HF directory that transformers and vLLM load: weights, configs, tokenizer.
 
-    Of a multimodal model all is written: the rest is copied from where its language model was
+    The tensors that the decoder does not use, such as a vision tower, are copied from where it was
     loaded. dtype: of the weights in the files (default: their own). tokenizer None: none is
     written. max_shard_bytes: the largest safetensors file. Tied weights are written once. The
     directory appears complete or not at all. It replaces a saved model; any other content is
@@ -463,9 +464,7 @@ def save_hf(
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
-    tensors = {t.name: t for t in hf_tensors(model)}
-    if model.cfg.wrapper:
-        tensors = multimodal.with_the_rest(model, tensors, path)
+    tensors = passthrough.with_unused(model, {t.name: t for t in hf_tensors(model)}, path)
     with new_folder(path) as part:
         _write_weights(tensors, part, dtype, max_shard_bytes)
         if dist.is_main():

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm import dist, fp8
+from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
-from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
@@ -137,23 +136,6 @@ def text_tensors(
     stored = fp8.located(tensor_files(folder), scheme)
     named = {module_name(name, wrapper): place for name, place in stored.items()}
     return {name: place for name, place in named.items() if is_text(name, wrapper)}
-
-
-def without_mtp(
-    folder: Path, cfg: ModelConfig, config: dict[str, Any], found: set[str]
-) -> set[str]:
-    """The names without those that predict further tokens (MTP): of layers after the last one, or
-    of modules beside the layers. Says that they are not loaded."""
-    count = normalised(config).get("num_nextn_predict_layers")
-    more = range(min(count, 8)) if isinstance(count, int) else ()
-    places = [*(f"model.layers.{cfg.num_layers + i}." for i in more), "mtp.", "model.mtp_"]
-    if extra := {name for name in found if name.startswith(tuple(places))}:
-        which = ", ".join(f"{p}*" for p in places if any(name.startswith(p) for name in extra))
-        dist.say(
-            f"jaxllm: {folder}: {len(extra)} tensors of multi-token prediction ({which}) are not "
-            "loaded, trained or saved"
-        )
-    return found - extra
 
 
 def _ids(value: Any) -> list[int]:

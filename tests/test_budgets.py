@@ -41,7 +41,7 @@ FLOORS = (
     ("collectives",),
     ("ops",),
     ("model",),
-    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "multimodal", "monitor"),
+    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor"),
     ("objectives", "optim"),
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
@@ -51,7 +51,7 @@ FLOORS = (
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 28_900
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 29_000
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

@@ -509,24 +509,6 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, change, message)
         load_hf(str(tmp_path))
 
 
-def test_layers_of_multi_token_prediction_are_left_out_and_it_says_so(tmp_path, capsys):
-    theirs = magnified(hf_config("deepseek_v3"))
-    theirs.save_pretrained(tmp_path / "in")
-    rewrite(tmp_path / "in", put("model.layers.4.eh_proj.weight", torch.ones(32, 64)))
-    model = load_hf(str(tmp_path / "in"), mesh=one_device())
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.endswith(
-        "1 tensors of multi-token prediction (model.layers.4.*) are not loaded, trained or saved"
-    )
-    save_hf(model, str(tmp_path / "out"))
-    written = set(load_file(tmp_path / "out" / "model.safetensors"))
-    assert written == set(load_file(tmp_path / "in" / "model.safetensors")) - {
-        "model.layers.4.eh_proj.weight"
-    }
-    with pytest.raises(ValueError, match="has 1 unexpected ones"):
-        load_hf(str(tmp_path / "in"), overrides={"num_nextn_predict_layers": 0})
-
-
 def test_a_config_of_kimi_k2_is_read_and_saved_as_its_architecture(tmp_path):
     magnified(hf_config("deepseek_v3")).save_pretrained(tmp_path / "in")
     file = tmp_path / "in" / "config.json"

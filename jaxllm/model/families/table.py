@@ -54,6 +54,8 @@ class Family:
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
       "experts" if those of all experts are one tensor, columns of gate and up in turn.
     modules: HF names of modules that are named otherwise than in Llama.
+    mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
+      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.
     refused: HF keys that must be empty, each with the reason.
     """
 
@@ -70,6 +72,7 @@ class Family:
     scaled_queries: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
+    mtp: str = ""
     refused: dict[str, str] = field(default_factory=dict)
     scores_as: str | None = ""
 
@@ -200,6 +203,7 @@ FAMILIES: dict[str, Family] = {
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="first",
         modules=_DEEPSEEK,
+        mtp="layers",
     ),
     "glm4_moe_lite": Family(
         "Glm4MoeLite",
@@ -207,6 +211,7 @@ FAMILIES: dict[str, Family] = {
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="typed",
         modules=_DEEPSEEK,
+        mtp="layers",
         scores_as=None,
     ),
     "mixtral": Family(
@@ -262,6 +267,7 @@ FAMILIES: dict[str, Family] = {
         dense="first",
         partial_rope=True,
         modules=_DEEPSEEK,
+        mtp="layers",
         scores_as=None,
     ),
     "dots1": Family(
@@ -279,6 +285,7 @@ FAMILIES: dict[str, Family] = {
         (*experts("moe_num_experts"), shared_experts("moe_num_shared_experts")),
         dense="interval",
         modules=_DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
+        mtp="model.mtp_",
         refused={"use_bias": "a head with a bias is not supported"},
         scores_as=None,
     ),
