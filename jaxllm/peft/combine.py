@@ -13,15 +13,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.decoder import Decoder
 from jaxllm.ops.cross_entropy import HEAD_AXES
 from jaxllm.peft.base import set_value
-from jaxllm.peft.lora import LoraAdapter, branch_of, dense_kernel, kernels_of
+from jaxllm.peft.lora import (
+    LoraAdapter,
+    LoraBranch,
+    branch_of,
+    column_norms,
+    exact_product,
+    kernels_of,
+)
 from jaxllm.peft.targets import EMBED
 
 # One of a model's adapters by name, none, or {name: weight}.
@@ -111,16 +118,49 @@ def fold(model: Any, sign: int = 1) -> None:
     if adapter.dora and sign < 0:
         raise UserError("a merged DoRA adapter cannot be subtracted: the column norms are lost")
     for target in adapter.targets:
-        branch, kernels = branch_of(model, target.path), kernels_of(model, target.path)
-        delta = branch.delta()
-        if branch.magnitude is not None:
-            kernel = dense_kernel(model, target.path)
-            factor = (branch.magnitude[...] / branch.column_norms(kernel))[..., None, :]
-            delta = (kernel + delta) * factor - kernel
-        ends = np.cumsum([k[...].shape[-1] for k in kernels])[:-1]
-        for kernel, part in zip(kernels, jnp.split(delta, ends, -1), strict=True):
-            value = kernel[...]
-            set_value(kernel, (value.astype(jnp.float32) + sign * part).astype(value.dtype))
+        branch, first = branch_of(model, target.path), 0
+        for kernel in kernels_of(model, target.path):
+            last = first + kernel[...].shape[-1]
+            set_value(kernel, _with_branch(kernel[...], branch, slice(first, last), sign))
+            first = last
+
+
+def _with_branch(kernel: jax.Array, branch: LoraBranch, outputs: slice, sign: int) -> jax.Array:
+    """A target's weight [(L,) (E,) I, O] plus sign times the branch. outputs: the branch's outputs
+    that are this weight's.
+
+    Layers are computed one by one: all experts of all layers in float32 could take more memory
+    than the model.
+    """
+    variables = {name: getattr(branch, name) for name in ("a", "b", "a0", "b0", "magnitude")}
+    parts = {name: v[...] for name, v in variables.items() if v is not None}
+    parts |= {n: parts[n][..., outputs] for n in ("b", "b0", "magnitude") if n in parts}
+    parts["scale"] = branch.scales_by_layer()
+    if not branch.target.stacked:
+        return jax.jit(folded)(kernel, parts, sign)
+    fold_layer = jax.jit(folded_layer, donate_argnums=0, out_shardings=kernel.sharding)
+    out = jnp.zeros(kernel.shape, kernel.dtype, device=kernel.sharding)
+    for layer in range(len(kernel)):
+        out = fold_layer(out, layer, kernel, parts, sign)
+    return out
+
+
+def folded_layer(out: jax.Array, layer: Any, kernel: Any, parts: Any, sign: Any) -> jax.Array:
+    """`out` with the result of `folded` for one layer; kernel and parts are those of all layers."""
+    own = jax.tree.map(lambda x: x[layer], (kernel, parts))
+    return lax.dynamic_update_index_in_dim(out, folded(*own, sign), layer, 0)
+
+
+def folded(kernel: jax.Array, parts: dict[str, jax.Array], sign: Any) -> jax.Array:
+    """A weight [(E,) I, O] plus sign·s·AB, computed in float32; of DoRA with the trained norms."""
+    a, b, scale_R, w = parts["a"], parts["b"], parts["scale"], kernel.astype(jnp.float32)
+    delta = exact_product(a * scale_R, b)
+    if "a0" in parts:
+        delta = delta - exact_product(parts["a0"] * scale_R, parts["b0"])
+    if "magnitude" in parts:
+        factor_O = parts["magnitude"] / column_norms(w, a, scale_R[:, None] * b)
+        delta = (w + delta) * factor_O - w
+    return (w + sign * delta).astype(kernel.dtype)
 
 
 def merged(model: Decoder) -> Decoder:

@@ -391,7 +391,7 @@ class LoraBranch(nnx.Module):
 
     # ---- all layers at once, outside the training step
 
-    def _scales(self) -> jax.Array:
+    def scales_by_layer(self) -> jax.Array:
         """s of each rank, float32 [L, R], or [R] without a stack."""
         scales_LR = jnp.asarray(self.target.scales(self.rslora))
         return scales_LR if self.target.stacked else scales_LR[0]
@@ -402,7 +402,7 @@ class LoraBranch(nnx.Module):
 
     def column_norms(self, kernel: jax.Array) -> jax.Array:
         """Norm of each column of W + s·AB, float32 [(L,) O]. kernel: W, [(L,) I, O]."""
-        scaled_b = self._scales()[..., None] * self.b[...]
+        scaled_b = self.scales_by_layer()[..., None] * self.b[...]
         return self._map_layers(column_norms, kernel, self.a[...], scaled_b)
 
     def begin_pissa(self, kernel: jax.Array) -> None:
@@ -419,23 +419,15 @@ class LoraBranch(nnx.Module):
             root_R = jnp.sqrt(values[:R] / jnp.where(s_R > 0, s_R, 1.0))
             return u[:, :R] * root_R, root_R[:, None] * v[:R]
 
-        a, b = self._map_layers(factors, kernel, self._scales())
+        a, b = self._map_layers(factors, kernel, self.scales_by_layer())
         # a0 and b0 need their own buffers, because a and b are donated to the first step.
         initial = ((self.a0, jnp.copy(a)), (self.b0, jnp.copy(b)))
         for variable, value in ((self.a, a), (self.b, b), *initial):
             set_value(variable, value)
 
-    def delta(self) -> jax.Array:
-        """s·AB, minus PiSSA's initial product: float32 [(L,) I, O]."""
-        scales = self._scales()
-        between = (1,) * (self.a[...].ndim - scales.ndim)
-        scales = scales.reshape(*scales.shape[:-1], *between, scales.shape[-1])
-        delta = _matmul(self.a[...] * scales, self.b[...])
-        return delta if self.a0 is None else delta - _matmul(self.a0[...] * scales, self.b0[...])
-
 
 # Products in full float32, even where a GPU or TPU would round the inputs.
-_matmul = partial(jnp.matmul, precision="highest")
+exact_product = partial(jnp.matmul, precision="highest")
 
 
 def column_norms(w_IO: jax.Array, a_IR: jax.Array, scaled_b_RO: jax.Array) -> jax.Array:
@@ -443,8 +435,8 @@ def column_norms(w_IO: jax.Array, a_IR: jax.Array, scaled_b_RO: jax.Array) -> ja
     W·W + 2 (WᵀA)·sB + sB·(AᵀA)sB."""
     w_IO = w_IO.astype(jnp.float32)
     square_O = jnp.sum(w_IO * w_IO, 0)
-    square_O += 2 * jnp.sum(_matmul(a_IR.T, w_IO) * scaled_b_RO, 0)
-    square_O += jnp.sum(scaled_b_RO * _matmul(_matmul(a_IR.T, a_IR), scaled_b_RO), 0)
+    square_O += 2 * jnp.sum(exact_product(a_IR.T, w_IO) * scaled_b_RO, 0)
+    square_O += jnp.sum(scaled_b_RO * exact_product(exact_product(a_IR.T, a_IR), scaled_b_RO), 0)
     return jnp.sqrt(jnp.maximum(square_O, 0))
 
 

@@ -20,7 +20,7 @@ from jaxllm.errors import UserError
 from jaxllm.hf import load_hf, save_adapter
 from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.ops.quantized import Quantized
-from jaxllm.peft.combine import choose, merged
+from jaxllm.peft.combine import choose, folded_layer, merged
 from jaxllm.peft.files import make_adapter
 from jaxllm.sampling import Sampling, generate
 
@@ -259,3 +259,17 @@ def test_experts_and_router_can_be_excluded():
 def test_a_dense_model_has_no_such_parameters():
     with pytest.raises(UserError, match="target_parameters: the model has no parameters that it"):
         make_adapter(TINY, PeftSection("lora", target_parameters=("experts.down_proj",)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merging_needs_the_float32_of_one_layer_of_experts(dtype):
+    """Beside the weights it reads and those it writes, in place."""
+    L, E, D, F, R = 8, 4, 64, 64, 4
+    kernel = jax.ShapeDtypeStruct((L, E, D, F), dtype)
+    shapes = {"a": (L, E, D, R), "b": (L, E, R, F), "scale": (L, R)}
+    parts = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    lowered = jax.jit(folded_layer, donate_argnums=0).lower(kernel, 0, kernel, parts, 1)
+    memory = lowered.compile().memory_analysis()
+    layer = 4 * E * D * F
+    assert memory is not None and layer <= memory.temp_size_in_bytes < 1.5 * layer
+    assert memory.alias_size_in_bytes == kernel.size * kernel.dtype.itemsize
