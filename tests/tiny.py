@@ -272,6 +272,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        LATENT
+        | DEEPSEEK
+        | dict(
+            q_lora_rank=20,
+            topk_method="group_limited_greedy",
+            rope_parameters=YARN | dict(mscale=0.7, mscale_all_dim=0.7),
+        ),
+    ),
+    "deepseek_v2 greedy, without q_lora, biases": (
+        "deepseek_v2",
+        LATENT | DEEPSEEK | dict(q_lora_rank=None, attention_bias=True, mlp_bias=True),
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         LATENT

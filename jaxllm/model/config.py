@@ -63,10 +63,11 @@ class Experts:
     has_bias: bool = False  # added to the scores for the choice alone
     renormalised: bool = True  # the weights of the chosen experts are divided by their sum
     scale: float = 1.0  # of the weights
-    # The experts are in groups; those of the best ones can be chosen, by the sum of a group's two
-    # best scores (arXiv:2412.19437).
+    # The experts are in groups; those of the best ones can be chosen, by the sum of a group's best
+    # scores: of two (arXiv:2412.19437), or the best alone (arXiv:2405.04434).
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
     bias: bool = False  # the router and the matrices of the experts have biases

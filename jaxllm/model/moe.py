@@ -56,7 +56,7 @@ def route(
         choice_NE = choice_NE + lax.stop_gradient(bias_E.astype(jnp.float32))
     if experts.groups > 1:
         choice_NGE = choice_NE.reshape(len(choice_NE), experts.groups, -1)
-        group_NG = lax.top_k(choice_NGE, 2)[0].sum(-1)
+        group_NG = lax.top_k(choice_NGE, experts.group_best)[0].sum(-1)
         best = lax.top_k(group_NG, experts.top_groups)[1]
         kept_NG = jax.nn.one_hot(best, experts.groups).sum(1) > 0
         choice_NE = jnp.where(kept_NG[..., None], choice_NGE, -jnp.inf).reshape(choice_NE.shape)

@@ -166,7 +166,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         )
     if experts is not None and experts.groups > 1:
         each, rest = divmod(experts.count, experts.groups)
-        if rest or each < 2 or not experts.top_k <= each * min(experts.top_groups, experts.groups):
+        most = each * min(experts.top_groups, experts.groups)
+        if rest or each < experts.group_best or experts.top_k > most:
             raise UserError(
                 f"n_group {experts.groups}, topk_group {experts.top_groups}: {experts.count} "
                 f"experts are not in such groups, or they have fewer than {experts.top_k} to choose"

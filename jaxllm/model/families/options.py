@@ -185,4 +185,25 @@ DEEPSEEK_EXPERTS = (
     Option("experts.top_groups", "topk_group"),
     Option("experts.scale", "routed_scaling_factor"),
 )
+
+
+def _method(name: Any) -> int:
+    if name not in ("greedy", GROUPED):
+        raise UserError(f"topk_method {seen(name)} is not supported; known: greedy, {GROUPED}")
+    return 1
+
+
+def _if_grouped(count: Any, method: str) -> int:
+    return count if method == GROUPED else 1
+
+
+GROUPED = "group_limited_greedy"  # one group is what "greedy" is
+DEEPSEEK_V2_EXPERTS = (
+    *experts("n_routed_experts"),
+    shared_experts("n_shared_experts"),
+    Option("experts.group_best", "topk_method", _method, lambda _: GROUPED),
+    Option("experts.groups", "n_group", _if_grouped, lambda n, _: n, beside="topk_method"),
+    Option("experts.top_groups", "topk_group", _if_grouped, lambda n, _: n, beside="topk_method"),
+    Option("experts.scale", "routed_scaling_factor"),
+)
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)

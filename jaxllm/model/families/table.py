@@ -13,6 +13,7 @@ from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     ATTENTION_SOFTCAP,
     DEEPSEEK_EXPERTS,
+    DEEPSEEK_V2_EXPERTS,
     GEMMA,
     GEMMA2,
     GRANITE,
@@ -197,6 +198,14 @@ FAMILIES: dict[str, Family] = {
         partial_rope=True,
     ),
     "minicpm3": Family("MiniCPM3", options=LATENT + MLP_BIAS + MINICPM3),
+    "deepseek_v2": Family(
+        "DeepseekV2",
+        {"experts.renormalised": False, "rope_pairs": "neighbours"},
+        (*LATENT, *DEEPSEEK_V2_EXPERTS, *MLP_BIAS),
+        dense="first",
+        modules=_DEEPSEEK,
+        refused={"norm_topk_prob": "transformers ignores it for deepseek_v2; set it to false"},
+    ),
     "deepseek_v3": Family(
         "DeepseekV3",
         _SIGMOID,
@@ -347,7 +356,6 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
-    "a choice of groups of experts by their best one": ("deepseek_v2",),
     "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
     "state-space layers": (
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
