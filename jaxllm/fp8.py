@@ -168,6 +168,21 @@ class Dequantised:
         return value
 
 
+class Swapped:
+    """A tensor with its last two dims swapped, with the interface of safe_open's slices."""
+
+    def __init__(self, part: Any):
+        self.part, self.get_dtype = part, part.get_dtype
+
+    def get_shape(self) -> list[int]:
+        *lead, rows, columns = self.part.get_shape()
+        return [*lead, columns, rows]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        *lead, rows, columns = index
+        return self.part[*lead, columns, rows].swapaxes(-1, -2)
+
+
 Locations = Mapping[str, tuple[Path, str]]  # {tensor: (file, its name in the file)}
 
 

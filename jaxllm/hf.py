@@ -103,17 +103,22 @@ def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*dims[:-2], dims[-1], dims[-2])
 
 
-def _check_tensor(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> None:
-    """Raises UserError unless `part` holds floats of our `shape`, or of `fused` outputs if ours are
-    some of them."""
+def _fitting(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> Any:
+    """`part`, as it is to be read. Raises UserError unless it holds floats of our `shape`, or of
+    `fused` outputs if ours are some of them."""
     want = list(_swapped(shape) if key.transpose else (1,) * key.lead + shape)
     if key.part:
         want[key.out_dim] = fused
+    if key.either and want[-1] == want[-2]:
+        raise UserError(f"{name} is square, so its shape does not say which dim counts outputs")
+    if key.either and tuple(part.get_shape()) == _swapped(tuple(want)):
+        part = fp8.Swapped(part)
     if list(part.get_shape()) != want:
         seen = tuple(part.get_shape())
         raise UserError(f"{name} has shape {seen}; the config asks for {tuple(want)}")
     if part.get_dtype() not in READABLE:
         raise UserError(f"{name} is stored as {part.get_dtype()}, quantized and not supported")
+    return part
 
 
 def _within(key: Key, index: tuple[slice, ...]) -> tuple[slice, ...]:
@@ -181,9 +186,9 @@ def _read_weights(
             if path in shared and key.path not in model.peft.saved:
                 weights[path].set_value(shared[path])
                 continue
-            like, parts[path] = weights[path].get_value(), [tensor(name) for name in names]
-            for name, part in zip(names, parts[path], strict=True):
-                _check_tensor(part, name, key, like.shape[key.stacked :], fused.get(key.name, 0))
+            shape, outputs = weights[path].get_value().shape, fused.get(key.name, 0)
+            shape = shape[key.stacked :]
+            parts[path] = [_fitting(tensor(name), name, key, shape, outputs) for name in names]
         for path, layers in parts.items():
             key, like = keys[path], weights[path].get_value()
             names = tensor_names(model.cfg, key.name)

@@ -147,8 +147,8 @@ def _with_branch(kernel: jax.Array, branch: LoraBranch, outputs: slice, sign: in
 
 def folded_layer(out: jax.Array, layer: Any, kernel: Any, parts: Any, sign: Any) -> jax.Array:
     """`out` with the result of `folded` for one layer; kernel and parts are those of all layers."""
-    own = jax.tree.map(lambda x: x[layer], (kernel, parts))
-    return lax.dynamic_update_index_in_dim(out, folded(*own, sign), layer, 0)
+    w, own = jax.tree.map(lambda x: x[layer], (kernel, parts))
+    return lax.dynamic_update_index_in_dim(out, folded(w, own, sign), layer, 0)
 
 
 def folded(kernel: jax.Array, parts: dict[str, jax.Array], sign: Any) -> jax.Array:

@@ -100,6 +100,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         c["model_type"] = family_of(config)
     wrapper = WRAPPERS.get(wrapper_of(config))
+    c |= wrapper.implied if wrapper else {}
     for key, reason in (family.refused | (wrapper.refused if wrapper else {})).items():
         if c.get(key):
             raise UserError(f"{key} is {seen(c[key])}: {reason}")

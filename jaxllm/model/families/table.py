@@ -53,7 +53,8 @@ class Family:
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
-      "experts" if those of all experts are one tensor, columns of gate and up in turn.
+      "experts" if those of all experts are one tensor, columns of gate and up in turn,
+      "expert_halves" if all columns of gate come first.
     modules: HF names of modules that are named otherwise than in Llama.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
       (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.

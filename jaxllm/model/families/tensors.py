@@ -9,7 +9,7 @@ from itertools import product
 
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.wrappers import root_of
+from jaxllm.model.families.wrappers import WRAPPERS, root_of
 
 HEAD = "lm_head.weight"
 
@@ -41,7 +41,7 @@ class Key:
     path: of the weight, dotted. name: of the tensors; each index in it (`{layers}`) is a
     leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
     part: the outputs of a fused tensor that are the weight's. lead: the tensor has a leading dim of
-    size 1, which the weight lacks.
+    size 1, which the weight lacks. either: files of transformers 5 have its last two dims swapped.
     """
 
     path: str
@@ -49,6 +49,7 @@ class Key:
     transpose: bool = False
     part: range | None = None
     lead: bool = False
+    either: bool = False
 
     @property
     def out_dim(self) -> int:
@@ -99,6 +100,8 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     family, keys = FAMILIES[cfg.family], list[Key]()
+    fused = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
+    fused = fused or family.fused
     layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
@@ -116,7 +119,7 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         linear("attn.kv_a", "self_attn.kv_a_proj_with_mqa", cfg.qkv_bias)
         keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
         linear("attn.kv_b", "self_attn.kv_b_proj", False)
-    elif "qkv" in family.fused:
+    elif "qkv" in fused:
         ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
         for part, outputs in ends:
             linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
@@ -133,21 +136,24 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             keys.append(Key(f"{stack}.mlp.choice_bias", layer + name, lead=lead))
         if experts.bias:
             keys.append(Key(f"{stack}.mlp.router_bias", f"{layer}{router}.bias"))
-        for part in ("gate", "up", "down") if "experts" not in family.fused else ():
+        F, columns = experts.size, dict[str, range | None]()
+        if "experts" in fused:
+            columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
+        elif "expert_halves" in fused:
+            columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
+        for part in ("gate", "up", "down") if not columns else ():
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
-        if "experts" in family.fused:  # [experts, in, out]
-            F = experts.size
-            turns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
-            for part, outputs in turns.items():
-                name = f"{layer}mlp.experts." + ("gate_up_proj" if outputs else "down_proj")
-                keys.append(Key(f"{stack}.mlp.{part}.kernel", name, part=outputs))
-                if experts.bias:
-                    keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
+        for part, outputs in columns.items():  # [experts, in, out]
+            name = f"{layer}mlp.experts." + ("gate_up_proj" if outputs else "down_proj")
+            either = "expert_halves" in fused
+            keys.append(Key(f"{stack}.mlp.{part}.kernel", name, part=outputs, either=either))
+            if experts.bias:
+                keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
         for part in ("gate", "up", "down") if experts.shared_size else ():
             linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
         if experts.shared_gate:
             linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
-    elif "gate_up" in family.fused:
+    elif "gate_up" in fused:
         for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
             linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
     else:

@@ -30,12 +30,16 @@ class Wrapper:
       `text_config` names none, it is the first; a single one is used whatever it names.
     stored: (pattern of a tensor's name at its start, what today's name of the module has instead),
       for names in files that differ.
+    fused: `Family.fused` of the text where it differs from the family's.
+    implied: keys that `text_config` lacks, with the values that its class stands for.
     flat: a config.json without `text_config` has the keys of the language model beside its own.
     refused: keys of `text_config` that must be empty, each with the reason.
     """
 
     texts: dict[str, str]
     stored: tuple[tuple[str, str], ...] = ()
+    fused: tuple[str, ...] = ()
+    implied: dict[str, Any] = field(default_factory=dict)
     flat: bool = False
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -54,6 +58,11 @@ WRAPPERS = {
     "qwen2_vl": Wrapper({"qwen2_vl_text": "qwen2"}, _QWEN, flat=True),
     "qwen2_5_vl": Wrapper({"qwen2_5_vl_text": "qwen2"}, _QWEN, flat=True),
     "qwen3_vl": Wrapper({"qwen3_vl_text": "qwen3"}),
+    "qwen3_vl_moe": Wrapper(
+        {"qwen3_vl_moe_text": "qwen3_moe"},
+        fused=("expert_halves",),
+        implied={"norm_topk_prob": True},
+    ),
 }
 
 
