@@ -23,7 +23,6 @@ from jaxllm.model.families import from_hf
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MTP = {
     "deepseek_v3": {
         "model.layers.2.eh_proj.weight": torch.randn(32, 64),

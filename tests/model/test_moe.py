@@ -199,6 +199,16 @@ def test_the_bias_changes_the_choice_and_not_the_weights():
     assert chosen.tolist() == [[0, 1]] and weights.tolist() == [[0.5, 0.5]]  # the first of equals
 
 
+@pytest.mark.parametrize(("best", "expert"), [(1, 0), (2, 2)])
+def test_groups_are_chosen_by_their_best_or_their_two_best_experts(best, expert):
+    """The first group has the best expert, the second the better two."""
+    logits = jnp.log(jnp.asarray([[0.4, 0.05, 0.3, 0.25]]))
+    experts = Experts(4, 1, 8, renormalised=False, groups=2, group_best=best)
+    weights, chosen = route(logits, None, experts)
+    assert chosen.tolist() == [[expert]]
+    np.testing.assert_allclose(weights, [[jnp.exp(logits)[0, expert]]], rtol=1e-6)
+
+
 def test_blocks_of_hidden_features_are_refused():
     with pytest.raises(UserError, match="mlp_blocks 2 is not possible: its MLP is a mixture"):
         decoder(shape=PLAIN, mlp_blocks=2)(np.zeros((1, T), np.int32))
