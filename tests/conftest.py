@@ -70,14 +70,12 @@ SWEEPS = {
     "test_the_base_may_be_quantized": ("nf4",),
     "test_the_losses_of_one_text_equal_transformers": ("mixtral-padded", "minimax_m2-whole"),
     "test_the_division_of_an_update_changes_nothing": ("fsdp 2 x tensor 2 x data 2",),
-    "test_routers_of_several_stacks_have_losses_and_biases": ("tensor",),
-    "test_adapters_train_alike_on_every_mesh": ("lora",),
-    "test_ten_steps_equal_trl": ("sigmoid", "kto"),
-    "test_stacks_on_a_mesh_equal_those_of_one_device": (
-        *("first-fsdp 8", "periods-data 2 x fsdp 2 x tensor 2"),
-    ),
+    "test_routers_of_several_stacks_have_losses_and_biases": (),
+    "test_adapters_train_alike_on_every_mesh": (),
+    "test_ten_steps_equal_trl": ("sigmoid",),
+    "test_stacks_on_a_mesh_equal_those_of_one_device": ("periods-data 2 x fsdp 2 x tensor 2",),
     "test_decoding_with_an_adapter_equals_the_whole_forward_pass": (
-        *("a period of two-lora", "a first layer, then periods-prefix"),
+        "a first layer, then periods-prefix",
     ),
     "test_a_mesh_remat_and_micro_batches_change_nothing": (
         *("fsdp 8", "data 2 x fsdp 2 x tensor 2", "expert 2 x tensor 2 x data 2"),

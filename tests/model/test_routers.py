@@ -151,6 +151,7 @@ def test_the_losses_are_added_to_the_mean_loss(alone):
     assert alone[0][0] == pytest.approx(plain + added, rel=1e-5) and added > 0.1
 
 
+@pytest.mark.sweep
 def test_pairs_of_answers_have_the_losses_too():
     objective = Objective(dpo_loss, compares=True)
     rows, keys = pair_rows(16), dict(shape=SHAPE, objective=objective, routers=ROUTERS)
