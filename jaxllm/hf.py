@@ -103,10 +103,15 @@ def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*dims[:-2], dims[-1], dims[-2])
 
 
+def _with_unit(dims: tuple[Any, ...], key: Key, entry: int) -> tuple[Any, ...]:
+    """The shape or the index of a tensor, from that of the weight: `entry` for the dim it lacks."""
+    return dims if key.unit is None else (*dims[: key.unit], entry, *dims[key.unit :])
+
+
 def _fitting(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> Any:
     """`part`, as it is to be read. Raises UserError unless it holds floats of our `shape`, or of
     `fused` outputs if ours are some of them."""
-    want = list(_swapped(shape) if key.transpose else (1,) * key.lead + shape)
+    want = list(_swapped(shape) if key.transpose else _with_unit(shape, key, 1))
     if key.part:
         want[key.out_dim] = fused
     if key.either and want[-1] == want[-2]:
@@ -134,7 +139,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
     index = _swapped(index) if key.transpose else index
     index = index if key.part is None else _within(key, index)
-    value = part[0, *index] if key.lead else part[index]
+    value = part[_with_unit(index, key, 0)]
     return value.swapaxes(-1, -2) if key.transpose else value
 
 
@@ -381,7 +386,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
         shapes = [a.shape[key.stacked :] for a in arrays]
-        shapes = [_swapped(s) if key.transpose else (1,) * key.lead + s for s in shapes]
+        shapes = [_swapped(s) if key.transpose else _with_unit(s, key, 1) for s in shapes]
         shape = list(shapes[0])
         shape[key.out_dim] = sum(s[key.out_dim] for s in shapes)
 
@@ -390,7 +395,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
             if host is None:
                 return None
             host = [x.swapaxes(-1, -2) for x in host] if key.transpose else host
-            host = [x[None] for x in host] if key.lead else host
+            host = [x if key.unit is None else np.expand_dims(x, key.unit) for x in host]
             if len(host) == 1:
                 return np.ascontiguousarray(host[0])
             whole, everything = np.empty(shape, host[0].dtype), (slice(None),) * len(shape)
@@ -398,8 +403,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
                 whole[_within(part, everything)] = x
             return whole
 
-        # float32 whatever the weights are: transformers keeps it so.
-        exact = ("F32", 4 * prod(shape)) if key.path.endswith(".choice_bias") else None
+        exact = ("F32", 4 * prod(shape)) if key.exact else None
         return Tensor(name, tuple(shape), read, exact)
 
     tensors = []

@@ -31,6 +31,7 @@ from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
+from jaxllm.model.delta import OBSTACLE
 from jaxllm.model.families import from_hf, normalised
 from jaxllm.model.parts import record_shapes
 from jaxllm.objectives.ppo import Value, ValueParam
@@ -272,6 +273,8 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
             obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
         for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
+    if shape.delta is not None and mesh.shape["context"] > 1:
+        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {OBSTACLE}")
     if program.row_length % mesh.shape["context"]:
         raise UserError(
             f"rows of {program.row_length} tokens do not divide by mesh.context "

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.model.adapter import Adapter
@@ -29,7 +30,8 @@ class Attention(nnx.Module):
         heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
-        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q))
+        # With an output gate, a head's outputs of q are its query, then its gate.
+        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q * (1 + cfg.output_gate)))
         self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV))
         self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV))
         self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
@@ -43,20 +45,23 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
         self.cfg = cfg
 
-    def project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], keys and values [B, T, N, K], before the rotary positions."""
+    def project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+        """Queries [B, T, H, K], keys and values [B, T, N, K], before the rotary positions; and what
+        gates the output [B, T, H, K], where the family does."""
         cfg = self.cfg
         q, k, v = fused(self.qkv, x_BTD, (self.q, self.k, self.v), ctx)
         if cfg.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (q, k, v))
+        q = q.reshape(*q.shape[:2], cfg.num_heads, -1)
+        k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
+        q, *gate = jnp.split(q, 2, -1) if cfg.output_gate else [q]
         if cfg.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k, v, *gate
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None."""
-        q_BTHK, k_BTNK, v_BTNK = self.project(x_BTD, ctx)
+        q_BTHK, k_BTNK, v_BTNK, *gate = self.project(x_BTD, ctx)
         cos, sin, *scale = [x[ctx.rope] for x in ctx.rope_tables]
         pairs = self.cfg.rope_pairs
         q_BTHK, k_BTNK = rotate(q_BTHK, cos, sin, pairs), rotate(k_BTNK, cos, sin, pairs)
@@ -80,4 +85,6 @@ class Attention(nnx.Module):
             sinks=self.sinks[...] if self.cfg.sinks else None,
             kernel=ctx.kernel,
         )
+        if gate:
+            out_BTHK = out_BTHK * jax.nn.sigmoid(gate[0])
         return self.o(out_BTHK.reshape(*x_BTD.shape[:2], -1), ctx), past

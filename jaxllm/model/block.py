@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer: attention and MLP around the residual stream.
+"""One layer: attention, or what takes its place, and MLP around the residual stream.
 
 Dims: B rows, T tokens, D model width.
 """
@@ -17,6 +17,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.delta import DeltaNet
 from jaxllm.model.layers import MLP, NORMS
 from jaxllm.model.mla import LatentAttention
 from jaxllm.model.moe import MoE
@@ -44,8 +45,9 @@ class Block(nnx.Module):
         self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        attention = Attention if cfg.latent is None else LatentAttention
-        self.attn = attention(cfg, f"{path}.attn", **keys)
+        mixer = Attention if cfg.latent is None else LatentAttention
+        mixer = DeltaNet if kind.mixer == "delta" else mixer
+        self.attn = mixer(cfg, f"{path}.attn", **keys)
         self.mlp = (
             MoE(cfg, f"{path}.mlp", **keys)
             if cfg.experts and not kind.dense
@@ -61,7 +63,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
         """(x_BTD, the layer's new past, its Routing or None without experts).
 
-        past: a LayerCache, VirtualTokens, or None.
+        past: a LayerCache, StateCache, VirtualTokens, or None.
         """
         with jax.named_scope("attention"):
             n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)

@@ -3,7 +3,8 @@
 
 Dims: L layers, B rows, T tokens, S slots of the cache, P virtual tokens, N key/value heads,
 K head_dim. In latent attention (model/mla.py) k is the rotated part of the keys and v the latent:
-N is 1, and the widths of k and v differ.
+N is 1, and the widths of k and v differ. Of a delta net (model/delta.py): G and H heads, K and V
+features, w = W - 1 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.mesh import constrain
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import Delta, ModelConfig
 from jaxllm.ops.attention import EVERYWHERE
 
 
@@ -67,6 +68,38 @@ class LayerCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class StateCache:
+    """What a delta net, or a stack of them, knows of the past tokens of a row, which are one text:
+    the last inputs of its convolution, and its state."""
+
+    # of q and k, each [(L,) B, G, w, K], and of v [(L,) B, H, w, V]; 0 where a text is shorter
+    windows: tuple[jax.Array, ...]
+    state: jax.Array  # float32 [(L,) B, H, K, V]
+
+    @staticmethod
+    def empty(delta: Delta, *lead: int, dtype: Any) -> StateCache:
+        """lead: B, or L and B."""
+        G, H, K, V = delta.key_heads, delta.value_heads, delta.key_dim, delta.value_dim
+        heads = (G, K), (G, K), (H, V)
+        q, k, v = (jnp.zeros((*lead, n, delta.taps - 1, width), dtype) for n, width in heads)
+        return StateCache((q, k, v), jnp.zeros((*lead, H, K, V), jnp.float32))
+
+    def after(self, inputs: Any, real_BT: jax.Array, state: jax.Array) -> StateCache:
+        """After more tokens: `inputs` like the windows, but [B, T, heads, .], 0 for padding."""
+        T = real_BT.shape[1]
+        stop_B = jnp.max(jnp.where(real_BT, 1 + jnp.arange(T), 0), 1)
+
+        def last(window_BHwF: jax.Array, x_BTHF: jax.Array) -> jax.Array:
+            x_BHTF = x_BTHF.swapaxes(1, 2).astype(window_BHwF.dtype)
+            both = jnp.concatenate([window_BHwF, x_BHTF], 2)
+            at = stop_B[:, None] + jnp.arange(window_BHwF.shape[2])
+            return jnp.take_along_axis(both, at[:, None, :, None], 2)
+
+        return StateCache(tuple(map(last, self.windows, inputs)), state)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class VirtualTokens:
     """Keys and values of a layer, or of a stack of layers, that precede every text of every row."""
 
@@ -108,7 +141,8 @@ def _read(stack: Any) -> tuple[jax.Array, jax.Array]:
 class Cache:
     """Keys and values of the past tokens. All rows write the same slots, short rows padding."""
 
-    layers: tuple[Any, ...]  # of each stack: a LayerCache, or a tuple of those of unstacked layers
+    # of each stack: a LayerCache or StateCache, or a tuple of those of unstacked layers
+    layers: tuple[Any, ...]
     segment_ids: Any  # int32 [B, S]; 0 = empty or padding
     length: Any  # slots that are written: a Python int where it is static, else an int32 scalar
 
@@ -116,11 +150,14 @@ class Cache:
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
         heads, k_dim, v_dim = cfg.cached_dims
 
-        def stack(count: int) -> LayerCache:
+        def stack(layers: range) -> LayerCache | StateCache:
+            count = len(layers)
+            if cfg.delta is not None and cfg.kinds_by_layer[layers[0]].mixer == "delta":
+                return StateCache.empty(cfg.delta, count, rows, dtype=dtype)
             k = jnp.zeros((count, rows, heads, k_dim, slots), dtype)
             return LayerCache(k, jnp.zeros((count, rows, heads, slots, v_dim), dtype))
 
-        layers = tuple(stack(len(layers)) for layers in cfg.stacks.values())
+        layers = tuple(map(stack, cfg.stacks.values()))
         return Cache(layers, jnp.zeros((rows, slots), jnp.int32), 0).constrained()
 
     def with_prefix(self, tokens: tuple[VirtualTokens, ...]) -> Cache:

@@ -45,11 +45,12 @@ class LayerKind:
     rope: int | None = 0  # index into ModelConfig.ropes; None = NoPE
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
+    mixer: Literal["attention", "delta"] = "attention"
 
     @property
     def structure(self) -> tuple[Any, ...]:
         """Equal for layers that have weights of equal shapes."""
-        return (self.dense,)
+        return (self.mixer, self.dense)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ class Latent:
     nope_dim: int  # features of a head's queries and keys that are not rotated
     value_dim: int  # features of a head's values
     q_rank: int = 0  # of the queries' latent; 0 = queries are made from x
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The gated delta net of layers whose mixer it is (model/delta.py)."""
+
+    key_heads: int  # of queries and keys
+    value_heads: int  # a multiple of key_heads
+    key_dim: int  # features of a head
+    value_dim: int
+    taps: int  # tokens that the convolution sees
+    # q, k, v and the gate are one tensor, in which the heads follow one another; so are beta and
+    # decay. Else q, k and v follow one another in one tensor, and the others have their own.
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ class ModelConfig:
     residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
     logit_scale: float = 1.0
     latent: Latent | None = None
+    delta: Delta | None = None
+    output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
     tie_embeddings: bool = True
     initializer_range: float = 0.02
@@ -210,7 +227,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    parts += [part for part in (cfg.latent, cfg.experts) if part is not None]
+    parts += [part for part in (cfg.latent, cfg.delta, cfg.experts) if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.mesh import constrain, context_splits, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
-from jaxllm.model.cache import LayerCache
+from jaxllm.model.cache import LayerCache, StateCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.moe import nothing_routed
@@ -60,6 +60,7 @@ def _activations(weights: Any) -> Any:
     return saves
 
 
+CACHES = LayerCache, StateCache
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
 
 
@@ -100,12 +101,12 @@ class Scan:
     def __call__(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         """(x after the last layer, the new past of each stack, the Routing of each).
 
-        pasts: of each stack, a LayerCache or VirtualTokens, stacked or as a tuple with one per
-        layer; or None. A Routing is None without experts, and where layers are unstacked.
+        pasts: of each stack, a LayerCache, StateCache or VirtualTokens, stacked or as a tuple with
+        one per layer; or None. A Routing is None without experts, and where layers are unstacked.
         """
         if isinstance(self.blocks[0], nnx.List):
             return self.loop(x_BTD, ctx, pasts)
-        if isinstance(pasts[0], LayerCache) or not context_splits(x_BTD.shape[1]):
+        if isinstance(pasts[0], CACHES) or not context_splits(x_BTD.shape[1]):
             return self.scan(x_BTD, ctx, pasts)
         x_BTD, routings = self.over_context(x_BTD, ctx, pasts)
         return x_BTD, (None,) * len(pasts), routings
@@ -171,7 +172,7 @@ class Scan:
     def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         graphs, weights = zip(*map(nnx.split, self.blocks), strict=True)
         weights = tuple(narrowed(one, self.dtype) for one in weights)
-        decoding = isinstance(pasts[0], LayerCache) and not manual_rows()
+        decoding = isinstance(pasts[0], CACHES) and not manual_rows()
         pairs = zip(graphs, weights, self.kinds, strict=True)
         period = [self.layer(*pair, ctx, decoding) for pair in pairs]
 

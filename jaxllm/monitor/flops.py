@@ -12,6 +12,7 @@ import jax
 
 from jaxllm.config import TrainConfig
 from jaxllm.model.config import ModelConfig
+from jaxllm.model.delta import products
 from jaxllm.topologies import chip_of
 
 
@@ -28,12 +29,14 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window. Packed rows are counted as one document,
+    (length + 1) / 2, or fewer within a layer's window. A delta net costs the same at
+    each token (`delta.products`). Packed rows are counted as one document,
     although segments do less. A reward model's head reads one token per text and counts as 0.
     """
     (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
     if (latent := model.latent) is None:
-        attention = D * (H * QK + H * V + model.num_kv_heads * (QK + V))
+        queries = H * QK * (1 + model.output_gate)
+        attention = D * (queries + H * V + model.num_kv_heads * (QK + V))
     else:  # the products with low-rank weights, and of latents with those that expand them
         attention = latent.q_rank * D + (latent.q_rank or D) * H * QK
         attention += D * (latent.kv_rank + model.head_dim) + H * V * D
@@ -42,13 +45,21 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     if (experts := model.experts) is not None:  # those that a token passes, and the router
         mlp = 3 * (experts.top_k * experts.size + experts.shared_size)
         mlp += experts.count + experts.shared_gate
-    weights = keys = 0.0  # summed over layers: of a token, and the keys of a query on average
+    # Summed over layers: of a token, the keys of a query on average, and FLOPs of delta nets.
+    weights = keys = state = 0.0
     for kind in model.kinds_by_layer:
-        weights += attention + D * (dense if kind.dense else mlp)
+        weights += D * (dense if kind.dense else mlp)
+        if kind.mixer == "delta" and (delta := model.delta) is not None:
+            values = delta.value_heads * delta.value_dim
+            weights += D * (2 * delta.key_heads * delta.key_dim + 3 * values)
+            weights += 2 * D * delta.value_heads
+            state += products(delta, length)
+            continue
+        weights += attention
         window = min(kind.window or length, length)
         keys += window - window * (window - 1) / (2 * length)
     head = 0 if model.scores else D * model.vocab_size
-    return 2 * weights, 2 * H * (QK + V) * keys, 2 * head
+    return 2 * weights, 2 * H * (QK + V) * keys + state, 2 * head
 
 
 def run_flops(

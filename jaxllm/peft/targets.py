@@ -16,6 +16,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.tensors import key_table, tensor_names
+from jaxllm.model.families.wrappers import root_of
 from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
@@ -85,7 +86,8 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         path, _, leaf = key.path.rpartition(".")
         module = key.name.removesuffix(".weight")
         if key.part:  # a part of a fused tensor
-            path = path.rpartition(".")[0] + "." + module.rpartition(".")[2].removesuffix("_proj")
+            fused = module.rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
+            path = f"{path.rpartition('.')[0]}.{fused}"
         routed = ".experts." in key.name or leaf == "router"
         if key.path in score_paths(cfg) or (routed and not fuses_experts(cfg)):
             continue
@@ -112,7 +114,7 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     if any(key.name.endswith("gate.weight") for key in key_table(cfg)):
         names |= {"router_lora": "gate.weight"}
     return {
-        f"{stack}.mlp.{name}": f"model.layers.{{{stack}}}.mlp.{end}"
+        f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.mlp.{end}"
         for stack, layers in cfg.stacks.items()
         if not cfg.kinds_by_layer[layers[0]].dense
         for name, end in names.items()

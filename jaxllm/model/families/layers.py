@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of a model's layers: windows, and which RoPE each layer has."""
+"""The kinds of a model's layers: windows, delta nets, and which RoPE each layer has."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_rope, write_rope
 from jaxllm.model.families.table import FAMILIES, Family
 
+DELTA = "linear_attention"  # the name of layers with a delta net in `layer_types`
+
 
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: the index of each layer's kind."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
     window = c.get("sliding_window")
     types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
-    if family.window == "typed":
+    if family.window == "typed" or family.delta:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
-    if strange := set(types) - {"full_attention", "sliding_attention"}:
+    other = DELTA if family.delta else "sliding_attention"
+    if strange := set(types) - {"full_attention", other}:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope = c["rope_parameters"]
     names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
@@ -33,6 +36,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
             rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else None,
             window=window if kind == "sliding_attention" else None,
             dense=dense,
+            mixer="delta" if kind == DELTA else "attention",
         )
         for kind, uses_rope, dense in zip(types, rotated, _read_dense(c), strict=True)
     ]
@@ -78,9 +82,13 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[cfg.family]
     layers = cfg.kinds_by_layer
     types = ["full_attention" if kind.window is None else "sliding_attention" for kind in layers]
+    if family.delta:
+        types = [DELTA if kind.mixer == "delta" else "full_attention" for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
-    if family.window == "all":
+    if family.delta:
+        config["layer_types"] = types
+    elif family.window == "all":
         config["sliding_window"] = window
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where

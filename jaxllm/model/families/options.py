@@ -132,6 +132,13 @@ LATENT = (
     Option("head_dim", "qk_rope_head_dim"),
     *ATTENTION_BIAS,
 )
+DELTA = (
+    Option("delta.key_heads", "linear_num_key_heads"),
+    Option("delta.value_heads", "linear_num_value_heads"),
+    Option("delta.key_dim", "linear_key_head_dim"),
+    Option("delta.value_dim", "linear_value_head_dim"),
+    Option("delta.taps", "linear_conv_kernel_dim"),
+)
 INTERLEAVED = Option(
     "rope_pairs",
     "rope_interleave",
@@ -207,3 +214,4 @@ DEEPSEEK_V2_EXPERTS = (
     Option("experts.scale", "routed_scaling_factor"),
 )
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)
+QWEN_SHARED = Option("experts.shared_size", "shared_expert_intermediate_size")

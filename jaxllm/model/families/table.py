@@ -14,6 +14,7 @@ from jaxllm.model.families.options import (
     ATTENTION_SOFTCAP,
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
+    DELTA,
     GEMMA,
     GEMMA2,
     GRANITE,
@@ -22,6 +23,7 @@ from jaxllm.model.families.options import (
     MINICPM3,
     MLP_BIAS,
     QWEN_EXPERTS,
+    QWEN_SHARED,
     RENORMALISED,
     SHARED,
     Option,
@@ -43,6 +45,7 @@ class Family:
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
       ("typed"). switched: only if `use_sliding_window` says so too.
+    delta: `layer_types` names the layers with a delta net, as "linear_attention".
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
       `moe_layer_interval` ("interval"), or those that `mlp_layer_types` names ("typed").
@@ -66,6 +69,7 @@ class Family:
     options: tuple[Option, ...] = ()
     window: Literal["none", "all", "typed"] = "none"
     switched: bool = False
+    delta: bool = False
     dense: Literal["none", "first", "steps", "interval", "typed"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
@@ -102,6 +106,7 @@ _HUNYUAN = {
     "mlp.router": "mlp.gate.wg",
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
+_HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
 _SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
 
 FAMILIES: dict[str, Family] = {
@@ -236,7 +241,7 @@ FAMILIES: dict[str, Family] = {
         (
             *QWEN_EXPERTS,
             *biases("qkv_bias", "qkv"),
-            Option("experts.shared_size", "shared_expert_intermediate_size"),
+            QWEN_SHARED,
         ),
         window="typed",
         switched=True,
@@ -350,6 +355,36 @@ FAMILIES: dict[str, Family] = {
         fused=("experts",),
         modules={"mlp.router": "mlp.router"},
     ),
+    "qwen3_next": Family(
+        "Qwen3Next",
+        _HYBRID | {"delta.grouped": True, "experts.shared_gate": True},
+        (*QWEN_EXPERTS, QWEN_SHARED, *ATTENTION_BIAS, *DELTA),
+        delta=True,
+        dense="steps",
+        partial_rope=True,
+    ),
+    "qwen3_5_text": Family(
+        "Qwen3_5",
+        _HYBRID,
+        (*ATTENTION_BIAS, *DELTA),
+        delta=True,
+        partial_rope=True,
+        scores_as="Qwen3_5Text",
+    ),
+    "qwen3_5_moe_text": Family(
+        "Qwen3_5Moe",
+        _HYBRID | {"experts.shared_gate": True},
+        (
+            *experts("num_experts"),
+            Option("intermediate_size", "moe_intermediate_size"),  # no layer has an MLP
+            QWEN_SHARED,
+            *ATTENTION_BIAS,
+            *DELTA,
+        ),
+        delta=True,
+        partial_rope=True,
+        scores_as=None,
+    ),
 }
 
 # Model types of code on the hub, and transformers' name of the same architecture.
@@ -357,7 +392,7 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
-    "gated delta-net layers": ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"),
+    "delta-net layers with a gate of each feature": ("kimi_linear",),
     "state-space layers": (
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),

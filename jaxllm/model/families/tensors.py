@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import Delta, ModelConfig
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.wrappers import WRAPPERS, root_of
 
@@ -40,16 +40,18 @@ class Key:
 
     path: of the weight, dotted. name: of the tensors; each index in it (`{layers}`) is a
     leading dim of the weight. transpose: the tensor is […, out, in], the weight […, in, out].
-    part: the outputs of a fused tensor that are the weight's. lead: the tensor has a leading dim of
-    size 1, which the weight lacks. either: files of transformers 5 have its last two dims swapped.
+    part: the outputs of a fused tensor that are the weight's. unit: a dim of size 1 of the tensor,
+    which the weight lacks. either: files of transformers 5 have its last two dims swapped. exact:
+    stored in float32 whatever the dtype of the weights is.
     """
 
     path: str
     name: str
     transpose: bool = False
     part: range | None = None
-    lead: bool = False
+    unit: int | None = None
     either: bool = False
+    exact: bool = False
 
     @property
     def out_dim(self) -> int:
@@ -96,6 +98,27 @@ def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
     return [*keys, Key(f"{path}.shift", f"{name}.bias")] if cfg.norm_bias else keys
 
 
+def _delta_keys(delta: Delta, path: str, name: str) -> list[Key]:
+    """The weights of a stack of delta nets."""
+    QK, HV = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+    parts = {"q": range(QK), "k": range(QK, 2 * QK), "v": range(2 * QK, 2 * QK + HV)}
+    keys = [
+        Key(f"{path}{n}.kernel", f"{name}in_proj_qkv.weight", True, p) for n, p in parts.items()
+    ]
+    others = {"gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a"}
+    if delta.grouped:
+        keys, others = [], {"qkvz": "in_proj_qkvz", "ba": "in_proj_ba"}
+    others |= {"o": "out_proj"}
+    keys += [Key(f"{path}{n}.kernel", f"{name}{t}.weight", True) for n, t in others.items()]
+    return [
+        *keys,
+        Key(f"{path}conv", f"{name}conv1d.weight", unit=1),
+        Key(f"{path}a_log", f"{name}A_log", exact=True),
+        Key(f"{path}dt_bias", f"{name}dt_bias", exact=True),
+        Key(f"{path}norm.scale", f"{name}norm.weight", exact=True),
+    ]
+
+
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
@@ -111,7 +134,10 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         if bias:
             keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, part))
 
-    if cfg.latent is not None:
+    attends = kind.mixer == "attention"
+    if cfg.delta is not None and not attends:
+        keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
+    elif cfg.latent is not None:
         if cfg.latent.q_rank:
             linear("attn.q_a", "self_attn.q_a_proj", cfg.qkv_bias)
             keys += _norm_keys(cfg, f"{stack}.attn.q_norm", f"{layer}self_attn.q_a_layernorm")
@@ -132,8 +158,9 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
         if experts.has_bias:
             name = family.modules["mlp.choice_bias"]
-            lead = "moe_statics" in name  # Ernie's [1, E]
-            keys.append(Key(f"{stack}.mlp.choice_bias", layer + name, lead=lead))
+            unit = 0 if "moe_statics" in name else None  # Ernie's [1, E]
+            path = f"{stack}.mlp.choice_bias"
+            keys.append(Key(path, layer + name, unit=unit, exact=True))
         if experts.bias:
             keys.append(Key(f"{stack}.mlp.router_bias", f"{layer}{router}.bias"))
         F, columns = experts.size, dict[str, range | None]()
@@ -161,10 +188,11 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             linear(f"mlp.{part}", f"mlp.{part}_proj", cfg.mlp_bias)
     if experts is None:
         linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
-    linear("attn.o", "self_attn.o_proj", cfg.o_bias)
+    if attends:
+        linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
-    if cfg.qk_norm != "none":
+    if cfg.qk_norm != "none" and attends:
         for part in ("q_norm", "k_norm"):
             name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
             keys.append(Key(f"{stack}.attn.{part}.scale", f"{layer}{name}.weight"))

@@ -63,6 +63,8 @@ WRAPPERS = {
         fused=("expert_halves",),
         implied={"norm_topk_prob": True},
     ),
+    "qwen3_5": Wrapper({"qwen3_5_text": "qwen3_5_text"}),
+    "qwen3_5_moe": Wrapper({"qwen3_5_moe_text": "qwen3_5_moe_text"}),
 }
 
 
