@@ -103,15 +103,10 @@ def _swapped(dims: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*dims[:-2], dims[-1], dims[-2])
 
 
-def _with_unit(dims: tuple[Any, ...], key: Key, entry: int) -> tuple[Any, ...]:
-    """The shape or the index of a tensor, from that of the weight: `entry` for the dim it lacks."""
-    return dims if key.unit is None else (*dims[: key.unit], entry, *dims[key.unit :])
-
-
 def _fitting(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int) -> Any:
     """`part`, as it is to be read. Raises UserError unless it holds floats of our `shape`, or of
     `fused` outputs if ours are some of them."""
-    want = list(_swapped(shape) if key.transpose else _with_unit(shape, key, 1))
+    want = list(_swapped(shape) if key.transpose else key.with_unit(shape, 1))
     if key.part:
         want[key.out_dim] = fused
     if key.either and want[-1] == want[-2]:
@@ -139,7 +134,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
     index = _swapped(index) if key.transpose else index
     index = index if key.part is None else _within(key, index)
-    value = part[_with_unit(index, key, 0)]
+    value = part[key.with_unit(index, 0)]
     return value.swapaxes(-1, -2) if key.transpose else value
 
 
@@ -386,7 +381,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         key = parts[0]  # the parts of a tensor are stacked and transposed alike
         arrays = [weights[tuple(k.path.split("."))].get_value() for k in parts]
         shapes = [a.shape[key.stacked :] for a in arrays]
-        shapes = [_swapped(s) if key.transpose else _with_unit(s, key, 1) for s in shapes]
+        shapes = [_swapped(s) if key.transpose else key.with_unit(s, 1) for s in shapes]
         shape = list(shapes[0])
         shape[key.out_dim] = sum(s[key.out_dim] for s in shapes)
 

@@ -21,14 +21,18 @@ STRUCTURES = (
     *("llama", "llama yarn", "gemma2", "gemma3_text", "qwen3", "phi3 longrope, long", "olmo2"),
     *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
+    *("qwen3_next", "qwen3_5_text"),
 )
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
 # run with `make sweep` and .ci/run.
 SWEEPS = {
     "test_logits_equal_transformers": STRUCTURES,
-    "test_logits_equal_transformers_over_300_tokens": ("exaone4", "mellum", "gpt_oss", "minicpm3"),
+    "test_logits_equal_transformers_over_300_tokens": (
+        *("exaone4", "mellum", "gpt_oss", "minicpm3", "qwen3_next"),
+    ),
     "test_decoding_through_the_cache_equals_transformers": (
         *("gemma2", "gemma3_text", "exaone4", "cohere2", "mellum", "gpt_oss", "deepseek_v3"),
+        "qwen3_next",
     ),
     "test_export_reloads_in_transformers_bit_for_bit": STRUCTURES,
     "test_a_config_of_our_own_builds_the_same_torch_model": STRUCTURES,
@@ -50,9 +54,11 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("gemma2", "qwen3", "cohere2", "starcoder2", "minimax_m2", "qwen2_moe some dense"),
-        *("gpt_oss", "deepseek_v3"),
+        *("gpt_oss", "deepseek_v3", "qwen3_next"),
     ),
-    "test_logits_of_text_equal_transformers": ("gemma3-300", "qwen2_5_vl-7", "qwen3_vl_moe-7"),
+    "test_logits_of_text_equal_transformers": (
+        *("gemma3-300", "qwen2_5_vl-7", "qwen3_vl_moe-7", "qwen3_5-7"),
+    ),
     "test_greedy_tokens_equal_transformers": ("gemma3", "qwen3_vl"),
     "test_an_untouched_model_comes_out_as_it_went_in": ("gemma3", "qwen2_5_vl"),
     "test_the_tuned_weights_are_in_the_whole_model": ("gemma3", "mistral3"),
@@ -81,6 +87,8 @@ SWEEPS = {
         *("fsdp 8", "data 2 x fsdp 2 x tensor 2", "expert 2 x tensor 2 x data 2"),
     ),
     "test_a_mesh_changes_neither_sinks_nor_biases_of_experts": ("expert 2 x tensor 2 x data 2",),
+    "test_a_mesh_remat_and_micro_batches_change_no_delta_net": ("data 2 x fsdp 2 x tensor 2",),
+    "test_lora_over_quantized_delta_nets_does_not_depend_on_the_mesh": ("parts",),
     "test_an_export_equals_the_final_folder": ("pissa, nf4",),
 }
 

@@ -75,6 +75,24 @@ DEEPSEEK: dict[str, Any] = dict(
     first_k_dense_replace=1,
 )
 
+LINEAR = "linear_attention"
+DELTA: dict[str, Any] = dict(
+    head_dim=12,
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=10,
+    layer_types=[LINEAR, FULL, LINEAR, FULL],
+    rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5),
+)
+DELTA_EXPERTS: dict[str, Any] = dict(
+    moe_intermediate_size=20,
+    shared_expert_intermediate_size=28,
+    num_experts=6,
+    num_experts_per_tok=2,
+)
+
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", dict(head_dim=12)),
@@ -481,6 +499,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=dict(rope_type="default", rope_theta=500.0),
         ),
     ),
+    "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),
+    "qwen3_next some dense, biases": (
+        "qwen3_next",
+        DELTA
+        | DELTA_EXPERTS
+        | dict(
+            mlp_only_layers=[0],
+            attention_bias=True,
+            norm_topk_prob=False,
+            linear_num_value_heads=2,
+            linear_conv_kernel_dim=3,
+            layer_types=[LINEAR, LINEAR, LINEAR, FULL],
+        ),
+    ),
+    "qwen3_5_text": ("qwen3_5_text", DELTA),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | DELTA_EXPERTS),
 }
 
 
@@ -502,7 +536,8 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in path:
-                around = 0.0 if "gemma" in kind or kind == "nemotron" else 1.0
+                offset = kind.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
+                around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
             elif path.endswith("sinks"):
                 weight.copy_(2.0 * noise)

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from jaxllm.errors import UserError
 from jaxllm.hf_config import updated_configs
 from jaxllm.mesh import axes_of, param_sharding
-from jaxllm.model.config import Experts, LayerKind, ModelConfig, Rope
+from jaxllm.model.config import Delta, Experts, LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
 from jaxllm.model.families.rope import rope_keys
@@ -459,6 +459,43 @@ GPT_OSS_120B = GPT_OSS_20B | dict(
     num_hidden_layers=36,
     num_local_experts=128,
 )
+QWEN3_NEXT_80B_A3B = dict(
+    model_type="qwen3_next",
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=151643,
+    decoder_sparse_step=1,
+    eos_token_id=151645,
+    full_attention_interval=4,
+    head_dim=256,
+    hidden_act="silu",
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=5120,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=128,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_value_head_dim=128,
+    max_position_embeddings=262144,
+    mlp_only_layers=[],
+    moe_intermediate_size=512,
+    norm_topk_prob=True,
+    num_attention_heads=16,
+    num_experts=512,
+    num_experts_per_tok=10,
+    num_hidden_layers=48,
+    num_key_value_heads=2,
+    output_router_logits=False,
+    partial_rotary_factor=0.25,
+    rms_norm_eps=1e-06,
+    rope_scaling=None,
+    rope_theta=10000000,
+    router_aux_loss_coef=0.001,
+    shared_expert_intermediate_size=512,
+    tie_word_embeddings=False,
+    vocab_size=151936,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -709,7 +746,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         assert bool(key.stacked) == (key.path.split(".")[0] in cfg.stacks)
         for name in tensor_names(cfg, key.name):
             one = shape[key.stacked :]
-            one = one[::-1] if key.transpose else (1,) * key.lead + one
+            one = one[::-1] if key.transpose else one
+            one = key.with_unit(one, 1)
             part = key.part or range(one[key.out_dim])
             assert len(part) == one[key.out_dim] and not outputs[name] & set(part)
             outputs[name] |= set(part)
@@ -733,6 +771,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GLM_4_7_FLASH, 29_943_393_920),
         (GPT_OSS_20B, 20_914_757_184),
         (GPT_OSS_120B, 116_829_156_672),
+        (QWEN3_NEXT_80B_A3B, 79_674_391_296),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -778,6 +817,16 @@ def test_gpt_oss_has_clamped_experts_with_biases_and_windows_in_turn():
     (rope,) = cfg.ropes
     assert (rope.kind, rope.theta, rope.factor, rope.truncate) == ("yarn", 150000.0, 32.0, False)
     assert rope.mscale == pytest.approx(0.1 * math.log(32) + 1)
+
+
+def test_qwen3_next_has_three_delta_nets_to_a_layer_of_attention():
+    cfg = from_hf(QWEN3_NEXT_80B_A3B)
+    assert kinds(cfg) == ([LayerKind(mixer="delta")] * 3 + [LayerKind()]) * 12
+    assert [len(layers) for layers in cfg.stacks.values()] == [12] * 4  # one scan of periods
+    assert cfg.delta == Delta(16, 32, 128, 128, 4, grouped=True)
+    assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate
+    with pytest.raises(UserError, match="linear_num_value_heads 24 is no multiple of linear_num_k"):
+        from_hf(QWEN3_NEXT_80B_A3B | {"linear_num_value_heads": 24})
 
 
 def test_cohere2_rotates_only_the_layers_with_a_window():

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.torch import load_file
 from tiny import (
     CASES,
     LLAMA3,
@@ -57,6 +58,7 @@ LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nem
 LONGER += ["qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2", "qwen2_moe some dense", "glm4_moe"]
 LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_moe", "gpt_oss"]
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
+LONGER += ["qwen3_next", "qwen3_5_text"]
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,8 @@ def decoded(model: Decoder, tokens: np.ndarray, prompt: int, slots: int) -> np.n
 DECODED = ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "ministral3", "olmo3"]
 DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "qwen3_moe"]
 DECODED += ["qwen2_moe some dense", "glm4_moe", "dots1", "ernie4_5_moe intervals, tied"]
-DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss"]
+DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss", "qwen3_next"]
+DECODED += ["qwen3_5_text"]
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -182,6 +185,7 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
+GREEDY += ["qwen3_next"]
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -286,6 +290,23 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     np.testing.assert_array_equal(
         torch_logits(theirs, some_tokens()), torch_logits(again.eval(), some_tokens())
     )
+
+
+def test_what_decays_the_state_of_a_delta_net_stays_float32(pair, tmp_path):
+    theirs, ours = pair("qwen3_5_text")
+    save_hf(ours, str(tmp_path / "out"), "bfloat16")
+    again = load_hf(str(tmp_path / "out"), "bfloat16", mesh=one_device())
+    save_hf(again, str(tmp_path / "again"), "bfloat16")
+    first, second = (load_file(tmp_path / f"{n}/model.safetensors") for n in ("out", "again"))
+    exact = ("A_log", "dt_bias", "linear_attn.norm.weight")
+    for path, weight in first.items():
+        assert torch.equal(weight, second[path]), path
+        assert weight.dtype == (torch.float32 if path.endswith(exact) else torch.bfloat16)
+        if path.endswith(exact):
+            assert torch.equal(weight, theirs.state_dict()[path])
+    tokens = some_tokens()
+    got, want = logits_of(again, tokens), logits_of(ours, tokens)
+    assert np.sqrt(np.mean(np.square(got - want))) < 0.05 * np.std(want)
 
 
 # ---- a real model

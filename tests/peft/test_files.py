@@ -170,6 +170,26 @@ def test_lora_of_latent_attention_round_trips_with_peft_and_merges(tmp_path, nam
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+PROJECTIONS = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3_next", dict(target_modules="all-linear")),
+        ("qwen3_5_text", dict(target_modules=[*PROJECTIONS, "q_proj"], use_dora=True)),
+    ],
+)
+def test_lora_of_delta_nets_round_trips_with_peft_and_merges(tmp_path, name, options):
+    config = peft.LoraConfig(**options, r=4, lora_alpha=6, task_type="CAUSAL_LM")
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
+    adapted = {target.module.rpartition(".")[2] for target in ours.peft.targets}
+    projections = PROJECTIONS if name == "qwen3_5_text" else ["in_proj_qkvz", "in_proj_ba"]
+    assert {*projections, "out_proj", "q_proj"} <= adapted and "conv1d" not in adapted
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
 def test_adapters_of_tied_weights_round_trip_with_peft_and_merge(tmp_path, options):
     base = base_in(tmp_path, tie_word_embeddings=True)

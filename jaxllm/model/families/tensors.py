@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from jaxllm.model.config import Delta, ModelConfig
 from jaxllm.model.families.table import FAMILIES
@@ -57,6 +58,10 @@ class Key:
     def out_dim(self) -> int:
         """The dim of a tensor that counts outputs."""
         return -2 if self.transpose else -1
+
+    def with_unit(self, dims: tuple[Any, ...], entry: int) -> tuple[Any, ...]:
+        """The shape or index of a tensor, from the weight's: `entry` for the dim that it lacks."""
+        return dims if self.unit is None else (*dims[: self.unit], entry, *dims[self.unit :])
 
     @property
     def stacked(self) -> int:
