@@ -510,6 +510,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             norm_topk_prob=False,
             linear_num_value_heads=2,
             linear_conv_kernel_dim=3,
+            hidden_act="gelu",
             layer_types=[LINEAR, LINEAR, LINEAR, FULL],
         ),
     ),

@@ -34,7 +34,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.cache import StateCache
 from jaxllm.model.config import Delta, ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.layers import Linear, RMSNorm, fused
+from jaxllm.model.layers import ACTIVATIONS, Linear, RMSNorm, fused
 from jaxllm.ops.residuals import saveable
 
 CHUNK = 64  # tokens
@@ -70,7 +70,7 @@ class DeltaNet(nnx.Module):
         plain = replace(cfg, norm_offset=0.0)
         self.norm = RMSNorm(plain, delta.value_dim, dtype=jnp.float32)
         self.o = linear(f"{path}.o", (heads, "embed"), (HV, D))
-        self.delta = delta
+        self.delta, self.activation = delta, cfg.activation
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a layer's StateCache, or None."""
@@ -115,12 +115,13 @@ class DeltaNet(nnx.Module):
         """(output [B, T, H, V] in the inputs' dtype, state after the last token)."""
         ends = np.cumsum([x.shape[-2] * x.shape[-1] for x in inputs])[:-1]
         parts = zip(inputs, before.windows, jnp.split(self.conv[...], ends), strict=True)
-        q, k, v = (convolved(*part, text_BT).astype(part[0].dtype) for part in parts)
+        activation, dtype = ACTIVATIONS[self.activation], inputs[0].dtype
+        q, k, v = (activation(convolved(*part, text_BT)).astype(dtype) for part in parts)
         q, k = (unit(x.astype(jnp.float32)) for x in (q, k))
         q = q * self.delta.key_dim**-0.5
         state = before.state.astype(jnp.float32)
         out, state = delta_rule(q, k, v.astype(jnp.float32), beta_BTH, log_BTH, text_BT, state)
-        return out.astype(v.dtype), state
+        return out.astype(dtype), state
 
 
 def chunk_size(length: int) -> int:
@@ -150,7 +151,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def convolved(x_BTHF: Any, window_BHwF: Any, taps_OW: jax.Array, text_BT: Any) -> jax.Array:
-    """silu of the sum over the last W tokens of the text, each times its tap; float32 [B, T, H, F].
+    """The sum over the last W tokens of the text, each times its tap; float32 [B, T, H, F].
 
     window: the W - 1 tokens before x. taps: [H · F, W], that of the token itself last.
     """
@@ -163,7 +164,7 @@ def convolved(x_BTHF: Any, window_BHwF: Any, taps_OW: jax.Array, text_BT: Any) -
         same_BT = text[:, i : i + T] == text_BT
         return jnp.where(same_BT[..., None, None], x[:, i : i + T], 0) * taps_WHF[i]
 
-    return jax.nn.silu(sum(map(term, range(1, W)), start=term(0)))
+    return sum(map(term, range(1, W)), start=term(0))
 
 
 def delta_rule(
