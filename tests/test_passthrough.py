@@ -34,17 +34,22 @@ MTP = {
         "model.mtp_block.0.input_layernorm.weight": torch.randn(32),
         "model.mtp_emb_norm.0.weight": torch.randn(32).bfloat16(),
     },
+    "qwen3_next": {
+        "mtp.fc.weight": torch.randn(32, 64).bfloat16(),
+        "mtp.layers.0.input_layernorm.weight": torch.randn(32),
+    },
 }
 LINE = "tensors of multi-token prediction"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """{family: directory of a model of two layers, in several files}, with MTP."""
+    """{family: directory of a model in several files}, with MTP."""
     folders: dict[str, Path] = {}
     for kind, extra in MTP.items():
         folders[kind] = tmp_path_factory.mktemp("base") / kind
-        model = magnified(hf_config(kind) | {"num_hidden_layers": 2})
+        layers = {} if kind == "qwen3_next" else {"num_hidden_layers": 2}
+        model = magnified(hf_config(kind) | layers)
         model.save_pretrained(folders[kind], max_shard_size="30KB")
         save_file(extra, folders[kind] / "model-mtp.safetensors", {"format": "pt"})
         index = json.loads((folders[kind] / INDEX).read_text())

@@ -362,6 +362,7 @@ FAMILIES: dict[str, Family] = {
         delta=True,
         dense="steps",
         partial_rope=True,
+        mtp="mtp.",
     ),
     "qwen3_5_text": Family(
         "Qwen3_5",
@@ -369,6 +370,7 @@ FAMILIES: dict[str, Family] = {
         (*ATTENTION_BIAS, *DELTA),
         delta=True,
         partial_rope=True,
+        mtp="mtp.",
         scores_as="Qwen3_5Text",
     ),
     "qwen3_5_moe_text": Family(
@@ -383,6 +385,7 @@ FAMILIES: dict[str, Family] = {
         ),
         delta=True,
         partial_rope=True,
+        mtp="mtp.",
         scores_as=None,
     ),
 }
