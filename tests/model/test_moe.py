@@ -22,6 +22,7 @@ from steps import (
     trajectory,
     unpacked,
 )
+from test_sampling import RAGGED, WARM, assert_same, completed
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.data.batch import Batch
@@ -164,6 +165,14 @@ def test_no_token_is_dropped_however_the_experts_of_a_mesh_are_chosen(choice):
     found = jax.jit(over)(x, weights, chosen, kernels["w"], kernels["v"], g)
     for ours, theirs in zip(found, (want, *back(g)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.sweep
+def test_completions_do_not_depend_on_where_the_experts_are():
+    model, key = decoder(shape=replace(PLAIN, max_positions=128)), jax.random.key(4)
+    mesh = make_mesh(EXPERT_MESHES["expert 4 x fsdp 2"])
+    alone = completed(model, RAGGED, WARM, key=key)
+    assert_same(completed(model, RAGGED, WARM, mesh, key), alone, 1e-4)
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.family)
