@@ -48,7 +48,7 @@ MESHES = {
 }
 EXPERT_MESHES = {
     "expert 4 x fsdp 2": MeshSection(expert=4, fsdp=2),
-    "expert 2 x tensor 2 x data 2": MeshSection(expert=2, tensor=2, data=2),
+    "expert 2 x tensor 2 x data 2": MeshSection(data=2, fsdp=1, expert=2, tensor=2),
     "expert 2 x context 2 x fsdp 2": MeshSection(expert=2, context=2, fsdp=2),
 }
 WHOLE = PeftSection()  # every weight is trained
