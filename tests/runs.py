@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli import main
-from jaxllm.data.loader import make_loader
 
 # The tests run hundreds of programs once each, and compiling them takes most of the time. LLVM does
 # not optimise them here, and XLA's older emitters write the loops of a fusion, in half the time of
@@ -166,5 +165,7 @@ def processes_of(run: subprocess.Popen) -> list[int]:
 
 def batch_at(rows, seed, step, batch_size):
     """The fields of Batch [B, T] of update `step` (from 0)."""
+    from jaxllm.data.loader import make_loader
+
     loader = make_loader(rows, batch_size=batch_size, seed=seed, start_step=step, prefetch=0)
     return {name: value[0] for name, value in next(loader).items()}

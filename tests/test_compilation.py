@@ -43,7 +43,8 @@ def unset(monkeypatch, tmp_path):
     """jax.config has no directory, and the home directory is empty."""
     before = {name: getattr(jax.config, name) for name in (DIRECTORY, *BOUNDS)}
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(compilation, "_settings", {})
+    for name in ("_settings", "_user_settings"):
+        monkeypatch.setattr(compilation, name, {})
     jax.config.update(DIRECTORY, None)
     yield tmp_path
     compilation_cache.reset_cache()
