@@ -68,11 +68,13 @@ demo: $(VENV)/.core
 	@$(BIN)/python demo/demo.py
 
 # Tests in a file share trained models, so each file runs in one process.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.zoo
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 sweep: $(VENV)/.test
-	@$(BIN)/python -m pytest -m sweep --numprocesses auto --maxprocesses 4
+	@$(BIN)/python -m pytest -m sweep $(SIDE_BY_SIDE)
 
 faults: $(VENV)/.test
 	@$(BIN)/python tests/faults/fuzz.py
