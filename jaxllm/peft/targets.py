@@ -21,7 +21,8 @@ from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
-CONVERTED, UNCONVERTED = (".gate_proj", ".up_proj", ".down_proj"), ("qwen2_moe",)
+CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text")
 LINEAR_ROUTER = ".wg"  # the router's name where it is a Linear in transformers 5 too
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
 
@@ -78,7 +79,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
 
     Checkpoints have experts and the router as modules too; peft converts adapters of them for
     transformers 5, and takes the modules of dense layers and shared experts for those of experts,
-    so these are left out. In qwen2_moe it converts nothing.
+    so these are left out. In the families of UNCONVERTED it converts nothing.
     """
     converted = fuses_experts(cfg) and cfg.family not in UNCONVERTED
     modules: dict[str, str] = {}

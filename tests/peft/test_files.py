@@ -330,8 +330,7 @@ def steps_of_both(tmp_path, base, config, ratio=1.0):
     return got, want
 
 
-# peft adapts the shared experts of qwen3_5_moe_text too, which ours leaves out.
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3_5_moe_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ten_steps_of_lora_equal_peft_and_adamw(tmp_path, family):
     options = {}
     if family == "qwen2_moe":  # peft's all-linear leaves its experts out, since it has shared ones
