@@ -102,7 +102,8 @@ def reduces_in(dtype: Any) -> bool:
 
 
 def _split_dim(part: tuple[int, ...], whole: tuple[int, ...], axes: Axes) -> int | None:
-    """The dim of a matrix along which `part` is smaller than `whole`; None if there is none."""
+    """The dim along which `part` is smaller than `whole`, of those that do not count matrices; None
+    if there is none."""
     dims = enumerate(zip(part, whole, axes, strict=True))
     return next((d for d, (a, b, axis) in dims if a != b and axis not in STACKED), None)
 

@@ -34,6 +34,7 @@ def _micro(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
 def _axes(cfg: TrainConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Tensor axes that divide the devices, with all others along fsdp, and the run's own mesh."""
     n, taken = found["devices"], cfg.mesh.context * cfg.mesh.expert
+    # {tensor: devices that share the rows}
     rows = {t: n // (t * cfg.mesh.context) for t in TENSOR if n % (t * taken) == 0}
     names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
     sizes = [(1, -1, t) for t, split in rows.items() if cfg.batch_size % split == 0]

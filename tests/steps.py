@@ -295,3 +295,15 @@ def same_over_mesh(name, shape, losses, norms):
     np.testing.assert_allclose(found[0], losses, rtol=1e-5)
     np.testing.assert_allclose(found[1], norms, rtol=1e-5)
     return found[2].trainable
+
+
+def same_lora_over_mesh(**keys):
+    """(trained, frozen) weights after steps of LoRA on one device, in which the loss falls. Losses
+    and gradient norms are the same over a mesh."""
+    losses, norms, state, (_, frozen) = trajectory(ragged_rows(16), **keys)
+    assert losses[-1] < losses[0]
+    mesh = MESHES["data 2 x fsdp 2 x tensor 2"]
+    over = trajectory(ragged_rows(16), devices=8, mesh=mesh, **keys)
+    np.testing.assert_allclose(over[0], losses, rtol=2e-5)
+    np.testing.assert_allclose(over[1], norms, rtol=1e-4)
+    return state.trainable, frozen

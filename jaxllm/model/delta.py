@@ -38,7 +38,7 @@ from jaxllm.model.layers import ACTIVATIONS, Linear, RMSNorm, fused
 from jaxllm.ops.residuals import saveable
 
 CHUNK = 64  # tokens
-OBSTACLE = "the state of a delta net goes through a whole row, on one device; set it to 1"
+OBSTACLE = "a delta net needs each row whole on one device; set it to 1"
 
 
 class DeltaNet(nnx.Module):
@@ -83,8 +83,8 @@ class DeltaNet(nnx.Module):
         rate_BTH = jax.nn.softplus(decay_BTH.astype(jnp.float32) + self.dt_bias[...])
         log_BTH = jnp.where(real_BT[..., None], -jnp.exp(self.a_log[...]) * rate_BTH, 0)
         before = past or StateCache.empty(self.delta, len(x_BTD), dtype=x_BTD.dtype)
-        # Computed again in the backward pass: the products are few beside those of the weights,
-        # and what they store of each chunk is much.
+        # Recomputed in the backward pass: these products cost little compared with those of the
+        # weights, but would store much for each chunk.
         out_BTHV, state = jax.checkpoint(self.mix)(inputs, beta_BTH, log_BTH, text_BT, before)
         if past is not None:
             past = past.after(inputs, real_BT, state)

@@ -5,8 +5,9 @@ A device gathers the tokens of the axis, computes the outputs of its own experts
 summed while they are scattered back. (An all-to-all of fixed size that drops no token would have a
 place for each token between any two devices, and send as much.)
 
-All tokens may choose the experts of one device. Its rows are computed in chunks of a fixed size, as
-many as there are, so that memory is that of an even choice times the axis for the tokens alone.
+Any number of tokens may choose the experts of one device, so its rows are computed in as many
+chunks of a fixed size as there are. The gathered tokens take more memory with a larger axis; the
+rows of a chunk do not.
 
 Dims: N tokens, C chosen experts of a token, D model width, E experts of the device, M rows of a
 chunk.
@@ -22,20 +23,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxllm.ops.grouped import by_group
 
-CHUNKS = 2  # that an even choice gives
+CHUNKS = 2  # of a device, if all devices' experts are chosen equally often
 # (rows [M, D] sorted by expert, the expert of each [M], rows of each expert [E], kernels) -> [M, D]
 ExpertRows = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
-
-def _gathered(x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, "expert", tiled=True)
-
-
-def _scattered(x: jax.Array) -> jax.Array:
-    return lax.psum_scatter(x, "expert", tiled=True)
+_gathered = partial(lax.all_gather, axis_name="expert", tiled=True)
+_scattered = partial(lax.psum_scatter, axis_name="expert", tiled=True)
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,8 @@ def _backward(run: ExpertRows, residuals: Any, g_ND: Any) -> tuple[Any, ...]:
     (x_ND, weights_NC, chosen_NC, kernels), trained = residuals
     leaves, tree = jax.tree.flatten(kernels)
     chunks = Chunks(chosen_NC, len(leaves[0]))
-    x, weights, g = _gathered(x_ND), _gathered(weights_NC), _gathered(jnp.asarray(g_ND))
+    g_ND = jnp.zeros(g_ND.shape) if isinstance(g_ND, SymbolicZero) else g_ND
+    x, weights, g = _gathered(x_ND), _gathered(weights_NC), _gathered(g_ND)
     zeros = [jnp.zeros(y.shape, jnp.float32) for y in (x, weights.ravel())]
     start = (*zeros, [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained])
 

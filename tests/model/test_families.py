@@ -786,7 +786,7 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
     assert sum(p.numel() for p in [*model.parameters(), *biases]) == want
 
-    # On 64 devices nothing large is held whole, and each has a fair part.
+    # On 64 devices no array of 1 GiB is replicated, and each holds less than twice its share.
     sizes = dict(data=1, fsdp=8, expert=8 if cfg.experts else 1, context=1)
     sizes |= dict(tensor=64 // prod(sizes.values()))
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))

@@ -18,6 +18,7 @@ from steps import (
     batch_of,
     decoder,
     ragged_rows,
+    same_lora_over_mesh,
     same_over_mesh,
     trajectory,
     unpacked,
@@ -185,16 +186,12 @@ def test_packed_rows_equal_rows_of_one_text(shape):
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_lora_of_gpt_oss_adapts_attention(kind):
-    keys = dict(shape=GPT_OSS, section=LORA, quantize_base=kind)
+    trained, frozen = same_lora_over_mesh(shape=GPT_OSS, section=LORA, quantize_base=kind)
     names = {name.rpartition(".")[2] for name in adaptable_modules(GPT_OSS).values()}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "lm_head"}
-    losses, norms, state, (_, frozen) = trajectory(ragged_rows(16), **keys)
-    assert set(state.trainable["layers"]) == {"attn"} and losses[-1] < losses[0]
+    assert set(trained["layers"]) == {"attn"}
     kernel = frozen["layers"]["mlp"]["gate"]["kernel"]
     assert isinstance(kernel, Quantized) == (kind != "none")
-    over = trajectory(ragged_rows(16), devices=8, mesh=MESHES["data 2 x fsdp 2 x tensor 2"], **keys)
-    np.testing.assert_allclose(over[0], losses, rtol=2e-5)
-    np.testing.assert_allclose(over[1], norms, rtol=1e-4)
 
 
 def test_the_bias_changes_the_choice_and_not_the_weights():
