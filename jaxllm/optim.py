@@ -3,7 +3,8 @@
 
 Weights are a nested dict whose leaves are called kernel, embedding, scale or bias. The layers'
 leaves are stacked (a leading dim L), so a leaf's name tells its role, not its rank. Optimizers do
-not see the routers' biases, `choice_bias`, which have no gradient (`step.balanced` moves them).
+not see those that have no gradient: the routers' biases, `choice_bias` (`step.balanced` moves
+them), and the `scalar` of a layer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ DECAYED = {
     "kernel": True,
     "router": True,
     "router_bias": False,
+    "router_scale": False,
     "sinks": False,
     "conv": True,
     "a_log": False,
@@ -39,6 +41,7 @@ DECAYED = {
     "shift": False,
     "bias": False,
 }
+WITHOUT_GRADIENT = ("choice_bias", "scalar")
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
 
@@ -226,10 +229,10 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _optimized(tree: Any) -> Any:
-    """A nested dict of weights without the routers' biases."""
+    """A nested dict of weights without those that have no gradient."""
     if not isinstance(tree, dict):
         return tree
-    return {name: _optimized(part) for name, part in tree.items() if name != "choice_bias"}
+    return {n: _optimized(part) for n, part in tree.items() if n not in WITHOUT_GRADIENT}
 
 
 def _with_others(tree: Any, whole: Any) -> Any:

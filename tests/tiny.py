@@ -57,6 +57,17 @@ GLM4_MOE = dict(
     attention_bias=True,
 )
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5)
+GEMMA4: dict[str, Any] = dict(
+    head_dim=12,
+    global_head_dim=16,
+    sliding_window=5,
+    layer_types=[SLIDING, FULL] * 2,
+    hidden_size_per_layer_input=0,
+    rope_parameters={
+        FULL: dict(rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.5),
+        SLIDING: dict(rope_type="default", rope_theta=100.0),
+    },
+)
 LATENT: dict[str, Any] = dict(
     kv_lora_rank=28,
     qk_nope_head_dim=12,
@@ -174,6 +185,36 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_scaling=dict(rope_type="linear", factor=2.0),
             final_logit_softcapping=6.0,
             attention_bias=True,
+        ),
+    ),
+    "gemma4_text": (
+        "gemma4_text",
+        GEMMA4
+        | dict(
+            num_hidden_layers=6,
+            layer_types=[SLIDING, SLIDING, FULL] * 2,
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=10,
+            vocab_size_per_layer_input=V,
+            final_logit_softcapping=8.0,
+        ),
+    ),
+    "gemma4_text values from keys": (
+        "gemma4_text",
+        GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1, attention_bias=True),
+    ),
+    "gemma4_text experts": (
+        "gemma4_text",
+        GEMMA4
+        | dict(
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=6,
+            top_k_experts=3,
+            moe_intermediate_size=20,
+            tie_word_embeddings=False,
         ),
     ),
     "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
@@ -538,8 +579,11 @@ def magnified(config: dict[str, Any]) -> Any:
             noise = torch.randn_like(weight)
             if "norm" in path:
                 offset = kind.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
+                offset = offset and not kind.startswith("gemma4")
                 around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
+            elif path.endswith("scale"):
+                weight.copy_(1 + 0.4 * noise)
             elif path.endswith("sinks"):
                 weight.copy_(2.0 * noise)
             elif path.endswith("bias"):
@@ -549,6 +593,8 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, buffer in model.named_buffers():
             if path.endswith("correction_bias"):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            if path.endswith("layer_scalar"):
+                buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     return model.eval()
 
 

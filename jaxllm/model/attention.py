@@ -14,63 +14,92 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.model.adapter import Adapter
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.cache import Kept
+from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.layers import Linear, RMSNorm, fused
+from jaxllm.model.layers import Linear, RMSNorm, fused, unit_rms
 from jaxllm.model.rope import rotate
 from jaxllm.ops.attention import attention
 
 
 class Attention(nnx.Module):
-    """Projections, optional q/k norms, rotary positions, softmax attention."""
+    """Projections, optional norms, rotary positions, softmax attention.
 
-    def __init__(self, cfg: ModelConfig, path: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
+    A layer that uses the keys and values of an earlier one has queries alone.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        path: str,
+        kind: LayerKind,
+        *,
+        peft: Adapter,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         # The unit in which a mesh axis divides these dims is a head.
         heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
+        own_k = kind.uses is None
+        own_v = own_k and not kind.values_from_keys
         # With an output gate, a head's outputs of q are its query, then its gate.
         self.q = qkv(f"{path}.q", ("embed", heads), (D, Q * (1 + cfg.output_gate)))
-        self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV))
-        self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV))
+        self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV)) if own_k else None
+        self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV)) if own_v else None
         self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
         self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.sinks:
             drawn = jax.random.normal(rngs.params(), (cfg.num_heads,)) * cfg.initializer_range
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
-        if cfg.qk_norm != "none":
-            full = cfg.qk_norm == "full"
-            self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)
-            self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
-        self.cfg = cfg
+        full, normed = cfg.qk_norm == "full", cfg.qk_norm != "none"
+        norm = partial(RMSNorm, cfg, dtype=dtype)
+        self.q_norm = norm(Q if full else cfg.head_dim) if normed else None
+        self.k_norm = norm(KV if full else cfg.head_dim) if normed and own_k else None
+        self.cfg, self.kind = cfg, kind
 
-    def project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
-        """Queries [B, T, H, K], keys and values [B, T, N, K], before the rotary positions; and what
-        gates the output [B, T, H, K], where the family does."""
+    def placed(self, y: jax.Array, norm: Any, ctx: Context) -> jax.Array:
+        """Queries or keys [B, T, H or N, K], normed where the family does, at their positions."""
+        cos, sin, *_ = (table[ctx.rope] for table in ctx.rope_tables[self.cfg.head_dim])
+        y = norm(y) if self.cfg.qk_norm == "head" else y
+        y = rotate(y, cos, sin, self.cfg.rope_pairs)
+        return norm(y) if self.cfg.qk_norm == "rotated" else y
+
+    def queries(self, q: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+        """Queries [B, T, H, K], and what gates the output, where the family does."""
         cfg = self.cfg
-        q, k, v = fused(self.qkv, x_BTD, (self.q, self.k, self.v), ctx)
-        if cfg.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
+        _, _, *scale = ctx.rope_tables[cfg.head_dim]
+        q = self.q_norm(q) if cfg.qk_norm == "full" else q
         q = q.reshape(*q.shape[:2], cfg.num_heads, -1)
-        k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
         q, *gate = jnp.split(q, 2, -1) if cfg.output_gate else [q]
-        if cfg.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v, *gate
+        q = self.placed(q, self.q_norm, ctx)
+        q = q * scale[0][ctx.rope].astype(q.dtype) if scale else q
+        return q, *gate
+
+    def keys_and_values(self, k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
+        """Each [B, T, N, K]."""
+        cfg = self.cfg
+        k = self.k_norm(k) if cfg.qk_norm == "full" else k
+        k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
+        v = unit_rms(v, cfg.norm_eps) if cfg.value_norm else v
+        return self.placed(k, self.k_norm, ctx), v
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
-        """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None."""
-        q_BTHK, k_BTNK, v_BTNK, *gate = self.project(x_BTD, ctx)
-        cos, sin, *scale = [x[ctx.rope] for x in ctx.rope_tables]
-        pairs = self.cfg.rope_pairs
-        q_BTHK, k_BTNK = rotate(q_BTHK, cos, sin, pairs), rotate(k_BTNK, cos, sin, pairs)
-        if self.cfg.qk_norm == "rotated":
-            q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
-        if scale:
-            q_BTHK = q_BTHK * scale[0].astype(q_BTHK.dtype)
-        if past is not None:
-            past, k_BTNK, v_BTNK = past.extend(k_BTNK, v_BTNK, ctx.offset)
+        """(output [B, T, D], new past). past: a layer's LayerCache, its VirtualTokens, or None. The
+        new one is a Kept where later layers use the keys and values too."""
+        parts = tuple(part for part in (self.q, self.k, self.v) if part is not None)
+        q, *own = fused(self.qkv, x_BTD, parts, ctx)
+        q_BTHK, *gate = self.queries(q, ctx)
+        if own:
+            k_BTNK, v_BTNK = self.keys_and_values(own[0], own[-1], ctx)
+            if past is not None:
+                past, k_BTNK, v_BTNK = past.extend(k_BTNK, v_BTNK, ctx.offset)
+        else:
+            k_BTNK, v_BTNK = ctx.kept[self.kind.uses]
+        if self.kind.keeps is not None:
+            past = Kept(k_BTNK, v_BTNK, past)
         out_BTHK = attention(
             q_BTHK,
             k_BTNK.swapaxes(1, 2),

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from jaxllm.mesh import constrain
 from jaxllm.model.adapter import Adapter
@@ -18,6 +20,7 @@ from jaxllm.model.attention import Attention
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.delta import DeltaNet
+from jaxllm.model.layer_embeds import LayerEmbed
 from jaxllm.model.layers import MLP, NORMS
 from jaxllm.model.mla import LatentAttention
 from jaxllm.model.moe import MoE
@@ -25,7 +28,8 @@ from jaxllm.model.moe import MoE
 
 class Block(nnx.Module):
     """x + attention, x + MLP, with norms before, after, or on both sides of each; or x + attention
-    + MLP of the same normed x (`parallel`).
+    + MLP of the same normed x (`parallel`). Then x + what the layer's own embedding gates, and all
+    of it times a number, where the family has these.
 
     path: the attribute of the decoder that holds the stack. kind: of one of its layers.
     """
@@ -40,12 +44,13 @@ class Block(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
+        cfg = cfg.of(kind)
         norm = partial(NORMS[cfg.norm], cfg, cfg.hidden_size, dtype=dtype)
         before = cfg.norm_placement in ("pre", "sandwich")
         self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
-        mixer = Attention if cfg.latent is None else LatentAttention
+        mixer = partial(Attention, kind=kind) if cfg.latent is None else LatentAttention
         mixer = DeltaNet if kind.mixer == "delta" else mixer
         self.attn = mixer(cfg, f"{path}.attn", **keys)
         self.mlp = (
@@ -57,6 +62,8 @@ class Block(nnx.Module):
         self.attn_post_norm = norm() if after else None
         self.mlp_norm = norm() if before else None
         self.mlp_post_norm = norm() if after else None
+        self.embed = LayerEmbed(cfg, f"{path}.embed", **keys) if cfg.layer_embeds else None
+        self.scalar = nnx.Param(jnp.ones(1, dtype), axes=(None,)) if cfg.layer_scale else None
         self.attn_adapter = peft.sublayer(f"{path}.attn_adapter", cfg.hidden_size, rngs)
         self.mlp_adapter = peft.sublayer(f"{path}.mlp_adapter", cfg.hidden_size, rngs)
 
@@ -73,10 +80,14 @@ class Block(nnx.Module):
             if not self.parallel:
                 n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
             if isinstance(self.mlp, MoE):
-                h_BTD, routing = self.mlp(n_BTD, ctx)
+                h_BTD, routing = self.mlp(n_BTD, ctx, x_BTD)
             else:
                 h_BTD, routing = self.mlp(n_BTD, ctx), None
             x_BTD = self.added(x_BTD, h_BTD, self.mlp_post_norm, self.mlp_adapter)
+        if self.embed is not None:
+            x_BTD = x_BTD + self.embed(x_BTD, ctx)
+        if self.scalar is not None:
+            x_BTD = x_BTD * lax.stop_gradient(self.scalar[...]).astype(x_BTD.dtype)
         return constrain(x_BTD, "batch", "sequence", "features"), past, routing
 
     def added(self, x_BTD: jax.Array, h_BTD: jax.Array, norm: Any, adapter: Any) -> jax.Array:

@@ -118,6 +118,25 @@ class VirtualTokens:
         return None, prepend(self.k, k_BTNK), prepend(self.v, v_BTNK)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """The keys and values that a layer attended to, which later layers use too, and its new past.
+    A stack has one such layer."""
+
+    k: jax.Array  # [(1,) B, S, N, K]
+    v: jax.Array  # [(1,) B, S, N, K]
+    past: LayerCache | None
+
+    @staticmethod
+    def split(stack: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        """(the new past of a stack, stacked or not, the keys and values of its layer)."""
+        if isinstance(stack, tuple):
+            (layer,) = stack
+            return (layer.past,), (layer.k, layer.v)
+        return stack.past, (stack.k[0], stack.v[0])
+
+
 def virtual_tokens(
     cfg: ModelConfig, k_L1PNK: jax.Array, v_L1PNK: jax.Array
 ) -> tuple[VirtualTokens, ...]:
@@ -141,19 +160,21 @@ def _read(stack: Any) -> tuple[jax.Array, jax.Array]:
 class Cache:
     """Keys and values of the past tokens. All rows write the same slots, short rows padding."""
 
-    # of each stack: a LayerCache or StateCache, or a tuple of those of unstacked layers
+    # of each stack: a LayerCache or StateCache, or a tuple of those of unstacked layers; None where
+    # layers use the keys and values of others
     layers: tuple[Any, ...]
     segment_ids: Any  # int32 [B, S]; 0 = empty or padding
     length: Any  # slots that are written: a Python int where it is static, else an int32 scalar
 
     @staticmethod
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
-        heads, k_dim, v_dim = cfg.cached_dims
-
-        def stack(layers: range) -> LayerCache | StateCache:
-            count = len(layers)
-            if cfg.delta is not None and cfg.kinds_by_layer[layers[0]].mixer == "delta":
+        def stack(layers: range) -> LayerCache | StateCache | None:
+            count, kind = len(layers), cfg.kinds_by_layer[layers[0]]
+            if cfg.delta is not None and kind.mixer == "delta":
                 return StateCache.empty(cfg.delta, count, rows, dtype=dtype)
+            if kind.uses is not None:
+                return None
+            heads, k_dim, v_dim = cfg.of(kind).cached_dims
             k = jnp.zeros((count, rows, heads, k_dim, slots), dtype)
             return LayerCache(k, jnp.zeros((count, rows, heads, slots, v_dim), dtype))
 

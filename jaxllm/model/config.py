@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -20,7 +20,9 @@ class Rope:
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = (
+        "default"
+    )
     partial: float = 1.0  # share of head_dim that is rotated
     factor: float = 1.0
     original_length: int = 0  # context length before stretching
@@ -46,11 +48,23 @@ class LayerKind:
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
     mixer: Literal["attention", "delta"] = "attention"
+    # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    intermediate_size: int | None = None
+    values_from_keys: bool = False  # its values are its keys before their norm and positions
+    # A layer keeps its keys and values under a number, and later ones that have none use them.
+    keeps: int | None = None
+    uses: int | None = None
 
     @property
     def structure(self) -> tuple[Any, ...]:
-        """Equal for layers that have weights of equal shapes."""
-        return (self.mixer, self.dense)
+        """Equal for layers that one stack can hold, whose weights have equal shapes."""
+        rest = self.values_from_keys, self.keeps, self.uses
+        return (self.mixer, self.dense, *(getattr(self, size) for size in OWN_SIZES), *rest)
+
+
+OWN_SIZES = "head_dim", "num_kv_heads", "intermediate_size"
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,9 @@ class Experts:
     group_best: int = 2
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
+    # The router, the other experts and their output have norms apart from the shared expert's, and
+    # the output of each expert a learned scale.
+    branch: bool = False
     bias: bool = False  # the router and the matrices of the experts have biases
     # (up + 1) · gate · sigmoid(alpha · gate) of gate and up clamped to the limit, in place of
     # act(gate) · up; limit 0 = not clamped.
@@ -103,6 +120,14 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class LayerEmbeds:
+    """An embedding of each layer, which it adds to the residual stream (model/layer_embeds.py)."""
+
+    size: int  # features
+    vocab_size: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder's shape. Widths are in features, lengths in tokens."""
 
@@ -126,6 +151,7 @@ class ModelConfig:
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan).
     qk_norm: Literal["none", "head", "full", "rotated"] = "none"
+    value_norm: bool = False  # each head's values are divided by their root mean square
     qkv_bias: bool = False
     o_bias: bool = False
     sinks: bool = False  # each head has a learned score of no key, which adds to its softmax's sum
@@ -138,15 +164,22 @@ class ModelConfig:
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
+    layer_scale: bool = False  # each layer multiplies the residual stream by a number, not trained
     logit_scale: float = 1.0
     latent: Latent | None = None
     delta: Delta | None = None
     output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
+    layer_embeds: LayerEmbeds | None = None
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
     wrapper: str = ""  # model_type of the multimodal model that it is a part of (families.wrappers)
+
+    def of(self, kind: LayerKind) -> ModelConfig:
+        """The config with the sizes of a layer of that kind."""
+        own = {size: getattr(kind, size) for size in OWN_SIZES}
+        return replace(self, **{size: value for size, value in own.items() if value is not None})
 
     @property
     def kinds_by_layer(self) -> tuple[LayerKind, ...]:
@@ -227,12 +260,13 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    parts += [part for part in (cfg.latent, cfg.delta, cfg.experts) if part is not None]
+    groups = cfg.latent, cfg.delta, cfg.experts, cfg.layer_embeds
+    parts += [part for part in groups if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
-            is_size = hint is int or (f.name == "window" and value is not None)
+            is_size = hint is int or (f.name in ("window", *OWN_SIZES) and value is not None)
             low = 0 if f.name in ("original_length", "q_rank", "shared_size") else 1  # 0 = none
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(

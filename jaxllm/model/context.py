@@ -28,17 +28,20 @@ class Context:
     positions: Any = None  # int32 [B, T]
     key_segment_ids: Any = None  # int32 [B, S]; None = the keys are those of the T tokens alone
     offset: Any = 0  # index of the first token among the keys; a Python int where it is static
-    # (cos, sin), each float32 [tables, B, T, 1, R/2]; where queries are scaled by their position,
-    # also the scales [tables, B, T, 1, 1]
-    rope_tables: Any = ()
+    # {head_dim: (cos, sin)}, each float32 [tables, B, T, 1, R/2]; where queries are scaled by their
+    # position, also the scales [tables, B, T, 1, 1]
+    rope_tables: Any = field(default_factory=dict)
     rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
     window: Any = None  # of the layer: an int or int32 scalar; None = all keys
+    embeds: Any = None  # [L, B, T, E], of every layer; in a layer its own, [B, T, E]
+    # {LayerKind.keeps: keys and values [B, S, N, K]} of earlier layers
+    kept: Any = field(default_factory=dict)
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
     mlp_blocks: int = field(default=1, metadata={"static": True})  # of MLP.in_blocks; 1 = whole
 
-    def at_layer(self, layer: Any, rope: Any = 0, window: Any = None) -> Context:
+    def at_layer(self, layer: Any, rope: Any, window: Any, embeds: Any) -> Context:
         """The context of one layer, whose dropout keys have the layer folded in per row."""
         rng = self.rng
         if rng is not None:
             rng = jax.vmap(jax.random.fold_in, (0, None))(rng, layer)
-        return replace(self, layer=layer, rng=rng, rope=rope, window=window)
+        return replace(self, layer=layer, rng=rng, rope=rope, window=window, embeds=embeds)

@@ -22,8 +22,9 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.cache import Cache, virtual_tokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.layer_embeds import LayerEmbeds
 from jaxllm.model.layers import NORMS, Embed, Linear
-from jaxllm.model.rope import cached_table, query_scale, rope_table, text_lengths
+from jaxllm.model.rope import rope_tables
 from jaxllm.model.routing import router_metrics
 from jaxllm.model.stack import Scan, make_stack
 from jaxllm.ops.attention import EVERYWHERE
@@ -81,23 +82,21 @@ class Decoder(nnx.Module):
         self.compute_dtype = jnp.dtype(compute_dtype or dtype)
         self.remat, self.scan_unroll, self.attention = remat, scan_unroll, attention
         self.loss_blocks, self.mlp_blocks = loss_blocks, mlp_blocks
-        self.embed = Embed(cfg, peft=peft, dtype=dtype, rngs=rngs)
+        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        self.embed = Embed(cfg, "embed", (cfg.vocab_size, cfg.hidden_size), **keys)
+        self.layer_embeds = LayerEmbeds(cfg, **keys) if cfg.layer_embeds else None
         # Each is a Block whose weights have a leading dim; an nnx.List of Blocks after `unstack`.
         for name in cfg.stacks:  # "layers", if all layers have one structure
-            setattr(self, name, make_stack(cfg, name, peft=peft, dtype=dtype, rngs=rngs))
+            setattr(self, name, make_stack(cfg, name, **keys))
         self.norm = NORMS[cfg.norm](cfg, cfg.hidden_size, dtype=dtype)
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
-            Linear(
-                cfg, "score", SCORE_AXES, (cfg.hidden_size, 1), peft=peft, dtype=dtype, rngs=rngs
-            )
-            if cfg.scores
-            else None
+            Linear(cfg, "score", SCORE_AXES, (cfg.hidden_size, 1), **keys) if cfg.scores else None
         )
         self.head = (
             None
             if cfg.tie_embeddings or cfg.scores
-            else Linear(cfg, "head", HEAD_AXES, head_shape, peft=peft, dtype=dtype, rngs=rngs)
+            else Linear(cfg, "head", HEAD_AXES, head_shape, **keys)
         )
         self.prefix = peft.prefix(cfg, rngs)
         self.value: Any = nnx.data(None)  # PPO's critic (objectives/ppo.py)
@@ -120,7 +119,7 @@ class Decoder(nnx.Module):
         def scan(stacks: tuple[range, ...]) -> Scan:
             blocks = tuple(getattr(self, next(names)) for _ in stacks)
             own = tuple(tuple(kinds[i] for i in layers) for layers in stacks)
-            return Scan(blocks, own, self.compute_dtype, self.remat, self.scan_unroll)
+            return Scan(blocks, stacks, own, self.compute_dtype, self.remat, self.scan_unroll)
 
         return tuple(map(scan, self.cfg.scans))
 
@@ -158,6 +157,8 @@ class Decoder(nnx.Module):
             x_BTD = self.embed(tokens, self.compute_dtype, ctx)
             if self.cfg.embed_scale != 1.0:
                 x_BTD = x_BTD * jnp.asarray(self.cfg.embed_scale, x_BTD.dtype)
+            if self.layer_embeds is not None:
+                ctx = replace(ctx, embeds=self.layer_embeds(tokens, x_BTD, ctx))
         return self.forward(x_BTD, segment_ids, positions, cache, ctx)
 
     def forward(
@@ -191,17 +192,7 @@ class Decoder(nnx.Module):
                 segment_ids, ((0, 0), (offset, 0)), constant_values=EVERYWHERE
             )
         assert positions is not None
-        if cache is None:
-            lengths = text_lengths(segment_ids, positions)
-            tables = [rope_table(r, cfg.head_dim, positions, lengths) for r in cfg.ropes]
-        else:
-            slots = cache.segment_ids.shape[1]
-            tables = [cached_table(rope, cfg.head_dim, positions, slots) for rope in cfg.ropes]
-        if any(rope.query_beta for rope in cfg.ropes):
-            scales = [query_scale(rope, positions) for rope in cfg.ropes]
-            tables = [(*table, scale) for table, scale in zip(tables, scales, strict=True)]
-        if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
-            tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
+        slots = None if cache is None else cache.segment_ids.shape[1]
         # Elsewhere, in an evaluation over a mesh, XLA would replicate the blocks of split weights.
         divisible = manual_rows() or jax.sharding.get_abstract_mesh().size <= 1
         ctx = replace(
@@ -211,13 +202,13 @@ class Decoder(nnx.Module):
             positions=positions,
             key_segment_ids=key_segment_ids,
             offset=offset,
-            rope_tables=[jnp.stack(x) for x in zip(*tables, strict=True)],
+            rope_tables=rope_tables(cfg, segment_ids, positions, slots),
         )
         new: tuple[Any, ...] = ()
         routings: tuple[Any, ...] = ()
         for scan in self.scans:
             here = pasts[len(new) : len(new) + len(scan.blocks)]
-            x_BTD, after, routed = scan(x_BTD, ctx, here)
+            x_BTD, after, routed, ctx = scan(x_BTD, ctx, here)
             new, routings = new + after, routings + routed
         x_BTD = self.norm(x_BTD)
         if cache is not None:

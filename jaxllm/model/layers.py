@@ -76,20 +76,32 @@ class Embed(nnx.Module):
     """Token table [V, D]."""
 
     def __init__(
-        self, cfg: ModelConfig, *, peft: Adapter, dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        cfg: ModelConfig,
+        path: str,
+        shape: tuple[int, int],
+        *,
+        peft: Adapter,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
-        shape, axes = (cfg.vocab_size, cfg.hidden_size), TABLE_AXES
         table = jax.random.normal(rngs.params(), shape, jnp.float32) * cfg.initializer_range
-        self.embedding = nnx.Param(table.astype(dtype), axes=axes)
-        self.lora = peft.linear("embed", axes, shape, rngs)
-        self.cfg = cfg
+        self.embedding = nnx.Param(table.astype(dtype), axes=TABLE_AXES)
+        self.lora = peft.linear(path, TABLE_AXES, shape, rngs)
+        self.shape = shape
 
     def __call__(self, tokens: jax.Array, dtype: Any, ctx: Context) -> jax.Array:
-        shape = self.cfg.vocab_size, self.cfg.hidden_size
-        x = lookup(self.embedding[...], tokens, shape[1], dtype)
+        table = self.embedding[...]
+        x = lookup(table, tokens, self.shape[1], dtype)
         if self.lora is not None:
-            x = self.lora(tokens, x, lambda: gathered(self.embedding[...], TABLE_AXES, shape), ctx)
+            x = self.lora(tokens, x, lambda: gathered(table, TABLE_AXES, self.shape), ctx)
         return constrain(x, "batch", "sequence", "features")
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last dim, computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -104,8 +116,7 @@ class RMSNorm(nnx.Module):
         return self.scaled(x.astype(jnp.float32)).astype(x.dtype)
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        unit = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
-        return unit * (self.offset + self.scale[...].astype(jnp.float32))
+        return unit_rms(x, self.eps) * (self.offset + self.scale[...].astype(jnp.float32))
 
 
 class LayerNorm(RMSNorm):

@@ -68,7 +68,7 @@ class LatentAttention(nnx.Module):
         else:
             low, kv = fused(None, x_BTD, (self.q_a, self.kv_a), ctx)
             q = self.q_b(self.q_norm(low), ctx)
-        cos, sin = [table[ctx.rope] for table in ctx.rope_tables]
+        cos, sin = [table[ctx.rope] for table in ctx.rope_tables[self.cfg.head_dim]]
         turned = partial(rotate, cos=cos, sin=sin, pairs=self.cfg.rope_pairs)
         q = q.reshape(*q.shape[:2], self.cfg.num_heads, -1)
         q_BTHN, q_BTHP = jnp.split(q, [self.latent.nope_dim], -1)

@@ -23,7 +23,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import Experts, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.expert_axis import over_experts
-from jaxllm.model.layers import ACTIVATIONS, MLP, Linear
+from jaxllm.model.layers import ACTIVATIONS, MLP, Linear, RMSNorm, unit_rms
 from jaxllm.model.routing import Routing, routing_of
 from jaxllm.ops.grouped import by_group, grouped, permuted
 from jaxllm.ops.matmul import product
@@ -39,6 +39,7 @@ DIMS: dict[str, tuple[str | None, ...]] = {
     **{f"{name}_a": (e, i, None) for name, (e, i, _) in MATRICES.items()},
     **{f"{name}_b": (e, None, o) for name, (e, _, o) in MATRICES.items()},
     "gate_up_a": (*UP[:2], None),
+    "scale": ("experts",),
 }
 
 
@@ -125,35 +126,50 @@ class MoE(nnx.Module):
             if experts.shared_gate
             else None
         )
-        self.cfg = cfg
+        norm = partial(RMSNorm, cfg, D, dtype=dtype)
+        if experts.branch:
+            self.norm, self.post_norm, self.shared_post_norm = norm(), norm(), norm()
+            self.router_scale = nnx.Param(jnp.ones(D, dtype), axes=("norm",))
+            self.scale = nnx.Param(jnp.ones(E, dtype), axes=("experts",))
+        self.cfg, self.branch = cfg, experts.branch
 
     def obstacle(self, blocks: int) -> str:
         """As `MLP.obstacle`: why the hidden features cannot be computed in blocks."""
         return OBSTACLE
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, Routing]:
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, stream_BTD: jax.Array
+    ) -> tuple[jax.Array, Routing]:
+        """(output [B, T, D], Routing). x: the residual stream after the norm of the MLP."""
         if ctx.mlp_blocks > 1:
             raise UserError(f"mlp_blocks {ctx.mlp_blocks} is not possible: {OBSTACLE}")
         bias = None if self.choice_bias is None else self.choice_bias[...]
+        read_BTD = routed_BTD = x_BTD
+        if self.branch:
+            scale = self.router_scale[...].astype(x_BTD.dtype) * x_BTD.shape[-1] ** -0.5
+            read_BTD = unit_rms(stream_BTD, self.cfg.norm_eps) * scale
+            routed_BTD = self.norm(stream_BTD)
         router_DE = self.router[...].astype(x_BTD.dtype)
-        logits_BTE = product(x_BTD, router_DE, (2, 0), jnp.float32)
+        logits_BTE = product(read_BTD, router_DE, (2, 0), jnp.float32)
         if self.router_bias is not None:
             logits_BTE = logits_BTE + self.router_bias[...].astype(jnp.float32)
         if self.router_lora is not None:
-            logits_BTE = self.router_lora(x_BTD, logits_BTE, None, ctx)
-        kernels = self.kernels(ctx)
-        y_BTD, chosen_BTC = over_mesh(partial(routed, self.cfg), x_BTD, logits_BTE, bias, kernels)
+            logits_BTE = self.router_lora(read_BTD, logits_BTE, None, ctx)
+        run, kernels = partial(routed, self.cfg), self.kernels(ctx)
+        y_BTD, chosen_BTC = over_mesh(run, routed_BTD, logits_BTE, bias, kernels)
         routing = routing_of(logits_BTE, chosen_BTC, ctx.segment_ids != 0)
         if self.shared is None:
             return y_BTD, routing
         shared_BTD = self.shared(x_BTD, ctx)
         if self.shared_gate is not None:
             shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
+        if self.branch:
+            y_BTD, shared_BTD = self.post_norm(y_BTD), self.shared_post_norm(shared_BTD)
         return y_BTD + shared_BTD, routing
 
     def kernels(self, ctx: Context) -> dict[str, Any]:
         """The weights of the experts, and A and B of LoRA, by their names in DIMS."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"scale": self.scale[...]} if self.branch else {}
         for name in ("gate", "up", "down"):
             part: Kernels = getattr(self, name)
             found[name] = part.kernel.get_value()
@@ -209,7 +225,10 @@ def expert_rows(
     inner = grouped(rows, kernels["gate_up_a"], sizes) if "gate_up_a" in kernels else None
     gate, up = linear(rows, "gate", inner), linear(rows, "up", inner)
     hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
-    return linear(hidden, "down")
+    y = linear(hidden, "down")
+    if (scale_E := kernels.get("scale")) is None:
+        return y
+    return (y * scale_E.astype(jnp.float32)[group][:, None]).astype(y.dtype)
 
 
 def clamped(gate: jax.Array, up: jax.Array, experts: Experts) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxllm.model.config import Rope
+from jaxllm.model.config import ModelConfig, Rope
 
 
 def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, float]:
@@ -24,10 +24,11 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
     `length` (tokens in the text or the cache) chooses between longrope's short and long factors
     (arXiv:2402.13753). linear: positions / factor. llama3: long wavelengths / factor, a ramp
     between. yarn (arXiv:2309.00071): the same by rotations over the original length. dynamic: those
-    of texts up to the original length; longer ones have `dynamic_frequencies`.
+    of texts up to the original length; longer ones have `dynamic_frequencies`. proportional: all
+    features are in pairs, and `partial` of these, the first, turn.
     Rounded to float32 where transformers rounds: a last bit here is an angle at far positions.
     """
-    rotated = int(head_dim * rope.partial)
+    rotated = head_dim if rope.kind == "proportional" else int(head_dim * rope.partial)
     exponent = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     base = (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
     inverse = 1 / base
@@ -56,6 +57,9 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
         stretched = length > rope.original_length
         factors = rope.long_factor if stretched else rope.short_factor
         inverse = 1 / (np.asarray(factors, np.float32) * base)
+    elif rope.kind == "proportional":
+        inverse[int(rope.partial * head_dim // 2) :] = 0
+        inverse = inverse / np.float32(rope.factor)
     assert inverse.dtype == np.float32
     return inverse, rope.mscale
 
@@ -107,6 +111,27 @@ def query_scale(rope: Rope, positions: jax.Array) -> jax.Array:
     """What queries at positions [B, T] are multiplied by, float32 [B, T, 1, 1]."""
     turns = jnp.floor(positions / max(rope.original_length, 1))
     return (1 + rope.query_beta * jnp.log1p(turns))[..., None, None]
+
+
+def rope_tables(
+    cfg: ModelConfig, segments: jax.Array, positions: jax.Array, slots: int | None
+) -> dict[int, list[jax.Array]]:
+    """`Context.rope_tables` of tokens [B, T]. slots: of the cache; None without one."""
+    lengths = text_lengths(segments, positions) if slots is None else None
+
+    def tables(head_dim: int) -> list[jax.Array]:
+        if slots is None:
+            found = [rope_table(rope, head_dim, positions, lengths) for rope in cfg.ropes]
+        else:
+            found = [cached_table(rope, head_dim, positions, slots) for rope in cfg.ropes]
+        if any(rope.query_beta for rope in cfg.ropes):
+            scales = [query_scale(rope, positions) for rope in cfg.ropes]
+            found = [(*table, scale) for table, scale in zip(found, scales, strict=True)]
+        if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
+            found.append((jnp.ones_like(found[0][0]), jnp.zeros_like(found[0][0])))
+        return [jnp.stack(x) for x in zip(*found, strict=True)]
+
+    return {dim: tables(dim) for dim in dict.fromkeys(cfg.of(kind).head_dim for kind in cfg.kinds)}
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "halves") -> jax.Array:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxllm.mesh import constrain, context_splits, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
-from jaxllm.model.cache import LayerCache, StateCache
+from jaxllm.model.cache import Kept, LayerCache, StateCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.moe import nothing_routed
@@ -88,28 +88,38 @@ class Scan:
     time of twelve stacks of one layer, in a fourth of their memory with remat.)
 
     blocks: of each stack, a Block whose weights have a leading dim R, or one Block per layer
-    (`unstack`). kinds: of each layer of each stack. dtype: of products. remat: a key of REMAT, or
+    (`unstack`). layers: of each stack. kinds: of each layer of each stack. dtype: of products. remat: a key of REMAT, or
     none. unroll: iterations of the scan that are one of the loop.
     """
 
     blocks: tuple[Any, ...]
+    layers: tuple[range, ...]
     kinds: tuple[tuple[LayerKind, ...], ...]
     dtype: Any
     remat: str = "none"
     unroll: int = 1
 
-    def __call__(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
-        """(x after the last layer, the new past of each stack, the Routing of each).
+    def __call__(
+        self, x_BTD: jax.Array, ctx: Context, pasts: Any
+    ) -> tuple[jax.Array, Any, Any, Context]:
+        """(x after the last layer, the new past of each stack, the Routing of each, the context of
+        the next scan).
 
         pasts: of each stack, a LayerCache, StateCache or VirtualTokens, stacked or as a tuple with
         one per layer; or None. A Routing is None without experts, and where layers are unstacked.
         """
         if isinstance(self.blocks[0], nnx.List):
-            return self.loop(x_BTD, ctx, pasts)
-        if isinstance(pasts[0], CACHES) or not context_splits(x_BTD.shape[1]):
-            return self.scan(x_BTD, ctx, pasts)
-        x_BTD, routings = self.over_context(x_BTD, ctx, pasts)
-        return x_BTD, (None,) * len(pasts), routings
+            run = self.loop
+        elif isinstance(pasts[0], CACHES) or not context_splits(x_BTD.shape[1]):
+            run = self.scan
+        else:
+            run = self.over_context
+        x_BTD, new, routings = run(x_BTD, ctx, pasts)
+        pasts, kept = list(new), dict(ctx.kept)
+        for place, (first, *_) in enumerate(self.kinds):
+            if first.keeps is not None:
+                pasts[place], kept[first.keeps] = Kept.split(new[place])
+        return x_BTD, tuple(pasts), routings, replace(ctx, kept=kept)
 
     def loop(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         def unstacked(past: Any) -> Any:
@@ -121,14 +131,17 @@ class Scan:
         pasts, new = [unstacked(past) for past in pasts], [[] for _ in pasts]
         for index, place in product(range(len(self.kinds[0])), range(len(pasts))):
             kind = self.kinds[place][index]
-            here = ctx.at_layer(index, _rope(kind), kind.window)
+            embeds = None if ctx.embeds is None else ctx.embeds[self.layers[place][index]]
+            here = ctx.at_layer(index, _rope(kind), kind.window, embeds)
             graph, weights = nnx.split(self.blocks[place][index])
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             x_BTD, past, _ = block(x_BTD, here, pasts[place][index])
             new[place].append(past)
         return x_BTD, tuple(map(tuple, new)), (None,) * len(pasts)
 
-    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
+    def over_context(
+        self, x_BTD: jax.Array, ctx: Context, past: Any
+    ) -> tuple[jax.Array, Any, Any]:
         """`scan` in a shard_map over the axis `context`: a device has a part of each row.
 
         So the gradient of a weight is scattered along fsdp before it is summed along context, where
@@ -167,7 +180,8 @@ class Scan:
             axis_names={"context"},
             check_vma=False,
         )
-        return mapped(tokens, ctx.rope_tables, shared)
+        x_BTD, routings = mapped(tokens, ctx.rope_tables, shared)
+        return x_BTD, (None,) * len(past), routings
 
     def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         graphs, weights = zip(*map(nnx.split, self.blocks), strict=True)
@@ -177,10 +191,10 @@ class Scan:
         period = [self.layer(*pair, ctx, decoding) for pair in pairs]
 
         def body(carry, inputs):
-            (x_BTD, totals), (weights, index, pasts) = carry, inputs
+            (x_BTD, totals), (index, *by_stack) = carry, inputs
             sums, new, loads = [], [], []
-            for layer, own, past, total in zip(period, weights, pasts, totals, strict=True):
-                x_BTD, after, routing = layer(x_BTD, own, index, past)
+            for layer, total, *own in zip(period, totals, *by_stack, strict=True):
+                x_BTD, after, routing = layer(x_BTD, index, *own)
                 new.append(after)
                 # Outside of jax.checkpoint, which would store the sums.
                 routed = routing and replace(routing, load=None)
@@ -188,7 +202,11 @@ class Scan:
                 loads.append(routing and routing.load)
             return (x_BTD, tuple(sums)), (tuple(new), tuple(loads))
 
-        inputs = weights, jnp.arange(len(self.kinds[0])), pasts
+        embeds = tuple(
+            None if ctx.embeds is None else ctx.embeds[at.start : at.stop : at.step]
+            for at in self.layers
+        )
+        inputs = jnp.arange(len(self.kinds[0])), weights, pasts, embeds
         start = x_BTD, tuple(nothing_routed(block.mlp, x_BTD) for block in self.blocks)
         (x_BTD, totals), (new, loads) = lax.scan(body, start, inputs, unroll=self.unroll)
         pairs = zip(totals, loads, strict=True)
@@ -197,16 +215,17 @@ class Scan:
     def layer(
         self, graph: Any, weights: Any, kinds: tuple[LayerKind, ...], ctx: Context, decoding: bool
     ) -> Callable[..., tuple[jax.Array, Any, Any]]:
-        """(x_BTD, a layer's weights, its index, its past) -> (x_BTD, its new past, its Routing),
-        for the layers of a stack with `weights`. decoding: there is no backward pass."""
+        """(x_BTD, a layer's index, its weights, its past, its embeddings) -> (x_BTD, its new past,
+        its Routing), for the layers of a stack with `weights`. decoding: there is no backward
+        pass."""
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
         ropes, windows = [_rope(kind) for kind in kinds], [kind.window for kind in kinds]
         if any(windows):
             windows = [UNBOUNDED if window is None else window for window in windows]
 
-        def layer(x_BTD, weights, index, past):
+        def layer(x_BTD, index, weights, past, embeds):
             x_BTD = saveable(x_BTD, "layer")
-            here = ctx.at_layer(index, _select(ropes, index), _select(windows, index))
+            here = ctx.at_layer(index, _select(ropes, index), _select(windows, index), embeds)
             block = nnx.merge(graph, gathered_layer(weights, self.dtype, skip))
             return block(x_BTD, here, past)
 
@@ -252,7 +271,7 @@ def unstack(model: Any) -> Any:
         graph, stacked = nnx.split(getattr(model, name))
         blocks = [nnx.merge(graph, converted(stacked, i)) for i in range(len(layers))]
         setattr(model, name, nnx.List(blocks))
-    for name in ("embed", "head"):
+    for name in ("embed", "layer_embeds", "head"):
         if (module := getattr(model, name)) is not None:
             graph, state = nnx.split(module)
             setattr(model, name, nnx.merge(graph, converted(state)))

@@ -18,11 +18,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any
 
 from jaxllm.errors import UserError, seen
-from jaxllm.model.config import Delta, Experts, Latent, ModelConfig, check_numbers
+from jaxllm.model.config import (
+    Delta,
+    Experts,
+    Latent,
+    LayerEmbeds,
+    ModelConfig,
+    check_numbers,
+)
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
 from jaxllm.model.families.table import FAMILIES, MISSING, Family
@@ -39,6 +45,7 @@ from jaxllm.untrusted import odd_values
 
 # How transformers' names of a language model and of a reward model end.
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+GROUPS = {"experts": Experts, "latent": Latent, "delta": Delta, "layer_embeds": LayerEmbeds}
 # Limits of counts, by which tables are made before the weights are compared.
 LIMITS = {"num_hidden_layers": 10_000}
 
@@ -83,8 +90,6 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     family = _family(config)
     if config.get("quantization_config"):
         raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
-    if config.get("is_causal") is False:
-        raise UserError("is_causal is false; only causal attention is supported")
     keep = copy.deepcopy(config)  # transformers writes into nested dicts
     keep.pop(WRAPPER, None)
     kind = keep.pop("model_type")
@@ -99,6 +104,8 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         c["model_type"] = family_of(config)
+    if c.get("is_causal") is False:
+        raise UserError("is_causal is false; only causal attention is supported")
     wrapper = WRAPPERS.get(wrapper_of(config))
     c |= wrapper.implied if wrapper else {}
     for key, reason in (family.refused | (wrapper.refused if wrapper else {})).items():
@@ -150,10 +157,11 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
             raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
         values |= kind | family.fixed | read_layers(c)
-        for name, group in {"experts": Experts, "latent": Latent, "delta": Delta}.items():
+        for name, group in GROUPS.items():
             dotted = [key for key in values if key.startswith(f"{name}.")]
             parts = {key.partition(".")[2]: values.pop(key) for key in dotted}
-            values |= {name: group(**parts)} if parts else {}
+            # A model of a family that may have the group lacks it if a part is missing.
+            values |= {name: group(**parts)} if parts and None not in parts.values() else {}
         cfg = ModelConfig(**values)
     check_numbers(cfg, {o.field.rpartition(".")[2]: o.key for o in family.every_option()})
     if cfg.num_heads % cfg.num_kv_heads:
@@ -189,7 +197,10 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     family = _family({"model_type": cfg.family})
     config: dict[str, Any] = {}
     for o in family.every_option():
-        config[o.key] = o.write(*o.arguments(attrgetter(o.field)(cfg), config))
+        name, _, part = o.field.partition(".")
+        value = getattr(cfg, name)
+        value = getattr(value, part) if part and value is not None else value
+        config[o.key] = o.write(*o.arguments(value, config))
     config |= write_layers(cfg)
     if cfg.wrapper:
         texts = WRAPPERS[cfg.wrapper].texts

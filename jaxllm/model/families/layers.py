@@ -33,12 +33,15 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
         rotated = [kind == "sliding_attention" for kind in types]
     layers = [
         LayerKind(
+            **own,
             rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else None,
             window=window if kind == "sliding_attention" else None,
             dense=dense,
             mixer="delta" if kind == DELTA else "attention",
         )
-        for kind, uses_rope, dense in zip(types, rotated, _read_dense(c), strict=True)
+        for kind, uses_rope, dense, own in zip(
+            types, rotated, _read_dense(c), _read_shapes(c, types), strict=True
+        )
     ]
     kinds = tuple(dict.fromkeys(layers))
     index = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
@@ -78,6 +81,49 @@ def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
     return {}
 
 
+# Sizes of a layer -> their keys in HF's config, of all layers and of full ones.
+SIZES = {
+    "head_dim": ("head_dim", "global_head_dim"),
+    "num_kv_heads": ("num_key_value_heads", "num_global_key_value_heads"),
+}
+
+
+def _read_shapes(c: dict[str, Any], types: list[str]) -> list[dict[str, Any]]:
+    """The sizes of each layer that differ from the model's, and whose keys and values it uses."""
+    if not FAMILIES[c["model_type"]].shapes_by_layer:
+        return [{} for _ in types]
+    first = len(types) - c["num_kv_shared_layers"]  # of those without keys and values
+    last = {kind: i for i, kind in enumerate(types[:first]) if kind in types[first:]}
+    wide = 2 * c["intermediate_size"] if c["use_double_wide_mlp"] else None
+    layers: list[dict[str, Any]] = []
+    for i, kind in enumerate(types):
+        listed = c["per_layer_config"].get(str(i), {})
+        if strange := listed.keys() - {key for key, _ in SIZES.values()}:
+            raise UserError(f"per_layer_config of {', '.join(sorted(strange))} is not supported")
+        sizes = {size: listed.get(key, c[key]) for size, (key, _) in SIZES.items()}
+        own = {size: n if n != c[SIZES[size][0]] else None for size, n in sizes.items()}
+        if i >= first:
+            if kind not in last:
+                raise UserError(f"num_kv_shared_layers leaves no {kind} layer its keys and values")
+            own |= {"uses": last[kind], "intermediate_size": wide}
+        else:
+            own["values_from_keys"] = bool(c["attention_k_eq_v"]) and kind == "full_attention"
+            own["keeps"] = i if last.get(kind) == i else None
+        layers.append(own)
+    return layers
+
+
+def _write_shapes(cfg: ModelConfig) -> dict[str, Any]:
+    layers = cfg.kinds_by_layer
+    full = next((kind for kind in layers if kind.window is None), LayerKind())
+    config = {key: getattr(cfg.of(full), size) for size, (_, key) in SIZES.items()}
+    return config | {
+        "attention_k_eq_v": any(kind.values_from_keys for kind in layers),
+        "num_kv_shared_layers": sum(kind.uses is not None for kind in layers),
+        "use_double_wide_mlp": any(kind.intermediate_size is not None for kind in layers),
+    }
+
+
 def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[cfg.family]
     layers = cfg.kinds_by_layer
@@ -102,6 +148,8 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     config |= _write_dense(family, [kind.dense for kind in layers])
     if family.nope == "listed":
         config["no_rope_layers"] = [int(kind.rope is not None) for kind in layers]
+    if family.shapes_by_layer:
+        config |= _write_shapes(cfg)
     if family.rope_by_type:
         by_type = {n: cfg.ropes[kind.rope or 0] for n, kind in zip(types, layers, strict=True)}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}

@@ -116,6 +116,41 @@ GEMMA2 = (
     ),
     _softcap("logit_softcap", "final_logit_softcapping"),
 )
+GEMMA4 = (
+    *GEMMA,
+    _activation_under("hidden_activation"),
+    _softcap("logit_softcap", "final_logit_softcapping"),
+    Option(
+        "layer_embeds.size",
+        "hidden_size_per_layer_input",
+        lambda size: size or None,
+        lambda size: size or 0,
+    ),
+    Option(
+        "layer_embeds.vocab_size",
+        "vocab_size_per_layer_input",
+        lambda count, _: count,
+        lambda count, tokens: count or tokens,
+        beside="vocab_size",
+    ),
+    Option("experts", "enable_moe_block", lambda _: None, lambda group: group is not None),
+    Option(
+        "experts.count",
+        "num_experts",
+        lambda count, enabled: count if enabled else None,
+        lambda count, _: count,
+        beside="enable_moe_block",
+    ),
+    Option("experts.top_k", "top_k_experts"),
+    Option("experts.size", "moe_intermediate_size"),
+    Option(
+        "experts.shared_size",
+        "intermediate_size",
+        lambda size, _: size,
+        lambda _, size: size,
+        beside="intermediate_size",
+    ),
+)
 ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
 GRANITE = (
     Option("embed_scale", "embedding_multiplier"),

@@ -14,6 +14,7 @@ from jaxllm.model.families.table import FAMILIES, Family
 ROPE_KEYS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
+    "proportional": {"factor": "factor", "partial": "partial_rotary_factor"},
     "dynamic": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
@@ -70,14 +71,14 @@ def read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
         raise UserError(f"rope_type {seen(kind)} is not supported; known: {', '.join(ROPE_KEYS)}")
     partial = p.get("partial_rotary_factor")
     partial = 1.0 if partial is None else float(partial)
-    if partial != 1.0 and not family.partial_rope:
+    if partial != 1.0 and not (family.partial_rope or kind == "proportional"):
         raise UserError(f"partial_rotary_factor {partial} is not supported for {c['model_type']}")
     p = dict(p)
     if kind in ("yarn", "longrope") and p.get("attention_factor") is None:
         p["attention_factor"] = _stretch_scale(p, c["max_position_embeddings"])
     if kind == "yarn" and p.get("factor") is None:
         p["factor"] = c["max_position_embeddings"] / p["original_max_position_embeddings"]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"partial": partial}
     if family.static_ntk and kind == "dynamic" and (alpha := p.get("alpha")):
         # A fixed stretch of the base, whatever the length of a text.
         dim = c["head_dim"]
@@ -91,7 +92,7 @@ def read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
         value = p.get(key)
         if value is not None:  # absent or null: Rope's default is transformers'
             values[name] = tuple(map(float, value)) if isinstance(value, list) else value
-    return Rope(theta=float(p["rope_theta"]), kind=kind, partial=partial, **values)
+    return Rope(theta=float(p["rope_theta"]), kind=kind, **values)
 
 
 def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
-    if c["model_type"] == "mellum":  # whose class in transformers reads no other spelling
+    if c["model_type"] in ("mellum", "gemma4_text"):  # which transformers reads in no other
         return {"rope_parameters": nested}
     p = nested["full_attention"]
     keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}

@@ -17,6 +17,7 @@ from jaxllm.model.families.options import (
     DELTA,
     GEMMA,
     GEMMA2,
+    GEMMA4,
     GRANITE,
     INTERLEAVED,
     LATENT,
@@ -52,12 +53,15 @@ class Family:
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
       that see all keys while others have a window ("full").
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
+    shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
+      layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
+      and values of the last layer of their type before them.
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
       "experts" if those of all experts are one tensor, columns of gate and up in turn,
-      "expert_halves" if all columns of gate come first.
+      "expert_halves" if all columns of gate come first, "expert_rows" if these are rows.
     modules: HF names of modules that are named otherwise than in Llama.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
       (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.
@@ -73,6 +77,7 @@ class Family:
     dense: Literal["none", "first", "steps", "interval", "typed"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
+    shapes_by_layer: bool = False
     partial_rope: bool = False
     static_ntk: bool = False
     scaled_queries: bool = False
@@ -105,6 +110,9 @@ _HUNYUAN = {
     "attn.k_norm": "self_attn.key_layernorm",
     "mlp.router": "mlp.gate.wg",
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
+_GEMMA4 = {"mlp.router": "router.proj", "mlp.experts": "experts"} | {
+    f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")
+}
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
 _SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
@@ -129,6 +137,20 @@ FAMILIES: dict[str, Family] = {
         rope_by_type=True,
         refused=_CAUSAL
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
+    ),
+    "gemma4_text": Family(
+        "Gemma4",
+        {
+            **{"norm_placement": "sandwich", "qk_norm": "head", "value_norm": True},
+            **{"query_scale": 1.0, "layer_scale": True, "experts.branch": True},
+        },
+        GEMMA4,
+        window="typed",
+        rope_by_type=True,
+        shapes_by_layer=True,
+        fused=("expert_rows",),
+        modules=_GEMMA4,
+        scores_as=None,
     ),
     "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
     "olmo3": Family(
@@ -401,7 +423,7 @@ MISSING = {
         *("zamba", "zamba2", "falcon_mamba"),
     ),
     "short convolutions": ("lfm2", "lfm2_moe"),
-    "per-layer embeddings": ("gemma3n_text", "gemma4_text"),
+    "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
     "chunked attention": ("llama4_text",),
 }

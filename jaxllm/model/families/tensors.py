@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from jaxllm.model.config import Delta, ModelConfig
+from jaxllm.model.config import Delta, LayerKind, ModelConfig
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.wrappers import WRAPPERS, root_of
 
@@ -85,12 +85,28 @@ NORMS: dict[str, dict[str, str]] = {
 }
 
 
+BRANCH = {  # of `Experts.branch`
+    "norm.scale": "pre_feedforward_layernorm_2.weight",
+    "post_norm.scale": "post_feedforward_layernorm_2.weight",
+    "shared_post_norm.scale": "post_feedforward_layernorm_1.weight",
+    "router_scale": "router.scale",
+    "scale": "router.per_expert_scale",
+}
+
+
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
-    keys = [Key("embed.embedding", embed_name(cfg.wrapper))]
+    keys, root = [Key("embed.embedding", embed_name(cfg.wrapper))], root_of(cfg.wrapper)
+    if cfg.layer_embeds is not None:
+        projection = f"{root}per_layer_model_projection.weight"
+        keys += [
+            Key("layer_embeds.table.embedding", f"{root}embed_tokens_per_layer.weight"),
+            Key("layer_embeds.project.kernel", projection, True),
+            Key("layer_embeds.norm.scale", f"{root}per_layer_projection_norm.weight"),
+        ]
     for stack in cfg.stacks:
         keys += _stack_keys(cfg, stack)
-    keys += _norm_keys(cfg, "norm", root_of(cfg.wrapper) + "norm")
+    keys += _norm_keys(cfg, "norm", root + "norm")
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
@@ -124,14 +140,22 @@ def _delta_keys(delta: Delta, path: str, name: str) -> list[Key]:
     ]
 
 
+def _attention_parts(kind: LayerKind) -> str:
+    """The projections that such a layer has before its attention."""
+    if kind.uses is not None:
+        return "q"
+    return "qk" if kind.values_from_keys else "qkv"
+
+
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
+    kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
+    cfg = cfg.of(kind)
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     family, keys = FAMILIES[cfg.family], list[Key]()
     fused = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
     fused = fused or family.fused
     layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
-    kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
     def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
         name = family.modules.get(path, name)
@@ -155,7 +179,7 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         for part, outputs in ends:
             linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
     else:
-        for part in "qkv":
+        for part in _attention_parts(kind):
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
     experts = None if kind.dense else cfg.experts
     if experts is not None:
@@ -171,20 +195,23 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         F, columns = experts.size, dict[str, range | None]()
         if "experts" in fused:
             columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
-        elif "expert_halves" in fused:
+        elif "expert_halves" in fused or "expert_rows" in fused:
             columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
         for part in ("gate", "up", "down") if not columns else ():
             linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
         for part, outputs in columns.items():  # [experts, in, out]
-            name = f"{layer}mlp.experts." + ("gate_up_proj" if outputs else "down_proj")
-            either = "expert_halves" in fused
-            keys.append(Key(f"{stack}.mlp.{part}.kernel", name, part=outputs, either=either))
+            name = layer + family.modules.get("mlp.experts", "mlp.experts")
+            name += ".gate_up_proj" if outputs else ".down_proj"
+            either, rows = "expert_halves" in fused, "expert_rows" in fused
+            keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
             if experts.bias:
                 keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
         for part in ("gate", "up", "down") if experts.shared_size else ():
             linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
         if experts.shared_gate:
             linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
+        for ours, name in BRANCH.items() if experts.branch else ():
+            keys.append(Key(f"{stack}.mlp.{ours}", layer + name))
     elif "gate_up" in fused:
         for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
             linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
@@ -198,9 +225,15 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
     if cfg.qk_norm != "none" and attends:
-        for part in ("q_norm", "k_norm"):
+        for part in ("q_norm", "k_norm") if kind.uses is None else ("q_norm",):
             name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
             keys.append(Key(f"{stack}.attn.{part}.scale", f"{layer}{name}.weight"))
+    if cfg.layer_embeds is not None:
+        linear("embed.gate", "per_layer_input_gate", False)
+        linear("embed.up", "per_layer_projection", False)
+        keys += _norm_keys(cfg, f"{stack}.embed.norm", f"{layer}post_per_layer_input_norm")
+    if cfg.layer_scale:
+        keys.append(Key(f"{stack}.scalar", f"{layer}layer_scalar"))
     for ours, name in NORMS[cfg.norm_placement].items():
         keys += _norm_keys(cfg, f"{stack}.{ours}", layer + family.modules.get(ours, name))
     return keys
