@@ -58,6 +58,7 @@ GLM4_MOE = dict(
 )
 GEMMA = dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=5)
 GEMMA4: dict[str, Any] = dict(
+    rms_norm_eps=1e-2,  # a smaller one magnifies the roundings of small sums
     head_dim=12,
     global_head_dim=16,
     sliding_window=5,
@@ -195,7 +196,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             layer_types=[SLIDING, SLIDING, FULL] * 2,
             num_kv_shared_layers=3,
             use_double_wide_mlp=True,
-            hidden_size_per_layer_input=10,
+            hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=V,
             final_logit_softcapping=8.0,
         ),
