@@ -253,7 +253,8 @@ def load_hf(
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
         locations.setdefault(HEAD, locations[embed])
     mtp = passthrough.mtp_names(locations, cfg, config)
-    _check_names(folder, cfg, set(locations) - mtp, scheme)
+    unread = passthrough.unread_names(locations, cfg)
+    _check_names(folder, cfg, set(locations) - mtp - unread, scheme)
     passthrough.check_unused(folder, cfg, config, scheme, mtp)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
     for which, files in enumerate(saved.values()):

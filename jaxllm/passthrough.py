@@ -3,6 +3,8 @@
 
     of a multimodal model         all but its language model: the vision tower and the like
     of multi-token prediction     `Family.mtp`: layers or modules that predict further tokens
+    of keys and values            in layers that use those of others; a model without a wrapper is
+                                  saved without them, as by transformers
 
 They are never loaded. An export reads one after the other, and writes its bytes in the dtype and
 under the name that it has. A quantized one is dequantized as weights are, and written in the dtype
@@ -55,6 +57,16 @@ def mtp_names(names: Iterable[str], cfg: ModelConfig, config: dict[str, Any]) ->
     return {n for n in names if (found := pattern.match(n)) and int(found[1]) in layers}
 
 
+def unread_names(names: Iterable[str], cfg: ModelConfig) -> set[str]:
+    """The names of what makes keys and values in layers that use those of others."""
+    starts = tuple(
+        f"{root_of(cfg.wrapper)}layers.{layer}.self_attn.{part}_"
+        for layer, kind in enumerate(cfg.kinds_by_layer)
+        for part in ("kv" if kind.uses is not None else "")
+    )
+    return {name for name in names if name.startswith(starts)}
+
+
 def unused_tensors(
     folder: Path, cfg: ModelConfig, config: dict[str, Any], scheme: fp8.Fp8 | None
 ) -> list[Tensor]:
@@ -64,9 +76,10 @@ def unused_tensors(
     """
     places = fp8.located(tensor_files(folder), scheme)
     modules = {name: module_name(name, cfg.wrapper) for name in places}
-    mtp = set() if cfg.scores else mtp_names(modules.values(), cfg, config)
+    own = set() if cfg.scores else mtp_names(modules.values(), cfg, config)
+    own |= unread_names(modules.values(), cfg)
     unused = {
-        n for n, module in modules.items() if module in mtp or not is_text(module, cfg.wrapper)
+        n for n, module in modules.items() if module in own or not is_text(module, cfg.wrapper)
     }
     return [_copied(places, name, scheme) for name in sorted(fp8.without_scales(unused, scheme))]
 

@@ -330,7 +330,8 @@ def step_flops(program: Program) -> tuple[float, float]:
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:
         # Gate and up. Elsewhere the policy of the layers decides what is saved.
-        again += 4 * shape.num_layers * shape.hidden_size * shape.intermediate_size
+        sizes = (shape.of(kind).intermediate_size for kind in shape.kinds_by_layer)
+        again += 4 * shape.hidden_size * sum(sizes)
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
     # `cross_entropy` computes logits once, `token_logps` twice if the head is trained.
     kernel = "embed" if program.policy.head is None else "head"

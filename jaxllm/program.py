@@ -31,9 +31,9 @@ from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
-from jaxllm.model.delta import OBSTACLE
 from jaxllm.model.families import from_hf, normalised
 from jaxllm.model.parts import record_shapes
+from jaxllm.model.stack import context_obstacle
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
 from jaxllm.ops import attention
@@ -128,14 +128,16 @@ class Program:
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
-        facts |= {"sinks": self.shape.sinks, "head_dims": self.shape.attention_dims}
+        facts |= {"sinks": self.shape.sinks}
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
         windows = [{kinds[layer].window for layer in layers} for layers in stacks]
         facts["mixed_windows"] = any(len(some) > 1 for some in windows)
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
+        dims = dict.fromkeys(self.shape.of(kind).attention_dims for kind in self.shape.kinds)
+        kernel = partial(attention.notes, self.mesh, self.cfg.model.attention, **facts)
         return [
-            *attention.notes(self.mesh, self.cfg.model.attention, **facts),
+            *dict.fromkeys(line for some in dims for line in kernel(head_dims=some)),
             *replicated(self.mesh, weights, drop="" if self.cfg.mesh.zero else "fsdp"),
             *self.adapter.summary(self.policy),
         ]
@@ -273,8 +275,8 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
             obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
         for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
-    if shape.delta is not None and mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {OBSTACLE}")
+    if mesh.shape["context"] > 1 and (obstacle := context_obstacle(shape)):
+        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {obstacle}")
     if program.row_length % mesh.shape["context"]:
         raise UserError(
             f"rows of {program.row_length} tokens do not divide by mesh.context "

@@ -55,6 +55,8 @@ from jaxllm.sampling import Sampling, generate
 # Ids of images lie beyond the vocabulary, so that every token is text.
 VISION = dict(hidden_size=16, intermediate_size=20, image_size=28, patch_size=7)
 HEADS = dict(num_hidden_layers=2, num_attention_heads=2)
+GEMMA4_VISION = VISION | HEADS | dict(head_dim=8, num_key_value_heads=2, pooling_kernel_size=2)
+GEMMA4_VISION |= dict(position_embedding_size=16)
 QWEN_VISION = dict(depth=2, num_heads=2, hidden_size=16, intermediate_size=20, out_hidden_size=32)
 YARN = CASES["ministral3"][1]
 SECTIONS = dict(rope_type="default", rope_theta=500.0)
@@ -65,6 +67,25 @@ MODELS: dict[str, dict[str, Any]] = {
         vision_config=VISION | HEADS | dict(model_type="siglip_vision_model"),
         mm_tokens_per_image=4,
         **dict(image_token_index=140, boi_token_index=141, eoi_token_index=142),
+    ),
+    "gemma4": dict(
+        model_type="gemma4",
+        text_config=SHAPE | CASES["gemma4_text"][1] | dict(pad_token_id=0),
+        vision_config=GEMMA4_VISION,
+        audio_config=None,
+        **dict(image_token_id=140, video_token_id=141, audio_token_id=142),
+    ),
+    "gemma4_unified": dict(
+        model_type="gemma4_unified",
+        text_config={
+            key: value
+            for key, value in (SHAPE | CASES["gemma4_text values from keys"][1]).items()
+            if "per_layer_input" not in key
+        }
+        | dict(pad_token_id=0),
+        vision_config=dict(mm_embed_dim=32, mm_posemb_size=8, output_proj_dims=32),
+        audio_config=dict(audio_embed_dim=16),
+        **dict(image_token_id=140, video_token_id=141, audio_token_id=142),
     ),
     "mistral3": dict(
         model_type="mistral3",

@@ -18,12 +18,14 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxllm.errors import UserError
 from jaxllm.mesh import constrain, context_splits, manual_rows
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import Kept, LayerCache, StateCache
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.delta import OBSTACLE
 from jaxllm.model.moe import nothing_routed
 from jaxllm.model.parts import gathered_layer, is_variable, narrowed, shapes_here, shapes_of
 from jaxllm.ops.decoding import kernel_for_decoding
@@ -62,6 +64,20 @@ def _activations(weights: Any) -> Any:
 
 CACHES = LayerCache, StateCache
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
+
+
+WHOLE_ROWS = (
+    "layers that use the keys of others or embeddings of their own need each row whole on one "
+    "device; set it to 1"
+)
+
+
+def context_obstacle(cfg: ModelConfig) -> str:
+    """Why the mesh axis `context` cannot split rows; empty if it can."""
+    if cfg.delta is not None:
+        return OBSTACLE
+    uses = any(kind.uses is not None for kind in cfg.kinds)
+    return WHOLE_ROWS if uses or cfg.layer_embeds is not None else ""
 
 
 def make_stack(cfg: ModelConfig, name: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs) -> Block:
@@ -147,6 +163,8 @@ class Scan:
         So the gradient of a weight is scattered along fsdp before it is summed along context, where
         XLA's partitioner would first all-reduce the whole of it.
         """
+        if ctx.embeds is not None or any(kinds[0].keeps is not None for kinds in self.kinds):
+            raise UserError(f"mesh.context is not possible: {WHOLE_ROWS}")
         graph, weights = nnx.split(self.blocks)
         prefix = None if ctx.key_segment_ids is None else ctx.key_segment_ids[:, : ctx.offset]
         tokens = (x_BTD, ctx.segment_ids, ctx.positions)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxllm.config import TrainConfig
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.delta import products
 from jaxllm.topologies import chip_of
 
@@ -33,33 +33,43 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     (`delta.products`). Packed rows are counted as one document, although segments do less. A reward
     model's head reads one token per text and counts as 0.
     """
-    (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
-    if (latent := model.latent) is None:
-        queries = H * QK * (1 + model.output_gate)
-        attention = D * (queries + H * V + model.num_kv_heads * (QK + V))
-    else:  # the products with low-rank weights, and of latents with those that expand them
-        attention = latent.q_rank * D + (latent.q_rank or D) * H * QK
-        attention += D * (latent.kv_rank + model.head_dim) + H * V * D
-        attention += latent.kv_rank * H * (latent.nope_dim + V)
-    dense = mlp = (3 if model.gated_mlp else 2) * model.intermediate_size
+    D, H = model.hidden_size, model.num_heads
+    routed = 0
     if (experts := model.experts) is not None:  # those that a token passes, and the router
-        mlp = 3 * (experts.top_k * experts.size + experts.shared_size)
-        mlp += experts.count + experts.shared_gate
-    # Summed over layers: of a token, the keys of a query on average, and FLOPs of delta nets.
-    weights = keys = state = 0.0
+        routed = 3 * (experts.top_k * experts.size + experts.shared_size)
+        routed += experts.count + experts.shared_gate
+    # Of a token, summed over layers: products with weights, and FLOPs of attention and delta nets.
+    weights = products_of_keys = state = 0.0
     for kind in model.kinds_by_layer:
-        weights += D * (dense if kind.dense else mlp)
+        layer = model.of(kind)
+        dense = (3 if model.gated_mlp else 2) * layer.intermediate_size
+        weights += D * (dense if kind.dense or experts is None else routed)
+        if model.layer_embeds is not None:  # of its gate, up, and part of the projection
+            weights += 3 * D * model.layer_embeds.size
         if kind.mixer == "delta" and (delta := model.delta) is not None:
             values = delta.value_heads * delta.value_dim
             weights += D * (2 * delta.key_heads * delta.key_dim + 3 * values)
             weights += 2 * D * delta.value_heads
             state += products(delta, length)
             continue
-        weights += attention
+        weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)
-        keys += window - window * (window - 1) / (2 * length)
+        keys = window - window * (window - 1) / (2 * length)  # of a query, on average
+        products_of_keys += sum(layer.attention_dims) * keys
     head = 0 if model.scores else D * model.vocab_size
-    return 2 * weights, 2 * H * (QK + V) * keys + state, 2 * head
+    return 2 * weights, 2 * H * products_of_keys + state, 2 * head
+
+
+def _attention_weights(model: ModelConfig, kind: LayerKind) -> int:
+    """Weights of a layer's attention; `model` has the sizes of its kind."""
+    (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
+    if (latent := model.latent) is None:
+        own = (QK + V * (not kind.values_from_keys)) * (kind.uses is None)
+        return D * (H * QK * (1 + model.output_gate) + H * V + model.num_kv_heads * own)
+    # The products with low-rank weights, and of latents with those that expand them.
+    weights = latent.q_rank * D + (latent.q_rank or D) * H * QK
+    weights += D * (latent.kv_rank + model.head_dim) + H * V * D
+    return weights + latent.kv_rank * H * (latent.nope_dim + V)
 
 
 def run_flops(

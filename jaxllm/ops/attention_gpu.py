@@ -24,6 +24,7 @@ from jaxllm.ops.residuals import saveable
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
 # `run` imports private modules, so a version counts only once benchmarks/gpu.py has passed with it.
 TOKAMAX_VERSIONS = ("0.0.17",)
+MOST_FEATURES = 256  # of a head, for which the kernels were tried
 
 
 def mosaic_unproven() -> str:
@@ -60,6 +61,8 @@ def obstacle(
         return f"it needs model.compute_dtype bfloat16, not {jnp.dtype(dtype)}"
     if softcap and not soft_caps:
         return "it has no soft cap, and this model has one"
+    if max(head_dims) > MOST_FEATURES:
+        return f"head_dim is {max(head_dims)}, over the {MOST_FEATURES} that it was tried with"
     if head_dims[0] != head_dims[1]:
         return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
     if sinks:

@@ -23,7 +23,8 @@ ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
 UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text")
-LINEAR_ROUTER = ".wg"  # the router's name where it is a Linear in transformers 5 too
+# The router's names where it is a Linear in transformers 5 too.
+LINEAR_ROUTER = (".wg", ".router.proj")
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
 
 
@@ -90,14 +91,18 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
             fused = module.rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
             path = f"{path.rpartition('.')[0]}.{fused}"
         routed = ".experts." in key.name or leaf == "router"
-        if key.path in score_paths(cfg) or (routed and not fuses_experts(cfg)):
+        linear_router = leaf == "router" and module.endswith(LINEAR_ROUTER)
+        if key.path in score_paths(cfg):
+            continue
+        if routed and not linear_router and not fuses_experts(cfg):
             continue
         shared = cfg.experts is not None and cfg.experts.shared_size > 0
-        if routed and shared and not module.endswith(LINEAR_ROUTER):
+        if routed and shared and not linear_router:
             continue
         if converted and not routed and module.endswith(CONVERTED):
             continue
-        if leaf in ("kernel", "embedding", "router"):
+        table = leaf == "embedding" and path != EMBED  # of the layers
+        if leaf in ("kernel", "embedding", "router") and not table:
             modules[key.path + "_lora" if leaf == "router" else path] = module
     return modules
 

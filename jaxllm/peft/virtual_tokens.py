@@ -49,6 +49,11 @@ class VirtualTokens(PeftAdapter):
                 f"peft.method {cls.method} adds keys and values before each text, which the delta "
                 "nets of this model do not have; use method lora"
             )
+        if len({(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}) > 1:
+            raise UserError(
+                f"peft.method {cls.method} adds keys and values of one shape to every layer, and the "
+                "layers of this model differ in these; use method lora"
+            )
         if length >= cfg.max_positions:
             raise UserError(
                 f"peft.num_virtual_tokens {length} leaves nothing of the model's "

@@ -200,6 +200,52 @@ SMOLLM3_3B = dict(
     use_sliding_window=False,
     vocab_size=128256,
 )
+GEMMA_4_E2B = dict(
+    model_type="gemma4_text",
+    final_logit_softcapping=30.0,
+    global_head_dim=512,
+    head_dim=256,
+    hidden_size=1536,
+    hidden_size_per_layer_input=256,
+    intermediate_size=6144,
+    layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
+    num_attention_heads=8,
+    num_hidden_layers=35,
+    num_key_value_heads=1,
+    num_kv_shared_layers=20,
+    sliding_window=512,
+    use_double_wide_mlp=True,
+    vocab_size=262144,
+)
+GEMMA_4_31B = dict(
+    model_type="gemma4_text",
+    attention_k_eq_v=True,
+    final_logit_softcapping=30.0,
+    global_head_dim=512,
+    head_dim=256,
+    hidden_size=5376,
+    hidden_size_per_layer_input=0,
+    intermediate_size=21504,
+    num_attention_heads=32,
+    num_global_key_value_heads=4,
+    num_hidden_layers=60,
+    num_key_value_heads=16,
+    sliding_window=1024,
+    use_bidirectional_attention="vision",
+    vocab_size=262144,
+)
+GEMMA_4_26B_A4B = GEMMA_4_31B | dict(
+    enable_moe_block=True,
+    hidden_size=2816,
+    intermediate_size=2112,
+    moe_intermediate_size=704,
+    num_attention_heads=16,
+    num_experts=128,
+    num_global_key_value_heads=2,
+    num_hidden_layers=30,
+    num_key_value_heads=8,
+    top_k_experts=8,
+)
 QWEN3_30B_A3B = dict(
     model_type="qwen3_moe",
     attention_bias=False,
@@ -644,7 +690,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         (
             "gemma3n",
             {"text_config": {"model_type": "gemma3n_text"}},
-            "of model_type 'gemma3n_text', which is not supported: it needs per-layer embeddings",
+            "of model_type 'gemma3n_text', which is not supported: it needs alternating updates",
         ),
         ("llava", {"text_config": {"model_type": ["a"]}}, r"model_type \['a'\], which is not supp"),
         ("gemma3", {}, "the config of a gemma3 model has no text_config"),
@@ -680,8 +726,8 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; known: silu"),
         (
             "llama",
-            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
-            "'proportional' is not supported; known: default, linear",
+            {"rope_scaling": {"rope_type": "axial", "factor": 2.0}},
+            "'axial' is not supported; known: default, linear",
         ),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "llama model.*high_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
@@ -690,6 +736,13 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         ("llama", {"quantization_config": {"bits": 4}}, "dequantize"),
         ("llama", {"is_causal": False}, "only causal"),
         ("gemma2", {"use_bidirectional_attention": True}, "only causal attention"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "only causal attention"),
+        ("gemma4_text", {"per_layer_config": {"0": {"hidden_size": 8}}}, "of hidden_size is not"),
+        (
+            "gemma4_text",
+            {"num_kv_shared_layers": 2},
+            "num_kv_shared_layers leaves no sliding_attention layer its keys and values",
+        ),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "transformers ignores it"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "set it to null"),
         (
@@ -772,6 +825,9 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GPT_OSS_20B, 20_914_757_184),
         (GPT_OSS_120B, 116_829_156_672),
         (QWEN3_NEXT_80B_A3B, 79_674_391_296),
+        (GEMMA_4_E2B, 1),
+        (GEMMA_4_31B, 1),
+        (GEMMA_4_26B_A4B, 1),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -783,8 +839,9 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     with torch.device("meta"):
         values = {k: v for k, v in config.items() if k != "model_type"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
-    biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
-    assert sum(p.numel() for p in [*model.parameters(), *biases]) == want
+    kept = ("correction_bias", "layer_scalar")
+    buffers = [b for name, b in model.named_buffers() if name.endswith(kept)]
+    assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 
     # On 64 devices no array of 1 GiB is replicated, and each holds less than twice its share.
     sizes = dict(data=1, fsdp=8, expert=8 if cfg.experts else 1, context=1)
