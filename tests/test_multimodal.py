@@ -82,7 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
             for key, value in (SHAPE | CASES["gemma4_text values from keys"][1]).items()
             if "per_layer_input" not in key
         }
-        | dict(pad_token_id=0),
+        | dict(pad_token_id=0, attention_bias=False),
         vision_config=dict(mm_embed_dim=32, mm_posemb_size=8, output_proj_dims=32),
         audio_config=dict(audio_embed_dim=16),
         **dict(image_token_id=140, video_token_id=141, audio_token_id=142),
@@ -160,6 +160,10 @@ MODELS: dict[str, dict[str, Any]] = {
 MODELS["qwen3_5_moe"] = MODELS["qwen3_5"] | dict(
     model_type="qwen3_5_moe", text_config=MODELS["qwen3_5"]["text_config"] | DELTA_EXPERTS
 )
+
+
+# Models whose tensors have the same names in transformers and on the hub, or cannot be compared.
+ONE_SPELLING = {"qwen3_vl_moe", "qwen3_5_moe", "gemma4", "gemma4_unified"}
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +267,7 @@ def test_the_tuned_weights_are_in_the_whole_model(base, name, tmp_path):
     save_hf(ours, str(tmp_path / "out"))
     before, after = stored(folder), stored(tmp_path / "out")
     same = {path for path in before if torch.equal(before[path], after[path])}
-    assert same == {path for path in before if "vis" in path or "projector" in path}
+    assert same == {p for p in before if any(part in p for part in ("vis", "audio", "projector"))}
     got = torch_logits(loaded(tmp_path / "out"), tokens)
     assert np.abs(got - torch_logits(model, tokens)).max() > 0.1
     np.testing.assert_allclose(got, logits_of(ours, tokens), rtol=0, atol=1e-4)
@@ -273,7 +277,7 @@ def test_the_tuned_weights_are_in_the_whole_model(base, name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"qwen3_vl_moe", "qwen3_5_moe"}))
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - ONE_SPELLING))
 def test_the_names_of_the_files_are_kept_whichever_they_are(base, name, tmp_path):
     """transformers writes the hub's names, or those of its modules, and in shards if asked to."""
     model, folder = base(name)
@@ -292,6 +296,25 @@ def test_the_names_of_the_files_are_kept_whichever_they_are(base, name, tmp_path
         np.testing.assert_allclose(
             logits_of(ours, tokens), torch_logits(model, tokens), rtol=0, atol=1e-4
         )
+
+
+def test_keys_that_no_layer_of_gemma4_uses_are_copied(base, tmp_path):
+    """Published checkpoints have them in the layers that use those of others."""
+    model, folder = base("gemma4")
+    tensors, root = stored(folder), "model.language_model.layers."
+    assert f"{root}4.self_attn.k_proj.weight" not in tensors
+    spare = {f"{root}4.self_attn.{part}.weight": torch.randn(3, 5) for part in ("k_proj", "v_norm")}
+    shutil.copytree(folder, tmp_path / "in")
+    save_file(tensors | spare, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    ours = load_hf(str(tmp_path / "in"), mesh=one_device())
+    save_hf(ours, str(tmp_path / "out"))
+    after = stored(tmp_path / "out")
+    assert after.keys() == tensors.keys() | spare.keys()
+    assert all(torch.equal(tensor, after[path]) for path, tensor in (tensors | spare).items())
+    spare = {f"{root}0.self_attn.v_norm.weight": torch.ones(2)}
+    save_file(tensors | spare, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(UserError, match="1 unexpected ones .*layers.0.self_attn.v_norm"):
+        load_hf(str(tmp_path / "in"))
 
 
 def test_experts_are_read_in_the_layout_of_transformers_5_too(base, tmp_path):

@@ -10,6 +10,7 @@ parts       a layer's weights, of which a device has parts: gathered, and in blo
 layers      Linear, Embed, norms, MLP
 moe         a mixture of experts in place of the MLP; routing: what its routers did
 mla         latent attention in place of attention
+layer_embeds an embedding of each layer
 attention, block, stack, decoder: from the inside out; a reader starts with decoder
 
 May import config, errors, mesh and ops. peft, objectives, hf and sampling import it.

@@ -36,9 +36,7 @@ class LayerEmbeds(nnx.Module):
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         width = cfg.num_layers * E
         self.table = Embed(cfg, "layer_embeds.table", (V, width), **keys)
-        self.project = Linear(
-            cfg, "layer_embeds.project", ("embed", "latent"), (D, width), **keys
-        )
+        self.project = Linear(cfg, "layer_embeds.project", ("embed", "latent"), (D, width), **keys)
         self.norm = RMSNorm(cfg, E, dtype=dtype)
         self.size = E
 

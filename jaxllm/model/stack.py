@@ -104,8 +104,8 @@ class Scan:
     time of twelve stacks of one layer, in a fourth of their memory with remat.)
 
     blocks: of each stack, a Block whose weights have a leading dim R, or one Block per layer
-    (`unstack`). layers: of each stack. kinds: of each layer of each stack. dtype: of products. remat: a key of REMAT, or
-    none. unroll: iterations of the scan that are one of the loop.
+    (`unstack`). layers: of each stack. kinds: of each layer of each stack. dtype: of products.
+    remat: a key of REMAT, or none. unroll: iterations of the scan that are one of the loop.
     """
 
     blocks: tuple[Any, ...]
@@ -155,9 +155,7 @@ class Scan:
             new[place].append(past)
         return x_BTD, tuple(map(tuple, new)), (None,) * len(pasts)
 
-    def over_context(
-        self, x_BTD: jax.Array, ctx: Context, past: Any
-    ) -> tuple[jax.Array, Any, Any]:
+    def over_context(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
         """`scan` in a shard_map over the axis `context`: a device has a part of each row.
 
         So the gradient of a weight is scattered along fsdp before it is summed along context, where

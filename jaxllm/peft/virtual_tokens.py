@@ -51,8 +51,8 @@ class VirtualTokens(PeftAdapter):
             )
         if len({(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}) > 1:
             raise UserError(
-                f"peft.method {cls.method} adds keys and values of one shape to every layer, and the "
-                "layers of this model differ in these; use method lora"
+                f"peft.method {cls.method} adds keys and values of one shape to every layer, and "
+                "the layers of this model differ in these; use method lora"
             )
         if length >= cfg.max_positions:
             raise UserError(

@@ -685,7 +685,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         (
             "aya_vision",
             {"text_config": {"model_type": "cohere2"}},
-            "wraps a language model of model_type 'cohere2'; of such models only gemma3, mistral3",
+            "wraps a language model of model_type 'cohere2'; of such models only gemma3, gemma4, ",
         ),
         (
             "gemma3n",
@@ -825,9 +825,9 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GPT_OSS_20B, 20_914_757_184),
         (GPT_OSS_120B, 116_829_156_672),
         (QWEN3_NEXT_80B_A3B, 79_674_391_296),
-        (GEMMA_4_E2B, 1),
-        (GEMMA_4_31B, 1),
-        (GEMMA_4_26B_A4B, 1),
+        (GEMMA_4_E2B, 4_628_569_379),
+        (GEMMA_4_31B, 30_697_345_340),
+        (GEMMA_4_26B_A4B, 25_233_141_790),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )

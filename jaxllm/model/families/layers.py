@@ -95,9 +95,10 @@ def _read_shapes(c: dict[str, Any], types: list[str]) -> list[dict[str, Any]]:
     first = len(types) - c["num_kv_shared_layers"]  # of those without keys and values
     last = {kind: i for i, kind in enumerate(types[:first]) if kind in types[first:]}
     wide = 2 * c["intermediate_size"] if c["use_double_wide_mlp"] else None
+    by_layer = {int(layer): sizes for layer, sizes in c["per_layer_config"].items()}  # "05"
     layers: list[dict[str, Any]] = []
     for i, kind in enumerate(types):
-        listed = c["per_layer_config"].get(str(i), {})
+        listed = by_layer.get(i, {})
         if strange := listed.keys() - {key for key, _ in SIZES.values()}:
             raise UserError(f"per_layer_config of {', '.join(sorted(strange))} is not supported")
         sizes = {size: listed.get(key, c[key]) for size, (key, _) in SIZES.items()}

@@ -141,8 +141,12 @@ FAMILIES: dict[str, Family] = {
     "gemma4_text": Family(
         "Gemma4",
         {
-            **{"norm_placement": "sandwich", "qk_norm": "head", "value_norm": True},
-            **{"query_scale": 1.0, "layer_scale": True, "experts.branch": True},
+            "norm_placement": "sandwich",
+            "qk_norm": "head",
+            "value_norm": True,
+            "query_scale": 1.0,
+            "layer_scale": True,
+            "experts.branch": True,
         },
         GEMMA4,
         window="typed",
