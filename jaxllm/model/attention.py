@@ -56,8 +56,8 @@ class Attention(nnx.Module):
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
         full, normed = cfg.qk_norm == "full", cfg.qk_norm != "none"
         norm = partial(RMSNorm, cfg, dtype=dtype)
-        self.q_norm = norm(Q if full else cfg.head_dim) if normed else None
-        self.k_norm = norm(KV if full else cfg.head_dim) if normed and own_k else None
+        self.q_norm: Any = norm(Q if full else cfg.head_dim) if normed else None
+        self.k_norm: Any = norm(KV if full else cfg.head_dim) if normed and own_k else None
         self.cfg, self.kind = cfg, kind
 
     def placed(self, y: jax.Array, norm: Any, ctx: Context) -> jax.Array:

@@ -147,6 +147,42 @@ def _attention_parts(kind: LayerKind) -> str:
     return "qk" if kind.values_from_keys else "qkv"
 
 
+def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: Any) -> list[Key]:
+    """The weights of a stack's experts; those that are modules are added by `linear`."""
+    family, experts, keys = FAMILIES[cfg.family], cfg.experts, list[Key]()
+    assert experts is not None
+    router = family.modules.get("mlp.router", "mlp.gate")
+    keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
+    if experts.has_bias:
+        name = family.modules["mlp.choice_bias"]
+        unit = 0 if "moe_statics" in name else None  # Ernie's [1, E]
+        path = f"{stack}.mlp.choice_bias"
+        keys.append(Key(path, layer + name, unit=unit, exact=True))
+    if experts.bias:
+        keys.append(Key(f"{stack}.mlp.router_bias", f"{layer}{router}.bias"))
+    F, columns = experts.size, dict[str, range | None]()
+    if "experts" in fused:
+        columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
+    elif "expert_halves" in fused or "expert_rows" in fused:
+        columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
+    for part in ("gate", "up", "down") if not columns else ():
+        linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
+    for part, outputs in columns.items():  # [experts, in, out]
+        name = layer + family.modules.get("mlp.experts", "mlp.experts")
+        name += ".gate_up_proj" if outputs else ".down_proj"
+        either, rows = "expert_halves" in fused, "expert_rows" in fused
+        keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
+        if experts.bias:
+            keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
+    for part in ("gate", "up", "down") if experts.shared_size else ():
+        linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
+    if experts.shared_gate:
+        linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
+    for ours, name in BRANCH.items() if experts.branch else ():
+        keys.append(Key(f"{stack}.mlp.{ours}", layer + name))
+    return keys
+
+
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
@@ -183,35 +219,7 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
     experts = None if kind.dense else cfg.experts
     if experts is not None:
-        router = family.modules.get("mlp.router", "mlp.gate")
-        keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
-        if experts.has_bias:
-            name = family.modules["mlp.choice_bias"]
-            unit = 0 if "moe_statics" in name else None  # Ernie's [1, E]
-            path = f"{stack}.mlp.choice_bias"
-            keys.append(Key(path, layer + name, unit=unit, exact=True))
-        if experts.bias:
-            keys.append(Key(f"{stack}.mlp.router_bias", f"{layer}{router}.bias"))
-        F, columns = experts.size, dict[str, range | None]()
-        if "experts" in fused:
-            columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
-        elif "expert_halves" in fused or "expert_rows" in fused:
-            columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
-        for part in ("gate", "up", "down") if not columns else ():
-            linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
-        for part, outputs in columns.items():  # [experts, in, out]
-            name = layer + family.modules.get("mlp.experts", "mlp.experts")
-            name += ".gate_up_proj" if outputs else ".down_proj"
-            either, rows = "expert_halves" in fused, "expert_rows" in fused
-            keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
-            if experts.bias:
-                keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
-        for part in ("gate", "up", "down") if experts.shared_size else ():
-            linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
-        if experts.shared_gate:
-            linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
-        for ours, name in BRANCH.items() if experts.branch else ():
-            keys.append(Key(f"{stack}.mlp.{ours}", layer + name))
+        keys += _expert_keys(cfg, stack, layer, fused, linear)
     elif "gate_up" in fused:
         for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
             linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
