@@ -45,7 +45,8 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
-from jaxllm.model.families.tensors import HEAD, Key, embed_name, key_table, tensor_names
+from jaxllm.model.families.tensors import Key, embed_name, key_table, tensor_names
+from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
@@ -80,8 +81,8 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
     spare = fp8.without_scales(found, scheme) - wanted
     spare = sorted(name for name in spare if not name.endswith(UNUSED))
-    if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
-        spare.remove(HEAD)  # a second copy of the embedding, or the head of a causal model
+    if (cfg.tie_embeddings or cfg.scores) and (head := head_of(cfg.wrapper)) in spare:
+        spare.remove(head)  # a second copy of the embedding, or the head of a causal model
     problems = [
         f"{verb} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
         for verb, names in (
@@ -247,11 +248,11 @@ def load_hf(
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
     locations = text_tensors(folder, cfg.wrapper, scheme)
-    embed = embed_name(cfg.wrapper)
-    if cfg.tie_embeddings and embed not in locations and HEAD in locations:
-        locations[embed] = locations.pop(HEAD)
+    embed, head = embed_name(cfg.wrapper), head_of(cfg.wrapper)
+    if cfg.tie_embeddings and embed not in locations and head in locations:
+        locations[embed] = locations.pop(head)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
-        locations.setdefault(HEAD, locations[embed])
+        locations.setdefault(head, locations[embed])
     mtp = passthrough.mtp_names(locations, cfg, config)
     _check_names(folder, cfg, set(locations) - mtp, scheme)
     passthrough.check_unused(folder, cfg, config, scheme, mtp)
@@ -489,7 +490,9 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
         if t.name == embed_name(model.cfg.wrapper) and model.cfg.tied_head:
-            tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
+            tensors.append(
+                replace(t, name=adapter.root + head_of(model.cfg.wrapper))
+            )  # peft saves the tied copy as well
     with new_folder(path) as part:
         write_file(part / ADAPTER, tensors, "float32")
         if tokenizer is not None and dist.is_main():

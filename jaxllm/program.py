@@ -132,7 +132,8 @@ class Program:
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
         windows = [{kinds[layer].window for layer in layers} for layers in stacks]
-        facts["mixed_windows"] = any(len(some) > 1 for some in windows)
+        mixed = any(len(some) > 1 for some in windows)
+        facts["mixed_windows"] = mixed and not self.shape.chunked
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
         return [
             *attention.notes(self.mesh, self.cfg.model.attention, **facts),

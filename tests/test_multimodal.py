@@ -136,6 +136,16 @@ MODELS: dict[str, dict[str, Any]] = {
         image_token_id=140,
     ),
 }
+MODELS["llama4"] = dict(
+    model_type="llama4",
+    text_config=SHAPE | CASES["llama4_text"][1],
+    vision_config=HEADS
+    | dict(
+        **dict(hidden_size=16, intermediate_size=64, image_size=28, patch_size=7),
+        **dict(vision_output_dim=24, projector_input_dim=24, projector_output_dim=24),
+    ),
+    image_token_index=140,
+)
 MODELS["qwen3_5_moe"] = MODELS["qwen3_5"] | dict(
     model_type="qwen3_5_moe", text_config=MODELS["qwen3_5"]["text_config"] | DELTA_EXPERTS
 )
@@ -152,7 +162,7 @@ def base(tmp_path_factory):
         model.save_pretrained(folder)
         tensors = load_file(folder / "model.safetensors")
         for path in tensors:  # [experts, inputs, outputs] on the hub, unlike in transformers 5
-            if path.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            if "qwen" in name and path.endswith(("experts.gate_up_proj", "experts.down_proj")):
                 tensors[path] = tensors[path].transpose(1, 2).contiguous()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         for file in ("preprocessor_config.json", "processor_config.json"):

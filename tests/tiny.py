@@ -472,6 +472,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.5),
         ),
     ),
+    "llama4_text": (
+        "llama4_text",
+        dict(
+            head_dim=12,
+            intermediate_size=20,
+            intermediate_size_mlp=44,
+            num_local_experts=6,
+            num_hidden_layers=5,
+            moe_layers=[0, 2, 3, 4],
+            no_rope_layers=[1, 1, 0, 1, 0],
+            attention_chunk_size=9,
+            attn_scale=0.4,
+            floor_scale=7,
+        ),
+    ),
+    "llama4_text without norms, two experts, biases, tied": (
+        "llama4_text",
+        dict(
+            head_dim=8,
+            intermediate_size=20,
+            intermediate_size_mlp=44,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=5,
+            use_qk_norm=False,
+            attn_temperature_tuning=False,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=LLAMA3 | dict(low_freq_factor=1.0, high_freq_factor=1.0),
+        ),
+    ),
     "gpt_oss": (
         "gpt_oss",
         dict(

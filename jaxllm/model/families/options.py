@@ -74,6 +74,11 @@ def _rounded(value: float) -> float:
     return float(f"{value:.12g}")
 
 
+def qk_norm(key: str, kind: str) -> Option:
+    """`kind` of norm if the key is true."""
+    return Option("qk_norm", key, lambda yes: kind if yes else "none", lambda norm: norm == kind)
+
+
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
@@ -212,6 +217,11 @@ DEEPSEEK_V2_EXPERTS = (
     Option("experts.groups", "n_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.top_groups", "topk_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.scale", "routed_scaling_factor"),
+)
+LLAMA4_EXPERTS = (
+    *experts("num_local_experts", "intermediate_size"),
+    Option("experts.shared_size", "intermediate_size"),
+    Option("intermediate_size", "intermediate_size_mlp"),
 )
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)
 QWEN_SHARED = Option("experts.shared_size", "shared_expert_intermediate_size")

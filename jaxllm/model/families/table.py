@@ -20,6 +20,7 @@ from jaxllm.model.families.options import (
     GRANITE,
     INTERLEAVED,
     LATENT,
+    LLAMA4_EXPERTS,
     MINICPM3,
     MLP_BIAS,
     QWEN_EXPERTS,
@@ -30,6 +31,7 @@ from jaxllm.model.families.options import (
     biases,
     experts,
     positive,
+    qk_norm,
     same_for_all_layers,
     shared_experts,
 )
@@ -44,21 +46,25 @@ class Family:
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
-      ("typed"). switched: only if `use_sliding_window` says so too.
+      ("typed"); or those with "chunked_attention" there, and `attention_chunk_size`. switched: only
+      if `use_sliding_window` says so too.
     delta: `layer_types` names the layers with a delta net, as "linear_attention".
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
-      `moe_layer_interval` ("interval"), or those that `mlp_layer_types` names ("typed").
+      `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
+      `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
       that see all keys while others have a window ("full").
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
+    scaled_nope: `attn_scale` does so in layers without rotary positions.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
       "experts" if those of all experts are one tensor, columns of gate and up in turn,
-      "expert_halves" if all columns of gate come first.
-    modules: HF names of modules that are named otherwise than in Llama.
+      "expert_halves" if all columns of gate come first; "expert_halves_turned" if transformers 5
+      saves that with the last two dims swapped.
+    modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
       (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.
     refused: HF keys that must be empty, each with the reason.
@@ -67,15 +73,16 @@ class Family:
     name: str
     fixed: dict[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
-    window: Literal["none", "all", "typed"] = "none"
+    window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     delta: bool = False
-    dense: Literal["none", "first", "steps", "interval", "typed"] = "none"
+    dense: Literal["none", "first", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
     partial_rope: bool = False
     static_ntk: bool = False
     scaled_queries: bool = False
+    scaled_nope: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
     mtp: str = ""
@@ -272,12 +279,7 @@ FAMILIES: dict[str, Family] = {
         (
             *DEEPSEEK_EXPERTS,
             *biases("attention_bias", "qkv"),
-            Option(
-                "qk_norm",
-                "use_qk_norm",
-                lambda yes: "head" if yes else "none",
-                lambda norm: norm == "head",
-            ),
+            qk_norm("use_qk_norm", "head"),
         ),
         dense="first",
         partial_rope=True,
@@ -339,6 +341,24 @@ FAMILIES: dict[str, Family] = {
         experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
         modules=_MIXTRAL,
+        scores_as=None,
+    ),
+    "llama4_text": Family(
+        "Llama4",
+        {
+            "rope_pairs": "neighbours",
+            "chunked": True,
+            "experts.score": "sigmoid",
+            "experts.renormalised": False,
+            "experts.on_input": True,
+        },
+        (*LLAMA4_EXPERTS, qk_norm("use_qk_norm", "unit"), *ATTENTION_BIAS),
+        window="chunked",
+        dense="unlisted",
+        nope="listed",
+        scaled_nope=True,
+        fused=("expert_halves",),
+        modules={"mlp": "feed_forward", "mlp.router": "feed_forward.router"},
         scores_as=None,
     ),
     # Its softmax over the chosen experts' logits is that over all, renormalised.
@@ -403,5 +423,4 @@ MISSING = {
     "short convolutions": ("lfm2", "lfm2_moe"),
     "per-layer embeddings": ("gemma3n_text", "gemma4_text"),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
-    "chunked attention": ("llama4_text",),
 }

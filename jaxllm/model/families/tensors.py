@@ -10,9 +10,7 @@ from typing import Any
 
 from jaxllm.model.config import Delta, ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.wrappers import WRAPPERS, root_of
-
-HEAD = "lm_head.weight"
+from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
 
 
 def embed_name(wrapper: str) -> str:
@@ -94,7 +92,7 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
-        keys.append(Key("head.kernel", HEAD, True))
+        keys.append(Key("head.kernel", head_of(cfg.wrapper), True))
     return keys
 
 
@@ -157,9 +155,9 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     else:
         for part in "qkv":
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
-    experts = None if kind.dense else cfg.experts
+    experts, mlp = None if kind.dense else cfg.experts, family.modules.get("mlp", "mlp")
     if experts is not None:
-        router = family.modules.get("mlp.router", "mlp.gate")
+        router = family.modules.get("mlp.router", f"{mlp}.gate")
         keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
         if experts.has_bias:
             name = family.modules["mlp.choice_bias"]
@@ -171,33 +169,33 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
         F, columns = experts.size, dict[str, range | None]()
         if "experts" in fused:
             columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
-        elif "expert_halves" in fused:
+        elif {"expert_halves", "expert_halves_turned"} & {*fused}:
             columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
         for part in ("gate", "up", "down") if not columns else ():
-            linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
+            linear(f"mlp.{part}", f"{mlp}.experts.{{expert}}.{part}_proj", False)
         for part, outputs in columns.items():  # [experts, in, out]
-            name = f"{layer}mlp.experts." + ("gate_up_proj" if outputs else "down_proj")
-            either = "expert_halves" in fused
+            name = f"{layer}{mlp}.experts." + ("gate_up_proj" if outputs else "down_proj")
+            either = "expert_halves_turned" in fused
             keys.append(Key(f"{stack}.mlp.{part}.kernel", name, part=outputs, either=either))
             if experts.bias:
                 keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
         for part in ("gate", "up", "down") if experts.shared_size else ():
-            linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
+            linear(f"mlp.shared.{part}", f"{mlp}.shared_expert.{part}_proj", cfg.mlp_bias)
         if experts.shared_gate:
-            linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
+            linear("mlp.shared_gate", f"{mlp}.shared_expert_gate", False)
     elif "gate_up" in fused:
         for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
-            linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
+            linear(f"mlp.{part}", f"{mlp}.gate_up_proj", cfg.mlp_bias, outputs)
     else:
         for part in ("gate", "up") if cfg.gated_mlp else ("up",):
-            linear(f"mlp.{part}", f"mlp.{part}_proj", cfg.mlp_bias)
+            linear(f"mlp.{part}", f"{mlp}.{part}_proj", cfg.mlp_bias)
     if experts is None:
-        linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
+        linear("mlp.down", f"{mlp}.down_proj", cfg.mlp_bias)
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
-    if cfg.qk_norm != "none" and attends:
+    if cfg.qk_norm not in ("none", "unit") and attends:
         for part in ("q_norm", "k_norm"):
             name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
             keys.append(Key(f"{stack}.attn.{part}.scale", f"{layer}{name}.weight"))
