@@ -70,7 +70,8 @@ SWEEPS = {
     "test_virtual_tokens_of_ours_load_in_peft_on_the_whole_model": ("prefix-gemma3",),
     "test_adapters_of_fused_parameters_round_trip_with_peft": (
         *("qwen3_moe-experts and router", "minimax_m2-all-linear"),
-        "ernie4_5_moe-experts and router",
+        *("ernie4_5_moe-experts and router", "gpt_oss-experts, router, q"),
+        "llama4_text-experts, router, q",
     ),
     "test_adapters_of_experts_as_modules_load_in_peft_and_come_back": ("mixtral",),
     "test_the_base_may_be_quantized": ("nf4",),

@@ -464,7 +464,7 @@ def test_every_wrapper_is_tested():
 SECTIONS_OF_LORA = {
     "q and v": dict(target_modules=["q_proj", "v_proj"]),
     "all-linear, ranks, two layers": dict(
-        layers_to_transform=[1, 3], rank_pattern={"q_proj": 2, "mlp.up_proj": 3}
+        layers_to_transform=[1, 3], rank_pattern={"q_proj": 2, "up_proj": 3}
     ),
     "of modules that vision towers have too, one saved": dict(
         target_modules=["q_proj", "down_proj"], modules_to_save=["k_proj", "norm"], use_dora=True
@@ -506,6 +506,30 @@ def test_adapters_of_ours_load_in_peft_on_the_whole_model(base, name, options, t
     assert np.abs(want - torch_logits(model, tokens)).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     again = load_hf(str(tmp_path / "adapter"), mesh=one_device())
+    np.testing.assert_array_equal(logits_of(again, tokens), got)
+    save_hf(merged(again), str(tmp_path / "merged"))
+    np.testing.assert_allclose(
+        torch_logits(loaded(tmp_path / "merged"), tokens), want, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "router"), [("qwen3_vl_moe", "mlp.gate"), ("llama4", "feed_forward.router")]
+)
+def test_adapters_of_experts_go_to_peft_and_back_on_the_whole_model(base, name, router, tmp_path):
+    """Of the hub's layout, which transformers 5 swaps for qwen3_vl_moe."""
+    model, folder = base(name)
+    targets = ["experts.gate_up_proj", "experts.down_proj", f"{router}.weight"]
+    options: Any = dict(r=3, target_modules=[], target_parameters=targets)
+    adapter = make_adapter(from_hf(read_config(str(folder))), PeftSection("lora", **options))
+    ours, tokens = load_hf(str(folder), mesh=one_device(), peft=adapter), some_tokens()
+    save_adapter(randomized(ours), str(tmp_path / "adapter"))
+    theirs = in_peft(folder, tmp_path / "adapter")
+    want, got = torch_logits(theirs, tokens), logits_of(ours, tokens)
+    assert np.abs(want - torch_logits(model, tokens)).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_hf(str(folder), adapter=str(tmp_path / "theirs"), mesh=one_device())
     np.testing.assert_array_equal(logits_of(again, tokens), got)
     save_hf(merged(again), str(tmp_path / "merged"))
     np.testing.assert_allclose(

@@ -238,6 +238,15 @@ def test_lora_of_gpt_oss_adapts_attention(kind):
     assert isinstance(kernel, Quantized) == (kind != "none")
 
 
+@pytest.mark.parametrize("shape", [GPT_OSS, LLAMA4], ids=lambda shape: shape.family)
+def test_lora_of_fused_experts_does_not_depend_on_the_mesh(shape):
+    names = ("experts.gate_up_proj", "experts.down_proj", "router.weight")
+    section = PeftSection(method="lora", target_modules=(), target_parameters=names)
+    trained, _ = same_lora_over_mesh(shape=shape, section=section)
+    stacks = [trained[name] for name in trained]
+    assert all(set(stack["mlp"]) == {"gate_up", "down", "router_lora"} for stack in stacks)
+
+
 def test_the_bias_changes_the_choice_and_not_the_weights():
     logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])
     experts = Experts(4, 2, 8, "sigmoid", has_bias=True, renormalised=False)

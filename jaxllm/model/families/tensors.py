@@ -122,12 +122,17 @@ def _delta_keys(delta: Delta, path: str, name: str) -> list[Key]:
     ]
 
 
+def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
+    """`Family.fused` of the checkpoints of a model."""
+    of_wrapper = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
+    return of_wrapper or FAMILIES[cfg.family].fused
+
+
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     family, keys = FAMILIES[cfg.family], list[Key]()
-    fused = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
-    fused = fused or family.fused
+    fused = fused_in(cfg)
     layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
