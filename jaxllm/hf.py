@@ -45,7 +45,7 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
-from jaxllm.model.families.tensors import Key, embed_name, key_table, tensor_names
+from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
 from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
@@ -77,7 +77,7 @@ def weights_hash(files: Iterable[Path]) -> str:
 
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     """Raises UserError for missing and for unexpected tensors."""
-    wanted = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
+    wanted = {name for key in keys_in(cfg, found) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
     spare = fp8.without_scales(found, scheme) - wanted
     spare = sorted(name for name in spare if not name.endswith(UNUSED))
@@ -172,7 +172,7 @@ def _read_weights(
 ) -> None:
     """Reads the weights of an abstract model, except for a score head that no file has, and for
     those of the base model that are `shared`."""
-    keys = {tuple(key.path.split(".")): key for key in key_table(model.cfg)}
+    keys = {tuple(key.path.split(".")): key for key in keys_in(model.cfg, locations)}
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     assert keys.keys() == weights.keys()
     fused: dict[str, int] = {}  # outputs of each fused tensor
@@ -187,9 +187,8 @@ def _read_weights(
             if path in shared and key.path not in model.peft.saved:
                 weights[path].set_value(shared[path])
                 continue
-            shape, outputs = weights[path].get_value().shape, fused.get(key.name, 0)
-            shape = shape[key.stacked :]
-            parts[path] = [_fitting(tensor(name), name, key, shape, outputs) for name in names]
+            facts = key, weights[path].get_value().shape[key.stacked :], fused[key.name]
+            parts[path] = [_fitting(tensor(name), name, *facts) for name in names]
         for path, layers in parts.items():
             key, like = keys[path], weights[path].get_value()
             names = tensor_names(model.cfg, key.name)

@@ -298,6 +298,34 @@ def test_experts_are_read_in_the_layout_of_transformers_5_too(base, tmp_path):
         load_hf(str(tmp_path / "square"), mesh=one_device())
 
 
+def test_fused_experts_are_read_where_transformers_saves_them_one_by_one(base, tmp_path):
+    """As the hub has those of Qwen3.5: like the modules of transformers 5. They come out one by
+    one; all the rest comes out as it went in."""
+    model, folder = base("qwen3_5_moe")
+    shutil.copytree(folder, tmp_path / "fused")
+    expected = stored(folder)
+    tensors = {n: t for n, t in expected.items() if ".experts." not in n}
+    assert len(expected) - len(tensors) == 4 * 6 * 3
+    fused = {n: t.contiguous() for n, t in model.state_dict().items() if ".experts." in n}
+    assert {t.shape for t in fused.values()} == {(6, 40, 32), (6, 32, 20)}
+    save_file(tensors | fused, tmp_path / "fused/model.safetensors", {"format": "pt"})
+    loaded(tmp_path / "fused")
+    ours, tokens = load_hf(str(tmp_path / "fused"), mesh=one_device()), some_tokens()
+    np.testing.assert_array_equal(
+        logits_of(ours, tokens), logits_of(load_hf(str(folder), mesh=one_device()), tokens)
+    )
+    save_hf(ours, str(tmp_path / "out"))
+    after = stored(tmp_path / "out")
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(tensor, after[path]) for path, tensor in expected.items())
+    del fused["model.language_model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors | fused, tmp_path / "fused/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"lacks 1 tensors \(model.language_model.layers.1.mlp.expe"
+    ):
+        load_hf(str(tmp_path / "fused"), mesh=one_device())
+
+
 def test_tensors_are_copied_in_their_own_dtypes_and_aligned(base, tmp_path):
     """Of 8, 4, 2 and 1 bytes, odd counts and no dims, as buffers of vision towers are."""
     _, folder = base("gemma3")

@@ -43,11 +43,8 @@ class FusedSlot(Slot):
         if self.outputs is not None:
             value = value[..., np.argsort(self.outputs)]
         value = value.transpose(self.order)
-        return (
-            value.reshape(-1, value.shape[2])
-            if self.order[0] == 0
-            else value.reshape(len(value), -1)
-        )
+        shape = (-1, value.shape[2]) if self.order[0] == 0 else (len(value), -1)
+        return value.reshape(shape)
 
     def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         value = tensor.reshape([shape[dim] for dim in self.order]).transpose(np.argsort(self.order))

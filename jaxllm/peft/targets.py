@@ -131,16 +131,12 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
 
 def layout_of(cfg: ModelConfig, path: str) -> dict[str, Any]:
     """`outputs` and `turned` of a Target whose path is that of a parameter."""
-    *stack, name = path.split(".")
-    parts = {"gate_up": ("gate", "up"), "down": ("down",)}.get(name, ())
-    paths = [".".join((*stack, part, "kernel")) for part in parts]
-    keys = [key for key in key_table(cfg) if key.path in paths]
-    columns = [column for key in keys for column in key.part or ()]
+    mlp, _, name = path.rpartition(".")
+    parts = [f"{mlp}.{part}.kernel" for part in ("gate", "up") if name == "gate_up"]
+    columns = [o for key in key_table(cfg) if key.path in parts for o in key.part or ()]
     plain = columns == [*range(len(columns))]
-    return {
-        "outputs": () if plain else tuple(columns),
-        "turned": bool(keys) and "expert_halves" in fused_in(cfg),
-    }
+    turned = not is_router(path) and "expert_halves" in fused_in(cfg)
+    return {"outputs": () if plain else tuple(columns), "turned": turned}
 
 
 def is_router(path: str) -> bool:
@@ -173,10 +169,9 @@ def _adapts(section: PeftSection, path: str, name: str, parameter: bool, fuses: 
     if module.endswith(tuple(section.modules_to_save)):
         return False
     all_linear = ALL_LINEAR in section.target_modules
-    converted = all_linear and fuses
     if parameter:
-        entries = section.target_parameters
-        return any(f".{name}".endswith(f".{e}") for e in entries) if entries else converted
+        named = any(f".{name}".endswith(f".{e}") for e in section.target_parameters)
+        return named if section.target_parameters else all_linear and fuses
     left_out = path in (EMBED, HEAD) or (is_router(path) and not module.endswith(LINEAR_ROUTER))
     if all_linear and not left_out and container == module:
         return True

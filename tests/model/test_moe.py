@@ -134,8 +134,7 @@ def test_a_mesh_changes_neither_chunks_nor_weighted_inputs_of_experts(mesh):
     same_over_mesh(mesh, LLAMA4, losses, norms)
 
 
-def test_inputs_of_experts_are_weighted_once():
-    """The better router choice is found where the sigmoids are both rounded to 1."""
+def test_the_logits_decide_where_sigmoids_are_rounded_to_1():
     experts = replace(LLAMA4.experts, count=4, top_k=1)
     weights, chosen = route(jnp.asarray([[40.0, 90.0, -3.0, 0.0]]), None, experts)
     assert chosen.tolist() == [[1]] and weights.tolist() == [[1.0]]

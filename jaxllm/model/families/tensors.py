@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -94,6 +95,24 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     elif not cfg.tie_embeddings:
         keys.append(Key("head.kernel", head_of(cfg.wrapper), True))
     return keys
+
+
+def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
+    """`key_table` of a checkpoint with tensors of these names. Experts that we write one by one may
+    be fused in it, [expert, out, in], as in the modules of transformers 5."""
+
+    def stored(key: Key) -> Key:
+        if "{expert}" not in key.name or cfg.experts is None:
+            return key
+        stack, _, matrix, _ = key.path.split(".")
+        F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
+        name = f"{root_of(cfg.wrapper)}layers.{{{stack}}}.mlp.experts.{tensor}"
+        if tensor_names(cfg, name)[0] not in names:
+            return key
+        parts = {"gate": range(F), "up": range(F, 2 * F)}
+        return replace(key, name=name, part=parts.get(matrix))
+
+    return list(map(stored, key_table(cfg)))
 
 
 def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
