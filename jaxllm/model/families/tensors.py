@@ -107,7 +107,7 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
         stack, _, matrix, _ = key.path.split(".")
         F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
         name = f"{root_of(cfg.wrapper)}layers.{{{stack}}}.mlp.experts.{tensor}"
-        if tensor_names(cfg, name)[0] not in names:
+        if not any(one in names for one in tensor_names(cfg, name)):
             return key
         parts = {"gate": range(F), "up": range(F, 2 * F)}
         return replace(key, name=name, part=parts.get(matrix))
