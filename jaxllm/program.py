@@ -274,8 +274,9 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
             obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
         for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
-    if shape.delta is not None and mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {OBSTACLE}")
+    if shape.recurrent and mesh.shape["context"] > 1:
+        obstacle = OBSTACLE.format(shape.recurrent)
+        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {obstacle}")
     if program.row_length % mesh.shape["context"]:
         raise UserError(
             f"rows of {program.row_length} tokens do not divide by mesh.context "

@@ -21,7 +21,7 @@ STRUCTURES = (
     *("llama", "llama yarn", "gemma2", "gemma3_text", "qwen3", "phi3 longrope, long", "olmo2"),
     *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
-    *("qwen3_next", "qwen3_5_text", "llama4_text"),
+    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2"),
 )
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
 # run with `make sweep` and .ci/run.
@@ -32,7 +32,7 @@ SWEEPS = {
     ),
     "test_decoding_through_the_cache_equals_transformers": (
         *("gemma2", "gemma3_text", "exaone4", "cohere2", "mellum", "gpt_oss", "deepseek_v3"),
-        *("qwen3_next", "llama4_text"),
+        *("qwen3_next", "llama4_text", "lfm2"),
     ),
     "test_export_reloads_in_transformers_bit_for_bit": STRUCTURES,
     "test_a_config_of_our_own_builds_the_same_torch_model": STRUCTURES,
@@ -54,7 +54,7 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("gemma2", "qwen3", "cohere2", "starcoder2", "minimax_m2", "qwen2_moe some dense"),
-        *("gpt_oss", "deepseek_v3", "qwen3_next", "llama4_text"),
+        *("gpt_oss", "deepseek_v3", "qwen3_next", "llama4_text", "lfm2"),
     ),
     "test_logits_of_text_equal_transformers": (
         *("gemma3-300", "qwen2_5_vl-7", "qwen3_vl_moe-7", "qwen3_5-7", "llama4-7"),

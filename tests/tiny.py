@@ -531,6 +531,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=dict(rope_type="default", rope_theta=500.0),
         ),
     ),
+    "lfm2": (
+        "lfm2",
+        dict(
+            intermediate_size=60,
+            block_multiple_of=12,
+            layer_types=["conv", "conv", FULL, "conv", FULL],
+            num_hidden_layers=5,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "lfm2 biases, untied": (
+        "lfm2",
+        dict(
+            conv_bias=True,
+            conv_L_cache=4,
+            block_auto_adjust_ff_dim=False,
+            full_attn_idxs=[0, 2],
+            tie_word_embeddings=False,
+        ),
+    ),
     "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),
     "qwen3_next some dense, biases": (
         "qwen3_next",

@@ -47,7 +47,7 @@ class LayerKind:
     rope: int = 0  # index into ModelConfig.ropes
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
-    mixer: Literal["attention", "delta"] = "attention"
+    mixer: Literal["attention", "delta", "conv"] = "attention"
 
     @property
     def structure(self) -> tuple[Any, ...]:
@@ -106,6 +106,14 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """The short convolution of layers whose mixer it is (model/conv.py)."""
+
+    taps: int  # tokens that it sees
+    bias: bool = False  # it and the projections have biases
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The decoder's shape. Widths are in features, lengths in tokens."""
 
@@ -147,6 +155,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     latent: Latent | None = None
     delta: Delta | None = None
+    conv: Convolution | None = None
     output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
     tie_embeddings: bool = True
@@ -187,6 +196,11 @@ class ModelConfig:
         if self.latent is None:
             return self.num_kv_heads, self.head_dim, self.head_dim
         return 1, self.head_dim, self.latent.kv_rank
+
+    @property
+    def recurrent(self) -> str:
+        """What has a state that goes from token to token; "" in a model of attention alone."""
+        return "delta nets" if self.delta else "convolutions" if self.conv else ""
 
     @property
     def tied_head(self) -> bool:
@@ -233,7 +247,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    parts += [part for part in (cfg.latent, cfg.delta, cfg.experts) if part is not None]
+    parts += [part for part in (cfg.latent, cfg.delta, cfg.conv, cfg.experts) if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):

@@ -55,6 +55,9 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += 2 * D * delta.value_heads
             state += products(delta, length)
             continue
+        if kind.mixer == "conv":
+            weights += 4 * D * D
+            continue
         weights += attention
         window = min(kind.window or length, length)
         if model.chunked:

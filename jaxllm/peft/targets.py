@@ -93,6 +93,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.part:  # a part of a fused tensor
             fused = module.rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
+            fused = "bcx" if fused == "in" else fused
             path = f"{path.rpartition('.')[0]}.{fused}"
         routed = ".experts." in key.name or leaf == "router"
         if key.path in score_paths(cfg) or (routed and not fuses_experts(cfg)):

@@ -496,6 +496,29 @@ QWEN3_NEXT_80B_A3B = dict(
     tie_word_embeddings=False,
     vocab_size=151936,
 )
+LFM2_1_2B = dict(
+    model_type="lfm2",
+    block_auto_adjust_ff_dim=True,
+    block_dim=2048,
+    block_ff_dim=12288,
+    block_ffn_dim_multiplier=1.0,
+    block_mlp_init_scale=1.0,
+    block_multiple_of=256,
+    block_norm_eps=1e-5,
+    conv_L_cache=3,
+    conv_bias=False,
+    conv_dim=2048,
+    conv_dim_out=2048,
+    full_attn_idxs=[2, 5, 8, 10, 12, 14],
+    hidden_size=2048,
+    max_position_embeddings=128000,
+    norm_eps=1e-5,
+    num_attention_heads=32,
+    num_hidden_layers=16,
+    num_key_value_heads=8,
+    rope_theta=1000000.0,
+    vocab_size=65536,
+)
 LLAMA_4_SCOUT = dict(
     model_type="llama4_text",
     attention_bias=False,
@@ -627,7 +650,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
         *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
-        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK),
+        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -816,6 +839,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (QWEN3_NEXT_80B_A3B, 79_674_391_296),
         (LLAMA_4_SCOUT, 107_769_861_120),
         (LLAMA_4_MAVERICK, 400_711_848_960),
+        (LFM2_1_2B, 1_170_340_608),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )

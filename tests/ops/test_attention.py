@@ -261,7 +261,15 @@ def test_pairs_of_blocks_that_see_nothing_are_skipped(texts, window, pairs):
     blocks = jnp.asarray(segments.reshape(B, 5, 8).swapaxes(0, 1))
     where = (blocks, blocks, blocks, (8 * jnp.arange(5), jnp.int32(0)))
     for aligned in (True, False):
-        assert int(attention_blocks._visible_pairs(where, window, aligned)[2]) == pairs
+        assert int(attention_blocks._visible_pairs(where, window, aligned, False)[2]) == pairs
+
+
+@pytest.mark.parametrize(("chunk", "pairs"), [(8, 5), (16, 7), (20, 11), (2**31 - 1, 15)])
+def test_pairs_of_blocks_of_other_chunks_are_skipped(chunk, pairs):
+    ones, positions = jnp.ones((5, 1, 8), jnp.int32), jnp.arange(40).reshape(5, 1, 8)
+    where = (ones, ones, positions, (8 * jnp.arange(5), jnp.int32(0)))
+    for aligned in (True, False):
+        assert int(attention_blocks._visible_pairs(where, chunk, aligned, True)[2]) == pairs
 
 
 @pytest.mark.parametrize("before", [0, 5])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of a model's layers: windows, delta nets, and which RoPE each layer has."""
+"""The kinds of a model's layers: windows, mixers, and which RoPE each layer has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
 from jaxllm.model.families.table import FAMILIES, Family
 
-DELTA = "linear_attention"  # the name of layers with a delta net in `layer_types`
+MIXERS = {"delta": "linear_attention", "conv": "conv"}  # their names in `layer_types`
 # Family.window -> the name there of layers with a window, and the key of its length
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
@@ -24,9 +24,9 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     local, length = LOCAL.get(family.window, LOCAL["typed"])
     window = c.get(length)
     types = [local if family.window == "all" else "full_attention"] * count
-    if family.window in LOCAL or family.delta:
+    if family.window in LOCAL or family.mixer:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
-    other = DELTA if family.delta else local
+    other = MIXERS.get(family.mixer, local)
     if strange := set(types) - {"full_attention", other}:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope = c["rope_parameters"]
@@ -44,7 +44,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
             rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else len(ropes) - 1,
             window=window if kind == local else None,
             dense=dense,
-            mixer="delta" if kind == DELTA else "attention",
+            mixer=family.mixer if family.mixer and kind == other else "attention",
         )
         for kind, uses_rope, dense in zip(types, rotated, _read_dense(c), strict=True)
     ]
@@ -96,11 +96,11 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     rotated = [cfg.ropes[kind.rope].kind != "none" for kind in layers]
     local, length = LOCAL.get(family.window, LOCAL["typed"])
     types = ["full_attention" if kind.window is None else local for kind in layers]
-    if family.delta:
-        types = [DELTA if kind.mixer == "delta" else "full_attention" for kind in layers]
+    if family.mixer:
+        types = [MIXERS.get(kind.mixer, "full_attention") for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
-    if family.delta:
+    if family.mixer:
         config["layer_types"] = types
     elif family.window == "all":
         config[length] = window

@@ -20,6 +20,7 @@ from jaxllm.model.families.options import (
     GRANITE,
     INTERLEAVED,
     LATENT,
+    LFM2,
     LLAMA4_EXPERTS,
     MINICPM3,
     MLP_BIAS,
@@ -48,7 +49,8 @@ class Family:
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
       ("typed"); or those with "chunked_attention" there, and `attention_chunk_size`. switched: only
       if `use_sliding_window` says so too.
-    delta: `layer_types` names the layers with a delta net, as "linear_attention".
+    mixer: of the layers without attention, which `layer_types` names: a delta net
+      ("linear_attention") or a short convolution ("conv").
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
       `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
@@ -75,7 +77,7 @@ class Family:
     options: tuple[Option, ...] = ()
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
-    delta: bool = False
+    mixer: Literal["", "delta", "conv"] = ""
     dense: Literal["none", "first", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
@@ -375,11 +377,30 @@ FAMILIES: dict[str, Family] = {
         fused=("experts",),
         modules={"mlp.router": "mlp.router"},
     ),
+    "lfm2": Family(
+        "Lfm2",
+        {"qk_norm": "head"},
+        LFM2,
+        mixer="conv",
+        modules={
+            "mlp": "feed_forward",
+            "mlp.gate": "feed_forward.w1",
+            "mlp.up": "feed_forward.w3",
+            "mlp.down": "feed_forward.w2",
+            "attn.o": "self_attn.out_proj",
+            "attn.q_norm": "self_attn.q_layernorm",
+            "attn.k_norm": "self_attn.k_layernorm",
+            "attn_norm": "operator_norm",
+            "mlp_norm": "ffn_norm",
+            "norm": "embedding_norm",
+        },
+        scores_as=None,
+    ),
     "qwen3_next": Family(
         "Qwen3Next",
         _HYBRID | {"delta.grouped": True, "experts.shared_gate": True},
         (*QWEN_EXPERTS, QWEN_SHARED, *ATTENTION_BIAS, *DELTA),
-        delta=True,
+        mixer="delta",
         dense="steps",
         partial_rope=True,
         mtp="mtp.",
@@ -388,7 +409,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3_5",
         _HYBRID,
         (*ATTENTION_BIAS, *DELTA),
-        delta=True,
+        mixer="delta",
         partial_rope=True,
         mtp="mtp.",
         scores_as="Qwen3_5Text",
@@ -403,7 +424,7 @@ FAMILIES: dict[str, Family] = {
             *ATTENTION_BIAS,
             *DELTA,
         ),
-        delta=True,
+        mixer="delta",
         partial_rope=True,
         mtp="mtp.",
         scores_as=None,
@@ -420,7 +441,7 @@ MISSING = {
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions": ("lfm2", "lfm2_moe"),
+    "short convolutions around experts": ("lfm2_moe",),
     "per-layer embeddings": ("gemma3n_text", "gemma4_text"),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }

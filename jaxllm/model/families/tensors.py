@@ -89,7 +89,8 @@ def key_table(cfg: ModelConfig) -> list[Key]:
     keys = [Key("embed.embedding", embed_name(cfg.wrapper))]
     for stack in cfg.stacks:
         keys += _stack_keys(cfg, stack)
-    keys += _norm_keys(cfg, "norm", root_of(cfg.wrapper) + "norm")
+    norm = FAMILIES[cfg.family].modules.get("norm", "norm")
+    keys += _norm_keys(cfg, "norm", root_of(cfg.wrapper) + norm)
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
@@ -141,6 +142,19 @@ def _delta_keys(delta: Delta, path: str, name: str) -> list[Key]:
     ]
 
 
+def _conv_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
+    """The weights of a stack of short convolutions."""
+    assert cfg.conv is not None
+    D, keys = cfg.hidden_size, [Key(f"{path}conv", f"{name}conv.weight", unit=1)]
+    modules = {"o": ("out_proj", None)}
+    modules |= {n: ("in_proj", range(i * D, i * D + D)) for i, n in enumerate("bcx")}
+    for ours, (module, part) in modules.items():
+        keys.append(Key(f"{path}{ours}.kernel", f"{name}{module}.weight", True, part))
+        if cfg.conv.bias:
+            keys.append(Key(f"{path}{ours}.bias", f"{name}{module}.bias", False, part))
+    return keys + ([Key(f"{path}conv_bias", f"{name}conv.bias")] if cfg.conv.bias else [])
+
+
 def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
     """`Family.fused` of the checkpoints of a model."""
     of_wrapper = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
@@ -162,7 +176,9 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, part))
 
     attends = kind.mixer == "attention"
-    if cfg.delta is not None and not attends:
+    if kind.mixer == "conv":
+        keys += _conv_keys(cfg, f"{stack}.attn.", f"{layer}conv.")
+    elif cfg.delta is not None and not attends:
         keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
     elif cfg.latent is not None:
         if cfg.latent.q_rank:
