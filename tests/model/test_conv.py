@@ -75,6 +75,7 @@ def test_a_text_continues_from_the_window_wherever_it_is_cut():
     np.testing.assert_allclose(np.concatenate(parts, 1), want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.sweep
 def test_a_mesh_remat_and_micro_batches_change_no_convolution():
     losses, norms, *_ = trajectory(ragged_rows(16), shape=SHAPE)
     mesh = "data 2 x fsdp 2 x tensor 2"
@@ -84,6 +85,7 @@ def test_a_mesh_remat_and_micro_batches_change_no_convolution():
         assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
 
+@pytest.mark.sweep
 def test_lora_over_quantized_projections_does_not_depend_on_the_mesh():
     trained, frozen = same_lora_over_mesh(shape=SHAPE, section=LORA, quantize_base="int8")
     assert set(trained["layers_0"]["attn"]) == {"bcx", "o"}

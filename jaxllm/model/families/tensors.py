@@ -164,8 +164,7 @@ def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
 def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     """The weights of a stack of layers."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    family, keys = FAMILIES[cfg.family], list[Key]()
-    fused = fused_in(cfg)
+    family, fused, keys = FAMILIES[cfg.family], fused_in(cfg), list[Key]()
     layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
     kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
