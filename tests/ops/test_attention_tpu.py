@@ -206,14 +206,16 @@ def test_auto_is_splash_on_a_tpu():
         attention.choose("splash", **facts)
 
 
-def test_splash_over_a_mesh(small_blocks, monkeypatch):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_splash_over_a_mesh(small_blocks, monkeypatch, chunked):
     """Rows split along context, inside a shard_map that is manual along fsdp."""
     inputs = (packed(4, 512), *arrays(4, 512, 2, 2, 64, 64))
     window, rows = jnp.int32(90), P(("data", "fsdp"))
 
     def run(q, k, v, segments, window):
-        options = {"scale": 0.125, "window": window}
-        return attention.attention(q, k, v, segments, None, segments, **options)
+        options = {"scale": 0.125, "window": window, "chunked": chunked}
+        positions = jnp.arange(512) - first_visible(segments, None)
+        return attention.attention(q, k, v, segments, None, positions, **options)
 
     compute = partial(with_gradients, run)
     want = jax.jit(compute)(*inputs, window)
