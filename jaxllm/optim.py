@@ -32,6 +32,7 @@ DECAYED = {
     "router_bias": False,
     "sinks": False,
     "conv": True,
+    "conv_bias": False,
     "a_log": False,
     "dt_bias": False,
     "embedding": True,

@@ -132,7 +132,8 @@ class Program:
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
         windows = [{kinds[layer].window for layer in layers} for layers in stacks]
-        facts["mixed_windows"] = any(len(some) > 1 for some in windows)
+        mixed = any(len(some) > 1 for some in windows)
+        facts["mixed_windows"] = mixed and not self.shape.chunked
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
         return [
             *attention.notes(self.mesh, self.cfg.model.attention, **facts),
@@ -273,8 +274,9 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
             obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
         for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
-    if shape.delta is not None and mesh.shape["context"] > 1:
-        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {OBSTACLE}")
+    if shape.recurrent and mesh.shape["context"] > 1:
+        obstacle = OBSTACLE.format(shape.recurrent)
+        raise UserError(f"mesh.context {mesh.shape['context']} is not possible: {obstacle}")
     if program.row_length % mesh.shape["context"]:
         raise UserError(
             f"rows of {program.row_length} tokens do not divide by mesh.context "

@@ -323,7 +323,7 @@ class PeftSection:
     target_parameters: tuple[str, ...] = ()
     """LoRA: parameters of experts and routers to adapt, by the end of their name in transformers 5
     (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight); default: all of them with
-    all-linear"""
+    all-linear, unless checkpoints have fused experts too"""
     exclude_modules: tuple[str, ...] = ()
     """LoRA: modules to exclude from target_modules"""
     layers_to_transform: tuple[Count, ...] = ()

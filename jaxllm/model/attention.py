@@ -16,7 +16,7 @@ from flax import nnx
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
-from jaxllm.model.layers import Linear, RMSNorm, fused
+from jaxllm.model.layers import Linear, RMSNorm, fused, unit_rms
 from jaxllm.model.rope import rotate
 from jaxllm.ops.attention import attention
 
@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         if cfg.sinks:
             drawn = jax.random.normal(rngs.params(), (cfg.num_heads,)) * cfg.initializer_range
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
-        if cfg.qk_norm != "none":
+        if cfg.qk_norm not in ("none", "unit"):
             full = cfg.qk_norm == "full"
             self.q_norm = RMSNorm(cfg, Q if full else cfg.head_dim, dtype=dtype)
             self.k_norm = RMSNorm(cfg, KV if full else cfg.head_dim, dtype=dtype)
@@ -67,6 +67,11 @@ class Attention(nnx.Module):
         q_BTHK, k_BTNK = rotate(q_BTHK, cos, sin, pairs), rotate(k_BTNK, cos, sin, pairs)
         if self.cfg.qk_norm == "rotated":
             q_BTHK, k_BTNK = self.q_norm(q_BTHK), self.k_norm(k_BTNK)
+        if self.cfg.qk_norm == "unit":
+            rotated = jnp.asarray([rope.kind != "none" for rope in self.cfg.ropes])[ctx.rope]
+            q_BTHK, k_BTNK = (
+                jnp.where(rotated, unit_rms(y, self.cfg.norm_eps), y) for y in (q_BTHK, k_BTNK)
+            )
         if scale:
             q_BTHK = q_BTHK * scale[0].astype(q_BTHK.dtype)
         if past is not None:
@@ -80,6 +85,7 @@ class Attention(nnx.Module):
             ctx.positions,
             offset=ctx.offset,
             window=ctx.window,
+            chunked=self.cfg.chunked,
             softcap=self.cfg.attention_softcap,
             scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
             sinks=self.sinks[...] if self.cfg.sinks else None,

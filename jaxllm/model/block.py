@@ -17,6 +17,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.conv import ShortConv
 from jaxllm.model.delta import DeltaNet
 from jaxllm.model.layers import MLP, NORMS
 from jaxllm.model.mla import LatentAttention
@@ -46,7 +47,7 @@ class Block(nnx.Module):
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         mixer = Attention if cfg.latent is None else LatentAttention
-        mixer = DeltaNet if kind.mixer == "delta" else mixer
+        mixer = {"attention": mixer, "delta": DeltaNet, "conv": ShortConv}[kind.mixer]
         self.attn = mixer(cfg, f"{path}.attn", **keys)
         self.mlp = (
             MoE(cfg, f"{path}.mlp", **keys)

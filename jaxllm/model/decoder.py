@@ -200,8 +200,6 @@ class Decoder(nnx.Module):
         if any(rope.query_beta for rope in cfg.ropes):
             scales = [query_scale(rope, positions) for rope in cfg.ropes]
             tables = [(*table, scale) for table, scale in zip(tables, scales, strict=True)]
-        if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
-            tables.append((jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])))
         # Elsewhere, in an evaluation over a mesh, XLA would replicate the blocks of split weights.
         divisible = manual_rows() or jax.sharding.get_abstract_mesh().size <= 1
         ctx = replace(

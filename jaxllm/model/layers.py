@@ -92,6 +92,12 @@ class Embed(nnx.Module):
         return constrain(x, "batch", "sequence", "features")
 
 
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last dim, in x's dtype; computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) · (offset + scale) over the last dim, statistics in float32 (arXiv:1910.07467)."""
 
@@ -104,8 +110,7 @@ class RMSNorm(nnx.Module):
         return self.scaled(x.astype(jnp.float32)).astype(x.dtype)
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        unit = x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
-        return unit * (self.offset + self.scale[...].astype(jnp.float32))
+        return unit_rms(x, self.eps) * (self.offset + self.scale[...].astype(jnp.float32))
 
 
 class LayerNorm(RMSNorm):

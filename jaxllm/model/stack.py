@@ -121,7 +121,7 @@ class Scan:
         pasts, new = [unstacked(past) for past in pasts], [[] for _ in pasts]
         for index, place in product(range(len(self.kinds[0])), range(len(pasts))):
             kind = self.kinds[place][index]
-            here = ctx.at_layer(index, _rope(kind), kind.window)
+            here = ctx.at_layer(index, kind.rope, kind.window)
             graph, weights = nnx.split(self.blocks[place][index])
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             x_BTD, past, _ = block(x_BTD, here, pasts[place][index])
@@ -200,7 +200,7 @@ class Scan:
         """(x_BTD, a layer's weights, its index, its past) -> (x_BTD, its new past, its Routing),
         for the layers of a stack with `weights`. decoding: there is no backward pass."""
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
-        ropes, windows = [_rope(kind) for kind in kinds], [kind.window for kind in kinds]
+        ropes, windows = [kind.rope for kind in kinds], [kind.window for kind in kinds]
         if any(windows):
             windows = [UNBOUNDED if window is None else window for window in windows]
 
@@ -216,11 +216,6 @@ class Scan:
         if policy is None or decoding:
             return layer
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _rope(kind: LayerKind) -> int:
-    """The index of a layer's RoPE table; of a layer without RoPE that of the last one."""
-    return -1 if kind.rope is None else kind.rope
 
 
 def _select(values: list[Any], index: jax.Array) -> Any:

@@ -29,9 +29,9 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window. A delta net costs the same at each token
-    (`delta.products`). Packed rows are counted as one document, although segments do less. A reward
-    model's head reads one token per text and counts as 0.
+    (length + 1) / 2, or fewer within a layer's window or chunks. A delta net costs the same at each
+    token (`delta.products`). Packed rows are counted as one document, although segments do less. A
+    reward model's head reads one token per text and counts as 0.
     """
     (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
     if (latent := model.latent) is None:
@@ -55,9 +55,16 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += 2 * D * delta.value_heads
             state += products(delta, length)
             continue
+        if kind.mixer == "conv":
+            weights += 4 * D * D
+            continue
         weights += attention
         window = min(kind.window or length, length)
-        keys += window - window * (window - 1) / (2 * length)
+        if model.chunked:
+            rest = length % window
+            keys += ((length - rest) * (window + 1) + rest * (rest + 1)) / (2 * length)
+        else:
+            keys += window - window * (window - 1) / (2 * length)
     head = 0 if model.scores else D * model.vocab_size
     return 2 * weights, 2 * H * (QK + V) * keys + state, 2 * head
 

@@ -22,7 +22,7 @@ from operator import attrgetter
 from typing import Any
 
 from jaxllm.errors import UserError, seen
-from jaxllm.model.config import Delta, Experts, Latent, ModelConfig, check_numbers
+from jaxllm.model.config import Convolution, Delta, Experts, Latent, ModelConfig, check_numbers
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
 from jaxllm.model.families.table import FAMILIES, MISSING, Family
@@ -150,7 +150,8 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         if kind["scores"] and len(c.get("id2label") or (0,)) != 1:
             raise UserError(f"num_labels is {len(c['id2label'])}; a reward model gives one score")
         values |= kind | family.fixed | read_layers(c)
-        for name, group in {"experts": Experts, "latent": Latent, "delta": Delta}.items():
+        groups = {"experts": Experts, "latent": Latent, "delta": Delta, "conv": Convolution}
+        for name, group in groups.items():
             dotted = [key for key in values if key.startswith(f"{name}.")]
             parts = {key.partition(".")[2]: values.pop(key) for key in dotted}
             values |= {name: group(**parts)} if parts else {}
