@@ -44,7 +44,7 @@ from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
+from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf, with_mtp
 from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
 from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
@@ -79,8 +79,7 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     """Raises UserError for missing and for unexpected tensors."""
     wanted = {name for key in keys_in(cfg, found) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
-    spare = fp8.without_scales(found, scheme) - wanted
-    spare = sorted(name for name in spare if not name.endswith(UNUSED))
+    spare = sorted(n for n in fp8.without_scales(found, scheme) - wanted if not n.endswith(UNUSED))
     if (cfg.tie_embeddings or cfg.scores) and (head := head_of(cfg.wrapper)) in spare:
         spare.remove(head)  # a second copy of the embedding, or the head of a causal model
     problems = [
@@ -209,6 +208,7 @@ def load_hf(
     scores: bool = False,
     seed: int = 0,
     compute_dtype: str | None = None,
+    mtp: bool = False,
     shared: Mapping[tuple[str, ...], jax.Array] | None = None,
     **options: Any,
 ) -> Decoder:
@@ -226,6 +226,7 @@ def load_hf(
         the weights if both are given.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
+      mtp: load the modules of multi-token prediction too, to train them.
       shared: arrays of another model of `path` to use, by the path of the weight; others are read.
       options: remat, scan_unroll, attention, loss_blocks, mlp_blocks, as in Decoder.
 
@@ -240,7 +241,7 @@ def load_hf(
     config, scheme = source_config(str(folder), overrides, scores=scores)
     if scheme is not None:
         dist.say(f"{path}: quantized weights are read as {dtype} and saved without quantization")
-    cfg = from_hf(config)
+    cfg = with_mtp(from_hf(config), config) if mtp else from_hf(config)
     if saved and not peft.frozen:
         peft = adapter_files.read_adapter(cfg, saved)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
@@ -252,9 +253,9 @@ def load_hf(
         locations[embed] = locations.pop(head)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
         locations.setdefault(head, locations[embed])
-    mtp = passthrough.mtp_names(locations, cfg, config)
-    _check_names(folder, cfg, set(locations) - mtp, scheme)
-    passthrough.check_unused(folder, cfg, config, scheme, mtp)
+    kept = passthrough.kept_names(folder, locations, cfg, config)
+    _check_names(folder, cfg, set(locations) - kept, scheme)
+    passthrough.check_unused(folder, cfg, config, scheme, kept)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
     for which, files in enumerate(saved.values()):
         adapter_files.check_weights(model, files, which)
@@ -409,8 +410,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         layers = model.cfg.stacks.get(path[0])
         for name, at in zip(names, grid, strict=True):
             tensors.append((layers[at[0]] if layers else -1, tensor(parts, name, at)))
-    for _, one in sorted(tensors, key=lambda pair: pair[0]):  # layer by layer
-        yield one
+    yield from (one for _, one in sorted(tensors, key=lambda pair: pair[0]))  # layer by layer
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, dtype: str, limit: int) -> None:

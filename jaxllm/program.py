@@ -32,7 +32,7 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
 from jaxllm.model.delta import OBSTACLE
-from jaxllm.model.families import from_hf, normalised
+from jaxllm.model.families import from_hf, normalised, with_mtp
 from jaxllm.model.parts import record_shapes
 from jaxllm.objectives.ppo import Value, ValueParam
 from jaxllm.objectives.table import Objective, make_objective
@@ -153,7 +153,7 @@ class Program:
             make_optimizer(self.cfg.optim, schedule, self.adapter.learning_rate_ratios),
             schedule,
             baseline=self.objective.baseline,
-            router_losses=router_losses(self.cfg.model),
+            added_losses=added_losses(self.cfg.model),
             bias_rate=self.cfg.model.router_bias_rate,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
@@ -243,9 +243,10 @@ def with_router_losses(
     return replace(cfg, model=replace(model, balance_loss=given))
 
 
-def router_losses(model: ModelSection) -> dict[str, float]:
-    """{metric: coefficient} of the losses of routers."""
+def added_losses(model: ModelSection) -> dict[str, float]:
+    """{metric: coefficient} of the losses of routers and of multi-token prediction."""
     losses = {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
+    losses["mtp_loss"] = model.mtp_loss
     return {name: coefficient for name, coefficient in losses.items() if coefficient}
 
 
@@ -375,6 +376,8 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     scores, weights = cfg.verb.head == "score", cfg.model.path is not None
     config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
     shape = from_hf(config)
+    if cfg.model.mtp_loss:
+        shape = with_mtp(shape, config)
     if shape.scores and not scores:
         raise UserError(f"{source} is a reward model; {cfg.objective} trains a language model")
     return shape, config
@@ -413,6 +416,7 @@ def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapte
             adapter=cfg.peft.path,
             overrides=cfg.model.overrides,
             scores=shape.scores,
+            mtp=shape.mtp > 0,
             **options,
         )
     if shape.wrapper:

@@ -46,7 +46,8 @@ from jaxllm.files import tensor_files
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import from_hf, to_hf
+from jaxllm.model.families import from_hf, to_hf, with_mtp
+from jaxllm.model.families.tensors import key_table
 from jaxllm.model.families.wrappers import WRAPPERS, is_text
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
@@ -233,6 +234,26 @@ def test_an_untouched_model_comes_out_as_it_went_in(base, name, tmp_path):
     for path, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[path]), path
     np.testing.assert_array_equal(torch_logits(model, tokens), torch_logits(again, tokens))
+
+
+def test_multi_token_prediction_is_trained_with_the_text(base, tmp_path):
+    """Its tensors are beside those of the language model; without mtp they are copied."""
+    folder, config = base("qwen3_5")[1], MODELS["qwen3_5"]
+    cfg = with_mtp(from_hf(config), config)
+    weights = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    shapes = {".".join(path): v.get_value().shape for path, v in nnx.to_flat_state(weights)}
+    own = {k.name: shapes[k.path][::-1] for k in key_table(cfg) if k.path.startswith("mtp_1.")}
+    assert {"mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"} < own.keys()
+    shutil.copytree(folder, tmp_path / "in")
+    tensors = stored(folder) | {name: torch.randn(shape) for name, shape in own.items()}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    for mtp in (True, False):
+        model = load_hf(str(tmp_path / "in"), mesh=one_device(), mtp=mtp)
+        assert model.cfg.mtp == mtp
+        save_hf(model, str(tmp_path / "out"))
+        after = stored(tmp_path / "out")
+        assert after.keys() == tensors.keys()
+        assert all(torch.equal(after[name], tensors[name]) for name in tensors)
 
 
 def assert_config_kept(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -94,6 +94,8 @@ class ModelSection:
     router_bias_rate: Amount = 0.0
     """mixtures of experts whose routers have a bias: how much each step raises the bias of experts
     with less than the mean load, and lowers that of the others"""
+    mtp_loss: Amount = 0.0
+    """coefficient of the loss of multi-token prediction; 0 = its weights stay as they are"""
 
 
 if TYPE_CHECKING:

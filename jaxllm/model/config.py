@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, get_type_hints
 
@@ -158,6 +158,7 @@ class ModelConfig:
     conv: Convolution | None = None
     output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
+    mtp: int = 0  # modules of multi-token prediction that are trained with the model (model/mtp.py)
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
@@ -181,6 +182,16 @@ class ModelConfig:
         if len(stacks) == 1:
             return {"layers": stacks[0]}
         return {f"layers_{layers.start}": layers for layers in stacks}
+
+    @property
+    def mtp_names(self) -> tuple[str, ...]:
+        """Attributes of the decoder that hold modules of multi-token prediction, in order."""
+        return tuple(f"mtp_{depth}" for depth in range(1, self.mtp + 1))
+
+    @property
+    def mtp_kind(self) -> LayerKind:
+        """The kind of their layers: attention, and the MLP or experts of the last layer."""
+        return replace(self.kinds_by_layer[-1], mixer="attention")
 
     @property
     def attention_dims(self) -> tuple[int, int]:
@@ -253,7 +264,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
             is_size = hint is int or (f.name == "window" and value is not None)
-            optional = ("rope", "original_length", "query_shift", "q_rank", "shared_size")
+            optional = ("rope", "original_length", "query_shift", "q_rank", "shared_size", "mtp")
             low = 0 if f.name in optional else 1
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inputs of a layer besides the residual stream x_BTD.
 
-Dims: B rows, T tokens, S keys (cached or virtual ones, then the T tokens), R rotated features.
+Dims: B rows, T tokens, D model width, S keys (cached or virtual ones, then the T tokens), R rotated
+features.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Context:
     rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
     window: Any = None  # of the layer: an int or int32 scalar; None = all keys
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
+    next_BTD: Any = None  # embeddings of the tokens that come next, for multi-token prediction
     mlp_blocks: int = field(default=1, metadata={"static": True})  # of MLP.in_blocks; 1 = whole
 
     def at_layer(self, layer: Any, rope: Any = 0, window: Any = None) -> Context:

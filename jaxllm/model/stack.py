@@ -136,16 +136,17 @@ class Scan:
         """
         graph, weights = nnx.split(self.blocks)
         prefix = None if ctx.key_segment_ids is None else ctx.key_segment_ids[:, : ctx.offset]
-        tokens = (x_BTD, ctx.segment_ids, ctx.positions)
+        tokens = (x_BTD, ctx.segment_ids, ctx.positions, ctx.next_BTD)
         shared = (weights, past, prefix, ctx.rng, ctx.adapter_weights)
 
         def run(tokens: Any, tables: Any, shared: Any) -> tuple[jax.Array, Any]:
-            x_BTD, segments, positions = tokens
+            x_BTD, segments, positions, next_BTD = tokens
             weights, past, prefix, rng, adapter_weights = shared
             here = replace(
                 ctx,
                 segment_ids=segments,
                 positions=positions,
+                next_BTD=next_BTD,
                 key_segment_ids=prefix if prefix is None else jnp.hstack([prefix, segments]),
                 rope_tables=tables,
                 rng=rng,

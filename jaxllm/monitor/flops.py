@@ -31,7 +31,8 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
     (length + 1) / 2, or fewer within a layer's window or chunks. A delta net costs the same at each
     token (`delta.products`). Packed rows are counted as one document, although segments do less. A
-    reward model's head reads one token per text and counts as 0.
+    reward model's head reads one token per text and counts as 0. A module of multi-token
+    prediction is one more layer, its projection, and the head once more.
     """
     (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
     if (latent := model.latent) is None:
@@ -47,7 +48,7 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
         mlp += experts.count + experts.shared_gate
     # Summed over layers: of a token, the keys of a query on average, and FLOPs of delta nets.
     weights = keys = state = 0.0
-    for kind in model.kinds_by_layer:
+    for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
         weights += D * (dense if kind.dense else mlp)
         if kind.mixer == "delta" and (delta := model.delta) is not None:
             values = delta.value_heads * delta.value_dim
@@ -65,7 +66,8 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             keys += ((length - rest) * (window + 1) + rest * (rest + 1)) / (2 * length)
         else:
             keys += window - window * (window - 1) / (2 * length)
-    head = 0 if model.scores else D * model.vocab_size
+    weights += model.mtp * 2 * D * D  # of a token's hidden state and the next one's embedding
+    head = 0 if model.scores else D * model.vocab_size * (1 + model.mtp)
     return 2 * weights, 2 * H * (QK + V) * keys + state, 2 * head
 
 

@@ -75,6 +75,14 @@ def test_a_layer_without_experts_costs_its_mlp():
     assert more == 6 * 32 * (3 * 48 - 3 * 3 * 20 - 16)
 
 
+def test_a_module_of_multi_token_prediction_costs_a_layer_a_projection_and_the_head():
+    cfg = config(tie_embeddings=False)
+    more = flops_per_token(replace(cfg, mtp=1), 1) - flops_per_token(cfg, 1)
+    own = products(replace(cfg, mtp=1)) - products(cfg)
+    assert own > 2 * 32 * 32
+    assert more == 6 * (own + 32 * 101) + 3 * 4 * 4 * 12  # one key
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_attention_counts_the_keys_that_each_query_sees(length, chunked):

@@ -68,7 +68,8 @@ class Family:
       saves that with the last two dims swapped.
     modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
-      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.
+      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. Those under
+      "model.mtp_" read hidden states before the final norm, and are not trained.
     refused: HF keys that must be empty, each with the reason.
     """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from jaxllm.model.config import Delta, ModelConfig
+from jaxllm.model.config import Delta, LayerKind, ModelConfig
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
 
@@ -87,10 +87,13 @@ NORMS: dict[str, dict[str, str]] = {
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     keys = [Key("embed.embedding", embed_name(cfg.wrapper))]
-    for stack in cfg.stacks:
-        keys += _stack_keys(cfg, stack)
+    for stack, layers in cfg.stacks.items():
+        layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
+        keys += _layer_keys(cfg, stack, layer, cfg.kinds_by_layer[layers[0]])
     norm = FAMILIES[cfg.family].modules.get("norm", "norm")
     keys += _norm_keys(cfg, "norm", root_of(cfg.wrapper) + norm)
+    for depth, module in enumerate(cfg.mtp_names):
+        keys += _mtp_keys(cfg, module, depth)
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
@@ -105,9 +108,9 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
     def stored(key: Key) -> Key:
         if "{expert}" not in key.name or cfg.experts is None:
             return key
-        stack, _, matrix, _ = key.path.split(".")
+        _, _, matrix, _ = key.path.split(".")
         F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
-        name = f"{root_of(cfg.wrapper)}layers.{{{stack}}}.mlp.experts.{tensor}"
+        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.mlp.experts.{tensor}", key.name)
         if not any(one in names for one in tensor_names(cfg, name)):
             return key
         parts = {"gate": range(F), "up": range(F, 2 * F)}
@@ -161,12 +164,47 @@ def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
     return of_wrapper or FAMILIES[cfg.family].fused
 
 
-def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
-    """The weights of a stack of layers."""
+def _mtp_layer(cfg: ModelConfig, depth: int) -> str:
+    """How the names of a module of multi-token prediction begin, whose layer is after the last."""
+    return f"{root_of(cfg.wrapper)}layers.{cfg.num_layers + depth}."
+
+
+def _mtp_keys(cfg: ModelConfig, module: str, depth: int) -> list[Key]:
+    """The weights of a module of multi-token prediction, but its copies of table and head."""
+    if FAMILIES[cfg.family].mtp == "layers":
+        start = layer = _mtp_layer(cfg, depth)
+        names = "enorm", "hnorm", "eh_proj", "shared_head.norm"
+    else:
+        start, layer = "mtp.", f"mtp.layers.{depth}."
+        names = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"
+    embed_norm, hidden_norm, proj, norm = (start + name for name in names)
+    return [
+        *_norm_keys(cfg, f"{module}.embed_norm", embed_norm),
+        *_norm_keys(cfg, f"{module}.hidden_norm", hidden_norm),
+        Key(f"{module}.proj.kernel", f"{proj}.weight", True),
+        *_layer_keys(cfg, module, layer, cfg.mtp_kind),
+        *_norm_keys(cfg, f"{module}.norm", norm),
+    ]
+
+
+def mtp_copies(cfg: ModelConfig) -> dict[str, str]:
+    """{tensor: the one that it is a copy of}: the table and the head that files have once more in
+    each layer of multi-token prediction."""
+    table = embed_name(cfg.wrapper)
+    head = table if cfg.tie_embeddings else head_of(cfg.wrapper)
+    layers = cfg.mtp if FAMILIES[cfg.family].mtp == "layers" else 0
+    copies = {}
+    for layer in (_mtp_layer(cfg, depth) for depth in range(layers)):
+        copies[f"{layer}embed_tokens.weight"] = table
+        copies[f"{layer}shared_head.head.weight"] = head
+    return copies
+
+
+def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> list[Key]:
+    """The weights of layers of a kind, or of one. stack: their path in the decoder. layer: how
+    their names begin."""
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     family, fused, keys = FAMILIES[cfg.family], fused_in(cfg), list[Key]()
-    layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
-    kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
 
     def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
         name = family.modules.get(path, name)

@@ -96,8 +96,9 @@ def module_name(stored: str, wrapper: str) -> str:
 
 
 def is_text(name: str, wrapper: str) -> bool:
-    """True if a tensor, by its `module_name`, belongs to the language model."""
-    starts = root_of(wrapper), head_of(wrapper).removesuffix("weight")
+    """True if a tensor, by its `module_name`, belongs to the language model or to its multi-token
+    prediction."""
+    starts = root_of(wrapper), head_of(wrapper).removesuffix("weight"), "mtp."
     return not wrapper or name.startswith(starts)
 
 
