@@ -275,13 +275,13 @@ class Checkpoints:
         UserError if there is no such step, or if it is broken or has other shapes.
         """
         self.check(step)
-        saved = _by_name(self.manager.item_metadata(step)["state"].tree)
-        for name, leaf in _by_name(like).items():
-            shape = saved[name].shape if name in saved else None
-            if shape != leaf.shape:
+        saved, wanted = _by_name(self.manager.item_metadata(step)["state"].tree), _by_name(like)
+        for name in wanted if partial else wanted | saved:
+            here, there = (tree[name].shape if name in tree else "" for tree in (wanted, saved))
+            if here != there:
                 raise UserError(
                     f"{self.directory / str(step)} belongs to another model or optimizer: {name} "
-                    f"has shape {leaf.shape} now and {shape or 'is missing'} in the checkpoint"
+                    f"has shape {here or 'none'} now and {there or 'is missing'} in the checkpoint"
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)

@@ -57,5 +57,6 @@ def _tensor_name(path: Any, index: int, cfg: ModelConfig) -> str:
     for key in key_table(cfg):
         if key.path == name:
             names, layers = tensor_names(cfg, key.name), cfg.stacks.get(name.split(".")[0], ())
-            return names[index * len(names) // len(layers) if layers else 0]
+            at = index * len(names) // len(layers) if layers else index  # of a layer, an expert
+            return names[min(at, len(names) - 1)]
     return name

@@ -44,8 +44,9 @@ from jaxllm.mesh import axes_of, device_memory, make_mesh, param_sharding
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf
-from jaxllm.model.families.tensors import HEAD, Key, embed_name, key_table, tensor_names
+from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf, with_mtp
+from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
+from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
@@ -76,12 +77,11 @@ def weights_hash(files: Iterable[Path]) -> str:
 
 def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp8 | None) -> None:
     """Raises UserError for missing and for unexpected tensors."""
-    wanted = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
+    wanted = {name for key in keys_in(cfg, found) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
-    spare = fp8.without_scales(found, scheme) - wanted
-    spare = sorted(name for name in spare if not name.endswith(UNUSED))
-    if (cfg.tie_embeddings or cfg.scores) and HEAD in spare:
-        spare.remove(HEAD)  # a second copy of the embedding, or the head of a causal model
+    spare = sorted(n for n in fp8.without_scales(found, scheme) - wanted if not n.endswith(UNUSED))
+    if (cfg.tie_embeddings or cfg.scores) and (head := head_of(cfg.wrapper)) in spare:
+        spare.remove(head)  # a second copy of the embedding, or the head of a causal model
     problems = [
         f"{verb} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
         for verb, names in (
@@ -171,7 +171,7 @@ def _read_weights(
 ) -> None:
     """Reads the weights of an abstract model, except for a score head that no file has, and for
     those of the base model that are `shared`."""
-    keys = {tuple(key.path.split(".")): key for key in key_table(model.cfg)}
+    keys = {tuple(key.path.split(".")): key for key in keys_in(model.cfg, locations)}
     weights = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     assert keys.keys() == weights.keys()
     fused: dict[str, int] = {}  # outputs of each fused tensor
@@ -186,9 +186,8 @@ def _read_weights(
             if path in shared and key.path not in model.peft.saved:
                 weights[path].set_value(shared[path])
                 continue
-            shape, outputs = weights[path].get_value().shape, fused.get(key.name, 0)
-            shape = shape[key.stacked :]
-            parts[path] = [_fitting(tensor(name), name, key, shape, outputs) for name in names]
+            facts = key, weights[path].get_value().shape[key.stacked :], fused[key.name]
+            parts[path] = [_fitting(tensor(name), name, *facts) for name in names]
         for path, layers in parts.items():
             key, like = keys[path], weights[path].get_value()
             names = tensor_names(model.cfg, key.name)
@@ -209,6 +208,7 @@ def load_hf(
     scores: bool = False,
     seed: int = 0,
     compute_dtype: str | None = None,
+    mtp: bool = False,
     shared: Mapping[tuple[str, ...], jax.Array] | None = None,
     **options: Any,
 ) -> Decoder:
@@ -222,10 +222,10 @@ def load_hf(
         active (see jaxllm.choose).
       overrides: keys of the HF config to change. With tie_word_embeddings false, the head of a tied
         model is initialized from its token table.
-      peft: what training adds to the model, with random weights drawn from `seed`; `adapter` gives
-        the weights if both are given.
+      peft: what training adds to the model; its weights are `adapter`'s, or else drawn by `seed`.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
+      mtp: load the modules of multi-token prediction too, to train them.
       shared: arrays of another model of `path` to use, by the path of the weight; others are read.
       options: remat, scan_unroll, attention, loss_blocks, mlp_blocks, as in Decoder.
 
@@ -240,22 +240,22 @@ def load_hf(
     config, scheme = source_config(str(folder), overrides, scores=scores)
     if scheme is not None:
         dist.say(f"{path}: quantized weights are read as {dtype} and saved without quantization")
-    cfg = from_hf(config)
+    cfg = with_mtp(from_hf(config), config) if mtp else from_hf(config)
     if saved and not peft.frozen:
         peft = adapter_files.read_adapter(cfg, saved)
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
     locations = text_tensors(folder, cfg.wrapper, scheme)
-    embed = embed_name(cfg.wrapper)
-    if cfg.tie_embeddings and embed not in locations and HEAD in locations:
-        locations[embed] = locations.pop(HEAD)
+    embed, head = embed_name(cfg.wrapper), head_of(cfg.wrapper)
+    if cfg.tie_embeddings and embed not in locations and head in locations:
+        locations[embed] = locations.pop(head)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
-        locations.setdefault(HEAD, locations[embed])
-    mtp = passthrough.mtp_names(locations, cfg, config)
-    unread = passthrough.unread_names(locations, cfg)
-    _check_names(folder, cfg, set(locations) - mtp - unread, scheme)
-    passthrough.check_unused(folder, cfg, config, scheme, mtp)
+        locations.setdefault(head, locations[embed])
+    kept = passthrough.kept_names(folder, locations, cfg, config)
+    unread = kept | passthrough.unread_names(locations, cfg)
+    _check_names(folder, cfg, set(locations) - unread, scheme)
+    passthrough.check_unused(folder, cfg, config, scheme, kept)
     locations |= adapter_files.saved_tensors(cfg, peft, saved)
     for which, files in enumerate(saved.values()):
         adapter_files.check_weights(model, files, which)
@@ -410,8 +410,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         layers = model.cfg.stacks.get(path[0])
         for name, at in zip(names, grid, strict=True):
             tensors.append((layers[at[0]] if layers else -1, tensor(parts, name, at)))
-    for _, one in sorted(tensors, key=lambda pair: pair[0]):  # layer by layer
-        yield one
+    yield from (one for _, one in sorted(tensors, key=lambda pair: pair[0]))  # layer by layer
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path, dtype: str, limit: int) -> None:
@@ -490,7 +489,9 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
         if t.name == embed_name(model.cfg.wrapper) and model.cfg.tied_head:
-            tensors.append(replace(t, name=adapter.root + HEAD))  # peft saves the tied copy as well
+            tensors.append(
+                replace(t, name=adapter.root + head_of(model.cfg.wrapper))
+            )  # peft saves the tied copy as well
     with new_folder(path) as part:
         write_file(part / ADAPTER, tensors, "float32")
         if tokenizer is not None and dist.is_main():

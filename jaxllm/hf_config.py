@@ -15,9 +15,10 @@ from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_jso
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
-from jaxllm.model.families.tensors import HEAD, embed_name
+from jaxllm.model.families.tensors import embed_name
 from jaxllm.model.families.wrappers import (
     WRAPPER,
+    head_of,
     is_text,
     module_name,
     rewrapped,
@@ -113,11 +114,12 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
     if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
         return False
     wrapper = wrapper_of(config)
-    locations, embed = text_tensors(folder, wrapper, scheme), embed_name(wrapper)
-    if embed not in locations or HEAD not in locations:
+    locations = text_tensors(folder, wrapper, scheme)
+    embed, head = embed_name(wrapper), head_of(wrapper)
+    if embed not in locations or head not in locations:
         return False
     with fp8.opened(locations, scheme) as tensor:
-        table, head = tensor(embed), tensor(HEAD)
+        table, head = tensor(embed), tensor(head)
         if len(table.get_shape()) != 2:
             return False  # refused when it is read
         rows, *width = table.get_shape()

@@ -34,6 +34,7 @@ DECAYED = {
     "router_scale": False,
     "sinks": False,
     "conv": True,
+    "conv_bias": False,
     "a_log": False,
     "dt_bias": False,
     "embedding": True,

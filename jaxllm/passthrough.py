@@ -2,7 +2,8 @@
 """Tensors of a checkpoint that the decoder does not use: an export copies them from there.
 
     of a multimodal model         all but its language model: the vision tower and the like
-    of multi-token prediction     `Family.mtp`: layers or modules that predict further tokens
+    of multi-token prediction     `Family.mtp`: layers or modules that predict further tokens, if
+                                  they are not trained (`ModelConfig.mtp`)
     of keys and values            in layers that use those of others; a model without a wrapper is
                                   saved without them, as by transformers
 
@@ -25,21 +26,16 @@ from jaxllm.errors import UserError
 from jaxllm.files import PROCESSOR, Tensor, header, local_dir, read_array, tensor_files
 from jaxllm.hf_config import read_config, text_tensors
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families import normalised
+from jaxllm.model.families import mtp_modules
 from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import mtp_copies
 from jaxllm.model.families.wrappers import WRAPPER, is_text, module_name, root_of
 from jaxllm.paths import as_path, copy, is_bucket
 
 VISION = "vision_config"
 TEMPLATE = "chat_template.jinja"
 MTP = "multi-token prediction"
-
-
-def _mtp_layers(cfg: ModelConfig, config: dict[str, Any]) -> range:
-    """The layers after the last one that predict further tokens; empty in most families."""
-    count = normalised(config).get("num_nextn_predict_layers")
-    count = count if FAMILIES[cfg.family].mtp == "layers" and isinstance(count, int) else 0
-    return range(cfg.num_layers, cfg.num_layers + count)
+SAMPLES = 64  # rows of a table that are compared
 
 
 def mtp_names(names: Iterable[str], cfg: ModelConfig, config: dict[str, Any]) -> set[str]:
@@ -50,11 +46,23 @@ def mtp_names(names: Iterable[str], cfg: ModelConfig, config: dict[str, Any]) ->
     place = FAMILIES[cfg.family].mtp
     if place != "layers":
         return {name for name in names if place and name.startswith(place)}
-    layers, pattern = (
-        _mtp_layers(cfg, config),
-        re.compile(rf"{root_of(cfg.wrapper)}layers\.(\d+)\."),
-    )
+    layers = range(cfg.num_layers, cfg.num_layers + mtp_modules(cfg, config))
+    pattern = re.compile(rf"{root_of(cfg.wrapper)}layers\.(\d+)\.")
     return {n for n in names if (found := pattern.match(n)) and int(found[1]) in layers}
+
+
+def kept_names(
+    folder: Path, names: Iterable[str], cfg: ModelConfig, config: dict[str, Any]
+) -> set[str]:
+    """Those of the names that belong to multi-token prediction and are not loaded: all, or, if it
+    is trained, its copies of the model's table and head.
+
+    Raises UserError if it is to be trained and there is none.
+    """
+    mtp = mtp_names(names, cfg, config)
+    if cfg.mtp and not mtp:
+        raise UserError(f"{folder} has no weights of {MTP}; set model.mtp_loss to 0")
+    return mtp & mtp_copies(cfg).keys() if cfg.mtp else mtp
 
 
 def unread_names(names: Iterable[str], cfg: ModelConfig) -> set[str]:
@@ -76,7 +84,7 @@ def unused_tensors(
     """
     places = fp8.located(tensor_files(folder), scheme)
     modules = {name: module_name(name, cfg.wrapper) for name in places}
-    own = set() if cfg.scores else mtp_names(modules.values(), cfg, config)
+    own = set() if cfg.scores or cfg.mtp else mtp_names(modules.values(), cfg, config)
     own |= unread_names(modules.values(), cfg)
     unused = {
         n for n, module in modules.items() if module in own or not is_text(module, cfg.wrapper)
@@ -115,6 +123,8 @@ def check_unused(
     """Says what becomes of the tensors `mtp` of multi-token prediction. Raises UserError for
     tensors that an export could not copy."""
     unused = {t.name: t for t in unused_tensors(folder, cfg, config, scheme)}
+    if cfg.mtp:
+        return _check_copies(folder, cfg, scheme, mtp)
     if not (names := sorted(fp8.without_scales(mtp, scheme))):
         return
     fate = "saved with a reward model" if cfg.scores else "trained; exports copy them from there"
@@ -129,6 +139,23 @@ def check_unused(
                 f"warning: {folder}: {name} has {rows:,} rows, the vocabulary {cfg.vocab_size:,} "
                 f"tokens, so its {MTP} does not work"
             )
+
+
+def _check_copies(folder: Path, cfg: ModelConfig, scheme: fp8.Fp8 | None, copies: set[str]) -> None:
+    """Says which copies of the model's table and head differ from them, in rows over all of it."""
+    files, copied = text_tensors(folder, cfg.wrapper, scheme), mtp_copies(cfg)
+    with fp8.opened(files, scheme) as tensor:
+        for name in sorted(name for name in copies if copied[name] in files):
+            own, ours = tensor(name), tensor(copied[name])
+            rows = ours.get_shape()[0]
+            same = own.get_shape() == ours.get_shape() and all(
+                (own[at] == ours[at]).all()
+                for at in (slice(i, i + 1) for i in range(0, rows, max(1, rows // SAMPLES)))
+            )
+            if not same:
+                dist.say(
+                    f"warning: {folder}: {name} differs from {copied[name]}, which replaces it"
+                )
 
 
 def base_of(model: Any) -> tuple[Path, dict[str, Any]]:
@@ -155,12 +182,15 @@ def base_of(model: Any) -> tuple[Path, dict[str, Any]]:
 
 def with_unused(model: Any, tensors: dict[str, Tensor], out: str) -> dict[str, Tensor]:
     """A model's tensors under the names that they have in the files it was loaded from, and the
-    tensors there that it does not use, to be written to `out`.
+    tensors there that it does not use, to be written to `out`. Trained modules of multi-token
+    prediction have copies of the table and the head.
 
     If those files cannot be read any more, a multimodal model raises UserError; of others a line
     says that multi-token prediction is left out.
     """
     cfg, config, problem = model.cfg, json.loads(model.hf_config or "{}"), ""
+    copies = mtp_copies(cfg).items()
+    tensors = tensors | {name: replace(tensors[of], name=name) for name, of in copies}
     if not cfg.wrapper and (cfg.scores or not (model.base and _may_have_mtp(cfg, config))):
         return tensors
     try:
@@ -186,9 +216,10 @@ def with_unused(model: Any, tensors: dict[str, Tensor], out: str) -> dict[str, T
 
 
 def _may_have_mtp(cfg: ModelConfig, config: dict[str, Any]) -> bool:
-    """True if the files of such a model may have tensors of multi-token prediction."""
+    """True if the files of such a model may have tensors of multi-token prediction, which it has
+    not loaded."""
     place = FAMILIES[cfg.family].mtp
-    return len(_mtp_layers(cfg, config)) > 0 if place == "layers" else bool(place)
+    return bool(place) and not cfg.mtp and (place != "layers" or mtp_modules(cfg, config) > 0)
 
 
 def copy_processor(base: str, folder: Path) -> None:

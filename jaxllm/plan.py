@@ -322,7 +322,7 @@ def step_flops(program: Program) -> tuple[float, float]:
     # Nothing in the backward pass reads a product that is added to the residual stream at the end.
     # (What an expert adds is weighted by the router, whose gradient reads it.)
     Q, F = shape.num_heads * shape.head_dim, shape.intermediate_size
-    for kind in shape.kinds_by_layer:
+    for kind in shape.kinds_by_layer + (shape.mtp_kind,) * shape.mtp:
         mlp = F if shape.experts is None or kind.dense else 0
         unread = {"pre": mlp, "parallel": mlp + Q}.get(shape.norm_placement, 0)
         weights -= 2 * shape.hidden_size * unread

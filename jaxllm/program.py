@@ -31,7 +31,7 @@ from jaxllm.mesh import batch_sharding, data_parallel, replicated
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder, merge
-from jaxllm.model.families import from_hf, normalised
+from jaxllm.model.families import from_hf, normalised, with_mtp
 from jaxllm.model.parts import record_shapes
 from jaxllm.model.stack import context_obstacle
 from jaxllm.objectives.ppo import Value, ValueParam
@@ -132,7 +132,8 @@ class Program:
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
         windows = [{kinds[layer].window for layer in layers} for layers in stacks]
-        facts["mixed_windows"] = any(len(some) > 1 for some in windows)
+        mixed = any(len(some) > 1 for some in windows)
+        facts["mixed_windows"] = mixed and not self.shape.chunked
         weights = [variable for _, variable in nnx.to_flat_state(nnx.state(self.policy))]
         dims = dict.fromkeys(self.shape.of(kind).attention_dims for kind in self.shape.kinds)
         kernel = partial(attention.notes, self.mesh, self.cfg.model.attention, **facts)
@@ -154,7 +155,7 @@ class Program:
             make_optimizer(self.cfg.optim, schedule, self.adapter.learning_rate_ratios),
             schedule,
             baseline=self.objective.baseline,
-            router_losses=router_losses(self.cfg.model),
+            added_losses=added_losses(self.cfg.model),
             bias_rate=self.cfg.model.router_bias_rate,
             max_norm=self.cfg.optim.clip,
             seed=self.cfg.seed,
@@ -244,9 +245,10 @@ def with_router_losses(
     return replace(cfg, model=replace(model, balance_loss=given))
 
 
-def router_losses(model: ModelSection) -> dict[str, float]:
-    """{metric: coefficient} of the losses of routers."""
+def added_losses(model: ModelSection) -> dict[str, float]:
+    """{metric: coefficient} of the losses of routers and of multi-token prediction."""
     losses = {"balance_loss": model.balance_loss, "router_z_loss": model.router_z_loss}
+    losses["mtp_loss"] = model.mtp_loss
     return {name: coefficient for name, coefficient in losses.items() if coefficient}
 
 
@@ -375,6 +377,8 @@ def model_config(cfg: TrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
     scores, weights = cfg.verb.head == "score", cfg.model.path is not None
     config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=weights)
     shape = from_hf(config)
+    if cfg.model.mtp_loss:
+        shape = with_mtp(shape, config)
     if shape.scores and not scores:
         raise UserError(f"{source} is a reward model; {cfg.objective} trains a language model")
     return shape, config
@@ -413,6 +417,7 @@ def load_model(cfg: TrainConfig, mesh: Mesh, shape: ModelConfig, adapter: Adapte
             adapter=cfg.peft.path,
             overrides=cfg.model.overrides,
             scores=shape.scores,
+            mtp=shape.mtp > 0,
             **options,
         )
     if shape.wrapper:

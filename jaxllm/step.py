@@ -6,7 +6,7 @@ Dims: A micro-batches of an update, B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,8 +37,8 @@ from jaxllm.ops.conditional import update_if
 from jaxllm.optim import clip, opt_state_shardings
 
 NO_METRICS = (
-    " needs the metrics of routers: an objective must return `model.hidden(…).aux` too; "
-    "or set it to 0"
+    " needs the metrics of routers or of multi-token prediction: an objective must return "
+    "`model.hidden(…).aux` or `lm.ahead_metrics(…)` too; or set it to 0"
 )
 
 # (trainable, frozen) -> (the model, the reference or None)
@@ -84,7 +84,7 @@ def make_step(
     schedule: optax.Schedule,
     *,
     baseline: Callable[..., Any] | None = None,
-    router_losses: Mapping[str, float] | None = None,
+    added_losses: Mapping[str, float] | None = None,
     bias_rate: float = 0.0,
     max_norm: float = 0.0,
     seed: int = 0,
@@ -102,8 +102,8 @@ def make_step(
       objective: (model, batch [B, T], row keys [B], reference) -> (Σ loss, weight, metrics).
       baseline: (model, reference, batch [B, T]) -> (Σ, weight). Its mean over the update's rows is
         computed before the gradients, and the objective reads it as `batch.baseline`.
-      router_losses: {metric of the objective: coefficient}. The mean of each over the update's
-        tokens, times the coefficient, is added to the mean loss.
+      added_losses: {metric of the objective: coefficient}. The mean of each over the update, times
+        the coefficient, is added to the mean loss.
       bias_rate: how much `balanced` moves the routers' biases.
       max_norm: global gradient norm above which gradients are scaled down; 0 = off.
       seed: a row's dropout key is folded from the seed, the step and the row's index in the update,
@@ -114,7 +114,7 @@ def make_step(
     If the loss or the gradient norm is not finite, the weights and the optimizer state stay as
     they were.
     """
-    gradients = make_gradients(models, objective, baseline, shardings, router_losses or {})
+    gradients = make_gradients(models, objective, baseline, shardings, added_losses or {})
 
     def step(state: TrainState, frozen: Any, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -159,7 +159,8 @@ def balanced(trainable: Any, loads: dict[str, jax.Array], rate: float) -> Any:
     for stack, load_LE in loads.items() if rate else ():
         below_LE = jnp.sign(jnp.mean(load_LE, 1, keepdims=True) - load_LE)
         layers, mlp = trainable[stack], trainable[stack]["mlp"]
-        mlp = mlp | {"choice_bias": mlp["choice_bias"] + rate * below_LE}
+        bias = mlp["choice_bias"]  # [L, E], or [E] of a layer that is in no stack
+        mlp = mlp | {"choice_bias": bias + rate * below_LE.reshape(bias.shape)}
         trainable = trainable | {stack: layers | {"mlp": mlp}}
     return trainable
 
@@ -175,7 +176,7 @@ def make_gradients(
     objective: Callable[..., Any],
     baseline: Any,
     shardings: Any,
-    router_losses: Mapping[str, float],
+    added_losses: Mapping[str, float],
 ) -> Callable[..., Any]:
     """(trainable, frozen, batch [A, B, T], row keys [A, B]) -> (float32 gradients of the loss sum,
     metrics). The arguments are those of `make_step`.
@@ -183,21 +184,19 @@ def make_gradients(
     On a mesh each device computes the gradients of its own rows, which are then summed.
     """
 
-    def loss_of(trainable, frozen, batch, keys, share):
+    def loss_of(trainable, frozen, batch, keys, shares):
         model, reference = models(trainable, frozen)
         loss, weight, metrics = objective(model, batch, keys, reference)
-        for name, coefficient in router_losses.items():
-            if name not in metrics:
-                raise UserError(f"model.{name}" + NO_METRICS)
-            loss = loss + coefficient * share * metrics[name][0]
+        for name, coefficient in added_losses.items():
+            loss = loss + coefficient * shares[name] * metrics[name][0]
         counts = {
             name: (jnp.sum(mask, dtype=jnp.float32), jnp.zeros(()))
             for name, mask in (("tokens", batch.segment_ids != 0), ("learned", batch.weights > 0))
         }
         return loss, {"loss": (loss, weight)} | metrics | counts
 
-    def micro_batch_gradients(trainable, frozen, share, batch, keys):
-        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys, share)
+    def micro_batch_gradients(trainable, frozen, shares, batch, keys):
+        grads, metrics = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch, keys, shares)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         if shardings is not None:
             grads = jax.tree.map(scatter_whole, grads, weights, gradients)
@@ -209,10 +208,11 @@ def make_gradients(
                 sums = jax.lax.map(partial(baseline, *models(trainable, frozen)), batch)
                 total, weight = across_rows(jax.lax.psum, jax.tree.map(jnp.sum, sums))
                 batch = with_baseline(batch, total / jnp.maximum(weight, 1.0))
-        share = None
-        if router_losses:
-            share = weight_per_token(models, objective, trainable, frozen, batch, keys)
-        return accumulated(partial(micro_batch_gradients, trainable, frozen, share), batch, keys)
+        shares = {}
+        if added_losses:
+            of = models, objective, added_losses, trainable, frozen
+            shares = weight_shares(*of, batch, keys)
+        return accumulated(partial(micro_batch_gradients, trainable, frozen, shares), batch, keys)
 
     if shardings is None:
         return local_gradients
@@ -244,29 +244,33 @@ def make_gradients(
     return sharded_gradients
 
 
-def weight_per_token(
+def weight_shares(
     models: Models,
     objective: Callable[..., Any],
+    added_losses: Iterable[str],
     trainable: Any,
     frozen: Any,
     batch: Batch,
     keys: Any,
-) -> jax.Array:
-    """The weight of an update's loss divided by its tokens without padding.
+) -> dict[str, jax.Array]:
+    """{added loss: the weight of an update's loss divided by that of the metric}.
 
-    Sums of router losses over tokens are multiplied by it, since the sum of all losses is divided
-    by the weight. No objective's weight depends on the model, so no forward pass is computed.
+    The sums of added losses are multiplied by it, since the sum of all losses is divided by the
+    weight. No weight depends on the model, so no forward pass is computed.
     """
 
-    def sums(inputs: Any) -> tuple[jax.Array, jax.Array]:
+    def sums(inputs: Any) -> Any:
         rows, keys = inputs
         model, reference = models(trainable, frozen)
-        weight = objective(model, rows, keys, reference)[1]
-        return weight, jnp.sum(rows.segment_ids != 0, dtype=jnp.float32)
+        _, weight, metrics = objective(model, rows, keys, reference)
+        for name in added_losses:
+            if name not in metrics:
+                raise UserError(f"model.{name}" + NO_METRICS)
+        return weight, {name: metrics[name][1] for name in added_losses}
 
     totals = jax.tree.map(jnp.sum, jax.lax.map(sums, (batch, keys)))
-    weight, tokens = across_rows(jax.lax.psum, totals)
-    return weight / jnp.maximum(tokens, 1.0)
+    weight, own = across_rows(jax.lax.psum, totals)
+    return {name: jnp.where(w > 0, weight / jnp.maximum(w, 1e-30), 0.0) for name, w in own.items()}
 
 
 def accumulated(run: Callable[..., Any], batch: Batch, keys: jax.Array) -> Any:

@@ -21,18 +21,18 @@ STRUCTURES = (
     *("llama", "llama yarn", "gemma2", "gemma3_text", "qwen3", "phi3 longrope, long", "olmo2"),
     *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
-    *("qwen3_next", "qwen3_5_text", "gemma4_text", "gemma4_text experts"),
+    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "gemma4_text", "gemma4_text experts"),
 )
 # Tests with a case for each family, method or option -> the cases that `make test` runs. The others
 # run with `make sweep` and .ci/run.
 SWEEPS = {
     "test_logits_equal_transformers": STRUCTURES,
     "test_logits_equal_transformers_over_300_tokens": (
-        *("exaone4", "mellum", "gpt_oss", "minicpm3", "qwen3_next", "gemma4_text"),
+        *("exaone4", "mellum", "gpt_oss", "minicpm3", "qwen3_next", "llama4_text", "gemma4_text"),
     ),
     "test_decoding_through_the_cache_equals_transformers": (
         *("gemma2", "gemma3_text", "exaone4", "cohere2", "mellum", "gpt_oss", "deepseek_v3"),
-        *("qwen3_next", "gemma4_text"),
+        *("qwen3_next", "llama4_text", "lfm2", "gemma4_text"),
     ),
     "test_export_reloads_in_transformers_bit_for_bit": STRUCTURES,
     "test_a_config_of_our_own_builds_the_same_torch_model": STRUCTURES,
@@ -54,13 +54,14 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("gemma2", "qwen3", "cohere2", "starcoder2", "minimax_m2", "qwen2_moe some dense"),
-        *("gpt_oss", "deepseek_v3", "qwen3_next", "gemma4_text", "gemma4_text experts"),
+        *("gpt_oss", "deepseek_v3", "qwen3_next", "llama4_text", "lfm2", "gemma4_text"),
+        "gemma4_text experts",
     ),
     "test_logits_of_text_equal_transformers": (
-        *("gemma3-300", "gemma4-7", "qwen2_5_vl-7", "qwen3_vl_moe-7", "qwen3_5-7"),
+        *("gemma3-300", "gemma4-7", "qwen2_5_vl-7", "qwen3_vl_moe-7", "qwen3_5-7", "llama4-7"),
     ),
     "test_greedy_tokens_equal_transformers": ("gemma3", "qwen3_vl"),
-    "test_an_untouched_model_comes_out_as_it_went_in": ("gemma3", "qwen2_5_vl"),
+    "test_an_untouched_model_comes_out_as_it_went_in": ("gemma3", "qwen2_5_vl", "llama4"),
     "test_the_tuned_weights_are_in_the_whole_model": ("gemma3", "mistral3"),
     "test_the_names_of_the_files_are_kept_whichever_they_are": ("gemma3",),
     "test_adapters_of_ours_load_in_peft_on_the_whole_model": (
@@ -71,7 +72,8 @@ SWEEPS = {
     "test_virtual_tokens_of_ours_load_in_peft_on_the_whole_model": ("prefix-gemma3",),
     "test_adapters_of_fused_parameters_round_trip_with_peft": (
         *("qwen3_moe-experts and router", "minimax_m2-all-linear"),
-        "ernie4_5_moe-experts and router",
+        *("ernie4_5_moe-experts and router", "gpt_oss-experts, router, q"),
+        "llama4_text-experts, router, q",
     ),
     "test_adapters_of_experts_as_modules_load_in_peft_and_come_back": ("mixtral",),
     "test_the_base_may_be_quantized": ("nf4",),
@@ -86,6 +88,18 @@ SWEEPS = {
     ),
     "test_a_mesh_remat_and_micro_batches_change_nothing": (
         *("fsdp 8", "data 2 x fsdp 2 x tensor 2", "expert 2 x tensor 2 x data 2"),
+    ),
+    "test_a_mesh_changes_neither_chunks_nor_weighted_inputs_of_experts": (
+        "expert 2 x context 2 x fsdp 2",
+    ),
+    "test_lora_of_fused_experts_does_not_depend_on_the_mesh": (),
+    "test_adapters_of_experts_go_to_peft_and_back_on_the_whole_model": (
+        "qwen3_vl_moe-mlp.gate",
+        "llama4-feed_forward.router",
+    ),
+    "test_loss_and_gradients_of_further_tokens_equal_transformers": ("deepseek_v3", "qwen3_next"),
+    "test_the_division_of_an_update_changes_no_further_token": (
+        *("micro-batches and remat", "one text a row, fsdp 2 x tensor 2"),
     ),
     "test_a_mesh_changes_neither_sinks_nor_biases_of_experts": ("expert 2 x tensor 2 x data 2",),
     "test_a_mesh_remat_and_micro_batches_change_no_delta_net": ("data 2 x fsdp 2 x tensor 2",),

@@ -263,6 +263,10 @@ def test_another_models_checkpoint_is_refused_by_name_and_shape(tmp_path):
     like["trainable"]["extra"] = like["step"]
     with pytest.raises(ValueError, match="trainable/extra has shape .* is missing"):
         Checkpoints(tmp_path).restore(2, like)
+    like = abstract(make_state())
+    del like["trainable"]["norm"]
+    with pytest.raises(ValueError, match=r"trainable/norm/scale has shape none now and \(3,\)"):
+        Checkpoints(tmp_path).restore(2, like)
 
 
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):

@@ -37,7 +37,8 @@ from jaxllm.model.adapter import NO_ADAPTER
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import tensors
-from jaxllm.model.families.tensors import HEAD, embed_name
+from jaxllm.model.families.tensors import embed_name
+from jaxllm.model.families.wrappers import HEAD
 from jaxllm.program import load_model, model_config
 from jaxllm.run import RunFolder
 from jaxllm.sampling import Sampling, generate

@@ -46,7 +46,8 @@ from jaxllm.files import tensor_files
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.hf_config import read_config
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import from_hf, to_hf
+from jaxllm.model.families import from_hf, to_hf, with_mtp
+from jaxllm.model.families.tensors import key_table
 from jaxllm.model.families.wrappers import WRAPPERS, is_text
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
@@ -157,6 +158,16 @@ MODELS: dict[str, dict[str, Any]] = {
         image_token_id=140,
     ),
 }
+MODELS["llama4"] = dict(
+    model_type="llama4",
+    text_config=SHAPE | CASES["llama4_text"][1],
+    vision_config=HEADS
+    | dict(
+        **dict(hidden_size=16, intermediate_size=64, image_size=28, patch_size=7),
+        **dict(vision_output_dim=24, projector_input_dim=24, projector_output_dim=24),
+    ),
+    image_token_index=140,
+)
 MODELS["qwen3_5_moe"] = MODELS["qwen3_5"] | dict(
     model_type="qwen3_5_moe", text_config=MODELS["qwen3_5"]["text_config"] | DELTA_EXPERTS
 )
@@ -177,7 +188,7 @@ def base(tmp_path_factory):
         model.save_pretrained(folder)
         tensors = load_file(folder / "model.safetensors")
         for path in tensors:  # [experts, inputs, outputs] on the hub, unlike in transformers 5
-            if path.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            if "qwen" in name and path.endswith(("experts.gate_up_proj", "experts.down_proj")):
                 tensors[path] = tensors[path].transpose(1, 2).contiguous()
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         for file in ("preprocessor_config.json", "processor_config.json"):
@@ -248,6 +259,26 @@ def test_an_untouched_model_comes_out_as_it_went_in(base, name, tmp_path):
     for path, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[path]), path
     np.testing.assert_array_equal(torch_logits(model, tokens), torch_logits(again, tokens))
+
+
+def test_multi_token_prediction_is_trained_with_the_text(base, tmp_path):
+    """Its tensors are beside those of the language model; without mtp they are copied."""
+    folder, config = base("qwen3_5")[1], MODELS["qwen3_5"]
+    cfg = with_mtp(from_hf(config), config)
+    weights = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+    shapes = {".".join(path): v.get_value().shape for path, v in nnx.to_flat_state(weights)}
+    own = {k.name: shapes[k.path][::-1] for k in key_table(cfg) if k.path.startswith("mtp_1.")}
+    assert {"mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight"} < own.keys()
+    shutil.copytree(folder, tmp_path / "in")
+    tensors = stored(folder) | {name: torch.randn(shape) for name, shape in own.items()}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    for mtp in (True, False):
+        model = load_hf(str(tmp_path / "in"), mesh=one_device(), mtp=mtp)
+        assert model.cfg.mtp == mtp
+        save_hf(model, str(tmp_path / "out"))
+        after = stored(tmp_path / "out")
+        assert after.keys() == tensors.keys()
+        assert all(torch.equal(after[name], tensors[name]) for name in tensors)
 
 
 def assert_config_kept(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -330,6 +361,34 @@ def test_experts_are_read_in_the_layout_of_transformers_5_too(base, tmp_path):
     magnified(config).save_pretrained(tmp_path / "square")
     with pytest.raises(UserError, match="gate_up_proj is square, so its shape does not say"):
         load_hf(str(tmp_path / "square"), mesh=one_device())
+
+
+def test_fused_experts_are_read_where_transformers_saves_them_one_by_one(base, tmp_path):
+    """As the hub has those of Qwen3.5: like the modules of transformers 5. They come out one by
+    one; all the rest comes out as it went in."""
+    model, folder = base("qwen3_5_moe")
+    shutil.copytree(folder, tmp_path / "fused")
+    expected = stored(folder)
+    tensors = {n: t for n, t in expected.items() if ".experts." not in n}
+    assert len(expected) - len(tensors) == 4 * 6 * 3
+    fused = {n: t.contiguous() for n, t in model.state_dict().items() if ".experts." in n}
+    assert {t.shape for t in fused.values()} == {(6, 40, 32), (6, 32, 20)}
+    save_file(tensors | fused, tmp_path / "fused/model.safetensors", {"format": "pt"})
+    loaded(tmp_path / "fused")
+    ours, tokens = load_hf(str(tmp_path / "fused"), mesh=one_device()), some_tokens()
+    np.testing.assert_array_equal(
+        logits_of(ours, tokens), logits_of(load_hf(str(folder), mesh=one_device()), tokens)
+    )
+    save_hf(ours, str(tmp_path / "out"))
+    after = stored(tmp_path / "out")
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(tensor, after[path]) for path, tensor in expected.items())
+    del fused["model.language_model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors | fused, tmp_path / "fused/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"lacks 1 tensors \(model.language_model.layers.1.mlp.expe"
+    ):
+        load_hf(str(tmp_path / "fused"), mesh=one_device())
 
 
 def test_tensors_are_copied_in_their_own_dtypes_and_aligned(base, tmp_path):
@@ -498,7 +557,7 @@ def test_every_wrapper_is_tested():
 SECTIONS_OF_LORA = {
     "q and v": dict(target_modules=["q_proj", "v_proj"]),
     "all-linear, ranks, two layers": dict(
-        layers_to_transform=[1, 3], rank_pattern={"q_proj": 2, "mlp.up_proj": 3}
+        layers_to_transform=[1, 3], rank_pattern={"q_proj": 2, "up_proj": 3}
     ),
     "of modules that vision towers have too, one saved": dict(
         target_modules=["q_proj", "down_proj"], modules_to_save=["k_proj", "norm"], use_dora=True
@@ -540,6 +599,30 @@ def test_adapters_of_ours_load_in_peft_on_the_whole_model(base, name, options, t
     assert np.abs(want - torch_logits(model, tokens)).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
     again = load_hf(str(tmp_path / "adapter"), mesh=one_device())
+    np.testing.assert_array_equal(logits_of(again, tokens), got)
+    save_hf(merged(again), str(tmp_path / "merged"))
+    np.testing.assert_allclose(
+        torch_logits(loaded(tmp_path / "merged"), tokens), want, rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "router"), [("qwen3_vl_moe", "mlp.gate"), ("llama4", "feed_forward.router")]
+)
+def test_adapters_of_experts_go_to_peft_and_back_on_the_whole_model(base, name, router, tmp_path):
+    """Of the hub's layout, which transformers 5 swaps for qwen3_vl_moe."""
+    model, folder = base(name)
+    targets = ["experts.gate_up_proj", "experts.down_proj", f"{router}.weight"]
+    options: Any = dict(r=3, target_modules=[], target_parameters=targets)
+    adapter = make_adapter(from_hf(read_config(str(folder))), PeftSection("lora", **options))
+    ours, tokens = load_hf(str(folder), mesh=one_device(), peft=adapter), some_tokens()
+    save_adapter(randomized(ours), str(tmp_path / "adapter"))
+    theirs = in_peft(folder, tmp_path / "adapter")
+    want, got = torch_logits(theirs, tokens), logits_of(ours, tokens)
+    assert np.abs(want - torch_logits(model, tokens)).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_hf(str(folder), adapter=str(tmp_path / "theirs"), mesh=one_device())
     np.testing.assert_array_equal(logits_of(again, tokens), got)
     save_hf(merged(again), str(tmp_path / "merged"))
     np.testing.assert_allclose(

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -128,6 +129,25 @@ def test_quantised_multi_token_prediction_is_dequantised_as_the_weights_are(tmp_
     rewrite(tmp_path / "in", lambda tensors: tensors.pop(f"{name}_scale_inv"))
     with pytest.raises(ValueError, match=f"{name} is stored as F8_E4M3.*has no {name}_scale"):
         load_hf(str(tmp_path / "in"), mesh=one_device())
+
+
+def test_quantised_multi_token_prediction_is_dequantised_to_be_trained(tmp_path):
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.3." in name]:
+            tensors[name.replace("layers.3.", "layers.4.")] = tensors[name].clone()
+        for name in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"model.layers.4.{name}.weight"] = torch.randn(32)
+        tensors["model.layers.4.eh_proj.weight"] = torch.randn(32, 64)
+
+    whole = quantised(tmp_path / "in", "latent")
+    rewrite(tmp_path / "in", add)
+    module = load_hf(str(tmp_path / "in"), mesh=one_device(), mtp=True).mtp_1
+    for part, name in (
+        (module.attn.q_b, "self_attn.q_b_proj"),
+        (module.attn.o, "self_attn.o_proj"),
+    ):
+        want = whole[f"model.layers.3.{name}.weight"].numpy()
+        np.testing.assert_array_equal(part.kernel[...].T, want)
 
 
 def test_a_reward_model_leaves_it_out_and_says_so(base, tmp_path, capsys):

@@ -39,8 +39,8 @@ CFG = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
     max_positions=256,
-    ropes=(Rope(),),
-    kinds=(LayerKind(0), LayerKind(None), LayerKind(0, 7)),
+    ropes=(Rope(), Rope(kind="none")),
+    kinds=(LayerKind(0), LayerKind(1), LayerKind(0, 7)),
     layer_kinds=(0, 1, 2, 0),
     initializer_range=0.4,
 )

@@ -88,6 +88,8 @@ def _peft_contradictions(cfg: TrainConfig) -> Iterator[str]:
             yield f"peft.{name} is given by the adapter in peft.path; remove it"
     if peft.path and cfg.model.config:
         yield "peft.path requires model.path, the model that the adapter was trained on"
+    if cfg.model.mtp_loss and peft.method != "none":
+        yield "model.mtp_loss: an adapter's base is not trained; set it to 0"
     if peft.loraplus_lr_ratio != 1 and cfg.optim.name == "schedule_free_adamw":
         yield "peft.loraplus_lr_ratio is not supported with schedule_free_adamw"
 

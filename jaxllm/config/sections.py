@@ -94,6 +94,8 @@ class ModelSection:
     router_bias_rate: Amount = 0.0
     """mixtures of experts whose routers have a bias: how much each step raises the bias of experts
     with less than the mean load, and lowers that of the others"""
+    mtp_loss: Amount = 0.0
+    """coefficient of the loss of multi-token prediction; 0 = its weights stay as they are"""
 
 
 if TYPE_CHECKING:
@@ -323,7 +325,7 @@ class PeftSection:
     target_parameters: tuple[str, ...] = ()
     """LoRA: parameters of experts and routers to adapt, by the end of their name in transformers 5
     (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight); default: all of them with
-    all-linear"""
+    all-linear, unless checkpoints have fused experts too"""
     exclude_modules: tuple[str, ...] = ()
     """LoRA: modules to exclude from target_modules"""
     layers_to_transform: tuple[Count, ...] = ()

@@ -74,7 +74,7 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb(
         "train on text, from random or pretrained weights",
         "text",
-        (*_HELD_OUT, *_SAMPLES, "data.segment", "model.z_loss"),
+        (*_HELD_OUT, *_SAMPLES, "data.segment", "model.z_loss", "model.mtp_loss"),
         stage="pt",
         losses=_NLL,
         first=("model.path", "model.config", "model.tokenizer", "data.train", "data.max_length")
@@ -84,7 +84,8 @@ VERBS: dict[str, Verb] = {
     "sft": Verb(
         "fine-tune on conversations",
         "chat",
-        (*_ANSWERS, *_SAMPLES, "data.learn", "data.train_on_prompt", "model.z_loss"),
+        (*_ANSWERS, *_SAMPLES, "data.learn", "data.train_on_prompt", "model.z_loss")
+        + ("model.mtp_loss",),
         stage="sft",
         losses=_NLL,
         first=(*_TUNING, "data.eval_fraction"),

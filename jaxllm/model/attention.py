@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         if cfg.sinks:
             drawn = jax.random.normal(rngs.params(), (cfg.num_heads,)) * cfg.initializer_range
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
-        full, normed = cfg.qk_norm == "full", cfg.qk_norm != "none"
+        full, normed = cfg.qk_norm == "full", cfg.qk_norm not in ("none", "unit")
         norm = partial(RMSNorm, cfg, dtype=dtype)
         self.q_norm: Any = norm(Q if full else cfg.head_dim) if normed else None
         self.k_norm: Any = norm(KV if full else cfg.head_dim) if normed and own_k else None
@@ -62,10 +62,14 @@ class Attention(nnx.Module):
 
     def placed(self, y: jax.Array, norm: Any, ctx: Context) -> jax.Array:
         """Queries or keys [B, T, H or N, K], normed where the family does, at their positions."""
-        cos, sin, *_ = (table[ctx.rope] for table in ctx.rope_tables[self.cfg.head_dim])
-        y = norm(y) if self.cfg.qk_norm == "head" else y
-        y = rotate(y, cos, sin, self.cfg.rope_pairs)
-        return norm(y) if self.cfg.qk_norm == "rotated" else y
+        cfg = self.cfg
+        cos, sin, *_ = (table[ctx.rope] for table in ctx.rope_tables[cfg.head_dim])
+        y = norm(y) if cfg.qk_norm == "head" else y
+        y = rotate(y, cos, sin, cfg.rope_pairs)
+        if cfg.qk_norm == "unit":
+            rotated = jnp.asarray([rope.kind != "none" for rope in cfg.ropes])[ctx.rope]
+            y = jnp.where(rotated, unit_rms(y, cfg.norm_eps), y)
+        return norm(y) if cfg.qk_norm == "rotated" else y
 
     def queries(self, q: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         """Queries [B, T, H, K], and what gates the output, where the family does."""
@@ -109,6 +113,7 @@ class Attention(nnx.Module):
             ctx.positions,
             offset=ctx.offset,
             window=ctx.window,
+            chunked=self.cfg.chunked,
             softcap=self.cfg.attention_softcap,
             scale=self.cfg.query_scale or self.cfg.head_dim**-0.5,
             sinks=self.sinks[...] if self.cfg.sinks else None,

@@ -19,6 +19,7 @@ from jaxllm.model.adapter import Adapter
 from jaxllm.model.attention import Attention
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.conv import ShortConv
 from jaxllm.model.delta import DeltaNet
 from jaxllm.model.layer_embeds import LayerEmbed
 from jaxllm.model.layers import MLP, NORMS
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         mixer = partial(Attention, kind=kind) if cfg.latent is None else LatentAttention
-        mixer = DeltaNet if kind.mixer == "delta" else mixer
+        mixer = {"attention": mixer, "delta": DeltaNet, "conv": ShortConv}[kind.mixer]
         self.attn = mixer(cfg, f"{path}.attn", **keys)
         self.mlp = (
             MoE(cfg, f"{path}.mlp", **keys)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxllm.mesh import constrain
-from jaxllm.model.config import Delta, ModelConfig
+from jaxllm.model.config import ModelConfig
 from jaxllm.ops.attention import EVERYWHERE
 
 
@@ -69,22 +69,27 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StateCache:
-    """What a delta net, or a stack of them, knows of the past tokens of a row, which are one text:
-    the last inputs of its convolution, and its state."""
+    """What a delta net or a short convolution, or a stack of them, knows of the past tokens of a
+    row, which are one text: the last inputs of the convolution, and the state of a delta net."""
 
-    # of q and k, each [(L,) B, G, w, K], and of v [(L,) B, H, w, V]; 0 where a text is shorter
+    # of q and k, each [(L,) B, G, w, K], and of v [(L,) B, H, w, V]; of a short convolution the one
+    # [(L,) B, 1, w, D]; 0 where a text is shorter
     windows: tuple[jax.Array, ...]
-    state: jax.Array  # float32 [(L,) B, H, K, V]
+    state: Any = None  # float32 [(L,) B, H, K, V]; None of a short convolution
 
     @staticmethod
-    def empty(delta: Delta, *lead: int, dtype: Any) -> StateCache:
+    def empty(cfg: ModelConfig, *lead: int, dtype: Any) -> StateCache:
         """lead: B, or L and B."""
+        if (delta := cfg.delta) is None:
+            assert cfg.conv is not None
+            shape = (*lead, 1, cfg.conv.taps - 1, cfg.hidden_size)
+            return StateCache((jnp.zeros(shape, dtype),))
         G, H, K, V = delta.key_heads, delta.value_heads, delta.key_dim, delta.value_dim
         heads = (G, K), (G, K), (H, V)
         q, k, v = (jnp.zeros((*lead, n, delta.taps - 1, width), dtype) for n, width in heads)
         return StateCache((q, k, v), jnp.zeros((*lead, H, K, V), jnp.float32))
 
-    def after(self, inputs: Any, real_BT: jax.Array, state: jax.Array) -> StateCache:
+    def after(self, inputs: Any, real_BT: jax.Array, state: Any = None) -> StateCache:
         """After more tokens: `inputs` like the windows, but [B, T, heads, .], 0 for padding."""
         T = real_BT.shape[1]
         stop_B = jnp.max(jnp.where(real_BT, 1 + jnp.arange(T), 0), 1)
@@ -170,8 +175,8 @@ class Cache:
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
         def stack(layers: range) -> LayerCache | StateCache | None:
             count, kind = len(layers), cfg.kinds_by_layer[layers[0]]
-            if cfg.delta is not None and kind.mixer == "delta":
-                return StateCache.empty(cfg.delta, count, rows, dtype=dtype)
+            if kind.mixer != "attention":
+                return StateCache.empty(cfg, count, rows, dtype=dtype)
             if kind.uses is not None:
                 return None
             heads, k_dim, v_dim = cfg.of(kind).cached_dims

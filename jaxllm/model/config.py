@@ -20,9 +20,10 @@ class Rope:
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = (
-        "default"
-    )
+    # "none": no rotation (NoPE)
+    kind: Literal[
+        "default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"
+    ] = "default"
     partial: float = 1.0  # share of head_dim that is rotated
     factor: float = 1.0
     original_length: int = 0  # context length before stretching
@@ -36,18 +37,19 @@ class Rope:
     short_factor: tuple[float, ...] = ()  # longrope
     # Latent attention multiplies its scores by (1 + 0.1 · mscale_all_dim · log factor)²: yarn.
     mscale_all_dim: float = 0.0
-    # Queries are multiplied by 1 + query_beta · log(1 + ⌊position / original_length⌋).
+    # Queries are multiplied by 1 + query_beta · log(1 + ⌊(position + shift) / original_length⌋).
     query_beta: float = 0.0
+    query_shift: int = 0
 
 
 @dataclass(frozen=True)
 class LayerKind:
     """What may differ from layer to layer: RoPE, window, and which weights a layer has."""
 
-    rope: int | None = 0  # index into ModelConfig.ropes; None = NoPE
+    rope: int = 0  # index into ModelConfig.ropes
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
-    mixer: Literal["attention", "delta"] = "attention"
+    mixer: Literal["attention", "delta", "conv"] = "attention"
     # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
     head_dim: int | None = None
     num_kv_heads: int | None = None
@@ -93,6 +95,7 @@ class Experts:
     # act(gate) · up; limit 0 = not clamped.
     limit: float = 0.0
     alpha: float = 1.702
+    on_input: bool = False  # the weights multiply the experts' inputs in place of their outputs
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,14 @@ class Delta:
     # q, k, v and the gate are one tensor, in which the heads follow one another; so are beta and
     # decay. Else q, k and v follow one another in one tensor, and the others have their own.
     grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The short convolution of layers whose mixer it is (model/conv.py)."""
+
+    taps: int  # tokens that it sees
+    bias: bool = False  # it and the projections have biases
 
 
 @dataclass(frozen=True)
@@ -149,8 +160,9 @@ class ModelConfig:
     norm_bias: bool = False
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
-    # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan).
-    qk_norm: Literal["none", "head", "full", "rotated"] = "none"
+    # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
+    # that without weights, in layers with RoPE (llama4).
+    qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"
     value_norm: bool = False  # each head's values are divided by their root mean square
     qkv_bias: bool = False
     o_bias: bool = False
@@ -161,6 +173,8 @@ class ModelConfig:
     rope_pairs: Literal["halves", "neighbours"] = "halves"  # which features are rotated together
     query_scale: float = 0.0  # multiplies q·k; 0 = head_dim ** -0.5
     attention_softcap: float = 0.0  # 0 = none
+    # The tokens of a text are in chunks as long as a layer's window; a query sees those of its own.
+    chunked: bool = False
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
@@ -168,9 +182,11 @@ class ModelConfig:
     logit_scale: float = 1.0
     latent: Latent | None = None
     delta: Delta | None = None
+    conv: Convolution | None = None
     output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
     layer_embeds: LayerEmbeds | None = None
+    mtp: int = 0  # modules of multi-token prediction that are trained with the model (model/mtp.py)
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits
@@ -201,6 +217,16 @@ class ModelConfig:
         return {f"layers_{layers.start}": layers for layers in stacks}
 
     @property
+    def mtp_names(self) -> tuple[str, ...]:
+        """Attributes of the decoder that hold modules of multi-token prediction, in order."""
+        return tuple(f"mtp_{depth}" for depth in range(1, self.mtp + 1))
+
+    @property
+    def mtp_kind(self) -> LayerKind:
+        """The kind of their layers: attention, and the MLP or experts of the last layer."""
+        return replace(self.kinds_by_layer[-1], mixer="attention")
+
+    @property
     def attention_dims(self) -> tuple[int, int]:
         """Features of a head's queries and keys, and of its values."""
         if (latent := self.latent) is None:
@@ -214,6 +240,11 @@ class ModelConfig:
         if self.latent is None:
             return self.num_kv_heads, self.head_dim, self.head_dim
         return 1, self.head_dim, self.latent.kv_rank
+
+    @property
+    def recurrent(self) -> str:
+        """What has a state that goes from token to token; "" in a model of attention alone."""
+        return "delta nets" if self.delta else "convolutions" if self.conv else ""
 
     @property
     def tied_head(self) -> bool:
@@ -260,14 +291,15 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    groups = cfg.latent, cfg.delta, cfg.experts, cfg.layer_embeds
+    groups = cfg.latent, cfg.delta, cfg.conv, cfg.experts, cfg.layer_embeds
     parts += [part for part in groups if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
             is_size = hint is int or (f.name in ("window", *OWN_SIZES) and value is not None)
-            low = 0 if f.name in ("original_length", "q_rank", "shared_size") else 1  # 0 = none
+            optional = ("rope", "original_length", "query_shift", "q_rank", "shared_size", "mtp")
+            low = 0 if f.name in optional else 1
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(
                     f"{keys.get(f.name, f.name)} is {seen(value)}; it must be an integer from {low}"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inputs of a layer besides the residual stream x_BTD.
 
-Dims: B rows, T tokens, S keys (cached or virtual ones, then the T tokens), R rotated features.
+Dims: B rows, T tokens, D model width, S keys (cached or virtual ones, then the T tokens), R rotated
+features.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Context:
     # {LayerKind.keeps: keys and values [B, S, N, K]} of earlier layers
     kept: Any = field(default_factory=dict)
     kernel: str = field(default="auto", metadata={"static": True})  # of ops.attention
+    next_BTD: Any = None  # embeddings of the tokens that come next, for multi-token prediction
     mlp_blocks: int = field(default=1, metadata={"static": True})  # of MLP.in_blocks; 1 = whole
 
     def at_layer(self, layer: Any, rope: Any, window: Any, embeds: Any) -> Context:

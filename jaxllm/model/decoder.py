@@ -24,6 +24,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layer_embeds import LayerEmbeds
 from jaxllm.model.layers import NORMS, Embed, Linear
+from jaxllm.model.mtp import MTP, predict_ahead
 from jaxllm.model.rope import rope_tables
 from jaxllm.model.routing import router_metrics
 from jaxllm.model.stack import Scan, make_stack
@@ -44,6 +45,7 @@ class Forward:
     x: jax.Array  # [B, T, D] after the final norm, in compute_dtype
     cache: Cache | None  # after the tokens of the call; None without one
     aux: dict[str, Any]  # {name: (Σ, weight)} of auxiliary losses and metrics (`router_metrics`)
+    ahead: tuple[jax.Array, ...] = ()  # as x, of each module of multi-token prediction
 
 
 class Decoder(nnx.Module):
@@ -89,6 +91,8 @@ class Decoder(nnx.Module):
         for name in cfg.stacks:  # "layers", if all layers have one structure
             setattr(self, name, make_stack(cfg, name, **keys))
         self.norm = NORMS[cfg.norm](cfg, cfg.hidden_size, dtype=dtype)
+        for name in cfg.mtp_names:
+            setattr(self, name, MTP(cfg, name, dtype=dtype, rngs=rngs))
         head_shape = (cfg.hidden_size, cfg.vocab_size)
         self.score = (
             Linear(cfg, "score", SCORE_AXES, (cfg.hidden_size, 1), **keys) if cfg.scores else None
@@ -170,7 +174,7 @@ class Decoder(nnx.Module):
         ctx: Context | None = None,
     ) -> Forward:
         """`hidden` from the scaled embeddings x_BTD on."""
-        cfg, (B, T) = self.cfg, x_BTD.shape[:2]
+        cfg, (B, T), embedded_BTD = self.cfg, x_BTD.shape[:2], x_BTD
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
         if positions is None:
@@ -214,7 +218,8 @@ class Decoder(nnx.Module):
         if cache is not None:
             return Forward(x_BTD, Cache(new, cached, offset + T).constrained(), {})
         by_stack = dict(zip(cfg.stacks, routings, strict=True))
-        return Forward(x_BTD, None, router_metrics(by_stack, segment_ids))
+        ahead, more = predict_ahead(self, embedded_BTD, x_BTD, ctx)
+        return Forward(x_BTD, None, router_metrics(by_stack | more, segment_ids), ahead)
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache with `slots` for texts, after the slots of the virtual tokens."""

@@ -38,7 +38,7 @@ from jaxllm.model.layers import ACTIVATIONS, Linear, RMSNorm, fused
 from jaxllm.ops.residuals import saveable
 
 CHUNK = 64  # tokens
-OBSTACLE = "a delta net needs each row whole on one device; set it to 1"
+OBSTACLE = "{} need each row whole on one device; set it to 1"  # what: ModelConfig.recurrent
 
 
 class DeltaNet(nnx.Module):
@@ -70,19 +70,18 @@ class DeltaNet(nnx.Module):
         plain = replace(cfg, norm_offset=0.0)
         self.norm = RMSNorm(plain, delta.value_dim, dtype=jnp.float32)
         self.o = linear(f"{path}.o", (heads, "embed"), (HV, D))
-        self.delta, self.activation = delta, cfg.activation
+        self.cfg, self.delta, self.activation = cfg, delta, cfg.activation
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a layer's StateCache, or None."""
-        if context_shards() > 1:
-            raise UserError(f"mesh.context {context_shards()} is not possible: {OBSTACLE}")
+        check_whole(self.cfg)
         q, k, v, gate_BTHV, beta_BTH, decay_BTH = self.project(x_BTD, ctx)
         real_BT, text_BT = ctx.segment_ids != 0, carried(ctx.segment_ids)
         inputs = tuple(jnp.where(real_BT[..., None, None], x, 0) for x in (q, k, v))
         beta_BTH = jnp.where(real_BT[..., None], jax.nn.sigmoid(beta_BTH.astype(jnp.float32)), 0)
         rate_BTH = jax.nn.softplus(decay_BTH.astype(jnp.float32) + self.dt_bias[...])
         log_BTH = jnp.where(real_BT[..., None], -jnp.exp(self.a_log[...]) * rate_BTH, 0)
-        before = past or StateCache.empty(self.delta, len(x_BTD), dtype=x_BTD.dtype)
+        before = past or StateCache.empty(self.cfg, len(x_BTD), dtype=x_BTD.dtype)
         # Recomputed in the backward pass: these products cost little compared with those of the
         # weights, but would store much for each chunk.
         out_BTHV, state = jax.checkpoint(self.mix)(inputs, beta_BTH, log_BTH, text_BT, before)
@@ -122,6 +121,13 @@ class DeltaNet(nnx.Module):
         state = before.state.astype(jnp.float32)
         out, state = delta_rule(q, k, v.astype(jnp.float32), beta_BTH, log_BTH, text_BT, state)
         return out.astype(dtype), state
+
+
+def check_whole(cfg: ModelConfig) -> None:
+    """Raises UserError where rows are split over devices."""
+    if (shards := context_shards()) > 1:
+        obstacle = OBSTACLE.format(cfg.recurrent)
+        raise UserError(f"mesh.context {shards} is not possible: {obstacle}")
 
 
 def chunk_size(length: int) -> int:

@@ -28,8 +28,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxllm.ops.grouped import by_group
 
 CHUNKS = 2  # of a device, if all devices' experts are chosen equally often
-# (rows [M, D] sorted by expert, the expert of each [M], rows of each expert [E], kernels) -> [M, D]
-ExpertRows = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
+# (rows [M, D] sorted by expert, their weights [M], the expert of each [M], rows of each expert [E],
+# kernels) -> float32 [M, D]
+ExpertRows = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
 _gathered = partial(lax.all_gather, axis_name="expert", tiled=True)
 _scattered = partial(lax.psum_scatter, axis_name="expert", tiled=True)
@@ -47,10 +48,10 @@ class Chunk:
     def weighted(
         self, run: ExpertRows, rows: jax.Array, weights: jax.Array, kernels: Any
     ) -> jax.Array:
-        """The rows' outputs times their weights, float32 [M, D]."""
-        out_MD = run(rows, self.expert, self.sizes, kernels).astype(jnp.float32)
+        """The rows' outputs, weighted, float32 [M, D]."""
+        out_MD = run(rows, weights, self.expert, self.sizes, kernels)
         real = jnp.arange(len(rows)) < jnp.sum(self.sizes)
-        return jnp.where(real[:, None], out_MD * weights[:, None], 0)
+        return jnp.where(real[:, None], out_MD, 0)
 
 
 class Chunks:

@@ -99,7 +99,7 @@ class Embed(nnx.Module):
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last dim, computed in float32."""
+    """x / rms(x) over the last dim, in x's dtype; computed in float32."""
     wide = x.astype(jnp.float32)
     return (wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
 

@@ -53,6 +53,8 @@ def route(
     score = jax.nn.softmax if experts.score == "softmax" else jax.nn.sigmoid
     scores_NE = score(logits_NE.astype(jnp.float32))
     choice_NE = lax.stop_gradient(scores_NE)
+    if experts.score == "sigmoid" and bias_E is None and experts.groups == 1:
+        choice_NE = lax.stop_gradient(logits_NE)  # of which fewer are equal
     if bias_E is not None:
         choice_NE = choice_NE + lax.stop_gradient(bias_E.astype(jnp.float32))
     if experts.groups > 1:
@@ -192,16 +194,36 @@ def routed(
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
     if len(jax.tree.leaves(kernels["gate"])[0]) < experts.count:
-        run = partial(expert_rows, cfg)
+        run = partial(weighted_rows, cfg)
         y_ND: Any = over_experts(run, x_ND, weights_NC, chosen_NC, kernels)
     else:
         order, inverse, sizes = by_group(chosen_NC.ravel(), experts.count)
-        rows = permuted(jnp.repeat(x_ND, experts.top_k, 0), order, inverse)
+        rows = jnp.repeat(x_ND, experts.top_k, 0)
+        if experts.on_input:
+            rows = weighted(rows, weights_NC.ravel())
+            weights_NC = jnp.ones_like(weights_NC)
+        rows = permuted(rows, order, inverse)
         out = expert_rows(cfg, rows, chosen_NC.ravel()[order], sizes, kernels)
         out_NCD = permuted(out, inverse, order).reshape(*chosen_NC.shape, -1).astype(jnp.float32)
         y_ND = jnp.sum(out_NCD * weights_NC[..., None], 1)
     y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
     return y_BTD, chosen_NC.reshape(*x_BTD.shape[:2], -1)
+
+
+def weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Rows x [N, D] times their weights [N], in x's dtype."""
+    return (x.astype(weights.dtype) * weights[:, None]).astype(x.dtype)
+
+
+def weighted_rows(
+    cfg: ModelConfig, rows: jax.Array, weights: jax.Array, *groups_and_kernels: Any
+) -> jax.Array:
+    """The weighted outputs of rows [M, D], float32; as `expert_rows`."""
+    assert cfg.experts is not None
+    if cfg.experts.on_input:
+        rows, weights = weighted(rows, weights), jnp.ones_like(weights)
+    out_MD = expert_rows(cfg, rows, *groups_and_kernels)
+    return out_MD.astype(jnp.float32) * weights[:, None]
 
 
 def expert_rows(

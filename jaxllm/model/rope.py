@@ -38,7 +38,8 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
         # torch divides a number by a tensor as reciprocal times number: two roundings.
         wavelength = (1 / inverse) * (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        smooth = np.clip(((1 / wavelength) * rope.original_length - low) / (high - low), 0, 1)
+        ramp = high - low or 1e-30  # Llama 4 has none
+        smooth = np.clip(((1 / wavelength) * rope.original_length - low) / ramp, 0, 1)
         inverse = (1 - smooth) * inverse / rope.factor + smooth * inverse
     elif rope.kind == "yarn":
 
@@ -53,6 +54,8 @@ def rope_frequencies(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray
         place = np.arange(rotated // 2, dtype=np.float32)
         kept = 1 - np.clip((place - low) / (high - low or 1e-3), 0, 1)
         inverse = 1 / (rope.factor * base) * (1 - kept) + inverse * kept
+    elif rope.kind == "none":
+        inverse = np.zeros_like(base)
     elif rope.kind == "longrope":
         stretched = length > rope.original_length
         factors = rope.long_factor if stretched else rope.short_factor
@@ -109,7 +112,7 @@ def cached_table(rope: Rope, head_dim: int, positions: jax.Array, slots: int):
 
 def query_scale(rope: Rope, positions: jax.Array) -> jax.Array:
     """What queries at positions [B, T] are multiplied by, float32 [B, T, 1, 1]."""
-    turns = jnp.floor(positions / max(rope.original_length, 1))
+    turns = jnp.floor((positions + rope.query_shift) / max(rope.original_length, 1))
     return (1 + rope.query_beta * jnp.log1p(turns))[..., None, None]
 
 
@@ -127,8 +130,6 @@ def rope_tables(
         if any(rope.query_beta for rope in cfg.ropes):
             scales = [query_scale(rope, positions) for rope in cfg.ropes]
             found = [(*table, scale) for table, scale in zip(found, scales, strict=True)]
-        if any(kind.rope is None for kind in cfg.kinds):  # NoPE: a rotation by 0, the last table
-            found.append((jnp.ones_like(found[0][0]), jnp.zeros_like(found[0][0])))
         return [jnp.stack(x) for x in zip(*found, strict=True)]
 
     return {dim: tables(dim) for dim in dict.fromkeys(cfg.of(kind).head_dim for kind in cfg.kinds)}

@@ -74,8 +74,8 @@ WHOLE_ROWS = (
 
 def context_obstacle(cfg: ModelConfig) -> str:
     """Why the mesh axis `context` cannot split rows; empty if it can."""
-    if cfg.delta is not None:
-        return OBSTACLE
+    if cfg.recurrent:
+        return OBSTACLE.format(cfg.recurrent)
     uses = any(kind.uses is not None for kind in cfg.kinds)
     return WHOLE_ROWS if uses or cfg.layer_embeds is not None else ""
 
@@ -148,7 +148,7 @@ class Scan:
         for index, place in product(range(len(self.kinds[0])), range(len(pasts))):
             kind = self.kinds[place][index]
             embeds = None if ctx.embeds is None else ctx.embeds[self.layers[place][index]]
-            here = ctx.at_layer(index, _rope(kind), kind.window, embeds)
+            here = ctx.at_layer(index, kind.rope, kind.window, embeds)
             graph, weights = nnx.split(self.blocks[place][index])
             block = nnx.merge(graph, gathered_layer(weights, self.dtype))
             x_BTD, past, _ = block(x_BTD, here, pasts[place][index])
@@ -165,16 +165,17 @@ class Scan:
             raise UserError(f"mesh.context is not possible: {WHOLE_ROWS}")
         graph, weights = nnx.split(self.blocks)
         prefix = None if ctx.key_segment_ids is None else ctx.key_segment_ids[:, : ctx.offset]
-        tokens = (x_BTD, ctx.segment_ids, ctx.positions)
+        tokens = (x_BTD, ctx.segment_ids, ctx.positions, ctx.next_BTD)
         shared = (weights, past, prefix, ctx.rng, ctx.adapter_weights)
 
         def run(tokens: Any, tables: Any, shared: Any) -> tuple[jax.Array, Any]:
-            x_BTD, segments, positions = tokens
+            x_BTD, segments, positions, next_BTD = tokens
             weights, past, prefix, rng, adapter_weights = shared
             here = replace(
                 ctx,
                 segment_ids=segments,
                 positions=positions,
+                next_BTD=next_BTD,
                 key_segment_ids=prefix if prefix is None else jnp.hstack([prefix, segments]),
                 rope_tables=tables,
                 rng=rng,
@@ -235,7 +236,7 @@ class Scan:
         its Routing), for the layers of a stack with `weights`. decoding: there is no backward
         pass."""
         skip = "mlp" if ctx.mlp_blocks > 1 else ""  # gathered by the MLP
-        ropes, windows = [_rope(kind) for kind in kinds], [kind.window for kind in kinds]
+        ropes, windows = [kind.rope for kind in kinds], [kind.window for kind in kinds]
         if any(windows):
             windows = [UNBOUNDED if window is None else window for window in windows]
 
@@ -251,11 +252,6 @@ class Scan:
         if policy is None or decoding:
             return layer
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _rope(kind: LayerKind) -> int:
-    """The index of a layer's RoPE table; of a layer without RoPE that of the last one."""
-    return -1 if kind.rope is None else kind.rope
 
 
 def _select(values: list[Any], index: jax.Array) -> Any:

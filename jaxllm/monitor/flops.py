@@ -29,9 +29,10 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window. A delta net costs the same at each token
-    (`delta.products`). Packed rows are counted as one document, although segments do less. A reward
-    model's head reads one token per text and counts as 0.
+    (length + 1) / 2, or fewer within a layer's window or chunks. A delta net costs the same at each
+    token (`delta.products`). Packed rows are counted as one document, although segments do less. A
+    reward model's head reads one token per text and counts as 0. A module of multi-token
+    prediction is one more layer, its projection, and the head once more.
     """
     D, H = model.hidden_size, model.num_heads
     routed = 0
@@ -40,7 +41,7 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
         routed += experts.count + experts.shared_gate
     # Of a token, summed over layers: products with weights, and FLOPs of attention and delta nets.
     weights = products_of_keys = state = 0.0
-    for kind in model.kinds_by_layer:
+    for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
         layer = model.of(kind)
         dense = (3 if model.gated_mlp else 2) * layer.intermediate_size
         weights += D * (dense if kind.dense or experts is None else routed)
@@ -52,11 +53,19 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += 2 * D * delta.value_heads
             state += products(delta, length)
             continue
+        if kind.mixer == "conv":
+            weights += 4 * D * D
+            continue
         weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)
-        keys = window - window * (window - 1) / (2 * length)  # of a query, on average
+        if model.chunked:
+            rest = length % window
+            keys = ((length - rest) * (window + 1) + rest * (rest + 1)) / (2 * length)
+        else:
+            keys = window - window * (window - 1) / (2 * length)  # of a query, on average
         products_of_keys += sum(layer.attention_dims) * keys
-    head = 0 if model.scores else D * model.vocab_size
+    weights += model.mtp * 2 * D * D  # of a token's hidden state and the next one's embedding
+    head = 0 if model.scores else D * model.vocab_size * (1 + model.mtp)
     return 2 * weights, 2 * H * products_of_keys + state, 2 * head
 
 

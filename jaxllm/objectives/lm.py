@@ -16,6 +16,7 @@ from jax import lax
 from jaxllm.data.batch import Batch
 from jaxllm.mesh import constrain
 from jaxllm.model.decoder import Decoder, Forward
+from jaxllm.model.mtp import after, continues
 from jaxllm.ops.cross_entropy import Head, cross_entropy, token_logps
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -35,7 +36,8 @@ def lm_loss(
 
     rng: keys for dropout; None = no dropout. z_loss: coefficient of (log Z)². chunk: tokens whose
     logits exist at one time; 0 = the platform's default. These mean the same in every objective.
-    Metrics include those of the routers, whose losses `make_step` adds.
+    Metrics include those of the routers and of multi-token prediction, whose losses `make_step`
+    adds.
     """
     head = Head(model.cfg.logit_softcap, z_loss, chunk, blocks=model.loss_blocks)
     out = forward(model, batch, rng)
@@ -44,7 +46,29 @@ def lm_loss(
     weight = jnp.sum(batch.weights)
     metrics = {"nll": sums[1], "accuracy": sums[2], "entropy": sums[3]}
     metrics = {k: (lax.stop_gradient(v), weight) for k, v in metrics.items()}
+    if out.ahead:
+        metrics |= ahead_metrics(model, out.ahead, batch, rng, head._replace(z_loss=0.0))
     return sums[0], weight, metrics | out.aux
+
+
+def ahead_metrics(
+    model: Decoder, ahead: tuple[jax.Array, ...], batch: Batch, rng: Any, head: Head
+) -> Metrics:
+    """Cross-entropy and accuracy of predicting tokens further ahead, as {metric: (Σ, weight)} over
+    all modules. A target has the loss weight that it has for the model.
+
+    ahead: `Forward.ahead`.
+    """
+    loss = correct = weight = jnp.zeros(())
+    for depth, x_BTD in enumerate(ahead, 1):
+        same_BT = continues(batch.segment_ids, depth)
+        weights_BT = jnp.where(same_BT, after(batch.weights, depth), 0.0)
+        x_BTD = constrain(x_BTD, "batch", "length", "features")
+        terms = model.head_terms(x_BTD, rng)
+        sums: Any = cross_entropy(terms, after(batch.targets, depth), weights_BT, head)
+        loss, correct, weight = loss + sums[0], correct + sums[2], weight + jnp.sum(weights_BT)
+    correct = lax.stop_gradient(correct)
+    return {"mtp_loss": (loss, weight), "mtp_accuracy": (correct, weight)}
 
 
 def logps(

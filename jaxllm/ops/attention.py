@@ -112,6 +112,7 @@ def attention(
     *,
     offset: jax.Array | int = 0,
     window: jax.Array | int | None = None,
+    chunked: bool = False,
     softcap: float = 0.0,
     scale: float,
     sinks: jax.Array | None = None,
@@ -128,6 +129,7 @@ def attention(
       q_positions: int32 [B, T], positions within the texts.
       offset: index of the first query among the keys.
       window: number of keys that a query sees at most, an int or int32 scalar; None = all.
+      chunked: the keys that a query sees begin with its chunk, of `window` tokens of its text.
       softcap: scores are within (-softcap, softcap); 0 = unbounded.
       sinks: [H], for each head a score of no key, which adds to the sum of its softmax alone.
       kernel: auto | xla | splash | mosaic | triton, as `choose` describes.
@@ -136,6 +138,7 @@ def attention(
     """
     T, S = q_BTHK.shape[1], k_BNSK.shape[2]
     options: dict[str, Any] = dict(scale=scale, softcap=softcap)
+    options["chunked"] = chunked = chunked and window is not None
     given: dict[str, Any] = dict(window=window, sinks=sinks)  # may be arrays
     own = k_segments is None
     inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
@@ -143,7 +146,8 @@ def attention(
         length = T * context_shards()
         facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=length)
         facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]), sinks=sinks is not None)
-        name, _ = choose(kernel, mixed_windows=isinstance(window, jax.Array), **facts)
+        mixed = isinstance(window, jax.Array) and not chunked
+        name, _ = choose(kernel, mixed_windows=mixed, **facts)
         for row in KERNELS:
             if row.name == name:
                 return _per_shard(partial(row.run, **options), *inputs, offset=0, **given)

@@ -50,12 +50,14 @@ def attend(
     size: int,
     offset: Any,
     sinks: jax.Array | None = None,
+    chunked: bool = False,
     **options,
 ) -> jax.Array:
     """`attention.attention` in blocks of `size` tokens, or in one block if `size` is T.
 
     offset: index of the first query among the keys, or int32 [parts]: of the first query of each
-    of so many equal parts of the queries, which `size` divides. options: window, scale and softcap.
+    of so many equal parts of the queries, which `size` divides. options: window, scale, softcap and
+    chunked.
     """
     B, T, H, K = q_BTHK.shape
     N, S = k_BNSK.shape[1:3]
@@ -74,7 +76,8 @@ def attend(
     )
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(N, -1, 1, 1)
     # [n, B, N, G, size, V]
-    out: Any = _attend(q, k, v, sinks, where, aligned=isinstance(offset, int), **options)
+    known: Any = dict(aligned=isinstance(offset, int), chunked=chunked)
+    out: Any = _attend(q, k, v, sinks, where, **known, **options)
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, H, v.shape[-1])[:, :T]
     return out.astype(q_BTHK.dtype)
 
@@ -97,14 +100,18 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     return lax.dot_general(operand(a), operand(b), dims, preferred_element_type=jnp.float32)
 
 
-def _visible_pairs(where: Any, window: Any, aligned: bool) -> tuple[Any, Any, jax.Array]:
+def _visible_pairs(
+    where: Any, window: Any, aligned: bool, chunked: bool
+) -> tuple[Any, Any, jax.Array]:
     """(blocks of queries, blocks of keys, number of visible pairs), the visible pairs first.
 
     A pair is visible if some query of some row may see one of its keys. aligned: the last blocks of
     queries and keys are the same tokens, so no later block of keys is seen.
     """
-    q_segments, k_segments, _, (starts, first_key) = where
+    q_segments, k_segments, q_positions, (starts, first_key) = where
     (n, _, T), (m, _, S) = q_segments.shape, k_segments.shape
+    if chunked:  # the window of a block's first query that has in it the chunk of every query
+        window = jnp.max(q_positions % window + 1 - jnp.arange(T), (1, 2))[:, None]
     k_starts = first_key + S * jnp.arange(m)
     ranges = (starts, starts + T - 1), (k_starts, k_starts + S - 1)
     seen = visible_blocks(q_segments, k_segments, *ranges, window)
@@ -123,18 +130,20 @@ def _merged(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attend(q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attend(
+    q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool, chunked: bool
+) -> Any:
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
 
     sinks: float32 [N, G, 1, 1], or None. where: segments of queries [n, B, T] and keys [m, B, S],
     positions [n, B, T], and the indices of the first query of each block [n] and of the first key.
-    window: an int32 scalar or None. aligned: as in `_visible_pairs`.
+    window: an int32 scalar or None. aligned: as in `_visible_pairs`. chunked: as in `visible`.
     """
-    return _forward(q, k, v, sinks, where, window, scale, softcap, aligned)[0]
+    return _forward(q, k, v, sinks, where, window, scale, softcap, aligned, chunked)[0]
 
 
-def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> jax.Array:
+def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap, chunked) -> jax.Array:
     """Scores of two blocks, float32 [B, N, G, T, S]; MASKED where a query does not see a key.
 
     They are scaled in float32: a bfloat16 scale or product would be off by up to 0.4 %.
@@ -145,7 +154,7 @@ def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap: float) -> 
     scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
     segments = _block(q_segments, i), _block(k_segments, j)
     indices = _block(starts, i) + jnp.arange(T), first_key + j * S + jnp.arange(S)
-    mask = visible(*segments, _block(q_positions, i), *indices, window)
+    mask = visible(*segments, _block(q_positions, i), *indices, window, chunked)
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
@@ -155,12 +164,14 @@ def _over_pairs(visit: Any, sums: Any, *pairs: Any) -> Any:
     return lax.fori_loop(0, count, lambda n, sums: visit(q_blocks[n], k_blocks[n], sums), sums)
 
 
-def _forward(q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool):
+def _forward(
+    q, k, v, sinks, where, window: Any, scale: float, softcap: float, aligned: bool, chunked: bool
+):
     shape = (*q.shape[:-1], v.shape[-1])  # [n, B, N, G, T, V]
 
     def one_pair(i: Any, j: Any) -> tuple[jax.Array, ...]:
         """max(scores), Σ exp(scores - max) and Σ exp(scores - max) v of a pair of blocks."""
-        scores = _scores(q, k, where, i, j, scale, window, softcap)
+        scores = _scores(q, k, where, i, j, scale, window, softcap, chunked)
         top = jnp.max(scores, -1, keepdims=True)
         probs = jnp.exp(scores - top)
         total = jnp.sum(probs, -1, keepdims=True)
@@ -180,7 +191,7 @@ def _forward(q, k, v, sinks, where, window: Any, scale: float, softcap: float, a
     else:
         zeros = jnp.zeros((*shape[:-1], 1), jnp.float32)
         start = (zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
-        top, total, weighted = _over_pairs(visit, start, where, window, aligned)
+        top, total, weighted = _over_pairs(visit, start, where, window, aligned, chunked)
     if sinks is not None:  # one more score, whose value is 0
         old, top = top, jnp.maximum(top, sinks)
         keep = jnp.exp(old - top)
@@ -190,13 +201,13 @@ def _forward(q, k, v, sinks, where, window: Any, scale: float, softcap: float, a
     return out, (q, k, v, sinks, where, window, out, lse)
 
 
-def _backward(scale: float, softcap: float, aligned: bool, saved, g):
+def _backward(scale: float, softcap: float, aligned: bool, chunked: bool, saved, g):
     q, k, v, sinks, where, window, out, lse = saved
     g = g.astype(v.dtype)
     inner = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
     def visit(i: Any, j: Any, sums: Any) -> Any:
-        scores = _scores(q, k, where, i, j, scale, window, softcap)
+        scores = _scores(q, k, where, i, j, scale, window, softcap, chunked)
         probs = jnp.exp(scores - _block(lse, i)[..., None])
         slope = _product(_merged(_block(g, i)), _block(v, j), (3, 3)).reshape(probs.shape)
         slope = probs * (slope - _block(inner, i)[..., None])
@@ -216,7 +227,7 @@ def _backward(scale: float, softcap: float, aligned: bool, saved, g):
     if len(q) == len(k) == 1:
         sums = visit(0, 0, sums)
     else:
-        sums = _over_pairs(visit, tuple(sums), where, window, aligned)
+        sums = _over_pairs(visit, tuple(sums), where, window, aligned, chunked)
     if sinks is not None:
         slope = -jnp.exp(sinks - lse[..., None]) * inner[..., None]
         sinks = jnp.sum(slope, (0, 1, 4), keepdims=True)[0, 0]

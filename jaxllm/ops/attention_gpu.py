@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention_mask import first_visible
+from jaxllm.ops.attention_mask import first_visible, in_chunks
 from jaxllm.ops.residuals import saveable
 
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
@@ -72,7 +72,9 @@ def obstacle(
     return "keys of a prefix precede each text" if prefix else ""
 
 
-def run(kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: float) -> jax.Array:
+def run(
+    kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: float, chunked: bool
+) -> jax.Array:
     """Attention of rows to themselves, [B, T, H, K]; q is that, k and v are [B, N, T, K].
 
     segments are int32 [B, T]. tokamax.dot_product_attention would take them as a mask [B, 1, T, T],
@@ -82,6 +84,8 @@ def run(kernel: str, q, k, v, segments, *, scale: float, window: Any, softcap: f
     api: Any = import_module("tokamax._src.ops.attention.api")
     base: Any = import_module("tokamax._src.ops.attention.base")
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if chunked:
+        segments, window = in_chunks(segments, window), None
     mask = base.Mask(k_start=first_visible(segments, window)[:, None, :], is_causal=True)
     implementation = api.IMPLEMENTATIONS[IMPLEMENTATIONS[kernel]]
     cap = softcap or None

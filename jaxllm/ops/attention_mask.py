@@ -14,11 +14,14 @@ EVERYWHERE = -1  # segment id of a prefix that precedes each text of a row
 NOWHERE = -2  # segment id of what fills a row's last block
 
 
-def visible(q_segments, k_segments, q_positions, q_indices, k_indices, window) -> jax.Array:
+def visible(
+    q_segments, k_segments, q_positions, q_indices, k_indices, window, chunked=False
+) -> jax.Array:
     """True where a query sees a key, bool [B, T, S].
 
     A query sees the keys of its own segment and of EVERYWHERE at or before its own index; with a
-    window, only those fewer than `window` tokens away.
+    window, only those fewer than `window` tokens away, or, `chunked`, those of its own chunk: of
+    so many tokens, counted from the beginning of its text.
 
     q_segments [B, T] and k_segments [B, S] are segment ids, q_positions [B, T] positions within the
     texts, q_indices [T] and k_indices [S] indices among the keys; all are int32. window is an int,
@@ -28,6 +31,7 @@ def visible(q_segments, k_segments, q_positions, q_indices, k_indices, window) -
     everywhere = (k_segments == EVERYWHERE)[:, None, :]
     same = q_segments[:, :, None] == k_segments[:, None, :]
     if window is not None:
+        window = (q_positions % window + 1)[:, :, None] if chunked else window
         same &= q_indices[:, None] - k_indices < window
         everywhere &= q_positions[:, :, None] - k_indices < window
     return (same | everywhere) & (k_indices <= q_indices[:, None])
@@ -45,6 +49,14 @@ def first_visible(segments: jax.Array, window: jax.Array | int | None) -> jax.Ar
     return first if window is None else jnp.maximum(first, indices - (window - 1))
 
 
+def in_chunks(segments: jax.Array, window: jax.Array | int) -> jax.Array:
+    """The ids of a row's segments, int32 [B, T], if each chunk of a text is a segment of its own:
+    ascending; 0 of padding. Where `first_visible` is right, `visible` of chunks is that of these
+    segments."""
+    place = jnp.arange(segments.shape[1], dtype=jnp.int32) - first_visible(segments, None)
+    return jnp.where(segments == 0, 0, jnp.cumsum(place % window == 0, axis=1, dtype=jnp.int32))
+
+
 def visible_blocks(q_segments, k_segments, q_indices, k_indices, window) -> jax.Array:
     """True where some query of a block may see a key of another in some row, bool [n, m].
 
@@ -52,7 +64,8 @@ def visible_blocks(q_segments, k_segments, q_indices, k_indices, window) -> jax.
 
     q_segments [n, B, T] and k_segments [m, B, S] are segment ids; q_indices and k_indices are the
     (lowest, highest) index of each block among the keys, int32 [n] and [m]. Keys of EVERYWHERE
-    precede each text, so whether a window excludes them is not known here.
+    precede each text, so whether a window excludes them is not known here. window may be [n, 1]: of
+    the first query of each block.
     """
 
     def id_range(segments: jax.Array) -> tuple[jax.Array, jax.Array]:

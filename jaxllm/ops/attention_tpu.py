@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.ops.attention_mask import visible_blocks
+from jaxllm.ops.attention_mask import in_chunks, visible_blocks
 
 SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"  # imported when a kernel is traced
 LANES = 128  # blocks are multiples of it
@@ -140,6 +140,7 @@ def run(
     scale: float,
     window: Any,
     softcap: float,
+    chunked: bool = False,
     sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -155,6 +156,10 @@ def run(
     q = (scale * q_BTHK.astype(jnp.float32)).astype(q_BTHK.dtype).swapaxes(1, 2)
     parts = jnp.reshape(jnp.asarray(offset, jnp.int32), (-1, 1))
     indices = (parts + jnp.arange(T // len(parts), dtype=jnp.int32)).ravel()
+
+    if chunked:
+        k_segments, window = in_chunks(k_segments, window), None
+        q_segments = jnp.take(k_segments, indices, 1)
 
     # Added queries have the segment and the index of the last one, so they make no further block
     # visible. Added keys come after all queries, which therefore do not see them.

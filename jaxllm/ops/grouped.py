@@ -76,23 +76,20 @@ def _products(x: jax.Array, w: jax.Array, sizes: jax.Array, transposed: bool = F
     if platform() != "cpu":
         dims = lax.RaggedDotDimensionNumbers((((1,), (contract,)), ((), ())), [0], [0])
         return lax.ragged_dot_general(x, w, sizes, dims, preferred_element_type=x.dtype)
-    N, M = len(x), _block(x, sizes)
-    x = jnp.pad(x, ((0, M), (0, 0)))
-    starts = jnp.cumsum(sizes) - sizes
+    M = _block(x, sizes)
 
     def group(e: jax.Array, y: jax.Array) -> jax.Array:
         matrix = w[e]
 
         def block(i: jax.Array, y: jax.Array) -> jax.Array:
-            at = starts[e] + i * M
-            part = lax.dynamic_slice_in_dim(x, at, M)
-            part = product(part, matrix, (1, contract - 1), x.dtype)
-            return lax.dynamic_update_slice_in_dim(y, part, at, 0)  # the next group writes over
+            at, own = _rows(sizes, e, i, len(x), M)
+            part = product(lax.dynamic_slice_in_dim(x, at, M), matrix, (1, contract - 1), x.dtype)
+            part = jnp.where(own, part, lax.dynamic_slice_in_dim(y, at, M))
+            return lax.dynamic_update_slice_in_dim(y, part, at, 0)
 
         return lax.fori_loop(0, -(-sizes[e] // M), block, y)
 
-    y = lax.fori_loop(0, len(w), group, jnp.zeros((N + M, w.shape[output]), x.dtype))[:N]
-    return jnp.where(jnp.arange(N)[:, None] < jnp.sum(sizes), y, 0)
+    return lax.fori_loop(0, len(w), group, jnp.zeros((len(x), w.shape[output]), x.dtype))
 
 
 def _gradients(x: jax.Array, g: jax.Array, sizes: jax.Array, dtype: Any) -> jax.Array:
@@ -101,13 +98,10 @@ def _gradients(x: jax.Array, g: jax.Array, sizes: jax.Array, dtype: Any) -> jax.
         dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
         return lax.ragged_dot_general(x, g, sizes, dims, preferred_element_type=dtype)
     M = _block(x, sizes)
-    x, g = (jnp.pad(y, ((0, M), (0, 0))) for y in (x, g))
-    starts = jnp.cumsum(sizes) - sizes
 
     def group(e: jax.Array) -> jax.Array:
         def block(i: jax.Array, total: jax.Array) -> jax.Array:
-            at = starts[e] + i * M
-            own = (i * M + jnp.arange(M) < sizes[e])[:, None]
+            at, own = _rows(sizes, e, i, len(x), M)
             part = jnp.where(own, lax.dynamic_slice_in_dim(x, at, M), 0)
             part = weight_gradient(part, lax.dynamic_slice_in_dim(g, at, M), jnp.float32)
             return total + part
@@ -118,7 +112,21 @@ def _gradients(x: jax.Array, g: jax.Array, sizes: jax.Array, dtype: Any) -> jax.
     return lax.map(group, jnp.arange(len(sizes)))
 
 
+def _rows(
+    sizes: jax.Array, e: jax.Array, i: jax.Array, N: int, M: int
+) -> tuple[jax.Array, jax.Array]:
+    """(first row of block i of group e; which of its M rows are the block's own, bool [M, 1]).
+
+    The last blocks begin earlier, so that each has M of the N rows.
+    """
+    end = jnp.cumsum(sizes)[e]
+    first = end - sizes[e] + i * M
+    at = jnp.minimum(first, N - M)
+    rows = at + jnp.arange(M)[:, None]
+    return at, (rows >= first) & (rows < end)
+
+
 def _block(x: jax.Array, sizes: jax.Array) -> int:
-    """M: a power of two near a quarter of an average group, whose last block then wastes little."""
-    quarter = max(len(x) // len(sizes) // 4, 1)
-    return min(max(1 << (quarter.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
+    """M: a power of two near half an average group, whose last block then wastes little."""
+    half = max(len(x) // len(sizes) // 2, 1)
+    return min(max(1 << (half.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK, len(x))

@@ -6,7 +6,8 @@
     fused parameters    target_parameters  experts.gate_up_proj, .down_proj    of all experts
 
 transformers 4 had the first, and peft converts such adapters for transformers 5, which has the
-second. There gate and up have one A, and B [R, 2F] adds to both.
+second. There gate and up have one A, and B [R, 2F] adds to both. Experts that are fused in
+checkpoints too have the second alone.
 
 Dims: E experts, I inputs, O outputs, R rank.
 """
@@ -29,18 +30,25 @@ OTHER = "; name the experts in target_parameters instead"
 @dataclass(frozen=True)
 class FusedSlot(Slot):
     """A [E, I, R] or B [E, R, O] of all experts as a matrix, as peft has it: A [E R, I], whose rows
-    are sorted by expert; B [O, R E], whose columns are sorted by rank."""
+    are sorted by expert; B [O, R E], whose columns are sorted by rank.
 
-    is_b: bool = False
+    order: of our dims in peft's tensor before two of them are merged: the first two of its A, the
+    last two of its B. outputs: where HF's parameter has each of our outputs, if in another order.
+    """
+
+    order: tuple[int, int, int] = (0, 1, 2)
+    outputs: np.ndarray | None = None
 
     def to_file(self, value: np.ndarray) -> np.ndarray:
-        if self.is_b:
-            return value.transpose(2, 1, 0).reshape(value.shape[2], -1)
-        return value.transpose(0, 2, 1).reshape(-1, value.shape[1])
+        if self.outputs is not None:
+            value = value[..., np.argsort(self.outputs)]
+        value = value.transpose(self.order)
+        shape = (-1, value.shape[2]) if self.order[0] == 0 else (len(value), -1)
+        return value.reshape(shape)
 
     def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        order = (2, 1, 0) if self.is_b else (0, 2, 1)
-        return tensor.reshape([shape[dim] for dim in order]).transpose(order)
+        value = tensor.reshape([shape[dim] for dim in self.order]).transpose(np.argsort(self.order))
+        return value if self.outputs is None else value[..., self.outputs]
 
 
 def expert_slots(
@@ -66,8 +74,14 @@ def expert_slots(
         return
     prefix = root + names[0].rpartition(".")[0]
     prefix += ".base_layer.lora_" if nested else ".lora_"
-    yield FusedSlot(f"{prefix}A.weight", branch.a, (layer, every, every, ranks))
-    yield FusedSlot(f"{prefix}B.weight", branch.b, (layer, every, ranks, every), is_b=True)
+    a, b = (layer, every, every, ranks), (layer, every, ranks, every)
+    if target.turned:
+        yield FusedSlot(f"{prefix}A.weight", branch.b, b)
+        yield FusedSlot(f"{prefix}B.weight", branch.a, a, order=(1, 2, 0))
+        return
+    outputs = np.asarray(target.outputs) if target.outputs else None
+    yield FusedSlot(f"{prefix}A.weight", branch.a, a, order=(0, 2, 1))
+    yield FusedSlot(f"{prefix}B.weight", branch.b, b, order=(2, 1, 0), outputs=outputs)
 
 
 def check_experts(targets: tuple[Target, ...], plain: bool) -> None:

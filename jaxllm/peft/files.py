@@ -28,7 +28,7 @@ from jaxllm.files import (
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.tensors import key_table, tensor_names
-from jaxllm.model.families.wrappers import is_text, module_name
+from jaxllm.model.families.wrappers import head_of, is_text, module_name
 from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
@@ -174,7 +174,7 @@ def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
     adapter.load(model, tensors, which)
     expected = set(saved_tensors(model.cfg, adapter, {"": files}))
     if model.head is None:
-        expected.add("lm_head.weight")  # a second copy of the token table
+        expected.add(head_of(model.cfg.wrapper))  # a second copy of the token table
     for name in tensors:
         base, module = name.endswith(".base_layer.weight"), name.removeprefix(adapter.root)
         if not base and module not in expected:

@@ -457,7 +457,7 @@ def kernels_of(model: Any, path: str) -> list[Any]:
     parent = reduce(getattr, parents, model)
     if is_router(path):
         return [parent.router]
-    parts = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(last, (last,))
+    parts = {"qkv": "qkv", "bcx": "bcx", "gate_up": ("gate", "up")}.get(last, (last,))
     return [getattr(parent, part).kernel for part in parts]
 
 

@@ -15,7 +15,8 @@ from jaxllm.config import PeftSection
 from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families.tensors import key_table, tensor_names
+from jaxllm.model.families.table import FAMILIES
+from jaxllm.model.families.tensors import fused_in, key_table, tensor_names
 from jaxllm.model.families.wrappers import root_of
 from jaxllm.untrusted import bounded
 
@@ -38,6 +39,8 @@ class Target:
     parameter: True if peft names it in target_parameters; `module` is then a parameter of
       transformers 5.
     ranks, alphas: [adapters][layers of the stack]; rank 0 = the layer is not adapted.
+    outputs: where the parameter has each of our outputs; () = in the same order.
+    turned: True if peft takes the parameter's inputs for outputs, so that its A is our B.
     """
 
     path: str
@@ -45,6 +48,8 @@ class Target:
     ranks: tuple[tuple[int, ...], ...]
     alphas: tuple[tuple[float, ...], ...]
     parameter: bool = False
+    outputs: tuple[int, ...] = ()
+    turned: bool = False
 
     @property
     def experts(self) -> bool:
@@ -89,6 +94,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.part:  # a part of a fused tensor
             fused = module.rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
+            fused = "bcx" if fused == "in" else fused
             path = f"{path.rpartition('.')[0]}.{fused}"
         routed = ".experts." in key.name or leaf == "router"
         linear_router = leaf == "router" and module.endswith(LINEAR_ROUTER)
@@ -113,18 +119,31 @@ def fuses_experts(cfg: ModelConfig) -> bool:
 
 
 def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's parameter} of the experts and the router, as transformers 5 has them."""
-    if not fuses_experts(cfg):
+    """{path: HF's parameter} of the experts and the router, as transformers 5 has them. There are
+    none of a branch beside the MLP."""
+    if cfg.experts is None or cfg.experts.branch:
         return {}
-    names = {"gate_up": "experts.gate_up_proj", "down": "experts.down_proj"}
-    if any(key.name.endswith("gate.weight") for key in key_table(cfg)):
-        names |= {"router_lora": "gate.weight"}
+    modules = FAMILIES[cfg.family].modules
+    mlp, router = modules.get("mlp", "mlp"), modules.get("mlp.router", "mlp.gate")
+    names = {"gate_up": f"{mlp}.experts.gate_up_proj", "down": f"{mlp}.experts.down_proj"}
+    if not router.endswith(LINEAR_ROUTER):
+        names["router_lora"] = ("mlp.gate" if fuses_experts(cfg) else router) + ".weight"
     return {
-        f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.mlp.{end}"
+        f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()
         if not cfg.kinds_by_layer[layers[0]].dense
         for name, end in names.items()
     }
+
+
+def layout_of(cfg: ModelConfig, path: str) -> dict[str, Any]:
+    """`outputs` and `turned` of a Target whose path is that of a parameter."""
+    mlp, _, name = path.rpartition(".")
+    parts = [f"{mlp}.{part}.kernel" for part in ("gate", "up") if name == "gate_up"]
+    columns = [o for key in key_table(cfg) if key.path in parts for o in key.part or ()]
+    plain = columns == [*range(len(columns))]
+    turned = not is_router(path) and "expert_halves" in fused_in(cfg)
+    return {"outputs": () if plain else tuple(columns), "turned": turned}
 
 
 def is_router(path: str) -> bool:
@@ -144,8 +163,8 @@ def names_by_layer(cfg: ModelConfig, module: str) -> list[list[str]]:
     return [names[i * each : (i + 1) * each] for i in range(layers)]
 
 
-def _adapts(section: PeftSection, path: str, name: str, parameter: bool) -> bool:
-    """True if a module, or a parameter of transformers 5, is adapted."""
+def _adapts(section: PeftSection, path: str, name: str, parameter: bool, fuses: bool) -> bool:
+    """True if a module, or a parameter of transformers 5, is adapted. fuses: `fuses_experts`."""
     module = name.removesuffix(".weight")
     container = name.partition(".experts.")[0] + ".experts" if ".experts." in name else module
     for entry in section.exclude_modules:
@@ -158,8 +177,8 @@ def _adapts(section: PeftSection, path: str, name: str, parameter: bool) -> bool
         return False
     all_linear = ALL_LINEAR in section.target_modules
     if parameter:
-        entries = section.target_parameters
-        return any(f".{name}".endswith(f".{e}") for e in entries) if entries else all_linear
+        named = any(f".{name}".endswith(f".{e}") for e in section.target_parameters)
+        return named if section.target_parameters else all_linear and fuses
     left_out = path in (EMBED, HEAD) or (is_router(path) and not module.endswith(LINEAR_ROUTER))
     if all_linear and not left_out and container == module:
         return True
@@ -171,17 +190,13 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
     """The targets of target_modules, target_parameters, exclude_modules, layers_to_transform and
     the patterns.
 
-    all-linear without target_parameters adapts experts and router as peft does: `gate_up_proj`,
-    in which gate and up share A, with twice the rank and alpha.
+    all-linear without target_parameters adapts experts and router as peft does, where checkpoints
+    have the experts one by one: `gate_up_proj`, in which gate and up share A, with twice the rank
+    and alpha.
 
     Raises UserError if there are none, for a layer that does not exist and, if strict, for a name
     that matches no module.
     """
-    if section.target_parameters and cfg.experts and not fuses_experts(cfg):
-        raise UserError(
-            f"peft.target_parameters: LoRA on the experts of {cfg.family} is not supported; "
-            "target_modules adapts its attention"
-        )
     if strict:
         suffixes = [e for e in section.target_modules if e != ALL_LINEAR]
         _check_names(cfg, "target_modules", suffixes)
@@ -196,13 +211,13 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
                 f"{cfg.num_layers} (0 to {cfg.num_layers - 1})"
             )
 
-    parameters = adaptable_parameters(cfg)
+    parameters, fuses = adaptable_parameters(cfg), fuses_experts(cfg)
 
     def values(path: str, name: str, parameter: bool) -> tuple[int, float]:
         """(rank, alpha)"""
         twice = parameter and path.endswith(".gate_up") and not section.target_parameters
         r, alpha = section.r * (1 + twice), section.lora_alpha * (1 + twice)
-        adapted = _adapts(section, path, name, parameter)
+        adapted = _adapts(section, path, name, parameter, fuses)
         rank = int(_pattern(section.rank_pattern, name, r)) if adapted else 0
         return rank, float(_pattern(section.alpha_pattern, name, alpha))
 
@@ -220,7 +235,8 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
             )
         ranks, alphas = zip(*(each.pop() for each in found), strict=True)
         if max(ranks):
-            targets.append(Target(path, module, (ranks,), (alphas,), parameter))
+            layout = layout_of(cfg, path) if parameter else {}
+            targets.append(Target(path, module, (ranks,), (alphas,), parameter, **layout))
     if not targets:
         raise UserError("peft: no module is left to adapt; see target_modules and exclude_modules")
     return tuple(targets)

@@ -22,8 +22,8 @@ def can_share(cfg: TrainConfig, policy: Any, mesh: Any) -> bool:
 
     A group must be whole in one micro-batch of one device. Prompts precede all tokens of their row,
     where the positions of virtual tokens would be, and where frequencies that depend on the length
-    of a text would not know it. A delta net has the state of one text. Routers' losses and loads
-    count the tokens of each text.
+    of a text would not know it. Delta nets and convolutions have the state of one text. Routers'
+    losses and loads count the tokens of each text.
     """
     group, size = cfg.rl.group_size or 1, cfg.micro_batch_size
     if cfg.model.balance_loss or cfg.model.router_z_loss or cfg.model.router_bias_rate:
@@ -32,7 +32,7 @@ def can_share(cfg: TrainConfig, policy: Any, mesh: Any) -> bool:
         return False
     kinds = {rope.kind for rope in policy.cfg.ropes}
     plain = policy.peft.length == 0 and not kinds & {"longrope", "dynamic"}
-    plain = plain and policy.cfg.delta is None
+    plain = plain and not policy.cfg.recurrent
     return plain and shares_prefixes(cfg.model.attention)
 
 

@@ -542,6 +542,68 @@ QWEN3_NEXT_80B_A3B = dict(
     tie_word_embeddings=False,
     vocab_size=151936,
 )
+LFM2_1_2B = dict(
+    model_type="lfm2",
+    block_auto_adjust_ff_dim=True,
+    block_dim=2048,
+    block_ff_dim=12288,
+    block_ffn_dim_multiplier=1.0,
+    block_mlp_init_scale=1.0,
+    block_multiple_of=256,
+    block_norm_eps=1e-5,
+    conv_L_cache=3,
+    conv_bias=False,
+    conv_dim=2048,
+    conv_dim_out=2048,
+    full_attn_idxs=[2, 5, 8, 10, 12, 14],
+    hidden_size=2048,
+    max_position_embeddings=128000,
+    norm_eps=1e-5,
+    num_attention_heads=32,
+    num_hidden_layers=16,
+    num_key_value_heads=8,
+    rope_theta=1000000.0,
+    vocab_size=65536,
+)
+LLAMA_4_SCOUT = dict(
+    model_type="llama4_text",
+    attention_bias=False,
+    attention_chunk_size=8192,
+    attention_dropout=0.0,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=5120,
+    initializer_range=0.02,
+    interleave_moe_layer_step=1,
+    intermediate_size=8192,
+    intermediate_size_mlp=16384,
+    max_position_embeddings=10485760,
+    no_rope_layers=[],
+    num_attention_heads=40,
+    num_experts_per_tok=1,
+    num_hidden_layers=48,
+    num_key_value_heads=8,
+    num_local_experts=16,
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(
+        factor=16.0,
+        high_freq_factor=1.0,
+        low_freq_factor=1.0,
+        original_max_position_embeddings=8192,
+        rope_type="llama3",
+    ),
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+    use_qk_norm=True,
+    vocab_size=202048,
+)
+LLAMA_4_MAVERICK = LLAMA_4_SCOUT | dict(
+    interleave_moe_layer_step=2,
+    max_position_embeddings=1048576,
+    num_local_experts=128,
+    rope_scaling=None,
+    use_qk_norm=False,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -615,7 +677,9 @@ def test_phi3_longrope_may_have_its_first_name():
 
 
 def test_smollm3_leaves_every_fourth_layer_without_positions():
-    assert [k.rope for k in kinds(from_hf(SMOLLM3_3B))] == [0, 0, 0, None] * 9
+    cfg = from_hf(SMOLLM3_3B)
+    assert cfg.ropes[1:] == (Rope(kind="none"),)
+    assert [k.rope for k in kinds(cfg)] == [0, 0, 0, 1] * 9
 
 
 def test_a_config_is_read_without_being_changed():
@@ -632,6 +696,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
         *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
+        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -825,6 +890,9 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GPT_OSS_20B, 20_914_757_184),
         (GPT_OSS_120B, 116_829_156_672),
         (QWEN3_NEXT_80B_A3B, 79_674_391_296),
+        (LLAMA_4_SCOUT, 107_769_861_120),
+        (LLAMA_4_MAVERICK, 400_711_848_960),
+        (LFM2_1_2B, 1_170_340_608),
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
@@ -886,7 +954,19 @@ def test_qwen3_next_has_three_delta_nets_to_a_layer_of_attention():
         from_hf(QWEN3_NEXT_80B_A3B | {"linear_num_value_heads": 24})
 
 
+def test_llama4_has_chunks_in_the_layers_with_rope_and_experts_in_some():
+    scout, maverick = from_hf(LLAMA_4_SCOUT), from_hf(LLAMA_4_MAVERICK)
+    assert kinds(scout) == ([LayerKind(0, 8192)] * 3 + [LayerKind(1, None)]) * 12
+    assert scout.ropes[1] == Rope(kind="none", query_beta=0.1, query_shift=1, original_length=8192)
+    experts = dict(score="sigmoid", renormalised=False, on_input=True, shared_size=8192)
+    assert scout.experts == Experts(16, 1, 8192, **experts)
+    assert (scout.chunked, scout.qk_norm, maverick.qk_norm) == (True, "unit", "none")
+    assert [kind.dense for kind in kinds(maverick)] == [True, False] * 24
+    assert maverick.intermediate_size == 16384 and len(scout.stacks) == 1
+
+
 def test_cohere2_rotates_only_the_layers_with_a_window():
     cfg = from_hf(COMMAND_R7B)
-    assert kinds(cfg) == ([LayerKind(0, 4096)] * 3 + [LayerKind(None, None)]) * 8
+    assert kinds(cfg) == ([LayerKind(0, 4096)] * 3 + [LayerKind(1, None)]) * 8
+    assert cfg.ropes == (Rope(50000.0), Rope(kind="none"))
     assert cfg.logit_scale == 0.25 and cfg.norm_placement == "parallel"

@@ -33,6 +33,8 @@ from jaxllm.model import moe
 from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.model.expert_axis import over_experts
 from jaxllm.model.moe import route
+from jaxllm.model.stack import unstack
+from jaxllm.monitor.flops import forward_flops
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops.grouped import grouped
 from jaxllm.ops.quantized import Quantized
@@ -60,6 +62,18 @@ GPT_OSS = replace(
     kinds=(LayerKind(0, 9), LayerKind(0)),
     layer_kinds=(0, 1),
     experts=Experts(8, 3, 16, bias=True, limit=0.5),
+)
+LLAMA4 = replace(
+    PLAIN,
+    family="llama4_text",
+    rope_pairs="neighbours",
+    qk_norm="unit",
+    chunked=True,
+    ropes=(Rope(), Rope(kind="none", query_beta=0.3, query_shift=1, original_length=4)),
+    kinds=(LayerKind(0, 5), LayerKind(1), LayerKind(0, 5, dense=True)),
+    num_layers=4,
+    layer_kinds=(0, 2, 1, 2),
+    experts=Experts(8, 2, 16, "sigmoid", renormalised=False, on_input=True, shared_size=24),
 )
 LORA = PeftSection(method="lora", target_modules=("all-linear",))
 
@@ -114,6 +128,34 @@ def test_a_mesh_changes_neither_sinks_nor_biases_of_experts(mesh):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp 8", "expert 2 x context 2 x fsdp 2"])
+def test_a_mesh_changes_neither_chunks_nor_weighted_inputs_of_experts(mesh):
+    losses, norms, *_ = trajectory(ragged_rows(16), shape=LLAMA4)
+    same_over_mesh(mesh, LLAMA4, losses, norms)
+
+
+def test_the_logits_decide_where_sigmoids_are_rounded_to_1():
+    experts = replace(LLAMA4.experts, count=4, top_k=1)
+    weights, chosen = route(jnp.asarray([[40.0, 90.0, -3.0, 0.0]]), None, experts)
+    assert chosen.tolist() == [[1]] and weights.tolist() == [[1.0]]
+
+
+def test_flops_of_dense_layers_and_experts_are_those_that_xla_counts(monkeypatch):
+    """Of layers that are not in a loop, of one expert, and of attention in one block, which
+    computes all keys; `test_flops` has those of chunks."""
+    monkeypatch.setattr(moe, "grouped", lambda x, w, sizes: x @ w[0])
+    experts = replace(LLAMA4.experts, count=1, top_k=1, size=192, shared_size=192)
+    cfg = replace(LLAMA4, hidden_size=256, intermediate_size=384, head_dim=32, experts=experts)
+    T, kinds = 64, tuple(replace(kind, window=None) for kind in cfg.kinds)
+    weights, attention, head = forward_flops(replace(cfg, kinds=kinds), T)
+    want = T * (weights + head + attention * 2 * T / (T + 1))
+    model = nnx.eval_shape(lambda: unstack(decoder(shape=cfg)))
+    graph, state = nnx.split(model)
+    forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
+    cost = forward.lower(state, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile().cost_analysis()
+    assert cost["flops"] == pytest.approx(want, rel=0.03)
+
+
 def test_an_evaluation_over_a_mesh_equals_that_of_one_device():
     """Outside of shard_over_rows, where axes of rows are automatic."""
     graph, params = nnx.split(decoder(shape=SHARED))
@@ -141,8 +183,9 @@ def test_no_token_is_dropped_however_the_experts_of_a_mesh_are_chosen(choice):
     x, weights = jax.random.normal(keys[1], (tokens, 6)), jax.random.uniform(keys[2], (tokens, 2))
     kernels = {"w": jax.random.normal(keys[3], (experts, 6, 6)), "v": jnp.ones((experts, 6, 6))}
 
-    def run(rows, expert, sizes, kernels):
-        return jnp.tanh(grouped(rows, kernels["w"], sizes)) + grouped(rows, kernels["v"], sizes)
+    def run(rows, weights, expert, sizes, kernels):
+        out = jnp.tanh(grouped(rows, kernels["w"], sizes)) + grouped(rows, kernels["v"], sizes)
+        return out * weights[:, None]
 
     def whole(x, weights, w):
         each = jnp.einsum("nd,edf->nef", x, w)
@@ -176,7 +219,7 @@ def test_completions_do_not_depend_on_where_the_experts_are():
     assert_same(completed(model, RAGGED, WARM, mesh, key), alone, 1e-4)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.family)
+@pytest.mark.parametrize("shape", [PLAIN, GPT_OSS, LLAMA4], ids=lambda shape: shape.family)
 def test_packed_rows_equal_rows_of_one_text(shape):
     model, rows = decoder(shape=shape), ragged_rows(6)
     loss = nnx.jit(lambda model, batch: lm_loss(model, batch, None)[:2])
@@ -192,6 +235,15 @@ def test_lora_of_gpt_oss_adapts_attention(kind):
     assert set(trained["layers"]) == {"attn"}
     kernel = frozen["layers"]["mlp"]["gate"]["kernel"]
     assert isinstance(kernel, Quantized) == (kind != "none")
+
+
+@pytest.mark.parametrize("shape", [GPT_OSS, LLAMA4], ids=lambda shape: shape.family)
+def test_lora_of_fused_experts_does_not_depend_on_the_mesh(shape):
+    names = ("experts.gate_up_proj", "experts.down_proj", "router.weight")
+    section = PeftSection(method="lora", target_modules=(), target_parameters=names)
+    trained, _ = same_lora_over_mesh(shape=shape, section=section)
+    stacks = [trained[name] for name in trained]
+    assert all(set(stack["mlp"]) == {"gate_up", "down", "router_lora"} for stack in stacks)
 
 
 def test_the_bias_changes_the_choice_and_not_the_weights():

@@ -75,12 +75,25 @@ def test_a_layer_without_experts_costs_its_mlp():
     assert more == 6 * 32 * (3 * 48 - 3 * 3 * 20 - 16)
 
 
+def test_a_module_of_multi_token_prediction_costs_a_layer_a_projection_and_the_head():
+    cfg = config(tie_embeddings=False)
+    more = flops_per_token(replace(cfg, mtp=1), 1) - flops_per_token(cfg, 1)
+    own = products(replace(cfg, mtp=1)) - products(cfg)
+    assert own > 2 * 32 * 32
+    assert more == 6 * (own + 32 * 101) + 3 * 4 * 4 * 12  # one key
+
+
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("length", [1, 7, 64])
-def test_attention_counts_the_keys_that_each_query_sees(length):
+def test_attention_counts_the_keys_that_each_query_sees(length, chunked):
     kinds = (LayerKind(), LayerKind(window=5))
-    cfg = config(kinds=kinds, layer_kinds=(0, 1, 1))
+    cfg = config(kinds=kinds, layer_kinds=(0, 1, 1), chunked=chunked)
+
+    def seen(query, window):
+        return query % window + 1 if chunked else min(query + 1, window)
+
     keys = sum(
-        min(query + 1, kinds[kind].window or length)
+        seen(query, kinds[kind].window or length)
         for kind in cfg.layer_kinds
         for query in range(length)
     )

@@ -18,7 +18,7 @@ from jaxllm.mesh import MeshSection, batch_sharding, make_mesh
 from jaxllm.model.config import LayerKind, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.ops import attention, attention_blocks
-from jaxllm.ops.attention_mask import EVERYWHERE, visible
+from jaxllm.ops.attention_mask import EVERYWHERE, first_visible, visible
 
 B, T, H, N, K = 2, 37, 4, 2, 8
 CFG = ModelConfig(
@@ -109,6 +109,57 @@ def test_values_may_have_another_head_dim(V, block):
     out, back = jax.vjp(plain, q, k, v)
     for ours, theirs in zip(got, (out, *back(g)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("block", [4, 128])
+@pytest.mark.parametrize("texts", ["texts and padding", "padded in front"])
+def test_a_query_sees_the_keys_of_its_own_chunk(texts, block, before):
+    """Against a softmax over all keys, with gradients. Chunks are of 6 tokens from the beginning
+    of each text, of which a prefix is a part."""
+    segments, S, chunk = ids(TEXTS[texts]), before + T, 6
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = zip(keys, ((T, H, K), (T, H, K), (N, S, K), (N, S, K)), strict=True)
+    q, g, k, v = (jax.random.normal(key, (B, *shape)) for key, shape in shapes)
+    wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
+    positions = before + jnp.arange(T) - first_visible(segments, None)
+    places = jnp.pad(positions, ((0, 0), (before, 0)))
+    places = jnp.where(wide == EVERYWHERE, jnp.arange(S), places)
+    mask = (segments[:, :, None] == wide[:, None]) | (wide == EVERYWHERE)[:, None]
+    mask &= jnp.arange(S) <= before + jnp.arange(T)[:, None]
+    mask &= positions[:, :, None] // chunk == places[:, None] // chunk
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, H // N, 1) for x in (k, v))
+        scores = jnp.where(mask[:, None], jnp.einsum("bthk,bhsk->bhts", q, k) / 2, -1e30)
+        return jnp.einsum("bhts,bhsv->bthv", jax.nn.softmax(scores, -1), v)
+
+    def ours(q, k, v):
+        tokens, options = (segments, wide if before else None, positions), {"window": chunk}
+        options |= {"offset": before, "scale": 0.5, "chunked": True}
+        return attention.attention(q, k, v, *tokens, **options)
+
+    def both(run):
+        def text(*inputs):
+            return jnp.where(segments[..., None, None] > 0, run(*inputs), 0.0)
+
+        out, back = jax.vjp(text, q, k, v)
+        return out, *back(g)
+
+    with mock.patch.object(attention_blocks, "CPU_BLOCK", block):
+        got = jax.jit(lambda: both(ours))()
+    for one, other in zip(got, both(plain), strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)
+
+
+def test_blocks_of_other_chunks_are_not_visited():
+    """NaN in their values is harmless."""
+    q, k = jnp.ones((1, 64, 1, 4)), jnp.ones((1, 1, 64, 4))
+    ones, positions = jnp.ones((1, 64), jnp.int32), jnp.arange(64)[None]
+    v, options = k.at[:, :, :16].set(jnp.nan), {"scale": 1.0, "window": 16, "chunked": True}
+    with mock.patch.object(attention_blocks, "CPU_BLOCK", 8):
+        out = attention.attention(q, k, v, ones, None, positions, **options)
+    assert np.isnan(out[:, :16]).all() and np.isfinite(out[:, 16:]).all()
 
 
 @pytest.mark.parametrize("before", [0, 5])
@@ -210,7 +261,15 @@ def test_pairs_of_blocks_that_see_nothing_are_skipped(texts, window, pairs):
     blocks = jnp.asarray(segments.reshape(B, 5, 8).swapaxes(0, 1))
     where = (blocks, blocks, blocks, (8 * jnp.arange(5), jnp.int32(0)))
     for aligned in (True, False):
-        assert int(attention_blocks._visible_pairs(where, window, aligned)[2]) == pairs
+        assert int(attention_blocks._visible_pairs(where, window, aligned, False)[2]) == pairs
+
+
+@pytest.mark.parametrize(("chunk", "pairs"), [(8, 5), (16, 7), (20, 11), (2**31 - 1, 15)])
+def test_pairs_of_blocks_of_other_chunks_are_skipped(chunk, pairs):
+    ones, positions = jnp.ones((5, 1, 8), jnp.int32), jnp.arange(40).reshape(5, 1, 8)
+    where = (ones, ones, positions, (8 * jnp.arange(5), jnp.int32(0)))
+    for aligned in (True, False):
+        assert int(attention_blocks._visible_pairs(where, chunk, aligned, True)[2]) == pairs
 
 
 @pytest.mark.parametrize("before", [0, 5])

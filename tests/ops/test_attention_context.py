@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.ops import attention, attention_blocks, attention_context
-from jaxllm.ops.attention_mask import EVERYWHERE
+from jaxllm.ops.attention_mask import EVERYWHERE, first_visible
 
 ROWS, H, N, K = 8, 4, 2, 8
 BATCH = ("data", "fsdp")
@@ -30,17 +30,19 @@ def inputs(length, before):
     return (*arrays, jnp.asarray(np.where(segments > 0, segments, 0), jnp.int32))
 
 
-def with_gradients(before):
+def with_gradients(before, chunked=False):
     """A function of `inputs`, sinks and a window: (result and gradients of q, k and v, without
     padding, and the gradient of the sinks, [1, H])."""
 
     def compute(q, k, v, g, segments, sinks, window):
         wide = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=EVERYWHERE)
-        positions = jnp.broadcast_to(jnp.arange(q.shape[1]) + before, segments.shape)
+        positions = jnp.arange(q.shape[1]) + before - first_visible(segments, None) * chunked
+        positions = jnp.broadcast_to(positions, segments.shape)
         tokens = segments, wide if before else None, positions
 
         def text(q, k, v, sinks):
             options = OPTIONS | {"offset": before, "window": window, "sinks": sinks}
+            options |= {"chunked": chunked}
             out = attention.attention(q, k, v, *tokens, **options)
             return jnp.where(segments[..., None, None] > 0, out, 0.0)
 
@@ -52,20 +54,21 @@ def with_gradients(before):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "manual", "length", "before"),
+    ("sizes", "manual", "length", "before", "chunked"),
     [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data", "fsdp", "expert", "context"), 37, 0),
-        ({"fsdp": 2, "tensor": 4}, ("data", "fsdp", "expert", "context"), 37, 5),
-        ({"fsdp": 2, "context": 4}, (), 64, 0),
-        ({"fsdp": 2, "context": 4}, (), 36, 5),  # a device's 9 queries are not two equal parts
-        ({"fsdp": 2, "context": 2, "tensor": 2}, ("data", "fsdp", "expert"), 64, 5),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ("data", "fsdp", "expert", "context"), 37, 0, False),
+        ({"fsdp": 2, "tensor": 4}, ("data", "fsdp", "expert", "context"), 37, 5, False),
+        ({"fsdp": 2, "context": 4}, (), 64, 0, False),
+        ({"fsdp": 2, "context": 4}, (), 64, 5, True),
+        ({"fsdp": 2, "context": 4}, (), 36, 5, False),  # its 9 queries are not two equal parts
+        ({"fsdp": 2, "context": 2, "tensor": 2}, ("data", "fsdp", "expert"), 64, 5, False),
     ],
 )
-def test_attention_does_not_depend_on_the_mesh(monkeypatch, sizes, manual, length, before):
+def test_attention_does_not_depend_on_the_mesh(monkeypatch, sizes, manual, length, before, chunked):
     """With soft cap, window, sinks, segments and padding; `before` keys of a prefix in front."""
     mesh = make_mesh(MeshSection(**{"data": 1, "fsdp": 1} | sizes), jax.devices())
     arrays = (*inputs(length, before), jnp.array([-1.0, 0.0, 1.0, 3.0]), jnp.int32(9))
-    compute = with_gradients(before)
+    compute = with_gradients(before, chunked)
     want = jax.jit(compute)(*arrays)
     monkeypatch.setattr(attention_blocks, "CPU_BLOCK", 8)
     if manual:

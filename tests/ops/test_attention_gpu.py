@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice
 from jaxllm.errors import UserError
 from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.ops import attention, attention_gpu
-from jaxllm.ops.attention_mask import first_visible, visible
+from jaxllm.ops.attention_mask import first_visible, in_chunks, visible
 
 SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 7 + [0] * 3, [4] * 16, [1, 2, 3, 4] * 4], np.int32)
 FACTS = {"dtype": jnp.bfloat16, "softcap": 0.0, "head_dims": (8, 8)}
@@ -48,6 +48,39 @@ def test_first_visible_key_and_causality_equal_the_mask(window):
     got = (indices >= first[:, :, None]) & (indices <= indices[:, None])
     want = visible(segments, segments, jnp.zeros_like(segments), indices, indices, window)
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 2**31 - 1])
+def test_a_chunk_of_a_text_is_a_segment_of_its_own(chunk):
+    segments = jnp.asarray(SEGMENTS)
+    indices = jnp.arange(segments.shape[1])
+    positions = indices - first_visible(segments, None)
+    want = visible(segments, segments, positions, indices, indices, chunk, True)
+    chunks = in_chunks(segments, chunk)
+    got = visible(chunks, chunks, positions, indices, indices, None)
+    real = (segments > 0)[:, :, None]
+    np.testing.assert_array_equal(got & real, want & real)
+    assert ((chunks == 0) == (segments == 0)).all() and (np.diff(chunks[1:]) >= 0).all()
+
+
+def test_the_kernel_of_chunks_sees_them_as_segments(monkeypatch):
+    """tokamax is not installed here, so its mask is looked at."""
+    masks, segments = [], jnp.asarray(SEGMENTS[:2])
+
+    def kernel(q, k, v, *, mask, **_):
+        masks.append(mask.k_start[:, 0])
+        return q
+
+    api = SimpleNamespace(IMPLEMENTATIONS={"mosaic_gpu": kernel})
+    modules = {"api": api, "base": SimpleNamespace(Mask=lambda **given: SimpleNamespace(**given))}
+    named = lambda name: modules[name.rpartition(".")[2]]  # noqa: E731
+    monkeypatch.setattr(attention_gpu, "import_module", named)
+    q = jnp.ones((2, 16, 1, 8))
+    options = dict(scale=1.0, softcap=0.0, window=jnp.int32(3), chunked=True)
+    attention_gpu.run("mosaic", q, q.swapaxes(1, 2), q.swapaxes(1, 2), segments, **options)
+    starts = [0, 0, 0, 3, 3, 5, 6, 6, 6, 9, 9, 9, 12]
+    np.testing.assert_array_equal(masks[0][0, :13], starts)
+    np.testing.assert_array_equal(masks[0][1], np.arange(16) // 3 * 3)
 
 
 def test_auto_is_mosaic_on_hopper_and_xla_elsewhere(monkeypatch):
@@ -137,8 +170,9 @@ def test_the_kernel_serves_bfloat16_rows_that_attend_to_themselves(monkeypatch, 
     assert len(calls) == fused
 
 
-def stand_in(kernel, q, k, v, segments, *, scale, window, softcap):
+def stand_in(kernel, q, k, v, segments, *, scale, window, softcap, chunked):
     """A kernel of jnp operations: a softmax over all keys, in float32."""
+    assert not chunked
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[1], 1) for x in (k, v))
     scores = scale * jnp.einsum("bthk,bhsk->bhts", q, k)
     scores = softcap * jnp.tanh(scores / softcap) if softcap else scores

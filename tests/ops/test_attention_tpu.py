@@ -21,6 +21,7 @@ from jaxllm.errors import UserError
 from jaxllm.mesh import AXES, MeshSection, make_mesh
 from jaxllm.model.stack import REMAT
 from jaxllm.ops import attention, attention_blocks, attention_tpu
+from jaxllm.ops.attention_mask import first_visible
 from jaxllm.topologies import topology
 
 LENGTHS = [[100, 30, 129], [140, 160]]  # of texts; the rest of a row is padding
@@ -64,25 +65,27 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "dims", "window", "softcap", "traced"),
+    ("heads", "dims", "window", "softcap", "traced", "chunked"),
     [
-        ((4, 2), (64, 64), None, 0.0, False),
-        ((2, 1), (80, 80), 40, 2.0, False),
-        ((2, 2), (96, 96), 150, 0.0, True),
-        ((2, 2), (128, 32), 2**31 - 1, 0.0, True),  # a layer that sees all keys
-        ((1, 1), (256, 256), None, 5.0, False),
+        ((4, 2), (64, 64), None, 0.0, False, False),
+        ((2, 1), (80, 80), 40, 2.0, False, False),
+        ((2, 2), (96, 96), 150, 0.0, True, False),
+        ((2, 2), (128, 32), 2**31 - 1, 0.0, True, False),  # a layer that sees all keys
+        ((1, 1), (256, 256), None, 5.0, False, False),
+        ((2, 1), (64, 64), 50, 0.0, True, True),
     ],
 )
-def test_splash_equals_blocks(small_blocks, heads, dims, window, softcap, traced):
+def test_splash_equals_blocks(small_blocks, heads, dims, window, softcap, traced, chunked):
     """Packed rows with padding, of a length that is no multiple of a block."""
-    options = {"scale": dims[0] ** -0.5, "softcap": softcap}
+    options = {"scale": dims[0] ** -0.5, "softcap": softcap, "chunked": chunked}
 
     def kernel(q, k, v, segments, window):
         options_ = options | {"window": window, "interpret": True}
         return attention_tpu.run(q, k, v, segments, segments, 0, **options_)
 
     def blocks(q, k, v, segments, window):
-        inputs = q, k, v, segments, segments, segments
+        positions = jnp.arange(T) - first_visible(segments, None)
+        inputs = q, k, v, segments, segments, positions
         return attention_blocks.attend(*inputs, size=T, offset=0, window=window, **options)
 
     inputs = (packed(), *arrays(2, T, *heads, *dims))
@@ -203,14 +206,16 @@ def test_auto_is_splash_on_a_tpu():
         attention.choose("splash", **facts)
 
 
-def test_splash_over_a_mesh(small_blocks, monkeypatch):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_splash_over_a_mesh(small_blocks, monkeypatch, chunked):
     """Rows split along context, inside a shard_map that is manual along fsdp."""
     inputs = (packed(4, 512), *arrays(4, 512, 2, 2, 64, 64))
     window, rows = jnp.int32(90), P(("data", "fsdp"))
 
     def run(q, k, v, segments, window):
-        options = {"scale": 0.125, "window": window}
-        return attention.attention(q, k, v, segments, None, segments, **options)
+        options = {"scale": 0.125, "window": window, "chunked": chunked}
+        positions = jnp.arange(512) - first_visible(segments, None)
+        return attention.attention(q, k, v, segments, None, positions, **options)
 
     compute = partial(with_gradients, run)
     want = jax.jit(compute)(*inputs, window)

@@ -35,6 +35,12 @@ PARAMETERS = {
     "down, of one layer": dict(
         target_modules=["v_proj"], target_parameters=["model.layers.2.mlp.experts.down_proj"]
     ),
+    "experts, router, q": dict(
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+        use_rslora=True,
+    ),
+    "gate and up alone": dict(target_modules=[], target_parameters=["experts.gate_up_proj"]),
     "patterns": dict(
         target_modules=[],
         target_parameters=FUSED,
@@ -42,7 +48,10 @@ PARAMETERS = {
         alpha_pattern={r".*\.1\.mlp\.experts\.down_proj": 11},
     ),
 }
-CASES = [("qwen3_moe", name) for name in PARAMETERS] + [(f, "all-linear") for f in FAMILIES]
+FUSED_TOO = ("experts, router, q", "gate and up alone")  # of families fused in checkpoints
+CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in FUSED_TOO]
+CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for name in FUSED_TOO]
+CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
 CASES += [(name, "experts and router") for name in STACKS] + [("hunyuan_v1_moe", "all-linear")]
 CASES += [(name, "all-linear") for name in ("glm4_moe", "deepseek_v3", "mellum")]

@@ -120,8 +120,8 @@ def test_what_cannot_share_does_not():
     assert not can_share(run.cfg, stretched, mesh)
 
 
-@pytest.mark.parametrize("window", [None, 60])
-def test_a_completion_sees_its_prompt_and_itself_in_blocks(window):
+@pytest.mark.parametrize(("window", "chunked"), [(None, False), (60, False), (60, True)])
+def test_a_completion_sees_its_prompt_and_itself_in_blocks(window, chunked):
     """Rows of more than one block of keys and queries."""
     P, n, count = 140, 45, 4
     length = P + n * count
@@ -131,7 +131,7 @@ def test_a_completion_sees_its_prompt_and_itself_in_blocks(window):
     k, v = (jax.random.normal(key, (1, 2, length, 8)) for key in keys[1:])
     segments = np.repeat([EVERYWHERE, *range(1, count + 1)], [P] + [n] * count)[None]
     positions = np.concatenate([np.arange(P), *[P + np.arange(n)] * count])[None]
-    options = dict(window=window, scale=0.3)
+    options = dict(window=window, chunked=chunked, scale=0.3)
     got = attention(q, k, v, segments, None, positions, kernel="xla", **options)
     for i in range(count):
         own = np.r_[:P, P + n * i : P + n * (i + 1)]

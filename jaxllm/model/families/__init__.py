@@ -17,11 +17,12 @@ with UserError.
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from jaxllm.errors import UserError, seen
 from jaxllm.model.config import (
+    Convolution,
     Delta,
     Experts,
     Latent,
@@ -45,7 +46,14 @@ from jaxllm.untrusted import odd_values
 
 # How transformers' names of a language model and of a reward model end.
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
-GROUPS = {"experts": Experts, "latent": Latent, "delta": Delta, "layer_embeds": LayerEmbeds}
+GROUPS = {
+    "experts": Experts,
+    "latent": Latent,
+    "delta": Delta,
+    "conv": Convolution,
+    "layer_embeds": LayerEmbeds,
+}
+MTP_COUNT = "num_nextn_predict_layers"
 # Limits of counts, by which tables are made before the weights are compared.
 LIMITS = {"num_hidden_layers": 10_000}
 
@@ -189,6 +197,32 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
     return cfg
 
 
+def mtp_modules(cfg: ModelConfig, config: dict[str, Any]) -> int:
+    """How many modules of multi-token prediction a model of that config has."""
+    place, c = FAMILIES[cfg.family].mtp, normalised(config)
+    count = c.get(MTP_COUNT, 0) if place == "layers" else c.get("mtp_num_hidden_layers", 1)
+    return count if place and type(count) is int and count > 0 else 0
+
+
+def with_mtp(cfg: ModelConfig, config: dict[str, Any]) -> ModelConfig:
+    """The decoder with the modules of multi-token prediction that the config describes.
+
+    Raises UserError if it has none, or such that are not supported.
+    """
+    place, count = FAMILIES[cfg.family].mtp, mtp_modules(cfg, config)
+    if count and place == "model.mtp_":
+        raise UserError(
+            f"model.mtp_loss: the multi-token prediction of {cfg.family} is not supported; set it "
+            "to 0, and its weights stay as they are"
+        )
+    if not 0 < count <= (cfg.num_layers if place == "layers" else 1):
+        raise UserError(
+            f"model.mtp_loss: the config of this {cfg.family} model has {count or 'no'} modules of "
+            "multi-token prediction; set it to 0"
+        )
+    return replace(cfg, mtp=count)
+
+
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The HF config.json of a decoder: `from_hf(to_hf(cfg)) == cfg`.
 
@@ -210,6 +244,9 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config = as_reward(config) if cfg.scores else config
     back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
+    back = replace(back, mtp=cfg.mtp)
+    if cfg.mtp and family.mtp == "layers":
+        config[MTP_COUNT] = cfg.mtp
     if lost := [f.name for f in fields(cfg) if getattr(back, f.name) != getattr(cfg, f.name)]:
         raise UserError(f"a {cfg.family} config cannot express this model's {', '.join(lost)}")
     return config

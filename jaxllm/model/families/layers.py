@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of a model's layers: windows, delta nets, and which RoPE each layer has."""
+"""The kinds of a model's layers: windows, mixers, and which RoPE each layer has."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ from typing import Any
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import LayerKind, ModelConfig
-from jaxllm.model.families.rope import read_rope, write_rope
+from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
 from jaxllm.model.families.table import FAMILIES, Family
 
-DELTA = "linear_attention"  # the name of layers with a delta net in `layer_types`
+MIXERS = {"delta": "linear_attention", "conv": "conv"}  # their names in `layer_types`
+# Family.window -> the name there of layers with a window, and the key of its length
+LOCAL = {
+    "typed": ("sliding_attention", "sliding_window"),
+    "chunked": ("chunked_attention", "attention_chunk_size"),
+}
 
 
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     """`ropes`, the distinct `kinds` of layer, and `layer_kinds`: the index of each layer's kind."""
     family, count = FAMILIES[c["model_type"]], c["num_hidden_layers"]
-    window = c.get("sliding_window")
-    types = ["sliding_attention" if family.window == "all" else "full_attention"] * count
-    if family.window == "typed" or family.delta:
+    local, length = LOCAL.get(family.window, LOCAL["typed"])
+    window = c.get(length)
+    types = [local if family.window == "all" else "full_attention"] * count
+    if family.window in LOCAL or family.mixer:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
-    other = DELTA if family.delta else "sliding_attention"
+    other = MIXERS.get(family.mixer, local)
     if strange := set(types) - {"full_attention", other}:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope = c["rope_parameters"]
@@ -30,14 +36,16 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     if family.nope == "listed":
         rotated = c["no_rope_layers"][:count]
     elif family.nope == "full" and window is not None:
-        rotated = [kind == "sliding_attention" for kind in types]
+        rotated = [kind == local for kind in types]
+    if not all(rotated):
+        ropes += (read_nope(c),)
     layers = [
         LayerKind(
             **own,
-            rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else None,
-            window=window if kind == "sliding_attention" else None,
+            rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else len(ropes) - 1,
+            window=window if kind == local else None,
             dense=dense,
-            mixer="delta" if kind == DELTA else "attention",
+            mixer=family.mixer if family.mixer and kind == other else "attention",
         )
         for kind, uses_rope, dense, own in zip(
             types, rotated, _read_dense(c), _read_shapes(c, types), strict=True
@@ -61,6 +69,8 @@ def _read_dense(c: dict[str, Any]) -> list[bool]:
         return [i not in span or (i + 1) % c["moe_layer_interval"] > 0 for i in layers]
     if family.dense == "typed":
         return [kind == "dense" for kind in c["mlp_layer_types"]]
+    if family.dense == "unlisted":
+        return [i not in c["moe_layers"] for i in layers]
     return [False for _ in layers]
 
 
@@ -78,6 +88,8 @@ def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
         return bounds | {"moe_layer_interval": interval}
     if family.dense == "typed":
         return {"mlp_layer_types": ["dense" if one else "sparse" for one in dense]}
+    if family.dense == "unlisted":
+        return {"moe_layers": sparse}
     return {}
 
 
@@ -128,31 +140,33 @@ def _write_shapes(cfg: ModelConfig) -> dict[str, Any]:
 def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[cfg.family]
     layers = cfg.kinds_by_layer
-    types = ["full_attention" if kind.window is None else "sliding_attention" for kind in layers]
-    if family.delta:
-        types = [DELTA if kind.mixer == "delta" else "full_attention" for kind in layers]
+    rotated = [cfg.ropes[kind.rope].kind != "none" for kind in layers]
+    local, length = LOCAL.get(family.window, LOCAL["typed"])
+    types = ["full_attention" if kind.window is None else local for kind in layers]
+    if family.mixer:
+        types = [MIXERS.get(kind.mixer, "full_attention") for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
-    if family.delta:
+    if family.mixer:
         config["layer_types"] = types
     elif family.window == "all":
-        config["sliding_window"] = window
+        config[length] = window
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
         # full layers lack RoPE if there are windows, none means that they have it.
-        unused = (
-            None if family.nope == "full" and cfg.kinds[0].rope is not None else cfg.max_positions
-        )
-        config |= {"layer_types": types, "sliding_window": window or unused}
+        unused = None if family.nope == "full" and rotated[0] else cfg.max_positions
+        config |= {"layer_types": types, length: window or unused}
     if family.switched:
         config["use_sliding_window"] = window is not None
     config |= _write_dense(family, [kind.dense for kind in layers])
     if family.nope == "listed":
-        config["no_rope_layers"] = [int(kind.rope is not None) for kind in layers]
+        config["no_rope_layers"] = [*map(int, rotated)]
+    if family.scaled_nope:
+        config |= write_nope(cfg.ropes[-1])
     if family.shapes_by_layer:
         config |= _write_shapes(cfg)
     if family.rope_by_type:
-        by_type = {n: cfg.ropes[kind.rope or 0] for n, kind in zip(types, layers, strict=True)}
+        by_type = {n: cfg.ropes[kind.rope] for n, kind in zip(types, layers, strict=True)}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     else:
         config["rope_parameters"] = write_rope(cfg.ropes[0], family)

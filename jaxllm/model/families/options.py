@@ -34,7 +34,7 @@ def _activation(name: str) -> str:
 class Option:
     """A ModelConfig field and the HF key it is kept under, with the change of value each way.
 
-    beside: a HF key whose value is the second argument of `read` and `write`.
+    beside: HF keys, with spaces between, whose values are further arguments of `read` and `write`.
     """
 
     field: str
@@ -45,7 +45,7 @@ class Option:
 
     def arguments(self, value: Any, config: dict[str, Any]) -> tuple[Any, ...]:
         """Those of `read` and `write` for a value."""
-        return (value, config[self.beside]) if self.beside else (value,)
+        return value, *(config.get(key) for key in self.beside.split())
 
 
 def _activation_under(key: str) -> Option:
@@ -72,6 +72,11 @@ def _inverse(value: float) -> float:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.12g}")
+
+
+def qk_norm(key: str, kind: str) -> Option:
+    """`kind` of norm if the key is true."""
+    return Option("qk_norm", key, lambda yes: kind if yes else "none", lambda norm: norm == kind)
 
 
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
@@ -174,6 +179,30 @@ DELTA = (
     Option("delta.value_dim", "linear_value_head_dim"),
     Option("delta.taps", "linear_conv_kernel_dim"),
 )
+
+
+def _adjusted(size: int, adjusts: bool, factor: float | None, multiple: int) -> int:
+    """The hidden features of LFM2's MLPs, rounded up to a multiple."""
+    if not adjusts:
+        return size
+    size = int(2 * size / 3)
+    return size if factor is None else -(-int(factor * size) // multiple) * multiple
+
+
+LFM2 = (
+    Option("norm_eps", "norm_eps"),
+    Option("conv.taps", "conv_L_cache"),
+    Option("conv.bias", "conv_bias"),
+    Option(
+        "intermediate_size",
+        "intermediate_size",
+        _adjusted,
+        lambda size, *_: size,
+        "block_auto_adjust_ff_dim block_ffn_dim_multiplier block_multiple_of",
+    ),
+    # It has one activation, and what is written is the size as it is.
+    Option("activation", "block_auto_adjust_ff_dim", lambda _: "silu", lambda _: False),
+)
 INTERLEAVED = Option(
     "rope_pairs",
     "rope_interleave",
@@ -247,6 +276,11 @@ DEEPSEEK_V2_EXPERTS = (
     Option("experts.groups", "n_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.top_groups", "topk_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.scale", "routed_scaling_factor"),
+)
+LLAMA4_EXPERTS = (
+    *experts("num_local_experts", "intermediate_size"),
+    Option("experts.shared_size", "intermediate_size"),
+    Option("intermediate_size", "intermediate_size_mlp"),
 )
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)
 QWEN_SHARED = Option("experts.shared_size", "shared_expert_intermediate_size")

@@ -95,6 +95,22 @@ def read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
     return Rope(theta=float(p["rope_theta"]), kind=kind, **values)
 
 
+def read_nope(c: dict[str, Any]) -> Rope:
+    """The Rope of layers without rotary positions."""
+    if not (FAMILIES[c["model_type"]].scaled_nope and c["attn_temperature_tuning"]):
+        return Rope(kind="none")
+    scale, length = float(c["attn_scale"]), c["floor_scale"]
+    return Rope(kind="none", query_beta=scale, query_shift=1, original_length=length)
+
+
+def write_nope(rope: Rope) -> dict[str, Any]:
+    """The keys of `read_nope`; rope: the last one of a model."""
+    if not rope.query_shift:
+        return {"attn_temperature_tuning": False}
+    keys = {"attn_scale": rope.query_beta, "floor_scale": rope.original_length}
+    return keys | {"attn_temperature_tuning": True}
+
+
 def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
     p: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if family.partial_rope:

@@ -21,6 +21,8 @@ from jaxllm.model.families.options import (
     GRANITE,
     INTERLEAVED,
     LATENT,
+    LFM2,
+    LLAMA4_EXPERTS,
     MINICPM3,
     MLP_BIAS,
     QWEN_EXPERTS,
@@ -31,6 +33,7 @@ from jaxllm.model.families.options import (
     biases,
     experts,
     positive,
+    qk_norm,
     same_for_all_layers,
     shared_experts,
 )
@@ -45,11 +48,14 @@ class Family:
     fixed: ModelConfig fields with the same value in every model of the family.
     options: fields that the config sets, besides SHARED.
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
-      ("typed"). switched: only if `use_sliding_window` says so too.
-    delta: `layer_types` names the layers with a delta net, as "linear_attention".
+      ("typed"); or those with "chunked_attention" there, and `attention_chunk_size`. switched: only
+      if `use_sliding_window` says so too.
+    mixer: of the layers without attention, which `layer_types` names: a delta net
+      ("linear_attention") or a short convolution ("conv").
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
-      `moe_layer_interval` ("interval"), or those that `mlp_layer_types` names ("typed").
+      `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
+      `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
       that see all keys while others have a window ("full").
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
@@ -59,28 +65,32 @@ class Family:
     partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
+    scaled_nope: `attn_scale` does so in layers without rotary positions.
     fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
       "experts" if those of all experts are one tensor, columns of gate and up in turn,
-      "expert_halves" if all columns of gate come first, "expert_rows" if these are rows.
-    modules: HF names of modules that are named otherwise than in Llama.
+      "expert_halves" if all columns of gate come first, "expert_rows" if these are rows;
+      "expert_halves_turned" if transformers 5 saves that with the last two dims swapped.
+    modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
-      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere.
+      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. Those under
+      "model.mtp_" read hidden states before the final norm, and are not trained.
     refused: HF keys that must be empty, each with the reason.
     """
 
     name: str
     fixed: dict[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
-    window: Literal["none", "all", "typed"] = "none"
+    window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
-    delta: bool = False
-    dense: Literal["none", "first", "steps", "interval", "typed"] = "none"
+    mixer: Literal["", "delta", "conv"] = ""
+    dense: Literal["none", "first", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
     shapes_by_layer: bool = False
     partial_rope: bool = False
     static_ntk: bool = False
     scaled_queries: bool = False
+    scaled_nope: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
     mtp: str = ""
@@ -298,12 +308,7 @@ FAMILIES: dict[str, Family] = {
         (
             *DEEPSEEK_EXPERTS,
             *biases("attention_bias", "qkv"),
-            Option(
-                "qk_norm",
-                "use_qk_norm",
-                lambda yes: "head" if yes else "none",
-                lambda norm: norm == "head",
-            ),
+            qk_norm("use_qk_norm", "head"),
         ),
         dense="first",
         partial_rope=True,
@@ -367,6 +372,24 @@ FAMILIES: dict[str, Family] = {
         modules=_MIXTRAL,
         scores_as=None,
     ),
+    "llama4_text": Family(
+        "Llama4",
+        {
+            "rope_pairs": "neighbours",
+            "chunked": True,
+            "experts.score": "sigmoid",
+            "experts.renormalised": False,
+            "experts.on_input": True,
+        },
+        (*LLAMA4_EXPERTS, qk_norm("use_qk_norm", "unit"), *ATTENTION_BIAS),
+        window="chunked",
+        dense="unlisted",
+        nope="listed",
+        scaled_nope=True,
+        fused=("expert_halves",),
+        modules={"mlp": "feed_forward", "mlp.router": "feed_forward.router"},
+        scores_as=None,
+    ),
     # Its softmax over the chosen experts' logits is that over all, renormalised.
     "gpt_oss": Family(
         "GptOss",
@@ -381,11 +404,30 @@ FAMILIES: dict[str, Family] = {
         fused=("experts",),
         modules={"mlp.router": "mlp.router"},
     ),
+    "lfm2": Family(
+        "Lfm2",
+        {"qk_norm": "head"},
+        LFM2,
+        mixer="conv",
+        modules={
+            "mlp": "feed_forward",
+            "mlp.gate": "feed_forward.w1",
+            "mlp.up": "feed_forward.w3",
+            "mlp.down": "feed_forward.w2",
+            "attn.o": "self_attn.out_proj",
+            "attn.q_norm": "self_attn.q_layernorm",
+            "attn.k_norm": "self_attn.k_layernorm",
+            "attn_norm": "operator_norm",
+            "mlp_norm": "ffn_norm",
+            "norm": "embedding_norm",
+        },
+        scores_as=None,
+    ),
     "qwen3_next": Family(
         "Qwen3Next",
         _HYBRID | {"delta.grouped": True, "experts.shared_gate": True},
         (*QWEN_EXPERTS, QWEN_SHARED, *ATTENTION_BIAS, *DELTA),
-        delta=True,
+        mixer="delta",
         dense="steps",
         partial_rope=True,
         mtp="mtp.",
@@ -394,7 +436,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3_5",
         _HYBRID,
         (*ATTENTION_BIAS, *DELTA),
-        delta=True,
+        mixer="delta",
         partial_rope=True,
         mtp="mtp.",
         scores_as="Qwen3_5Text",
@@ -409,7 +451,7 @@ FAMILIES: dict[str, Family] = {
             *ATTENTION_BIAS,
             *DELTA,
         ),
-        delta=True,
+        mixer="delta",
         partial_rope=True,
         mtp="mtp.",
         scores_as=None,
@@ -426,8 +468,7 @@ MISSING = {
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions": ("lfm2", "lfm2_moe"),
+    "short convolutions around experts": ("lfm2_moe",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
-    "chunked attention": ("llama4_text",),
 }

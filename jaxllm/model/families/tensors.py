@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from jaxllm.model.config import Delta, LayerKind, ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.wrappers import WRAPPERS, root_of
-
-HEAD = "lm_head.weight"
+from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
 
 
 def embed_name(wrapper: str) -> str:
@@ -104,14 +103,35 @@ def key_table(cfg: ModelConfig) -> list[Key]:
             Key("layer_embeds.project.kernel", projection, True),
             Key("layer_embeds.norm.scale", f"{root}per_layer_projection_norm.weight"),
         ]
-    for stack in cfg.stacks:
-        keys += _stack_keys(cfg, stack)
-    keys += _norm_keys(cfg, "norm", root + "norm")
+    for stack, layers in cfg.stacks.items():
+        layer = f"{root}layers.{{{stack}}}."
+        keys += _layer_keys(cfg, stack, layer, cfg.kinds_by_layer[layers[0]])
+    keys += _norm_keys(cfg, "norm", root + FAMILIES[cfg.family].modules.get("norm", "norm"))
+    for depth, module in enumerate(cfg.mtp_names):
+        keys += _mtp_keys(cfg, module, depth)
     if cfg.scores:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
-        keys.append(Key("head.kernel", HEAD, True))
+        keys.append(Key("head.kernel", head_of(cfg.wrapper), True))
     return keys
+
+
+def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
+    """`key_table` of a checkpoint with tensors of these names. Experts that we write one by one may
+    be fused in it, [expert, out, in], as in the modules of transformers 5."""
+
+    def stored(key: Key) -> Key:
+        if "{expert}" not in key.name or cfg.experts is None:
+            return key
+        _, _, matrix, _ = key.path.split(".")
+        F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
+        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.mlp.experts.{tensor}", key.name)
+        if not any(one in names for one in tensor_names(cfg, name)):
+            return key
+        parts = {"gate": range(F), "up": range(F, 2 * F)}
+        return replace(key, name=name, part=parts.get(matrix))
+
+    return list(map(stored, key_table(cfg)))
 
 
 def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
@@ -151,7 +171,8 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
     """The weights of a stack's experts; those that are modules are added by `linear`."""
     family, experts, keys = FAMILIES[cfg.family], cfg.experts, list[Key]()
     assert experts is not None
-    router = family.modules.get("mlp.router", "mlp.gate")
+    mlp = family.modules.get("mlp", "mlp")
+    router = family.modules.get("mlp.router", f"{mlp}.gate")
     keys.append(Key(f"{stack}.mlp.router", f"{layer}{router}.weight", True))
     if experts.has_bias:
         name = family.modules["mlp.choice_bias"]
@@ -163,35 +184,87 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
     F, columns = experts.size, dict[str, range | None]()
     if "experts" in fused:
         columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
-    elif "expert_halves" in fused or "expert_rows" in fused:
+    elif {"expert_halves", "expert_halves_turned", "expert_rows"} & {*fused}:
         columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
     for part in ("gate", "up", "down") if not columns else ():
-        linear(f"mlp.{part}", f"mlp.experts.{{expert}}.{part}_proj", False)
+        linear(f"mlp.{part}", f"{mlp}.experts.{{expert}}.{part}_proj", False)
     for part, outputs in columns.items():  # [experts, in, out]
-        name = layer + family.modules.get("mlp.experts", "mlp.experts")
+        name = layer + family.modules.get("mlp.experts", f"{mlp}.experts")
         name += ".gate_up_proj" if outputs else ".down_proj"
-        either, rows = "expert_halves" in fused, "expert_rows" in fused
+        either, rows = "expert_halves_turned" in fused, "expert_rows" in fused
         keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
         if experts.bias:
             keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
     for part in ("gate", "up", "down") if experts.shared_size else ():
-        linear(f"mlp.shared.{part}", f"mlp.shared_expert.{part}_proj", cfg.mlp_bias)
+        linear(f"mlp.shared.{part}", f"{mlp}.shared_expert.{part}_proj", cfg.mlp_bias)
     if experts.shared_gate:
-        linear("mlp.shared_gate", "mlp.shared_expert_gate", False)
+        linear("mlp.shared_gate", f"{mlp}.shared_expert_gate", False)
     for ours, name in BRANCH.items() if experts.branch else ():
         keys.append(Key(f"{stack}.mlp.{ours}", layer + name))
     return keys
 
 
-def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
-    """The weights of a stack of layers."""
-    kind = cfg.kinds_by_layer[cfg.stacks[stack][0]]
+def _conv_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
+    """The weights of a stack of short convolutions."""
+    assert cfg.conv is not None
+    D, keys = cfg.hidden_size, [Key(f"{path}conv", f"{name}conv.weight", unit=1)]
+    modules = {"o": ("out_proj", None)}
+    modules |= {n: ("in_proj", range(i * D, i * D + D)) for i, n in enumerate("bcx")}
+    for ours, (module, part) in modules.items():
+        keys.append(Key(f"{path}{ours}.kernel", f"{name}{module}.weight", True, part))
+        if cfg.conv.bias:
+            keys.append(Key(f"{path}{ours}.bias", f"{name}{module}.bias", False, part))
+    return keys + ([Key(f"{path}conv_bias", f"{name}conv.bias")] if cfg.conv.bias else [])
+
+
+def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
+    """`Family.fused` of the checkpoints of a model."""
+    of_wrapper = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
+    return of_wrapper or FAMILIES[cfg.family].fused
+
+
+def _mtp_layer(cfg: ModelConfig, depth: int) -> str:
+    """How the names of a module of multi-token prediction begin, whose layer is after the last."""
+    return f"{root_of(cfg.wrapper)}layers.{cfg.num_layers + depth}."
+
+
+def _mtp_keys(cfg: ModelConfig, module: str, depth: int) -> list[Key]:
+    """The weights of a module of multi-token prediction, but its copies of table and head."""
+    if FAMILIES[cfg.family].mtp == "layers":
+        start = layer = _mtp_layer(cfg, depth)
+        names = "enorm", "hnorm", "eh_proj", "shared_head.norm"
+    else:
+        start, layer = "mtp.", f"mtp.layers.{depth}."
+        names = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"
+    embed_norm, hidden_norm, proj, norm = (start + name for name in names)
+    return [
+        *_norm_keys(cfg, f"{module}.embed_norm", embed_norm),
+        *_norm_keys(cfg, f"{module}.hidden_norm", hidden_norm),
+        Key(f"{module}.proj.kernel", f"{proj}.weight", True),
+        *_layer_keys(cfg, module, layer, cfg.mtp_kind),
+        *_norm_keys(cfg, f"{module}.norm", norm),
+    ]
+
+
+def mtp_copies(cfg: ModelConfig) -> dict[str, str]:
+    """{tensor: the one that it is a copy of}: the table and the head that files have once more in
+    each layer of multi-token prediction."""
+    table = embed_name(cfg.wrapper)
+    head = table if cfg.tie_embeddings else head_of(cfg.wrapper)
+    layers = cfg.mtp if FAMILIES[cfg.family].mtp == "layers" else 0
+    copies = {}
+    for layer in (_mtp_layer(cfg, depth) for depth in range(layers)):
+        copies[f"{layer}embed_tokens.weight"] = table
+        copies[f"{layer}shared_head.head.weight"] = head
+    return copies
+
+
+def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> list[Key]:
+    """The weights of layers of a kind, or of one. stack: their path in the decoder. layer: how
+    their names begin."""
     cfg = cfg.of(kind)
     Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
-    family, keys = FAMILIES[cfg.family], list[Key]()
-    fused = WRAPPERS[cfg.wrapper].fused if cfg.wrapper else ()
-    fused = fused or family.fused
-    layer = f"{root_of(cfg.wrapper)}layers.{{{stack}}}."
+    family, fused, keys = FAMILIES[cfg.family], fused_in(cfg), list[Key]()
 
     def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
         name = family.modules.get(path, name)
@@ -200,7 +273,9 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
             keys.append(Key(f"{stack}.{path}.bias", f"{layer}{name}.bias", False, part))
 
     attends = kind.mixer == "attention"
-    if cfg.delta is not None and not attends:
+    if kind.mixer == "conv":
+        keys += _conv_keys(cfg, f"{stack}.attn.", f"{layer}conv.")
+    elif cfg.delta is not None and not attends:
         keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
     elif cfg.latent is not None:
         if cfg.latent.q_rank:
@@ -217,22 +292,22 @@ def _stack_keys(cfg: ModelConfig, stack: str) -> list[Key]:
     else:
         for part in _attention_parts(kind):
             linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
-    experts = None if kind.dense else cfg.experts
+    experts, mlp = None if kind.dense else cfg.experts, family.modules.get("mlp", "mlp")
     if experts is not None:
         keys += _expert_keys(cfg, stack, layer, fused, linear)
     elif "gate_up" in fused:
         for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
-            linear(f"mlp.{part}", "mlp.gate_up_proj", cfg.mlp_bias, outputs)
+            linear(f"mlp.{part}", f"{mlp}.gate_up_proj", cfg.mlp_bias, outputs)
     else:
         for part in ("gate", "up") if cfg.gated_mlp else ("up",):
-            linear(f"mlp.{part}", f"mlp.{part}_proj", cfg.mlp_bias)
+            linear(f"mlp.{part}", f"{mlp}.{part}_proj", cfg.mlp_bias)
     if experts is None:
-        linear("mlp.down", "mlp.down_proj", cfg.mlp_bias)
+        linear("mlp.down", f"{mlp}.down_proj", cfg.mlp_bias)
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
-    if cfg.qk_norm != "none" and attends:
+    if cfg.qk_norm not in ("none", "unit") and attends:
         for part in ("q_norm", "k_norm") if kind.uses is None else ("q_norm",):
             name = family.modules.get(f"attn.{part}", f"self_attn.{part}")
             keys.append(Key(f"{stack}.attn.{part}.scale", f"{layer}{name}.weight"))

@@ -16,6 +16,7 @@ from jaxllm.errors import UserError, seen
 
 WRAPPER = "wrapper_config"  # key of a language model's config that holds its wrapper's
 ROOT = "model.language_model."  # of the modules of a wrapper's language model but its head
+HEAD = "lm_head.weight"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that a wrapper may have for its language model; transformers reads dtype from there alone.
 DTYPES = ("dtype", "torch_dtype")
@@ -30,6 +31,7 @@ class Wrapper:
       `text_config` names none, it is the first; a single one is used whatever it names.
     stored: (pattern of a tensor's name at its start, what today's name of the module has instead),
       for names in files that differ.
+    root: what the names of the language model's modules begin with; head: the tensor of its head.
     fused: `Family.fused` of the text where it differs from the family's.
     implied: keys that `text_config` lacks, with the values that its class stands for.
     flat: a config.json without `text_config` has the keys of the language model beside its own.
@@ -38,6 +40,8 @@ class Wrapper:
 
     texts: dict[str, str]
     stored: tuple[tuple[str, str], ...] = ()
+    root: str = ROOT
+    head: str = HEAD
     fused: tuple[str, ...] = ()
     implied: dict[str, Any] = field(default_factory=dict)
     flat: bool = False
@@ -67,8 +71,13 @@ WRAPPERS = {
     "qwen3_vl": Wrapper({"qwen3_vl_text": "qwen3"}),
     "qwen3_vl_moe": Wrapper(
         {"qwen3_vl_moe_text": "qwen3_moe"},
-        fused=("expert_halves",),
+        fused=("expert_halves_turned",),
         implied={"norm_topk_prob": True},
+    ),
+    "llama4": Wrapper(
+        {"llama4_text": "llama4_text"},
+        root="language_model.model.",
+        head="language_model.lm_head.weight",
     ),
     "qwen3_5": Wrapper({"qwen3_5_text": "qwen3_5_text"}),
     "qwen3_5_moe": Wrapper({"qwen3_5_moe_text": "qwen3_5_moe_text"}),
@@ -77,7 +86,12 @@ WRAPPERS = {
 
 def root_of(wrapper: str) -> str:
     """What the names of a decoder's weights begin with, except for the head's."""
-    return ROOT if wrapper else "model."
+    return WRAPPERS[wrapper].root if wrapper else "model."
+
+
+def head_of(wrapper: str) -> str:
+    """The HF name of a decoder's head."""
+    return WRAPPERS[wrapper].head if wrapper else HEAD
 
 
 def module_name(stored: str, wrapper: str) -> str:
@@ -89,8 +103,10 @@ def module_name(stored: str, wrapper: str) -> str:
 
 
 def is_text(name: str, wrapper: str) -> bool:
-    """True if a tensor, by its `module_name`, belongs to the language model."""
-    return not wrapper or name.startswith((ROOT, "lm_head."))
+    """True if a tensor, by its `module_name`, belongs to the language model or to its multi-token
+    prediction."""
+    starts = root_of(wrapper), head_of(wrapper).removesuffix("weight"), "mtp."
+    return not wrapper or name.startswith(starts)
 
 
 def family_of(config: dict[str, Any]) -> Any:
