@@ -222,7 +222,7 @@ def load_hf(
         active (see jaxllm.choose).
       overrides: keys of the HF config to change. With tie_word_embeddings false, the head of a tied
         model is initialized from its token table.
-      peft: what training adds to the model; its weights are `adapter`'s, or else drawn by `seed`.
+      peft: what training adds to the model; its weights are `adapter`'s, or else drawn from `seed`.
       quantize_base: none | int8 | nf4, the form in which the layers' frozen kernels are stored.
       scores: load a reward model; a missing score head is drawn from `seed`.
       mtp: load the modules of multi-token prediction too, to train them.
