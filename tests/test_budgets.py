@@ -26,6 +26,7 @@ FLOORS = (
     ("paths",),
     ("untrusted",),
     ("config",),
+    ("best",),
     (
         "compilation",
         "rendezvous",
@@ -41,7 +42,7 @@ FLOORS = (
     ("collectives",),
     ("ops",),
     ("model",),
-    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor"),
+    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor", "report"),
     ("objectives", "optim"),
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
