@@ -120,6 +120,7 @@ function curvesOf(chart, runs) {
   return made.filter((one) => one.x.length);
 }
 
+const WHOLE = Array.from({ length: 16 }, (_, i) => [1, 2, 2.5, 5].map((d) => d * 10 ** i)).flat().filter(Number.isInteger); // between ticks
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3]];
 
 // x of a step on the axis that is shown.
@@ -202,7 +203,7 @@ function figure(chart, runs, options) {
   plot.setAttribute("aria-orientation", "horizontal");
   plot.setAttribute("aria-label", `${chart.title} by ${AXES[view.x].name}; arrow keys read the values`);
   plot.addEventListener("keydown", (event) => keys(event, state, read));
-  plot.addEventListener("blur", () => { if (state.u) state.u.setCursor({ left: -10, top: -10 }); });
+  plot.addEventListener("blur", () => pointAt(null));
   details.addEventListener("toggle", () => { if (details.open) fill(); });
   new ResizeObserver(() => {
     if (state.u && plot.clientWidth) state.u.setSize({ width: plot.clientWidth, height: state.height });
@@ -292,7 +293,7 @@ function settings(chart, state, plot, series, bands, read) {
       y: { ...scale, range: (u, a, b) => bounds(a, b, log) },
     },
     axes: [
-      { ...axis, grid: { show: false }, size: 28, gap: 4, space: 70, values: (u, marks) => marks.map((v) => AXES[view.x].tick(v)) },
+      { ...axis, grid: { show: false }, size: 28, gap: 4, space: 70, incrs: view.x === "time" ? undefined : WHOLE, values: (u, marks) => marks.map((v) => AXES[view.x].tick(v)) },
       {
         ...axis, gap: 6, space: 34,
         size: (u, texts) => 14 + 6.9 * Math.max(3, ...(texts || []).map((t) => (t || "").length)),
@@ -320,6 +321,10 @@ function settings(chart, state, plot, series, bands, read) {
 
 // Ticks of an axis share their digits.
 function axisText(value, marks, unit) {
+  const sizes = marks.filter((v) => v).map(Math.abs);
+  if (unit !== "percent" && sizes.length && Math.min(...sizes) < 1e-3) {
+    return value === 0 ? "0" : Number(value.toPrecision(3)).toExponential().replace(/-/g, "−");
+  }
   const seen = marks.filter((v) => v !== null).map((v) => number(v, unit));
   const plain = seen.every((text) => /^−?[\d,]*\.?\d*%?$/.test(text));
   if (!plain) return number(value, unit);
@@ -368,6 +373,13 @@ function zoomTo(range) {
   document.dispatchEvent(new Event("zoomed"));
 }
 
+// The cursor of all charts at x; null: none.
+function pointAt(x) {
+  for (const { u } of plots) {
+    u.setCursor(x === null ? { left: -10, top: -10 } : { left: u.valToPos(x, "x"), top: u.over.clientHeight / 2 });
+  }
+}
+
 function keys(event, state, read) {
   const u = state.u;
   if (!u) return;
@@ -388,7 +400,7 @@ function keys(event, state, read) {
   else return;
   stop(event, () => {
     const x = xs[Math.min(Math.max(i, 0), xs.length - 1)];
-    u.setCursor({ left: u.valToPos(x, "x"), top: u.over.clientHeight / 2 });
+    pointAt(x);
     read(x);
   });
 }
@@ -420,8 +432,8 @@ function valueTable(curves, chart) {
     make("tbody", {}, [...rows, ...ends].map((row) => make("tr", {}, cells("td", row, 1)))));
 }
 
-// Bars: bins = [{label, edges text}], lists = [{label, index, counts}].
-function histogram(title, unit, edges, lists, text, note) {
+// Bars between edges, for each of lists = [{label, index, counts}].
+function histogram(title, unit, edges, lists, text, note, level = "h4") {
   const plot = make("div", { class: "plot", role: "img" });
   const most = lists.map((one) => {
     const i = one.counts.indexOf(Math.max(...one.counts));
@@ -437,7 +449,7 @@ function histogram(title, unit, edges, lists, text, note) {
   } }, make("summary", {}, "Values"), table);
   const legend = make("ul", { class: "legend" }, lists.length > 1 ? lists.map((one) => make("li", {}, swatch(one), make("span", { class: "name" }, one.label))) : [],
     note ? make("li", { class: "soft" }, note) : []);
-  const made = make("figure", { class: "chart panel" }, make("figcaption", {}, make("h4", {}, title), make("span", { class: "unit" }, unit)), legend, plot, details);
+  const made = make("figure", { class: "chart panel" }, make("figcaption", {}, make(level, { class: "title" }, title), make("span", { class: "unit" }, unit)), legend, plot, details);
   const state = { u: null };
   const draw = () => {
     if (state.u) state.u.destroy();

@@ -68,11 +68,17 @@ CHARTS = (
 # Not drawn: what another chart or the headline shows already.
 HIDDEN = {"tokens", "learned", "epoch", "tokens_seen", "examples", "learned_tokens"}
 SECTIONS = (*dict.fromkeys(chart.section for chart in CHARTS), "Other")
-# What differs for a model that learns text or chats.
-TOKENS = {
-    "Loss": {"unit": "nats per token"},
-    "Accuracy": {"section": "Training", "title": "Accuracy of tokens"},
-    "Entropy": {"section": "Training"},
+# What differs by the form of the training data: {forms: {title: changes}}.
+DIFFERENT = {
+    ("text", "chat"): {
+        "Loss": {"unit": "nats per token"},
+        "Accuracy": {"section": "Training", "title": "Accuracy of tokens"},
+        "Entropy": {"section": "Training"},
+    },
+    ("pairs", "judged"): {
+        "Entropy": {"section": "Preferences"},
+        "KL to the reference": {"section": "Preferences"},
+    },
 }
 
 
@@ -91,8 +97,8 @@ def charts_of(metrics: Iterable[str], form: str) -> list[dict[str, Any]]:
         title = name.replace("_", " ")
         own = Chart("Other", title[:1].upper() + title[1:], "", name)
         made.append(vars(own) | {"metrics": [name]})
-    if form in ("text", "chat"):  # accuracy and entropy are of tokens there
-        made = [chart | TOKENS.get(chart["title"], {}) for chart in made]
+    changes = next((c for forms, c in DIFFERENT.items() if form in forms), {})
+    made = [chart | changes.get(chart["title"], {}) for chart in made]
     first = "Rewards" if form == "prompts" else "Training"
     return sorted(
         made, key=lambda chart: (chart["section"] != first, SECTIONS.index(chart["section"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ import numpy as np
 NOT_METRICS = {"kind", "step", "time", "name"}
 
 
-def parsed(data: bytes) -> Iterator[dict[str, Any]]:
+def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines; a damaged line, as of a run that was killed, is skipped."""
-    for line in data.split(b"\n"):
+    for line in lines:
         try:
             value = json.loads(line.decode(errors="replace"))  # faster than of bytes
         except (ValueError, RecursionError):

@@ -14,7 +14,7 @@ from jaxllm.paths import first_line, write_text
 from jaxllm.report.page import FILE, page
 from jaxllm.report.reading import read_run
 
-EVERY = 30.0  # seconds between two pages
+FIRST, EVERY = 1.0, 30.0  # seconds until the first page, and between two
 SHARE = 0.01  # of the time that writing may take; a page of a long run is written less often
 
 
@@ -38,7 +38,7 @@ def reported(folder: Path, lines: Path, *, enabled: bool = True) -> Iterator[Non
         return time.perf_counter() - began
 
     def keep_writing() -> None:
-        pause = 1.0
+        pause = FIRST
         while not over.wait(pause):
             try:
                 pause = max(EVERY, write(True) / SHARE)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: headline, curves, samples, data, config and machine of each run.
-const report = JSON.parse(document.getElementById("data").textContent);
+const report = JSON.parse(document.getElementById("run-data").textContent);
 const runs = report.runs;
 const many = runs.length > 1;
 const figures = []; // of charts, drawn again when the reader changes something
@@ -8,6 +8,7 @@ const STATES = {
   starting: ["◌", "starting"], running: ["●", "running"], done: ["✓", "done"], early: ["✓", "stopped early"],
   stopped: ["❚❚", "stopped"], failed: ["✕", "failed"], killed: ["✕", "ended unexpectedly"],
 };
+const title = many ? "h4" : "h3"; // of a panel: several runs have headings of their own
 const SIZES = [["B", 1e9], ["M", 1e6], ["k", 1e3]];
 
 // What the reader set is kept while the page reloads; a browser may not allow it.
@@ -73,7 +74,7 @@ function progress(run) {
 function tiles(run) {
   const made = [];
   const add = (name, big, unit, sub) => made.push(make("div", { class: "tile" }, make("dt", {}, name),
-    make("dd", { class: "big" }, big, unit ? make("small", {}, unit) : null), make("dd", { class: "sub" }, sub || "")));
+    make("dd", { class: "big" }, big, unit ? [" ", make("small", {}, unit)] : null), make("dd", { class: "sub" }, sub || "")));
   const about = (metric) => run.train.about[metric] || [];
   const reward = run.online && about("reward")[1] !== undefined;
   if (reward) add("Reward", number(about("reward")[1]), "", `first ${number(about("reward")[0])}`);
@@ -91,8 +92,12 @@ function tiles(run) {
   if (last(run, "mfu")) add("MFU", number(last(run, "mfu"), "percent"), "", "of the peak FLOP/s");
   if (last(run, "memory_gib")) add("Peak memory", number(last(run, "memory_gib")), "GiB", run.plan ? `planned ${number(run.plan.memory_gib)}` : "");
   const ledger = run.ledger;
-  if (ledger) add("Goodput", number(ledger.goodput, "percent"), "", ledger.restarts ? plural(ledger.restarts, "restart") : "of the time in steps");
-  else if (run.seconds) add("Elapsed", duration(run.seconds), "", run.starts.length > 1 ? plural(run.starts.length - 1, "restart") : "");
+  if (ledger) {
+    const total = Object.entries(ledger).filter(([key]) => key.endsWith("_seconds")).reduce((sum, [, value]) => sum + value, 0);
+    const rollouts = run.online && ledger.rollout_seconds ? `; rollouts ${number(ledger.rollout_seconds / total, "percent")}` : "";
+    add("Goodput", number(ledger.goodput, "percent"), "", ledger.restarts ? plural(ledger.restarts, "restart") : `of the time in steps${rollouts}`);
+  }
+  if (!ledger && run.seconds) add("Elapsed", duration(run.seconds), "", run.starts.length > 1 ? plural(run.starts.length - 1, "restart") : "");
   return made.length ? make("dl", { class: "tiles" }, made) : null;
 }
 
@@ -127,7 +132,7 @@ function headline() {
 function tools() {
   const set = (key, value) => { view[key] = value; memory.set(key, value); redraw(); };
   const axes = Object.keys(AXES).map((name) => make("label", {}, make("input", {
-    type: "radio", name: "axis", value: name, checked: view.x === name, onchange: () => { view.zoom = null; set("x", name); },
+    type: "radio", name: "axis", value: name, checked: view.x === name, onchange: () => { view.zoom = null; set("x", name); document.dispatchEvent(new Event("zoomed")); },
   }), { step: "steps", tokens: "tokens", time: "time" }[name]));
   const shown = make("output", { for: "smoothing" }, view.smooth ? String(view.smooth) : "off");
   const range = make("input", {
@@ -205,25 +210,28 @@ function samples() {
   };
   const [left, leftLabel] = pick("Left", 0);
   const [right, rightLabel] = pick("Right", all.length - 1);
-  function answer(one, row) {
-    const scores = row && row.reward !== null ? [make("b", { class: "score" }, `reward ${number(row.reward)}`),
-      ...Object.entries(row.rewards).map(([key, value]) => make("span", { class: "score soft" }, `${key} ${number(value)}`))] : [];
-    return make("div", {}, make("p", { class: "who" }, name(one), row && row.truncated ? " · cut at the token limit" : ""), scores.length ? make("p", {}, scores) : null,
-      make("p", { class: row ? "text" : "text soft" }, row ? row.text || "(empty)" : "No sample of this prompt."));
+  function answer(row) {
+    const scores = row.reward === null ? [] : [make("b", { class: "score" }, `reward ${number(row.reward)}`),
+      ...Object.entries(row.rewards).map(([key, value]) => make("span", { class: "score soft" }, `${key} ${number(value)}`))];
+    return make("div", { class: "answer" }, scores.length ? make("p", {}, scores) : null,
+      make("p", { class: row.text ? "text" : "text soft" }, row.text || "(empty)"), row.truncated ? make("p", { class: "who" }, "cut at the token limit") : null);
+  }
+  // What a step has for a prompt; `own` also shows the prompt, where the other step has another.
+  function column(one, prompt, own) {
+    const rows = one.rows.filter((r) => r.prompt === prompt);
+    const none = prompt === undefined ? [] : make("p", { class: "soft" }, "No sample of this prompt.");
+    return make("div", {}, make("p", { class: "who" }, name(one)), own && prompt !== undefined ? make("p", { class: "prompt" }, prompt) : null, rows.length ? rows.map(answer) : none);
   }
   function show() {
     const [a, b] = [all[Number(left.value)], all[Number(right.value)]];
-    const prompts = [...new Set([...a.rows, ...b.rows].map((r) => r.prompt))];
-    const find = (one, prompt, used) => one.rows.find((r) => r.prompt === prompt && !used.has(r));
-    const used = new Set(), cards = [];
-    for (const prompt of prompts) for (;;) {
-      const [x, y] = [find(a, prompt, used), find(b, prompt, used)];
-      if (!x && !y) break;
-      used.add(x).add(y);
-      cards.push(make("article", { class: "panel sample" }, make("p", { class: "prompt" }, prompt),
-        make("div", { class: "answers" }, answer(a, x), answer(b, y))));
+    const [ours, theirs] = [a, b].map((one) => [...new Set(one.rows.map((r) => r.prompt))]);
+    const [onlyA, onlyB] = [ours.filter((p) => !theirs.includes(p)), theirs.filter((p) => !ours.includes(p))];
+    const cards = ours.filter((p) => theirs.includes(p)).map((prompt) => make("article", { class: "panel sample" },
+      make("p", { class: "prompt" }, prompt), make("div", { class: "answers under" }, column(a, prompt), column(b, prompt))));
+    for (let i = 0; i < Math.max(onlyA.length, onlyB.length); i += 1) {
+      cards.push(make("article", { class: "panel sample" }, make("div", { class: "answers" }, column(a, onlyA[i], true), column(b, onlyB[i], true))));
     }
-    const more = [a, b].map((one) => one.more).reduce((x, y) => x + y, 0);
+    const more = a.more + b.more;
     shown.replaceChildren(...cards, more ? make("p", { class: "hint" }, `${plural(more, "more sample")} in samples.jsonl.`) : "");
   }
   show();
@@ -251,8 +259,8 @@ function data() {
     const grid = make("div", { class: "grid" });
     grid.style.marginTop = "14px";
     for (const [set, entry] of sets) for (const source of entry.sources || []) {
-      if (!source.lengths) continue;
-      const one = histogram(`Lengths: ${set}`, "tokens an example", source.lengths.edges, [{ label: "", index: set === "train" ? 0 : 1, counts: source.lengths.counts }], (v) => number(v), source.path);
+      if (!source.lengths || source.lengths.edges.length < 3) continue; // all of one length
+      const one = histogram(`Lengths: ${set}`, "tokens an example", source.lengths.edges, [{ label: "", index: set === "train" ? 0 : 1, counts: source.lengths.counts }], (v) => number(v), source.path, title);
       figures.push(one);
       grid.append(one.element);
     }
@@ -303,7 +311,7 @@ function timeTable(run) {
     return part;
   }));
   const rows = phases.map(([name, value], i) => make("tr", {}, make("td", {}, make("label", {}, swatch({ index: i, dash: 0 }), name)), cells("td", [duration(value), number(value / total, "percent")], 0)));
-  return make("div", { class: "panel" }, make("h4", {}, "Where the time went"), bar,
+  return make("div", { class: "panel" }, make(title, { class: "title" }, "Where the time went"), bar,
     make("table", {}, make("thead", {}, row("th", ["phase", "time", "share"], 1)), make("tbody", {}, rows)));
 }
 
@@ -311,14 +319,14 @@ function planTable(run) {
   if (!run.plan) return null;
   const rows = [["Memory a device", `${number(run.plan.memory_gib)} GiB`, `${number((run.train.about.memory_gib || [])[4])} GiB`]];
   if (run.plan.mfu) rows.push(["MFU", `at most ${number(run.plan.mfu, "percent")}`, number((run.train.about.mfu || [])[1], "percent")]);
-  return make("div", { class: "panel" }, make("h4", {}, "Planned and real"),
+  return make("div", { class: "panel" }, make(title, { class: "title" }, "Planned and real"),
     make("table", {}, make("thead", {}, row("th", ["", "planned", "real"], 1)), make("tbody", {}, rows.map((r) => row("td", r, 1)))));
 }
 
 function checkpointTable(run) {
   const best = run.best && run.best.step;
   const rows = run.checkpoints.map((one) => row("td", [`${whole(one.step)}${one.step === best ? " ★ best" : ""}`, one.gib === null ? "–" : one.gib < 0.1 ? `${number(1024 * one.gib)} MiB` : `${number(one.gib)} GiB`, when(one.time)], 1));
-  return make("div", { class: "panel" }, make("h4", {}, "Checkpoints"),
+  return make("div", { class: "panel" }, make(title, { class: "title" }, "Checkpoints"),
     rows.length ? make("table", {}, make("thead", {}, row("th", ["step", "size", "saved"], 1)), make("tbody", {}, rows)) : make("p", { class: "soft" }, "None yet."),
     run.final ? make("p", { class: "hint" }, "The trained model is in ", make("code", {}, `${run.folder}/final`)) : null);
 }
@@ -331,10 +339,10 @@ function machine() {
     const mesh = Object.entries(start.mesh || {}).map(([axis, size]) => `${axis} ${size}`).join(" × ");
     const facts = [["Devices", (start.devices || "").replace(" x ", " × ")], ["Processes", start.processes > 1 && String(start.processes)], ["Mesh", mesh], ["Began", when(run.began)], ["Last line", when(run.last)], ["Folder", run.folder],
       ...Object.entries(start.versions || {})].filter(([, text]) => text);
-    const starts = run.starts.length > 1 ? make("div", { class: "panel" }, make("h4", {}, "Starts"), scroll("Starts", make("table", {}, make("thead", {}, row("th", ["when", "from step", "devices", "changed"])),
+    const starts = run.starts.length > 1 ? make("div", { class: "panel" }, make(title, { class: "title" }, "Starts"), scroll("Starts", make("table", {}, make("thead", {}, row("th", ["when", "from step", "devices", "changed"])),
       make("tbody", {}, run.starts.map((s) => row("td", [when(s.time), whole(s.step), (s.devices || "–").replace(" x ", " × "), Object.keys(s.changed || {}).join(", ")])))))) : null;
     made.append(make("div", { class: "two" }, [timeTable(run), planTable(run), checkpointTable(run), starts,
-      make("div", { class: "panel" }, make("h4", {}, "Environment"), make("table", {}, make("tbody", {}, facts.map(([name, text]) => rowHeader(name, String(text))))))].filter(Boolean)));
+      make("div", { class: "panel" }, make(title, { class: "title" }, "Environment"), make("table", {}, make("tbody", {}, facts.map(([name, text]) => rowHeader(name, String(text))))))].filter(Boolean)));
   }
   return made;
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jaxllm.config import EvalSection, TrainConfig, from_dict
 from jaxllm.config.describe import plain
 from jaxllm.config.schema import flat, leaves
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, entries, is_bucket, modified
+from jaxllm.paths import absolute, as_path, entries, is_bucket, modified
 from jaxllm.report.charts import charts_of
 from jaxllm.report.columns import Columns, histogram, number, parsed, reduced
 
@@ -43,14 +44,14 @@ def read_run(
         raise UserError(f"{run} is not a run folder: it has no config.json of a run")
     cfg = _config(config)
     running = _is_locked(folder / LOCK) if running is None else running
-    starts = list(parsed(_bytes(folder / "starts.jsonl")))
-    log = Lines(_bytes(lines / "metrics.jsonl"))
+    starts = list(parsed(_lines(folder / "starts.jsonl")))
+    log = Lines(_lines(lines / "metrics.jsonl"))
     rows, times, metrics = log.train.arrays()
     last = max([*times[np.isfinite(times)][-1:], *_times(starts)[-1:], 0.0])
     began = min([*times[np.isfinite(times)][:1], *_times(starts)[:1], last])
     steps = next((s["steps"] for s in reversed(starts) if "steps" in s), config.get("steps"))
     found = {
-        "name": str(flat(config).get("log.run_name") or folder.resolve().name or run),
+        "name": str(flat(config).get("log.run_name") or absolute(folder).name or run),
         "folder": str(run),
         "objective": str(config["objective"]),
         "model": _model(config),
@@ -67,7 +68,7 @@ def read_run(
         "ledger": log.last.get("goodput"),
         "plan": log.last.get("plan"),
         "resumed": sorted({s["step"] for s in starts[1:] if number(s.get("step"))}),
-        "samples": _samples(_bytes(lines / "samples.jsonl")),
+        "samples": _samples(_lines(lines / "samples.jsonl")),
         "data": _object(lines / "data.json") or _object(folder / "data.json"),
         "config": _values(config, starts),
         "starts": [_start(s) for s in starts],
@@ -84,12 +85,12 @@ def read_run(
 class Lines:
     """The lines of metrics.jsonl, by kind."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, lines: Iterable[bytes]):
         self.train, self.evals = Columns(), dict[str, Columns]()
         self.last: dict[str, dict[str, Any]] = {}
         """{kind: its last line}, of other kinds"""
         self._end: dict[str, Any] | None = None
-        for line in parsed(data):
+        for line in parsed(lines):
             kind = str(line.get("kind"))
             self._end = line if kind in ("goodput", "error") else None
             if kind == "train":
@@ -116,17 +117,15 @@ class Lines:
 # ---- files
 
 
-def _bytes(file: Path) -> bytes:
-    """The content of a file; empty if there is none."""
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file; none if there is none."""
+    with suppress(FileNotFoundError, NotADirectoryError), file.open("rb") as opened:
+        yield from opened
 
 
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none, or it is damaged."""
-    return next(parsed(_bytes(file).replace(b"\n", b" ")), {})
+    return next(parsed([b"".join(_lines(file))]), {})
 
 
 def _config(config: dict[str, Any]) -> TrainConfig | None:
@@ -207,30 +206,27 @@ def _best(evals: dict[str, Columns], cfg: TrainConfig | None) -> dict[str, Any] 
 # ---- samples, config, checkpoints
 
 
-def _samples(data: bytes) -> list[dict[str, Any]]:
+def _samples(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """[{"step", "rows", "more"}]: samples of at most STEPS steps, the first and the last included;
     more: rows of the step that are left out."""
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    last = None
-    for line in parsed(data):
+    by_step: dict[int, dict[str, Any]] = {}
+    last = -math.inf
+    for line in parsed(lines):
         if (step := number(line.get("step"))) is None or not math.isfinite(step):
             continue
-        if last is not None and step < last:  # a resumed run repeats steps
-            by_step = {s: rows for s, rows in by_step.items() if s < step}
+        if step < last:  # a resumed run repeats steps
+            by_step = {s: found for s, found in by_step.items() if s < step}
         last = step
-        by_step.setdefault(int(step), []).append(line)
+        found = by_step.setdefault(int(step), {"step": int(step), "rows": [], "more": 0})
+        if len(found["rows"]) < ROWS:
+            found["rows"].append(_sample(line))
+        else:
+            found["more"] += 1
     steps = sorted(by_step)
     if len(steps) > STEPS:
         places = np.linspace(0, len(steps) - 1, STEPS).round().astype(int)
         steps = [steps[i] for i in places]
-    return [
-        {
-            "step": step,
-            "rows": [_sample(row) for row in by_step[step][:ROWS]],
-            "more": max(len(by_step[step]) - ROWS, 0),
-        }
-        for step in steps
-    ]
+    return [by_step[step] for step in steps]
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
