@@ -231,7 +231,7 @@ function bestOf(chart, runs, curves) {
     const metric = run.best.metric.replace(/^eval_/, "");
     const own = curves.find((one) => one.run === run && one.held && (metric === one.metric || metric.endsWith(`_${one.metric}`)));
     return own && { ...run.best, index: own.index, x: xOf(run.evals[Object.keys(run.evals)[0]], run.best.step), run, mean: Object.keys(run.evals).length > 1 };
-  }).filter(Boolean);
+  }).filter((best) => best && Number.isFinite(best.x));
 }
 
 const bestItem = (best, unit, many) => make("li", {}, make("span", { class: "name" },

@@ -13,8 +13,9 @@ const SIZES = [["B", 1e9], ["M", 1e6], ["k", 1e3]];
 
 // What the reader set is kept while the page reloads; a browser may not allow it.
 const memory = {
-  get(key, other) { try { return JSON.parse(sessionStorage.getItem(`jaxllm.${key}`)) ?? other; } catch { return other; } },
-  set(key, value) { try { sessionStorage.setItem(`jaxllm.${key}`, JSON.stringify(value)); } catch { /* as without */ } },
+  key: (name) => `jaxllm ${location.pathname} ${name}`,
+  get(name, other) { try { return JSON.parse(sessionStorage.getItem(this.key(name))) ?? other; } catch { return other; } },
+  set(name, value) { try { sessionStorage.setItem(this.key(name), JSON.stringify(value)); } catch { /* as without */ } },
 };
 
 const when = (seconds) => (seconds ? new Date(1000 * seconds).toLocaleString() : "–");

@@ -9,6 +9,7 @@ import pytest
 from folders import run_folder, train_line, write_lines
 from runs import arguments, lines_of, refused
 
+from jaxllm import training
 from jaxllm.cli import main
 from jaxllm.report import live
 
@@ -49,8 +50,9 @@ def page_of(run):
     return json.loads(text.split('id="run-data">')[1].split("</script>")[0])["runs"][0]
 
 
-def test_a_run_leaves_its_page(project, tmp_path, capsys):
-    """With the origins of its config; one that fails says why."""
+def test_a_run_leaves_its_page(project, tmp_path, capsys, monkeypatch):
+    """With the origins of its config and what was planned; one that fails says why."""
+    monkeypatch.setattr(training, "planned_for", lambda *_: (1.5, 0.4))  # None on a CPU
     (tmp_path / "run.yaml").write_text("seed: 3\n")
     args = arguments(project, "sft", "reported", "--log.samples", "Say", "--log.sample_tokens", "2")
     assert main([args[0], str(tmp_path / "run.yaml"), *args[1:], "--steps", "3"]) == 0
@@ -69,6 +71,7 @@ def test_a_run_leaves_its_page(project, tmp_path, capsys):
     assert sum(source["lengths"]["counts"]) == source["examples"]
     assert source["lengths"]["edges"][-1] <= 65
     assert [one["step"] for one in run["samples"]] == [3]
+    assert (run["plan"]["memory_gib"], run["plan"]["mfu"]) == (1.5, 0.4)
 
     args = arguments(project, "sft", "failed", "--optim.learning_rate", "1e30")
     refused(capsys, args, "step")
