@@ -302,7 +302,7 @@ function settings(chart, state, plot, series, bands, read) {
     ],
     cursor: {
       y: false, drag: { x: true, y: false, setScale: false },
-      points: { size: 7 },
+      points: { size: 8, width: 0, fill: (u, i) => (u.series[i].width > 1 ? u.series[i].stroke(u, i) : "transparent") },
       sync: { key: "x", scales: ["x", null], filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } },
       bind: { dblclick: () => () => zoomTo(null) },
     },
@@ -383,12 +383,14 @@ function pointAt(x) {
 function keys(event, state, read) {
   const u = state.u;
   if (!u) return;
-  const xs = state.curves.reduce((a, one) => (one.x.length > a.length ? one.x : a), []);
+  const { min, max } = u.scales.x;
+  const longest = state.curves.reduce((a, one) => (one.x.length > a.length ? one.x : a), []);
+  const xs = longest.filter((x) => x >= min && x <= max); // that are shown
+  if (!xs.length) return;
   const big = Math.max(1, Math.round(xs.length / 10));
   const now = u.cursor.left >= 0 ? u.posToVal(u.cursor.left, "x") : xs[xs.length - 1];
   let i = xs.reduce((a, x, k) => (Math.abs(x - now) < Math.abs(xs[a] - now) ? k : a), 0);
   const by = event.shiftKey ? big : 1;
-  const { min, max } = u.scales.x;
   if (event.key === "ArrowLeft" || event.key === "ArrowDown") i -= u.cursor.left >= 0 ? by : 0;
   else if (event.key === "ArrowRight" || event.key === "ArrowUp") i += by;
   else if (event.key === "PageDown") i -= big;

@@ -219,9 +219,9 @@ function samples() {
   }
   // What a step has for a prompt; `own` also shows the prompt, where the other step has another.
   function column(one, prompt, own) {
+    if (prompt === undefined) return make("div", {});
     const rows = one.rows.filter((r) => r.prompt === prompt);
-    const none = prompt === undefined ? [] : make("p", { class: "soft" }, "No sample of this prompt.");
-    return make("div", {}, make("p", { class: "who" }, name(one)), own && prompt !== undefined ? make("p", { class: "prompt" }, prompt) : null, rows.length ? rows.map(answer) : none);
+    return make("div", {}, make("p", { class: "who" }, name(one)), own ? make("p", { class: "prompt" }, prompt) : null, rows.map(answer));
   }
   function show() {
     const [a, b] = [all[Number(left.value)], all[Number(right.value)]];

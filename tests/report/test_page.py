@@ -127,6 +127,9 @@ def test_a_chart_is_read_and_zoomed_with_the_keyboard(opened):
     assert reset.is_disabled()
     page.keyboard.press("+")
     assert reset.is_enabled()
+    page.keyboard.press("End")  # of what is shown
+    low, high = page.evaluate("[plots[0].u.scales.x.min, plots[0].u.scales.x.max]")
+    assert low < int(plot.get_attribute("aria-valuetext").split()[1].rstrip(":")) <= high < 60
     page.keyboard.press("Escape")
     assert reset.is_disabled()
 
@@ -256,10 +259,10 @@ def test_samples_of_two_steps_stand_side_by_side(opened):
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
 
 
-def test_the_config_shows_what_was_set_and_where(opened):
+def test_the_config_shows_what_was_set_and_where(opened, reports):
     page = opened("one")
     assert [row.split("\t") for row in texts(page, "#config tbody tr")] == [
-        ["output_dir", str(page.url).removeprefix("file://").rpartition("/")[0], "run.yaml:3"],
+        ["output_dir", str(reports["one"].parent), "run.yaml:3"],
         ["steps", "60", "--steps"],
     ]
     page.get_by_label("only what was set").uncheck()
