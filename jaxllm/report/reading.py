@@ -230,7 +230,7 @@ def _samples(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: _cut(row[key]) for key in ("prompt", "text") if key in row}
+    kept: dict[str, Any] = {key: _cut(row[key]) for key in ("prompt", "text") if key in row}
     rewards = row.get("rewards")
     named = rewards if isinstance(rewards, dict) else {}
     kept["rewards"] = {str(name): number(value) for name, value in named.items()}
