@@ -287,7 +287,7 @@ function settings(chart, state, plot, series, bands, read) {
   return {
     width: plot.clientWidth || 340, height: state.height, series, bands,
     legend: { show: false },
-    padding: [8, 10, 0, 0],
+    padding: [8, 18, 0, 0],
     scales: {
       x: { time: false, range: (u, a, b) => (a === b ? [a - 1, b + 1] : [a, b]) },
       y: { ...scale, range: (u, a, b) => bounds(a, b, log) },
