@@ -34,6 +34,8 @@ CHARTS = (
     Chart("Training", "Loss terms", "", "(policy|value)_loss"),
     Chart("Training", "Learning rate", "", "learning_rate", exact=True),
     Chart("Training", "Gradient norm", "", "grad_norm"),
+    Chart("Training", "Loss of tokens further ahead", "nats per token", "mtp_loss"),
+    Chart("Training", "Accuracy of tokens further ahead", "percent", "mtp_accuracy"),
     Chart("Rewards", "Reward", "", "reward|reward_mean"),
     Chart("Rewards", "Reward by function", "", "reward/.*"),
     Chart("Rewards", "Spread of rewards", "standard deviation", "reward(_group)?_std"),
