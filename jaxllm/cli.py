@@ -45,10 +45,10 @@ def training(verb: str, args: list[str]) -> int:
     check_inputs(cfg)
     from jaxllm.training import train
 
-    return _report(cfg, train(cfg))
+    return _say_end(cfg, train(cfg, origins=origins))
 
 
-def _report(cfg: TrainConfig, result: Any) -> int:
+def _say_end(cfg: TrainConfig, result: Any) -> int:
     """Print how a run ended; returns the exit status."""
     from jaxllm import dist
 
@@ -328,6 +328,21 @@ def verify(verb: str, args: list[str]) -> None:
     print(check_rows(options.run))
 
 
+def report(verb: str, args: list[str]) -> None:
+    parser = _Parser(verb)
+    parser.flag("runs", "run folders; several share their charts", nargs="+", metavar="RUN")
+    about = "the page; default: report.html in the run folder, or here for several runs"
+    parser.flag("--out", about, type=home, metavar="FILE")
+    about = "also write a picture of the headline and the curves; needs Chromium or Chrome"
+    parser.flag("--png", about, type=home, metavar="FILE")
+    parser.flag("--open", "open the page in the browser", action="store_true")
+    options = parser.read(args)
+    from jaxllm.report.page import publish
+
+    for path in publish(options.runs, options.out, options.png, show=options.open):
+        print(path)
+
+
 def comparison(verb: str, args: list[str]) -> int:
     from jaxllm.compare import HELP, compare
 
@@ -366,22 +381,9 @@ def launch(verb: str, args: list[str]) -> None:
     start(words, Launch(**vars(options)))
 
 
-TOKENIZE_HELP = """\
-usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
-
-Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
-then starts without tokenizing anything. No accelerator is used and no weights are read. Several
-processes share the work; a command that was killed continues where it stopped.
-
-  --objective VERB
-      the training verb of the run; also `objective:` in the file, or the config.json of a run
-
-All other keys are those of the run (`jaxllm sft --help`)."""
-
-
 def tokenize(verb: str, args: list[str]) -> None:
     if {"-h", "--help"} & set(args):
-        print(TOKENIZE_HELP)
+        print(describe.TOKENIZE_HELP)
         return
     path = args.pop(0) if args and not args[0].startswith("-") else None
     cfg, _ = load_config(find_objective(path, read_args(args)), path, args)
@@ -434,6 +436,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
+    "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }

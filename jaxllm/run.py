@@ -12,18 +12,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import re
 import socket
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import jax
 import xxhash
+from flax import nnx
 
 from jaxllm import dist
 from jaxllm.checkpoint import Checkpoints, changed_file, list_files
@@ -61,6 +65,9 @@ VERSIONS = re.compile(
     "jax|jaxlib|libtpu|(jax-cuda|nvidia-).*|flax|optax|orbax-checkpoint|grain|datasets|numpy|"
     "tokenizers|transformers|jinja2"
 )
+# Those of them that a report shows; `VERSIONS` also names the many packages of CUDA.
+REPORTED = ("jaxllm", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
+REPORTED += ("datasets", "numpy", "tokenizers", "transformers")
 NFS_SECONDS = 60.0  # after which a new file on NFS is seen by all hosts (acdirmax)
 CLOCK_SKEW = 30.0  # seconds by which the clocks of two processes may differ
 SIGNS = {LOCK, STARTS}  # one of them is in the folder of a run that began
@@ -134,12 +141,12 @@ class RunFolder:
 
     Creates it if it does not exist; changes nothing else before `claim`. Raises UserError if it
     has results of another config, naming the keys, or if it is no run folder, and if `overwrite`
-    would delete what the run reads.
+    would delete what the run reads. origins: where the values of the config come from, if known.
     """
 
-    def __init__(self, cfg: TrainConfig):
+    def __init__(self, cfg: TrainConfig, origins: Mapping[str, str] | None = None):
         check_processes(cfg)
-        self.cfg, self.path = cfg, as_path(cfg.output_dir)
+        self.cfg, self.path, self.origins = cfg, as_path(cfg.output_dir), origins
         check_bucket(self.path)
         if dist.is_main() and not is_bucket(self.path):
             _read_config(self.path, cfg.overwrite)  # raises for a folder that is not a run's
@@ -208,6 +215,28 @@ class RunFolder:
             dist.check_all(self.checkpoints.missing_space(state))
             dist.check_all(_hub_problem(self.cfg) if dist.is_main() else None)
 
+    def note(self, program: Any, step: int, steps: int) -> dict[str, Any] | None:
+        """What STARTS says of this start, after `step` of `steps` steps: the program's devices and
+        size, versions, the origins of the config's values, and what changed of the run's identity.
+        None if the run is complete."""
+        if step >= steps:
+            return None
+        devices, mesh = program.mesh.devices, program.mesh.shape
+        weights = jax.tree.leaves(nnx.state(program.policy))
+        found = {
+            "step": step,
+            "steps": steps,
+            "devices": f"{devices.size} x {devices.flat[0].device_kind}",
+            "processes": dist.count(),
+            "mesh": {axis: size for axis, size in mesh.items() if size > 1},
+            "parameters": sum(x.size for x in weights),
+            "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
+            "versions": _versions(),
+        }
+        if self.origins is not None:
+            found["origins"] = {k: o for k, o in self.origins.items() if o != "default"}
+        return found | ({"changed": self.changed} if self.changed else {})
+
     def _problem(self) -> str | None:
         """Why this process cannot use the folder, if it cannot."""
         until = time.monotonic() + min(self.cfg.cluster.timeout, NFS_SECONDS)
@@ -259,6 +288,15 @@ class RunFolder:
             now = {"config": fixed(to_dict(self.cfg))}
             saved = {"config": fixed(config)}
             check_same_run(self.path, saved, now, self.cfg.resume_changed)
+
+
+def _versions() -> dict[str, str]:
+    """The versions of Python and of the packages that compute, tokenize and order rows."""
+    found = {"python": platform.python_version()}
+    for name in REPORTED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _check_writable(folder: Path) -> None:

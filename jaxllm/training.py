@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxllm import dist, reference
+from jaxllm.best import Best, metric_value
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict
@@ -29,16 +30,18 @@ from jaxllm.data.dataset import Data, load_data, summarize
 from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
-from jaxllm.evaluate import Best, evaluate, metric_names, metric_value
+from jaxllm.evaluate import evaluate, metric_names
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
+from jaxllm.paths import first_line
 from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.plan import planned_for
 from jaxllm.program import Program, build
+from jaxllm.report.live import reported
 from jaxllm.rl import online
 from jaxllm.rl.rewards import load_rewards
 from jaxllm.rows import RowLog, first_example
@@ -78,12 +81,17 @@ class Result:
 
 @watched
 def train(
-    cfg: TrainConfig, *, objective: Objective | None = None, on_step: Observer | None = None
+    cfg: TrainConfig,
+    *,
+    objective: Objective | None = None,
+    on_step: Observer | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> Result:
     """Trains `cfg` to its end or until a signal; resumes from the latest valid checkpoint.
 
     objective: replaces the loss of `cfg.objective`, whose batches it gets. on_step: is called with
-    the step and the metrics of each "train" line of metrics.jsonl, in the main process.
+    the step and the metrics of each "train" line of metrics.jsonl, in the main process. origins: of
+    the values of `cfg`, as `load_config` returns them.
 
     Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
     or a gradient that is not finite.
@@ -96,7 +104,7 @@ def train(
     cfg = program.cfg
     tokenizer = run_tokenizer(cfg, program.shape.vocab_size)
     samples = Samples(program, tokenizer)
-    run = RunFolder(cfg)
+    run = RunFolder(cfg, origins)
     use_cache(cfg.log.compile_cache)
     data = load_data(cfg, tokenizer)
     assert data.train is not None
@@ -133,19 +141,13 @@ def train(
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
-    watch.restore(saved, complete=start >= timetable.steps, changed=run.changed)
+    watch.restore(saved, run.note(program, start, timetable.steps))
     dist.say(*timetable.jump(saved, start))
     eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
-    names = {"name": cfg.log.run_name, "project": cfg.log.project}
-    metrics = Metrics(run.path, cfg.log.report_to, to_dict(cfg), start, eval_pending, **names)
-    metrics.manifest(data.manifest)
-    record = RowLog(cfg, metrics.run, start)
-    sampler = program.models, frozen, rewards, tokenizer, metrics.samples
-    batches = make_batches(program, data.train, start, record, sampler, saved.get("feed", {}))
-    peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
-    meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
-    bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
-    log = Log(metrics, record, meter, watch, bar, timetable.epoch, on_step)
+    log = make_log(program, watch, timetable, start, saved, on_step)
+    log.metrics.manifest(data.manifest)
+    sampler = program.models, frozen, rewards, tokenizer, log.metrics.samples
+    batches = make_batches(program, data.train, start, log.rows, sampler, saved.get("feed", {}))
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
     evals = Evaluations(program, data.evals, frozen, samples, log, best)
     save = Save(program, checkpoints, log, evals, batches, identity, timetable.steps, step)
@@ -176,7 +178,8 @@ def train(
             unlogged = events.log
             if not (events.evaluate or events.save):
                 continue
-            log(step) if events.log else meter.read()  # raises if a loss or gradient is not finite
+            # Either raises if a loss or gradient is not finite.
+            log(step) if events.log else log.meter.read()
             unlogged = False
             if events.evaluate:
                 evals(step, state)
@@ -185,7 +188,7 @@ def train(
             if events.save or evals.over or evals.kept == step:
                 save(step, state, events.postpone_evaluation)
         if step > start:  # not for a run that was complete
-            log.ledger(step)
+            log.ledger(step, "stopped" if stop else "early" if step < timetable.steps else "done")
         best = evals.best
         if not stop and cfg.save.load_best and cfg.save.final and best.step not in (None, step):
             del state  # before the best checkpoint takes its place in memory
@@ -247,6 +250,27 @@ def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
     return Best(waited=best.waited)
 
 
+def make_log(
+    program: Program,
+    watch: Watch,
+    timetable: Timetable,
+    start: int,
+    saved: dict[str, Any],
+    on_step: Observer | None,
+) -> Log:
+    """The log of a run that continues after step `start` from a checkpoint with the meta `saved`,
+    {} for a new one."""
+    cfg, mesh = program.cfg, program.mesh
+    names = {"name": cfg.log.run_name, "project": cfg.log.project}
+    pending = saved.get("eval_pending", False)
+    metrics = Metrics(watch.folder, cfg.log.report_to, to_dict(cfg), start, pending, **names)
+    peak = peak_flops(mesh.devices.flat[0], cfg.model.compute_dtype)
+    meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
+    bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
+    record = RowLog(cfg, metrics.run, start)
+    return Log(metrics, record, meter, watch, bar, timetable.epoch, on_step)
+
+
 # ---- in the loop
 
 
@@ -296,6 +320,9 @@ def compiled(
         step = program.step(steps).lower(state, frozen, batch).compile()
         log.bar.compiled(time.perf_counter() - began)
         log.meter.planned = planned_for(program, step)
+        if log.meter.planned is not None:
+            memory, mfu = log.meter.planned
+            log.metrics.write("plan", log.watch.step, memory_gib=memory, mfu=mfu)
     log.meter.flops = run_flops(
         program.cfg,
         program.shape,
@@ -323,9 +350,16 @@ class Log:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Shows the bar and starts the clock; closes the files at the end."""
-        with closing(self.metrics), self.rows, self.bar, self.meter:
-            yield
+        """Shows the bar, starts the clock and keeps the report; closes the files at the end. The
+        metrics have the error that ends the block, if one does."""
+        report = reported(self.watch.folder, self.metrics.run, enabled=dist.is_main())
+        with report, closing(self.metrics), self.rows, self.bar, self.meter:
+            try:
+                yield
+            except Exception as error:
+                with suppress(OSError):  # the disk may be full
+                    self.metrics.write("error", self.watch.step, message=first_line(error))
+                raise
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:
@@ -365,10 +399,10 @@ class Log:
         self.metrics.write(kind, step, **line)
         return line
 
-    def ledger(self, step: int) -> None:
-        """Writes and shows where the time of the run went, over all restarts."""
+    def ledger(self, step: int, ended: str) -> None:
+        """Writes and shows where the time of the run went, over all restarts, and how it ended."""
         ledger = self.watch.finish()
-        self.metrics.write("goodput", step, **ledger)
+        self.metrics.write("goodput", step, **ledger, ended=ended)
         seconds = {k.removesuffix("_seconds"): v for k, v in ledger.items() if "_seconds" in k}
         total = sum(seconds.values())
         shown = sorted(seconds.items(), key=lambda item: -item[1])

@@ -152,23 +152,17 @@ class Watch:
         now = time.time()
         return {"phases": self.seconds, "restarts": self.restarts, "saved_at": now}
 
-    def restore(
-        self,
-        saved: dict[str, Any],
-        *,
-        complete: bool = False,
-        changed: dict[str, Any] | None = None,
-    ) -> None:
+    def restore(self, saved: dict[str, Any], noted: dict[str, Any] | None) -> None:
         """Adds the times of the run that this one resumes, as `meta` saved them, and notes this
-        start in STARTS, with what `changed` of the run's identity, unless the run is complete. What
-        it did after the checkpoint is lost."""
-        if complete or not dist.is_main():
+        start in STARTS, with what else is `noted` of it; None: the run is complete, and nothing is
+        noted. What it did after the checkpoint is lost."""
+        if noted is None or not dist.is_main():
             return
         file, lines = self.folder / STARTS, self.folder / "metrics.jsonl"
         starts = _starts(file.read_bytes().decode(errors="replace") if file.is_file() else "")
         ends = [modified(one) for one in (file, lines) if one.is_file()]  # of the previous run
         start: dict[str, Any] = {"time": time.time(), "last": max(ends, default=0.0)}
-        starts.append(start | ({"changed": changed} if changed else {}))
+        starts.append(start | noted)
         write_text(file, "".join(json.dumps(start) + "\n" for start in starts))
         since = saved.get("saved_at", 0.0)
         self.restarts = saved.get("restarts", -1) + sum(start["time"] > since for start in starts)

@@ -26,6 +26,7 @@ FLOORS = (
     ("paths",),
     ("untrusted",),
     ("config",),
+    ("best",),
     (
         "compilation",
         "rendezvous",
@@ -41,7 +42,7 @@ FLOORS = (
     ("collectives",),
     ("ops",),
     ("model",),
-    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor"),
+    ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor", "report"),
     ("objectives", "optim"),
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
@@ -51,7 +52,7 @@ FLOORS = (
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 30_751
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 31_615
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

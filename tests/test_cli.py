@@ -180,36 +180,37 @@ def test_an_output_dir_that_cannot_be_written_is_an_error(monkeypatch, capsys):
 
 
 def test_a_run_that_is_done_is_status_0_and_one_that_was_stopped_75(stand_in, capsys):
-    calls = stand_in("training", "train", lambda cfg: result())
+    calls = stand_in("training", "train", lambda cfg, origins: result())
     assert cli.main(["sft", *RUN, "--steps", "3"]) == 0
-    ((cfg,), _) = calls[0]
+    ((cfg,), options) = calls[0]
     assert (cfg.objective, cfg.steps, cfg.data.train) == ("sft", 3, (Source("d.txt"),))
+    assert options["origins"]["steps"] == "--steps"
     said = capsys.readouterr().out
     assert "model in run/final" in said and "best: step 2, loss 0.5000\n" in said
-    stand_in("training", "train", lambda cfg: result(stopped=True))
+    stand_in("training", "train", lambda cfg, origins: result(stopped=True))
     assert cli.main(["pretrain", *RUN]) == 75
 
 
 def test_a_bug_keeps_its_traceback(stand_in):
-    def library_error(cfg):
+    def library_error(cfg, origins):
         return int("no number")  # a ValueError that is no UserError
 
     stand_in("training", "train", library_error)
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["pretrain", *RUN])
-    stand_in("training", "train", lambda cfg: cfg.no_such_field)
+    stand_in("training", "train", lambda cfg, origins: cfg.no_such_field)
     with pytest.raises(AttributeError):
         cli.main(["pretrain", *RUN])
 
 
 def test_a_full_disk_and_a_missing_file_are_one_line(stand_in, capsys):
-    def full(cfg):
+    def full(cfg, origins):
         try:
             raise OSError(errno.ENOSPC, "No space left on device", "run/checkpoints/5")
         except OSError as error:
             raise RuntimeError("writing failed") from error
 
-    def missing(cfg):
+    def missing(cfg, origins):
         Path("not/there.jsonl").read_text()
 
     stand_in("training", "train", full)
@@ -224,13 +225,13 @@ def test_a_full_disk_and_a_missing_file_are_one_line(stand_in, capsys):
 
 def test_a_file_where_a_folder_should_be_is_one_line(stand_in, capsys, tmp_path):
     (tmp_path / "run").write_text("")
-    stand_in("training", "train", lambda cfg: (tmp_path / "run").mkdir())
+    stand_in("training", "train", lambda cfg, origins: (tmp_path / "run").mkdir())
     assert cli.main(["pretrain", *RUN]) == 2
     assert capsys.readouterr().err == f"jaxllm: error: {tmp_path}/run: File exists\n"
 
 
 def test_ctrl_c_is_status_130_without_a_traceback(stand_in, capsys):
-    def interrupted(cfg):
+    def interrupted(cfg, origins):
         raise KeyboardInterrupt
 
     stand_in("training", "train", interrupted)

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from runs import arguments, lines_of
 
+from jaxllm.best import Best, metric_value
 from jaxllm.cli import main
 from jaxllm.config import EvalSection
 from jaxllm.data.batch import make_row
-from jaxllm.evaluate import Best, evaluate, evaluate_files, make_eval, metric_names, metric_value
+from jaxllm.evaluate import evaluate, evaluate_files, make_eval, metric_names
 from jaxllm.mesh import MeshSection, make_mesh
 from jaxllm.model.config import ModelConfig, Rope
 from jaxllm.model.decoder import Decoder

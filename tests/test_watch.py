@@ -49,7 +49,7 @@ def test_the_seconds_of_a_phase_end_when_the_next_begins(clock, tmp_path):
 
 def test_a_resumed_run_adds_its_seconds_and_those_that_were_lost(clock, tmp_path):
     first = Watch(ClusterSection(), tmp_path)
-    first.restore({})
+    first.restore({}, {})
     assert first.restarts == 0
     first.enter("train", 1)
     clock(30)
@@ -60,7 +60,7 @@ def test_a_resumed_run_adds_its_seconds_and_those_that_were_lost(clock, tmp_path
     os.utime(file, (saved["saved_at"] + 10, saved["saved_at"] + 10))
 
     second = Watch(ClusterSection(), tmp_path)
-    second.restore(json.loads(json.dumps(saved)))
+    second.restore(json.loads(json.dumps(saved)), {})
     second.enter("train", 3)
     clock(20)
     ledger = second.finish()
@@ -78,7 +78,7 @@ def test_restarts_and_lost_seconds_count_without_a_checkpoint(clock, tmp_path, m
             for name in ("metrics.jsonl", "starts.jsonl"):
                 os.utime(tmp_path / name, (died, died))
         watch = Watch(ClusterSection(), tmp_path)
-        watch.restore({})
+        watch.restore({}, {})
         assert watch.restarts == number
     assert watch.finish()["lost_seconds"] == 30 + 5
 
@@ -87,7 +87,7 @@ def test_a_damaged_start_is_left_out(tmp_path):
     start = b'{"time": 1.0, "last": 0.0}\n'
     (tmp_path / "starts.jsonl").write_bytes(start + b'\xff{"time": 2.0\n' + start)
     watch = Watch(ClusterSection(), tmp_path)
-    watch.restore({})
+    watch.restore({}, {})
     assert watch.restarts == 2 and len((tmp_path / "starts.jsonl").read_text().splitlines()) == 3
 
 
@@ -98,13 +98,13 @@ def test_the_wait_for_a_lost_process_is_lost_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: None)
     monkeypatch.setattr(module, "touch", lambda file: os.utime(file, (430, 430)))
     watch = Watch(ClusterSection(), tmp_path)
-    watch.restore({})
+    watch.restore({}, {})
     (tmp_path / "metrics.jsonl").write_text("")
     for name in ("metrics.jsonl", "starts.jsonl"):
         os.utime(tmp_path / name, (130, 130))
     watch._give_up("lost process 1")
     resumed = Watch(ClusterSection(), tmp_path)
-    resumed.restore({})
+    resumed.restore({}, {})
     assert resumed.finish()["lost_seconds"] == 330
 
 

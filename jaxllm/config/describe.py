@@ -17,6 +17,18 @@ from jaxllm.config.schema import SECTIONS, Leaf, field_docs, leaves, members, ty
 from jaxllm.config.sections import Source, TrainConfig
 from jaxllm.config.verbs import VERBS, unread
 
+TOKENIZE_HELP = """\
+usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
+
+Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
+then starts without tokenizing anything. No accelerator is used and no weights are read. Several
+processes share the work; a command that was killed continues where it stopped.
+
+  --objective VERB
+      the training verb of the run; also `objective:` in the file, or the config.json of a run
+
+All other keys are those of the run (`jaxllm sft --help`)."""
+
 
 def training_help(verb: str) -> str:
     """The text of `jaxllm COMMAND --help`: every key that the command reads with type, unit,

@@ -20,6 +20,7 @@ from jaxllm.data.stream import Stream
 from jaxllm.data.tokenization import NO_PREFERENCE, NOTHING_TO_LEARN, TOO_LONG, TRUNCATED
 from jaxllm.errors import UserError
 
+LENGTH_BINS = 24  # of the histogram of lengths
 # Key of the manifest -> (the outcome it counts, the words for it in `summarize`).
 _COUNTED = {
     "dropped_too_long": (TOO_LONG, "dropped as too long"),
@@ -187,6 +188,14 @@ def _counts(examples: Examples) -> dict[str, int]:
     return {key: int((examples.outcome == kind).sum()) for key, (kind, _) in _COUNTED.items()}
 
 
+def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """{"edges", "counts"}: how many examples have at least edges[i] tokens and fewer than
+    edges[i + 1]; the bins widen with the length."""
+    edges = np.geomspace(lengths.min(), lengths.max() + 1, LENGTH_BINS + 1).round().astype(int)
+    edges = np.unique(edges)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
+
+
 def _manifest_entry(rows: Rows | None) -> dict[str, Any]:
     """A set's entry in the manifest: its sources, their totals, and the fill of its rows."""
     if rows is None:
@@ -215,6 +224,7 @@ def _manifest_entry(rows: Rows | None) -> dict[str, Any]:
                 "notes": examples.notes,
                 "tokens": int(examples.lengths[indices].sum()),
                 "learned_tokens": int(examples.learned[indices].sum()),
+                "lengths": _histogram(examples.lengths[indices]),
                 "rows": len(part),
                 "share": share,
                 "passes_per_epoch": share * len(rows) / len(part),

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best evaluation of a run, for early stopping, its checkpoint and its report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from jaxllm.config import EvalSection
+from jaxllm.errors import UserError
+
+LOWER_IS_BETTER = ("loss", "perplexity")  # suffixes of metric names
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run so far; saved in its checkpoints."""
+
+    step: int | None = None
+    """None before the first evaluation"""
+    value: float | None = None
+    """eval.metric at that step"""
+    waited: int = 0
+    """evaluations since the last improvement of more than eval.min_delta"""
+    loss: float | None = None
+    """the loss at that step, also if eval.metric is another metric"""
+
+    def after_evals(
+        self, step: int, evals: dict[str, dict[str, float]], section: EvalSection
+    ) -> Best:
+        """The best after the evaluations {set: {metric: value}} at `step`, by eval.metric."""
+        if not evals:
+            return self
+        best = self.after(step, metric_value(evals, section), section)
+        return replace(best, loss=metric_value(evals, EvalSection())) if best.step == step else best
+
+    def after(self, step: int, value: float, section: EvalSection) -> Best:
+        """The best after an evaluation at `step`: a tie keeps the earlier one, and a value that is
+        not finite is never better."""
+        greater = section.greater
+        if greater is None:
+            greater = not section.metric.endswith(LOWER_IS_BETTER)
+        gain = math.inf
+        if self.value is not None:
+            gain = value - self.value if greater else self.value - value
+        if not (math.isfinite(value) and gain > 0):
+            return replace(self, waited=self.waited + 1)
+        return Best(step, value, 0 if gain > section.min_delta else self.waited + 1)
+
+    def is_over(self, section: EvalSection) -> bool:
+        """True after eval.patience evaluations without an improvement; patience 0 never stops."""
+        return 0 < section.patience <= self.waited
+
+
+def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
+    """The value of eval.metric in evaluations {set: {metric: value}}.
+
+    METRIC is the mean over the sets that have it and NAME_METRIC that of one set; transformers'
+    prefix eval_ may precede either. Raises UserError that lists the metrics if it is not there.
+    """
+    for metric in (section.metric, section.metric.removeprefix("eval_")):
+        values = [metrics[metric] for metrics in evals.values() if metric in metrics]
+        if values:
+            return sum(values) / len(values)
+        for name, metrics in evals.items():
+            if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in metrics:
+                return metrics[metric.removeprefix(f"{name}_")]
+    names = sorted({metric for metrics in evals.values() for metric in metrics})
+    raise UserError(
+        f"eval.metric {section.metric!r} is not logged by evaluations; choose from "
+        f"{', '.join(names)}, or NAME_METRIC with NAME one of {', '.join(evals)}"
+    )

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: its files and the runs' values in one HTML file, and a picture of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import webbrowser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxllm.errors import UserError
+from jaxllm.paths import as_path, is_bucket, write_text
+from jaxllm.report.reading import FEW, POINTS, read_run
+
+FILE = "report.html"  # in a run folder
+PARTS = Path(__file__).parent
+STYLES, SCRIPTS = ("uPlot.min.css", "page.css"), ("uPlot.iife.min.js", "charts.js", "page.js")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+WIDTH = 1100  # of a picture, in CSS pixels
+
+
+def write_report(runs: Sequence[str], out: str | Path | None = None) -> Path:
+    """Writes a page of some runs, by default into the folder of one run, or report.html here for
+    several; returns its path. Raises UserError if a folder is not a run's."""
+    found = [read_run(run, points=max(POINTS // len(runs), FEW)) for run in runs]
+    default = as_path(runs[0]) / FILE if len(runs) == 1 else Path(FILE)
+    file = as_path(out) if out is not None else default
+    write_text(file, page(found))
+    return file
+
+
+def page(runs: Sequence[dict[str, Any]]) -> str:
+    """The HTML of a page of runs, as `read_run` gives them."""
+    data = {"written": time.time(), "runs": _named_apart(runs)}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    style, script = ("\n".join(map(_part, names)) for names in (STYLES, SCRIPTS))
+    # The page may run and style itself by these two texts alone, and load nothing.
+    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
+    policy += "base-uri 'none'; form-action 'none'"
+    values = {
+        "policy": html.escape(policy),
+        "title": html.escape(", ".join(run["name"] for run in data["runs"])),
+        "style": style,
+        "script": script,
+        # In a script element, text ends at </script> and <!-- changes how it is read.
+        "data": text.replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("page.html"))
+
+
+def _part(name: str) -> str:
+    return (PARTS / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _named_apart(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs; those of the same name are named by their folders."""
+    names = [run["name"] for run in runs]
+    return [
+        run | {"name": run["folder"] if names.count(run["name"]) > 1 else run["name"]}
+        for run in runs
+    ]
+
+
+def publish(
+    runs: Sequence[str], out: str | None, png: str | None, *, show: bool = False
+) -> Iterator[Path]:
+    """`jaxllm report`: writes the page, its picture, and opens the browser; yields the files."""
+    report = write_report(runs, out)
+    yield report
+    if png is not None:
+        yield picture(report, Path(png))
+    if show and (is_bucket(report) or not webbrowser.open(report.absolute().as_uri())):
+        raise UserError(f"--open: there is no browser; open {report} in one")
+
+
+# ---- a picture
+
+
+def picture(report: Path, out: Path) -> Path:
+    """Writes a PNG of a page's headline and curves; returns its path. Raises UserError without
+    Chromium or Chrome."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise UserError(
+            "--png needs Chromium or Chrome, which is not installed (such as apt install chromium);"
+            f" or open {report} in a browser and print it"
+        )
+    if is_bucket(report):
+        raise UserError(f"--png: {report} is in a bucket; add --out FILE")
+    with tempfile.TemporaryDirectory(prefix="jaxllm-") as folder:
+        # A root user has no sandbox; the page runs no text but ours.
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        command = [browser, "--headless", *sandbox, "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--user-data-dir={folder}", "--virtual-time-budget=4000"]
+        address = f"{report.resolve().as_uri()}#picture"
+        size = f"--window-size={WIDTH},800"
+        made = _browse([*command, size, "--dump-dom", address])
+        height = re.search(r'data-height="(\d+)"', made)
+        size = f"--window-size={WIDTH},{height[1] if height else 2400}"
+        file = Path(folder) / "picture.png"
+        options = [size, "--force-device-scale-factor=2", f"--screenshot={file}"]
+        said = _browse([*command, *options, address])
+        if not file.is_file():
+            raise UserError(f"--png: {browser} made no picture: {said.strip()[-200:]}")
+        shutil.copyfile(file, out)
+    return out
+
+
+def _browse(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"--png: {command[0]} did not answer within 120 s") from None
+    return done.stdout or done.stderr
