@@ -41,7 +41,9 @@ class Context:
     next_BTD: Any = None  # embeddings of the tokens that come next, for multi-token prediction
     mlp_blocks: int = field(default=1, metadata={"static": True})  # of MLP.in_blocks; 1 = whole
 
-    def at_layer(self, layer: Any, rope: Any, window: Any, embeds: Any) -> Context:
+    def at_layer(
+        self, layer: Any, rope: Any = 0, window: Any = None, embeds: Any = None
+    ) -> Context:
         """The context of one layer, whose dropout keys have the layer folded in per row."""
         rng = self.rng
         if rng is not None:
