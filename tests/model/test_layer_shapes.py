@@ -28,6 +28,7 @@ from jaxllm.model.config import Experts, LayerEmbeds, LayerKind
 from jaxllm.model.stack import unstack
 from jaxllm.monitor.flops import forward_flops
 from jaxllm.objectives.lm import lm_loss
+from jaxllm.peft.targets import find_targets
 from jaxllm.sampling import Sampling, generate
 
 # The last three layers use the keys and values of the first two.
@@ -174,3 +175,11 @@ def test_rows_are_not_split_along_context():
     mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
     with pytest.raises(UserError, match="context.*layers that use the keys of others or embeddin"):
         trajectory(ragged_rows(16), shape=SHAPE, devices=8, mesh=mesh, steps=1)
+
+
+def test_lora_on_experts_beside_an_mlp_is_refused():
+    section = PeftSection(
+        method="lora", target_modules=(), target_parameters=("experts.gate_up_proj",)
+    )
+    with pytest.raises(UserError, match="target_parameters: the model has no parameters"):
+        find_targets(EXPERTS, section, strict=True)
