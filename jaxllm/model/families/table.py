@@ -442,7 +442,7 @@ MISSING = {
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions around experts": ("lfm2_moe",),
+    "short convolutions with experts": ("lfm2_moe",),
     "per-layer embeddings": ("gemma3n_text", "gemma4_text"),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }
