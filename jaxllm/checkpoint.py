@@ -277,11 +277,12 @@ class Checkpoints:
         self.check(step)
         saved, wanted = _by_name(self.manager.item_metadata(step)["state"].tree), _by_name(like)
         for name in wanted if partial else wanted | saved:
-            here, there = (tree[name].shape if name in tree else "" for tree in (wanted, saved))
+            here, there = (tree[name].shape if name in tree else None for tree in (wanted, saved))
             if here != there:
+                now, then = (f"has shape {s}" if s is not None else "is not" for s in (here, there))
                 raise UserError(
                     f"{self.directory / str(step)} belongs to another model or optimizer: {name} "
-                    f"has shape {here or 'none'} now and {there or 'is missing'} in the checkpoint"
+                    f"{now} in this run, and {then} in the checkpoint"
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)

@@ -142,7 +142,7 @@ def check_unused(
 
 
 def _check_copies(folder: Path, cfg: ModelConfig, scheme: fp8.Fp8 | None, copies: set[str]) -> None:
-    """Says which copies of the model's table and head differ from them, in rows over all of it."""
+    """Warns of copies that differ from the model's table or head, in evenly spaced rows."""
     files, copied = text_tensors(folder, cfg.wrapper, scheme), mtp_copies(cfg)
     with fp8.opened(files, scheme) as tensor:
         for name in sorted(name for name in copies if copied[name] in files):

@@ -258,14 +258,16 @@ def test_another_models_checkpoint_is_refused_by_name_and_shape(tmp_path):
     saved(tmp_path)
     like = abstract(make_state())
     like["trainable"]["norm"]["scale"] = jax.ShapeDtypeStruct((4,), jnp.bfloat16, sharding=on(1))
-    with pytest.raises(ValueError, match=r"trainable/norm/scale has shape \(4,\) now and \(3,\)"):
+    words = r"norm/scale has shape \(4,\) in this run, and has shape \(3,\) in the checkpoint"
+    with pytest.raises(ValueError, match=words):
         Checkpoints(tmp_path).restore(2, like)
     like["trainable"]["extra"] = like["step"]
-    with pytest.raises(ValueError, match="trainable/extra has shape .* is missing"):
+    words = r"trainable/extra has shape \(\) in this run, and is not in the checkpoint"
+    with pytest.raises(ValueError, match=words):
         Checkpoints(tmp_path).restore(2, like)
     like = abstract(make_state())
     del like["trainable"]["norm"]
-    with pytest.raises(ValueError, match=r"trainable/norm/scale has shape none now and \(3,\)"):
+    with pytest.raises(ValueError, match=r"norm/scale is not in this run, and has shape \(3,\)"):
         Checkpoints(tmp_path).restore(2, like)
 
 

@@ -38,7 +38,7 @@ from jaxllm.model.layers import ACTIVATIONS, Linear, RMSNorm, fused
 from jaxllm.ops.residuals import saveable
 
 CHUNK = 64  # tokens
-OBSTACLE = "{} need each row whole on one device; set it to 1"  # what: ModelConfig.recurrent
+OBSTACLE = "{} do not support rows split along context; set it to 1"  # what: ModelConfig.recurrent
 
 
 class DeltaNet(nnx.Module):

@@ -64,12 +64,7 @@ def _activations(weights: Any) -> Any:
 
 CACHES = LayerCache, StateCache
 UNBOUNDED = 2**31 - 1  # the window of a layer that sees all keys, where other layers have a window
-
-
-WHOLE_ROWS = (
-    "layers that use the keys of others or embeddings of their own need each row whole on one "
-    "device; set it to 1"
-)
+WHOLE_ROWS = OBSTACLE.format("layers that use the keys of others or embeddings of their own")
 
 
 def context_obstacle(cfg: ModelConfig) -> str:

@@ -468,7 +468,7 @@ MISSING = {
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions around experts": ("lfm2_moe",),
+    "short convolutions with experts": ("lfm2_moe",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }
