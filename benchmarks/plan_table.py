@@ -120,6 +120,11 @@ ROWS = [
     ("Qwen3-30B-A3B", "v6e:4x4", 1, 4096, LORA, None, None),
     ("gpt-oss-120b", "v5p:4x4x4", 1, 4096, f"{ATTENTION}q_proj,k_proj,v_proj,o_proj]", None, None),
     ("DeepSeek-V3", "v5p:8x8x8", 1, 4096, f"{ATTENTION}q_a_proj,q_b_proj,o_proj]", None, None),
+    (
+        *("DeepSeek-V3", "v5p:8x8x8", 1, 4096),
+        f"--mesh.fsdp 64 --mesh.expert 8 {ATTENTION}q_a_proj,q_b_proj,o_proj]",
+        *(None, None),
+    ),
 ]
 HEAD = (
     "| model | topology | rows x tokens | flags | GiB a device | of | wire GiB | bound ms | MFU | "
