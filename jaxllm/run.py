@@ -9,12 +9,10 @@ rows.bin        hashes of the rows        starts.jsonl        when the run was s
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import re
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +21,6 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import jax
 import xxhash
@@ -39,6 +36,7 @@ from jaxllm.files import ADAPTER_CONFIG, local_dir
 from jaxllm.hf import save_configs
 from jaxllm.hub import create_repo
 from jaxllm.identity import check_processes_read_the_same, check_same_run, fixed
+from jaxllm.lock import LOCK, Lock
 from jaxllm.model.decoder import Decoder
 from jaxllm.paths import (
     absolute,
@@ -58,7 +56,6 @@ from jaxllm.paths import (
 )
 from jaxllm.watch import STARTS
 
-LOCK = ".lock"  # in a run folder: locked by the process that trains in it
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
 # Packages that must have one version in all processes: what computes, tokenizes and orders rows.
 VERSIONS = re.compile(
@@ -98,42 +95,6 @@ def check_processes(cfg: TrainConfig) -> None:
             f"the clock of process {slow} is {clocks[fast] - clocks[slow]:.0f} s behind that of "
             f"process {fast}; synchronise them"
         )
-
-
-class Lock:
-    """A run folder in which no other process can train, until the lock is deleted or the process
-    ends, however it ends. All locks of one folder in one process are the same."""
-
-    _held: WeakValueDictionary[Path, Lock] = WeakValueDictionary()
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / LOCK).open("a+")
-        try:
-            # Of this process alone: a child that outlives it would keep an flock.
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.file.seek(0)
-            holder = self.file.read(200).strip() or "another process"
-            raise UserError(
-                f"{holder} is training in {folder}; wait until it ends, or change output_dir"
-            ) from None
-        except OSError:  # a file system without locks
-            return
-        self.file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
-
-    @classmethod
-    def of(cls, folder: Path) -> Lock | None:
-        """The lock of a folder; None if nothing can be written there. Raises UserError if another
-        process has it."""
-        lock = cls._held.get(folder.absolute())
-        if lock is None:
-            try:
-                lock = cls._held[folder.absolute()] = cls(folder)
-            except OSError:
-                return None
-        return lock
 
 
 class RunFolder:

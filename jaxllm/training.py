@@ -10,7 +10,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -143,7 +143,6 @@ def train(
     step = start = resumed or 0
     watch.restore(saved, run.note(program, start, timetable.steps))
     dist.say(*timetable.jump(saved, start))
-    eval_pending = saved.get("eval_pending", False)  # postponed by the signal that stopped the run
     log = make_log(program, watch, timetable, start, saved, on_step)
     log.metrics.manifest(data.manifest)
     sampler = program.models, frozen, rewards, tokenizer, log.metrics.samples
@@ -153,9 +152,9 @@ def train(
     save = Save(program, checkpoints, log, evals, batches, identity, timetable.steps, step)
     step_fn, stop, unlogged = None, False, False
 
-    # ---- the loop. However it ends, closing() completes the checkpoint that is being written.
-    with stop_signal(watch), closing(checkpoints), log.opened(), jax.set_mesh(mesh):
-        if eval_pending:
+    # ---- the loop
+    with log.opened(), in_loop(log, checkpoints, mesh) as loop:
+        if saved.get("eval_pending", False):  # postponed by the signal that stopped the run
             evals(step, state)
             checkpoints.amend(step, evals.meta(False), evals.kept)
         watch.begin(step + timetable.stride)
@@ -194,10 +193,11 @@ def train(
             del state  # before the best checkpoint takes its place in memory
             gc.collect()
             state = checkpoints.restore(best.step, program.state)
+        loop.close()
 
-    # ---- write the trained model or adapter
-    watch.enter("export", step)
-    final = None if stop else write_final(program, state, frozen, tokenizer)
+        # ---- write the trained model or adapter
+        watch.enter("export", step)
+        final = None if stop else write_final(program, state, frozen, tokenizer)
     early = step < timetable.steps and not stop
     return Result(step, stop, early, best, evals.latest, evals.step, final)
 
@@ -272,6 +272,16 @@ def make_log(
 
 
 # ---- in the loop
+
+
+@contextmanager
+def in_loop(log: Log, checkpoints: Checkpoints, mesh: Any) -> Iterator[ExitStack]:
+    """What the loop needs. However it ends, a checkpoint that is being written is completed."""
+    with ExitStack() as loop:
+        for one in (stop_signal(log.watch), closing(checkpoints), log.rows, log.bar, log.meter):
+            loop.enter_context(one)
+        loop.enter_context(jax.set_mesh(mesh))
+        yield loop
 
 
 def make_batches(
@@ -350,10 +360,9 @@ class Log:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Shows the bar, starts the clock and keeps the report; closes the files at the end. The
-        metrics have the error that ends the block, if one does."""
+        """Keeps the report and the metrics, which have the error that ends the block, if any."""
         report = reported(self.watch.folder, self.metrics.run, enabled=dist.is_main())
-        with report, closing(self.metrics), self.rows, self.bar, self.meter:
+        with report, closing(self.metrics):
             try:
                 yield
             except Exception as error:

@@ -145,27 +145,17 @@ function figure(chart, runs, options) {
   made.dataset.metrics = chart.metrics.join(" ");
   const state = { u: null, curves: [], best: null, height: options.wide ? 300 : 185 };
 
-  function valueOf(one, x) { // the curve's point nearest to x
-    let low = 0, high = one.x.length - 1;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (one.x[middle] < x) low = middle + 1; else high = middle;
-    }
-    if (low > 0 && x - one.x[low - 1] < one.x[low] - x) low -= 1;
-    return one.x[low] === undefined ? null : (one.line || one.y)[low];
-  }
-
-  function read(x) { // the values at x, by default the last ones
-    const parts = [];
-    state.curves.forEach((one, i) => {
-      const value = x === null ? (one.line || one.y)[one.y.length - 1] : valueOf(one, x);
-      const text = number(value, chart.unit);
-      legend.children[i].lastChild.textContent = text;
-      parts.push(`${one.label} ${text}`);
+  function read(x) { // the logged values at the point nearest to x or before; null: the last ones
+    const xs = state.u.data[0], name = AXES[view.x];
+    const where = x === null ? xs[xs.length - 1] : xs.reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
+    const parts = state.curves.map((one, i) => {
+      const k = one.x.findLastIndex((v) => v <= where);
+      const value = number(k < 0 ? null : one.y[k], chart.unit);
+      const own = k < 0 || name.text(one.x[k]) === name.text(where) ? "" : ` at ${name.name} ${name.text(one.x[k])}`;
+      legend.children[i].lastChild.textContent = x === null ? value : value + own;
+      return `${one.label} ${value}${own}`;
     });
-    const ends = state.curves.map((one) => one.x[one.x.length - 1]);
-    const where = x === null ? Math.max(...ends) : x;
-    const place = `${AXES[view.x].name} ${AXES[view.x].text(where)}`;
+    const place = `${name.name} ${name.text(where)}`;
     at.textContent = x === null ? "" : place;
     plot.setAttribute("aria-valuenow", String(where));
     plot.setAttribute("aria-valuetext", `${place}: ${parts.join(", ")}`);
@@ -419,12 +409,16 @@ const cells = (tag, texts, from, path) => texts.map((text, i) =>
   make(tag, { class: i >= from ? "n" : i === path ? "any path" : null, scope: tag === "th" ? "col" : null }, text));
 
 function valueTable(curves, chart) {
-  const all = [...new Set(curves.flatMap((one) => one.x))].sort((a, b) => a - b);
-  const count = Math.min(all.length, 12);
-  const picked = [...new Set(Array.from({ length: count }, (_, i) => all[Math.round((i * (all.length - 1)) / Math.max(count - 1, 1))]))];
+  const all = (some) => [...new Set(some.flatMap((one) => one.x))].sort((a, b) => a - b);
+  const few = (xs) => { // of them, the first and the last included
+    const count = Math.min(xs.length, 12);
+    return Array.from({ length: count }, (_, i) => xs[Math.round((i * (xs.length - 1)) / Math.max(count - 1, 1))]);
+  };
+  // Of evaluations, which are fewer, too.
+  const picked = [...new Set([...few(all(curves)), ...few(all(curves.filter((one) => one.held)))])].sort((a, b) => a - b);
   const rows = picked.map((x) => [AXES[view.x].text(x), ...curves.map((one) => {
-    const i = one.x.findIndex((v) => v >= x);
-    return number(i < 0 ? one.y[one.y.length - 1] : one.y[i], chart.unit);
+    const i = one.x.indexOf(x);
+    return number(i < 0 ? null : one.y[i], chart.unit);
   })]);
   const ends = ["lowest", "highest"].map((name, k) => [name, ...curves.map((one) => {
     const about = one.about;

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines; a damaged line, as of a run that was killed, is skipped."""
     for line in lines:
         try:
-            value = json.loads(line.decode(errors="replace"))  # faster than of bytes
+            text = line.decode(errors="replace")  # faster than of bytes
+            value = json.loads(text, parse_constant=lambda _: None)  # NaN, which is no JSON
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
@@ -25,8 +27,12 @@ def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def number(value: Any) -> float | None:
-    """A number of metrics.jsonl; None for null, text and what else is not a number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number of metrics.jsonl; None for null, text and what else is not a number, and for an
+    integer beyond the largest float."""
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 class Columns:
@@ -66,6 +72,8 @@ class Columns:
             for name, values in zip(names, zip(*rows, strict=True), strict=True):
                 try:  # null becomes NaN, and so does "NaN"
                     column = np.array(values, dtype=float)
+                except OverflowError:  # an integer beyond the largest float
+                    column = np.array([number(value) for value in values], dtype=float)
                 except (TypeError, ValueError):
                     continue  # text, or a list
                 if column.ndim != 1 or name in NOT_METRICS - {"step", "time"}:

@@ -15,7 +15,8 @@ from jaxllm.report.page import FILE, page
 from jaxllm.report.reading import read_run
 
 FIRST, EVERY = 1.0, 30.0  # seconds until the first page, and between two
-SHARE = 0.01  # of the time that writing may take; a page of a long run is written less often
+SHARE = 0.01  # of the time that writing may take; a page of a long run is written less often,
+MOST = 600.0  # but at least once in so many seconds
 
 
 @contextmanager
@@ -23,27 +24,31 @@ def reported(folder: Path, lines: Path, *, enabled: bool = True) -> Iterator[Non
     """Writes the page of the run in `folder` in the background, and at the end.
 
     lines: the local folder of the files that are appended to. A page that cannot be written is one
-    line on stderr; training continues.
+    line on stderr, until one is written; training continues.
     """
     if not enabled:
         yield
         return
-    over = threading.Event()
+    over, failed = threading.Event(), False
 
     def write(running: bool) -> float:
-        """Seconds that it took."""
+        """Seconds until the next page."""
+        nonlocal failed
         began = time.perf_counter()
-        run = read_run(folder, lines=lines if running else None, running=running)
-        write_text(folder / FILE, page([run]))
-        return time.perf_counter() - began
+        try:
+            run = read_run(folder, lines=lines if running else None, running=running)
+            write_text(folder / FILE, page([run], every=_pause(began)))
+            failed = False
+        except Exception as error:  # no error of a report may stop the run
+            if not failed:
+                print(f"jaxllm: {FILE} is not written: {first_line(error)}", file=sys.stderr)
+            failed = True
+        return _pause(began)
 
     def keep_writing() -> None:
         pause = FIRST
         while not over.wait(pause):
-            try:
-                pause = max(EVERY, write(True) / SHARE)
-            except Exception as error:  # no error of a report may stop the run
-                return _say(error)
+            pause = write(True)
 
     thread = threading.Thread(target=keep_writing, name="report", daemon=True)
     thread.start()
@@ -52,11 +57,9 @@ def reported(folder: Path, lines: Path, *, enabled: bool = True) -> Iterator[Non
     finally:
         over.set()
         thread.join()
-        try:
-            write(False)
-        except Exception as error:
-            _say(error)
+        write(False)
 
 
-def _say(error: Exception) -> None:
-    print(f"jaxllm: {FILE} is not written: {first_line(error)}", file=sys.stderr)
+def _pause(began: float) -> float:
+    """Seconds until the next page, after one that `began` at this time."""
+    return min(max(EVERY, (time.perf_counter() - began) / SHARE), MOST)

@@ -56,7 +56,7 @@ function message(run) {
   const [kind, text] = WORDS[run.state] || [];
   if (kind) return make("p", { class: `message ${kind}` }, make("span", {}, text + (run.message || "")));
   const age = Date.now() / 1000 - report.written;
-  if (run.state !== "running" || age < 180) return null;
+  if (run.state !== "running" || age < 2 * (report.every || 30) + 60) return null;
   return make("p", { class: "message stale" }, make("span", {},
     `This page was written ${duration(age)} ago. `, make("code", {}, `jaxllm report ${run.folder}`), " writes it again and tells whether the run is alive."));
 }
@@ -320,8 +320,8 @@ function planTable(run) {
   if (!run.plan) return null;
   const rows = [["Memory a device", `${number(run.plan.memory_gib)} GiB`, `${number((run.train.about.memory_gib || [])[4])} GiB`]];
   if (run.plan.mfu) rows.push(["MFU", `at most ${number(run.plan.mfu, "percent")}`, number((run.train.about.mfu || [])[1], "percent")]);
-  return make("div", { class: "panel" }, make(title, { class: "title" }, "Planned and real"),
-    make("table", {}, make("thead", {}, row("th", ["", "planned", "real"], 1)), make("tbody", {}, rows.map((r) => row("td", r, 1)))));
+  return make("div", { class: "panel" }, make(title, { class: "title" }, "Planned and measured"),
+    make("table", {}, make("thead", {}, row("th", ["", "planned", "measured"], 1)), make("tbody", {}, rows.map((r) => row("td", r, 1)))));
 }
 
 function checkpointTable(run) {
@@ -367,13 +367,15 @@ function theme() {
   apply();
 }
 
+// Whether a reload would disturb the reader.
+const busy = () => Boolean(view.zoom || document.activeElement?.closest("main :is(input, select, button, details, .plot, .scroll)"));
+
 function reload() {
   if (!runs.some((run) => ["running", "starting"].includes(run.state))) return;
   const box = make("input", { type: "checkbox", checked: memory.get("reload", true), onchange: () => memory.set("reload", box.checked) });
-  document.getElementById("reload").append(make("label", { title: "The run rewrites this page about every 30 s" }, box, "Reload"));
+  document.getElementById("reload").append(make("label", { title: `The run rewrites this page about every ${duration(report.every || 30)}` }, box, "Reload"));
   setInterval(() => {
-    const busy = view.zoom || document.activeElement.closest("main");
-    if (box.checked && !busy && !document.hidden) location.reload();
+    if (box.checked && !busy() && !document.hidden) location.reload();
   }, 30000);
 }
 

@@ -39,9 +39,11 @@ def write_report(runs: Sequence[str], out: str | Path | None = None) -> Path:
     return file
 
 
-def page(runs: Sequence[dict[str, Any]]) -> str:
-    """The HTML of a page of runs, as `read_run` gives them."""
-    data = {"written": time.time(), "runs": _named_apart(runs)}
+def page(runs: Sequence[dict[str, Any]], every: float | None = None) -> str:
+    """The HTML of a page of runs, as `read_run` gives them. every: seconds until it is written
+    again."""
+    data: dict[str, Any] = {"written": time.time(), "every": every, "runs": _named_apart(runs)}
+    data = json.loads(json.dumps(data), parse_constant=lambda _: None)  # 1e999 is infinite
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     style, script = ("\n".join(map(_part, names)) for names in (STYLES, SCRIPTS))
     # The page may run and style itself by these two texts alone, and load nothing.
@@ -55,7 +57,8 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         # In a script element, text ends at </script> and <!-- changes how it is read.
         "data": text.replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("page.html"))
+    made = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("page.html"))
+    return made.encode(errors="replace").decode()  # half of a surrogate pair becomes ?
 
 
 def _part(name: str) -> str:
@@ -80,12 +83,27 @@ def publish(
     runs: Sequence[str], out: str | None, png: str | None, *, show: bool = False
 ) -> Iterator[Path]:
     """`jaxllm report`: writes the page, its picture, and opens the browser; yields the files."""
+    for flag, file in (("--out", out), ("--png", png)):
+        if file is not None:
+            _check_file(flag, as_path(file))
     report = write_report(runs, out)
     yield report
     if png is not None:
         yield picture(report, Path(png))
     if show and (is_bucket(report) or not webbrowser.open(report.absolute().as_uri())):
         raise UserError(f"--open: there is no browser; open {report} in one")
+
+
+def _check_file(flag: str, file: Path) -> None:
+    """Raises UserError if a file cannot be made at this path."""
+    if is_bucket(file):
+        return
+    if file.is_dir():
+        raise UserError(f"{flag}: {file} is a directory; give a file in it")
+    if not file.parent.is_dir():
+        raise UserError(f"{flag}: there is no directory {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{flag}: nothing can be written in {file.parent}")
 
 
 # ---- a picture

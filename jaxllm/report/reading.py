@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +18,7 @@ from jaxllm.config import EvalSection, TrainConfig, from_dict
 from jaxllm.config.describe import plain
 from jaxllm.config.schema import flat, leaves
 from jaxllm.errors import UserError
+from jaxllm.lock import Lock
 from jaxllm.paths import absolute, as_path, entries, is_bucket, modified
 from jaxllm.report.charts import charts_of
 from jaxllm.report.columns import Columns, histogram, number, parsed, reduced
@@ -25,7 +26,7 @@ from jaxllm.report.columns import Columns, histogram, number, parsed, reduced
 POINTS = 900  # of a curve, shared by the runs of a page
 FEW = 150  # at least, of each run
 STEPS, ROWS, CHARACTERS = 24, 6, 3000  # of samples: steps, rows of a step, of a text
-LOCK = ".lock"  # as in run.py
+LATE = 600.0  # seconds without a line, after which a run without a lock counts as dead
 
 
 def read_run(
@@ -34,8 +35,8 @@ def read_run(
     """A run for the page.
 
     lines: the local folder that has the files that are appended to, of a run in a bucket. running:
-    whether a process trains in the folder; None: looks at its lock, which the training process must
-    not do itself. Raises UserError if the folder is not a run's.
+    whether a process trains in the folder; None: asks its lock or, where there is none, the age of
+    its last line. Raises UserError if the folder is not a run's.
     """
     folder = as_path(run)
     lines = lines if lines is not None and lines.is_dir() else folder
@@ -43,12 +44,14 @@ def read_run(
     if not {"objective", "optim", "data"} <= config.keys():
         raise UserError(f"{run} is not a run folder: it has no config.json of a run")
     cfg = _config(config)
-    running = _is_locked(folder / LOCK) if running is None else running
     starts = list(parsed(_lines(folder / "starts.jsonl")))
     log = Lines(_lines(lines / "metrics.jsonl"))
     rows, times, metrics = log.train.arrays()
     last = max([*times[np.isfinite(times)][-1:], *_times(starts)[-1:], 0.0])
     began = min([*times[np.isfinite(times)][:1], *_times(starts)[:1], last])
+    ended = log.ended(max(_times(starts), default=0.0))
+    running = Lock.is_held(folder) if running is None else running
+    running = not ended and _is_recent(times, last) if running is None else running
     steps = next((s["steps"] for s in reversed(starts) if "steps" in s), config.get("steps"))
     found = {
         "name": str(flat(config).get("log.run_name") or absolute(folder).name or run),
@@ -65,7 +68,8 @@ def read_run(
         "evals": {name: reduced(columns, began, points) for name, columns in log.evals.items()},
         "best": _best(log.evals, cfg),
         "step_seconds": histogram(metrics.get("step_seconds", np.array([]))),
-        "ledger": log.last.get("goodput"),
+        # While the run trains on, the one before is of the session before.
+        "ledger": log.last.get("goodput") if ended or not running else None,
         "plan": log.last.get("plan"),
         "resumed": sorted({s["step"] for s in starts[1:] if number(s.get("step"))}),
         "samples": _samples(_lines(lines / "samples.jsonl")),
@@ -99,6 +103,10 @@ class Lines:
                 self.evals.setdefault(str(line.get("name")), Columns()).add(line)
             else:
                 self.last[kind] = line
+
+    def ended(self, start: float) -> bool:
+        """True if the last line says how the run ended, after its last start."""
+        return self._end is not None and (number(self._end.get("time")) or math.inf) >= start
 
     def state(self, running: bool, started: bool, rows: np.ndarray, steps: Any) -> dict[str, Any]:
         """{"state", "message", "step"}: how the run is, and why, if that is known."""
@@ -135,18 +143,6 @@ def _config(config: dict[str, Any]) -> TrainConfig | None:
     return None
 
 
-def _is_locked(file: Path) -> bool:
-    """True if a process trains in the folder of this lock. A bucket has none."""
-    if is_bucket(file):
-        return False
-    with suppress(OSError), file.open("rb") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
-
-
 def _model(config: dict[str, Any]) -> str:
     values = flat(config)
     path = str(values.get("model.path") or values.get("model.config") or "")
@@ -177,6 +173,13 @@ def _left(
     if total is None or len(rows) < 2 or not times[-1] > times[0]:
         return None
     return float((times[-1] - times[0]) / (rows[-1] - rows[0]) * max(total - rows[-1], 0.0))
+
+
+def _is_recent(times: np.ndarray, last: float) -> bool:
+    """True if the last line is not older than LATE, or three times the longest of the last 50
+    pauses between lines."""
+    pauses = np.diff(times[np.isfinite(times)][-50:])
+    return time.time() - last < max(LATE, 3 * float(pauses.max(initial=0.0)))
 
 
 def _start(start: dict[str, Any]) -> dict[str, Any]:
@@ -275,12 +278,14 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
     found = []
     with suppress(OSError):
         for path in entries(folder) if folder.is_dir() else ():
-            if not path.name.isdigit():
+            if not path.name.isdecimal():
                 continue
             one: dict[str, Any] = {"step": int(path.name), "time": None, "gib": None}
             if not is_bucket(path):
-                sizes = _object(path / "files.json").values()
-                one["gib"] = sum(size for size, _ in sizes) / 2**30 if sizes else None
-                one["time"] = modified(path)
+                with suppress(OSError):  # it is being deleted
+                    one["time"] = modified(path)
+                with suppress(TypeError, ValueError, LookupError, OverflowError):  # damaged
+                    sizes = [float(entry[0]) for entry in _object(path / "files.json").values()]
+                    one["gib"] = sum(sizes) / 2**30 if sizes else None
             found.append(one)
     return sorted(found, key=lambda one: one["step"])

@@ -86,7 +86,8 @@ def test_the_headline_tells_the_state_at_a_glance(opened):
 
 
 def test_the_charts_have_the_values_of_the_run(opened):
-    page = opened("one")
+    page = opened("one")  # smoothed, which the values are not
+    assert texts(chart(page, "loss"), ".legend b")[0] == "2.299"
     titles = texts(page, "h4, .title")
     assert titles[:3] == ["Loss", "Perplexity", "Learning rate"]
     assert "Distribution of step times" in titles and "Lengths: train" in titles
@@ -97,6 +98,8 @@ def test_the_charts_have_the_values_of_the_run(opened):
     rows = [row.split("\t") for row in texts(chart(page, "loss"), "tbody tr")]
     assert rows[0][:2] == ["1", "7.707"] and rows[-1][0] == "highest"
     assert rows[-2][:2] == ["lowest", "2.299 at step 60"]
+    evaluated = {row[0]: row[2] for row in rows[:-2] if row[2] != "–"}
+    assert evaluated == {"20": "2.700", "40": "2.500", "60": "2.700"}
     # What is on the canvas: lines in the colour of the first curve.
     blue = page.evaluate(
         """() => {
@@ -118,9 +121,15 @@ def test_a_chart_is_read_and_zoomed_with_the_keyboard(opened):
     plot.focus()
     page.keyboard.press("Home")
     assert plot.get_attribute("role") == "slider"
-    assert plot.get_attribute("aria-valuetext").startswith("step 1: train 7.707, held-out 2.700")
+    assert plot.get_attribute("aria-valuetext").startswith("step 1: train 7.707, held-out –")
     page.keyboard.press("ArrowRight")
     assert plot.get_attribute("aria-valuetext").startswith("step 2: train 7.429")
+    for _ in range(8):
+        page.keyboard.press("Shift+ArrowRight")  # to step 50
+    assert plot.get_attribute("aria-valuetext").endswith("held-out 2.500 at step 40")
+    assert "2.500 at step 40" in texts(chart(page, "loss"), ".legend b")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
     assert texts(chart(page, "loss"), ".at") == ["step 2"]
     assert texts(chart(page, "grad_norm"), ".at") == ["step 2"]  # all charts at one step
     reset = page.get_by_role("button", name="Reset zoom")
@@ -338,4 +347,18 @@ def test_a_page_opened_late_says_how_old_it_is(browser, reports, tmp_path):
     page.goto((tmp_path / "old.html").as_uri())
     assert "This page was written 2 h 0" in page.locator(".message").inner_text()
     assert page.get_by_label("Reload").is_checked()
+    (tmp_path / "old.html").write_text(old.replace('"every":null', '"every":3600'))
+    page.reload()
+    assert page.locator(".message").count() == 0
     page.close()
+
+
+def test_a_reload_waits_for_a_control_but_not_for_a_click(opened):
+    page = opened("one")
+    page.locator("h2").first.click()
+    assert page.evaluate("busy()") is False
+    page.locator("#smoothing").focus()
+    assert page.evaluate("busy()") is True
+    page.evaluate("document.activeElement.blur()")
+    page.locator("#theme").focus()
+    assert page.evaluate("busy()") is False

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from folders import EVIL, eval_line, run_folder, train_line, write_lines
 
 from jaxllm.cli import main
 from jaxllm.errors import UserError
+from jaxllm.lock import Lock
 from jaxllm.report import page as report_page
 from jaxllm.report.charts import CHARTS, charts_of
 from jaxllm.report.columns import Columns, histogram, reduced
@@ -161,12 +163,38 @@ def test_a_run_that_trains_is_known_by_its_lock_and_says_what_is_left(folder):
         starts = (folder / "starts.jsonl").read_text().replace('"steps": 60', '"steps": 100')
         (folder / "starts.jsonl").write_text(starts)
         run = read_run(folder)
+        again = read_run(folder)  # the first took nothing, and released nothing
         process.stdin.close()
-    assert run["state"] == "running"
+    assert run["state"] == again["state"] == "running" and run["ledger"] is None
     assert run["left"] == pytest.approx(39.0)  # a step takes a second
-    assert read_run(folder)["state"] == "killed"
+    assert read_run(folder)["state"] == "killed" and read_run(folder)["ledger"]
     with (folder / ".lock").open("a") as file:  # and nothing keeps the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_process_that_trains_keeps_its_lock(folder):
+    lock = Lock.of(folder)
+    assert lock is not None and read_run(folder)["state"] == "running"
+    code = "import sys; from pathlib import Path; from jaxllm.lock import Lock; "
+    code += "print(Lock.is_held(Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(folder)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("lock", [None, ""])  # as in a bucket, and where nothing can be locked
+def test_without_a_lock_the_age_of_the_last_line_decides(folder, lock):
+    if lock is not None:
+        (folder / ".lock").write_text(lock)
+    now = time.time()
+    for age, state in ((60, "running"), (3600, "killed")):
+        append(folder, train_line(61) | {"time": now - age})
+        assert read_run(folder)["state"] == state
+        write_lines(folder / "metrics.jsonl", [])
+    lines = [train_line(s) | {"time": now - 9000 + 2000 * s} for s in range(1, 4)]
+    write_lines(folder / "metrics.jsonl", lines)  # lines are rare in this run
+    assert read_run(folder)["state"] == "running"
+    append(folder, {"kind": "goodput", "step": 60, "time": now, "ended": "done"})
+    assert read_run(folder)["state"] == "done"
 
 
 @pytest.mark.parametrize("rows", [0, 1])
@@ -190,6 +218,28 @@ def test_damaged_files_are_read_as_far_as_they_go(folder):
     assert run["step"] == 60 and run["data"] == {} and run["checkpoints"][0]["gib"] is None
     assert run["samples"][0]["rows"][0]["text"] == "�"
     page([run])
+
+
+def test_values_that_json_or_a_float_does_not_have(folder):
+    huge = "1" * 310
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 61, "loss": NaN, "mfu": 0.5}\n')
+        file.write(f'{{"kind": "train", "step": 62, "loss": {huge}, "grad_norm": 7.0}}\n')
+        file.write(f'{{"kind": "train", "step": {huge}, "loss": 1.0}}\n')
+        file.write(f'{{"kind": "plan", "step": 62, "memory_gib": 1e999, "mfu": {huge}}}\n')
+    (folder / "data.json").write_text('{"train": {"sources": [], "fill": 1e999}}')
+    (folder / "samples.jsonl").write_text('{"step": 1, "prompt": "\\ud800 p", "text": "t"}\n')
+    saved = folder / "checkpoints" / "50"
+    saved.mkdir()
+    (saved / "files.json").write_text(f'{{"a": 5, "b": [{huge}, 1], "c": [null]}}')
+    run = read_run(folder)
+    assert run["step"] == 62 and run["train"]["mean"]["loss"][-2:] == [None, None]
+    assert run["train"]["mean"]["grad_norm"][-1] == 7 and run["train"]["broken"] == {"loss": 1}
+    assert [(one["step"], one["gib"]) for one in run["checkpoints"]] == [(40, 1.5), (50, None)]
+    text = write_report([str(folder)]).read_text()
+    data = json.loads(re.findall(r'id="run-data">(.*?)</script>', text, re.DOTALL)[0])
+    assert data["runs"][0]["plan"]["memory_gib"] is None
+    assert data["runs"][0]["samples"][0]["rows"][0]["prompt"] == "? p"
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
@@ -276,6 +326,24 @@ def test_without_a_browser_a_picture_is_refused_in_one_line(folder, monkeypatch,
     assert main(["report", str(folder), "--png", str(folder / "x.png")]) == 2
     assert "--png needs Chromium or Chrome" in capsys.readouterr().err
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--png"])
+def test_a_file_that_cannot_be_made_is_refused_in_one_line(folder, flag, capsys):
+    for file, said in (
+        (folder, f"{folder} is a directory; give a file in it"),
+        (folder / "no" / "x", f"there is no directory {folder / 'no'}"),
+    ):
+        assert main(["report", str(folder), flag, str(file)]) == 2
+        assert capsys.readouterr().err == f"jaxllm: error: {flag}: {said}\n"
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_is_valid(tmp_path):
+    script = "\n".join((report_page.PARTS / name).read_text() for name in report_page.SCRIPTS)
+    (tmp_path / "page.js").write_text(script)
+    subprocess.run(["node", "--check", tmp_path / "page.js"], check=True)
 
 
 def test_the_chart_library_is_the_published_one_and_has_its_licence():
