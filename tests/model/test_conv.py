@@ -96,7 +96,9 @@ def test_what_convolutions_cannot_do_is_refused():
     with pytest.raises(UserError, match="peft.method prefix.*which the convolutions of this model"):
         decoder(PeftSection(method="prefix", num_virtual_tokens=3), shape=SHAPE)
     mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
-    with pytest.raises(UserError, match="mesh.context 2 is not possible: convolutions need each"):
+    with pytest.raises(
+        UserError, match="mesh.context 2 is not possible: convolutions do not support"
+    ):
         trajectory(ragged_rows(8), shape=SHAPE, devices=8, mesh=mesh, steps=1)
 
 

@@ -199,7 +199,9 @@ def test_virtual_tokens_are_refused(method):
 
 def test_rows_that_are_split_over_devices_are_refused():
     mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
-    with pytest.raises(UserError, match="mesh.context 2 is not possible: delta nets need"):
+    with pytest.raises(
+        UserError, match="mesh.context 2 is not possible: delta nets do not support"
+    ):
         trajectory(ragged_rows(8), shape=GROUPED, devices=8, mesh=mesh, steps=1)
 
 
