@@ -34,7 +34,10 @@ ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 for name, family in FAMILIES.items():
     # Past the length that YaRN has by default; transformers warns if its factor is another.
     longest = 2**17 if name == "gpt_oss" else 2**18
-    config = to_hf(from_hf(shape | ids | dict(model_type=name, max_position_embeddings=longest)))
+    # transformers warns if the last layer of gemma4 is another.
+    full = dict(layer_types=["full_attention"]) if name == "gemma4_text" else {}
+    own = full | dict(model_type=name, max_position_embeddings=longest)
+    config = to_hf(from_hf(shape | ids | own))
     reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))
     print(name, *config["architectures"], *(reward["architectures"] if reward else ()))
 Path("config.json").write_text(json.dumps(shape | ids | dict(model_type="llama")))

@@ -121,6 +121,8 @@ def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
     for name, key in ROPE_KEYS[rope.kind].items():
         value = getattr(rope, name)
         p[key] = list(value) if isinstance(value, tuple) else value
+    if rope.kind == "proportional" and rope.factor == 1:
+        del p["factor"]  # of which transformers warns
     return p
 
 
