@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of Llama-3.1 and of mixtures of experts on TPU pods; of Llama-3.1 beside MaxText's figures
-from the same compiler.
+"""Plans of Llama-3.1 and of mixtures of experts on TPU pods.
+
+The rows of Llama-3.1 are beside MaxText's figures from the same compiler.
 
     python benchmarks/plan_table.py [--only REGEX] [--out FILE.json]
 

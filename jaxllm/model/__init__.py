@@ -9,8 +9,8 @@ rope, cache rotary positions; keys and values of past tokens
 parts       a layer's weights, of which a device has parts: gathered, and in blocks
 layers      Linear, Embed, norms, MLP
 moe         a mixture of experts in place of the MLP; routing: what its routers did
-mla         latent attention in place of attention
-layer_embeds an embedding of each layer
+mla, delta, conv   in place of attention: latent attention, gated delta nets, short convolutions
+layer_embeds       per-layer embeddings; mtp: modules of multi-token prediction
 attention, block, stack, decoder: from the inside out; a reader starts with decoder
 
 May import config, errors, mesh and ops. peft, objectives, hf and sampling import it.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which metrics share a chart.
 
-A metric is in the first chart whose pattern it matches as a whole; one that matches none has a
-chart of its own in the section `Other`.
+A metric is drawn in the first chart whose pattern matches its whole name. A metric that matches
+no pattern has its own chart, in the section `Other`.
 """
 
 from __future__ import annotations
