@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from runs import ENV
-from steps import TINY, T, V, pair_rows, ragged_rows, trajectory
+from steps import TINY, T, V, assert_same_trajectory, pair_rows, ragged_rows, trajectory
 
 from jaxllm import hlo
 from jaxllm.collectives import fsdp_line, shard_over_rows
@@ -86,8 +86,8 @@ CASES = [
 @pytest.mark.parametrize(("mesh", "work"), CASES)
 def test_ten_steps_over_a_mesh_equal_those_of_one_device(alone, mesh, work):
     losses, norms, state, _ = over(mesh, work)
-    np.testing.assert_allclose(losses, alone(work)[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone(work)[0])
+    assert_same_trajectory(norms, alone(work)[1])
     leaves = jax.tree.leaves(state.trainable if "section" not in WORK[work][1] else {})
     split = [not x.sharding.is_fully_replicated for x in leaves if x.ndim > 2]
     if MESHES[mesh].zero == 3:
@@ -106,14 +106,14 @@ def test_micro_batches_and_chunks_of_the_loss_change_nothing(alone):
     losses, norms, _, _ = trajectory(
         ragged_rows(16), steps=10, devices=8, mesh=mesh, count=2, objective=small
     )
-    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone("pretrain")[0])
+    assert_same_trajectory(norms, alone("pretrain")[1])
 
 
 def test_zero_2_accumulates_parts_of_gradients(alone):
     losses, norms, _, _ = over("zero 2", "pretrain", count=2)
-    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone("pretrain")[0])
+    assert_same_trajectory(norms, alone("pretrain")[1])
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_zero_2_accumulates_parts_of_gradients(alone):
 )
 def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
     losses, norms, _, _ = over(mesh, "pretrain", **options)
-    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone("pretrain")[0])
+    assert_same_trajectory(norms, alone("pretrain")[1])
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_blocks_of_the_vocabulary_change_nothing(alone, mesh, options):
 )
 def test_blocks_of_the_mlp_change_nothing(alone, mesh, work, options):
     losses, norms, _, _ = over(mesh, work, **options)
-    np.testing.assert_allclose(losses, alone(work)[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone(work)[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone(work)[0])
+    assert_same_trajectory(norms, alone(work)[1])
 
 
 def test_blocks_of_the_mlp_change_nothing_on_one_device(alone):
     losses, norms, _ = trajectory(ragged_rows(16), steps=10, mlp_blocks=4, remat="full")[:3]
-    np.testing.assert_allclose(losses, alone("pretrain")[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone("pretrain")[1], rtol=1e-5)
+    assert_same_trajectory(losses, alone("pretrain")[0])
+    assert_same_trajectory(norms, alone("pretrain")[1])
 
 
 def test_dropout_is_that_of_one_device_where_rows_are_split():
@@ -155,7 +155,7 @@ def test_dropout_is_that_of_one_device_where_rows_are_split():
     wanted = trajectory(ragged_rows(16), steps=3, **lora)[0]
     mesh = MESHES["context 4 x fsdp 2"]
     losses = trajectory(ragged_rows(16), steps=3, devices=8, mesh=mesh, **lora)[0]
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert_same_trajectory(losses, wanted)
 
 
 def test_a_prefix_precedes_rows_that_are_split():
@@ -180,8 +180,8 @@ def test_gradients_keep_the_dtype_of_their_sum_until_the_end_of_a_micro_batch(mo
     np.testing.assert_array_equal(found[0], run())
     # Blocks round other sums to bfloat16, so the CPU's products matter; 2**-8 is its precision.
     (losses, norms), (wanted_losses, wanted_norms) = found[1], found[0]
-    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-3)
-    np.testing.assert_allclose(norms, wanted_norms, rtol=2**-8)
+    assert_same_trajectory(losses, wanted_losses, rtol=1e-3)
+    assert_same_trajectory(norms, wanted_norms, rtol=2**-8)
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_near(alone):

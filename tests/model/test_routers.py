@@ -14,7 +14,17 @@ from flax import nnx
 from runs import MODEL, arguments, command, killed, lines_of
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_file_torch
-from steps import TINY, WHOLE, decoder, pair_rows, ragged_rows, trajectory, unpacked, unpacked_slots
+from steps import (
+    TINY,
+    WHOLE,
+    assert_same_trajectory,
+    decoder,
+    pair_rows,
+    ragged_rows,
+    trajectory,
+    unpacked,
+    unpacked_slots,
+)
 from tiny import V, as_saved, hf_config, magnified, one_device
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import (
@@ -139,8 +149,8 @@ WAYS = {
 def test_the_division_of_an_update_changes_nothing(alone, way):
     rows, options = WAYS[way]
     losses, norms, *_ = trajectory(rows, shape=SHAPE, routers=ROUTERS, **options)
-    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, alone[1], rtol=2e-5)
+    assert_same_trajectory(losses, alone[0])
+    assert_same_trajectory(norms, alone[1], rtol=2e-5)
 
 
 def test_the_losses_are_added_to_the_mean_loss(alone):
@@ -205,8 +215,8 @@ def test_routers_of_several_stacks_have_losses_and_biases(mesh):
     options = {"shape": shape, "routers": ROUTERS | {"router_bias_rate": 0.01}}
     losses, norms, alone, _ = trajectory(ragged_rows(16), **options)
     over = trajectory(ragged_rows(16), devices=8, mesh=mesh, remat="full", count=2, **options)
-    np.testing.assert_allclose(over[0], losses, rtol=1e-5)
-    np.testing.assert_allclose(over[1], norms, rtol=2e-5)
+    assert_same_trajectory(over[0], losses)
+    assert_same_trajectory(over[1], norms, rtol=2e-5)
     assert stacks
     for name in stacks:
         bias = alone.trainable[name]["mlp"]["choice_bias"]

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from steps import TINY, decoder, ragged_rows, trajectory, unpacked
+from steps import TINY, assert_same_trajectory, decoder, ragged_rows, trajectory, unpacked
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.mesh import axes_of, make_mesh, param_sharding, spec
@@ -101,8 +101,8 @@ DROPOUT = PeftSection(method="lora", r=4, lora_dropout=0.5)
 )
 def test_accumulation_remat_unrolling_and_meshes_do_not_change_a_trajectory(references, name, form):
     losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS[form])
-    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
-    np.testing.assert_allclose(norms, references[name][1], rtol=1e-4 if name == "dora" else 2e-5)
+    assert_same_trajectory(losses, references[name][0])
+    assert_same_trajectory(norms, references[name][1], rtol=1e-4 if name == "dora" else 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +112,16 @@ def test_accumulation_remat_unrolling_and_meshes_do_not_change_a_trajectory(refe
 )
 def test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods(references, name):
     losses, norms, _, _ = trajectory(ragged_rows(), SECTIONS[name], **FORMS["tensor 4 x fsdp 2"])
-    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
-    np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
+    assert_same_trajectory(losses, references[name][0])
+    assert_same_trajectory(norms, references[name][1], rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "prompt", "prefix"])
 def test_packed_rows_equal_unpacked_ones(references, name):
     """Each text of a packed row has the virtual tokens before it, also in sliding windows."""
     losses, norms, _, _ = trajectory(unpacked(ragged_rows()), SECTIONS[name])
-    np.testing.assert_allclose(losses, references[name][0], rtol=1e-5)
-    np.testing.assert_allclose(norms, references[name][1], rtol=2e-5)
+    assert_same_trajectory(losses, references[name][0])
+    assert_same_trajectory(norms, references[name][1], rtol=2e-5)
 
 
 def with_dropout(**options):
@@ -193,8 +193,8 @@ def param_shardings(state, mesh):
 @pytest.mark.parametrize("form", ["accumulated", "16 micro-batches", "tensor 4 x fsdp 2"])
 def test_micro_batches_and_meshes_do_not_change_dropout(dropout_trajectory, form):
     losses, norms, _, _ = trajectory(ragged_rows(), DROPOUT, **FORMS[form])
-    np.testing.assert_allclose(losses, dropout_trajectory[0], rtol=1e-5)
-    np.testing.assert_allclose(norms, dropout_trajectory[1], rtol=2e-5)
+    assert_same_trajectory(losses, dropout_trajectory[0])
+    assert_same_trajectory(norms, dropout_trajectory[1], rtol=2e-5)
 
 
 @pytest.fixture(scope="module")
