@@ -73,7 +73,7 @@ SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsc
 test: $(VENV)/.zoo
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-sweep: $(VENV)/.test
+sweep: $(VENV)/.zoo
 	@$(BIN)/python -m pytest -m sweep $(SIDE_BY_SIDE)
 
 faults: $(VENV)/.test

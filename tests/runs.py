@@ -21,10 +21,11 @@ import pytest
 from jaxllm.cli import main
 
 # The tests run hundreds of programs once each, and compiling them takes most of the time. LLVM does
-# not optimise them here, and XLA's older emitters write the loops of a fusion, in half the time of
-# those through MLIR; neither jaxlib 0.12 nor libtpu, which reads these flags too, has them. What
-# jax and XLA do before stays as it is.
-FAST = "--xla_backend_optimization_level=0"
+# not optimise them here and takes each as one module, and XLA's older emitters write the loops of a
+# fusion, in half the time of those through MLIR; neither jaxlib 0.12 nor libtpu, which reads these
+# flags too, has the emitters. What jax and XLA do before stays as it is.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
     FAST += " --xla_cpu_use_fusion_emitters=false"
 DEVICES = f"{FAST} --xla_force_host_platform_device_count="

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,9 +62,9 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 # ---- the same numbers
 
 LAYOUTS = {"2x4": (2, 4), "4x2": (4, 2)}  # processes x devices of each
-VERBS = {"2x4": ("pretrain", "sft"), "4x2": ("pretrain",)}
-CASES = [("2x4", verb) for verb in VERBS["2x4"]]
-SWEPT = {("4x2", "pretrain"): "four", ("2x4", "grpo"): "online"}  # -> the fixture that runs it
+# The other courses -> the fixture that runs them.
+SWEPT = {("4x2", "pretrain"): "four", ("2x4", "sft"): "tuned", ("2x4", "grpo"): "online"}
+CASES = [("2x4", "pretrain")]
 CASES += [pytest.param(*case, marks=pytest.mark.sweep) for case in SWEPT]
 
 
@@ -112,16 +111,23 @@ def layouts(project):
     for layout in ("1x8", *LAYOUTS):
         log = repr(str(project / f"calls-{layout}"))
         (project / f"reward_{layout}.py").write_text(f"LOG = {log}\n{REWARD}")
-    for verb in VERBS["2x4"]:
-        assert main(verbs(project, "1x8")[verb]) == 0
-    run_over(project, "2x4", VERBS["2x4"])
+    assert main(verbs(project, "1x8")["pretrain"]) == 0
+    run_over(project, "2x4", "pretrain")
     return project
 
 
 @pytest.fixture(scope="module")
 def four(layouts):
     """The runs on 4 processes with 2 devices."""
-    run_over(layouts, "4x2", VERBS["4x2"])
+    run_over(layouts, "4x2", "pretrain")
+    return layouts
+
+
+@pytest.fixture(scope="module")
+def tuned(layouts):
+    """LoRA on one process with 8 devices, and on 2 with 4."""
+    assert main(verbs(layouts, "1x8")["sft"]) == 0
+    run_over(layouts, "2x4", "sft")
     return layouts
 
 
@@ -129,17 +135,15 @@ def four(layouts):
 def online(layouts):
     """GRPO on one process with 8 devices, and on 2 with 4."""
     assert main(verbs(layouts, "1x8")["grpo"]) == 0
-    run_over(layouts, "2x4", ["grpo"])
+    run_over(layouts, "2x4", "grpo")
     return layouts
 
 
-def run_over(project: Path, layout: str, names: Sequence[str]) -> None:
-    (processes, devices), commands = LAYOUTS[layout], verbs(project, layout)
-    script = str(ROOT / "tests" / "cluster_runs.py")
-    runs = json.dumps([commands[verb] for verb in names])
-    status, output = finished(launched(processes, devices, [sys.executable, script, runs]))
+def run_over(project: Path, layout: str, verb: str) -> None:
+    command = [sys.executable, "-m", "jaxllm", *verbs(project, layout)[verb]]
+    status, output = finished(launched(*LAYOUTS[layout], command))
     assert status == 0, output[-3000:]
-    assert output.count("done: 10 steps") == len(names)  # not by each process
+    assert output.count("done: 10 steps") == 1  # not by each process
 
 
 @pytest.mark.parametrize(("layout", "verb"), CASES)
@@ -171,8 +175,14 @@ def test_evaluations_and_samples_are_those_of_one_process(request, layouts, layo
     assert (several / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "sft"])
-def test_an_export_of_one_process_has_the_bytes_of_the_export_of_two(layouts, verb, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "fixture"),
+    [("pretrain", "layouts"), pytest.param("sft", "tuned", marks=pytest.mark.sweep)],
+)
+def test_an_export_of_one_process_has_the_bytes_of_the_export_of_two(
+    request, layouts, verb, fixture, tmp_path
+):
+    request.getfixturevalue(fixture)
     run = layouts / f"{verb}-2x4"
     final = run / "final"
     written = {p.name: p.read_bytes() for p in final.iterdir()}
@@ -455,9 +465,9 @@ def test_a_save_that_fails_in_one_process_ends_both(project):
 
 
 @pytest.mark.cluster
-def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(project, layouts):
+def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(project, tuned):
     """Each process has a home directory of its own; the second run of each verb resumes."""
-    args = verbs(layouts, "own")
+    args = verbs(tuned, "own")
     dpo = [a for a in args["dpo"] if a != "--data.cache_dir"]
     dpo.remove(str(project / "cache"))
     dpo += ["--align.reference", "precomputed"]
@@ -471,7 +481,7 @@ def test_hosts_with_caches_of_their_own_compute_references_and_load_adapters(pro
         status, output = finished(launched(2, 4, command), 200)
         assert status == 0, output[-3000:]
     assert list(lines_of(project / "dpo-own")) == [1, 2, 3, 4]
-    assert main([*verbs(layouts, "plain")["dpo"], "--steps", "4"]) == 0
+    assert main([*verbs(tuned, "plain")["dpo"], "--steps", "4"]) == 0
     for step, line in lines_of(project / "dpo-plain").items():
         assert lines_of(project / "dpo-own")[step]["loss"] == pytest.approx(line["loss"], rel=1e-5)
 
