@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,28 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """(`text` up to its first stop string, True if it has one)."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
+
+
+class Streamed:
+    """The text of an answer while its tokens are generated.
+
+    Each part is of whole characters, and holds back what may begin a stop string.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
+        self.decode, self.stops = decode, stops
+        self.shown, self.ended = "", False  # text so far; True after a stop string
+
+    def add(self, tokens: Sequence[int], last: bool = False) -> str:
+        """What can be shown in addition, now that there are these tokens. last: there are no
+        more."""
+        text, self.ended = cut(self.decode(tokens), self.stops)
+        if not (last or self.ended):
+            text = text.rstrip("\ufffd")  # an incomplete UTF-8 character
+            begun = (n for stop in self.stops for n in range(1, len(stop)) if text[-n:] == stop[:n])
+            text = text[: len(text) - max(begun, default=0)]
+        before, self.shown = len(self.shown), max(text, self.shown, key=len)
+        return self.shown[before:]
 
 
 def load_with_tokenizer(
@@ -96,14 +118,12 @@ class TextModel:
     ) -> Iterator[str]:
         """The text of an answer to the messages, as it is generated."""
         tokens: list[int] = []
-        shown = ""
+        text = Streamed(self.text, stop)
         for new in stream(self.model, [self.prompt(messages)], sampling, 1, use):
             tokens.append(int(new[0, 0]))
-            text, ended = cut(self.text(tokens), stop)
-            if not text.endswith("\ufffd"):  # an incomplete UTF-8 character
-                yield text[len(shown) :]
-                shown = text
-            if ended or tokens[-1] in (*sampling.stop_ids, *self.stop_ids):
+            last = tokens[-1] in (*sampling.stop_ids, *self.stop_ids)
+            yield text.add(tokens, last or len(tokens) == sampling.max_new_tokens)
+            if last or text.ended:
                 return
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:

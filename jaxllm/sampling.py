@@ -72,11 +72,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
         least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1)[:, ::-1]
-        probs = jax.nn.softmax(ordered, -1)
-        in_nucleus = jnp.cumsum(probs, -1) - probs < sampling.top_p  # with the token that crosses
-        least = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = nucleus(logits, sampling.top_p)
     if sampling.min_p > 0:
         probs = jax.nn.softmax(logits, -1)
         low = probs < sampling.min_p * jnp.max(probs, -1, keepdims=True)
@@ -84,13 +80,26 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits
 
 
+def nucleus(logits: jax.Array, top_p: Any) -> jax.Array:
+    """Logits [B, V], -inf but for the most likely tokens whose probabilities sum to top_p."""
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    probs = jax.nn.softmax(ordered, -1)
+    in_nucleus = jnp.cumsum(probs, -1) - probs < top_p  # with the token that crosses
+    least = jnp.min(jnp.where(in_nucleus, ordered, jnp.inf), -1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
 def sample(logits: jax.Array, sampling: Sampling, key: jax.Array, step: jax.Array) -> jax.Array:
     """Next tokens int32 [B]; randomness is a function of (key, row, step) alone."""
     if sampling.temperature == 0:
         return argmax(logits)
-    key = jax.random.fold_in(key, step)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling)).astype(jnp.int32)
+    return draw(filtered(logits, sampling), key, step, jnp.arange(logits.shape[0]))
+
+
+def draw(logits: jax.Array, key: jax.Array, step: Any, rows_B: jax.Array) -> jax.Array:
+    """Random tokens int32 [B] from softmax(logits), a function of (key, row, step)."""
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(rows_B)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -128,6 +137,29 @@ class Decoding:
         return Decoding(self.step + 1, self.prompts, cache, ended, tokens, logps)
 
 
+def after_prompts(
+    model: Decoder, tokens: Any, segment_ids: Any, slots: int, adapter_weights: Any
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, V] after left-padded prompts [B, P], their cache, which has so many slots)."""
+    cache = model.empty_cache(len(tokens), slots)
+    positions = cache.length + jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
+    out = model.hidden(tokens, segment_ids, positions, cache, adapter_weights=adapter_weights)
+    assert out.cache is not None
+    cache = replace(out.cache, length=jnp.int32(out.cache.length))
+    return model.logits(out.x[:, -1], adapter_weights), cache
+
+
+def after_token(
+    model: Decoder, token_B1: jax.Array, cache: Cache, adapter_weights: Any
+) -> tuple[jax.Array, Cache]:
+    """(logits [B, V] after one more token per row, the cache with it)."""
+    positions = jnp.sum(cache.segment_ids != 0, 1, keepdims=True)
+    ones = jnp.ones_like(token_B1)
+    out = model.hidden(token_B1, ones, positions, cache, adapter_weights=adapter_weights)
+    assert out.cache is not None
+    return model.logits(out.x[:, 0], adapter_weights), out.cache
+
+
 @partial(jax.jit, static_argnames=("graph", "new", "sampling", "copies"))
 def prefill(
     graph: Any,
@@ -145,13 +177,9 @@ def prefill(
     copies: completions of each prompt, so that B / copies prompts are computed.
     """
     model: Decoder = nnx.merge(graph, params)
-    rows, P = tokens.shape
-    cache = model.empty_cache(rows, P + bucketed(new))
-    positions = cache.length + jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
-    out = model.hidden(tokens, segment_ids, positions, cache, adapter_weights=adapter_weights)
-    assert out.cache is not None
-    cache = replace(out.cache, length=jnp.int32(out.cache.length)).repeated(copies)
-    logits = model.logits(out.x[:, -1], adapter_weights)
+    slots = tokens.shape[1] + bucketed(new)
+    logits, cache = after_prompts(model, tokens, segment_ids, slots, adapter_weights)
+    cache = cache.repeated(copies)
     logits, tokens, segment_ids = (jnp.repeat(x, copies, 0) for x in (logits, tokens, segment_ids))
     empty = Decoding(
         jnp.int32(0),
@@ -187,11 +215,8 @@ def decode(
 
     def body(state: Decoding) -> Decoding:
         token_B1 = lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, 1)
-        positions = jnp.sum(state.cache.segment_ids != 0, 1, keepdims=True)
-        ones = jnp.ones_like(token_B1)
-        out = model.hidden(token_B1, ones, positions, state.cache, adapter_weights=adapter_weights)
-        assert out.cache is not None
-        return state.append(model.logits(out.x[:, 0], adapter_weights), out.cache, sampling, key)
+        logits_BV, cache = after_token(model, token_B1, state.cache, adapter_weights)
+        return state.append(logits_BV, cache, sampling, key)
 
     changes = [rope.original_length for rope in model.cfg.ropes if rope.kind == "longrope"]
     if not changes:
@@ -331,17 +356,17 @@ def stream(
     rows = [choice_weights(model.peft, choice) for choice in adapters]
     assert not rows or len(rows) == len(prompts)
     weights = jnp.asarray(rows, jnp.float32) if rows else None
-    with _mesh_of(model):
+    with mesh_of(model):
         state = prefill(graph, params, tokens, segment_ids, key, bucketed(count), static, weights)
     yield np.array(state.tokens)[:, :1]
     for done in range(1, count, chunk):
         stop = min(done + chunk, count)
-        with _mesh_of(model):
+        with mesh_of(model):
             state = decode(graph, params, state, key, jnp.int32(stop), static, weights)
         yield np.array(state.tokens)[:, done:stop]
 
 
-def _mesh_of(model: Decoder) -> AbstractContextManager[Any]:
+def mesh_of(model: Decoder) -> AbstractContextManager[Any]:
     """Sets the mesh of the weights, whose devices a kernel has to know."""
     sharding = model.embed.embedding.get_value().sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None

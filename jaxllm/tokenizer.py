@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,20 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
             f"the tokenizer's largest id is {highest}, but the model's vocab_size is {vocab_size}; "
             "use the model's own tokenizer, or a model with a larger vocab_size"
         )
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The UTF-8 bytes of a token, which may be part of a character; b"" for an id without one."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    name = added.content if added else tokenizer.convert_ids_to_tokens(token_id) or ""
+    if added is None and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        by_character = {character: byte for byte, character in bytes_to_unicode().items()}
+        return bytes(by_character[c] for c in name if c in by_character)
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+        return bytes.fromhex(byte[1])
+    return name.replace("\u2581", " ").encode()  # a space of SentencePiece
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

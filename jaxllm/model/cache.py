@@ -49,6 +49,12 @@ class LayerCache:
         k, v = self.k[..., :length], self.v[..., :length, :]
         return jnp.moveaxis(k, -1, -3), v.swapaxes(-3, -2)
 
+    def grown(self, slots: int) -> LayerCache:
+        """With empty slots after its own, `slots` in all."""
+        more, none = (0, slots - self.k.shape[-1]), [(0, 0)]
+        k = jnp.pad(self.k, none * (self.k.ndim - 1) + [more])
+        return LayerCache(k, jnp.pad(self.v, none * (self.v.ndim - 2) + [more, (0, 0)]))
+
     def extend(
         self, k_BTNK: jax.Array, v_BTNK: jax.Array, offset: Any
     ) -> tuple[LayerCache, jax.Array, jax.Array]:
@@ -160,6 +166,10 @@ def _read(stack: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(k), jnp.stack(v)
 
 
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
@@ -209,6 +219,18 @@ class Cache:
         layers = jax.tree.map(lambda x: jnp.repeat(x, copies, x.ndim - 4), self.layers)
         segment_ids = jnp.repeat(self.segment_ids, copies, 0)
         return Cache(layers, segment_ids, self.length).constrained()
+
+    def grown(self, slots: int) -> Cache:
+        """A copy with empty slots after its own, `slots` in all."""
+
+        def grow(layer: Any) -> Any:
+            return layer.grown(slots) if isinstance(layer, LayerCache) else _copy(layer)
+
+        kinds = (LayerCache, StateCache)
+        layers = jax.tree.map(grow, self.layers, is_leaf=lambda x: isinstance(x, kinds))
+        more = slots - self.segment_ids.shape[1]
+        segment_ids = jnp.pad(self.segment_ids, ((0, 0), (0, more)))
+        return Cache(layers, segment_ids, _copy(self.length)).constrained()
 
     def constrained(self) -> Cache:
         """Rows sharded over the mesh's data axes and heads over its tensor axis."""
