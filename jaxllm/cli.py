@@ -176,17 +176,15 @@ def _decoding(options: argparse.Namespace) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     sampling.check()
-    shared = ("system", "template", "stop", "dtype")
-    arguments = {name: getattr(options, name) for name in shared}
-    return arguments | {"sampling": sampling, "adapter": _adapters(options)}
+    shared = {name: getattr(options, name) for name in ("system", "template", "stop", "dtype")}
+    return shared | {"sampling": sampling, "adapter": _adapters(options)}
 
 
 def tokenizer(verb: str, args: list[str]) -> None:
-    if args[:1] == ["train"]:
-        args = args[1:]
-    elif args[:1] not in (["-h"], ["--help"]):
+    if args[:1] not in (["train"], ["-h"], ["--help"]):
         seen = repr(args[0]) if args else "nothing"
         raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
+    args = args[args[0] == "train" :]
     parser = _Parser("tokenizer train")
     about = "text, JSON, JSONL, Parquet or Arrow files"
     parser.flag("files", about, nargs="+", metavar="FILE")
@@ -286,6 +284,16 @@ def chat(verb: str, args: list[str]) -> None:
     use_cache()
     use = _uses([options.use] if options.use else [])
     chat_loop(options.model, use=use, **_decoding(options))
+
+
+def serve(verb: str, args: list[str]) -> None:
+    from jaxllm.serve import command, flags
+
+    parser = _Parser(verb)
+    _model_options(parser)
+    flags(parser, _integer)
+    options = parser.read(["--model"] * (args[:1] > [""] and args[0][0] != "-") + args)
+    command(options, _adapters(options), _uses([options.use] if options.use else []))
 
 
 def export(verb: str, args: list[str]) -> None:
@@ -433,6 +441,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "eval": (evaluate, "compute a model's loss and perplexity, or a reward model's scores"),
     "generate": (generate, "complete texts or answer messages"),
     "chat": (chat, "chat with a model in the terminal"),
+    "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),

@@ -48,11 +48,11 @@ FLOORS = (
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize", "saving", "timetable"),
-    ("training", "compare", "exports", "launch", "plan"),
+    ("training", "compare", "exports", "launch", "plan", "serve"),
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 31_692
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 32_970
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",
@@ -61,6 +61,7 @@ DISTRIBUTION = {
 }
 # Imported by the function that needs it alone, when a user asks for it.
 EXTRAS = {"wandb", "tensorboardX", "swanlab", "trackio", "mlflow", "tensorflow_datasets"}
+EXTRAS |= {"starlette", "uvicorn"}  # of `jaxllm serve`
 
 
 def tree(path: Path) -> ast.Module:

@@ -433,6 +433,8 @@ def _flags() -> st.SearchStrategy[tuple[str, list[str]]]:
 
 def kinds(root: Path) -> dict[str, Kind]:
     """The kinds of input. root: an empty directory for their files."""
+    from http_requests import http_requests  # which uses this module
+
     at = Place(root)
 
     def one_file(directory: str, name: str, then: Callable[[Path], Any]) -> Callable[[Any], Any]:
@@ -585,6 +587,7 @@ def kinds(root: Path) -> dict[str, Kind]:
         "chats": (chats, rows),
         "data files": (files, data_file),
         "saved datasets": (saved, saved_dataset),
+        "HTTP requests": http_requests(at.good / "tokenizer"),
     }
 
 
