@@ -593,6 +593,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        dict(
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=3,
+            num_dense_layers=1,
+            layer_types=["conv", "conv", FULL, "conv", FULL],
+            num_hidden_layers=5,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "lfm2_moe no bias of the choice, not renormalised, untied": (
+        "lfm2_moe",
+        dict(
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            num_dense_layers=2,
+            layer_types=["conv", FULL, "conv", "conv"],
+            conv_bias=True,
+            use_expert_bias=False,
+            norm_topk_prob=False,
+            routed_scaling_factor=1.7,
+            tie_word_embeddings=False,
+        ),
+    ),
     "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),
     "qwen3_next some dense, biases": (
         "qwen3_next",
@@ -644,7 +671,7 @@ def magnified(config: dict[str, Any]) -> Any:
             else:
                 weight.copy_(noise * (1.0 if "embed" in path else 1.2 / weight.shape[-1] ** 0.5))
         for path, buffer in model.named_buffers():
-            if path.endswith("correction_bias"):
+            if path.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
             if path.endswith("layer_scalar"):
                 buffer.copy_(1 + 0.3 * torch.randn_like(buffer))

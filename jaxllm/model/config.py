@@ -79,6 +79,7 @@ class Experts:
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
     has_bias: bool = False  # added to the scores for the choice alone
     renormalised: bool = True  # the weights of the chosen experts are divided by their sum
+    sum_eps: float = 0.0  # added to that sum
     scale: float = 1.0  # of the weights
     # The experts are in groups; those of the best ones can be chosen, by the sum of a group's best
     # scores: of two (arXiv:2412.19437), or the best alone (arXiv:2405.04434).

@@ -23,7 +23,7 @@ from jaxllm.untrusted import bounded
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
-UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe")
 # The router's names where it is a Linear in transformers 5 too.
 LINEAR_ROUTER = (".wg", ".router.proj")
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
@@ -103,7 +103,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         if routed and not linear_router and not fuses_experts(cfg):
             continue
         shared = cfg.experts is not None and cfg.experts.shared_size > 0
-        if routed and shared and not linear_router:
+        if routed and (shared or not converted) and not linear_router:
             continue
         if converted and not routed and module.endswith(CONVERTED):
             continue
@@ -127,7 +127,7 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     mlp, router = modules.get("mlp", "mlp"), modules.get("mlp.router", "mlp.gate")
     names = {"gate_up": f"{mlp}.experts.gate_up_proj", "down": f"{mlp}.experts.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
-        names["router_lora"] = ("mlp.gate" if fuses_experts(cfg) else router) + ".weight"
+        names["router_lora"] = (f"{mlp}.gate" if fuses_experts(cfg) else router) + ".weight"
     return {
         f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()

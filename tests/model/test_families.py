@@ -565,6 +565,29 @@ LFM2_1_2B = dict(
     rope_theta=1000000.0,
     vocab_size=65536,
 )
+LFM2_8B_A1B = dict(
+    model_type="lfm2_moe",
+    conv_L_cache=3,
+    conv_bias=False,
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=7168,
+    layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    max_position_embeddings=128000,
+    moe_intermediate_size=1792,
+    norm_eps=1e-5,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_dense_layers=2,
+    num_experts=32,
+    num_experts_per_tok=4,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    rope_theta=1000000.0,
+    routed_scaling_factor=1.0,
+    use_expert_bias=True,
+    vocab_size=65536,
+)
 LLAMA_4_SCOUT = dict(
     model_type="llama4_text",
     attention_bias=False,
@@ -696,7 +719,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
         *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
-        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B),
+        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -842,6 +865,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     config = TINY | biases | {"model_type": kind}
     if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"):  # torch has no default for it
         config |= {"head_dim": 4}
+    if kind == "lfm2_moe":
+        config |= {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
     cfg = from_hf(config)
     abstract = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     ours = {".".join(p): v.get_value().shape for p, v in nnx.to_flat_state(abstract)}
@@ -893,6 +918,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (LLAMA_4_SCOUT, 107_769_861_120),
         (LLAMA_4_MAVERICK, 400_711_848_960),
         (LFM2_1_2B, 1_170_340_608),
+        (LFM2_8B_A1B, 8_339_930_560),
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
@@ -907,7 +933,7 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     with torch.device("meta"):
         values = {k: v for k, v in config.items() if k != "model_type"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
-    kept = ("correction_bias", "layer_scalar")
+    kept = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = [b for name, b in model.named_buffers() if name.endswith(kept)]
     assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 

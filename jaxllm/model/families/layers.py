@@ -16,6 +16,8 @@ LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
 }
+# Family.dense -> the key of how many layers come before those with experts
+FIRST = {"first": "first_k_dense_replace", "leading": "num_dense_layers"}
 
 
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
 def _read_dense(c: dict[str, Any]) -> list[bool]:
     """True for each layer with an MLP in place of experts."""
     family, layers = FAMILIES[c["model_type"]], range(c["num_hidden_layers"])
-    if family.dense == "first":
-        return [i < c["first_k_dense_replace"] for i in layers]
+    if family.dense in FIRST:
+        return [i < c[FIRST[family.dense]] for i in layers]
     if family.dense == "steps":
         step, listed = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
         return [i in listed or (i + 1) % step > 0 for i in layers]
@@ -76,8 +78,8 @@ def _read_dense(c: dict[str, Any]) -> list[bool]:
 
 def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
     sparse = [i for i, one in enumerate(dense) if not one]
-    if family.dense == "first":
-        return {"first_k_dense_replace": sparse[0] if sparse else len(dense)}
+    if family.dense in FIRST:
+        return {FIRST[family.dense]: sparse[0] if sparse else len(dense)}
     if family.dense == "steps":
         listed = [i for i, one in enumerate(dense) if one]
         return {"mlp_only_layers": listed, "decoder_sparse_step": 1}

@@ -189,10 +189,13 @@ def _adjusted(size: int, adjusts: bool, factor: float | None, multiple: int) -> 
     return size if factor is None else -(-int(factor * size) // multiple) * multiple
 
 
-LFM2 = (
+SHORT_CONV = (
     Option("norm_eps", "norm_eps"),
     Option("conv.taps", "conv_L_cache"),
     Option("conv.bias", "conv_bias"),
+)
+LFM2 = (
+    *SHORT_CONV,
     Option(
         "intermediate_size",
         "intermediate_size",
@@ -275,6 +278,13 @@ DEEPSEEK_V2_EXPERTS = (
     Option("experts.group_best", "topk_method", _method, lambda _: GROUPED),
     Option("experts.groups", "n_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.top_groups", "topk_group", _if_grouped, lambda n, _: n, beside="topk_method"),
+    Option("experts.scale", "routed_scaling_factor"),
+)
+LFM2_MOE = (
+    *SHORT_CONV,
+    *experts("num_experts"),
+    RENORMALISED,
+    Option("experts.has_bias", "use_expert_bias", bool),
     Option("experts.scale", "routed_scaling_factor"),
 )
 LLAMA4_EXPERTS = (

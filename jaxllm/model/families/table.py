@@ -22,6 +22,7 @@ from jaxllm.model.families.options import (
     INTERLEAVED,
     LATENT,
     LFM2,
+    LFM2_MOE,
     LLAMA4_EXPERTS,
     MINICPM3,
     MLP_BIAS,
@@ -53,7 +54,7 @@ class Family:
     mixer: of the layers without attention, which `layer_types` names: a delta net
       ("linear_attention") or a short convolution ("conv").
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
-      those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
+      or the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
       `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
       `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
@@ -83,7 +84,7 @@ class Family:
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     mixer: Literal["", "delta", "conv"] = ""
-    dense: Literal["none", "first", "steps", "interval", "typed", "unlisted"] = "none"
+    dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full"] = "none"
     rope_by_type: bool = False
     shapes_by_layer: bool = False
@@ -98,8 +99,8 @@ class Family:
     scores_as: str | None = ""
 
     def every_option(self) -> tuple[Option, ...]:
-        """The options of the family, and the shared ones that it does not replace."""
-        own = {option.field for option in self.options}
+        """The options of the family, and the shared ones of fields that it does not set itself."""
+        own = {option.field for option in self.options} | self.fixed.keys()
         return tuple(o for o in SHARED if o.field not in own) + self.options
 
 
@@ -108,9 +109,9 @@ _NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it
 _MIXTRAL = {
     "mlp.router": "block_sparse_moe.gate",
     "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
-    "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
-    "mlp.up": "block_sparse_moe.experts.{expert}.w3",
-    "mlp.down": "block_sparse_moe.experts.{expert}.w2",
+    "mlp.experts.gate": "block_sparse_moe.experts.{expert}.w1",
+    "mlp.experts.up": "block_sparse_moe.experts.{expert}.w3",
+    "mlp.experts.down": "block_sparse_moe.experts.{expert}.w2",
 }
 _DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
     f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
@@ -122,6 +123,18 @@ _HUNYUAN = {
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
 _GEMMA4 = {"mlp.router": "router.proj", "mlp.experts": "experts"} | {
     f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")
+}
+_LFM2 = {
+    "mlp": "feed_forward",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+    "attn.o": "self_attn.out_proj",
+    "attn.q_norm": "self_attn.q_layernorm",
+    "attn.k_norm": "self_attn.k_layernorm",
+    "attn_norm": "operator_norm",
+    "mlp_norm": "ffn_norm",
+    "norm": "embedding_norm",
 }
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
@@ -404,22 +417,24 @@ FAMILIES: dict[str, Family] = {
         fused=("experts",),
         modules={"mlp.router": "mlp.router"},
     ),
-    "lfm2": Family(
-        "Lfm2",
-        {"qk_norm": "head"},
-        LFM2,
+    "lfm2": Family("Lfm2", {"qk_norm": "head"}, LFM2, mixer="conv", modules=_LFM2, scores_as=None),
+    "lfm2_moe": Family(
+        "Lfm2Moe",
+        {
+            "qk_norm": "head",
+            "activation": "silu",
+            "experts.score": "sigmoid",
+            "experts.sum_eps": 1e-6,
+        },
+        LFM2_MOE,
         mixer="conv",
-        modules={
-            "mlp": "feed_forward",
-            "mlp.gate": "feed_forward.w1",
-            "mlp.up": "feed_forward.w3",
-            "mlp.down": "feed_forward.w2",
-            "attn.o": "self_attn.out_proj",
-            "attn.q_norm": "self_attn.q_layernorm",
-            "attn.k_norm": "self_attn.k_layernorm",
-            "attn_norm": "operator_norm",
-            "mlp_norm": "ffn_norm",
-            "norm": "embedding_norm",
+        dense="leading",
+        modules=_LFM2
+        | {
+            "mlp.choice_bias": "feed_forward.expert_bias",
+            "mlp.experts.gate": "feed_forward.experts.{expert}.w1",
+            "mlp.experts.up": "feed_forward.experts.{expert}.w3",
+            "mlp.experts.down": "feed_forward.experts.{expert}.w2",
         },
         scores_as=None,
     ),
@@ -468,7 +483,6 @@ MISSING = {
         *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions with experts": ("lfm2_moe",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }

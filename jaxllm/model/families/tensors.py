@@ -125,7 +125,8 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
             return key
         _, _, matrix, _ = key.path.split(".")
         F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
-        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.mlp.experts.{tensor}", key.name)
+        mlp = FAMILIES[cfg.family].modules.get("mlp", "mlp")
+        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.{mlp}.experts.{tensor}", key.name)
         if not any(one in names for one in tensor_names(cfg, name)):
             return key
         parts = {"gate": range(F), "up": range(F, 2 * F)}
@@ -187,7 +188,8 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
     elif {"expert_halves", "expert_halves_turned", "expert_rows"} & {*fused}:
         columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
     for part in ("gate", "up", "down") if not columns else ():
-        linear(f"mlp.{part}", f"{mlp}.experts.{{expert}}.{part}_proj", False)
+        name = family.modules.get(f"mlp.experts.{part}", f"{mlp}.experts.{{expert}}.{part}_proj")
+        keys.append(Key(f"{stack}.mlp.{part}.kernel", f"{layer}{name}.weight", True))
     for part, outputs in columns.items():  # [experts, in, out]
         name = layer + family.modules.get("mlp.experts", f"{mlp}.experts")
         name += ".gate_up_proj" if outputs else ".down_proj"
