@@ -75,6 +75,7 @@ SWEEPS = {
     "test_virtual_tokens_of_ours_load_in_peft_on_the_whole_model": ("prefix-gemma3",),
     "test_adapters_of_fused_parameters_round_trip_with_peft": (
         *("qwen3_moe-experts and router", "gpt_oss-experts, router, q"),
+        "gemma4_text experts-experts, router as a module, q",
     ),
     "test_adapters_of_experts_as_modules_load_in_peft_and_come_back": ("mixtral",),
     "test_the_base_may_be_quantized": (),

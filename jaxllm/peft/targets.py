@@ -119,13 +119,13 @@ def fuses_experts(cfg: ModelConfig) -> bool:
 
 
 def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's parameter} of the experts and the router, as transformers 5 has them. There are
-    none of a branch beside the MLP."""
-    if cfg.experts is None or cfg.experts.branch:
+    """{path: HF's parameter} of the experts and the router, as transformers 5 has them."""
+    if cfg.experts is None:
         return {}
     modules = FAMILIES[cfg.family].modules
     mlp, router = modules.get("mlp", "mlp"), modules.get("mlp.router", "mlp.gate")
-    names = {"gate_up": f"{mlp}.experts.gate_up_proj", "down": f"{mlp}.experts.down_proj"}
+    experts = modules.get("mlp.experts", f"{mlp}.experts")
+    names = {"gate_up": f"{experts}.gate_up_proj", "down": f"{experts}.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
         names["router_lora"] = (f"{mlp}.gate" if fuses_experts(cfg) else router) + ".weight"
     return {

@@ -45,6 +45,10 @@ PARAMETERS = {
         target_modules=["in_proj", "w2"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
     ),
+    "experts, router as a module, q": dict(
+        target_modules=["q_proj", "router.proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    ),
     "gate and up alone": dict(target_modules=[], target_parameters=["experts.gate_up_proj"]),
     "patterns": dict(
         target_modules=[],
@@ -55,8 +59,10 @@ PARAMETERS = {
 }
 FUSED_TOO = ("experts, router, q", "gate and up alone")  # of families fused in checkpoints
 CONVOLVED = "experts, gate, dense MLPs, convolutions"
-CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in (*FUSED_TOO, CONVOLVED)]
-CASES += [("lfm2_moe", CONVOLVED), ("lfm2_moe", "all-linear")]
+ROUTED = "experts, router as a module, q"
+OTHERS = (*FUSED_TOO, CONVOLVED, ROUTED)
+CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in OTHERS]
+CASES += [("lfm2_moe", CONVOLVED), ("lfm2_moe", "all-linear"), ("gemma4_text experts", ROUTED)]
 CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for name in FUSED_TOO]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
