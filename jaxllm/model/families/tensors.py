@@ -118,19 +118,25 @@ def key_table(cfg: ModelConfig) -> list[Key]:
 
 def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
     """`key_table` of a checkpoint with tensors of these names. Experts that we write one by one may
-    be fused in it, [expert, out, in], as in the modules of transformers 5."""
+    be fused in it, [expert, out, in], as in the modules of transformers 5; and those that we write
+    fused may be modules, as in quantized checkpoints of llama4."""
+    experts = cfg.experts
+    if experts is None:
+        return key_table(cfg)
+    F, mlp = experts.size, FAMILIES[cfg.family].modules.get("mlp", "mlp")
 
     def stored(key: Key) -> Key:
-        if "{expert}" not in key.name or cfg.experts is None:
+        if not re.fullmatch(r"[^.]+\.mlp\.(gate|up|down)\.kernel", key.path):
             return key
         _, _, matrix, _ = key.path.split(".")
-        F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
-        mlp = FAMILIES[cfg.family].modules.get("mlp", "mlp")
-        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.{mlp}.experts.{tensor}", key.name)
+        tensor = "down_proj" if matrix == "down" else "gate_up_proj"
+        one_by_one = "{expert}" in key.name
+        end = tensor if one_by_one else f"{{expert}}.{matrix}_proj.weight"
+        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.{mlp}.experts.{end}", key.name)
         if not any(one in names for one in tensor_names(cfg, name)):
             return key
-        parts = {"gate": range(F), "up": range(F, 2 * F)}
-        return replace(key, name=name, part=parts.get(matrix))
+        parts = {"gate": range(F), "up": range(F, 2 * F)} if one_by_one else {}
+        return replace(key, name=name, transpose=True, part=parts.get(matrix), either=False)
 
     return list(map(stored, key_table(cfg)))
 
