@@ -35,7 +35,7 @@ for name, family in FAMILIES.items():
     # Past the length that YaRN has by default; transformers warns if its factor is another.
     longest = 2**17 if name == "gpt_oss" else 2**18
     # transformers warns if the last layer of gemma4 is another.
-    full = dict(layer_types=["full_attention"]) if name == "gemma4_text" else {}
+    full = dict(layer_types=["full_attention"]) if name.startswith("gemma4") else {}
     own = full | dict(model_type=name, max_position_embeddings=longest)
     config = to_hf(from_hf(shape | ids | own))
     reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))

@@ -218,6 +218,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {key: value for key, value in GEMMA4.items() if "per_layer_input" not in key}
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=8.0),
+    ),
     "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     "olmo2 mqa, biases, tied": (
         "olmo2",

@@ -121,10 +121,13 @@ GEMMA2 = (
     ),
     _softcap("logit_softcap", "final_logit_softcapping"),
 )
-GEMMA4 = (
+GEMMA4_DENSE = (
     *GEMMA,
     _activation_under("hidden_activation"),
     _softcap("logit_softcap", "final_logit_softcapping"),
+)
+GEMMA4 = (
+    *GEMMA4_DENSE,
     Option(
         "layer_embeds.size",
         "hidden_size_per_layer_input",

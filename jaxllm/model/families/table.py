@@ -18,6 +18,7 @@ from jaxllm.model.families.options import (
     GEMMA,
     GEMMA2,
     GEMMA4,
+    GEMMA4_DENSE,
     GRANITE,
     INTERLEAVED,
     LATENT,
@@ -121,8 +122,21 @@ _HUNYUAN = {
     "attn.k_norm": "self_attn.key_layernorm",
     "mlp.router": "mlp.gate.wg",
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
-_GEMMA4 = {"mlp.router": "router.proj", "mlp.experts": "experts"} | {
-    f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")
+_GEMMA4 = {
+    "norm_placement": "sandwich",
+    "qk_norm": "head",
+    "value_norm": True,
+    "query_scale": 1.0,
+    "layer_scale": True,
+}
+_GEMMA4_LAYERS: dict[str, Any] = {
+    "window": "typed",
+    "rope_by_type": True,
+    "shapes_by_layer": True,
+    "fused": ("expert_rows",),
+    "modules": {"mlp.router": "router.proj", "mlp.experts": "experts"}
+    | {f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "scores_as": None,
 }
 _LFM2 = {
     "mlp": "feed_forward",
@@ -161,24 +175,8 @@ FAMILIES: dict[str, Family] = {
         refused=_CAUSAL
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
     ),
-    "gemma4_text": Family(
-        "Gemma4",
-        {
-            "norm_placement": "sandwich",
-            "qk_norm": "head",
-            "value_norm": True,
-            "query_scale": 1.0,
-            "layer_scale": True,
-            "experts.branch": True,
-        },
-        GEMMA4,
-        window="typed",
-        rope_by_type=True,
-        shapes_by_layer=True,
-        fused=("expert_rows",),
-        modules=_GEMMA4,
-        scores_as=None,
-    ),
+    "gemma4_text": Family("Gemma4", _GEMMA4 | {"experts.branch": True}, GEMMA4, **_GEMMA4_LAYERS),
+    "gemma4_unified_text": Family("Gemma4Unified", _GEMMA4, GEMMA4_DENSE, **_GEMMA4_LAYERS),
     "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
     "olmo3": Family(
         "Olmo3",
