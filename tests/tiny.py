@@ -105,6 +105,20 @@ DELTA_EXPERTS: dict[str, Any] = dict(
     num_experts_per_tok=2,
 )
 
+GRANITE_HYBRID: dict[str, Any] = dict(
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    shared_intermediate_size=28,
+    layer_types=[LINEAR, FULL, LINEAR, FULL],
+    mamba_n_heads=8,
+    mamba_n_groups=2,
+    mamba_d_head=8,
+    mamba_d_state=10,
+    embedding_multiplier=3.0,
+    logits_scaling=0.7,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+)
+
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", dict(head_dim=12)),
@@ -623,6 +637,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             norm_topk_prob=False,
             routed_scaling_factor=1.7,
             tie_word_embeddings=False,
+        ),
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        GRANITE_HYBRID | dict(intermediate_size=20, num_local_experts=6, num_experts_per_tok=3),
+    ),
+    "granitemoehybrid without experts, rotated, biases": (
+        "granitemoehybrid",
+        GRANITE_HYBRID
+        | dict(
+            num_local_experts=0,
+            position_embedding_type="rope",
+            layer_types=["attention", "mamba", "mamba", "attention"],  # of transformers 4
+            mamba_conv_bias=False,
+            mamba_proj_bias=True,
+            mamba_n_groups=4,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
         ),
     ),
     "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),

@@ -64,6 +64,7 @@ OTHERS = (*FUSED_TOO, CONVOLVED, ROUTED)
 CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in OTHERS]
 CASES += [("lfm2_moe", CONVOLVED), ("lfm2_moe", "all-linear"), ("gemma4_text experts", ROUTED)]
 CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for name in FUSED_TOO]
+CASES += [("granitemoehybrid", "experts, router, q")]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
 CASES += [(name, "experts and router") for name in STACKS] + [("hunyuan_v1_moe", "all-linear")]

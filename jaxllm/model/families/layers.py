@@ -10,12 +10,14 @@ from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
 from jaxllm.model.families.table import FAMILIES, Family
 
-MIXERS = {"delta": "linear_attention", "conv": "conv"}  # their names in `layer_types`
+# Their names in `layer_types`.
+MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
 # Family.window -> the name there of layers with a window, and the key of its length
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
 }
+POSITIONS = "position_embedding_type"
 # Family.dense -> the key of how many layers come before those with experts
 FIRST = {"first": "first_k_dense_replace", "leading": "num_dense_layers"}
 
@@ -37,6 +39,8 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     rotated = [True] * count
     if family.nope == "listed":
         rotated = c["no_rope_layers"][:count]
+    elif family.nope == "all":
+        rotated = [c[POSITIONS] == "rope"] * count
     elif family.nope == "full" and window is not None:
         rotated = [kind == local for kind in types]
     if not all(rotated):
@@ -163,6 +167,8 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     config |= _write_dense(family, [kind.dense for kind in layers])
     if family.nope == "listed":
         config["no_rope_layers"] = [*map(int, rotated)]
+    if family.nope == "all":
+        config[POSITIONS] = "rope" if rotated[0] else None
     if family.scaled_nope:
         config |= write_nope(cfg.ropes[-1])
     if family.shapes_by_layer:

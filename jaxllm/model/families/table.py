@@ -20,11 +20,13 @@ from jaxllm.model.families.options import (
     GEMMA4,
     GEMMA4_DENSE,
     GRANITE,
+    GRANITE_EXPERTS,
     INTERLEAVED,
     LATENT,
     LFM2,
     LFM2_MOE,
     LLAMA4_EXPERTS,
+    MAMBA,
     MINICPM3,
     MLP_BIAS,
     QWEN_EXPERTS,
@@ -52,14 +54,15 @@ class Family:
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
       ("typed"); or those with "chunked_attention" there, and `attention_chunk_size`. switched: only
       if `use_sliding_window` says so too.
-    mixer: of the layers without attention, which `layer_types` names: a delta net
-      ("linear_attention") or a short convolution ("conv").
+    mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
+      ("linear_attention"), or a short convolution ("conv").
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
-      or the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
-      `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
-      `moe_layers` does not list ("unlisted").
-    nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
-      that see all keys while others have a window ("full").
+      the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and
+      `mlp_only_layers` leave out ("steps"), those outside `moe_layer_interval` ("interval"), those
+      that `mlp_layer_types` names ("typed"), or those that `moe_layers` does not list ("unlisted").
+    nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, those
+      that see all keys while others have a window ("full"), or all unless
+      `position_embedding_type` is "rope".
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
@@ -84,9 +87,9 @@ class Family:
     options: tuple[Option, ...] = ()
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
-    mixer: Literal["", "delta", "conv"] = ""
+    mixer: Literal["", "delta", "conv", "mamba"] = ""
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
-    nope: Literal["none", "listed", "full"] = "none"
+    nope: Literal["none", "listed", "full", "all"] = "none"
     rope_by_type: bool = False
     shapes_by_layer: bool = False
     partial_rope: bool = False
@@ -149,6 +152,11 @@ _LFM2 = {
     "attn_norm": "operator_norm",
     "mlp_norm": "ffn_norm",
     "norm": "embedding_norm",
+}
+_GRANITE_MLP = {
+    f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
+    for mlp in ("mlp", "mlp.shared")
+    for part in ("gate", "up", "down")
 }
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
@@ -436,6 +444,21 @@ FAMILIES: dict[str, Family] = {
         },
         scores_as=None,
     ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybrid",
+        options=(*ATTENTION_BIAS, *GRANITE, *GRANITE_EXPERTS, *MAMBA),
+        mixer="mamba",
+        nope="all",
+        fused=("gate_up", "expert_rows"),
+        modules=_GRANITE_MLP
+        | {
+            "mlp": "block_sparse_moe",
+            "mlp.router": "block_sparse_moe.router.layer",
+            "mlp.experts.gate_up": "block_sparse_moe.input_linear.weight",
+            "mlp.experts.down": "block_sparse_moe.output_linear.weight",
+        },
+        scores_as=None,
+    ),
     "qwen3_next": Family(
         "Qwen3Next",
         _HYBRID | {"delta.grouped": True, "experts.shared_gate": True},
@@ -477,8 +500,8 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
-    "state-space layers": (
-        *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
+    "state-space layers of another form": (
+        *("mamba", "mamba2", "nemotron_h", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
     "alternating updates of several residual streams": ("gemma3n_text",),
