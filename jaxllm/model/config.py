@@ -269,8 +269,8 @@ class ModelConfig:
     @property
     def recurrent(self) -> str:
         """What has a state that goes from token to token; "" in a model of attention alone."""
-        names = {"delta nets": self.delta, "convolutions": self.conv, "state spaces": self.mamba}
-        return next((name for name, group in names.items() if group is not None), "")
+        names = {"delta": "delta nets", "conv": "convolutions", "mamba": "state spaces"}
+        return next((names[kind.mixer] for kind in self.kinds if kind.mixer in names), "")
 
     @property
     def remembered(self) -> tuple[int, tuple[tuple[int, int], ...], tuple[int, int, int] | None]:

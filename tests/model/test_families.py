@@ -1036,6 +1036,11 @@ def test_granite_4_has_state_spaces_and_attention_without_positions():
     assert written["mamba_expand"] == 2 and from_hf(written) == cfg
     dense = from_hf(GRANITE_4_H_TINY | {"num_local_experts": 0})
     assert dense.experts is None and dense.intermediate_size == 1024
+    plain = from_hf(
+        GRANITE_4_H_TINY | {"layer_types": ["attention"] * 40, "position_embedding_type": "rope"}
+    )
+    assert kinds(plain) == [LayerKind()] * 40 and not plain.recurrent and cfg.recurrent
+    assert from_hf(to_hf(plain)) == plain
     tagged = GRANITE_4_H_TINY | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
     assert from_hf(tagged) == cfg
 

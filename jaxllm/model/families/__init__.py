@@ -2,6 +2,7 @@
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
     table      the families
+    names      HF names of modules of some of them
     options    ModelConfig fields that a family sets, and the HF keys they are kept under
     rope       RoPE of a config
     layers     the kinds of layers

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxllm.model.families import names
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     ATTENTION_SOFTCAP,
@@ -110,21 +111,6 @@ class Family:
 
 _CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
 _NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it to null"}
-_MIXTRAL = {
-    "mlp.router": "block_sparse_moe.gate",
-    "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
-    "mlp.experts.gate": "block_sparse_moe.experts.{expert}.w1",
-    "mlp.experts.up": "block_sparse_moe.experts.{expert}.w3",
-    "mlp.experts.down": "block_sparse_moe.experts.{expert}.w2",
-}
-_DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
-    f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
-}
-_HUNYUAN = {
-    "attn.q_norm": "self_attn.query_layernorm",
-    "attn.k_norm": "self_attn.key_layernorm",
-    "mlp.router": "mlp.gate.wg",
-} | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
 _GEMMA4 = {
     "norm_placement": "sandwich",
     "qk_norm": "head",
@@ -140,23 +126,6 @@ _GEMMA4_LAYERS: dict[str, Any] = {
     "modules": {"mlp.router": "router.proj", "mlp.experts": "experts"}
     | {f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     "scores_as": None,
-}
-_LFM2 = {
-    "mlp": "feed_forward",
-    "mlp.gate": "feed_forward.w1",
-    "mlp.up": "feed_forward.w3",
-    "mlp.down": "feed_forward.w2",
-    "attn.o": "self_attn.out_proj",
-    "attn.q_norm": "self_attn.q_layernorm",
-    "attn.k_norm": "self_attn.k_layernorm",
-    "attn_norm": "operator_norm",
-    "mlp_norm": "ffn_norm",
-    "norm": "embedding_norm",
-}
-_GRANITE_MLP = {
-    f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
-    for mlp in ("mlp", "mlp.shared")
-    for part in ("gate", "up", "down")
 }
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
@@ -264,7 +233,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.renormalised": False, "rope_pairs": "neighbours"},
         (*LATENT, *DEEPSEEK_V2_EXPERTS, *MLP_BIAS),
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         refused={"norm_topk_prob": "transformers ignores it for deepseek_v2; set it to false"},
     ),
     "deepseek_v3": Family(
@@ -272,7 +241,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
     ),
     "glm4_moe_lite": Family(
@@ -280,7 +249,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="typed",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
         scores_as=None,
     ),
@@ -288,7 +257,7 @@ FAMILIES: dict[str, Family] = {
         "Mixtral",
         options=experts("num_local_experts", "intermediate_size"),
         window="all",
-        modules=_MIXTRAL,
+        modules=names.MIXTRAL,
     ),
     "qwen2_moe": Family(
         "Qwen2Moe",
@@ -331,7 +300,7 @@ FAMILIES: dict[str, Family] = {
         ),
         dense="first",
         partial_rope=True,
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
         scores_as=None,
     ),
@@ -341,7 +310,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_EXPERTS + ATTENTION_BIAS,
         window="typed",
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         scores_as=None,
     ),
     "ernie4_5_moe": Family(
@@ -349,7 +318,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.has_bias": True, "rope_pairs": "neighbours"},
         (*experts("moe_num_experts"), shared_experts("moe_num_shared_experts")),
         dense="interval",
-        modules=_DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
+        modules=names.DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
         mtp="model.mtp_",
         refused={"use_bias": "a head with a bias is not supported"},
         scores_as=None,
@@ -368,7 +337,7 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "rotated"},
         ATTENTION_BIAS,
         static_ntk=True,
-        modules=_HUNYUAN,
+        modules=names.HUNYUAN,
     ),
     "hunyuan_v1_moe": Family(
         "HunYuanMoEV1",
@@ -381,14 +350,14 @@ FAMILIES: dict[str, Family] = {
             *ATTENTION_BIAS,
         ),
         static_ntk=True,
-        modules=_HUNYUAN,
+        modules=names.HUNYUAN,
     ),
     "minimax_m2": Family(
         "MiniMaxM2",
         {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
         experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
-        modules=_MIXTRAL,
+        modules=names.MIXTRAL,
         scores_as=None,
     ),
     "llama4_text": Family(
@@ -423,7 +392,9 @@ FAMILIES: dict[str, Family] = {
         fused=("experts",),
         modules={"mlp.router": "mlp.router"},
     ),
-    "lfm2": Family("Lfm2", {"qk_norm": "head"}, LFM2, mixer="conv", modules=_LFM2, scores_as=None),
+    "lfm2": Family(
+        "Lfm2", {"qk_norm": "head"}, LFM2, mixer="conv", modules=names.LFM2, scores_as=None
+    ),
     "lfm2_moe": Family(
         "Lfm2Moe",
         {
@@ -435,13 +406,7 @@ FAMILIES: dict[str, Family] = {
         LFM2_MOE,
         mixer="conv",
         dense="leading",
-        modules=_LFM2
-        | {
-            "mlp.choice_bias": "feed_forward.expert_bias",
-            "mlp.experts.gate": "feed_forward.experts.{expert}.w1",
-            "mlp.experts.up": "feed_forward.experts.{expert}.w3",
-            "mlp.experts.down": "feed_forward.experts.{expert}.w2",
-        },
+        modules=names.LFM2_MOE,
         scores_as=None,
     ),
     "granitemoehybrid": Family(
@@ -450,13 +415,7 @@ FAMILIES: dict[str, Family] = {
         mixer="mamba",
         nope="all",
         fused=("gate_up", "expert_rows"),
-        modules=_GRANITE_MLP
-        | {
-            "mlp": "block_sparse_moe",
-            "mlp.router": "block_sparse_moe.router.layer",
-            "mlp.experts.gate_up": "block_sparse_moe.input_linear.weight",
-            "mlp.experts.down": "block_sparse_moe.output_linear.weight",
-        },
+        modules=names.GRANITE_HYBRID,
         scores_as=None,
     ),
     "qwen3_next": Family(
