@@ -37,6 +37,7 @@ DECAYED = {
     "conv_bias": False,
     "a_log": False,
     "dt_bias": False,
+    "skip": False,
     "embedding": True,
     "scale": False,
     "shift": False,

@@ -21,7 +21,8 @@ STRUCTURES = (
     *("llama", "llama yarn", "gemma2", "gemma3_text", "qwen3", "phi3 longrope, long", "olmo2"),
     *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
-    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "gemma4_text", "gemma4_text experts"),
+    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", "gemma4_text"),
+    *("gemma4_text experts", "granitemoehybrid"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The
 # other cases, and tests that have none here, run with `make sweep` and .ci/run.
@@ -29,10 +30,11 @@ SWEEPS = {
     "test_logits_equal_transformers": STRUCTURES,
     "test_logits_equal_transformers_over_300_tokens": (
         *("exaone4", "mellum", "gpt_oss", "minicpm3", "qwen3_next", "llama4_text", "gemma4_text"),
+        "granitemoehybrid",
     ),
     "test_decoding_through_the_cache_equals_transformers": (
         *("gemma2", "gemma3_text", "exaone4", "cohere2", "mellum", "gpt_oss", "deepseek_v3"),
-        *("qwen3_next", "llama4_text", "lfm2", "gemma4_text"),
+        *("qwen3_next", "llama4_text", "lfm2", "gemma4_text", "granitemoehybrid"),
     ),
     "test_export_reloads_in_transformers_bit_for_bit": STRUCTURES,
     "test_a_config_of_our_own_builds_the_same_torch_model": STRUCTURES,
@@ -54,6 +56,7 @@ SWEEPS = {
     "test_scores_equal_transformers_both_ways": ("llama", "gemma2", "qwen3"),
     "test_loss_and_gradients_equal_transformers": (
         *("gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma4_text"),
+        "granitemoehybrid",
     ),
     "test_24_greedy_tokens_of_a_ragged_batch_equal_transformers": (
         *("gemma2", "deepseek_v3", "gemma4_text"),
@@ -74,6 +77,7 @@ SWEEPS = {
     "test_virtual_tokens_of_ours_load_in_peft_on_the_whole_model": ("prefix-gemma3",),
     "test_adapters_of_fused_parameters_round_trip_with_peft": (
         *("qwen3_moe-experts and router", "gpt_oss-experts, router, q"),
+        "gemma4_text experts-experts, router as a module, q",
     ),
     "test_adapters_of_experts_as_modules_load_in_peft_and_come_back": ("mixtral",),
     "test_the_base_may_be_quantized": (),

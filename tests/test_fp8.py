@@ -57,6 +57,7 @@ LAYOUTS = {
     ),
     "tensor": ("qwen2", compressed(strategy="tensor"), "_scale", (0, 0), (1,)),
     "channel": ("mistral", compressed(strategy="channel"), "_scale", (1, 0), None),
+    "experts as modules": ("llama4_text", compressed(strategy="channel"), "_scale", (1, 0), None),
     "compressed blocks": (
         "gemma2",
         compressed(strategy="block", block_structure=[8, 32]),
@@ -67,12 +68,26 @@ LAYOUTS = {
 }
 
 
+def as_modules(name, tensor):
+    """A tensor of fused experts, [experts, in, out], as one of each."""
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    container, _, last = name.rpartition(".")
+    if not container.endswith(".experts"):
+        yield name, tensor
+        return
+    for part, matrices in zip(parts[last], tensor.chunk(len(parts[last]), -1), strict=True):
+        for expert, matrix in enumerate(matrices):
+            yield f"{container}.{expert}.{part}.weight", matrix.T.contiguous()
+
+
 def quantised(folder, name, scale_dtype=torch.float32):
     """Writes a model in a layout; returns its tensors dequantized by torch, in float32."""
     kind, config, suffix, block, one = LAYOUTS[name]
     theirs = magnified(hf_config(kind))
     theirs.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
+    if name == "experts as modules":
+        tensors = dict(one for item in tensors.items() for one in as_modules(*item))
     whole = dict(tensors)
     for key, weight in list(tensors.items()):
         if "_proj" not in key or key.endswith("bias"):
@@ -120,6 +135,9 @@ def test_every_layout_is_dequantised_exactly_and_saved_without_quantisation(tmp_
     save_hf(model, str(tmp_path / "out"))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     written = load_file(tmp_path / "out" / "model.safetensors")
+    if name == "experts as modules":
+        assert any(key.endswith(".experts.gate_up_proj") for key in written)
+        written = dict(one for item in written.items() for one in as_modules(*item))
     assert written.keys() == whole.keys()
     for key, value in whole.items():
         assert torch.equal(written[key], value), key

@@ -30,12 +30,13 @@ tokenizer = jaxllm.train_tokenizer([], "tokenizer", 300, texts=["some text " * 2
 shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_embeddings=64)
 shape |= dict(n_routed_experts=16, num_experts_per_tok=1)  # of which dots1 has no defaults
+shape |= dict(mamba_n_heads=4)  # granitemoehybrid's default divides no size as small
 ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 for name, family in FAMILIES.items():
     # Past the length that YaRN has by default; transformers warns if its factor is another.
     longest = 2**17 if name == "gpt_oss" else 2**18
     # transformers warns if the last layer of gemma4 is another.
-    full = dict(layer_types=["full_attention"]) if name == "gemma4_text" else {}
+    full = dict(layer_types=["full_attention"]) if name.startswith("gemma4") else {}
     own = full | dict(model_type=name, max_position_embeddings=longest)
     config = to_hf(from_hf(shape | ids | own))
     reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))

@@ -105,6 +105,20 @@ DELTA_EXPERTS: dict[str, Any] = dict(
     num_experts_per_tok=2,
 )
 
+GRANITE_HYBRID: dict[str, Any] = dict(
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    shared_intermediate_size=28,
+    layer_types=[LINEAR, FULL, LINEAR, FULL],
+    mamba_n_heads=8,
+    mamba_n_groups=2,
+    mamba_d_head=8,
+    mamba_d_state=10,
+    embedding_multiplier=3.0,
+    logits_scaling=0.7,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+)
+
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", dict(head_dim=12)),
@@ -217,6 +231,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             moe_intermediate_size=20,
             tie_word_embeddings=False,
         ),
+    ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {key: value for key, value in GEMMA4.items() if "per_layer_input" not in key}
+        | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=8.0),
     ),
     "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     "olmo2 mqa, biases, tied": (
@@ -593,6 +612,53 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        dict(
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=3,
+            num_dense_layers=1,
+            layer_types=["conv", "conv", FULL, "conv", FULL],
+            num_hidden_layers=5,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "lfm2_moe no bias of the choice, not renormalised, untied": (
+        "lfm2_moe",
+        dict(
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            num_dense_layers=2,
+            layer_types=["conv", FULL, "conv", "conv"],
+            conv_bias=True,
+            use_expert_bias=False,
+            norm_topk_prob=False,
+            routed_scaling_factor=1.7,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        GRANITE_HYBRID | dict(intermediate_size=20, num_local_experts=6, num_experts_per_tok=3),
+    ),
+    "granitemoehybrid without experts, rotated, biases": (
+        "granitemoehybrid",
+        GRANITE_HYBRID
+        | dict(
+            num_local_experts=0,
+            position_embedding_type="rope",
+            layer_types=["attention", "mamba", "mamba", "attention"],  # of transformers 4
+            mamba_conv_bias=False,
+            mamba_proj_bias=True,
+            mamba_n_groups=4,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
     "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),
     "qwen3_next some dense, biases": (
         "qwen3_next",
@@ -644,7 +710,7 @@ def magnified(config: dict[str, Any]) -> Any:
             else:
                 weight.copy_(noise * (1.0 if "embed" in path else 1.2 / weight.shape[-1] ** 0.5))
         for path, buffer in model.named_buffers():
-            if path.endswith("correction_bias"):
+            if path.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
             if path.endswith("layer_scalar"):
                 buffer.copy_(1 + 0.3 * torch.randn_like(buffer))

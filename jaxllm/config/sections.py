@@ -325,7 +325,7 @@ class PeftSection:
     target_parameters: tuple[str, ...] = ()
     """LoRA: parameters of experts and routers to adapt, by the end of their name in transformers 5
     (mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight); default: all of them with
-    all-linear, except in gpt_oss, qwen3_vl_moe and llama4"""
+    all-linear, except in gpt_oss, qwen3_vl_moe, llama4 and gemma4"""
     exclude_modules: tuple[str, ...] = ()
     """LoRA: modules to exclude from target_modules"""
     layers_to_transform: tuple[Count, ...] = ()

@@ -23,6 +23,7 @@ from jaxllm.model.conv import ShortConv
 from jaxllm.model.delta import DeltaNet
 from jaxllm.model.layer_embeds import LayerEmbed
 from jaxllm.model.layers import MLP, NORMS
+from jaxllm.model.mamba import MambaMixer
 from jaxllm.model.mla import LatentAttention
 from jaxllm.model.moe import MoE
 
@@ -52,7 +53,8 @@ class Block(nnx.Module):
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         mixer = partial(Attention, kind=kind) if cfg.latent is None else LatentAttention
-        mixer = {"attention": mixer, "delta": DeltaNet, "conv": ShortConv}[kind.mixer]
+        others = {"delta": DeltaNet, "conv": ShortConv, "mamba": MambaMixer}
+        mixer = others.get(kind.mixer, mixer)
         self.attn = mixer(cfg, f"{path}.attn", **keys)
         self.mlp = (
             MoE(cfg, f"{path}.mlp", **keys)

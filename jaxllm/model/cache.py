@@ -75,25 +75,20 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StateCache:
-    """What a delta net or a short convolution, or a stack of them, knows of the past tokens of a
-    row, which are one text: the last inputs of the convolution, and the state of a delta net."""
+    """What a recurrent layer, or a stack of them, knows of the past tokens of a row, which are one
+    text: the last inputs of its convolution, and its state (`ModelConfig.remembered`)."""
 
     # of q and k, each [(L,) B, G, w, K], and of v [(L,) B, H, w, V]; of a short convolution the one
-    # [(L,) B, 1, w, D]; 0 where a text is shorter
+    # [(L,) B, 1, w, D]; of a state space those of v, k and q; 0 where a text is shorter
     windows: tuple[jax.Array, ...]
     state: Any = None  # float32 [(L,) B, H, K, V]; None of a short convolution
 
     @staticmethod
     def empty(cfg: ModelConfig, *lead: int, dtype: Any) -> StateCache:
         """lead: B, or L and B."""
-        if (delta := cfg.delta) is None:
-            assert cfg.conv is not None
-            shape = (*lead, 1, cfg.conv.taps - 1, cfg.hidden_size)
-            return StateCache((jnp.zeros(shape, dtype),))
-        G, H, K, V = delta.key_heads, delta.value_heads, delta.key_dim, delta.value_dim
-        heads = (G, K), (G, K), (H, V)
-        q, k, v = (jnp.zeros((*lead, n, delta.taps - 1, width), dtype) for n, width in heads)
-        return StateCache((q, k, v), jnp.zeros((*lead, H, K, V), jnp.float32))
+        window, inputs, state = cfg.remembered
+        windows = (jnp.zeros((*lead, heads, window, width), dtype) for heads, width in inputs)
+        return StateCache(tuple(windows), state and jnp.zeros((*lead, *state), jnp.float32))
 
     def after(self, inputs: Any, real_BT: jax.Array, state: Any = None) -> StateCache:
         """After more tokens: `inputs` like the windows, but [B, T, heads, .], 0 for padding."""

@@ -49,7 +49,7 @@ class LayerKind:
     rope: int = 0  # index into ModelConfig.ropes
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
-    mixer: Literal["attention", "delta", "conv"] = "attention"
+    mixer: Literal["attention", "delta", "conv", "mamba"] = "attention"
     # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
     head_dim: int | None = None
     num_kv_heads: int | None = None
@@ -79,6 +79,7 @@ class Experts:
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
     has_bias: bool = False  # added to the scores for the choice alone
     renormalised: bool = True  # the weights of the chosen experts are divided by their sum
+    sum_eps: float = 0.0  # added to that sum
     scale: float = 1.0  # of the weights
     # The experts are in groups; those of the best ones can be chosen, by the sum of a group's best
     # scores: of two (arXiv:2412.19437), or the best alone (arXiv:2405.04434).
@@ -128,6 +129,29 @@ class Convolution:
 
     taps: int  # tokens that it sees
     bias: bool = False  # it and the projections have biases
+
+
+@dataclass(frozen=True)
+class Mamba:
+    """The state-space mixer of layers whose mixer it is (model/mamba.py)."""
+
+    heads: int
+    head_dim: int
+    groups: int  # of heads that share the keys and queries of the state
+    state: int  # features of such a key
+    taps: int  # tokens that the convolution sees
+    conv_bias: bool = True
+    bias: bool = False  # of the projections
+    activation: str = "silu"  # after the convolution
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """{a part of the projection: its features}, in the order of HF's tensor."""
+        inner, keys = self.heads * self.head_dim, self.groups * self.state
+        return dict(zip(MAMBA_PARTS, (inner, inner, keys, keys, self.heads), strict=True))
+
+
+MAMBA_PARTS = "gate", "x", "b", "c", "dt"
 
 
 @dataclass(frozen=True)
@@ -183,6 +207,7 @@ class ModelConfig:
     latent: Latent | None = None
     delta: Delta | None = None
     conv: Convolution | None = None
+    mamba: Mamba | None = None
     output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
     experts: Experts | None = None
     layer_embeds: LayerEmbeds | None = None
@@ -244,7 +269,21 @@ class ModelConfig:
     @property
     def recurrent(self) -> str:
         """What has a state that goes from token to token; "" in a model of attention alone."""
-        return "delta nets" if self.delta else "convolutions" if self.conv else ""
+        names = {"delta": "delta nets", "conv": "convolutions", "mamba": "state spaces"}
+        return next((names[kind.mixer] for kind in self.kinds if kind.mixer in names), "")
+
+    @property
+    def remembered(self) -> tuple[int, tuple[tuple[int, int], ...], tuple[int, int, int] | None]:
+        """What such a layer knows of the past: tokens of its convolution's window, (heads,
+        features) of its inputs, and the dims of its state, if it has one."""
+        if (delta := self.delta) is not None:
+            G, H, K, V = delta.key_heads, delta.value_heads, delta.key_dim, delta.value_dim
+            return delta.taps - 1, ((G, K), (G, K), (H, V)), (H, K, V)
+        if (mamba := self.mamba) is not None:
+            H, P, G, N = mamba.heads, mamba.head_dim, mamba.groups, mamba.state
+            return mamba.taps - 1, ((H, P), (G, N), (G, N)), (H, N, P)
+        assert self.conv is not None
+        return self.conv.taps - 1, ((1, self.hidden_size),), None
 
     @property
     def tied_head(self) -> bool:
@@ -291,7 +330,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    groups = cfg.latent, cfg.delta, cfg.conv, cfg.experts, cfg.layer_embeds
+    groups = cfg.latent, cfg.delta, cfg.conv, cfg.mamba, cfg.experts, cfg.layer_embeds
     parts += [part for part in groups if part is not None]
     for part in parts:
         hints = get_type_hints(type(part))

@@ -173,6 +173,34 @@ def convolved(x_BTHF: Any, window_BHwF: Any, taps_OW: jax.Array, text_BT: Any) -
     return sum(map(term, range(1, W)), start=term(0))
 
 
+def in_chunks(x: jax.Array, heads: tuple[int, ...] = (), mode: str = "constant") -> jax.Array:
+    """[B, T, heads, ...] -> [n, B, heads, C, ...], the last chunk padded."""
+    C = chunk_size(x.shape[1])
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % C)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    x = x.reshape(len(x), -1, C, *heads, *x.shape[3:])
+    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, 2 + len(heads))
+
+
+def decays(log: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Γ between the tokens of each chunk [n, B, G, R, C, C], since the state before the chunk, and
+    until the one after it [n, B, G, R, C]; 0 between texts.
+
+    log: of α, [n, B, G, R, C]. text: [n, B, C].
+    """
+    total, C = jnp.cumsum(log, -1), log.shape[-1]
+    before = jnp.concatenate([text[:1, :, 0], text[:-1, :, -1]])[..., None]
+
+    def where(same: jax.Array, log: jax.Array) -> jax.Array:
+        """exp(log) between tokens of one text, else 0. same: [n, B, ...]"""
+        return jnp.exp(jnp.where(same[:, :, None, None], log, -jnp.inf))
+
+    order = jnp.tril(jnp.ones((C, C), bool))
+    same = (text[..., :, None] == text[..., None, :]) & order
+    between = where(same, total[..., :, None] - total[..., None, :])
+    reads = where(text == before, total)
+    return between, reads, where(text == text[..., -1:], total[..., -1:] - total)
+
+
 def delta_rule(
     q_BTGK, k_BTGK, v_BTHV, beta_BTH, log_BTH, text_BT, state_BHKV
 ) -> tuple[jax.Array, jax.Array]:
@@ -187,29 +215,10 @@ def delta_rule(
     """
     (B, T, G, K), (H, V) = q_BTGK.shape, v_BTHV.shape[2:]
     C = chunk_size(T)
-    pad = -T % C
-
-    def chunks(x: jax.Array, heads: tuple[int, ...] = (), mode: str = "constant") -> jax.Array:
-        """[B, T, heads, ...] -> [n, B, heads, C, ...]"""
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-        x = x.reshape(B, -1, C, *heads, *x.shape[3:])
-        return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, 2 + len(heads))
-
     by_head = G, H // G
-    q, k, v = chunks(q_BTGK, (G,)), chunks(k_BTGK, (G,)), chunks(v_BTHV, by_head)
-    beta, total = chunks(beta_BTH, by_head), jnp.cumsum(chunks(log_BTH, by_head), -1)
-    text = chunks(text_BT, mode="edge")
-    before = jnp.concatenate([text[:1, :, 0], text[:-1, :, -1]])[..., None]
-
-    def where(same: jax.Array, log: jax.Array) -> jax.Array:
-        """exp(log) between tokens of one text, else 0. same: [n, B, ...]"""
-        return jnp.exp(jnp.where(same[:, :, None, None], log, -jnp.inf))
-
-    order = jnp.tril(jnp.ones((C, C), bool))
-    same = (text[..., :, None] == text[..., None, :]) & order
-    between = where(same, total[..., :, None] - total[..., None, :])
-    reads = where(text == before, total)
-    writes = where(text == text[..., -1:], total[..., -1:] - total)
+    q, k, v = in_chunks(q_BTGK, (G,)), in_chunks(k_BTGK, (G,)), in_chunks(v_BTHV, by_head)
+    beta, log = in_chunks(beta_BTH, by_head), in_chunks(log_BTH, by_head)
+    between, reads, writes = decays(log, in_chunks(text_BT, mode="edge"))
     system = jnp.einsum("nbgik,nbgjk->nbgij", k, k)[:, :, :, None] * between
     system = jnp.where(jnp.eye(C, dtype=bool), 0, beta[..., None] * system)
     solved = inverse(system) * beta[..., None, :]

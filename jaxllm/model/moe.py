@@ -66,7 +66,9 @@ def route(
     chosen_NC = lax.top_k(choice_NE, experts.top_k)[1]
     weights_NC = jnp.take_along_axis(scores_NE, chosen_NC, 1)
     if experts.renormalised:
-        weights_NC = weights_NC / jnp.sum(weights_NC, -1, keepdims=True)
+        total_N1 = jnp.sum(weights_NC, -1, keepdims=True)
+        total_N1 = total_N1 + experts.sum_eps if experts.sum_eps else total_N1
+        weights_NC = weights_NC / total_N1
     weights_NC = weights_NC if experts.scale == 1 else weights_NC * experts.scale
     return weights_NC, chosen_NC
 

@@ -13,6 +13,7 @@ import jax
 from jaxllm.config import TrainConfig
 from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.delta import products
+from jaxllm.model.mamba import products as state_products
 from jaxllm.topologies import chip_of
 
 
@@ -29,10 +30,11 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window or chunks. A delta net costs the same at each
-    token (`delta.products`). Packed rows are counted as one document, although segments do less. A
-    reward model's head reads one token per text and counts as 0. A module of multi-token
-    prediction is one more layer, its projection, and the head once more.
+    (length + 1) / 2, or fewer within a layer's window or chunks. A delta net or a state space costs
+    the same at each token (`delta.products`, `mamba.products`). Packed rows are counted as one
+    document, although segments do less. A reward model's head reads one token per text and counts
+    as 0. A module of multi-token prediction is one more layer, its projection, and the head once
+    more.
     """
     D, H = model.hidden_size, model.num_heads
     routed = 0
@@ -52,6 +54,11 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += D * (2 * delta.key_heads * delta.key_dim + 3 * values)
             weights += 2 * D * delta.value_heads
             state += products(delta, length)
+            continue
+        if kind.mixer == "mamba" and (mamba := model.mamba) is not None:
+            inner = mamba.heads * mamba.head_dim
+            weights += D * (3 * inner + 2 * mamba.groups * mamba.state + mamba.heads)
+            state += state_products(mamba, length)
             continue
         if kind.mixer == "conv":
             weights += 4 * D * D

@@ -34,7 +34,7 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.mesh import Axes, context_shards
 from jaxllm.model.adapter import AdapterParam
-from jaxllm.model.config import ModelConfig
+from jaxllm.model.config import MAMBA_PARTS, ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.ops.matmul import dot
 from jaxllm.ops.quantized import Quantized, dense
@@ -457,7 +457,8 @@ def kernels_of(model: Any, path: str) -> list[Any]:
     parent = reduce(getattr, parents, model)
     if is_router(path):
         return [parent.router]
-    parts = {"qkv": "qkv", "bcx": "bcx", "gate_up": ("gate", "up")}.get(last, (last,))
+    fused = {"qkv": "qkv", "bcx": "bcx", "gate_up": ("gate", "up"), "inputs": MAMBA_PARTS}
+    parts = fused.get(last, (last,))
     return [getattr(parent, part).kernel for part in parts]
 
 

@@ -23,9 +23,16 @@ from jaxllm.untrusted import bounded
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
-UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe")
 # The router's names where it is a Linear in transformers 5 too.
 LINEAR_ROUTER = (".wg", ".router.proj")
+EXPERTS = ".experts.", ".block_sparse_moe."  # in the names of tensors of experts
+# HF's fused tensors whose branch has another name here.
+FUSED = {
+    "conv.in_proj": "bcx",
+    "mamba.in_proj": "inputs",
+    "shared_mlp.input_linear": "gate_up",
+}
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
 
 
@@ -94,16 +101,16 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
         module = key.name.removesuffix(".weight")
         if key.part:  # a part of a fused tensor
             fused = module.rpartition(".")[2].removeprefix("in_proj_").removesuffix("_proj")
-            fused = "bcx" if fused == "in" else fused
+            fused = FUSED.get(within_layer(module), fused)
             path = f"{path.rpartition('.')[0]}.{fused}"
-        routed = ".experts." in key.name or leaf == "router"
+        routed = any(part in key.name for part in EXPERTS) or leaf == "router"
         linear_router = leaf == "router" and module.endswith(LINEAR_ROUTER)
         if key.path in score_paths(cfg):
             continue
         if routed and not linear_router and not fuses_experts(cfg):
             continue
         shared = cfg.experts is not None and cfg.experts.shared_size > 0
-        if routed and shared and not linear_router:
+        if routed and (shared or not converted) and not linear_router:
             continue
         if converted and not routed and module.endswith(CONVERTED):
             continue
@@ -119,15 +126,16 @@ def fuses_experts(cfg: ModelConfig) -> bool:
 
 
 def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
-    """{path: HF's parameter} of the experts and the router, as transformers 5 has them. There are
-    none of a branch beside the MLP."""
-    if cfg.experts is None or cfg.experts.branch:
+    """{path: HF's parameter} of the experts and the router, as transformers 5 has them."""
+    if cfg.experts is None:
         return {}
     modules = FAMILIES[cfg.family].modules
     mlp, router = modules.get("mlp", "mlp"), modules.get("mlp.router", "mlp.gate")
-    names = {"gate_up": f"{mlp}.experts.gate_up_proj", "down": f"{mlp}.experts.down_proj"}
+    experts = modules.get("mlp.experts", f"{mlp}.experts")
+    names = {"gate_up": f"{experts}.gate_up_proj", "down": f"{experts}.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
-        names["router_lora"] = ("mlp.gate" if fuses_experts(cfg) else router) + ".weight"
+        router = router.removesuffix(".layer")  # granite's, which transformers 5 renames
+        names["router_lora"] = (f"{mlp}.gate" if fuses_experts(cfg) else router) + ".weight"
     return {
         f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()
@@ -256,7 +264,7 @@ def saved_paths(cfg: ModelConfig, entries: Sequence[str]) -> tuple[str, ...]:
             )
     for path, some in names.items():
         hits = {name for name in some if name.endswith(tuple(entries))}
-        if any(".experts." in name or "block_sparse_moe" in name for name in hits):
+        if any(part in name for name in hits for part in EXPERTS):
             raise UserError(
                 f"peft.modules_to_save: {', '.join(entries)} match experts or their router, as "
                 f"{min(hits)}; adapt these with LoRA instead"

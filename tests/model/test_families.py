@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from jaxllm.errors import UserError
 from jaxllm.hf_config import updated_configs
 from jaxllm.mesh import axes_of, param_sharding
-from jaxllm.model.config import Delta, Experts, LayerKind, ModelConfig, Rope
+from jaxllm.model.config import Delta, Experts, LayerKind, Mamba, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
 from jaxllm.model.families.rope import rope_keys
@@ -565,6 +565,65 @@ LFM2_1_2B = dict(
     rope_theta=1000000.0,
     vocab_size=65536,
 )
+LFM2_8B_A1B = dict(
+    model_type="lfm2_moe",
+    conv_L_cache=3,
+    conv_bias=False,
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=7168,
+    layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    max_position_embeddings=128000,
+    moe_intermediate_size=1792,
+    norm_eps=1e-5,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_dense_layers=2,
+    num_experts=32,
+    num_experts_per_tok=4,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    rope_theta=1000000.0,
+    routed_scaling_factor=1.0,
+    use_expert_bias=True,
+    vocab_size=65536,
+)
+GRANITE_4_H_TINY = dict(
+    model_type="granitemoehybrid",
+    attention_bias=False,
+    attention_multiplier=0.0078125,
+    embedding_multiplier=12,
+    hidden_act="silu",
+    hidden_size=1536,
+    init_method="mup",
+    initializer_range=0.1,
+    intermediate_size=512,
+    layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+    logits_scaling=6,
+    mamba_chunk_size=256,
+    mamba_conv_bias=True,
+    mamba_d_conv=4,
+    mamba_d_head=64,
+    mamba_d_state=128,
+    mamba_expand=2,
+    mamba_n_groups=1,
+    mamba_n_heads=48,
+    mamba_proj_bias=False,
+    max_position_embeddings=131072,
+    normalization_function="rmsnorm",
+    num_attention_heads=12,
+    num_experts_per_tok=6,
+    num_hidden_layers=40,
+    num_key_value_heads=4,
+    num_local_experts=64,
+    position_embedding_type="nope",
+    residual_multiplier=0.22,
+    rms_norm_eps=1e-5,
+    rope_theta=10000,
+    shared_intermediate_size=1024,
+    tie_word_embeddings=True,
+    vocab_size=100352,
+)
 LLAMA_4_SCOUT = dict(
     model_type="llama4_text",
     attention_bias=False,
@@ -619,6 +678,8 @@ TINY = dict(
     num_experts_per_tok=1,
     n_group=1,
     topk_group=1,
+    # The default of granitemoehybrid divides no hidden size as small.
+    mamba_n_heads=4,
 )
 
 
@@ -696,7 +757,8 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_3_1_8B, MISTRAL_7B, QWEN2_5_7B, GEMMA_3_1B, PHI_3_MINI_128K, SMOLLM3_3B),
         *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
-        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B),
+        *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
+        GRANITE_4_H_TINY,
     ],
     ids=lambda c: c["model_type"],
 )
@@ -745,8 +807,14 @@ def test_to_hf_refuses_what_the_family_cannot_express():
     ("kind", "change", "message"),
     [
         ("gpt9", {}, "'gpt9' is not supported; known: llama, mistral, ministral"),
-        ("mamba", {}, "'mamba' is not supported: it needs state-space layers, which this"),
+        ("mamba", {}, "'mamba' is not supported: it needs state-space layers of another form"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit is 0.0; it must be positive"),
+        (
+            "granitemoehybrid",
+            {"time_step_limit": [0.0, 2.0]},
+            r"time_step_limit is \[0.0, 2.0\]: transformers ignores it while decoding",
+        ),
+        ("granitemoehybrid", {"mamba_n_groups": 3}, "4 heads of state spaces are no multiple of 3"),
         (
             "aya_vision",
             {"text_config": {"model_type": "cohere2"}},
@@ -842,6 +910,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     config = TINY | biases | {"model_type": kind}
     if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"):  # torch has no default for it
         config |= {"head_dim": 4}
+    if kind == "lfm2_moe":
+        config |= {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
     cfg = from_hf(config)
     abstract = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     ours = {".".join(p): v.get_value().shape for p, v in nnx.to_flat_state(abstract)}
@@ -864,7 +934,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         assert bool(key.stacked) == (key.path.split(".")[0] in cfg.stacks)
         for name in tensor_names(cfg, key.name):
             one = shape[key.stacked :]
-            one = one[::-1] if key.transpose else one
+            one = (*one[:-2], one[-1], one[-2]) if key.transpose else one
             one = key.with_unit(one, 1)
             part = key.part or range(one[key.out_dim])
             assert len(part) == one[key.out_dim] and not outputs[name] & set(part)
@@ -893,6 +963,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (LLAMA_4_SCOUT, 107_769_861_120),
         (LLAMA_4_MAVERICK, 400_711_848_960),
         (LFM2_1_2B, 1_170_340_608),
+        (LFM2_8B_A1B, 8_339_930_560),
+        (GRANITE_4_H_TINY, 6_939_037_248),
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
@@ -907,7 +979,7 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     with torch.device("meta"):
         values = {k: v for k, v in config.items() if k != "model_type"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
-    kept = ("correction_bias", "layer_scalar")
+    kept = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = [b for name, b in model.named_buffers() if name.endswith(kept)]
     assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 
@@ -952,6 +1024,25 @@ def test_qwen3_next_has_three_delta_nets_to_a_layer_of_attention():
     assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate
     with pytest.raises(UserError, match="linear_num_value_heads 24 is no multiple of linear_num_k"):
         from_hf(QWEN3_NEXT_80B_A3B | {"linear_num_value_heads": 24})
+
+
+def test_granite_4_has_state_spaces_and_attention_without_positions():
+    cfg = from_hf(GRANITE_4_H_TINY)
+    block = [LayerKind(1, mixer="mamba")] * 5 + [LayerKind(1)] + [LayerKind(1, mixer="mamba")] * 4
+    assert kinds(cfg) == block * 4 and cfg.ropes == (Rope(10_000.0), Rope(kind="none"))
+    assert cfg.mamba == Mamba(48, 64, 1, 128, 4)
+    assert cfg.experts == Experts(64, 6, 512, shared_size=1024)
+    written = to_hf(cfg)
+    assert written["mamba_expand"] == 2 and from_hf(written) == cfg
+    dense = from_hf(GRANITE_4_H_TINY | {"num_local_experts": 0})
+    assert dense.experts is None and dense.intermediate_size == 1024
+    plain = from_hf(
+        GRANITE_4_H_TINY | {"layer_types": ["attention"] * 40, "position_embedding_type": "rope"}
+    )
+    assert kinds(plain) == [LayerKind()] * 40 and not plain.recurrent and cfg.recurrent
+    assert from_hf(to_hf(plain)) == plain
+    tagged = GRANITE_4_H_TINY | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert from_hf(tagged) == cfg
 
 
 def test_llama4_has_chunks_in_the_layers_with_rope_and_experts_in_some():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from steps import (
+    EXPERT_MESHES,
     MESHES,
     TINY,
     T,
@@ -28,7 +29,6 @@ from jaxllm.model.config import Experts, LayerEmbeds, LayerKind
 from jaxllm.model.stack import unstack
 from jaxllm.monitor.flops import forward_flops
 from jaxllm.objectives.lm import lm_loss
-from jaxllm.peft.targets import find_targets
 from jaxllm.sampling import Sampling, generate
 
 # The last three layers use the keys and values of the first two.
@@ -61,6 +61,12 @@ EXPERTS = replace(
     experts=Experts(count=8, top_k=3, size=16, shared_size=64, branch=True),
 )
 LORA = PeftSection(method="lora", target_modules=("all-linear",), r=3)
+LORA_OF_EXPERTS = PeftSection(
+    method="lora",
+    target_modules=("router.proj",),
+    target_parameters=("experts.gate_up_proj", "experts.down_proj"),
+    r=3,
+)
 
 
 def test_a_layer_without_keys_has_neither_their_weights_nor_a_cache():
@@ -81,6 +87,16 @@ def alone(request):
 def test_a_mesh_changes_nothing(alone, mesh):
     cfg, *want, _ = alone
     same_over_mesh(mesh, cfg, *want)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("mesh", EXPERT_MESHES)
+@pytest.mark.parametrize("alone", [EXPERTS], indirect=True, ids=["experts"])
+def test_experts_beside_an_mlp_are_divided_among_devices(alone, mesh):
+    cfg, *want, _ = alone
+    mlp = same_over_mesh(mesh, cfg, *want)["layers_0"]["mlp"]
+    for weight in (mlp["scale"], mlp["gate"]["kernel"]):
+        assert weight.addressable_shards[0].data.shape[1] * EXPERT_MESHES[mesh].expert == 8
 
 
 @pytest.mark.parametrize("remat", ["full", "names"])
@@ -132,11 +148,20 @@ def test_decoding_with_lora_equals_the_whole_forward_pass(base):
 
 
 @pytest.mark.sweep
-def test_lora_trains_alike_on_a_mesh():
-    want = trajectory(ragged_rows(16), LORA, shape=SHAPE)
+@pytest.mark.parametrize(
+    ("shape", "section", "mesh"),
+    [
+        (SHAPE, LORA, "data 2 x fsdp 2 x tensor 2"),
+        (EXPERTS, LORA_OF_EXPERTS, "data 2 x fsdp 2 x tensor 2"),
+        (EXPERTS, LORA_OF_EXPERTS, "expert 2 x tensor 2 x data 2"),
+    ],
+    ids=["keys of others", "experts", "divided experts"],
+)
+def test_lora_trains_alike_on_a_mesh(shape, section, mesh):
+    want = trajectory(ragged_rows(16), section, shape=shape)
     assert want[0][-1] < want[0][0]
-    mesh = MESHES["data 2 x fsdp 2 x tensor 2"]
-    found = trajectory(ragged_rows(16), LORA, shape=SHAPE, devices=8, mesh=mesh)
+    mesh = (MESHES | EXPERT_MESHES)[mesh]
+    found = trajectory(ragged_rows(16), section, shape=shape, devices=8, mesh=mesh)
     np.testing.assert_allclose(found[0], want[0], rtol=2e-5)
     np.testing.assert_allclose(found[1], want[1], rtol=1e-4)
 
@@ -175,11 +200,3 @@ def test_rows_are_not_split_along_context():
     mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
     with pytest.raises(UserError, match="context.*layers that use the keys of others or embeddin"):
         trajectory(ragged_rows(16), shape=SHAPE, devices=8, mesh=mesh, steps=1)
-
-
-def test_lora_on_experts_beside_an_mlp_is_refused():
-    section = PeftSection(
-        method="lora", target_modules=(), target_parameters=("experts.gate_up_proj",)
-    )
-    with pytest.raises(UserError, match="target_parameters: the model has no parameters"):
-        find_targets(EXPERTS, section, strict=True)

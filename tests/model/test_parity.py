@@ -54,12 +54,13 @@ from jaxllm.sampling import Sampling, generate
 # Tested past every window and original length; test_logits_equal_transformers_over_2048_tokens
 # does so for the structures of the other families.
 GEMMA4 = [name for name in CASES if name.startswith("gemma4")]
+MAMBA = [name for name in CASES if name.startswith("granitemoehybrid")]
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
 LONGER += ["qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2", "qwen2_moe some dense", "glm4_moe"]
 LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_moe", "gpt_oss"]
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
-LONGER += ["qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", *GEMMA4]
+LONGER += ["qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ DECODED = ["mistral", "gemma2", "gemma3_text", "olmo2", "phi3", "smollm3", "mini
 DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "qwen3_moe"]
 DECODED += ["qwen2_moe some dense", "glm4_moe", "dots1", "ernie4_5_moe intervals, tied"]
 DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss", "qwen3_next"]
-DECODED += ["qwen3_5_text", "llama4_text", "lfm2", *GEMMA4]
+DECODED += ["qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -187,7 +188,7 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
-GREEDY += ["qwen3_next", "llama4_text", "gemma4_text"]
+GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -222,7 +223,10 @@ def ragged_batch() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {k: np.stack([r[k] for r in rows]) for k in rows[0]}, labels
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen2_moe some dense", *GEMMA4[1:]])
+BUFFERS = "correction_bias", "expert_bias", "layer_scalar"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:]])
 def test_loss_and_gradients_equal_transformers(pair, name):
     theirs, ours = pair(name)
     rows, labels = ragged_batch()
@@ -245,7 +249,7 @@ def test_loss_and_gradients_equal_transformers(pair, name):
     trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     gradients = as_saved(theirs, trained)
     seen = {t.name: t.read() for t in hf_tensors(nnx.merge(graph, grads))}
-    buffers = {name for name in seen if name.endswith(("correction_bias", "layer_scalar"))}
+    buffers = {name for name in seen if name.endswith(BUFFERS)}
     assert set(seen) - buffers == set(gradients)
     assert not any(seen[name].any() for name in buffers)
     unused = {n for n, g in gradients.items() if ".experts." in n and not g.any()}

@@ -22,6 +22,7 @@ from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.ops.quantized import Quantized
 from jaxllm.peft.combine import choose, folded_layer, merged
 from jaxllm.peft.files import make_adapter
+from jaxllm.peft.targets import UNCONVERTED
 from jaxllm.sampling import Sampling, generate
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2"]
@@ -40,6 +41,14 @@ PARAMETERS = {
         target_parameters=["experts.gate_up_proj", "experts.down_proj", "router.weight"],
         use_rslora=True,
     ),
+    "experts, gate, dense MLPs, convolutions": dict(
+        target_modules=["in_proj", "w2"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj", "gate.weight"],
+    ),
+    "experts, router as a module, q": dict(
+        target_modules=["q_proj", "router.proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    ),
     "gate and up alone": dict(target_modules=[], target_parameters=["experts.gate_up_proj"]),
     "patterns": dict(
         target_modules=[],
@@ -49,8 +58,13 @@ PARAMETERS = {
     ),
 }
 FUSED_TOO = ("experts, router, q", "gate and up alone")  # of families fused in checkpoints
-CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in FUSED_TOO]
+CONVOLVED = "experts, gate, dense MLPs, convolutions"
+ROUTED = "experts, router as a module, q"
+OTHERS = (*FUSED_TOO, CONVOLVED, ROUTED)
+CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in OTHERS]
+CASES += [("lfm2_moe", CONVOLVED), ("lfm2_moe", "all-linear"), ("gemma4_text experts", ROUTED)]
 CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for name in FUSED_TOO]
+CASES += [("granitemoehybrid", "experts, router, q")]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
 CASES += [(name, "experts and router") for name in STACKS] + [("hunyuan_v1_moe", "all-linear")]
@@ -70,7 +84,9 @@ def test_adapters_of_fused_parameters_round_trip_with_peft(tmp_path, family, nam
     assert theirs.keys() == saved.keys()
     for key, value in theirs.items():
         np.testing.assert_array_equal(saved[key], value)
-    assert any(".experts." in key for key in theirs) or family == "qwen2_moe"
+    assert any(".experts." in key for key in theirs) or (
+        family in UNCONVERTED and name == "all-linear"
+    )
     assert ours.peft.count(ours) == sum(value.size for value in theirs.values())
 
 

@@ -120,10 +120,11 @@ def test_lora_and_its_options_round_trip_with_peft(tmp_path, options):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_lora_of_convolutions_round_trips_with_peft(tmp_path):
-    """in_proj is one module, of which three parts have one A."""
-    config = peft.LoraConfig(r=4, target_modules=["in_proj", "out_proj", "w1"], use_rslora=True)
-    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, "lfm2"), config)
+@pytest.mark.parametrize(("name", "mlp"), [("lfm2", "w1"), ("granitemoehybrid", "input_linear")])
+def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
+    """in_proj is one module, of which three or five parts have one A."""
+    config = peft.LoraConfig(r=4, target_modules=["in_proj", "out_proj", mlp], use_rslora=True)
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
     for got in (here, back, logits_of(merged(ours), some_tokens())):
         np.testing.assert_allclose(got, want, atol=1e-4)
 

@@ -2,6 +2,7 @@
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
     table      the families
+    names      HF names of modules of some of them
     options    ModelConfig fields that a family sets, and the HF keys they are kept under
     rope       RoPE of a config
     layers     the kinds of layers
@@ -27,6 +28,7 @@ from jaxllm.model.config import (
     Experts,
     Latent,
     LayerEmbeds,
+    Mamba,
     ModelConfig,
     check_numbers,
 )
@@ -51,6 +53,7 @@ GROUPS = {
     "latent": Latent,
     "delta": Delta,
     "conv": Convolution,
+    "mamba": Mamba,
     "layer_embeds": LayerEmbeds,
 }
 MTP_COUNT = "num_nextn_predict_layers"
@@ -86,6 +89,16 @@ def _lacking(kind: Any) -> str:
     return f": it needs {feature}, which this decoder lacks" if feature else ""
 
 
+def _floats(value: Any) -> Any:
+    """A copy of a value of a config, with the numbers that JSON lacks in place of what transformers
+    5 writes for them, as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if [*value] == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else copy.copy(value)
+
+
 def normalised(config: dict[str, Any]) -> dict[str, Any]:
     """The config in transformers' newest spelling with every default filled in; a new dict.
 
@@ -98,7 +111,7 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     family = _family(config)
     if config.get("quantization_config"):
         raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
-    keep = copy.deepcopy(config)  # transformers writes into nested dicts
+    keep = _floats(config)  # a copy: transformers writes into nested dicts
     keep.pop(WRAPPER, None)
     kind = keep.pop("model_type")
     keep |= {key: renamed(keep[key]) for key in ("rope_scaling", "rope_parameters") if key in keep}
@@ -181,6 +194,10 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         raise UserError(
             f"linear_num_value_heads {delta.value_heads} is no multiple of "
             f"linear_num_key_heads {delta.key_heads}"
+        )
+    if (mamba := cfg.mamba) is not None and mamba.heads % mamba.groups:
+        raise UserError(
+            f"{mamba.heads} heads of state spaces are no multiple of {mamba.groups} groups"
         )
     if (experts := cfg.experts) is not None and experts.top_k > experts.count:
         raise UserError(

@@ -10,12 +10,16 @@ from jaxllm.model.config import LayerKind, ModelConfig
 from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
 from jaxllm.model.families.table import FAMILIES, Family
 
-MIXERS = {"delta": "linear_attention", "conv": "conv"}  # their names in `layer_types`
+# Their names in `layer_types`.
+MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
 # Family.window -> the name there of layers with a window, and the key of its length
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
 }
+POSITIONS = "position_embedding_type"
+# Family.dense -> the key of how many layers come before those with experts
+FIRST = {"first": "first_k_dense_replace", "leading": "num_dense_layers"}
 
 
 def read_layers(c: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +39,8 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     rotated = [True] * count
     if family.nope == "listed":
         rotated = c["no_rope_layers"][:count]
+    elif family.nope == "all":
+        rotated = [c[POSITIONS] == "rope"] * count
     elif family.nope == "full" and window is not None:
         rotated = [kind == local for kind in types]
     if not all(rotated):
@@ -59,8 +65,8 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
 def _read_dense(c: dict[str, Any]) -> list[bool]:
     """True for each layer with an MLP in place of experts."""
     family, layers = FAMILIES[c["model_type"]], range(c["num_hidden_layers"])
-    if family.dense == "first":
-        return [i < c["first_k_dense_replace"] for i in layers]
+    if family.dense in FIRST:
+        return [i < c[FIRST[family.dense]] for i in layers]
     if family.dense == "steps":
         step, listed = c["decoder_sparse_step"], c["mlp_only_layers"] or ()
         return [i in listed or (i + 1) % step > 0 for i in layers]
@@ -76,8 +82,8 @@ def _read_dense(c: dict[str, Any]) -> list[bool]:
 
 def _write_dense(family: Family, dense: list[bool]) -> dict[str, Any]:
     sparse = [i for i, one in enumerate(dense) if not one]
-    if family.dense == "first":
-        return {"first_k_dense_replace": sparse[0] if sparse else len(dense)}
+    if family.dense in FIRST:
+        return {FIRST[family.dense]: sparse[0] if sparse else len(dense)}
     if family.dense == "steps":
         listed = [i for i, one in enumerate(dense) if one]
         return {"mlp_only_layers": listed, "decoder_sparse_step": 1}
@@ -161,6 +167,8 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     config |= _write_dense(family, [kind.dense for kind in layers])
     if family.nope == "listed":
         config["no_rope_layers"] = [*map(int, rotated)]
+    if family.nope == "all":
+        config[POSITIONS] = "rope" if rotated[0] else None
     if family.scaled_nope:
         config |= write_nope(cfg.ropes[-1])
     if family.shapes_by_layer:

@@ -48,9 +48,9 @@ class Option:
         return value, *(config.get(key) for key in self.beside.split())
 
 
-def _activation_under(key: str) -> Option:
+def _activation_under(key: str, field: str = "activation") -> Option:
     back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-    return Option("activation", key, _activation, back.__getitem__)
+    return Option(field, key, _activation, back.__getitem__)
 
 
 def same_for_all_layers(value: Any) -> Any:
@@ -121,10 +121,13 @@ GEMMA2 = (
     ),
     _softcap("logit_softcap", "final_logit_softcapping"),
 )
-GEMMA4 = (
+GEMMA4_DENSE = (
     *GEMMA,
     _activation_under("hidden_activation"),
     _softcap("logit_softcap", "final_logit_softcapping"),
+)
+GEMMA4 = (
+    *GEMMA4_DENSE,
     Option(
         "layer_embeds.size",
         "hidden_size_per_layer_input",
@@ -181,6 +184,40 @@ DELTA = (
 )
 
 
+def _unlimited(taps: int, limit: Any) -> int:
+    if limit is not None and [*limit] != [0, math.inf]:
+        raise UserError(
+            f"time_step_limit is {seen(limit)}: transformers ignores it while decoding; only "
+            "[0, Infinity] is supported"
+        )
+    return taps
+
+
+MAMBA = (
+    Option(
+        "mamba",
+        "mamba_expand",
+        lambda *_: None,
+        lambda group, size: group.heads * group.head_dim // size,
+        beside="hidden_size",
+    ),
+    Option("mamba.heads", "mamba_n_heads"),
+    Option("mamba.head_dim", "mamba_d_head"),
+    Option("mamba.groups", "mamba_n_groups"),
+    Option("mamba.state", "mamba_d_state"),
+    Option(
+        "mamba.taps",
+        "mamba_d_conv",
+        _unlimited,
+        lambda taps, _: taps,
+        beside="time_step_limit",
+    ),
+    Option("mamba.conv_bias", "mamba_conv_bias", bool),
+    Option("mamba.bias", "mamba_proj_bias", bool),
+    _activation_under("hidden_act", "mamba.activation"),
+)
+
+
 def _adjusted(size: int, adjusts: bool, factor: float | None, multiple: int) -> int:
     """The hidden features of LFM2's MLPs, rounded up to a multiple."""
     if not adjusts:
@@ -189,10 +226,13 @@ def _adjusted(size: int, adjusts: bool, factor: float | None, multiple: int) -> 
     return size if factor is None else -(-int(factor * size) // multiple) * multiple
 
 
-LFM2 = (
+SHORT_CONV = (
     Option("norm_eps", "norm_eps"),
     Option("conv.taps", "conv_L_cache"),
     Option("conv.bias", "conv_bias"),
+)
+LFM2 = (
+    *SHORT_CONV,
     Option(
         "intermediate_size",
         "intermediate_size",
@@ -277,10 +317,36 @@ DEEPSEEK_V2_EXPERTS = (
     Option("experts.top_groups", "topk_group", _if_grouped, lambda n, _: n, beside="topk_method"),
     Option("experts.scale", "routed_scaling_factor"),
 )
+LFM2_MOE = (
+    *SHORT_CONV,
+    *experts("num_experts"),
+    RENORMALISED,
+    Option("experts.has_bias", "use_expert_bias", bool),
+    Option("experts.scale", "routed_scaling_factor"),
+)
 LLAMA4_EXPERTS = (
     *experts("num_local_experts", "intermediate_size"),
     Option("experts.shared_size", "intermediate_size"),
     Option("intermediate_size", "intermediate_size_mlp"),
+)
+GRANITE_EXPERTS = (
+    Option("intermediate_size", "shared_intermediate_size"),
+    Option("experts.count", "num_local_experts", lambda n: n or None, lambda n: n or 0),
+    Option("experts.top_k", "num_experts_per_tok", write=lambda n: n or 0),
+    Option(
+        "experts.size",
+        "intermediate_size",
+        lambda size, _: size,
+        lambda size, shared: size or shared,
+        beside="shared_intermediate_size",
+    ),
+    Option(
+        "experts.shared_size",
+        "shared_intermediate_size",
+        lambda size, _: size,
+        lambda _, size: size,
+        beside="shared_intermediate_size",
+    ),
 )
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)
 QWEN_SHARED = Option("experts.shared_size", "shared_expert_intermediate_size")

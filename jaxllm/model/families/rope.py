@@ -130,13 +130,21 @@ def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
 OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
 
+# Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
+NEW_SPELLING = ("mellum", "gemma4_text", "gemma4_unified_text")
+
+
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that
     transformers 4 reads. It would use its own defaults for missing keys."""
     family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
-    if c["model_type"] in ("mellum", "gemma4_text"):  # which transformers reads in no other
+    if c["model_type"] in (
+        "mellum",
+        "gemma4_text",
+        "gemma4_unified_text",
+    ):  # which transformers reads in no other
         return {"rope_parameters": nested}
     p = nested["full_attention"]
     keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}

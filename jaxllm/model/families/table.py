@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxllm.model.families import names
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     ATTENTION_SOFTCAP,
@@ -18,11 +19,15 @@ from jaxllm.model.families.options import (
     GEMMA,
     GEMMA2,
     GEMMA4,
+    GEMMA4_DENSE,
     GRANITE,
+    GRANITE_EXPERTS,
     INTERLEAVED,
     LATENT,
     LFM2,
+    LFM2_MOE,
     LLAMA4_EXPERTS,
+    MAMBA,
     MINICPM3,
     MLP_BIAS,
     QWEN_EXPERTS,
@@ -50,14 +55,15 @@ class Family:
     window: which layers have `sliding_window`: none, all, or those that `layer_types` names
       ("typed"); or those with "chunked_attention" there, and `attention_chunk_size`. switched: only
       if `use_sliding_window` says so too.
-    mixer: of the layers without attention, which `layer_types` names: a delta net
-      ("linear_attention") or a short convolution ("conv").
+    mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
+      ("linear_attention"), or a short convolution ("conv").
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
-      those that `decoder_sparse_step` and `mlp_only_layers` leave out ("steps"), those outside
-      `moe_layer_interval` ("interval"), those that `mlp_layer_types` names ("typed"), or those that
-      `moe_layers` does not list ("unlisted").
-    nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, or those
-      that see all keys while others have a window ("full").
+      the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and
+      `mlp_only_layers` leave out ("steps"), those outside `moe_layer_interval` ("interval"), those
+      that `mlp_layer_types` names ("typed"), or those that `moe_layers` does not list ("unlisted").
+    nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, those
+      that see all keys while others have a window ("full"), or all unless
+      `position_embedding_type` is "rope".
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
@@ -82,9 +88,9 @@ class Family:
     options: tuple[Option, ...] = ()
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
-    mixer: Literal["", "delta", "conv"] = ""
-    dense: Literal["none", "first", "steps", "interval", "typed", "unlisted"] = "none"
-    nope: Literal["none", "listed", "full"] = "none"
+    mixer: Literal["", "delta", "conv", "mamba"] = ""
+    dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
+    nope: Literal["none", "listed", "full", "all"] = "none"
     rope_by_type: bool = False
     shapes_by_layer: bool = False
     partial_rope: bool = False
@@ -98,30 +104,28 @@ class Family:
     scores_as: str | None = ""
 
     def every_option(self) -> tuple[Option, ...]:
-        """The options of the family, and the shared ones that it does not replace."""
-        own = {option.field for option in self.options}
+        """The options of the family, and the shared ones of fields that it does not set itself."""
+        own = {option.field for option in self.options} | self.fixed.keys()
         return tuple(o for o in SHARED if o.field not in own) + self.options
 
 
 _CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
 _NO_TYPES = {"layer_types": "transformers ignores it for this model_type; set it to null"}
-_MIXTRAL = {
-    "mlp.router": "block_sparse_moe.gate",
-    "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
-    "mlp.gate": "block_sparse_moe.experts.{expert}.w1",
-    "mlp.up": "block_sparse_moe.experts.{expert}.w3",
-    "mlp.down": "block_sparse_moe.experts.{expert}.w2",
+_GEMMA4 = {
+    "norm_placement": "sandwich",
+    "qk_norm": "head",
+    "value_norm": True,
+    "query_scale": 1.0,
+    "layer_scale": True,
 }
-_DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
-    f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
-}
-_HUNYUAN = {
-    "attn.q_norm": "self_attn.query_layernorm",
-    "attn.k_norm": "self_attn.key_layernorm",
-    "mlp.router": "mlp.gate.wg",
-} | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
-_GEMMA4 = {"mlp.router": "router.proj", "mlp.experts": "experts"} | {
-    f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")
+_GEMMA4_LAYERS: dict[str, Any] = {
+    "window": "typed",
+    "rope_by_type": True,
+    "shapes_by_layer": True,
+    "fused": ("expert_rows",),
+    "modules": {"mlp.router": "router.proj", "mlp.experts": "experts"}
+    | {f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "scores_as": None,
 }
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
@@ -148,24 +152,8 @@ FAMILIES: dict[str, Family] = {
         refused=_CAUSAL
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
     ),
-    "gemma4_text": Family(
-        "Gemma4",
-        {
-            "norm_placement": "sandwich",
-            "qk_norm": "head",
-            "value_norm": True,
-            "query_scale": 1.0,
-            "layer_scale": True,
-            "experts.branch": True,
-        },
-        GEMMA4,
-        window="typed",
-        rope_by_type=True,
-        shapes_by_layer=True,
-        fused=("expert_rows",),
-        modules=_GEMMA4,
-        scores_as=None,
-    ),
+    "gemma4_text": Family("Gemma4", _GEMMA4 | {"experts.branch": True}, GEMMA4, **_GEMMA4_LAYERS),
+    "gemma4_unified_text": Family("Gemma4Unified", _GEMMA4, GEMMA4_DENSE, **_GEMMA4_LAYERS),
     "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
     "olmo3": Family(
         "Olmo3",
@@ -245,7 +233,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.renormalised": False, "rope_pairs": "neighbours"},
         (*LATENT, *DEEPSEEK_V2_EXPERTS, *MLP_BIAS),
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         refused={"norm_topk_prob": "transformers ignores it for deepseek_v2; set it to false"},
     ),
     "deepseek_v3": Family(
@@ -253,7 +241,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
     ),
     "glm4_moe_lite": Family(
@@ -261,7 +249,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="typed",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
         scores_as=None,
     ),
@@ -269,7 +257,7 @@ FAMILIES: dict[str, Family] = {
         "Mixtral",
         options=experts("num_local_experts", "intermediate_size"),
         window="all",
-        modules=_MIXTRAL,
+        modules=names.MIXTRAL,
     ),
     "qwen2_moe": Family(
         "Qwen2Moe",
@@ -312,7 +300,7 @@ FAMILIES: dict[str, Family] = {
         ),
         dense="first",
         partial_rope=True,
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         mtp="layers",
         scores_as=None,
     ),
@@ -322,7 +310,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_EXPERTS + ATTENTION_BIAS,
         window="typed",
         dense="first",
-        modules=_DEEPSEEK,
+        modules=names.DEEPSEEK,
         scores_as=None,
     ),
     "ernie4_5_moe": Family(
@@ -330,7 +318,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.has_bias": True, "rope_pairs": "neighbours"},
         (*experts("moe_num_experts"), shared_experts("moe_num_shared_experts")),
         dense="interval",
-        modules=_DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
+        modules=names.DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
         mtp="model.mtp_",
         refused={"use_bias": "a head with a bias is not supported"},
         scores_as=None,
@@ -349,7 +337,7 @@ FAMILIES: dict[str, Family] = {
         {"qk_norm": "rotated"},
         ATTENTION_BIAS,
         static_ntk=True,
-        modules=_HUNYUAN,
+        modules=names.HUNYUAN,
     ),
     "hunyuan_v1_moe": Family(
         "HunYuanMoEV1",
@@ -362,14 +350,14 @@ FAMILIES: dict[str, Family] = {
             *ATTENTION_BIAS,
         ),
         static_ntk=True,
-        modules=_HUNYUAN,
+        modules=names.HUNYUAN,
     ),
     "minimax_m2": Family(
         "MiniMaxM2",
         {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
         experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
-        modules=_MIXTRAL,
+        modules=names.MIXTRAL,
         scores_as=None,
     ),
     "llama4_text": Family(
@@ -405,22 +393,29 @@ FAMILIES: dict[str, Family] = {
         modules={"mlp.router": "mlp.router"},
     ),
     "lfm2": Family(
-        "Lfm2",
-        {"qk_norm": "head"},
-        LFM2,
-        mixer="conv",
-        modules={
-            "mlp": "feed_forward",
-            "mlp.gate": "feed_forward.w1",
-            "mlp.up": "feed_forward.w3",
-            "mlp.down": "feed_forward.w2",
-            "attn.o": "self_attn.out_proj",
-            "attn.q_norm": "self_attn.q_layernorm",
-            "attn.k_norm": "self_attn.k_layernorm",
-            "attn_norm": "operator_norm",
-            "mlp_norm": "ffn_norm",
-            "norm": "embedding_norm",
+        "Lfm2", {"qk_norm": "head"}, LFM2, mixer="conv", modules=names.LFM2, scores_as=None
+    ),
+    "lfm2_moe": Family(
+        "Lfm2Moe",
+        {
+            "qk_norm": "head",
+            "activation": "silu",
+            "experts.score": "sigmoid",
+            "experts.sum_eps": 1e-6,
         },
+        LFM2_MOE,
+        mixer="conv",
+        dense="leading",
+        modules=names.LFM2_MOE,
+        scores_as=None,
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybrid",
+        options=(*ATTENTION_BIAS, *GRANITE, *GRANITE_EXPERTS, *MAMBA),
+        mixer="mamba",
+        nope="all",
+        fused=("gate_up", "expert_rows"),
+        modules=names.GRANITE_HYBRID,
         scores_as=None,
     ),
     "qwen3_next": Family(
@@ -464,11 +459,10 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
-    "state-space layers": (
-        *("mamba", "mamba2", "nemotron_h", "granitemoehybrid", "bamba", "jamba", "falcon_h1"),
+    "state-space layers of another form": (
+        *("mamba", "mamba2", "nemotron_h", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
-    "short convolutions with experts": ("lfm2_moe",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }

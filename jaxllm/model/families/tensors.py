@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from jaxllm.model.config import Delta, LayerKind, ModelConfig
+from jaxllm.model.config import Delta, LayerKind, Mamba, ModelConfig
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
 
@@ -118,18 +118,25 @@ def key_table(cfg: ModelConfig) -> list[Key]:
 
 def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
     """`key_table` of a checkpoint with tensors of these names. Experts that we write one by one may
-    be fused in it, [expert, out, in], as in the modules of transformers 5."""
+    be fused in it, [expert, out, in], as in the modules of transformers 5; and those that we write
+    fused may be modules, as in quantized checkpoints of llama4."""
+    experts = cfg.experts
+    if experts is None:
+        return key_table(cfg)
+    F, mlp = experts.size, FAMILIES[cfg.family].modules.get("mlp", "mlp")
 
     def stored(key: Key) -> Key:
-        if "{expert}" not in key.name or cfg.experts is None:
+        if not re.fullmatch(r"[^.]+\.mlp\.(gate|up|down)\.kernel", key.path):
             return key
         _, _, matrix, _ = key.path.split(".")
-        F, tensor = cfg.experts.size, "down_proj" if matrix == "down" else "gate_up_proj"
-        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.mlp.experts.{tensor}", key.name)
+        tensor = "down_proj" if matrix == "down" else "gate_up_proj"
+        one_by_one = "{expert}" in key.name
+        end = tensor if one_by_one else f"{{expert}}.{matrix}_proj.weight"
+        name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.{mlp}.experts.{end}", key.name)
         if not any(one in names for one in tensor_names(cfg, name)):
             return key
-        parts = {"gate": range(F), "up": range(F, 2 * F)}
-        return replace(key, name=name, part=parts.get(matrix))
+        parts = {"gate": range(F), "up": range(F, 2 * F)} if one_by_one else {}
+        return replace(key, name=name, transpose=True, part=parts.get(matrix), either=False)
 
     return list(map(stored, key_table(cfg)))
 
@@ -187,16 +194,21 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
     elif {"expert_halves", "expert_halves_turned", "expert_rows"} & {*fused}:
         columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
     for part in ("gate", "up", "down") if not columns else ():
-        linear(f"mlp.{part}", f"{mlp}.experts.{{expert}}.{part}_proj", False)
+        name = family.modules.get(f"mlp.experts.{part}", f"{mlp}.experts.{{expert}}.{part}_proj")
+        keys.append(Key(f"{stack}.mlp.{part}.kernel", f"{layer}{name}.weight", True))
     for part, outputs in columns.items():  # [experts, in, out]
-        name = layer + family.modules.get("mlp.experts", f"{mlp}.experts")
-        name += ".gate_up_proj" if outputs else ".down_proj"
+        matrix = "gate_up" if outputs else "down"
+        name = f"{family.modules.get('mlp.experts', f'{mlp}.experts')}.{matrix}_proj"
+        name = layer + family.modules.get(f"mlp.experts.{matrix}", name)
         either, rows = "expert_halves_turned" in fused, "expert_rows" in fused
         keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
         if experts.bias:
             keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
-    for part in ("gate", "up", "down") if experts.shared_size else ():
-        linear(f"mlp.shared.{part}", f"{mlp}.shared_expert.{part}_proj", cfg.mlp_bias)
+    S = experts.shared_size
+    halves = {"gate": range(S), "up": range(S, 2 * S)} if "gate_up" in fused else {}
+    for part in ("gate", "up", "down") if S else ():
+        name = f"{mlp}.shared_expert.{part}_proj"
+        linear(f"mlp.shared.{part}", name, cfg.mlp_bias, halves.get(part))
     if experts.shared_gate:
         linear("mlp.shared_gate", f"{mlp}.shared_expert_gate", False)
     for ours, name in BRANCH.items() if experts.branch else ():
@@ -215,6 +227,25 @@ def _conv_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
         if cfg.conv.bias:
             keys.append(Key(f"{path}{ours}.bias", f"{name}{module}.bias", False, part))
     return keys + ([Key(f"{path}conv_bias", f"{name}conv.bias")] if cfg.conv.bias else [])
+
+
+def _mamba_keys(mamba: Mamba, path: str, name: str) -> list[Key]:
+    """The weights of a stack of state-space mixers."""
+    keys, start = list[Key](), 0
+    modules: dict[str, Any] = {"o": ("out_proj", None)}
+    for part, width in mamba.widths.items():
+        modules[part] = "in_proj", range(start, start + width)
+        start += width
+    for part, (module, outputs) in modules.items():
+        keys.append(Key(f"{path}{part}.kernel", f"{name}{module}.weight", True, outputs))
+        if mamba.bias:
+            keys.append(Key(f"{path}{part}.bias", f"{name}{module}.bias", False, outputs))
+    keys.append(Key(f"{path}conv", f"{name}conv1d.weight", unit=1))
+    if mamba.conv_bias:
+        keys.append(Key(f"{path}conv_bias", f"{name}conv1d.bias"))
+    exact = {"a_log": "A_log", "dt_bias": "dt_bias", "skip": "D"}
+    keys += [Key(f"{path}{ours}", name + theirs, exact=True) for ours, theirs in exact.items()]
+    return [*keys, Key(f"{path}scale", f"{name}norm.weight")]
 
 
 def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
@@ -275,6 +306,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
     attends = kind.mixer == "attention"
     if kind.mixer == "conv":
         keys += _conv_keys(cfg, f"{stack}.attn.", f"{layer}conv.")
+    elif cfg.mamba is not None and not attends:
+        keys += _mamba_keys(cfg.mamba, f"{stack}.attn.", f"{layer}mamba.")
     elif cfg.delta is not None and not attends:
         keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
     elif cfg.latent is not None:

@@ -58,12 +58,7 @@ WRAPPERS = {
         refused={"final_logit_softcapping": "transformers ignores it for gemma3; set it to null"},
     ),
     "gemma4": Wrapper({"gemma4_text": "gemma4_text"}),
-    "gemma4_unified": Wrapper(
-        {"gemma4_unified_text": "gemma4_text"},
-        implied={"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": None}
-        | dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size"))
-        | {"enable_moe_block": False},
-    ),
+    "gemma4_unified": Wrapper({"gemma4_unified_text": "gemma4_unified_text"}),
     "mistral3": Wrapper({"mistral": "mistral", "ministral3": "ministral3"}, _LLAVA),
     # Rotary positions of text are the same along all three axes of "mrope": those of plain RoPE.
     "qwen2_vl": Wrapper({"qwen2_vl_text": "qwen2"}, _QWEN, flat=True),

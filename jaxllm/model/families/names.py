@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF names of modules, within a layer, that several families share or that are named by no rule:
+values of `Family.modules`."""
+
+MIXTRAL = {
+    "mlp.router": "block_sparse_moe.gate",
+    "mlp.choice_bias": "block_sparse_moe.e_score_correction_bias",
+    "mlp.experts.gate": "block_sparse_moe.experts.{expert}.w1",
+    "mlp.experts.up": "block_sparse_moe.experts.{expert}.w3",
+    "mlp.experts.down": "block_sparse_moe.experts.{expert}.w2",
+}
+DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
+    f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
+}
+HUNYUAN = {
+    "attn.q_norm": "self_attn.query_layernorm",
+    "attn.k_norm": "self_attn.key_layernorm",
+    "mlp.router": "mlp.gate.wg",
+} | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
+LFM2 = {
+    "mlp": "feed_forward",
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+    "attn.o": "self_attn.out_proj",
+    "attn.q_norm": "self_attn.q_layernorm",
+    "attn.k_norm": "self_attn.k_layernorm",
+    "attn_norm": "operator_norm",
+    "mlp_norm": "ffn_norm",
+    "norm": "embedding_norm",
+}
+LFM2_MOE = LFM2 | {
+    "mlp.choice_bias": "feed_forward.expert_bias",
+    "mlp.experts.gate": "feed_forward.experts.{expert}.w1",
+    "mlp.experts.up": "feed_forward.experts.{expert}.w3",
+    "mlp.experts.down": "feed_forward.experts.{expert}.w2",
+}
+GRANITE_HYBRID = {
+    f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
+    for mlp in ("mlp", "mlp.shared")
+    for part in ("gate", "up", "down")
+} | {
+    "mlp": "block_sparse_moe",
+    "mlp.router": "block_sparse_moe.router.layer",
+    "mlp.experts.gate_up": "block_sparse_moe.input_linear.weight",
+    "mlp.experts.down": "block_sparse_moe.output_linear.weight",
+}
