@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import xxhash
 
@@ -288,6 +289,19 @@ class Checkpoints:
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)
         return self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
+    def arrays(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, array on the host) of all arrays in the state of `step`, one after another, so
+        that memory holds one. Raises UserError if there is no such step, or if it is broken."""
+        self.check(step)
+        tree = self.manager.item_metadata(step)["state"].tree
+        leaves, structure = jax.tree.flatten(tree)
+        options = structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray) for _ in leaves])
+        for place, name in enumerate(_by_name(tree)):
+            wanted = [x if i == place else ocp.PLACEHOLDER for i, x in enumerate(leaves)]
+            item = ocp.args.PyTreeRestore(structure.unflatten(wanted), restore_args=options)
+            found = self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+            yield name, jax.tree.leaves(found)[place]
+
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         record = self.manager.restore(step, args=args)["meta"]
@@ -298,7 +312,7 @@ class Checkpoints:
     def _is_valid(self, step: int) -> bool:
         """True if the files of `step` are unchanged; otherwise says so once."""
         if step not in self._problems:
-            problems = dist.everyone(_problem(self.directory / str(step)))
+            problems = dist.everyone(damage(self.directory / str(step)))
             self._problems[step] = problem = next(filter(None, problems), "")
             if problem and dist.is_main():
                 print(f"jaxllm: checkpoint {step} is broken, skipped: {problem}", file=sys.stderr)
@@ -335,7 +349,7 @@ def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
     return ""
 
 
-def _problem(folder: Path) -> str:
+def damage(folder: Path) -> str:
     """Why a checkpoint is broken, one line, or "". Each process looks at its share of the files."""
     try:
         if (folder / AMENDED).is_file():

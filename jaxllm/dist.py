@@ -43,7 +43,7 @@ def start(section: ClusterSection) -> None:
     """
     if jax.distributed.is_initialized():
         return
-    address, processes, index, local_devices = _place(section)
+    address, processes, index, local_devices = place(section)
     if processes <= 1:
         return
     meet(address, processes, index, section.timeout)
@@ -62,7 +62,7 @@ def start(section: ClusterSection) -> None:
     )
 
 
-def _place(section: ClusterSection) -> tuple[str, int, int, Any]:
+def place(section: ClusterSection) -> tuple[str, int, int, Any]:
     """(the coordinator's address, number of processes, index of this one, ids of its devices or
     None for all)."""
     given = (section.coordinator, section.processes, section.process)

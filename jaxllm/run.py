@@ -110,13 +110,13 @@ class RunFolder:
         self.cfg, self.path, self.origins = cfg, as_path(cfg.output_dir), origins
         check_bucket(self.path)
         if dist.is_main() and not is_bucket(self.path):
-            _read_config(self.path, cfg.overwrite)  # raises for a folder that is not a run's
+            read_config(self.path, cfg.overwrite)  # raises for a folder that is not a run's
             _check_writable(self.path)
             self._lock = Lock.of(self.path)
             for folder in (self.path, *self.path.glob("checkpoints/*")) if self._lock else ():
                 for left in unfinished(folder):  # by a run that was killed
                     left.unlink(missing_ok=True)
-        config = dist.agree(_read_config(self.path, cfg.overwrite) if dist.is_main() else None)
+        config = dist.agree(read_config(self.path, cfg.overwrite) if dist.is_main() else None)
         self.changed: dict[str, Any] = {}  # of the identity; see `latest`
         self.replaces = config is not None and cfg.overwrite  # `claim` deletes an old run
         if config is None:
@@ -279,7 +279,7 @@ def _hub_problem(cfg: TrainConfig) -> str | None:
     return None
 
 
-def _read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
+def read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
     """config.json of a run folder; None if no run has begun there. {} if the run has results and
     the file is gone, or is damaged and the run is to be replaced.
 

@@ -29,7 +29,7 @@ THIN = 8  # a gradient with this many times fewer outputs than inputs is compute
 
 
 @cache
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """False on an x86 processor without instructions for products of bfloat16 numbers."""
     file = Path("/proc/cpuinfo")
     flags = re.search(r"^flags\s*:(.*)", file.read_text(), re.MULTILINE) if file.is_file() else None
@@ -39,7 +39,7 @@ def _has_bfloat16() -> bool:
 def operand(x: jax.Array) -> jax.Array:
     """An operand of a product in the dtype that is fastest: float32 for bfloat16 on a processor
     without bfloat16 products. Products are accumulated in float32 in any case."""
-    widens = platform() == "cpu" and x.dtype == jnp.bfloat16 and not _has_bfloat16()
+    widens = platform() == "cpu" and x.dtype == jnp.bfloat16 and not has_bfloat16()
     return x.astype(jnp.float32) if widens else x
 
 
@@ -51,7 +51,7 @@ def transposed(x: jax.Array) -> jax.Array:
     only, because XLA does not shard an array with a pinned layout.
     """
     single_device = jax.sharding.get_abstract_mesh().size <= 1
-    if platform() == "cpu" and x.dtype == jnp.bfloat16 and single_device and _has_bfloat16():
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and single_device and has_bfloat16():
         return with_layout_constraint(x.T, Layout((0, 1)))
     return x.T
 

@@ -51,7 +51,8 @@ def read_run(
     began = min([*times[np.isfinite(times)][:1], *_times(starts)[:1], last])
     ended = log.ended(max(_times(starts), default=0.0))
     running = Lock.is_held(folder) if running is None else running
-    running = not ended and _is_recent(times, last) if running is None else running
+    recent = _is_recent(times, last)
+    running = not ended and recent if running is None else running
     steps = next((s["steps"] for s in reversed(starts) if "steps" in s), config.get("steps"))
     found = {
         "name": str(flat(config).get("log.run_name") or absolute(folder).name or run),
@@ -62,6 +63,7 @@ def read_run(
         "steps": number(steps),
         "began": began,
         "last": last,
+        "recent": recent,
         "seconds": _seconds(starts, last),
         "left": _left(rows, times, starts, steps) if running else None,
         "train": reduced(log.train, began, points),
@@ -179,7 +181,7 @@ def _is_recent(times: np.ndarray, last: float) -> bool:
     """True if the last line is not older than LATE, or three times the longest of the last 50
     pauses between lines."""
     pauses = np.diff(times[np.isfinite(times)][-50:])
-    return time.time() - last < max(LATE, 3 * float(pauses.max(initial=0.0)))
+    return bool(time.time() - last < max(LATE, 3 * float(pauses.max(initial=0.0))))
 
 
 def _start(start: dict[str, Any]) -> dict[str, Any]:

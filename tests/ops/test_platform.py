@@ -116,7 +116,7 @@ def bfloat16(monkeypatch):
     """Sets whether the CPU has bfloat16 products; functions are traced again."""
 
     def set_to(value):
-        monkeypatch.setattr(matmul, "_has_bfloat16", lambda: value)
+        monkeypatch.setattr(matmul, "has_bfloat16", lambda: value)
         jax.clear_caches()
 
     yield set_to
