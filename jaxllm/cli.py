@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm import __version__, config
+from jaxllm.arguments import Parser
+from jaxllm.arguments import integer as _integer
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
-from jaxllm.config.loading import find_objective, parse, read_args
+from jaxllm.config.loading import find_objective, read_args
 from jaxllm.data.inputs import check_inputs, check_options
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
@@ -78,43 +80,9 @@ def _say_end(cfg: TrainConfig, result: Any) -> int:
 # ---- other commands
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError."""
-
+class _Parser(Parser):
     def __init__(self, verb: str):
-        about = VERBS[verb.split()[0]][1]
-        about = f"{about[0].upper()}{about[1:]}."
-        super().__init__(prog=f"jaxllm {verb}", description=about, allow_abbrev=False)
-
-    def flag(self, name: str, about: str, **keys: Any) -> None:
-        default = "" if keys.get("default") in (None, []) else f" [{keys['default']}]"
-        self.add_argument(name, help=about + default, **keys)
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
-
-    def read(self, args: list[str]) -> argparse.Namespace:
-        """Parse the arguments. Raises UserError for a list given twice and for missing files."""
-        flags = [arg.partition("=")[0] for arg in args]
-        lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
-        for flag in lists:
-            if flags.count(flag) > 1:
-                raise UserError(f"{flag} is given twice; give all its values after one {flag}")
-        options = self.parse_args(args)
-        check_options(vars(options))
-        return options
-
-
-def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """Type of a flag: an integer from low to high."""
-
-    def number(text: str) -> int:
-        value = parse(text)
-        if type(value) is int and low <= value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"seen {text}; must be an integer from {low} to {high}")
-
-    return number
+        super().__init__(f"jaxllm {verb}", VERBS[verb.split()[0]][1])
 
 
 def _model_options(parser: _Parser, **use: Any) -> None:
@@ -432,6 +400,36 @@ def planning(verb: str, args: list[str]) -> None:
     print(run(cfg, options))
 
 
+def diagnosis(verb: str, args: list[str]) -> int:
+    from jaxllm.doctor import examine, flags
+
+    parser = _Parser(verb)
+    flags(parser, _integer)
+    options = parser.read(args)
+    return examine(options.run, options.limit)
+
+
+def proof_of_resume(verb: str, args: list[str]) -> int:
+    parser = _Parser(verb)
+    parser.usage = (
+        "jaxllm verify-resume [COMMAND] [CONFIG.yaml] [--after STEP] [--key value ...]\n\n"
+        "Trains a config twice in a temporary folder, once killed and resumed, and compares the\n"
+        "results bit for bit (status 1 if they differ). All arguments but the following belong to\n"
+        "the run; COMMAND (sft, dpo, ...) is needed if the config does not state its `objective`."
+    )
+    about = "the second run is killed after the checkpoint of this step; both have twice as many"
+    parser.flag("--after", about, type=_integer(1, 10**6), default=3, metavar="STEP")
+    stated = ["--objective", args.pop(0)] if args and args[0] in config.VERBS else []
+    path = args.pop(0) if args and not args[0].startswith("-") else None
+    options, words = parser.parse_known_args([*args, *stated])
+    cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
+    checks.check(cfg)  # before the import below, which takes seconds
+    check_inputs(cfg)
+    from jaxllm.verify_resume import verify_resume
+
+    return verify_resume(cfg, options.after)
+
+
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
@@ -447,6 +445,8 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
     "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
+    "doctor": (diagnosis, "examine this machine, and a run: each problem with its remedy"),
+    "verify-resume": (proof_of_resume, "train, kill and resume a config, and compare bit for bit"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }
 

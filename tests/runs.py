@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -104,14 +103,9 @@ def lines_of(run: Path, kind: str = "train") -> dict[int, dict]:
 
 def killed(args: list[str], run: Path) -> None:
     """Starts a run and kills it once its first checkpoint is there."""
-    process = subprocess.Popen(args, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if (run / "checkpoints" / "4").is_dir():
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    from jaxllm.verify_resume import killed as kill
+
+    kill(args, run, 4, ENV)
 
 
 def refused(capsys, args: list[str], *words: str) -> str:

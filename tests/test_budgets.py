@@ -48,11 +48,11 @@ FLOORS = (
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize", "saving", "timetable"),
-    ("training", "compare", "exports", "launch", "plan", "serve"),
-    ("plan_search",),
+    ("training", "compare", "exports", "launch", "plan", "serve", "verify_resume", "doctor"),
+    ("plan_search", "arguments"),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 33_370
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 34_728
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

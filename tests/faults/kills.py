@@ -37,9 +37,6 @@ SECONDS = 240  # a run takes a few
 SAVE, UNFINISHED, EXPORT = "checkpoints", ".orbax-checkpoint-tmp", ".final."
 STEPS, EVERY = 6, 2  # of a run, and between its saves
 MOMENTS = ("first save", "first save", "later save", "export", "export")
-# Values that two runs need not share.
-TIMES = {"rollout_seconds", "sampling_seconds", "step_seconds", "tokens_per_second", "memory_gib"}
-TIMES |= {"mfu", "time"}
 LORA = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "all-linear")
 SAMPLES = ("--log.samples", "def load(", "--log.sample_tokens", "8")
 EVAL = ("--data.eval", "{project}/eval.jsonl", "--eval_every", "3", *SAMPLES)
@@ -172,6 +169,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def numbers(file: Path) -> list[str]:
     """The lines of a JSONL file of a run without what two runs need not share."""
+    from jaxllm.verify_resume import TIMES
+
     found = []
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:

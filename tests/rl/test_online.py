@@ -42,6 +42,7 @@ from jaxllm.rl.online import Rollouts
 from jaxllm.rl.rewards import Completion, Reward, RewardModel, load_rewards
 from jaxllm.timetable import due
 from jaxllm.tokenizer import load_tokenizer
+from jaxllm.verify_resume import TIMES
 
 # ---- a rollout
 
@@ -399,8 +400,6 @@ def ends(prompts, completions, **_):
     import os
     os._exit(0)
 """
-TIMES = {"rollout_seconds", "sampling_seconds", "step_seconds", "tokens_per_second"}
-TIMES |= {"memory_gib", "mfu", "time"}
 
 
 @pytest.fixture(scope="module")
