@@ -320,24 +320,17 @@ def report(verb: str, args: list[str]) -> None:
 
 
 def comparison(verb: str, args: list[str]) -> int:
-    from jaxllm.compare import HELP, compare
+    from jaxllm.compare import compare
 
-    if {"-h", "--help"} & set(args):
-        print(HELP)
-        return DONE
     return compare(args)
 
 
 def launch(verb: str, args: list[str]) -> None:
-    from jaxllm.launch import PLACES, Launch
+    from jaxllm.launch import PLACES, USAGE, Launch
     from jaxllm.launch import launch as start
 
     parser = _Parser(verb)
-    parser.usage = (
-        "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n\n"
-        "All arguments but the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
-        "the config does not state its `objective`."
-    )
+    parser.usage = USAGE
     flag = parser.flag
     flag("--on", "where to run", required=True, choices=PLACES)
     flag("--nodes", "processes of the run, one per node; default: 1", type=_integer(1), metavar="N")
@@ -430,6 +423,12 @@ def proof_of_resume(verb: str, args: list[str]) -> int:
     return verify_resume(cfg, options.after)
 
 
+def parity(verb: str, args: list[str]) -> int:
+    from jaxllm.parity.command import run
+
+    return run(_Parser(verb), _integer, args)
+
+
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
@@ -442,6 +441,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
+    "parity": (parity, "compare a run of TRL with ours, step by step, and explain differences"),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
     "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),

@@ -32,7 +32,7 @@ from jaxllm.config import (
 )
 from jaxllm.config.checks import check_run, recorded_config, resolve
 from jaxllm.data.inputs import check_inputs
-from jaxllm.errors import STOPPED, UserError, nearest
+from jaxllm.errors import DONE, STOPPED, UserError, nearest
 from jaxllm.paths import local_path, write_text
 
 # Name of a method -> peft.method.
@@ -301,6 +301,9 @@ def compare(args: list[str]) -> int:
     once, and the one that was stopped resumes. Raises UserError for a user's mistake, nearly always
     before the first run.
     """
+    if {"-h", "--help"} & set(args):
+        print(HELP)
+        return DONE
     cfg, origins, methods = _read(args)
     _check(cfg, origins, methods)
     recorded = [recorded_config(_config_of(cfg, method)) for method in methods]

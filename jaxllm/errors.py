@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DIFFERENT = 1  # `jaxllm parity`: the losses differ
 STOPPED = 75  # the same command, started again, resumes
 
 

@@ -25,6 +25,11 @@ from jaxllm.paths import PACKAGES, hub_id
 
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
+USAGE = (
+    "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n\n"
+    "All arguments but the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
+    "the config does not state its `objective`."
+)
 CLIENTS = {  # and one of their options
     "slurm": "sbatch go into --options='--partition=gpu'",
     "gke": "kubectl go into --options='--namespace=team'",

@@ -48,11 +48,21 @@ FLOORS = (
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize", "saving", "timetable"),
-    ("training", "compare", "exports", "launch", "plan", "serve", "verify_resume", "doctor"),
+    (
+        "training",
+        "compare",
+        "exports",
+        "launch",
+        "plan",
+        "serve",
+        "verify_resume",
+        "doctor",
+        "parity",
+    ),
     ("plan_search", "arguments"),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 34_728
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 36_400
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",
@@ -62,6 +72,7 @@ DISTRIBUTION = {
 # Imported by the function that needs it alone, when a user asks for it.
 EXTRAS = {"wandb", "tensorboardX", "swanlab", "trackio", "mlflow", "tensorflow_datasets"}
 EXTRAS |= {"starlette", "uvicorn"}  # of `jaxllm serve`
+EXTRAS |= {"torch", "trl", "peft"}  # of `jaxllm parity`
 
 
 def tree(path: Path) -> ast.Module:

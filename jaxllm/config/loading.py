@@ -188,9 +188,10 @@ def find_objective(path: str | None, flags: Sequence[Given], default: Any = None
 
 
 def load_config(
-    objective: str, path: str | None = None, args: Sequence[str] = ()
+    objective: str, path: str | Sequence[Given] | None = None, args: Sequence[str] = ()
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Load a config from a YAML file and command-line arguments, with HF names in both.
+    """Load a config from a YAML file (or its keys) and command-line arguments, with HF names in
+    both.
 
     Precedence: arguments over the file over defaults. A DeepSpeed file sets keys that neither
     gives and must not contradict them. Flags and DeepSpeed keys that have no effect here are listed
@@ -204,7 +205,7 @@ def load_config(
     ignored: list[str] = []
     notes: list[str] = []
     errors: list[UserError] = []
-    file = read_yaml(path) if path else []
+    file = read_yaml(path) if isinstance(path, str) else [*(path or ())]
     layers = [file, [_parsed(flag) for flag in read_args(args)]]
     layers = [[one for one in layer if aliases.is_given(one)] for layer in layers]
     names = {one.name: one for layer in layers for one in layer}
