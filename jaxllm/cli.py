@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm import __version__, config
+from jaxllm.arguments import Parser, integer
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
-from jaxllm.config.loading import find_objective, parse, read_args
+from jaxllm.config.loading import find_objective, read_args
 from jaxllm.data.inputs import check_inputs, check_options
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
@@ -78,43 +79,11 @@ def _say_end(cfg: TrainConfig, result: Any) -> int:
 # ---- other commands
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argparse parser that raises UserError."""
+class _Parser(Parser):
+    """The parser of a command's arguments, with the about of VERBS."""
 
     def __init__(self, verb: str):
-        about = VERBS[verb.split()[0]][1]
-        about = f"{about[0].upper()}{about[1:]}."
-        super().__init__(prog=f"jaxllm {verb}", description=about, allow_abbrev=False)
-
-    def flag(self, name: str, about: str, **keys: Any) -> None:
-        default = "" if keys.get("default") in (None, []) else f" [{keys['default']}]"
-        self.add_argument(name, help=about + default, **keys)
-
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
-
-    def read(self, args: list[str]) -> argparse.Namespace:
-        """Parse the arguments. Raises UserError for a list given twice and for missing files."""
-        flags = [arg.partition("=")[0] for arg in args]
-        lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
-        for flag in lists:
-            if flags.count(flag) > 1:
-                raise UserError(f"{flag} is given twice; give all its values after one {flag}")
-        options = self.parse_args(args)
-        check_options(vars(options))
-        return options
-
-
-def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """Type of a flag: an integer from low to high."""
-
-    def number(text: str) -> int:
-        value = parse(text)
-        if type(value) is int and low <= value <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"seen {text}; must be an integer from {low} to {high}")
-
-    return number
+        super().__init__(verb, VERBS[verb.split()[0]][1])
 
 
 def _model_options(parser: _Parser, **use: Any) -> None:
@@ -158,15 +127,15 @@ def _need_chat(options: argparse.Namespace, *names: str) -> None:
 def _sampling_options(parser: _Parser) -> None:
     flag = parser.flag
     flag("--system", "system message of the chat")
-    flag("--max_new_tokens", "maximum length of an answer in tokens", type=_integer(1), default=256)
+    flag("--max_new_tokens", "maximum length of an answer in tokens", type=integer(1), default=256)
     flag("--temperature", "sampling temperature; 0 = greedy", type=float, default=0.0)
-    flag("--top_k", "sample from the k most likely tokens; 0 = all", type=_integer(0), default=0)
+    flag("--top_k", "sample from the k most likely tokens; 0 = all", type=integer(0), default=0)
     about = "sample from the most likely tokens whose probabilities sum to top_p"
     flag("--top_p", about, type=float, default=1.0)
     about = "exclude tokens less likely than min_p times the most likely one"
     flag("--min_p", about, type=float, default=0.0)
     flag("--stop", "stop string; repeatable", action="append", default=[], metavar="TEXT")
-    flag("--seed", "seed of the sampling", type=_integer(0, 2**63 - 1), default=0)
+    flag("--seed", "seed of the sampling", type=integer(0, 2**63 - 1), default=0)
 
 
 def _decoding(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +158,7 @@ def tokenizer(verb: str, args: list[str]) -> None:
     about = "text, JSON, JSONL, Parquet or Arrow files"
     parser.flag("files", about, nargs="+", metavar="FILE")
     parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
-    parser.flag("--vocab_size", "size of the vocabulary", type=_integer(1), default=32_000)
+    parser.flag("--vocab_size", "size of the vocabulary", type=integer(1), default=32_000)
     options = parser.read(args)
     from jaxllm.data.tokenizer_training import train_tokenizer
 
@@ -207,8 +176,8 @@ def evaluate(verb: str, args: list[str]) -> None:
     about = "files or datasets, or {path, split, columns} as in data.eval"
     flag("--data", about, required=True, nargs="+", metavar="FILE")
     flag("--chat", "evaluate chats, on the assistant's tokens only", action="store_true")
-    flag("--max_length", "context length of a row, in tokens", type=_integer(2), default=1024)
-    flag("--batch_size", "rows per batch; smaller values save memory", type=_integer(1), default=8)
+    flag("--max_length", "context length of a row, in tokens", type=integer(2), default=1024)
+    flag("--batch_size", "rows per batch; smaller values save memory", type=integer(1), default=8)
     flag("--json", "print one JSON object", action="store_true")
     options = parser.read(args)
     _need_chat(options, "template")
@@ -242,7 +211,7 @@ def generate(verb: str, args: list[str]) -> None:
     flag("--chat", "treat each prompt as a user message", action="store_true")
     _sampling_options(parser)
     about = "sample N answers per prompt and keep the best"
-    flag("--best_of", about, type=_integer(1), default=1, metavar="N")
+    flag("--best_of", about, type=integer(1), default=1, metavar="N")
     flag("--reward", "reward model that scores the answers of --best_of", type=home, metavar="DIR")
     flag("--json", 'print one {"prompt", "text", "score"} per line', action="store_true")
     options = parser.read(args)
@@ -291,7 +260,7 @@ def serve(verb: str, args: list[str]) -> None:
 
     parser = _Parser(verb)
     _model_options(parser)
-    flags(parser, _integer)
+    flags(parser, integer)
     options = parser.read(["--model"] * (args[:1] > [""] and args[0][0] != "-") + args)
     command(options, _adapters(options), _uses([options.use] if options.use else []))
 
@@ -303,7 +272,7 @@ def export(verb: str, args: list[str]) -> None:
     flag("out", "output directory", type=home, metavar="OUT")
     about = "checkpoint to export: a step, or best (evaluation); default: best with "
     about += "save.load_best, else the latest valid one"
-    flag("--step", about, type=lambda text: text if text == "best" else _integer(0)(text))
+    flag("--step", about, type=lambda text: text if text == "best" else integer(0)(text))
     about = "dtype of the weights; default: as trained"
     flag("--dtype", about, choices=("float32", "bfloat16"))
     about = "merge a LoRA adapter into the base model and export a standalone model"
@@ -318,7 +287,7 @@ def export(verb: str, args: list[str]) -> None:
 def rows(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     parser.flag("run", "run folder", type=home, metavar="RUN")
-    parser.flag("--step", "the step, from 1", type=_integer(1), required=True, metavar="N")
+    parser.flag("--step", "the step, from 1", type=integer(1), required=True, metavar="N")
     parser.flag("--json", "print one JSON object", action="store_true")
     options = parser.read(args)
     from jaxllm.rows import describe, rows_of_step
@@ -372,7 +341,7 @@ def launch(verb: str, args: list[str]) -> None:
     )
     flag = parser.flag
     flag("--on", "where to run", required=True, choices=PLACES)
-    flag("--nodes", "processes of the run, one per node; default: 1", type=_integer(1), metavar="N")
+    flag("--nodes", "processes of the run, one per node; default: 1", type=integer(1), metavar="N")
     flag("--name", "name of the job or the TPU VM; default: that of the config file")
     about = "options of sbatch, kubectl or gcloud: --options='--partition=gpu --time=8:00:00'"
     flag("--options", about, default="", metavar="TEXT")
@@ -383,7 +352,7 @@ def launch(verb: str, args: list[str]) -> None:
     about = "gke: label of the nodes to use; repeatable"
     flag("--select", about, action="append", default=[], metavar="KEY=VALUE")
     flag("--volume", "gke: persistent volume claim to mount", metavar="CLAIM:/PATH")
-    flag("--slices", "gke: TPU slices of the run", type=_integer(1), default=1, metavar="N")
+    flag("--slices", "gke: TPU slices of the run", type=integer(1), default=1, metavar="N")
     options, words = parser.parse_known_args(args)
     options.select = tuple(options.select)
     start(words, Launch(**vars(options)))
@@ -418,8 +387,8 @@ def planning(verb: str, args: list[str]) -> None:
     about = "chips to plan for: v5p:4x4x4, v6e:16x16, h100:8x4 (GPUs of a node x nodes), cpu:8, or "
     about += "local: the devices of this machine"
     flag("--topology", about, required=True, metavar="CHIP:SIZE")
-    flag("--slices", "TPU slices of that size", type=_integer(1), default=1, metavar="N")
-    flag("--length", "tokens of a row; default: from data.max_length", type=_integer(2))
+    flag("--slices", "TPU slices of that size", type=integer(1), default=1, metavar="N")
+    flag("--length", "tokens of a row; default: from data.max_length", type=integer(2))
     flag("--search", "try other settings, one key after another", action="store_true")
     flag("--output", "--search: the config with the best settings", default="plan.yaml", type=home)
     flag("--json", "print one JSON object", action="store_true")
@@ -430,6 +399,12 @@ def planning(verb: str, args: list[str]) -> None:
     from jaxllm.plan_search import run
 
     print(run(cfg, options))
+
+
+def preview(verb: str, args: list[str]) -> None:
+    from jaxllm.preview.command import run
+
+    run(_Parser(verb), args)
 
 
 # command -> (its function, which returns an exit status or None for DONE; help)
@@ -445,6 +420,7 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
+    "preview": (preview, "show the rows, templates and problems of a run's data"),
     "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),

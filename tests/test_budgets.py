@@ -43,16 +43,18 @@ FLOORS = (
     ("ops",),
     ("model",),
     ("peft", "tokenizer", "data", "mxfp4", "fp8", "hf_config", "passthrough", "monitor", "report"),
+    ("arguments",),
     ("objectives", "optim"),
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
     ("pretokenize", "saving", "timetable"),
+    ("preview",),
     ("training", "compare", "exports", "launch", "plan", "serve"),
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 33_370
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 34_440
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",
@@ -61,6 +63,7 @@ DISTRIBUTION = {
 }
 # Imported by the function that needs it alone, when a user asks for it.
 EXTRAS = {"wandb", "tensorboardX", "swanlab", "trackio", "mlflow", "tensorflow_datasets"}
+EXTRAS |= {"datasketch"}  # of `jaxllm preview`
 EXTRAS |= {"starlette", "uvicorn"}  # of `jaxllm serve`
 
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of commands that are not keys of a config."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from jaxllm.config.loading import parse
+from jaxllm.data.inputs import check_options
+from jaxllm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError."""
+
+    def __init__(self, command: str, about: str):
+        about = f"{about[0].upper()}{about[1:]}."
+        super().__init__(prog=f"jaxllm {command}", description=about, allow_abbrev=False)
+
+    def flag(self, name: str, about: str, **keys: Any) -> None:
+        default = "" if keys.get("default") in (None, []) else f" [{keys['default']}]"
+        self.add_argument(name, help=about + default, **keys)
+
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
+
+    def read(self, args: list[str]) -> argparse.Namespace:
+        """Parse the arguments. Raises UserError for a list given twice and for missing files."""
+        flags = [arg.partition("=")[0] for arg in args]
+        lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
+        for flag in lists:
+            if flags.count(flag) > 1:
+                raise UserError(f"{flag} is given twice; give all its values after one {flag}")
+        options = self.parse_args(args)
+        check_options(vars(options))
+        return options
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    """Type of a flag: an integer from low to high."""
+
+    def number(text: str) -> int:
+        value = parse(text)
+        if type(value) is int and low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"seen {text}; must be an integer from {low} to {high}")
+
+    return number
