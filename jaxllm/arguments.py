@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of commands that do not train."""
+"""The arguments of commands that are not keys of a config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, about: str):
         about = f"{about[0].upper()}{about[1:]}."
-        super().__init__(prog=command, description=about, allow_abbrev=False)
+        super().__init__(prog=f"jaxllm {command}", description=about, allow_abbrev=False)
 
     def flag(self, name: str, about: str, **keys: Any) -> None:
         default = "" if keys.get("default") in (None, []) else f" [{keys['default']}]"

@@ -8,12 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jaxllm import __version__, config
-from jaxllm.arguments import Parser
-from jaxllm.arguments import integer as _integer
+from jaxllm.arguments import Parser, integer
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
@@ -81,8 +81,10 @@ def _say_end(cfg: TrainConfig, result: Any) -> int:
 
 
 class _Parser(Parser):
+    """The parser of a command's arguments, with the about of VERBS."""
+
     def __init__(self, verb: str):
-        super().__init__(f"jaxllm {verb}", VERBS[verb.split()[0]][1])
+        super().__init__(verb, VERBS[verb.split()[0]][1])
 
 
 def _model_options(parser: _Parser, **use: Any) -> None:
@@ -126,15 +128,15 @@ def _need_chat(options: argparse.Namespace, *names: str) -> None:
 def _sampling_options(parser: _Parser) -> None:
     flag = parser.flag
     flag("--system", "system message of the chat")
-    flag("--max_new_tokens", "maximum length of an answer in tokens", type=_integer(1), default=256)
+    flag("--max_new_tokens", "maximum length of an answer in tokens", type=integer(1), default=256)
     flag("--temperature", "sampling temperature; 0 = greedy", type=float, default=0.0)
-    flag("--top_k", "sample from the k most likely tokens; 0 = all", type=_integer(0), default=0)
+    flag("--top_k", "sample from the k most likely tokens; 0 = all", type=integer(0), default=0)
     about = "sample from the most likely tokens whose probabilities sum to top_p"
     flag("--top_p", about, type=float, default=1.0)
     about = "exclude tokens less likely than min_p times the most likely one"
     flag("--min_p", about, type=float, default=0.0)
     flag("--stop", "stop string; repeatable", action="append", default=[], metavar="TEXT")
-    flag("--seed", "seed of the sampling", type=_integer(0, 2**63 - 1), default=0)
+    flag("--seed", "seed of the sampling", type=integer(0, 2**63 - 1), default=0)
 
 
 def _decoding(options: argparse.Namespace) -> dict[str, Any]:
@@ -157,7 +159,7 @@ def tokenizer(verb: str, args: list[str]) -> None:
     about = "text, JSON, JSONL, Parquet or Arrow files"
     parser.flag("files", about, nargs="+", metavar="FILE")
     parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
-    parser.flag("--vocab_size", "size of the vocabulary", type=_integer(1), default=32_000)
+    parser.flag("--vocab_size", "size of the vocabulary", type=integer(1), default=32_000)
     options = parser.read(args)
     from jaxllm.data.tokenizer_training import train_tokenizer
 
@@ -175,8 +177,8 @@ def evaluate(verb: str, args: list[str]) -> None:
     about = "files or datasets, or {path, split, columns} as in data.eval"
     flag("--data", about, required=True, nargs="+", metavar="FILE")
     flag("--chat", "evaluate chats, on the assistant's tokens only", action="store_true")
-    flag("--max_length", "context length of a row, in tokens", type=_integer(2), default=1024)
-    flag("--batch_size", "rows per batch; smaller values save memory", type=_integer(1), default=8)
+    flag("--max_length", "context length of a row, in tokens", type=integer(2), default=1024)
+    flag("--batch_size", "rows per batch; smaller values save memory", type=integer(1), default=8)
     flag("--json", "print one JSON object", action="store_true")
     options = parser.read(args)
     _need_chat(options, "template")
@@ -210,7 +212,7 @@ def generate(verb: str, args: list[str]) -> None:
     flag("--chat", "treat each prompt as a user message", action="store_true")
     _sampling_options(parser)
     about = "sample N answers per prompt and keep the best"
-    flag("--best_of", about, type=_integer(1), default=1, metavar="N")
+    flag("--best_of", about, type=integer(1), default=1, metavar="N")
     flag("--reward", "reward model that scores the answers of --best_of", type=home, metavar="DIR")
     flag("--json", 'print one {"prompt", "text", "score"} per line', action="store_true")
     options = parser.read(args)
@@ -259,7 +261,7 @@ def serve(verb: str, args: list[str]) -> None:
 
     parser = _Parser(verb)
     _model_options(parser)
-    flags(parser, _integer)
+    flags(parser, integer)
     options = parser.read(["--model"] * (args[:1] > [""] and args[0][0] != "-") + args)
     command(options, _adapters(options), _uses([options.use] if options.use else []))
 
@@ -271,7 +273,7 @@ def export(verb: str, args: list[str]) -> None:
     flag("out", "output directory", type=home, metavar="OUT")
     about = "checkpoint to export: a step, or best (evaluation); default: best with "
     about += "save.load_best, else the latest valid one"
-    flag("--step", about, type=lambda text: text if text == "best" else _integer(0)(text))
+    flag("--step", about, type=lambda text: text if text == "best" else integer(0)(text))
     about = "dtype of the weights; default: as trained"
     flag("--dtype", about, choices=("float32", "bfloat16"))
     about = "merge a LoRA adapter into the base model and export a standalone model"
@@ -286,7 +288,7 @@ def export(verb: str, args: list[str]) -> None:
 def rows(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     parser.flag("run", "run folder", type=home, metavar="RUN")
-    parser.flag("--step", "the step, from 1", type=_integer(1), required=True, metavar="N")
+    parser.flag("--step", "the step, from 1", type=integer(1), required=True, metavar="N")
     parser.flag("--json", "print one JSON object", action="store_true")
     options = parser.read(args)
     from jaxllm.rows import describe, rows_of_step
@@ -333,7 +335,7 @@ def launch(verb: str, args: list[str]) -> None:
     parser.usage = USAGE
     flag = parser.flag
     flag("--on", "where to run", required=True, choices=PLACES)
-    flag("--nodes", "processes of the run, one per node; default: 1", type=_integer(1), metavar="N")
+    flag("--nodes", "processes of the run, one per node; default: 1", type=integer(1), metavar="N")
     flag("--name", "name of the job or the TPU VM; default: that of the config file")
     about = "options of sbatch, kubectl or gcloud: --options='--partition=gpu --time=8:00:00'"
     flag("--options", about, default="", metavar="TEXT")
@@ -344,7 +346,7 @@ def launch(verb: str, args: list[str]) -> None:
     about = "gke: label of the nodes to use; repeatable"
     flag("--select", about, action="append", default=[], metavar="KEY=VALUE")
     flag("--volume", "gke: persistent volume claim to mount", metavar="CLAIM:/PATH")
-    flag("--slices", "gke: TPU slices of the run", type=_integer(1), default=1, metavar="N")
+    flag("--slices", "gke: TPU slices of the run", type=integer(1), default=1, metavar="N")
     options, words = parser.parse_known_args(args)
     options.select = tuple(options.select)
     start(words, Launch(**vars(options)))
@@ -379,8 +381,8 @@ def planning(verb: str, args: list[str]) -> None:
     about = "chips to plan for: v5p:4x4x4, v6e:16x16, h100:8x4 (GPUs of a node x nodes), cpu:8, or "
     about += "local: the devices of this machine"
     flag("--topology", about, required=True, metavar="CHIP:SIZE")
-    flag("--slices", "TPU slices of that size", type=_integer(1), default=1, metavar="N")
-    flag("--length", "tokens of a row; default: from data.max_length", type=_integer(2))
+    flag("--slices", "TPU slices of that size", type=integer(1), default=1, metavar="N")
+    flag("--length", "tokens of a row; default: from data.max_length", type=integer(2))
     flag("--search", "try other settings, one key after another", action="store_true")
     flag("--output", "--search: the config with the best settings", default="plan.yaml", type=home)
     flag("--json", "print one JSON object", action="store_true")
@@ -393,15 +395,6 @@ def planning(verb: str, args: list[str]) -> None:
     print(run(cfg, options))
 
 
-def diagnosis(verb: str, args: list[str]) -> int:
-    from jaxllm.doctor import examine, flags
-
-    parser = _Parser(verb)
-    flags(parser, _integer)
-    options = parser.read(args)
-    return examine(options.run, options.limit)
-
-
 def proof_of_resume(verb: str, args: list[str]) -> int:
     parser = _Parser(verb)
     parser.usage = (
@@ -411,7 +404,7 @@ def proof_of_resume(verb: str, args: list[str]) -> int:
         "the run; COMMAND (sft, dpo, ...) is needed if the config does not state its `objective`."
     )
     about = "the second run is killed after the checkpoint of this step; both have twice as many"
-    parser.flag("--after", about, type=_integer(1, 10**6), default=3, metavar="STEP")
+    parser.flag("--after", about, type=integer(1, 10**6), default=3, metavar="STEP")
     stated = ["--objective", args.pop(0)] if args and args[0] in config.VERBS else []
     path = args.pop(0) if args and not args[0].startswith("-") else None
     options, words = parser.parse_known_args([*args, *stated])
@@ -423,10 +416,13 @@ def proof_of_resume(verb: str, args: list[str]) -> int:
     return verify_resume(cfg, options.after)
 
 
-def parity(verb: str, args: list[str]) -> int:
-    from jaxllm.parity.command import run
+def within(module: str) -> Callable[[str, list[str]], int | None]:
+    """A command that is `run(parser, args)` of a module, which is imported by its use."""
 
-    return run(_Parser(verb), _integer, args)
+    def run(verb: str, args: list[str]) -> int | None:
+        return import_module(module).run(_Parser(verb), args)
+
+    return run
 
 
 # command -> (its function, which returns an exit status or None for DONE; help)
@@ -441,11 +437,21 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
-    "parity": (parity, "compare a run of TRL with ours, step by step, and explain differences"),
+    "parity": (
+        within("jaxllm.parity.command"),
+        "compare a run of TRL with ours, step by step, and explain differences",
+    ),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
+    "preview": (
+        within("jaxllm.preview.command"),
+        "show the rows, templates and problems of a run's data",
+    ),
     "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
-    "doctor": (diagnosis, "examine this machine, and a run: each problem with its remedy"),
+    "doctor": (
+        within("jaxllm.doctor"),
+        "examine this machine, and a run: each problem with its remedy",
+    ),
     "verify-resume": (proof_of_resume, "train, kill and resume a config, and compare bit for bit"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }

@@ -10,7 +10,7 @@ import jax
 from jaxllm.config import TrainConfig
 from jaxllm.config.checks import check, recorded_config, resolve
 from jaxllm.data.chat import run_tokenizer
-from jaxllm.data.dataset import load_data
+from jaxllm.data.dataset import Data, load_data
 from jaxllm.hf_config import source_config
 from jaxllm.model.families import from_hf
 from jaxllm.peft.files import make_adapter
@@ -19,8 +19,8 @@ from jaxllm.run import started_from
 from jaxllm.watch import connected
 
 
-def tokenize(cfg: TrainConfig) -> dict[str, Any]:
-    """Tokenizes the data of a run, or finds it in the cache; returns the data's manifest.
+def prepare(cfg: TrainConfig) -> tuple[TrainConfig, Any, Data]:
+    """(config with the defaults that depend on the model, tokenizer, data) of a run.
 
     Only jax's CPU backend is used. Raises UserError for a config or data that a run would refuse.
     """
@@ -32,4 +32,10 @@ def tokenize(cfg: TrainConfig) -> dict[str, Any]:
         config, _ = source_config(source, cfg.model.overrides, scores=scores, weights=False)
         shape = from_hf(config)
         cfg = with_length(cfg, shape, make_adapter(shape, started_from(cfg)))
-        return load_data(cfg, run_tokenizer(cfg, shape.vocab_size)).manifest
+        tokenizer = run_tokenizer(cfg, shape.vocab_size)
+        return cfg, tokenizer, load_data(cfg, tokenizer)
+
+
+def tokenize(cfg: TrainConfig) -> dict[str, Any]:
+    """Tokenizes the data of a run, or finds it in the cache; returns the data's manifest."""
+    return prepare(cfg)[2].manifest

@@ -24,6 +24,7 @@ from jaxllm import dist
 from jaxllm.config import TrainConfig, from_dict
 from jaxllm.data.chat import run_tokenizer
 from jaxllm.data.dataset import load_data
+from jaxllm.data.examples import Examples
 from jaxllm.data.formats import READERS
 from jaxllm.data.loader import ordered, places
 from jaxllm.data.rows import Origin, Row, Rows
@@ -49,7 +50,7 @@ def row_hash(row: Row) -> int:
     return hasher.intdigest()
 
 
-def _record_shape(cfg: TrainConfig) -> tuple[int, int]:
+def record_shape(cfg: TrainConfig) -> tuple[int, int]:
     """(steps from one record to the next, hashes in a record)."""
     if cfg.verb.online:
         return cfg.rl.updates, prompts_per_rollout(cfg)
@@ -65,7 +66,7 @@ class RowLog:
     """
 
     def __init__(self, cfg: TrainConfig, folder: Path, start: int):
-        self.stride, self.width = _record_shape(cfg)
+        self.stride, self.width = record_shape(cfg)
         self.in_bucket = is_bucket(cfg.output_dir)
         if dist.is_main():
             with (folder / FILE).open("ab") as file:
@@ -117,7 +118,7 @@ def _records(folder: Path, cfg: TrainConfig) -> np.ndarray:
     """uint64 [records, 1 + rows]: the records of rows.bin; an incomplete one has zeros."""
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} has no {FILE}: the run did not record its rows")
-    data, width = (folder / FILE).read_bytes(), 1 + _record_shape(cfg)[1]
+    data, width = (folder / FILE).read_bytes(), 1 + record_shape(cfg)[1]
     values = np.frombuffer(data[: len(data) // 8 * 8], "<u8")
     return np.pad(values, (0, -len(values) % width)).reshape(-1, width)
 
@@ -136,44 +137,62 @@ def _load(run: str) -> tuple[Path, TrainConfig, Any, Rows]:
     tokenizer = run_tokenizer(cfg)
     rows = load_data(replace(cfg, data=replace(cfg.data, eval=())), tokenizer).train
     assert rows is not None
+    return folder, cfg, tokenizer, as_trained(cfg, rows)
+
+
+def as_trained(cfg: TrainConfig, rows: Rows) -> Rows:
+    """The rows in each pass over the data, without precomputed log-probabilities."""
     if cfg.align.reference == "precomputed":  # such a run reads the rows of pass 0 in each pass
         rows = replace(rows, parts=tuple(RowsWithLogps(part, {}) for part in rows.parts))
-    return folder, cfg, tokenizer, rows
+    return rows
 
 
-def _sources(origins: list[Origin]) -> list[dict[str, Any]]:
+def indices_of(cfg: TrainConfig, step: int) -> range:
+    """The places in the run's sequence of the rows of a step, from 1; online: of the prompts of
+    the rollout that the step learns from."""
+    stride, width = record_shape(cfg)
+    number = (step - 1) // stride
+    return range(number * width, (number + 1) * width)
+
+
+def records_of(examples: Examples, indices: set[int]) -> dict[int, tuple[str, str]]:
+    """{index: (record as JSON, FILE:LINE)} of some records of a source; empty if it is a table.
+    Reads the source up to the last of them."""
+    if "://" in examples.name and not is_bucket(examples.name):  # a streamed file of the hub
+        return {}
+    source = examples.source
+    located = locate(replace(source, split=examples.split or source.split))
+    readers = [READERS[located.format]] if located.format in READERS else []
+    if located.format == "array_record" and is_bucket(examples.name):  # needs a local copy
+        readers = []
+    pairs = (pair for read in readers for file in located.files for pair in read(file))
+    some = itertools.islice(enumerate(pairs), max(indices) + 1)
+    return {i: pair for i, pair in some if i in indices}
+
+
+def sources_of(origins: list[Origin]) -> list[dict[str, Any]]:
     """{path, record (from 0), location} of each example. A location is FILE:LINE, or the row of a
     table; finding the line reads the source up to it."""
     found = [(examples, int(examples.source_record[index])) for examples, index in origins]
     wanted = {id(examples): (examples, set()) for examples, _ in found}
     for examples, record in found:
         wanted[id(examples)][1].add(record)
-    locations = {}
-    for key, (examples, records) in wanted.items():
-        if "://" in examples.name and not is_bucket(examples.name):  # a streamed file of the hub
-            continue
-        located = locate(examples.source)
-        readers = [READERS[located.format]] if located.format in READERS else []
-        if located.format == "array_record" and is_bucket(examples.name):  # needs a local copy
-            readers = []
-        pairs = (pair for read in readers for file in located.files for pair in read(file))
-        some = itertools.islice(enumerate(pairs), max(records) + 1)
-        locations |= {(key, i): where for i, (_, where) in some if i in records}
+    known = {key: records_of(examples, indices) for key, (examples, indices) in wanted.items()}
     return [
         {
             "path": examples.name,
             "record": record,
-            "location": locations.get((id(examples), record), f"{examples.name}, row {record}"),
+            "location": known[id(examples)].get(record, ("", f"{examples.name}, row {record}"))[1],
         }
         for examples, record in found
     ]
 
 
-def _origins(cfg: TrainConfig, rows: Rows, indices: Iterable[int]) -> list[list[list[dict]]]:
+def origins_of(cfg: TrainConfig, rows: Rows, indices: Iterable[int]) -> list[list[list[dict]]]:
     """The sources {path, record, location} of each segment of some rows of the run's sequence."""
     sequence: Any = places(rows, cfg.seed)
     found = [rows.parts[p.part].origins(p.row, p.epoch) for p in map(sequence.__getitem__, indices)]
-    sources = iter(_sources([origin for row in found for segment in row for origin in segment]))
+    sources = iter(sources_of([origin for row in found for segment in row for origin in segment]))
     return [[[next(sources) for _ in segment] for segment in row] for row in found]
 
 
@@ -190,21 +209,19 @@ def rows_of_step(run: str, step: int) -> dict[str, Any]:
     prompts of the rollout that the step learns from.
     """
     folder, cfg, tokenizer, rows = _load(run)
-    stride, width = _record_shape(cfg)
-    number = (step - 1) // stride
-    indices = range(number * width, (number + 1) * width)
-    recorded: Any = [None] * width
+    indices = indices_of(cfg, step)
+    recorded: Any = [None] * len(indices)
     if (folder / FILE).is_file():
-        records = _records(folder, cfg)
+        records, number = _records(folder, cfg), indices.start // len(indices)
         if number < len(records):
             recorded = [f"{h:016x}" if h else None for h in records[number, 1:].tolist()]
     sequence: Any = ordered(rows, cfg.seed)
     found = []
-    for i, origins in enumerate(_origins(cfg, rows, indices)):
+    for i, origins in enumerate(origins_of(cfg, rows, indices)):
         row = sequence[indices[i]]
         segments: list[dict[str, Any]] = [
             {"sources": sources} | _segment(tokenizer, *segment)
-            for sources, segment in zip(origins, _segments(row), strict=False)
+            for sources, segment in zip(origins, segments_of(row), strict=False)
         ]
         totals = {name: sum(s[name] for s in segments) for name in ("tokens", "learned", "weight")}
         hashes = {"hash": f"{row_hash(row):016x}", "recorded": recorded[i]}
@@ -212,7 +229,7 @@ def rows_of_step(run: str, step: int) -> dict[str, Any]:
     return {"step": step, "rows": found}
 
 
-def _segments(row: Row) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def segments_of(row: Row) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(length, token ids, loss weight of each) of each segment of a row.
 
     The last target of a row of documents follows the row's tokens; it is among the ids.
@@ -262,12 +279,12 @@ def describe(found: dict[str, Any], *, colour: bool) -> str:
 def _marked(pieces: list[list[Any]], colour: bool) -> list[str]:
     """The lines of pieces [text, learned]; learned text is in [[ ]], or in colour."""
     opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
-    shown = ((_printable(text), learned) for text, learned in pieces)
+    shown = ((printable(text), learned) for text, learned in pieces)
     text = "".join(f"{opening}{t}{closing}" if learned else t for t, learned in shown)
     return text.removesuffix("\n").split("\n")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text with control characters escaped, so that it cannot change the terminal."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda m: repr(m[0])[1:-1], text)
 
@@ -292,10 +309,9 @@ def first_example(
     """
     if not dist.is_main():
         return []
-    stride, width = _record_shape(cfg)
     sequence: Any = ordered(rows, cfg.seed)
-    row = sequence[start // stride * width]
-    segments = list(_segments(row))
+    row = sequence[indices_of(cfg, start + 1).start]
+    segments = list(segments_of(row))
     labels = [
         (int(row[key][0]), label) for key, label in _ANSWERS.get(cfg.verb.data, ()) if row[key][0]
     ]
@@ -334,7 +350,7 @@ def verify(run: str) -> str:
     that was killed may be incomplete; they do not count.
     """
     folder, cfg, _, rows = _load(run)
-    stride, width = _record_shape(cfg)
+    stride, width = record_shape(cfg)
     records = _records(folder, cfg)
     sequence = ordered(rows, cfg.seed).map(row_hash).batch(width, batch_fn=list)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -350,7 +366,7 @@ def verify(run: str) -> str:
     for number, recorded in enumerate(records[:count, 1:].tolist()):
         for row, (before, after) in enumerate(zip(recorded, next(hashes), strict=True)):
             if before != after:
-                (origins,) = _origins(cfg, rows, [number * width + row])
+                (origins,) = origins_of(cfg, rows, [number * width + row])
                 where = ", ".join(s["location"] for segment in origins[:3] for s in segment[:3])
                 raise UserError(
                     f"{run}: step {number * stride + 1}, row {row}: the run recorded hash "

@@ -145,6 +145,7 @@ MISTAKES = [
     ("tokenize --objective sft --model.path m --data.train no.txt", "no.txt: no such file"),
     ("compare --model.path no --data.train d.txt --data.eval_fraction 0.5", "no: no such"),
     ("plan --objective sft --model.path no --topology cpu:1", "no: no such directory, and"),
+    ("preview --objective sft --model.path m --data.train no.txt", "no.txt: no such file"),
     ("tokenizer train no.txt --out t", "no.txt: no such file or directory"),
     ("eval --model no --data a", "no: no such directory, and"),
     ("eval --model m --data '{path: no.txt}'", "no.txt: no such file or directory"),

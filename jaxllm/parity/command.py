@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jaxllm.arguments import Parser, integer
 from jaxllm.config import (
     ClusterSection,
     EvalSection,
@@ -58,10 +59,10 @@ USAGE = (
 )
 
 
-def run(parser: Any, integer: Callable[..., Any], args: list[str]) -> int:
+def run(parser: Parser, args: list[str]) -> int:
     """`jaxllm parity ARGS`: returns DONE, or DIFFERENT if the losses differ.
 
-    integer(low, high): the type of a flag. Raises UserError for a user's mistake.
+    Raises UserError for a user's mistake.
     """
     parser.usage = USAGE
     flag = parser.flag

@@ -6,7 +6,8 @@ columns.py   the columns of metrics.jsonl, reduced to what a screen can show; hi
 charts.py    which metrics share a chart, with titles and units
 page.py      the page: its files put together; pictures of it
 live.py      rewrites the page while the run trains
-page.html, page.css, charts.js, page.js    the page's own parts
+page.html, page.css, charts.js, frame.js    parts of every page, also of `preview/`
+page.js      the page's own part
 uPlot.*      the chart library (npm package uplot), which is not ours, with its licence
 
 Text of a run (names, samples, config) is data: it is in the page as JSON and is shown as text only.

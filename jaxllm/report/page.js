@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page: headline, curves, samples, data, config and machine of each run.
-const report = JSON.parse(document.getElementById("run-data").textContent);
 const runs = report.runs;
 const many = runs.length > 1;
-const figures = []; // of charts, drawn again when the reader changes something
 const STATES = {
   starting: ["◌", "starting"], running: ["●", "running"], done: ["✓", "done"], early: ["✓", "stopped early"],
   stopped: ["❚❚", "stopped"], failed: ["✕", "failed"], killed: ["✕", "ended unexpectedly"],
@@ -11,19 +9,7 @@ const STATES = {
 const title = many ? "h4" : "h3"; // of a panel: several runs have headings of their own
 const SIZES = [["B", 1e9], ["M", 1e6], ["k", 1e3]];
 
-// What the reader set is kept while the page reloads; a browser may not allow it.
-const memory = {
-  key: (name) => `jaxllm ${location.pathname} ${name}`,
-  get(name, other) { try { return JSON.parse(sessionStorage.getItem(this.key(name))) ?? other; } catch { return other; } },
-  set(name, value) { try { sessionStorage.setItem(this.key(name), JSON.stringify(value)); } catch { /* as without */ } },
-};
-
-const when = (seconds) => (seconds ? new Date(1000 * seconds).toLocaleString() : "–");
-const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 const last = (run, metric) => (run.train.about[metric] || [])[1];
-const row = (tag, texts, from = 9, path = -1) => make("tr", {}, cells(tag, texts, from, path));
-const rowHeader = (name, text) => make("tr", {}, make("th", { scope: "row" }, name), make("td", { class: "any" }, text));
-const scroll = (label, table) => make("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": label }, table);
 
 function count(value) {
   const size = SIZES.find(([, least]) => value >= least);
@@ -193,11 +179,6 @@ function stepTimes() {
     scroll("Step times", make("table", {}, make("thead", {}, row("th", ["run", "shortest", "last", "longest"], 1)), make("tbody", {}, body.map((b) => row("td", b, 1))))));
 }
 
-function redraw() {
-  plots.length = 0;
-  for (const one of figures) one.draw();
-}
-
 // ---- samples
 
 function samples() {
@@ -348,24 +329,7 @@ function machine() {
   return made;
 }
 
-// ---- theme, reload, start
-
-function theme() {
-  const button = document.getElementById("theme"), names = ["auto", "light", "dark"];
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const picture = location.hash === "#picture";
-  const apply = () => {
-    const chosen = memory.get("theme", "auto");
-    const is = picture ? "light" : chosen === "auto" ? (dark.matches ? "dark" : "light") : chosen;
-    document.documentElement.dataset.theme = is;
-    button.textContent = `◐ ${chosen}`;
-    button.setAttribute("aria-label", `Theme: ${chosen}`);
-    redraw();
-  };
-  button.addEventListener("click", () => { memory.set("theme", names[(names.indexOf(memory.get("theme", "auto")) + 1) % 3]); apply(); });
-  dark.addEventListener("change", apply);
-  apply();
-}
+// ---- reload, start
 
 // Whether a reload would disturb the reader.
 const busy = () => Boolean(view.zoom || document.activeElement?.closest("main :is(input, select, button, details, .plot, .scroll)"));
@@ -393,10 +357,7 @@ function start() {
   if (location.hash === "#picture") document.documentElement.dataset.picture = "";
   const main = document.getElementById("main");
   main.replaceChildren(...[headline(), curves(), samples(), data(), config(), machine()].filter(Boolean));
-  const sections = [["curves", "Curves"], ["samples", "Samples"], ["data", "Data"], ["config", "Config"], ["machine", "Machine"]];
-  document.getElementById("nav").append(...sections.filter(([id]) => document.getElementById(id)).map(([id, name]) => make("a", { href: `#${id}` }, name)));
-  document.getElementById("footer").append(`Written ${when(report.written)} by jaxllm. This page loads nothing. Charts: uPlot, MIT licence.`);
-  theme();
+  frame([["curves", "Curves"], ["samples", "Samples"], ["data", "Data"], ["config", "Config"], ["machine", "Machine"]]);
   reload();
   document.documentElement.dataset.height = String(Math.ceil(main.getBoundingClientRect().bottom + scrollY));
 }

@@ -24,7 +24,9 @@ from jaxllm.report.reading import FEW, POINTS, read_run
 
 FILE = "report.html"  # in a run folder
 PARTS = Path(__file__).parent
-STYLES, SCRIPTS = ("uPlot.min.css", "page.css"), ("uPlot.iife.min.js", "charts.js", "page.js")
+# Of every page: the chart library, charts, and what frames the sections. Then the report's own.
+SHARED = [PARTS / n for n in ("uPlot.min.css", "page.css", "uPlot.iife.min.js", "charts.js")]
+SHARED.append(PARTS / "frame.js")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH = 1100  # of a picture, in CSS pixels
 
@@ -42,27 +44,37 @@ def write_report(runs: Sequence[str], out: str | Path | None = None) -> Path:
 def page(runs: Sequence[dict[str, Any]], every: float | None = None) -> str:
     """The HTML of a page of runs, as `read_run` gives them. every: seconds until it is written
     again."""
-    data: dict[str, Any] = {"written": time.time(), "every": every, "runs": _named_apart(runs)}
+    data: dict[str, Any] = {"written": time.time(), "every": every}
+    data["runs"] = _named_apart(runs)
+    return assemble(
+        "report", ", ".join(run["name"] for run in data["runs"]), data, [*SHARED, PARTS / "page.js"]
+    )
+
+
+def assemble(kind: str, title: str, data: dict[str, Any], parts: Sequence[Path]) -> str:
+    """The HTML of a page that shows `data` by its style sheets and scripts, the `parts`, in their
+    order, and loads nothing. kind: report or preview."""
     data = json.loads(json.dumps(data), parse_constant=lambda _: None)  # 1e999 is infinite
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    style, script = ("\n".join(map(_part, names)) for names in (STYLES, SCRIPTS))
+    style, script = (
+        "\n".join(part.read_text(encoding="utf-8") for part in parts if part.suffix == suffix)
+        for suffix in (".css", ".js")
+    )
     # The page may run and style itself by these two texts alone, and load nothing.
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
     policy += "base-uri 'none'; form-action 'none'"
     values = {
         "policy": html.escape(policy),
-        "title": html.escape(", ".join(run["name"] for run in data["runs"])),
+        "kind": kind,
+        "title": html.escape(title),
         "style": style,
         "script": script,
         # In a script element, text ends at </script> and <!-- changes how it is read.
         "data": text.replace("<", "\\u003c"),
     }
-    made = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("page.html"))
+    frame = (PARTS / "page.html").read_text(encoding="utf-8")
+    made = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], frame)
     return made.encode(errors="replace").decode()  # half of a surrogate pair becomes ?
-
-
-def _part(name: str) -> str:
-    return (PARTS / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
@@ -85,7 +97,7 @@ def publish(
     """`jaxllm report`: writes the page, its picture, and opens the browser; yields the files."""
     for flag, file in (("--out", out), ("--png", png)):
         if file is not None:
-            _check_file(flag, as_path(file))
+            check_file(flag, as_path(file))
     report = write_report(runs, out)
     yield report
     if png is not None:
@@ -94,7 +106,7 @@ def publish(
         raise UserError(f"--open: there is no browser; open {report} in one")
 
 
-def _check_file(flag: str, file: Path) -> None:
+def check_file(flag: str, file: Path) -> None:
     """Raises UserError if a file cannot be made at this path."""
     if is_bucket(file):
         return
