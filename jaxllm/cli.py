@@ -437,21 +437,12 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
     "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
-    "parity": (
-        within("jaxllm.parity.command"),
-        "compare a run of TRL with ours, step by step, and explain differences",
-    ),
+    "parity": (within("jaxllm.parity.command"), "compare a run of TRL with ours, and explain it"),
     "plan": (planning, "compute a run's memory, communication and time on any devices"),
-    "preview": (
-        within("jaxllm.preview.command"),
-        "show the rows, templates and problems of a run's data",
-    ),
+    "preview": (within("jaxllm.preview.command"), "show the rows and problems of a run's data"),
     "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
     "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
-    "doctor": (
-        within("jaxllm.doctor"),
-        "examine this machine, and a run: each problem with its remedy",
-    ),
+    "doctor": (within("jaxllm.doctor.command"), "examine this machine, and a run"),
     "verify-resume": (proof_of_resume, "train, kill and resume a config, and compare bit for bit"),
     "verify": (verify, "check that a run was trained on the rows that its config and data give"),
 }

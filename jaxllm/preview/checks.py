@@ -113,7 +113,9 @@ def check_examples(
     findings = [_copies(pool, hashes[pool.name]) for pool in pools]
     if form in ("pairs", "judged"):
         findings += [_contradictions(pool, form) for pool in pools]
-    for pool in evals if train is not None else ():
+    for pool in evals:
+        if train is None:
+            break
         ours, theirs = hashes[pool.name], hashes["train"]
         findings.append(_common("in the training data too", pool, train, ours, theirs))
         if form in ("chat", "pairs", "judged"):
@@ -211,9 +213,9 @@ def near_duplicates(
         )
         found = []
         for k, sketch in zip(grams, sketches, strict=True):
-            near = [
+            near: list[int] = [
                 j
-                for j in index.query(sketch)
+                for j in map(int, index.query(sketch))  # type: ignore[arg-type]
                 if stored[j].jaccard(sketch) >= SIMILAR
                 and not (within and pool.record(k) == pool.record(j))
             ]
