@@ -10,7 +10,6 @@ from jaxllm.config.loading import find_objective, read_args
 from jaxllm.data.inputs import check_inputs
 from jaxllm.errors import UserError
 from jaxllm.paths import as_path
-from jaxllm.report.page import check_file
 
 
 def run(parser: Parser, args: list[str]) -> None:
@@ -34,6 +33,8 @@ def run(parser: Parser, args: list[str]) -> None:
     if options.html:
         if not options.html.endswith(".html"):
             raise UserError(f"--html {options.html}: give the name of the page, FILE.html")
+        from jaxllm.report.page import check_file
+
         check_file("--html", as_path(options.html))
     cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
     checks.check(cfg)
