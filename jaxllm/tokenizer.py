@@ -50,6 +50,10 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{path}: {type(tokenizer).__name__} is a slow tokenizer, which has no character "
             "offsets; convert it to a fast one (a directory with tokenizer.json)"
         )
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        if not isinstance(text, str):
+            raise UserError(f"{path}: the chat_template must be text, seen {seen(text)}")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{path}: the tokenizer has no end-of-text token; set eos_token in "
@@ -119,7 +123,8 @@ def special_tokens(tokenizer: Any) -> list[str]:
     out: users and assistants may write them.
     """
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=lambda name: (-len(name), name))
+    named = (added | set(tokenizer.all_special_tokens)) - {""}  # of a damaged file
+    return sorted(named, key=lambda name: (-len(name), name))
 
 
 def generation_stop_ids(model: str | Path) -> set[int]:

@@ -35,6 +35,7 @@ from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
+from jaxllm.monitor.profile import Profile
 from jaxllm.monitor.progress import Progress
 from jaxllm.optim import eval_params
 from jaxllm.paths import first_line
@@ -93,8 +94,7 @@ def train(
     the step and the metrics of each "train" line of metrics.jsonl, in the main process. origins: of
     the values of `cfg`, as `load_config` returns them.
 
-    Raises UserError for a user's mistake, before anything compiles where possible, and for a loss
-    or a gradient that is not finite.
+    Raises UserError for a user's mistake, and for a loss or a gradient that is not finite.
     """
     # ---- validate the config, devices, model, tokenizer, run folder and data
     check_run(cfg)
@@ -160,6 +160,7 @@ def train(
         watch.begin(step + timetable.stride)
         while step < timetable.steps and not stop and not evals.over:
             step += 1
+            log.profile(step, state)
             watch.enter(batches.phase, step)
             with save.on_reward_error(step - 1, state, unlogged):
                 batch, rollout_metrics = batches(step - 1, state.trainable)
@@ -208,8 +209,7 @@ def train(
 def notes(given: TrainConfig, program: Program, steps: int) -> list[str]:
     """Lines on what the user should know before a run of `steps` steps; given: the config without
     defaults that depend on the model."""
-    unusual = warnings(program.cfg, steps)
-    return [*length_note(given, program), *unusual, *program.summary()]
+    return [*length_note(given, program), *warnings(program.cfg, steps), *program.summary()]
 
 
 def length_note(given: TrainConfig, program: Program) -> list[str]:
@@ -268,7 +268,8 @@ def make_log(
     meter = Meter(saved.get("sums", {}), saved.get("seconds", 0.0), peak and peak * mesh.size)
     bar = Progress(timetable.steps, start, enabled=cfg.log.progress)
     record = RowLog(cfg, metrics.run, start)
-    return Log(metrics, record, meter, watch, bar, timetable.epoch, on_step)
+    traces = metrics.run / "profile", start, timetable.stride, meter, cfg.log.profile
+    return Log(metrics, record, meter, Profile(*traces), watch, bar, timetable.epoch, on_step)
 
 
 # ---- in the loop
@@ -278,7 +279,8 @@ def make_log(
 def in_loop(log: Log, checkpoints: Checkpoints, mesh: Any) -> Iterator[ExitStack]:
     """What the loop needs. However it ends, a checkpoint that is being written is completed."""
     with ExitStack() as loop:
-        for one in (stop_signal(log.watch), closing(checkpoints), log.rows, log.bar, log.meter):
+        within = log.rows, log.bar, log.meter, log.profile
+        for one in (stop_signal(log.watch), closing(checkpoints), *within):
             loop.enter_context(one)
         loop.enter_context(jax.set_mesh(mesh))
         yield loop
@@ -352,6 +354,7 @@ class Log:
     metrics: Metrics
     rows: RowLog
     meter: Meter
+    profile: Profile
     watch: Watch
     bar: Progress
     epoch: Fraction | None
@@ -420,9 +423,8 @@ class Log:
         more = f"; {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
         self.bar.say(f"{timedelta(seconds=round(total))}: {text}{more}")
         if (planned := self.meter.planned) is not None:
-            memory, most = planned
+            memory, most, mfu = *planned, self.meter.mfu
             text = f"memory: planned {memory:.2f} GiB a device, used {memory_gib():.2f} GiB"
-            mfu = self.meter.mfu
             known = most is not None and mfu is not None
             self.bar.say(text + (f"; MFU: at most {most:.0%}, reached {mfu:.0%}" if known else ""))
 
@@ -446,8 +448,7 @@ class Samples:
 
     def write(self, step: int, model: Any, metrics: Metrics) -> None:
         """Generates from each prompt and writes samples.jsonl."""
-        outputs = generate(model, self.prompts, self.sampling)
-        texts = map(self.tokenizer.decode, outputs)
+        texts = map(self.tokenizer.decode, generate(model, self.prompts, self.sampling))
         rows = [{"prompt": p, "text": text} for p, text in zip(self.texts, texts, strict=True)]
         metrics.samples(step, rows)
 

@@ -275,6 +275,8 @@ def test_the_model_at_the_start_is_written_again_if_it_is_damaged(cfg):
     assert changed_file(start).startswith("config.json has 2 of")
     run.save_start(model, None, resumed=True)
     assert {file.name: file.read_bytes() for file in start.iterdir()} == before
+    (start / "files.json").write_text('{"a":' * 100_000)
+    assert "recursion" in changed_file(start)
     (start / "files.json").unlink()
     run.save_start(model, None, resumed=True)
     assert {file.name: file.read_bytes() for file in start.iterdir()} == before

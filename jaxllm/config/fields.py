@@ -71,10 +71,9 @@ def trackers(value: Any) -> Any:
         return list(filter(installed, TRACKER_PACKAGES))
     if isinstance(value, str):
         return [name.strip() for name in value.split(",")]
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         return value
-    names = (n for one in value for n in (trackers(one) if isinstance(one, str) else [one]))
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for one in value for name in trackers(one)))
 
 
 def cache_dir(value: Any) -> Any:

@@ -22,7 +22,7 @@ from jaxllm.config.schema import SECTIONS, Leaf, from_dict, leaf_of, leaves, unk
 from jaxllm.config.sections import Source, TrainConfig
 from jaxllm.errors import UserError, seen, together
 from jaxllm.paths import absolute, as_path, local_path
-from jaxllm.untrusted import ODD, check_extent, read_text
+from jaxllm.untrusted import MAX_DEPTH, ODD, check_extent, read_text
 
 # ---- YAML and flags
 
@@ -35,6 +35,11 @@ def _yaml_loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         """PyYAML's SafeLoader (YAML 1.1), except that 1e-4 is a number and a date is a string."""
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level > MAX_DEPTH:  # PyYAML takes the square of the depth
+                raise RecursionError
+            super().fetch_flow_collection_start(token)
 
     other = ("timestamp", "binary", "set", "omap", "pairs")  # not representable in JSON
     tags = tuple(f"tag:yaml.org,2002:{kind}" for kind in other)

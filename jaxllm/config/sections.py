@@ -247,8 +247,7 @@ class LogSection:
     """interval between lines of metrics.jsonl, in steps or epoch; where there is no terminal, one
     of them is also printed every 10 s at most"""
     report_to: Annotated[tuple[Tracker, ...], Read(trackers)] = ()
-    """trackers to log to besides metrics.jsonl, or all that are installed; each is an extra of the
-    same name: pip install 'jaxllm[wandb]'"""
+    """trackers to log to besides metrics.jsonl, or all installed: pip install 'jaxllm[wandb]'"""
     run_name: str | None = None
     """name of the run in the trackers; default: that of output_dir"""
     project: str | None = None
@@ -260,8 +259,9 @@ class LogSection:
     progress: bool = True
     """show a progress bar in a terminal"""
     compile_cache: Annotated[str, Read(cache_dir)] | None = None
-    """directory of XLA's compilation cache, or off; default: ~/.cache/jaxllm/compiled, limited to
-    2 GiB"""
+    """directory of XLA's compilation cache, or off; default: ~/.cache/jaxllm/compiled (2 GiB)"""
+    profile: bool = False
+    """trace steps 10 to 15 with jax.profiler, and print their time by named scope"""
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,8 @@ class _Renderer:
             ):
                 raise UserError(_not_rendered("tool_calls"))
         functions = [tool.get("function", tool) for tool in chat.tools or ()]
-        names = [f["name"] for f in functions if isinstance(f.get("name"), str)]
+        named = [f.get("name") for f in functions if isinstance(f, dict)]
+        names = [name for name in named if isinstance(name, str)]
         if names and not any(name in text for name in names):
             raise UserError(_not_rendered("tools"))
 

@@ -43,7 +43,7 @@ from jaxllm.paths import (
     matching,
     read_bytes,
 )
-from jaxllm.untrusted import odd_values, parse_json, read_json
+from jaxllm.untrusted import ODD, odd_values, parse_json, read_json
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -337,7 +337,7 @@ def read(located: Located, folder: Path, max_records: int | None = None) -> Any:
                 table = datasets.load_dataset(
                     located.format, data_files=files, split="train", cache_dir=str(folder)
                 )
-            except (DatasetGenerationError, pa.ArrowException, OSError, ValueError) as error:
+            except (DatasetGenerationError, pa.ArrowException, OSError, *ODD) as error:
                 where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
                 why = first_line(error.__cause__ or error)
                 raise UserError(f"{where}: not readable as {located.format}: {why}") from error

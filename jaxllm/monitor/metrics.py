@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import re
 import secrets
 import shutil
@@ -13,9 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -314,6 +313,7 @@ class Spool:
 
 
 BACKLOG = 16  # calls that may wait for the trackers, so that the end of a run soon follows
+PATIENCE = 60.0  # seconds that a run waits for its trackers
 
 
 class Metrics:
@@ -324,7 +324,7 @@ class Metrics:
     saved before its evaluation, so the evaluation's lines are dropped too. name, project: of the
     run in the trackers; default: the folder's name, and WANDB_PROJECT or jaxllm. A thread sends
     them the numbers, as a server may be slow. A tracker that fails, at start or later, is disabled
-    with one line on stderr; training continues.
+    with one line on stderr; training continues. So are all if they do not answer for PATIENCE.
     """
 
     def __init__(
@@ -341,7 +341,9 @@ class Metrics:
         self.run = shown = as_path(run)
         self.enabled = dist.is_main()
         self.trackers: dict[str, Any] = {}
-        self._sender, self._sent = ThreadPoolExecutor(1, "trackers"), deque[Future[None]]()
+        self._calls: queue.Queue[Any] = queue.Queue(BACKLOG)
+        # A daemon: a tracker that never answers does not keep the process.
+        self._sender = threading.Thread(target=self._send_calls, name="trackers", daemon=True)
         self.spool: Spool | None = None
         if not self.enabled:
             return
@@ -361,6 +363,8 @@ class Metrics:
                 self.trackers[tracker] = made
                 if made.note:
                     print(f"{tracker}: {made.note}", file=sys.stderr)
+        if self.trackers:
+            self._sender.start()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends {"kind", "step", "time", …} to metrics.jsonl and sends the other numbers to the
@@ -400,16 +404,35 @@ class Metrics:
 
     def close(self) -> None:
         """Closes the trackers, after they have received everything."""
-        self._sender.shutdown()
-        self._call_trackers("close")
+        self._send("close")
+        if self._sender.ident and self._queue(None):
+            self._sender.join(PATIENCE)
+        if self._sender.is_alive():
+            self._give_up()
         self.trackers.clear()
         if self.spool:
             self.spool.close()
 
     def _send(self, method: str, *args: Any) -> None:
-        self._sent.append(self._sender.submit(self._call_trackers, method, *args))
-        if len(self._sent) > BACKLOG:
-            self._sent.popleft().result()
+        if self.trackers and not self._queue((method, *args)):
+            self._give_up()
+
+    def _queue(self, call: Any) -> bool:
+        """Queues a call; False if none of those before it has ended for PATIENCE."""
+        try:
+            self._calls.put(call, timeout=PATIENCE if self.trackers else 0)
+        except queue.Full:
+            return False
+        return True
+
+    def _give_up(self) -> None:
+        for name in list(self.trackers):
+            print(f"jaxllm: {name} is disabled: no answer for {PATIENCE:.0f} s", file=sys.stderr)
+        self.trackers = {}
+
+    def _send_calls(self) -> None:
+        while (call := self._calls.get()) is not None:
+            self._call_trackers(*call)
 
     def _call_trackers(self, method: str, *args: Any) -> None:
         for name, tracker in list(self.trackers.items()):

@@ -128,9 +128,10 @@ class Lines:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file; none if there is none."""
-    with suppress(FileNotFoundError, NotADirectoryError), file.open("rb") as opened:
-        yield from opened
+    """The lines of a file; none if there is none, or a pipe or a device in its place."""
+    if file.is_file():
+        with suppress(FileNotFoundError), file.open("rb") as opened:
+            yield from opened
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -218,6 +218,12 @@ def test_tools_that_the_template_would_drop_are_refused(options, name, of_style)
         render(of_style("smollm2"), TOOL_CHAT if name == "tool_calls" else CHAT, **options)
 
 
+@pytest.mark.parametrize("function", [[], "x", None, 3])
+def test_a_tool_without_a_name_is_text_of_the_template(function, of_style):
+    tools = [*TOOLS, {"type": "function", "function": function}]
+    render(of_style("qwen2.5"), TOOL_CHAT, tools=tools)
+
+
 def test_a_run_sets_variables_at_the_top_of_the_template(of_style):
     llama = DataSection(template_kwargs={"date_string": "9 July 2026"})
     tokens, _ = render(with_settings(of_style("llama-3"), llama), CHAT)

@@ -95,7 +95,7 @@ def child(name: str, examples: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kind", action="append", help="only this kind; repeatable")
-    parser.add_argument("--examples", type=int, default=220, help="inputs of each kind")
+    parser.add_argument("--examples", type=int, default=600, help="inputs of each kind")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -130,7 +130,7 @@ def main() -> int:
     print("{:<30}{:>8,}{:>18,}{:>12,}{:>12,}".format("all", *totals))
     for fault, count in faults.most_common():
         print(f"\n{count} x {fault}")
-    few = not options.kind and sum(row[1] for row in rows) < 14 * options.examples
+    few = not options.kind and sum(row[1] for row in rows) < 16 * options.examples
     if few:
         print("\nfewer inputs were tried than asked for")
     return 1 if faults or few else 0

@@ -20,13 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tiny import SHAPE, one_device
 
 from jaxllm import hf
-from jaxllm.config import VERBS, Source, TrainConfig, checks, describe, load_config
+from jaxllm.checkpoint import ITEMS, Checkpoints, list_files
+from jaxllm.config import (
+    VERBS,
+    DataSection,
+    Source,
+    TrainConfig,
+    checks,
+    describe,
+    load_config,
+    to_dict,
+)
 from jaxllm.config.aliases import NAMES
 from jaxllm.config.schema import leaves
 from jaxllm.data.chat import prompt_tokens, render, stop_ids
@@ -38,9 +50,11 @@ from jaxllm.files import tensor_files
 from jaxllm.hf_config import source_config, updated_configs
 from jaxllm.model.families import from_hf
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import tensor_names
+from jaxllm.model.families.tensors import key_table, tensor_names
 from jaxllm.model.families.wrappers import WRAPPERS
 from jaxllm.peft.files import with_base
+from jaxllm.report.page import page
+from jaxllm.report.reading import read_run
 from jaxllm.tokenizer import check_vocabulary, generation_stop_ids, load_tokenizer, special_tokens
 
 Kind = tuple[st.SearchStrategy[Any], Callable[[Any], Any]]
@@ -135,6 +149,13 @@ def place(file: Path, form: bytes | str) -> None:
         file.symlink_to(targets[form.removeprefix("link to ")])
 
 
+def edited(folder: Path, name: str, **changes: Any) -> Path:
+    """Changes keys of a JSON file in a directory."""
+    file = folder / name
+    file.write_bytes(as_json(json.loads(file.read_text()) | changes))
+    return folder
+
+
 def json_file(base: Any, keys: tuple[str, ...] = ()) -> st.SearchStrategy[bytes | str]:
     """A JSON file with odd values four times out of five, else damaged."""
     odd = changed(base, keys).map(as_json)
@@ -186,6 +207,21 @@ class Place:
             tensors[f"{name}B.weight"] = np.zeros((32, 2), np.float32)
         save_file(tensors, folder / "adapter_model.safetensors")
 
+    def write_run(self) -> None:
+        """A run folder with a checkpoint of two small arrays."""
+        folder = self.good / "run"
+        folder.mkdir()
+        cfg = TrainConfig(output_dir=str(folder), data=DataSection(train=(Source("a.txt"),)))
+        lines = {"config.json": to_dict(cfg), "data.json": {"train": {"sources": []}, "eval": {}}}
+        lines["starts.jsonl"] = {"time": 1.0, "last": 0.0, "step": 0, "steps": 4, "mesh": {}}
+        lines["samples.jsonl"] = {"step": 4, "prompt": "a", "text": "b"}
+        lines["metrics.jsonl"] = {"kind": "train", "step": 4, "time": 2.0, "loss": 1.0, "mfu": None}
+        for name, value in lines.items():
+            (folder / name).write_bytes(as_json(value) + b"\n")
+        saves = Checkpoints(folder / "checkpoints")
+        saves.save(4, STATE, {"seconds": 1.0, "identity": {"config": {}}})
+        saves.close()
+
     def copy(self, name: str, into: str = "odd") -> Path:
         """A fresh copy of a directory."""
         folder = self.root / into
@@ -223,11 +259,36 @@ def read_model(folder: Path) -> None:
     updated_configs(config, "float32", model.cfg.vocab_size, None)
 
 
+STATE = {"step": jnp.int32(4), "weights": {"a": jnp.ones((8, 4))}}
+
+
+def abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def read_checkpoint(folder: Path) -> None:
+    """The checkpoint of a run, as a resumed run and an export read it."""
+    saves = Checkpoints(folder / "checkpoints")
+    try:
+        step = saves.latest()
+        if step is not None:
+            saves.best(), saves.meta(step)
+            saves.restore(step, jax.tree.map(abstract, STATE))
+    finally:
+        saves.close()
+
+
+def read_report(folder: Path) -> None:
+    """A run folder, as `report` reads it."""
+    page([read_run(folder)])
+
+
 def read_shape(folder: Path) -> None:
     """A model directory, as a run with random weights reads it, without making the weights."""
     config, _ = source_config(str(folder), {}, weights=False)
     cfg = from_hf(config)
-    tensor_names(cfg, "model.layers.{layers}.mlp.up_proj.weight")
+    for key in key_table(cfg):
+        tensor_names(cfg, key.name)
     hf.abstract_model(cfg, one_device(), config)
     updated_configs(config, "float32", cfg.vocab_size, None)
 
@@ -412,6 +473,13 @@ def safetensors(content: bytes) -> st.SearchStrategy[bytes | str]:
     return st.one_of(odd, odd, odd, raw, damaged(content))
 
 
+def _is_json(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
+
+
 def _words(value: Any) -> str:
     return value if isinstance(value, str) else as_json(value).decode()[:50_000]
 
@@ -468,6 +536,24 @@ def kinds(root: Path) -> dict[str, Kind]:
         place(folder / name, form)
         base, named = with_base(str(folder), None)
         hf.load_hf(str(at.good / "model"), mesh=one_device(), adapter=named)
+
+    at.write_run()
+    listed = [p for p in (at.good / "run/checkpoints/4").rglob("*") if p.is_file()]
+    saved_files = {str(p.relative_to(at.good / "run")): p.read_bytes() for p in sorted(listed)}
+
+    def checkpoint(drawn: tuple[str, bytes | str, bool]) -> None:
+        folder = at.copy("run")
+        place(folder / drawn[0], drawn[1])
+        if drawn[2]:  # as if it had been saved so
+            saved = folder / "checkpoints/4"
+            files = [p for item in ITEMS for p in (saved / item).rglob("*") if p.is_file()]
+            list_files(saved, [p for p in files if p.resolve() != Path("/dev/zero")], {})
+        read_checkpoint(folder)
+
+    def run_file(drawn: tuple[str, bytes | str]) -> None:
+        folder = at.copy("run")
+        place(folder / drawn[0], drawn[1])
+        read_report(folder)
 
     def rows(drawn: tuple[str, Any]) -> None:
         verb, record = drawn
@@ -542,6 +628,23 @@ def kinds(root: Path) -> dict[str, Kind]:
             for name in ("dataset_dict.json", "train/state.json", "train/dataset_info.json")
         )
     )
+    checkpoints = st.one_of(
+        *(
+            st.tuples(
+                st.just(name),
+                json_file(json.loads(content)) if _is_json(content) else damaged(content),
+                st.booleans(),
+            )
+            for name, content in saved_files.items()
+        )
+    )
+    run_files = st.one_of(
+        *(
+            st.tuples(st.just(name), json_file(at.json(f"run/{name}")))
+            for name in ("config.json", "data.json", "starts.jsonl", "samples.jsonl")
+            + ("metrics.jsonl",)
+        )
+    )
     half = "a.safetensors"
     index = "model.safetensors.index.json"
     model = at.json(f"model/{index}")
@@ -588,6 +691,8 @@ def kinds(root: Path) -> dict[str, Kind]:
         "data files": (files, data_file),
         "saved datasets": (saved, saved_dataset),
         "HTTP requests": http_requests(at.good / "tokenizer"),
+        "checkpoints": (checkpoints, checkpoint),
+        "files of a run, in a report": (run_files, run_file),
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills runs inside saves and exports, damages their files, and prints how the runs went on.
+"""Kills runs inside saves and exports and at random, and damages their files.
 
     make faults
 
@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from runs import CORPUS, DEVICES, ENV, MODEL, arguments  # noqa: E402, found by 
 SECONDS = 240  # a run takes a few
 SAVE, UNFINISHED, EXPORT = "checkpoints", ".orbax-checkpoint-tmp", ".final."
 STEPS, EVERY = 6, 2  # of a run, and between its saves
+KILLS, LONG = 20, 24  # kills at random moments, and steps of their runs
 MOMENTS = ("first save", "first save", "later save", "export", "export")
 LORA = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "all-linear")
 SAMPLES = ("--log.samples", "def load(", "--log.sample_tokens", "8")
@@ -50,7 +53,7 @@ OBJECTIVES: dict[str, tuple[str, str, bool, tuple[str, ...]]] = {
     "reward": ("reward", "pairs.jsonl", True, ()),
     "dpo": ("dpo", "pairs.jsonl", True, (*LORA, *EVAL, "--align.reference", "precomputed")),
     "kto": ("kto", "judged.jsonl", True, ()),
-    "ppo": ("ppo", "sums.jsonl", True, (*ONLINE, "--rl.minibatches", "2")),
+    "ppo": ("ppo", "sums.jsonl", True, (*ONLINE, "--rl.iterations", "2")),
     "grpo": ("grpo", "sums.jsonl", True, (*ONLINE, "--rl.group_size", "4")),
 }
 
@@ -86,15 +89,22 @@ def make_project(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
 
 
-def command(project: Path, name: str, run: Path, cache: Path | None = None) -> list[str]:
-    """The arguments of a run of an objective."""
+def command(
+    project: Path,
+    name: str,
+    run: Path,
+    cache: Path | None = None,
+    steps: int = STEPS,
+    rows: int = 8,
+) -> list[str]:
+    """The arguments of a run of an objective. rows: per device."""
     verb, data, has_base, more = OBJECTIVES[name]
     more = tuple(word.format(project=project) for word in more)
     args = arguments(project, verb, str(run), "--data.train", str(project / data), *more)
     if has_base:
         at = args.index("--model.config")
         args[at : at + 4] = ["--model.path", str(project / "pretrain" / "final")]
-    args += ["--batch_size", "8", "--micro_batch_size", "8", "--steps", str(STEPS)]
+    args += ["--batch_size", "8", "--micro_batch_size", str(rows), "--steps", str(steps)]
     args += ["--save.every", str(EVERY), "--log.progress", "false"]
     return [*args, "--data.cache_dir", str(cache)] if cache else args
 
@@ -102,13 +112,17 @@ def command(project: Path, name: str, run: Path, cache: Path | None = None) -> l
 # ---- processes, forked from one that has imported everything
 
 
-def serve(pipe: Any, log: str) -> None:
-    """Runs commands one after another, and answers each with its exit status or its traceback."""
+def serve(pipe: Any, log: str, before: Callable[[], None] | None) -> None:
+    """Runs commands one after another, and answers each with its exit status or its traceback.
+
+    before: is called once, to inject a fault."""
     from jaxllm.cli import main
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    if before:
+        before()
     while True:
         try:
             args = pipe.recv()
@@ -121,13 +135,14 @@ def serve(pipe: Any, log: str) -> None:
 
 
 class Worker:
-    """A process that runs commands. log: of what it prints."""
+    """A process that runs commands. log: of what it prints. before: as for `serve`."""
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, before: Callable[[], None] | None = None):
         context = multiprocessing.get_context("forkserver")
         self.log = log
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, str(log)), daemon=True)
+        run = {"target": serve, "args": (theirs, str(log), before), "daemon": True}
+        self.process = context.Process(**run)
         self.process.start()
         theirs.close()
 
@@ -175,7 +190,7 @@ def numbers(file: Path) -> list[str]:
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         try:
             values = json.loads(line)
-            if values.get("kind") != "goodput":
+            if values.get("kind") not in ("goodput", "error", "plan"):
                 kept = {k: v for k, v in values.items() if k not in TIMES}
                 found.append(json.dumps(kept, sort_keys=True))
         except (ValueError, AttributeError):
@@ -332,6 +347,105 @@ def kills(name: str, project: Path, folder: Path, seed: int) -> Row:
     if not killed.row.lost and killed.kills:
         killed.finish()
     return killed.row
+
+
+# ---- kills at random moments, of one or several processes
+
+
+class Group:
+    """Processes that run one command together, each on a device."""
+
+    def __init__(self, logs: Path, count: int):
+        self.workers = [Worker(logs.with_suffix(f".{i}.log")) for i in range(count)]
+
+    def start(self, args: list[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        place = ["--cluster.coordinator", address, "--cluster.timeout", "20"]
+        place += ["--cluster.processes", str(len(self.workers)), "--cluster.process"]
+        for i, worker in enumerate(self.workers):
+            worker.start([*args, *place, str(i)] if len(self.workers) > 1 else args)
+
+    def ended(self, until: float) -> bool:
+        """True if all have ended by this time."""
+        while time.monotonic() < until:
+            if all(worker.pipe.poll() for worker in self.workers):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def results(self) -> list[int | str]:
+        """What became of each that was not killed."""
+        return [w.result() for w in self.workers if not w.pipe.closed]
+
+    def said(self) -> str:
+        return "\n".join(worker.said() for worker in self.workers)
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            if not worker.pipe.closed:
+                worker.kill()
+
+
+LEFT = (75, "died with status 75")  # how a process ends that has lost another
+ALONE = "did not arrive within cluster.timeout"  # or, if it was lost before they met, with status 2
+
+
+def random_kills(name: str, processes: int, project: Path, folder: Path, seed: int) -> Row:
+    """Kills a run KILLS times at any moment from its start to its end, and resumes it each time. Of
+    several processes one or all are killed. A run that ends is compared and started over."""
+    chance, row = random.Random(f"{seed} {name} {processes}"), Row()
+    label = f"{name.replace(', ', '-')}-{processes}"
+    straight, run, logs = project / f"{label}-long", folder / f"{label}-long", folder / label
+    build = partial(command, project, name, steps=LONG, rows=8 // processes)
+    kills = 0  # of the run at hand
+
+    def to_the_end(place: Path) -> float:
+        """Runs to the end; returns the seconds that took."""
+        group, began = Group(logs, processes), time.monotonic()
+        group.start(build(place))
+        results = group.results()
+        group.kill()
+        if results != [0] * processes or " is broken" in group.said():
+            row.lost.append(f"{place.name}: {results}\n{group.said()[-3000:]}")
+        return time.monotonic() - began
+
+    def compare() -> None:
+        nonlocal kills
+        if not row.lost and (found := difference(straight, run)):
+            row.lost.append(found)
+        row.counts["bit-equal"] += 0 if row.lost else kills
+        row.counts["runs"] += 1
+        kills = 0
+        shutil.rmtree(run)
+
+    seconds = to_the_end(straight)
+    while row.counts["kills"] < KILLS and not row.lost:
+        group = Group(logs, processes)
+        group.start(build(run))
+        if group.ended(time.monotonic() + chance.uniform(0, seconds)):
+            results = group.results()
+            if results != [0] * processes:
+                row.lost.append(f"{results}\n{group.said()[-3000:]}")
+            group.kill()
+            if not row.lost:
+                compare()
+            continue
+        victims = group.workers if chance.random() < 0.5 else [chance.choice(group.workers)]
+        for worker in victims:
+            worker.kill()
+        kills += 1
+        row.counts["kills"] += 1
+        left = group.results()
+        row.counts["one of two"] += bool(left)
+        ends = (*LEFT, 0, *[2] * (ALONE in group.said()))
+        in_line = all(one in ends for one in left) and "Traceback" not in group.said()
+        row.counts["told"] += bool(left) and in_line
+        group.kill()
+    if not row.lost and kills:
+        to_the_end(run)
+        compare()
+    return row
 
 
 # ---- damage
@@ -500,35 +614,62 @@ def all_damages(project: Path, folder: Path, seed: int, chosen: Any) -> dict[str
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--objective", action="append", help="kill only these; repeatable")
-    parser.add_argument("--kind", default="", help="damage only files whose pattern contains this")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the damages")
-    options = parser.parse_args()
+@contextmanager
+def prepared(base: bool = True) -> Iterator[tuple[Path, Path]]:
+    """(a project, an empty folder). base: with the base model of most objectives."""
     # The trackers of semaphores warn of those of processes that were killed.
     os.environ |= ENV | {"XLA_FLAGS": f"{DEVICES}1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     context = multiprocessing.get_context("forkserver")
     names = ("jaxllm.training", "transformers.models.auto.configuration_auto", "grain", "datasets")
     context.set_forkserver_preload([*names])
     with tempfile.TemporaryDirectory() as temporary:
-        project, folder = Path(temporary, "project"), Path(temporary, "killed")
+        project, folder = Path(temporary, "project"), Path(temporary, "folder")
         make_project(project)
         folder.mkdir()
-        kill = partial(kills, project=project, folder=folder, seed=options.seed)
-        wanted = options.objective or [*OBJECTIVES]
-        names = [n for n in OBJECTIVES if n in (*wanted, "pretrain", OBJECTIVE)]
-        rows = {names[0]: kill(names[0])}  # the base of the others
-        with ThreadPoolExecutor(2) as pool:
-            rows |= dict(zip(names[1:], pool.map(kill, names[1:]), strict=True))
-        columns = ("kills", "in a save", "in an export", "elsewhere", "bit-equal")
-        lost = table("killed by SIGKILL", columns, rows)
-        if (project / OBJECTIVE / "final").exists():
-            damaged = all_damages(
-                project, Path(temporary, "damaged"), options.seed, lambda kind: options.kind in kind
+        if base:
+            worker = Worker(folder / "base.log")
+            assert worker.run(command(project, "pretrain", project / "pretrain")) == 0, (
+                worker.said()
             )
+            worker.kill()
+        yield project, folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--objective", action="append", help="kill only these; repeatable")
+    parser.add_argument("--kind", default="", help="damage only files whose pattern contains this")
+    parser.add_argument("--part", choices=("saves", "random", "damage"), help="only this table")
+    parser.add_argument("--processes", type=int, action="append", help="of random kills; 1 and 2")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the damages")
+    options = parser.parse_args()
+    wanted = options.objective or [*OBJECTIVES]
+    parts, lost, few = [options.part] if options.part else ["saves", "random", "damage"], 0, False
+    with prepared(base="saves" not in parts) as (project, folder), ThreadPoolExecutor(2) as pool:
+        if "saves" in parts:
+            kill = partial(kills, project=project, folder=folder, seed=options.seed)
+            names = [n for n in OBJECTIVES if n in (*wanted, "pretrain", OBJECTIVE)]
+            rows = {names[0]: kill(names[0])}  # the base of the others
+            rows |= dict(zip(names[1:], pool.map(kill, names[1:]), strict=True))
+            columns = ("kills", "in a save", "in an export", "elsewhere", "bit-equal")
+            lost += table("killed by SIGKILL while it saves", columns, rows)
+            few |= sum(row.counts["kills"] for row in rows.values()) < 4 * len(rows)
+        if "random" in parts:
+            todo = [(name, n) for n in options.processes or (1, 2) for name in wanted]
+            label = {1: "one process", 2: "two processes"}
+            done = pool.map(lambda one: random_kills(*one, project, folder, options.seed), todo)
+            found = {f"{name}, {label[n]}": row for (name, n), row in zip(todo, done, strict=True)}
+            columns = ("kills", "one of two", "told", "runs", "bit-equal")
+            lost += table("killed by SIGKILL at random", columns, found)
+            few |= any(row.counts["kills"] < KILLS for row in found.values())
+        if "damage" in parts:
+            if not (project / OBJECTIVE / "final").exists():
+                worker = Worker(folder / "straight.log")
+                worker.run(command(project, OBJECTIVE, project / OBJECTIVE))
+                worker.kill()
+            chosen = lambda kind: options.kind in kind  # noqa: E731
+            damaged = all_damages(project, folder / "damaged", options.seed, chosen)
             lost += table("damaged", ("tried", "bit-equal", "refused"), damaged)
-    few = sum(row.counts["kills"] for row in rows.values()) < 4 * len(rows)
     if few:
         print("\nfewer runs were killed than asked for")
     return 1 if lost or few else 0

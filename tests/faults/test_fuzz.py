@@ -11,7 +11,8 @@ from inputs import kinds
 
 from jaxllm import untrusted
 
-EXAMPLES, OF_ADAPTERS = 21, 8  # an adapter that loads takes longest
+EXAMPLES, SLOW = 21, 8
+LONG = ("adapter", "checkpoint")  # what these names begin takes longest
 
 
 def test_odd_inputs_end_in_success_or_one_line(tmp_path, monkeypatch):
@@ -27,7 +28,7 @@ def test_odd_inputs_end_in_success_or_one_line(tmp_path, monkeypatch):
             faults.append((detail, repr(value)[:300]))
 
     for name, kind in kinds(tmp_path / "files").items():
-        run(kind, OF_ADAPTERS if name.startswith("adapter") else EXAMPLES, report)
+        run(kind, SLOW if name.startswith(LONG) else EXAMPLES, report)
     assert not faults, json.dumps(faults, indent=1)
     assert counts.total() >= 300 and min(counts.values()) > 30, counts
     assert slowest < SECONDS

@@ -6,13 +6,26 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from inputs import CHAT, Place, as_json, place, read_data, read_model, read_shape, read_tokenizer
+from inputs import (
+    CHAT,
+    Place,
+    as_json,
+    edited,
+    place,
+    read_data,
+    read_model,
+    read_shape,
+    read_tokenizer,
+)
 from tiny import one_device
 
 from jaxllm import hf, untrusted
@@ -22,6 +35,7 @@ from jaxllm.data.chat import render
 from jaxllm.data.template import with_settings
 from jaxllm.errors import LONGEST, UserError, mistake, nearest, seen, together
 from jaxllm.files import tensor_files
+from jaxllm.tokenizer import load_tokenizer, special_tokens
 from jaxllm.untrusted import Exceeded, bounded, read_json, rust
 
 INDEX = "model.safetensors.index.json"
@@ -36,12 +50,6 @@ def at(tmp_path_factory):
 def quick(monkeypatch):
     """Shortens the time that a template or a pattern may take."""
     monkeypatch.setattr(untrusted, "SECONDS", 1)
-
-
-def edited(folder: Path, name: str, **changes: Any) -> Path:
-    file = folder / name
-    file.write_bytes(as_json(json.loads(file.read_text()) | changes))
-    return folder
 
 
 # ---- JSON and YAML
@@ -109,6 +117,19 @@ def test_yaml_is_read_within_limits(text, message, tmp_path):
     if "\n" not in text:
         with pytest.raises(UserError, match="steps"):
             load_config("sft", None, [f"--steps={text}"])
+
+
+@pytest.mark.parametrize("value", ["[[]]", "[{}]", "[1]", "{a: b}"])
+def test_a_tracker_is_a_name(value):
+    with pytest.raises(UserError, match="log.report_to"):
+        load_config("sft", None, [f"--log.report_to={value}"])
+
+
+def test_brackets_are_counted_before_they_are_read():
+    began = time.process_time()
+    with pytest.raises(UserError, match="--eos_token: set it"):
+        load_config("sft", None, ["--eos_token", "[" * 100_000])
+    assert time.process_time() - began < 1  # it was 3 s for 500 brackets
 
 
 def test_a_key_of_yaml_is_text(tmp_path):
@@ -319,6 +340,27 @@ def test_a_tokenizer_that_cannot_tokenize_is_refused_when_it_is_loaded(at):
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize("value", [True, 7, [1], {"default": 3}])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_chat_template_is_text(file, value, at):
+    folder = at.copy("tokenizer")
+    if not (folder / file).exists():
+        (folder / file).write_text("{}")
+    for left in ("chat_template.jinja", "additional_chat_templates"):
+        place(folder / left, "missing")
+    with pytest.raises(UserError, match="chat.template|cannot be loaded"):
+        read_tokenizer(edited(folder, file, chat_template=value))
+
+
+def test_an_empty_special_token_is_left_out(at):
+    """It stands everywhere, so that the tokens that close a turn would not end."""
+    folder = at.copy("tokenizer")
+    (folder / "special_tokens_map.json").write_text("{}")
+    tokenizer = load_tokenizer(edited(folder, "tokenizer_config.json", pad_token=""))
+    assert "" in tokenizer.all_special_tokens and "" not in special_tokens(tokenizer)
+    read_tokenizer(folder)
+
+
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 GROWING = (
     "{% set x = namespace(v='a') %}{% for i in range(40) %}{% set x.v = x.v + x.v %}{% endfor %}"
@@ -380,6 +422,14 @@ def test_an_arrow_file_starts_as_one(content, at, tmp_path):
     (tmp_path / "a.arrow").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.arrow: not readable as arrow: it starts with"):
         read_data(at, "pretrain", tmp_path / "a.arrow")
+
+
+def test_the_types_that_a_table_names_are_read_within_limits(at, tmp_path):
+    features = {"info": {"features": {"text": {"_type": "Value"}}}}  # without its dtype
+    table = pa.table({"text": ["a"]}).replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: not readable as parquet: .*dtype"):
+        read_data(at, "pretrain", tmp_path / "a.parquet")
 
 
 def test_a_conversation_that_memory_has_no_room_for_is_refused(at, tmp_path, monkeypatch):

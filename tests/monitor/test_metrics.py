@@ -189,6 +189,22 @@ def test_a_slow_tracker_does_not_hold_up_the_run(tmp_path, recorder, monkeypatch
     assert [call[-2] for call in recorder.last.calls] == [1, 2, 2] and recorder.last.closed
 
 
+def test_a_tracker_that_never_answers_is_given_up(tmp_path, recorder, monkeypatch, capsys):
+    monkeypatch.setattr(recorder, "write", lambda *args: threading.Event().wait())
+    monkeypatch.setattr("jaxllm.monitor.metrics.PATIENCE", 0.2)
+    metrics = Metrics(tmp_path, report_to=("wandb",))
+    for step in range(40):  # more than may wait
+        metrics.write("train", step, loss=1.0)
+    metrics.close()
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("jaxllm: wandb is disabled: no answer for 0 s") == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 40
+    metrics = Metrics(tmp_path, report_to=("wandb",))
+    metrics.write("train", 41, loss=1.0)
+    metrics.close()  # nothing waits behind it
+    assert "wandb is disabled" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_a_tracker_that_is_not_installed_says_what_to_install(
     tmp_path, monkeypatch, capsys, name, package
