@@ -14,7 +14,11 @@ sys.modules["torch"] = None  # as if it were not installed
 import jaxllm
 for module in pkgutil.walk_packages(jaxllm.__path__, "jaxllm."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as missing:
+            if missing.name not in ("starlette", "uvicorn"):  # the extra `serve`
+                raise
 import transformers
 assert not transformers.is_torch_available()
 from dataclasses import replace
