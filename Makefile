@@ -37,7 +37,7 @@ $(VENV)/.test: $(VENV)/.core
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core
-	@echo 'installing mkdocs'
+	@echo 'installing mkdocs and Jupyter'
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
@@ -121,7 +121,7 @@ format: $(VENV)/.test
 	@$(BIN)/ruff format
 
 docs: $(VENV)/.docs
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'site/index.html'
 
 clean:

@@ -333,7 +333,9 @@ FILES = re.compile(r"\.(py|json|jsonl|md|safetensors|yaml|txt|html|bin)\b")
 # In the first column of docs/coming-from.md, but no argument.
 NO_ARGUMENTS = {
     "run_clm", "save_pretrained", "prepare_model_for_kbit_training", "merge_and_unload",
-    "formatting_func", "accelerate", "deepspeed", "optimizer", "scheduler", "false", "true", "null",
+    "get_peft_model", "load_adapter", "set_adapter", "add_weighted_adapter",
+    "print_trainable_parameters", "formatting_func", "accelerate", "deepspeed", "optimizer",
+    "scheduler", "false", "true", "null",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,27 +20,8 @@ from jaxllm.program import build
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-SMOLLM2 = LLAMA | {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000,
-}
-QWEN = SMOLLM2 | {
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 131072,
-}
+MADE = runpy.run_path(str(ROOT / "benchmarks" / "configs.py"))
+SMOLLM2, QWEN = MADE["SMOLLM2"], MADE["QWEN"]
 # What config.json says where a config names the hub, or a run that comes before it.
 SHAPES = {
     "HuggingFaceTB/SmolLM2-135M": SMOLLM2,
@@ -102,6 +84,15 @@ def test_a_config_lowers_over_eight_devices(path, tmp_path):
     state, metrics = lowered.out_info
     assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, program.state)
     assert "grad_norm" in metrics
+
+
+def test_the_table_of_configs_is_up_to_date():
+    page = (ROOT / "docs" / "configs.md").read_text()
+    results = json.loads(MADE["RESULTS"].read_text())
+    made = MADE["MARK"] + MADE["tables"](results)
+    assert page.endswith(made), "run `python benchmarks/configs.py`"
+    for path in FILES:
+        assert f"`{path.relative_to(ROOT)}`" in page
 
 
 def test_the_book_config_is_its_launch_line():

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from runs import FAST
 
+import jaxllm
 from jaxllm.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +163,8 @@ def test_the_commands_of_a_page_run(workspace, page):
     workspace.run_page(page)
 
 
-NOTEBOOK = ROOT / "docs" / "python.ipynb"
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+LAST_MODEL = {"pipeline": "run/pipeline/dpo/final", "records": "run/notebook/saved"}
 
 
 def cells_of(notebook: Path) -> list[dict]:
@@ -170,17 +172,39 @@ def cells_of(notebook: Path) -> list[dict]:
 
 
 @pages
-def test_the_notebook_runs_in_one_process(workspace):
-    code = "\n\n".join("".join(cell["source"]) for cell in cells_of(NOTEBOOK))
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_in_one_process(workspace, notebook):
+    code = "\n\n".join("".join(cell["source"]) for cell in cells_of(notebook))
     workspace.run("python", "-c", code)
-    assert (workspace.folder / "run/notebook/saved/model.safetensors").is_file()
+    made = workspace.folder / LAST_MODEL[notebook.stem]
+    assert (made / "model.safetensors").is_file()
 
 
-def test_the_notebook_shows_what_its_cells_printed():
-    cells = cells_of(NOTEBOOK)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_shows_what_its_cells_printed(notebook):
+    cells = cells_of(notebook)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert outputs and not any(output["output_type"] == "error" for output in outputs)
+    assert notebook.stat().st_size < 50_000
+
+
+def test_every_public_name_is_in_the_api_reference():
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = set(re.findall(r"^::: jaxllm\.(\w+)$", page, re.MULTILINE))
+    assert shown <= {*jaxllm.__all__, "training"}
+    for name in jaxllm.__all__:
+        assert name in shown or f"`{name}`" in page, f"docs/api.md lacks {name}"
+        assert getattr(jaxllm, name).__doc__, name
+
+
+def test_the_site_has_every_page_once_and_small_pictures():
+    site = (ROOT / "mkdocs.yml").read_text()
+    notebooks = [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]
+    for name in [*(path.name for path in (ROOT / "docs").glob("*.md")), *notebooks]:
+        assert len(re.findall(rf": {name}$", site, re.MULTILINE)) == 1, f"mkdocs.yml: {name}"
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert pictures and all(path.stat().st_size < 150_000 for path in pictures)
 
 
 def test_blocks_are_of_a_language_that_is_run_or_shown():
