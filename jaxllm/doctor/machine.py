@@ -118,12 +118,8 @@ def versions() -> Iterator[Finding]:
     yield Doing("importing transformers", 0)
     from transformers.utils.versions import require_version
 
-    required, extras = [], {}
-    for line in metadata.requires("jaxllm") or ():
-        requirement, _, marker = line.partition(";")
-        extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
-        some = extras.setdefault(extra[1], []) if extra else required
-        some.append(re.sub(r"\[[^]]*\]", "", requirement).strip())
+    needs = _requirements("jaxllm")
+    required = [re.sub(r"\[[^]]*\]", "", line) for line in needs.pop("")]
     for requirement in required:
         try:
             require_version(requirement)
@@ -133,13 +129,25 @@ def versions() -> Iterator[Finding]:
                 f"jaxllm needs {requirement}: {str(error).splitlines()[0]}",
                 f"pip install '{requirement}'",
             )
-    is_here = {
-        extra: all(_version(re.split(r"[^\w.-]", one)[0]) for one in some)
-        for extra, some in sorted(extras.items())
-    }
+    of_jax = _requirements("jax")
+    is_here = {}
+    for extra, lines in sorted(needs.items()):
+        asked = re.findall(r"\bjax\[(\w+)\]", " ".join(lines))
+        lines = [*lines, *(line for one in asked for line in of_jax.get(one, ()))]
+        is_here[extra] = all(_version(re.split(r"[^\w.-]", line)[0]) for line in lines)
     for what, wanted in (("extras", True), ("not installed", False)):
         names = ", ".join(extra for extra, here in is_here.items() if here is wanted)
         yield Fact(what, names or "none")
+
+
+def _requirements(package: str) -> dict[str, list[str]]:
+    """The requirements of an installed package by extra; those of the package itself under ""."""
+    found: dict[str, list[str]] = {"": []}
+    for line in metadata.requires(package) or ():
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
+        found.setdefault(extra[1] if extra else "", []).append(requirement.strip())
+    return found
 
 
 # ---- disks
