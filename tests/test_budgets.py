@@ -48,11 +48,13 @@ FLOORS = (
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
+    ("card",),
     ("pretokenize", "saving", "timetable"),
     ("preview",),
     (
         "training",
         "compare",
+        "export_check",
         "exports",
         "launch",
         "plan",
