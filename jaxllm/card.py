@@ -35,6 +35,7 @@ from jaxllm.untrusted import read_text
 # Keys whose values are in other sections of the card, or are paths.
 ELSEWHERE = {"objective", "peft.method", "data.train", "data.eval"}
 ELSEWHERE |= {"model.path", "model.config", "model.tokenizer", "peft.path"}
+NO_METRICS = ("step", "time", "epoch", "tokens_seen")  # of a line of metrics.jsonl
 LICENSE = ("license", "license_name", "license_link")
 MAX_METADATA = 1 << 16  # characters of a base model's metadata
 _TOKEN = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|AKIA)[\w-]{8,}")
@@ -60,9 +61,9 @@ def model_card(
     """
     adapter, base = model.peft.method if model.peft.frozen else None, model.base
     cfg = origin.cfg if origin else None
-    title = f"{shown(base) if base else model.cfg.family}" + (f", {cfg.objective}" if cfg else "")
     method = adapter or merged
-    title += f" with {method}" if method and cfg else ""
+    how = " with ".join(filter(None, (cfg.objective if cfg else "", method)))
+    title = (shown(base) if base else model.cfg.family) + (f": {how}" if how else "")
     trained = nnx.state(model, model.peft.trains) if adapter else nnx.state(model)
     count = sum(x.size for x in jax.tree.leaves(trained))
     of = f"`{model.cfg.family}`, " if not adapter else ""
@@ -169,7 +170,7 @@ def _evaluation(origin: Origin) -> list[str]:
         (code(name), key, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
         for name, line in found.items()
         for key, value in line.items()
-        if key not in ("step", "time") and number(value) is not None
+        if key not in NO_METRICS and number(value) is not None
     ]
     return ["", "## Evaluation", "", *table(("set", "metric", "value"), rows)] if rows else []
 

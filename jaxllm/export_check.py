@@ -10,9 +10,10 @@ differ from the other by several hundredths, which hides a wrong weight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,21 @@ from flax import nnx
 from jaxllm import __version__
 from jaxllm.card import table
 from jaxllm.config import MeshSection, TrainConfig
-from jaxllm.data.examples import fingerprint, tokenize
+from jaxllm.data.examples import Examples, tokenize_table
+from jaxllm.data.sources import locate, read
 from jaxllm.errors import UserError
 from jaxllm.files import header, local_dir, tensor_files
 from jaxllm.hf import SCORE, load_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.parity.exported import token_values
-from jaxllm.paths import as_path, is_bucket
+from jaxllm.paths import as_path, file_size, is_bucket
 from jaxllm.peft.files import is_adapter
 from jaxllm.rl.rewards import RewardModel
 
 PROMPTS, LENGTH = 32, 128  # tokens of a prompt at most
 ROWS = 4  # prompts at a time
+WHOLE, MAX_BYTES = ("text", "parquet", "arrow"), 1 << 28  # formats of files that are read whole
 TOLERANCE = 1e-3  # of a log-probability or score
 
 
@@ -162,8 +165,8 @@ def prompts_of(
     """
     found: list[np.ndarray] = []
     with suppress(UserError, OSError):  # the data may have changed since
-        found = _records(cfg, tokenizer) if cfg else []
-    found = [tokens[:longest] for tokens in found if len(tokens) > 1][:PROMPTS]
+        records = _records(cfg, tokenizer, longest) if cfg else iter(())
+        found += islice((tokens for tokens in records if len(tokens) > 1), PROMPTS)
     about = f"{len(found)} prompts of the run's data" if found else ""
     if missing := PROMPTS - len(found):
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -173,27 +176,29 @@ def prompts_of(
     return found, about
 
 
-def _records(cfg: TrainConfig, tokenizer: Any) -> list[np.ndarray]:
-    """The tokens of the first records of each source that is a local file or folder."""
-    found = []
+def _records(cfg: TrainConfig, tokenizer: Any, longest: int) -> Iterator[np.ndarray]:
+    """The tokens of the first records of the sources that are local files, long ones in pieces."""
+    # The tokenizer's template has the run's settings.
+    settings: dict[str, Any] = {"template": None, "template_kwargs": {}, "system": None}
+    settings |= {"user_template": None, "workers": 1, "date": cfg.data.date or "2000-01-01"}
+    own = replace(cfg, data=replace(cfg.data, **settings), log=replace(cfg.log, progress=False))
     for source in cfg.data.eval or cfg.data.train:
-        if is_bucket(source.path) or not as_path(source.path).exists() or len(found) >= PROMPTS:
+        if is_bucket(source.path) or not as_path(source.path).exists():
             continue
-        with tempfile.TemporaryDirectory(prefix="jaxllm-check-") as cache:
-            # The tokenizer's template has the run's settings.
-            settings: dict[str, Any] = {"template": None, "template_kwargs": {}, "system": None}
-            settings |= {"cache_dir": cache, "workers": 1, "user_template": None}
-            few = replace(source, max_samples=PROMPTS, streaming=False)
-            own = replace(
-                cfg, data=replace(cfg.data, **settings), log=replace(cfg.log, progress=False)
-            )
-            examples = tokenize(few, own, tokenizer, fingerprint(tokenizer))
+        located = locate(source)
+        located = replace(located, files=located.files[:PROMPTS])
+        if located.format in WHOLE and sum(map(file_size, located.files)) > MAX_BYTES:
+            continue
+        with tempfile.TemporaryDirectory(prefix="jaxllm-check-") as folder:
+            raw = read(located, Path(folder), PROMPTS)
+            raw = raw.select(range(min(PROMPTS, len(raw))))
+            examples = Examples(tokenize_table(source, own, tokenizer, raw, Path(folder)), source)
             for index in range(len(examples)):
-                tokens = np.array(examples.tokens(index))
                 # A pair is its chosen and its rejected text.
                 end = examples.first[index] if cfg.verb.data == "pairs" else None
-                found.append(tokens[:end])
-    return found
+                tokens = np.array(examples.tokens(index)[:end])
+                for start in range(0, len(tokens), longest) if cfg.verb.data == "text" else (0,):
+                    yield tokens[start : start + longest]
 
 
 def _length_without(prompt: np.ndarray, pad: int | None) -> int:
