@@ -37,6 +37,8 @@ ELSEWHERE = {"objective", "peft.method", "data.train", "data.eval"}
 ELSEWHERE |= {"model.path", "model.config", "model.tokenizer", "peft.path"}
 NO_METRICS = ("step", "time", "epoch", "tokens_seen")  # of a line of metrics.jsonl
 LICENSE = ("license", "license_name", "license_link")
+ALWAYS = {"batch_size", "data.max_length", "optim.name", "optim.learning_rate", "seed"}
+ALWAYS_LORA = {"peft.r", "peft.lora_alpha", "peft.target_modules"}
 MAX_METADATA = 1 << 16  # characters of a base model's metadata
 _TOKEN = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|AKIA)[\w-]{8,}")
 
@@ -54,10 +56,9 @@ class Origin:
 def model_card(
     model: Decoder, origin: Origin | None, dtype: str | None, merged: str | None = None
 ) -> str:
-    """The text of a model or adapter to be saved, without the check of `--check`.
+    """The text of a model or adapter to be saved; `--check` adds a section.
 
-    dtype: of the weights in the files; None: their own. merged: the method of the adapter that was
-    merged into the base model.
+    dtype: of the weights in the files; None: their own. merged: the method of a merged adapter.
     """
     adapter, base = model.peft.method if model.peft.frozen else None, model.base
     cfg = origin.cfg if origin else None
@@ -85,25 +86,19 @@ def model_card(
 
 def _metadata(model: Decoder, cfg: TrainConfig | None, method: str | None) -> str:
     """The YAML at the top. The hub accepts a base model and datasets of its own only."""
-    adapter, base = bool(model.peft.frozen), model.base
+    adapter, base = model.peft.frozen, model.base
     tags = ["jaxllm", *([cfg.objective] if cfg else ()), *([method] if method else ())]
     kind = "text-classification" if model.cfg.scores else "text-generation"
-    if model.cfg.wrapper:
-        kind = "image-text-to-text"
-    sources = [*cfg.data.train] if cfg else []
+    kind = "image-text-to-text" if model.cfg.wrapper else kind
+    sources = cfg.data.train if cfg else ()
     hub = {"base_model": base} if hub_id(base) else {}
     if hub and cfg:
         hub["base_model_relation"] = "adapter" if adapter else "finetune"
     if datasets := [s.path for s in sources if hub_id(s.path) and not as_path(s.path).exists()]:
         hub["datasets"] = datasets
-    data = ModelCardData(
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag=kind,
-        tags=tags,
-        **hub,
-        **license_of(base),
-    )
-    return data.to_yaml()
+    library = "peft" if adapter else "transformers"
+    more = hub | license_of(base)
+    return ModelCardData(library_name=library, pipeline_tag=kind, tags=tags, **more).to_yaml()
 
 
 def license_of(base: str) -> dict[str, Any]:
@@ -128,13 +123,15 @@ def license_of(base: str) -> dict[str, Any]:
 
 
 def _settings(cfg: TrainConfig) -> list[str]:
-    """The values that are not the defaults and that a resumed run must share."""
+    """The main ones, and others without their default, of those that a resumed run must share."""
     given, default = (fixed(to_dict(c)) for c in (cfg, TrainConfig(objective=cfg.objective)))
-    lines = []
-    for key, value in given.items():
-        if key not in ELSEWHERE and value != default.get(key):
-            lines.append(f"{key}: {json.dumps(_clean(value), ensure_ascii=False)}")
-    return ["", "## Settings", "", "```yaml", *lines, "```"] if lines else []
+    main = ALWAYS | (ALWAYS_LORA if cfg.peft.method == "lora" else set())
+    lines = [
+        f"{key}: {json.dumps(_clean(value), ensure_ascii=False)}"
+        for key, value in given.items()
+        if key in main or (key not in ELSEWHERE and value != default.get(key))
+    ]
+    return ["", "## Settings", "", "```yaml", *lines, "```"]
 
 
 def _clean(value: Any) -> Any:

@@ -182,6 +182,13 @@ def test_prompts_are_the_evaluation_data_or_random_tokens(runs):
     )
 
 
+def test_a_final_model_has_the_card_of_its_export(runs, tmp_path):
+    exports.export(str(runs / "lora"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / CARD).read_text()
+    assert (runs / "lora" / "final" / CARD).read_text() == card
+    assert "| `few` | perplexity |" in card and "peft.r: 4\n" in card
+
+
 def test_a_bucket_is_refused_before_anything_is_written(runs):
     with pytest.raises(ValueError, match="is in a bucket, where this is not supported"):
         exports.export(str(runs / "base"), "s3://bucket/out", check=True)
