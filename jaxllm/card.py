@@ -91,7 +91,7 @@ def _metadata(model: Decoder, cfg: TrainConfig | None, method: str | None) -> st
     kind = "text-classification" if model.cfg.scores else "text-generation"
     kind = "image-text-to-text" if model.cfg.wrapper else kind
     sources = cfg.data.train if cfg else ()
-    hub = {"base_model": base} if hub_id(base) else {}
+    hub: dict[str, Any] = {"base_model": base} if hub_id(base) else {}
     if hub and cfg:
         hub["base_model_relation"] = "adapter" if adapter else "finetune"
     if datasets := [s.path for s in sources if hub_id(s.path) and not as_path(s.path).exists()]:
