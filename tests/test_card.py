@@ -23,12 +23,12 @@ from jaxllm.run import RunFolder
 from jaxllm.tokenizer import load_tokenizer
 
 TOKEN = "hf_0123456789abcdefABCDEF"
-SECRETS = (TOKEN, "password", "signature", "/home/me", "private-bucket")
+SECRETS = (TOKEN, "password", "signature", "/data/me", "private-bucket")
 SOURCES = (
     "owner/chats",
     f"https://me:{TOKEN}@example.com/a.jsonl",
     "https://me:password@example.com/b.jsonl?token=signature#signature",
-    "/home/me/c.jsonl",
+    "/data/me/c.jsonl",
     "s3://private-bucket/d.jsonl",
     "data/text/e.jsonl",
 )
@@ -52,10 +52,10 @@ def run(base):
     """The folder of a run that started from a model of the hub, with checkpoints 1 and 2."""
     folder = base.parent / "run"
     data = DataSection(train=tuple(map(Source, SOURCES)), system=f"Your key is {TOKEN}.")
-    rewards = "/home/me/rewards.py:exact"
+    rewards = "/data/me/rewards.py:exact"
     cfg = TrainConfig(
         objective="sft",
-        model=ModelSection(path="owner/base", tokenizer="/home/me/tokenizer"),
+        model=ModelSection(path="owner/base", tokenizer="/data/me/tokenizer"),
         data=data,
         batch_size=24,
         output_dir=str(folder),
