@@ -278,11 +278,13 @@ def export(verb: str, args: list[str]) -> None:
     flag("--dtype", about, choices=("float32", "bfloat16"))
     about = "merge a LoRA adapter into the base model and export a standalone model"
     flag("--merge", about, action="store_true")
+    about = "compare the result in transformers or peft with jaxllm; needs the extra `parity`"
+    flag("--check", about, action="store_true")
     options = parser.read(args)
     from jaxllm.exports import export as write
 
     use_cache()
-    print(write(options.run, options.out, options.dtype, options.step, options.merge))
+    print(write(**vars(options)))
 
 
 def rows(verb: str, args: list[str]) -> None:

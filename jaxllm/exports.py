@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -15,17 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.card import Origin, model_card
 from jaxllm.checkpoint import Checkpoints, changed_file
 from jaxllm.config import DataSection, MeshSection, TrainConfig, from_dict, tokenizer_path
 from jaxllm.data.template import with_settings
 from jaxllm.errors import UserError
-from jaxllm.files import DTYPES, read_json
+from jaxllm.export_check import TOLERANCE
+from jaxllm.export_check import check as compare
+from jaxllm.files import DTYPES, own_card, read_json, write_card
 from jaxllm.hf import load_hf, save_adapter, save_hf
 from jaxllm.identity import base_weights, check_same_run
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
 from jaxllm.optim import eval_params
-from jaxllm.paths import as_path
+from jaxllm.parity.exported import check_installed
+from jaxllm.paths import as_path, local_path
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
@@ -37,7 +42,12 @@ Step = int | Literal["best"] | None  # a checkpoint
 
 
 def export(
-    run: str, out: str, dtype: str | None = None, step: Step = None, merge: bool = False
+    run: str,
+    out: str,
+    dtype: str | None = None,
+    step: Step = None,
+    merge: bool = False,
+    check: bool = False,
 ) -> str:
     """Writes a run as a HF directory, or as an adapter if it trained one; returns `out`.
 
@@ -45,33 +55,61 @@ def export(
     dtype) or an adapter. step: the checkpoint, or `best` for the best evaluation; default: the best
     one of a run with save.load_best, else the latest valid one. dtype: of the written weights;
     default: the run's save.dtype, else that of the weights. merge: merge the adapter into the base
-    model in float32, and print how much the logits change.
+    model in float32, and print how much the logits change. check: compare what was written in
+    transformers or peft (export_check.py), which needs the extra `parity`.
 
-    Raises UserError for a missing file or checkpoint, and for arguments that contradict each other.
+    Raises UserError for a missing file or checkpoint, for arguments that contradict each other, and
+    if the check fails; then `out` stays.
     """
-    folder = as_path(run)
+    if check:
+        local_path(out)  # torch reads no bucket
+        check_installed(adapter=not merge)
+    cfg, tokenizer, base, card = _export(run, out, dtype, step, merge)
+    if check:
+        gc.collect()  # the model, whose memory the check needs
+        found = compare(out, cfg, tokenizer, base if merge else None)
+        write_card(as_path(out), card + found.section(), own_card(as_path(out)))
+        print(found.line(), file=sys.stderr)
+        if not found.agrees:
+            raise UserError(
+                f"{out} is written, but its {found.what} differ by up to {found.largest:.1e} "
+                f"between jaxllm and transformers; up to {TOLERANCE:g} is rounding. Do not use it, "
+                "and please report this"
+            )
+    return out
+
+
+def _export(
+    run: str, out: str, dtype: str | None, step: Step, merge: bool
+) -> tuple[TrainConfig | None, Any, str, str]:
+    """Writes `out`; returns the run's config, the tokenizer, the base model, and the card."""
+    folder, origin = as_path(run), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     config = {} if is_adapter(str(folder)) else _config(run, folder)
     if config and "model_type" not in config:
-        model, tokenizer, save_dtype = _load_run(run, folder, from_dict(config), step, merge)
+        cfg = from_dict(config)
+        model, tokenizer, step = _load_run(run, folder, cfg, step, merge)
+        origin = Origin(cfg, step, folder)
         if merge or not model.peft.frozen:
-            dtype = dtype or save_dtype
+            dtype = dtype or cfg.save.dtype
     elif step is not None:
         raise UserError(f"{run} is a model; it has no checkpoint {step}")
     else:
         stored = str(config.get("dtype") or config.get("torch_dtype"))
         model = load_hf(str(folder), stored if stored in DTYPES else "float32")
         tokenizer = load_tokenizer(tokenizer_of(str(folder)))
+    method = model.peft.method if merge else None
     if merge:
         model = _merge_and_compare(model, dtype)
+    card = model_card(model, origin, dtype, method)
     if not model.peft.frozen:
-        save_hf(model, out, dtype, tokenizer)
+        save_hf(model, out, dtype, tokenizer, card=card)
     elif dtype not in (None, "float32"):
         raise UserError("an adapter is always written in float32; --dtype needs --merge")
     else:
-        save_adapter(model, out, tokenizer)
-    return out
+        save_adapter(model, out, tokenizer, card=card)
+    return origin.cfg if origin else None, tokenizer, model.base, card
 
 
 def _config(run: str, folder: Path) -> dict[str, Any]:
@@ -90,8 +128,8 @@ def _config(run: str, folder: Path) -> dict[str, Any]:
 
 def _load_run(
     run: str, folder: Path, cfg: TrainConfig, step: Step, merge: bool
-) -> tuple[Decoder, Any, str | None]:
-    """(model, tokenizer, save.dtype) of a run's checkpoint.
+) -> tuple[Decoder, Any, int]:
+    """(model, tokenizer, step) of a run's checkpoint.
 
     A frozen base model is loaded if it is to be merged, or if the trained weights depend on it;
     otherwise its weights are ShapeDtypeStructs.
@@ -143,7 +181,7 @@ def _load_run(
         weights = jax.tree.map(lambda x, w: w.astype(x.dtype), like, weights)
         nnx.replace_by_pure_dict(trained, weights)
     tokenizer = with_settings(load_tokenizer(tokenizer_path(start)), start.data)
-    return nnx.merge(graph, trained, rest), tokenizer, cfg.save.dtype
+    return nnx.merge(graph, trained, rest), tokenizer, step
 
 
 def _chosen_step(run: str, checkpoints: Checkpoints, step: Step, cfg: TrainConfig) -> int:

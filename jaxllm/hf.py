@@ -453,14 +453,15 @@ def save_hf(
     tokenizer: Any = None,
     *,
     max_shard_bytes: int = 5_000_000_000,
+    card: str = "",
 ) -> None:
     """Writes a HF directory that transformers and vLLM load: weights, configs, tokenizer.
 
     The tensors that the decoder does not use, such as a vision tower, are copied from where it was
     loaded. dtype: of the weights in the files (default: their own). tokenizer None: none is
-    written. max_shard_bytes: the largest safetensors file. Tied weights are written once. The
-    directory appears complete or not at all. It replaces a saved model; any other content is
-    refused (UserError).
+    written. max_shard_bytes: the largest safetensors file. card: a model card (`new_folder`). Tied
+    weights are written once. The directory appears complete or not at all. It replaces a saved
+    model; any other content is refused (UserError).
     """
     dtype = dtype or str(model.embed.embedding.get_value().dtype)
     check_dtype(dtype)
@@ -469,18 +470,17 @@ def save_hf(
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
     tensors = passthrough.with_unused(model, {t.name: t for t in hf_tensors(model)}, path)
-    with new_folder(path) as part:
+    with new_folder(path, card) as part:
         _write_weights(tensors, part, dtype, max_shard_bytes)
         if dist.is_main():
             save_configs(model, part, tokenizer, dtype)
 
 
-def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
+def save_adapter(model: Decoder, path: str, tokenizer: Any = None, *, card: str = "") -> None:
     """Writes a model's adapter and modules_to_save, float32, as a directory that `peft` loads
     (bottlenecks: that jaxllm loads). Its config names the base by where that was loaded from.
 
-    tokenizer None: none is written. The directory appears complete or not at all, as in `save_hf`.
-    Raises UserError for a model without an adapter or with several.
+    tokenizer, card: as in `save_hf`. Raises UserError for a model without one adapter.
     """
     if not model.peft.frozen:
         raise UserError("the model has no adapter; save it with save_hf")
@@ -492,9 +492,9 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None) -> None:
             tensors.append(
                 replace(t, name=adapter.root + head_of(model.cfg.wrapper))
             )  # peft saves the tied copy as well
-    with new_folder(path) as part:
+    with new_folder(path, card) as part:
         write_file(part / ADAPTER, tensors, "float32")
-        if tokenizer is not None and dist.is_main():
-            save_tokenizer(tokenizer, part)
         if dist.is_main():
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, part)
             write_json(part / ADAPTER_CONFIG, adapter.to_config(model))

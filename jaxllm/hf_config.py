@@ -11,7 +11,7 @@ import numpy as np
 from jaxllm import fp8
 from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest, seen
-from jaxllm.files import INDEX, SINGLE, check_no_checkpoint, local_dir, read_json, tensor_files
+from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
@@ -25,7 +25,7 @@ from jaxllm.model.families.wrappers import (
     unwrapped,
     wrapper_of,
 )
-from jaxllm.paths import as_path
+from jaxllm.paths import as_path, check_no_checkpoint
 from jaxllm.tokenizer import generation_stop_ids
 
 # Key of a model's hf_config that holds the content of generation_config.json.

@@ -58,6 +58,14 @@ def check_tokenizer(path: str) -> None:
         )
 
 
+def check_no_checkpoint(folder: Path) -> None:
+    """Raises UserError for a checkpoint of a run, which is no model."""
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        raise UserError(
+            f"{folder} is a checkpoint of a run; `jaxllm export {folder} OUT` makes a model of it"
+        )
+
+
 def as_path(path: str | Path) -> Path:
     """The path of a local file or of an object; `~` is expanded.
 

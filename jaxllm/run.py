@@ -192,7 +192,7 @@ class RunFolder:
             "mesh": {axis: size for axis, size in mesh.items() if size > 1},
             "parameters": sum(x.size for x in weights),
             "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
-            "versions": _versions(),
+            "versions": versions(),
         }
         if self.origins is not None:
             found["origins"] = {k: o for k, o in self.origins.items() if o != "default"}
@@ -251,7 +251,7 @@ class RunFolder:
             check_same_run(self.path, saved, now, self.cfg.resume_changed)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute, tokenize and order rows."""
     found = {"python": platform.python_version()}
     for name in REPORTED:

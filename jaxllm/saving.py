@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxllm import dist, hf, hub
+from jaxllm.card import Origin, model_card
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.errors import UserError
 from jaxllm.finite import check_finite
@@ -67,9 +69,11 @@ class Save:
             raise RewardError(f"{error}; {resumes}") from error
 
 
-def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any) -> str | None:
+def write_final(
+    program: Program, state: TrainState, frozen: Any, tokenizer: Any, folder: Path
+) -> str | None:
     """Writes the trained model, or its adapter, unless save.final is false, and uploads it to
-    save.hub; returns the directory."""
+    save.hub; returns the directory. folder: has the run's metrics.jsonl and data.json."""
     if not program.cfg.save.final:
         return None
     path = str(as_path(program.cfg.output_dir) / "final")
@@ -79,10 +83,12 @@ def write_final(program: Program, state: TrainState, frozen: Any, tokenizer: Any
     remedy = f"{path} is not written; export an earlier checkpoint, or set another save.dtype"
     check_finite(weights, program.shape, "the trained weights", remedy, dtype)
     model = program.models(weights, frozen)[0]
+    origin = Origin(program.cfg, int(dist.gather(state.step)), folder)
+    card = model_card(model, origin, dtype) if dist.is_main() else ""
     if program.adapter.frozen:
-        hf.save_adapter(model, path, tokenizer)
+        hf.save_adapter(model, path, tokenizer, card=card)
     else:
-        hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
+        hf.save_hf(model, path, dtype=dtype, tokenizer=tokenizer, card=card)
     if (repo := program.cfg.save.hub) and dist.is_main():
         dist.say(f"uploading to {repo}")
         try:

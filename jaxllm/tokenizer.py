@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.errors import UserError, seen
-from jaxllm.files import TEMPLATES, check_no_checkpoint, read_json, write_json
-from jaxllm.paths import as_path, check_tokenizer, copy, files_in, is_bucket
+from jaxllm.files import TEMPLATES, read_json, write_json
+from jaxllm.paths import as_path, check_no_checkpoint, check_tokenizer, copy, files_in, is_bucket
 from jaxllm.untrusted import check_regular, rust
 
 # A directory with none of these can still "load", as an empty tokenizer.

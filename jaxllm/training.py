@@ -198,7 +198,7 @@ def train(
 
         # ---- write the trained model or adapter
         watch.enter("export", step)
-        final = None if stop else write_final(program, state, frozen, tokenizer)
+        final = None if stop else write_final(program, state, frozen, tokenizer, log.metrics.run)
     early = step < timetable.steps and not stop
     return Result(step, stop, early, best, evals.latest, evals.step, final)
 

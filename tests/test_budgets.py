@@ -48,11 +48,13 @@ FLOORS = (
     ("hf", "hub", "checkpoint", "step", "identity", "finite"),
     ("run", "sampling", "chat", "evaluate", "reference", "rl"),
     ("program", "rows"),
+    ("card",),
     ("pretokenize", "saving", "timetable"),
     ("preview",),
     (
         "training",
         "compare",
+        "export_check",
         "exports",
         "launch",
         "plan",
@@ -64,7 +66,7 @@ FLOORS = (
     ("plan_search",),
     ("cli", "__main__"),
 )
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 37_610
+FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PACKAGE_LINES = 500, 80, 120, 38_212
 # Modules that are imported under another name than the one they are installed by.
 DISTRIBUTION = {
     "annotated_types": "annotated-types",

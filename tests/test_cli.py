@@ -421,8 +421,9 @@ def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
     trained = stand_in("data.tokenizer_training", "train_tokenizer", lambda *_, **__: range(290))
     assert cli.main(["tokenizer", "train", "a", "b", "--out", "t", "--vocab_size", "300"]) == 0
     assert trained == [((["a", "b"], "t"), {"vocab_size": 300})]
-    written = stand_in("exports", "export", lambda run, out, *_: out)
+    written = stand_in("exports", "export", lambda **keys: keys["out"])
     assert cli.main(["export", "run", "out", "--dtype", "bfloat16", "--merge"]) == 0
-    assert written == [(("run", "out", "bfloat16", None, True), {})]
+    given = {"run": "run", "out": "out", "dtype": "bfloat16", "step": None, "merge": True}
+    assert written == [((), given | {"check": False})]
     out, err = capsys.readouterr()
     assert out == "t\nout\n" and "290 tokens, not 300: the text has no more pairs" in err

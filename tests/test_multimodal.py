@@ -773,7 +773,8 @@ def test_the_rest_of_the_model_is_copied_from_the_base_or_the_line_says_where_it
 def test_a_run_of_lora_is_merged_into_the_whole_model(project, tmp_path):
     run = tmp_path / "run"
     assert main(tuning(project, run, "--steps", "2", "--peft.method", "lora")) == 0
-    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    assert main(["export", str(run), str(tmp_path / "adapter"), "--check"]) == 0
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge", "--check"]) == 0
     tokens = some_tokens()
     want = torch_logits(in_peft(project / "base", run / "final"), tokens)
     got = torch_logits(loaded(tmp_path / "merged"), tokens)

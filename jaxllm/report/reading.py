@@ -40,12 +40,12 @@ def read_run(
     """
     folder = as_path(run)
     lines = lines if lines is not None and lines.is_dir() else folder
-    config = _object(folder / "config.json")
+    config = object_in(folder / "config.json")
     if not {"objective", "optim", "data"} <= config.keys():
         raise UserError(f"{run} is not a run folder: it has no config.json of a run")
     cfg = _config(config)
-    starts = list(parsed(_lines(folder / "starts.jsonl")))
-    log = Lines(_lines(lines / "metrics.jsonl"))
+    starts = list(parsed(lines_in(folder / "starts.jsonl")))
+    log = Lines(lines_in(lines / "metrics.jsonl"))
     rows, times, metrics = log.train.arrays()
     last = max([*times[np.isfinite(times)][-1:], *_times(starts)[-1:], 0.0])
     began = min([*times[np.isfinite(times)][:1], *_times(starts)[:1], last])
@@ -74,8 +74,8 @@ def read_run(
         "ledger": log.last.get("goodput") if ended or not running else None,
         "plan": log.last.get("plan"),
         "resumed": sorted({s["step"] for s in starts[1:] if number(s.get("step"))}),
-        "samples": _samples(_lines(lines / "samples.jsonl")),
-        "data": _object(lines / "data.json") or _object(folder / "data.json"),
+        "samples": _samples(lines_in(lines / "samples.jsonl")),
+        "data": object_in(lines / "data.json") or object_in(folder / "data.json"),
         "config": _values(config, starts),
         "starts": [_start(s) for s in starts],
         "checkpoints": _checkpoints(folder / "checkpoints"),
@@ -127,16 +127,16 @@ class Lines:
 # ---- files
 
 
-def _lines(file: Path) -> Iterator[bytes]:
+def lines_in(file: Path) -> Iterator[bytes]:
     """The lines of a file; none if there is none, or a pipe or a device in its place."""
     if file.is_file():
         with suppress(FileNotFoundError), file.open("rb") as opened:
             yield from opened
 
 
-def _object(file: Path) -> dict[str, Any]:
+def object_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none, or it is damaged."""
-    return next(parsed([b"".join(_lines(file))]), {})
+    return next(parsed([b"".join(lines_in(file))]), {})
 
 
 def _config(config: dict[str, Any]) -> TrainConfig | None:
@@ -288,7 +288,7 @@ def _checkpoints(folder: Path) -> list[dict[str, Any]]:
                 with suppress(OSError):  # it is being deleted
                     one["time"] = modified(path)
                 with suppress(TypeError, ValueError, LookupError, OverflowError):  # damaged
-                    sizes = [float(entry[0]) for entry in _object(path / "files.json").values()]
+                    sizes = [float(entry[0]) for entry in object_in(path / "files.json").values()]
                     one["gib"] = sum(sizes) / 2**30 if sizes else None
             found.append(one)
     return sorted(found, key=lambda one: one["step"])
