@@ -37,7 +37,8 @@ from jaxllm.sampling import Sampling, generate
 from jaxllm.serve import app, decoding, served
 from jaxllm.serve.app import application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
-from jaxllm.serve.engine import Engine
+from jaxllm.serve.engine import WAITING, Engine
+from jaxllm.serve.protocol import ApiError, ChatRequest, TextRequest
 from jaxllm.tokenizer import token_bytes
 
 POSITIONS = 4096
@@ -320,6 +321,7 @@ MISTAKES = [
     ("completions", TEXT | {"model": "x"}, 404, "model", "known: talker"),
     ("completions", TEXT | {"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
     ("completions", TEXT | {"stop": [""]}, 400, "stop", "at least 1 character"),
+    ("completions", TEXT | {"stop": "x" * 1001}, 400, "stop", "at most 1000 characters"),
     ("completions", {"prompt": ""}, 400, None, "no tokens"),
     ("completions", {"prompt": [500]}, 400, "prompt", "not below 500"),
     ("completions", {"prompt": [[1], [-1]]}, 400, "prompt", "prompt"),
@@ -356,6 +358,21 @@ def test_a_mistake_is_answered_in_openais_form(address, path, body, status, para
         error = error_of(sent(address, "POST", f"/v1/{path}", body), status)
         assert words in error["message"] and error["type"] == "invalid_request_error"
         assert error["param"] == param or path == "nothing"
+
+
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (TextRequest, {"prompt": [0.5] * 9999}),
+        (TextRequest, {"prompt": [[0.5] * 9999] * 9}),
+        (TextRequest, TEXT | {"stop": [0] * 9999}),
+        (ChatRequest, {"messages": [0] * 9999}),
+    ],
+)
+def test_a_list_of_mistakes_is_read_up_to_the_first(kind, body):
+    with pytest.raises(ApiError) as caught:
+        kind.read(body)
+    assert caught.value.__context__.error_count() <= 4  # one for each type that a value may have
 
 
 def test_null_and_unused_fields_change_nothing(client):
@@ -405,9 +422,6 @@ def test_a_key_is_required_if_there_is_one(engine):
 
 
 def test_too_many_requests_are_refused(talker, engine):
-    from jaxllm.serve.engine import WAITING
-    from jaxllm.serve.protocol import ApiError, TextRequest
-
     full, events = Engine(engine.loaded, "talker"), []  # it does not run yet
     for _ in range(WAITING):
         full.submit(TextRequest.read(TEXT), events.append)
