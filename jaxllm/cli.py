@@ -262,7 +262,9 @@ def serve(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     _model_options(parser)
     flags(parser, integer)
-    options = parser.read(["--model"] * (args[:1] > [""] and args[0][0] != "-") + args)
+    if args and not args[0].startswith("-"):
+        args = ["--model", *args]
+    options = parser.read(args)
     command(options, _adapters(options), _uses([options.use] if options.use else []))
 
 

@@ -38,7 +38,7 @@ from jaxllm.serve import app, decoding, served
 from jaxllm.serve.app import application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
 from jaxllm.serve.engine import WAITING, Engine
-from jaxllm.serve.protocol import ApiError, ChatRequest, TextRequest
+from jaxllm.serve.protocol import ApiError, ChatRequest, Piece, TextRequest, Usage
 from jaxllm.tokenizer import token_bytes
 
 POSITIONS = 4096
@@ -388,9 +388,10 @@ def test_requests_of_other_sites_are_refused(address):
     port = address.rpartition(":")[2]
     for host in f"localhost:{port}", "127.0.0.1", "[::1]:5", "LOCALHOST":
         assert status(Host=host) == 200
-    for host in "evil.com", f"evil.com:{port}", "localhost.evil.com", "127.0.0.1.evil.com", "a]b":
+    for host in "evil.com", f"evil.com:{port}", "", "localhost.evil.com", "127.0.0.1.evil.com", "a]b":
         found = sent(address, "GET", "/", Host=host)
-        assert "not this server" in error_of(found, 403)["message"]
+        message = error_of(found, 403)["message"]
+        assert "not this server" in message and "JAXLLM_API_KEY" in message
     for kind in "text/plain", "application/x-www-form-urlencoded", "":
         assert status(**{"Content-Type": kind}) == 415
     found = sent(address, "OPTIONS", "/v1/completions", Origin="https://evil.com")
@@ -415,7 +416,10 @@ def test_a_key_is_required_if_there_is_one(engine):
         for given in {}, {"Authorization": "Bearer x"}, {"Authorization": "sécret".encode()}:
             found = sent(address, "GET", "/v1/models", **given)
             assert error_of(found, 401)["code"] == "invalid_api_key"
+            assert sent(address, "GET", "/v1/models", Host="proxy.com", **given)[0] == 401
         assert sent(address, "GET", "/health")[0] == sent(address, "GET", "/")[0] == 200
+        given = {"Authorization": "Bearer sécret".encode(), "Host": "proxy.com"}
+        assert sent(address, "GET", "/v1/models", **given)[0] == 200
     with listening(application(engine, key="secret"), bound("127.0.0.1", 0)) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
         assert client.models.list().data
@@ -430,6 +434,21 @@ def test_too_many_requests_are_refused(talker, engine):
     full.close()
     full.run()
     assert [event.status for event in events] == [503] * WAITING
+
+
+def test_a_request_whose_client_left_while_it_waited_is_not_answered(engine):
+    waiting, events = Engine(engine.loaded, "talker"), []  # it does not run yet
+
+    def emit(event):
+        events.append(event)
+        if isinstance(event, Usage):
+            waiting.close()
+
+    gone = waiting.submit(TextRequest.read(TEXT), events.append)
+    gone.cancel()
+    waiting.submit(TextRequest.read(TEXT | {"max_tokens": 1}), emit)
+    waiting.run()
+    assert [type(event) for event in events] == [Piece, Usage] and gone.usage.prompt == 0
 
 
 def test_a_bug_is_a_500_and_the_next_request_is_answered(client, engine, monkeypatch, capsys):

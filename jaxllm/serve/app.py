@@ -71,11 +71,11 @@ class Gone(Exception):
 
 
 class Guard:
-    """Refuses requests for other hosts, and those to /v1 without the key, if there is one.
+    """Refuses requests to /v1 without the key or, if there is none, all requests for other hosts.
 
     A page of another site can send requests to a server on this machine if its name is made to
-    resolve to 127.0.0.1 (DNS rebinding); the Host header then has that name. hosts: names that are
-    allowed besides localhost and IP addresses.
+    resolve to 127.0.0.1 (DNS rebinding); the Host header then has that name. Such a page does not
+    have the key. hosts: names that are allowed besides localhost and IP addresses.
     """
 
     def __init__(self, app: Any, hosts: frozenset[str], key: str | None) -> None:
@@ -91,13 +91,17 @@ class Guard:
         await app(scope, receive, send)
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        host = host_of(headers.get("host", ""))
-        if host not in self.hosts and not is_address(host):
-            raise ApiError(403, f"the Host header names {host[:200]!r}, which is not this server")
-        if self.key is None or not path.startswith("/v1"):
+        if self.key is None:
+            host = host_of(headers.get("host", ""))
+            if host not in self.hosts and not is_address(host):
+                message = f"the Host header names {host[:200]!r}, which is not this server; a server "
+                raise ApiError(403, f"{message}with a key ({KEY}) answers under any name")
+            return
+        if not path.startswith("/v1"):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.key.encode()):
+        given = key.encode("latin-1")  # as it was sent
+        if kind.lower() != "bearer" or not hmac.compare_digest(given, self.key.encode()):
             message = "the Authorization header must be: Bearer, and the server's key"
             raise ApiError(401, message, code="invalid_api_key")
 
@@ -334,8 +338,9 @@ def serve(
     socket_ = bound(host, port)
     loaded = TextModel.load(model, **options)
     engine = Engine(loaded, model, use=use, max_new_tokens=max_new_tokens)
-    hosts = frozenset() if is_loopback(host) else frozenset({host, socket.gethostname().lower()})
+    hosts = frozenset[str]()
     if not is_loopback(host):
+        hosts = frozenset({host.lower(), socket.gethostname().lower()})
         who = f"with {KEY}'s key" if key else f"without a key (set {KEY})"
         print(f"warning: other machines can use this server, {who}", file=sys.stderr)
     with listening(application(engine, hosts, key), socket_) as address:
