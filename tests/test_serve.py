@@ -388,7 +388,8 @@ def test_requests_of_other_sites_are_refused(address):
     port = address.rpartition(":")[2]
     for host in f"localhost:{port}", "127.0.0.1", "[::1]:5", "LOCALHOST":
         assert status(Host=host) == 200
-    for host in "evil.com", f"evil.com:{port}", "", "localhost.evil.com", "127.0.0.1.evil.com", "a]b":
+    evil = ("evil.com", f"evil.com:{port}", "localhost.evil.com", "127.0.0.1.evil.com", "a]b", "")
+    for host in evil:
         found = sent(address, "GET", "/", Host=host)
         message = error_of(found, 403)["message"]
         assert "not this server" in message and "JAXLLM_API_KEY" in message

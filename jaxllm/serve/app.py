@@ -94,8 +94,8 @@ class Guard:
         if self.key is None:
             host = host_of(headers.get("host", ""))
             if host not in self.hosts and not is_address(host):
-                message = f"the Host header names {host[:200]!r}, which is not this server; a server "
-                raise ApiError(403, f"{message}with a key ({KEY}) answers under any name")
+                problem = f"the Host header names {host[:200]!r}, which is not this server"
+                raise ApiError(403, f"{problem}; with a key ({KEY}) it answers under any name")
             return
         if not path.startswith("/v1"):
             return
