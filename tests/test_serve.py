@@ -662,3 +662,30 @@ def test_a_chat_in_a_browser(page, engine):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.get_by_role("button", name="New chat").press("Enter")
     assert page.locator("article").count() == 0
+
+
+@pytest.mark.sweep
+def test_a_message_that_was_not_answered_is_not_sent_again(page, engine):
+    """Unless the user sends it: it is in the input again, if nothing else was written there."""
+    from playwright.sync_api import expect
+
+    message = page.get_by_label("Message", exact=True)
+    later = iter(["", "Second"])  # in the input when the request fails
+    chats, error = "**/v1/chat/completions", {"error": {"message": "too bad"}}
+
+    def fail(route):
+        message.fill(next(later))
+        route.fulfill(body=f"data: {json.dumps(error)}\n\n", content_type="text/event-stream")
+
+    for left in "First", "Second":
+        page.route(chats, fail, times=1)
+        message.fill("First")
+        message.press("Enter")
+        page.get_by_text("too bad").wait_for()
+        expect(page.locator("article")).to_have_count(0)
+        expect(message).to_have_value(left)
+    message.press("Enter")
+    expect(page.locator(".assistant .body")).to_have_text(re.compile(r".{20}", re.DOTALL))
+    message.press("Escape")
+    page.get_by_text("stopped").wait_for()
+    assert engine.jobs[-1].request.messages == [{"role": "user", "content": "Second"}]
