@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,8 +48,11 @@ from jaxllm.untrusted import parse_json
 KEY = "JAXLLM_API_KEY"  # environment variable with the key that requests must have
 MOST_BYTES = 8 << 20  # of a request's body
 SECONDS = 30  # for a client to send its body
-PAGES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+PAGES = {  # path: (file, type)
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 # The page may load its own style and script and send requests to its own server, and nothing else.
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
@@ -164,15 +168,15 @@ class Service:
         return [
             Route("/health", self.health),
             Route("/v1/models", self.models),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.text, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generate, ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(self.generate, TextRequest), methods=["POST"]),
             *(Route(path, self.page) for path in PAGES),
         ]
 
     async def page(self, request: HttpRequest) -> HttpResponse:
-        file = Path(__file__).parent / PAGES[request.url.path]
-        media_type = TYPES[file.suffix]
-        return HttpResponse(file.read_bytes(), headers=PAGE_HEADERS, media_type=media_type)
+        name, media_type = PAGES[request.url.path]
+        content = (Path(__file__).parent / name).read_bytes()
+        return HttpResponse(content, headers=PAGE_HEADERS, media_type=media_type)
 
     async def health(self, request: HttpRequest) -> HttpResponse:
         return JSONResponse({"status": "ok"})
@@ -181,13 +185,7 @@ class Service:
         has_template = bool(self.engine.loaded.tokenizer.chat_template)
         return JSONResponse(models(self.engine.names, has_template, self.began))
 
-    async def chat(self, request: HttpRequest) -> HttpResponse:
-        return await self.generate(request, ChatRequest)
-
-    async def text(self, request: HttpRequest) -> HttpResponse:
-        return await self.generate(request, TextRequest)
-
-    async def generate(self, request: HttpRequest, kind: type[Request]) -> HttpResponse:
+    async def generate(self, kind: type[Request], request: HttpRequest) -> HttpResponse:
         wanted = kind.read(await read_body(request))
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
