@@ -116,7 +116,6 @@ def plan(config: str) -> dict:
         "steps": int(steps[1]) if steps else None,
         "seconds_per_step": found["seconds_bound"],
         "gib": max([found["peak_gib"], *(found.get("rollout_peak_gib") or {}).values()]),
-        "mfu": found["mfu"],
     }
 
 

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxllm.config.loading import parse
+from jaxllm.config import TrainConfig, load_config
+from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.data.inputs import check_options
 from jaxllm.errors import UserError
 
@@ -48,3 +49,10 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"seen {text}; must be an integer from {low} to {high}")
 
     return number
+
+
+def run_config(args: Sequence[str]) -> TrainConfig:
+    """The config of [CONFIG.yaml] and flags of a run, one of which names the objective."""
+    path = args[0] if args and not args[0].startswith("-") else None
+    flags = args if path is None else args[1:]
+    return load_config(find_objective(path, read_args(flags)), path, flags)[0]

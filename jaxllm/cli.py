@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm import __version__, config
-from jaxllm.arguments import Parser, integer
+from jaxllm.arguments import Parser, integer, run_config
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
-from jaxllm.config.loading import find_objective, read_args
 from jaxllm.data.inputs import check_inputs, check_options
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
 
@@ -262,7 +261,9 @@ def serve(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     _model_options(parser)
     flags(parser, integer)
-    options = parser.read(["--model"] * (args[:1] > [""] and args[0][0] != "-") + args)
+    if args and not args[0].startswith("-"):
+        args = ["--model", *args]
+    options = parser.read(args)
     command(options, _adapters(options), _uses([options.use] if options.use else []))
 
 
@@ -358,8 +359,7 @@ def tokenize(verb: str, args: list[str]) -> None:
     if {"-h", "--help"} & set(args):
         print(describe.TOKENIZE_HELP)
         return
-    path = args.pop(0) if args and not args[0].startswith("-") else None
-    cfg, _ = load_config(find_objective(path, read_args(args)), path, args)
+    cfg = run_config(args)
     checks.check(cfg)  # before the imports below, which take seconds
     check_inputs(cfg)
     from jaxllm import dist
@@ -388,9 +388,8 @@ def planning(verb: str, args: list[str]) -> None:
     flag("--search", "try other settings, one key after another", action="store_true")
     flag("--output", "--search: the config with the best settings", default="plan.yaml", type=home)
     flag("--json", "print one JSON object", action="store_true")
-    path = args.pop(0) if args and not args[0].startswith("-") else None
     options, words = parser.parse_known_args(args)
-    cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
+    cfg = run_config(words)
     check_inputs(cfg, data=False)
     from jaxllm.plan_search import run
 
@@ -408,9 +407,8 @@ def proof_of_resume(verb: str, args: list[str]) -> int:
     about = "the second run is killed after the checkpoint of this step; both have twice as many"
     parser.flag("--after", about, type=integer(1, 10**6), default=3, metavar="STEP")
     stated = ["--objective", args.pop(0)] if args and args[0] in config.VERBS else []
-    path = args.pop(0) if args and not args[0].startswith("-") else None
     options, words = parser.parse_known_args([*args, *stated])
-    cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
+    cfg = run_config(words)
     checks.check(cfg)  # before the import below, which takes seconds
     check_inputs(cfg)
     from jaxllm.verify_resume import verify_resume

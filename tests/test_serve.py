@@ -37,7 +37,8 @@ from jaxllm.sampling import Sampling, generate
 from jaxllm.serve import app, decoding, served
 from jaxllm.serve.app import application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
-from jaxllm.serve.engine import Engine
+from jaxllm.serve.engine import WAITING, Engine
+from jaxllm.serve.protocol import ApiError, ChatRequest, Piece, TextRequest, Usage
 from jaxllm.tokenizer import token_bytes
 
 POSITIONS = 4096
@@ -320,6 +321,7 @@ MISTAKES = [
     ("completions", TEXT | {"model": "x"}, 404, "model", "known: talker"),
     ("completions", TEXT | {"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
     ("completions", TEXT | {"stop": [""]}, 400, "stop", "at least 1 character"),
+    ("completions", TEXT | {"stop": "x" * 1001}, 400, "stop", "at most 1000 characters"),
     ("completions", {"prompt": ""}, 400, None, "no tokens"),
     ("completions", {"prompt": [500]}, 400, "prompt", "not below 500"),
     ("completions", {"prompt": [[1], [-1]]}, 400, "prompt", "prompt"),
@@ -358,6 +360,21 @@ def test_a_mistake_is_answered_in_openais_form(address, path, body, status, para
         assert error["param"] == param or path == "nothing"
 
 
+@pytest.mark.parametrize(
+    "kind, body",
+    [
+        (TextRequest, {"prompt": [0.5] * 9999}),
+        (TextRequest, {"prompt": [[0.5] * 9999] * 9}),
+        (TextRequest, TEXT | {"stop": [0] * 9999}),
+        (ChatRequest, {"messages": [0] * 9999}),
+    ],
+)
+def test_a_list_of_mistakes_is_read_up_to_the_first(kind, body):
+    with pytest.raises(ApiError) as caught:
+        kind.read(body)
+    assert caught.value.__context__.error_count() <= 4  # one for each type that a value may have
+
+
 def test_null_and_unused_fields_change_nothing(client):
     keys = {"user": "me", "logit_bias": {}, "presence_penalty": 0.0, "stop": None, "seed": None}
     found = client.completions.create(model="talker", prompt="a", max_tokens=2, **keys)
@@ -371,9 +388,11 @@ def test_requests_of_other_sites_are_refused(address):
     port = address.rpartition(":")[2]
     for host in f"localhost:{port}", "127.0.0.1", "[::1]:5", "LOCALHOST":
         assert status(Host=host) == 200
-    for host in "evil.com", f"evil.com:{port}", "localhost.evil.com", "127.0.0.1.evil.com", "a]b":
+    evil = ("evil.com", f"evil.com:{port}", "localhost.evil.com", "127.0.0.1.evil.com", "a]b", "")
+    for host in evil:
         found = sent(address, "GET", "/", Host=host)
-        assert "not this server" in error_of(found, 403)["message"]
+        message = error_of(found, 403)["message"]
+        assert "not this server" in message and "JAXLLM_API_KEY" in message
     for kind in "text/plain", "application/x-www-form-urlencoded", "":
         assert status(**{"Content-Type": kind}) == 415
     found = sent(address, "OPTIONS", "/v1/completions", Origin="https://evil.com")
@@ -398,16 +417,16 @@ def test_a_key_is_required_if_there_is_one(engine):
         for given in {}, {"Authorization": "Bearer x"}, {"Authorization": "sécret".encode()}:
             found = sent(address, "GET", "/v1/models", **given)
             assert error_of(found, 401)["code"] == "invalid_api_key"
+            assert sent(address, "GET", "/v1/models", Host="proxy.com", **given)[0] == 401
         assert sent(address, "GET", "/health")[0] == sent(address, "GET", "/")[0] == 200
+        given = {"Authorization": "Bearer sécret".encode(), "Host": "proxy.com"}
+        assert sent(address, "GET", "/v1/models", **given)[0] == 200
     with listening(application(engine, key="secret"), bound("127.0.0.1", 0)) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret")
         assert client.models.list().data
 
 
 def test_too_many_requests_are_refused(talker, engine):
-    from jaxllm.serve.engine import WAITING
-    from jaxllm.serve.protocol import ApiError, TextRequest
-
     full, events = Engine(engine.loaded, "talker"), []  # it does not run yet
     for _ in range(WAITING):
         full.submit(TextRequest.read(TEXT), events.append)
@@ -416,6 +435,21 @@ def test_too_many_requests_are_refused(talker, engine):
     full.close()
     full.run()
     assert [event.status for event in events] == [503] * WAITING
+
+
+def test_a_request_whose_client_left_while_it_waited_is_not_answered(engine):
+    waiting, events = Engine(engine.loaded, "talker"), []  # it does not run yet
+
+    def emit(event):
+        events.append(event)
+        if isinstance(event, Usage):
+            waiting.close()
+
+    gone = waiting.submit(TextRequest.read(TEXT), events.append)
+    gone.cancel()
+    waiting.submit(TextRequest.read(TEXT | {"max_tokens": 1}), emit)
+    waiting.run()
+    assert [type(event) for event in events] == [Piece, Usage] and gone.usage.prompt == 0
 
 
 def test_a_bug_is_a_500_and_the_next_request_is_answered(client, engine, monkeypatch, capsys):
@@ -628,3 +662,30 @@ def test_a_chat_in_a_browser(page, engine):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.get_by_role("button", name="New chat").press("Enter")
     assert page.locator("article").count() == 0
+
+
+@pytest.mark.sweep
+def test_a_message_that_was_not_answered_is_not_sent_again(page, engine):
+    """Unless the user sends it: it is in the input again, if nothing else was written there."""
+    from playwright.sync_api import expect
+
+    message = page.get_by_label("Message", exact=True)
+    later = iter(["", "Second"])  # in the input when the request fails
+    chats, error = "**/v1/chat/completions", {"error": {"message": "too bad"}}
+
+    def fail(route):
+        message.fill(next(later))
+        route.fulfill(body=f"data: {json.dumps(error)}\n\n", content_type="text/event-stream")
+
+    for left in "First", "Second":
+        page.route(chats, fail, times=1)
+        message.fill("First")
+        message.press("Enter")
+        page.get_by_text("too bad").wait_for()
+        expect(page.locator("article")).to_have_count(0)
+        expect(message).to_have_value(left)
+    message.press("Enter")
+    expect(page.locator(".assistant .body")).to_have_text(re.compile(r"\S"), timeout=30_000)
+    message.press("Escape")
+    page.get_by_text("stopped").wait_for()
+    assert engine.jobs[-1].request.messages == [{"role": "user", "content": "Second"}]

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from jaxllm.arguments import Parser, integer
-from jaxllm.config import checks, load_config
+from jaxllm.arguments import Parser, integer, run_config
+from jaxllm.config import checks
 from jaxllm.config.fields import home
-from jaxllm.config.loading import find_objective, read_args
 from jaxllm.data.inputs import check_inputs
 from jaxllm.errors import UserError
 from jaxllm.paths import as_path
@@ -28,7 +27,6 @@ def run(parser: Parser, args: list[str]) -> None:
     flag("--limit", about, type=integer(0), default=20_000, metavar="N")
     about = "write a page with all rows instead [preview.html]"
     flag("--html", about, nargs="?", const="preview.html", type=home, metavar="FILE.html")
-    path = args.pop(0) if args and not args[0].startswith("-") else None
     options, words = parser.parse_known_args(args)
     if options.html:
         if not options.html.endswith(".html"):
@@ -36,7 +34,7 @@ def run(parser: Parser, args: list[str]) -> None:
         from jaxllm.report.page import check_file
 
         check_file("--html", as_path(options.html))
-    cfg, _ = load_config(find_objective(path, read_args(words)), path, words)
+    cfg = run_config(words)
     checks.check(cfg)
     check_inputs(cfg)
     from jaxllm.preview.reading import read_preview

@@ -96,9 +96,8 @@ def _counts(found: dict[str, Any]) -> Iterator[RenderableType]:
             path = source["path"]
             path = path if len(path) <= PATH else f"…/{path.rpartition('/')[2]}"
             table.add_row(one["name"], Text(path), *source_cells(source, fill))
-            notes |= {
-                f"{source['path']}: {n} ({c:,})": 1 for n, c in source.get("notes", {}).items()
-            }
+            for note, count in source.get("notes", {}).items():
+                notes[f"{source['path']}: {note} ({count:,})"] = 1
     yield table
     unpacked, fill = found["sets"][0]["unpacked"], found["sets"][0]["fill"]
     if unpacked is not None:
@@ -133,11 +132,9 @@ def _lengths(one: dict[str, Any]) -> Iterator[Text]:
     if lengths is None:
         return
     yield Text()
-    about = f" of a training example: {lengths['min']:,} to {lengths['max']:,} tokens, median "
-    about += (
-        f"{lengths['median']:,}, 95% at most {lengths['p95']:,}, 99% at most {lengths['p99']:,}"
-    )
-    yield _title("Length", about)
+    shown = {key: f"{lengths[key]:,}" for key in ("min", "max", "median", "p95", "p99")}
+    about = " of a training example: {min} to {max} tokens, median {median}, 95% at most {p95}, "
+    yield _title("Length", (about + "99% at most {p99}").format(**shown))
     edges, counts = lengths["edges"], lengths["counts"]
     width = len(f"{edges[-1]:,}")
     for low, high, count in zip(edges, edges[1:], counts, strict=False):

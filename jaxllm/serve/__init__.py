@@ -24,7 +24,7 @@ def flags(parser: Any, integer: Callable[[int, int], Any]) -> None:
     about = "address to listen on; any but this machine's own lets other machines in"
     flag("--host", about, default="127.0.0.1", metavar="ADDRESS")
     flag("--port", "port; 0 = any free one", type=integer(0, 65535), default=8000, metavar="N")
-    about = "maximum length in tokens of an answer whose request gives none"
+    about = "maximum length in tokens of a chat's answer whose request gives none"
     flag("--max_new_tokens", about, type=integer(1, 2**31 - 1), default=1024, metavar="N")
 
 

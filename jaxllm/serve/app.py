@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,8 +48,11 @@ from jaxllm.untrusted import parse_json
 KEY = "JAXLLM_API_KEY"  # environment variable with the key that requests must have
 MOST_BYTES = 8 << 20  # of a request's body
 SECONDS = 30  # for a client to send its body
-PAGES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+PAGES = {  # path: (file, type)
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 # The page may load its own style and script and send requests to its own server, and nothing else.
 POLICY = (
     "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src data:; "
@@ -71,11 +75,11 @@ class Gone(Exception):
 
 
 class Guard:
-    """Refuses requests for other hosts, and those to /v1 without the key, if there is one.
+    """Refuses requests to /v1 without the key or, if there is none, all requests for other hosts.
 
     A page of another site can send requests to a server on this machine if its name is made to
-    resolve to 127.0.0.1 (DNS rebinding); the Host header then has that name. hosts: names that are
-    allowed besides localhost and IP addresses.
+    resolve to 127.0.0.1 (DNS rebinding); the Host header then has that name. Such a page does not
+    have the key. hosts: names that are allowed besides localhost and IP addresses.
     """
 
     def __init__(self, app: Any, hosts: frozenset[str], key: str | None) -> None:
@@ -91,13 +95,17 @@ class Guard:
         await app(scope, receive, send)
 
     def check(self, path: str, headers: Mapping[str, str]) -> None:
-        host = host_of(headers.get("host", ""))
-        if host not in self.hosts and not is_address(host):
-            raise ApiError(403, f"the Host header names {host[:200]!r}, which is not this server")
-        if self.key is None or not path.startswith("/v1"):
+        if self.key is None:
+            host = host_of(headers.get("host", ""))
+            if host not in self.hosts and not is_address(host):
+                problem = f"the Host header names {host[:200]!r}, which is not this server"
+                raise ApiError(403, f"{problem}; with a key ({KEY}) it answers under any name")
+            return
+        if not path.startswith("/v1"):
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.key.encode()):
+        given = key.encode("latin-1")  # as it was sent
+        if kind.lower() != "bearer" or not hmac.compare_digest(given, self.key.encode()):
             message = "the Authorization header must be: Bearer, and the server's key"
             raise ApiError(401, message, code="invalid_api_key")
 
@@ -160,15 +168,15 @@ class Service:
         return [
             Route("/health", self.health),
             Route("/v1/models", self.models),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.text, methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generate, ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(self.generate, TextRequest), methods=["POST"]),
             *(Route(path, self.page) for path in PAGES),
         ]
 
     async def page(self, request: HttpRequest) -> HttpResponse:
-        file = Path(__file__).parent / PAGES[request.url.path]
-        media_type = TYPES[file.suffix]
-        return HttpResponse(file.read_bytes(), headers=PAGE_HEADERS, media_type=media_type)
+        name, media_type = PAGES[request.url.path]
+        content = (Path(__file__).parent / name).read_bytes()
+        return HttpResponse(content, headers=PAGE_HEADERS, media_type=media_type)
 
     async def health(self, request: HttpRequest) -> HttpResponse:
         return JSONResponse({"status": "ok"})
@@ -177,13 +185,7 @@ class Service:
         has_template = bool(self.engine.loaded.tokenizer.chat_template)
         return JSONResponse(models(self.engine.names, has_template, self.began))
 
-    async def chat(self, request: HttpRequest) -> HttpResponse:
-        return await self.generate(request, ChatRequest)
-
-    async def text(self, request: HttpRequest) -> HttpResponse:
-        return await self.generate(request, TextRequest)
-
-    async def generate(self, request: HttpRequest, kind: type[Request]) -> HttpResponse:
+    async def generate(self, kind: type[Request], request: HttpRequest) -> HttpResponse:
         wanted = kind.read(await read_body(request))
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
@@ -334,8 +336,9 @@ def serve(
     socket_ = bound(host, port)
     loaded = TextModel.load(model, **options)
     engine = Engine(loaded, model, use=use, max_new_tokens=max_new_tokens)
-    hosts = frozenset() if is_loopback(host) else frozenset({host, socket.gethostname().lower()})
+    hosts = frozenset[str]()
     if not is_loopback(host):
+        hosts = frozenset({host.lower(), socket.gethostname().lower()})
         who = f"with {KEY}'s key" if key else f"without a key (set {KEY})"
         print(f"warning: other machines can use this server, {who}", file=sys.stderr)
     with listening(application(engine, hosts, key), socket_) as address:

@@ -42,7 +42,7 @@ class Job:
     def __init__(self, request: Any, model: str, emit: Callable[[Event], None]) -> None:
         self.request: Any = request
         self.model, self.emit, self.usage = model, emit, Usage()
-        self.cancelled = False  # by its client, or since the server stops
+        self.cancelled = False  # by its client
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -108,7 +108,8 @@ class Engine:
                 while len(active) < ACTIVE and not (active and self._jobs.empty()):
                     if (job := self._next()) is None:
                         return
-                    active.append((job, self._answer(job)))
+                    if not job.cancelled:
+                        active.append((job, self._answer(job)))
                 if next(active[0][1], "done") == "done":
                     active.popleft()
                 active.rotate(-1)

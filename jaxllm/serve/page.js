@@ -83,8 +83,9 @@ function copyButton(content) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Copy";
+  button.hidden = !navigator.clipboard; // browsers have none on a page of another machine without TLS
   button.addEventListener("click", async () => {
-    await navigator.clipboard?.writeText(content);
+    await navigator.clipboard.writeText(content);
     button.textContent = "Copied";
   });
   return button;
@@ -131,7 +132,8 @@ async function answer() {
   if (!finish && !content) { // nothing was answered: the message can be sent again
     place.article.previousElementSibling?.remove();
     place.article.remove();
-    input.value ||= messages.pop().content;
+    const { content: unanswered } = messages.pop();
+    input.value ||= unanswered;
     at("hint").hidden = messages.length > 0;
     return;
   }

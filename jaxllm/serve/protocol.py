@@ -39,8 +39,11 @@ IGNORED |= {"safety_identifier", "service_tier", "store", "user", "verbosity"}
 MOST_CHOICES = 128
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which is not JSON
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# A list ends at its first mistake, since each costs a kilobyte and a body may have millions.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class ApiError(Exception):
@@ -56,18 +59,14 @@ class ApiError(Exception):
         self.body = {"error": error}
 
 
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class StreamOptions(BaseModel):
+    include_usage: bool | None = Field(False, strict=True)
 
 
-class StreamOptions(_Object):
-    include_usage: bool | None = False
-    include_obfuscation: bool | None = False
-
-
-class Request(_Object):
+class Request(BaseModel):
     """The fields that both kinds of requests have; null is the default."""
 
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -76,7 +75,7 @@ class Request(_Object):
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[Stop], Field(max_length=16)] = []
+    stop: Stop | Annotated[list[Annotated[Stop, Field(min_length=1)]], Field(max_length=16)] = []
     kind: ClassVar[Literal["chat", "text"]]
 
     @property
@@ -98,10 +97,14 @@ class Request(_Object):
                 raise ApiError(400, f"{name} is not supported; remove it", name)
         without = UNSUPPORTED.keys() | IGNORED
         given = {k: v for k, v in body.items() if k not in without and v is not None}
+        if (unknown := next((k for k in given if k not in cls.model_fields), None)) is not None:
+            near = nearest(unknown, [*cls.model_fields, *UNSUPPORTED])
+            hint = f"; did you mean {near}?" if near else "; remove it"
+            raise ApiError(400, f"{seen(unknown)} is not a field of this request{hint}", unknown)
         try:
             request = cls.model_validate(given)
         except ValidationError as error:
-            raise _first(error, cls) from None
+            raise _first(error) from None
         request.check()
         return request
 
@@ -111,7 +114,7 @@ class Request(_Object):
 
 class ChatRequest(Request):
     kind: ClassVar[Literal["chat", "text"]] = "chat"
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_TOPS)
@@ -129,7 +132,7 @@ class ChatRequest(Request):
 
 class TextRequest(Request):
     kind: ClassVar[Literal["chat", "text"]] = "text"
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | Tokens | Annotated[list[Tokens], Field(fail_fast=True)]
     max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOPS)
     echo: bool = False
@@ -151,17 +154,13 @@ class TextRequest(Request):
             raise ApiError(400, f"prompts x n must be at most {MOST_CHOICES}", "n")
 
 
-def _first(error: ValidationError, cls: type[Request]) -> ApiError:
+def _first(error: ValidationError) -> ApiError:
     """The first mistake that pydantic found; of a value that may have several types, the one that
     is deepest in it."""
     errors = error.errors(include_url=False, include_context=False)
     same = [one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]]
     first = max(same, key=lambda one: len(one["loc"]))
     name = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        near = nearest(name or "", [*cls.model_fields, *UNSUPPORTED])
-        hint = f"; did you mean {near}?" if near else "; remove it"
-        return ApiError(400, f"{seen(name)} is not a field of this request{hint}", name)
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", name)
     return ApiError(400, f"{name}: {first['msg']}; seen {seen(first['input'])}", name)
