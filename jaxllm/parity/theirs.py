@@ -69,8 +69,9 @@ def cut_model(spec: dict[str, Any], folder: Path) -> tuple[int, int]:
         AutoTokenizer,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"])
-    values: dict[str, Any] = AutoConfig.from_pretrained(spec["model"]).to_dict()
+    tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"], trust_remote_code=False)
+    config = AutoConfig.from_pretrained(spec["model"], trust_remote_code=False)
+    values: dict[str, Any] = config.to_dict()
     whole = values["num_hidden_layers"]
     layers = min(spec["layers"], whole)
     values = {
@@ -205,8 +206,8 @@ def numbered(spec: dict[str, Any]) -> Any:
     """The records as a Dataset, with a column RECORD."""
     from datasets import Dataset
 
-    lines = Path(spec["data"]).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) | {RECORD: i} for i, line in enumerate(lines)]
+    with Path(spec["data"]).open(encoding="utf-8") as lines:  # str.splitlines has other line ends
+        records = [json.loads(line) | {RECORD: i} for i, line in enumerate(lines)]
     return Dataset.from_list(records)
 
 

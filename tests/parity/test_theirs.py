@@ -12,6 +12,7 @@ from runs import refused
 from jaxllm.errors import UserError
 from jaxllm.parity import command
 from jaxllm.parity.reading import read_theirs
+from jaxllm.parity.theirs import RECORD, numbered
 
 SCRIPT = """\
 import torch
@@ -125,6 +126,13 @@ def test_a_deepspeed_file_gives_batch_clipping_and_optimizer(tmp_path):
 def test_what_cannot_be_read_is_refused(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
         read_theirs(written(tmp_path, name, content))
+
+
+def test_records_are_lines_of_the_file_whatever_their_text_has(tmp_path):
+    texts = ["a\u2028b", "c\x85d\x0ce\nf"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    found = numbered({"data": written(tmp_path, "data.jsonl", "".join(lines))})
+    assert found["text"] == texts and found[RECORD] == [0, 1]
 
 
 def test_mistakes_of_the_command_are_one_line(tmp_path, project, capsys, monkeypatch):
