@@ -320,9 +320,6 @@ def setting_notes(
     return notes
 
 
-COLUMNS = ("loss", "grad_norm", "learning_rate")
-
-
 def text_of(found: dict[str, Any], recorded: dict[str, Any], cfg: TrainConfig) -> str:
     """The table, the verdict, the causes and the notes."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
