@@ -187,7 +187,7 @@ def _run(cfg: TrainConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(json.dumps(to_dict(cfg), ensure_ascii=False), encoding="utf-8")
-        command = [sys.executable, "-m", "jaxllm", cfg.objective, str(file)]
+        command = [sys.executable, "-P", "-m", "jaxllm", cfg.objective, str(file)]
         # In its own session the run gets no signal from the terminal. This process passes on Ctrl-C
         # and the hangup of a closed terminal as SIGTERM, on which the run saves a checkpoint.
         process = subprocess.Popen(command, start_new_session=True)
@@ -220,8 +220,10 @@ def _row(method: str, program: Any, seconds: float) -> Row:
     import jax
     from flax import nnx
 
+    from jaxllm.report.columns import parsed
+
     run = Path(program.cfg.output_dir)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = [*parsed((run / "metrics.jsonl").read_bytes().splitlines())]
     trained = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval"]
     ledgers = [line for line in lines if line["kind"] == "goodput"]  # of the run and its restarts

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,6 @@ def _delete_unfinished(folder: Path) -> None:
     """
     for file in folder.glob("*-cache"):
         finished = file.with_name(file.name.removesuffix("cache") + "atime").is_file()
-        if not finished and file.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may delete it first
+            if not finished and file.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
+                file.unlink()

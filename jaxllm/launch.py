@@ -80,7 +80,7 @@ def launch(words: list[str], to: Launch) -> None:
             f"{cfg.output_dir} yourself, or choose another output_dir"
         )
     name = to.name or re.sub("[^a-z0-9]+", "-", Path(path).stem.lower()).strip("-")
-    here = [sys.executable, "-m", "jaxllm", verb, path, *args]
+    here = [sys.executable, "-P", "-m", "jaxllm", verb, path, *args]
     options = shlex.split(to.options)
     manifest = None
     if to.on == "local":

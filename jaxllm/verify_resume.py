@@ -224,7 +224,7 @@ def verify_resume(cfg: TrainConfig, after: int) -> int:
             file = folder / f"{name}.json"
             values = to_dict(replace(cfg, output_dir=str(run)))
             file.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-            commands[name] = [sys.executable, "-m", "jaxllm", cfg.objective, str(file)]
+            commands[name] = [sys.executable, "-P", "-m", "jaxllm", cfg.objective, str(file)]
         log = folder / "log"
         _say(f"{2 * step} steps without interruption …")
         seconds = _run(commands["straight"], log, "the uninterrupted run")

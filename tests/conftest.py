@@ -59,7 +59,8 @@ SWEEPS = {
         "granitemoehybrid",
     ),
     "test_24_greedy_tokens_of_a_ragged_batch_equal_transformers": (
-        *("gemma2", "deepseek_v3", "gemma4_text"),
+        "deepseek_v3",
+        "gemma4_text",
     ),
     "test_logits_equal_transformers_over_2048_tokens": ("gemma3_text",),
     "test_logits_of_text_equal_transformers": (
@@ -178,13 +179,17 @@ def freed_programs():
         gc.collect()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Files that train in a subprocess run first, because they take longest; each stays in one
     process."""
     long = {item.path for item in items if {"project", "workspace"} & set(item.fixturenames)}
     items.sort(key=lambda item: item.path not in long)
+    unknown = {(name, case) for name, cases in SWEEPS.items() for case in (*cases, None)}
     for item in items:
-        kept = SWEEPS.get(getattr(item, "originalname", item.name))
-        case = getattr(item, "callspec", None)
+        name, case = getattr(item, "originalname", item.name), getattr(item, "callspec", None)
+        kept = SWEEPS.get(name)
         if kept is not None and (case is None or case.id not in kept):
             item.add_marker(pytest.mark.sweep)
+        unknown -= {(name, case and case.id), (name, None)}
+    if unknown and config.args == config.getini("testpaths"):  # all tests were collected
+        raise pytest.UsageError(f"SWEEPS in tests/conftest.py names no test: {unknown}")

@@ -68,7 +68,7 @@ def compared(project):
 STAND_IN = """\
 import json, signal, sys, time
 from pathlib import Path
-_, package, verb, config = sys.argv[1:]
+*_, verb, config = sys.argv
 cfg = json.loads(Path(config).read_text())
 with Path("{log}").open("a") as log:
     log.write(json.dumps([verb, cfg]) + "\\n")
@@ -196,8 +196,9 @@ def test_methods_chooses_and_orders_and_peft_keys_go_where_they_are_read(
 
 def test_a_run_is_read_at_its_end(project, stand_in, tmp_path):
     """The newest checkpoint, the highest peak, the median speed after the first line, and the mean
-    of the last evaluations."""
-    stand_in(lines=((1, 1.0, 0.5), (2, 20.0, 2.0), (3, 60.0, 1.0), (4, 30.0, 1.0)))
+    of the last evaluations. A line that was cut by a kill is skipped."""
+    cut = '{"kind": "tr'
+    stand_in(lines=((1, 1.0, 0.5), (2, 20.0, 2.0), (3, 60.0, 1.0), (4, 30.0, 1.0)), ledger=cut)
     assert run(project, tmp_path / "out", "--methods", "prefix") == 0
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert (row["checkpoint_bytes"], row["memory_gib"]) == (3, 2.0)

@@ -120,7 +120,10 @@ def filled(folder):
 
 def test_a_program_that_a_killed_process_left_unfinished_is_deleted(unset):
     folder = filled(unset / ".cache" / "jaxllm" / "compiled")
+    (folder / "gone-cache").symlink_to("deleted")  # as one that another process deletes meanwhile
     use_cache()
+    assert jax.config.jax_compilation_cache_dir == str(folder)
+    (folder / "gone-cache").unlink()
     left = {path.name for path in folder.iterdir()}
     assert left == {"whole-cache", "whole-atime", "new-cache"}  # new: may be in progress
 

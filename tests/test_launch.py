@@ -461,7 +461,7 @@ def printed(capsys, config, where, *flags) -> str:
 
 
 def test_dry_runs_print_what_would_be_submitted(capsys, config):
-    run = f"{sys.executable} -m jaxllm sft 'My run.yaml' --steps 7\n"
+    run = f"{sys.executable} -P -m jaxllm sft 'My run.yaml' --steps 7\n"
     assert printed(capsys, config, "local", "--nodes", "2") == f"bash {FILES}/local.sh 2 {run}"
     flags = ("--nodes", "3", "--options=--partition=gpu --time 8:00:00")
     shown = (

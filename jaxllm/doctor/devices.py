@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
-from jaxllm.doctor.findings import Doing, Fact, Finding, Problem, gib
+from jaxllm.doctor.findings import INSTALL, Doing, Fact, Finding, Problem, gib
 
 QUERY = "--query-gpu=index,memory.used,memory.total,driver_version"
 VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_ALLOCATOR")
@@ -19,12 +19,7 @@ BUSY = 0.5  # of a GPU's memory in use by others, above which a run is likely to
 
 
 def devices() -> Iterator[Finding]:
-    for name in (
-        "JAX_PLATFORMS",
-        "XLA_FLAGS",
-        "CUDA_VISIBLE_DEVICES",
-        "XLA_PYTHON_CLIENT_ALLOCATOR",
-    ):
+    for name in VARIABLES:
         if value := os.environ.get(name):
             yield Fact(name, value)
     yield from _gpus()
@@ -37,7 +32,7 @@ def devices() -> Iterator[Finding]:
     yield Doing(f"starting JAX's backend{f' (JAX_PLATFORMS={asked})' if asked else ''}", 0)
     began = time.monotonic()
     try:
-        found = jax.devices()
+        found = jax.local_devices()  # those of other machines of a pod cannot be asked
     except RuntimeError as error:
         yield Problem(
             "jax-finds-no-device",
@@ -62,7 +57,7 @@ def devices() -> Iterator[Finding]:
             yield Problem(
                 "the-accelerator-is-not-used",
                 f"this machine has {what}, but JAX runs on the CPU",
-                f"pip install 'jaxllm[{extra}]' -c constraints.txt",
+                INSTALL.format(extra),
             )
     yield from _kernels()
 
@@ -109,5 +104,5 @@ def _kernels() -> Iterator[Finding]:
             yield Problem(
                 "attention-runs-a-slower-kernel",
                 f"{what} runs {kernel}: {why}",
-                "pip install 'jaxllm[cuda]' -c constraints.txt",
+                INSTALL.format("cuda"),
             )

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PAGE = "docs/troubleshooting.md"
+# A remedy: an extra is installed from the checkout, as in docs/install.md.
+INSTALL = "in the checkout of jaxllm: pip install -e '.[{}]' -c constraints.txt"
 
 
 @dataclass(frozen=True)

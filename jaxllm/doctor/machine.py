@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from jaxllm.compilation import BOUNDS, DEFAULT_FOLDER
-from jaxllm.doctor.findings import Doing, Fact, Finding, Problem, gib
+from jaxllm.doctor.findings import INSTALL, Doing, Fact, Finding, Problem, gib
 
 LOW = 1 << 30  # bytes of a disk or of memory, below which a run is likely to fail
 CGROUP = Path("/sys/fs/cgroup")
@@ -113,7 +113,7 @@ def versions() -> Iterator[Finding]:
             yield Problem(
                 "versions-do-not-fit",
                 f"{name} is {named[name]} and jaxlib {named['jaxlib']}, so JAX does not use GPUs",
-                "pip install -U 'jaxllm[cuda]' -c constraints.txt",
+                INSTALL.format("cuda"),
             )
     yield Doing("importing transformers", 0)
     from transformers.utils.versions import require_version

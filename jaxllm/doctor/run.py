@@ -158,10 +158,10 @@ def _checkpoints(path: Path) -> Iterator[Checkpoint | Finding]:
 def _broken(path: Path, one: Checkpoint, whole: list[int]) -> Problem:
     earlier = [step for step in whole if step < one.step]
     if whole and whole[-1] > one.step:
-        remedy = "nothing: a later checkpoint is whole; do not export this one"
+        remedy = "nothing to do, because a later checkpoint is whole; do not export this one"
     elif earlier:
-        remedy = f"nothing: the run sets it aside and resumes from step {earlier[-1]}; or restore "
-        remedy += "its files from a copy"
+        remedy = f"resume: the run sets it aside and continues from step {earlier[-1]}; or restore "
+        remedy += "its files from a copy first"
     else:
         remedy = "restore its files from a copy, or move it away: the run then starts from step 0"
     where = path / "checkpoints" / str(one.step)
@@ -280,7 +280,7 @@ def _files(path: Path) -> Iterator[Finding]:
         yield Problem(
             "a-file-of-a-run-is-damaged",
             f"{path / START}: {problem}",
-            "nothing: the resumed run writes the folder again; exports need it",
+            "resume: the run writes the folder again; exports need it",
         )
     for name in ("metrics.jsonl", "samples.jsonl", "starts.jsonl"):
         with suppress(OSError):

@@ -43,7 +43,7 @@ class Section:
         self.said: IO[bytes] = tempfile.TemporaryFile()
         code = "import sys; from jaxllm.doctor.sections import report; report(*sys.argv[1:])"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, name, *([run] if run else [])],
+            [sys.executable, "-P", "-c", code, name, *([run] if run else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self.said,

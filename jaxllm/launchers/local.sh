@@ -11,7 +11,7 @@ fi
 count=$1
 shift
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python3 -c "$free_port")}
+export JAX_COORDINATOR_ADDRESS=${JAX_COORDINATOR_ADDRESS:-127.0.0.1:$(python3 -I -c "$free_port")}
 export JAX_NUM_PROCESSES=$count
 pids=() stopped=
 for name in TERM INT HUP; do

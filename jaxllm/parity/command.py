@@ -266,11 +266,17 @@ def run_theirs(spec: dict[str, Any], switches: Sequence[str]) -> dict[str, Any]:
     result.unlink(missing_ok=True)
     full = spec | {"switches": [*switches], "result": str(result)}
     file.write_text(json.dumps(full), encoding="utf-8")
-    command = [sys.executable, "-m", "jaxllm.parity.theirs", str(file)]
+    command = [sys.executable, "-P", "-m", "jaxllm.parity.theirs", str(file)]
     quiet = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     quiet |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with log.open("w", encoding="utf-8") as stream:
-        done = subprocess.run(command, env=os.environ | quiet, stdout=stream, stderr=stream)
+        done = subprocess.run(
+            command,
+            env=os.environ | quiet,
+            stdin=subprocess.DEVNULL,  # what asks for input there is not seen
+            stdout=stream,
+            stderr=stream,
+        )
     if not result.is_file():
         last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
         raise UserError(f"your run ended with status {done.returncode}: {last}")
@@ -312,9 +318,6 @@ def setting_notes(
         names = ", ".join(unknown)
         notes.append(f"no arguments of {recorded['trainer']}, so left out of your run: {names}")
     return notes
-
-
-COLUMNS = ("loss", "grad_norm", "learning_rate")
 
 
 def text_of(found: dict[str, Any], recorded: dict[str, Any], cfg: TrainConfig) -> str:

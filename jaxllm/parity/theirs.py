@@ -69,8 +69,11 @@ def cut_model(spec: dict[str, Any], folder: Path) -> tuple[int, int]:
         AutoTokenizer,
     )
 
-    tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"])
-    values: dict[str, Any] = AutoConfig.from_pretrained(spec["model"]).to_dict()
+    config = AutoConfig.from_pretrained(spec["model"], trust_remote_code=False)
+    values: dict[str, Any] = config.to_dict()
+    if "text_config" in values:
+        raise ValueError(f"{spec['model']} is a multimodal model, of which parity makes no cut")
+    tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"], trust_remote_code=False)
     whole = values["num_hidden_layers"]
     layers = min(spec["layers"], whole)
     values = {
@@ -102,7 +105,7 @@ def lora(spec: dict[str, Any]) -> Any:
     return LoraConfig(**({"task_type": kind} | spec["lora"]))
 
 
-def segments(inputs: dict[str, Any], verb: str) -> Iterator[tuple[list[int], list[bool]]]:
+def segments(inputs: dict[str, Any]) -> Iterator[tuple[list[int], list[bool]]]:
     """(tokens, which of them are learned) of each text of a micro-batch, in order; of pairs the
     chosen answers, then the rejected ones."""
     import torch
@@ -148,7 +151,7 @@ def recording(kind: Any, spec: dict[str, Any], numbers: list[int]) -> Any:
             return loss
 
         def _rows(self, inputs: Any) -> list[dict[str, Any]]:
-            found = list(segments(inputs, spec["verb"]))
+            found = list(segments(inputs))
             rows = []
             half = len(found) // 2
             texts = zip(found[:half], found[half:], strict=True) if pairs else ((s,) for s in found)
@@ -205,8 +208,8 @@ def numbered(spec: dict[str, Any]) -> Any:
     """The records as a Dataset, with a column RECORD."""
     from datasets import Dataset
 
-    lines = Path(spec["data"]).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) | {RECORD: i} for i, line in enumerate(lines)]
+    with Path(spec["data"]).open(encoding="utf-8") as lines:  # str.splitlines has other line ends
+        records = [json.loads(line) | {RECORD: i} for i, line in enumerate(lines)]
     return Dataset.from_list(records)
 
 

@@ -2,7 +2,6 @@
 """The user's run is read from YAML, JSON, DeepSpeed files and scripts, and no script is run."""
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from runs import refused
 from jaxllm.errors import UserError
 from jaxllm.parity import command
 from jaxllm.parity.reading import read_theirs
+from jaxllm.parity.theirs import RECORD, cut_model, numbered
 
 SCRIPT = """\
 import torch
@@ -127,6 +127,19 @@ def test_what_cannot_be_read_is_refused(tmp_path, name, content, words):
         read_theirs(written(tmp_path, name, content))
 
 
+def test_records_are_lines_of_the_file_whatever_their_text_has(tmp_path):
+    texts = ["a\u2028b", "c\x85d\x0ce\nf"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    found = numbered({"data": written(tmp_path, "data.jsonl", "".join(lines))})
+    assert found["text"] == texts and found[RECORD] == [0, 1]
+
+
+def test_no_cut_is_made_of_a_multimodal_model(tmp_path):
+    written(tmp_path, "config.json", '{"model_type": "gemma3"}')
+    with pytest.raises(ValueError, match="is a multimodal model, of which parity makes no cut"):
+        cut_model({"model": str(tmp_path)}, tmp_path / "cut")
+
+
 def test_mistakes_of_the_command_are_one_line(tmp_path, project, capsys, monkeypatch):
     run = written(tmp_path, "run.yaml", "learning_rate: 1e-4\n")
     data, model = str(project / "few.jsonl"), str(project)
@@ -140,4 +153,3 @@ def test_mistakes_of_the_command_are_one_line(tmp_path, project, capsys, monkeyp
     refused(capsys, [*full, model, "--optim.rate", "1"], "unknown flag --optim.rate")
     monkeypatch.setattr(command, "find_spec", lambda n: None if n == "trl" else find_spec(n))
     refused(capsys, [*full, model], "trl not installed; pip install 'jaxllm[parity]'")
-    assert "trl" not in sys.modules or "torch" in sys.modules

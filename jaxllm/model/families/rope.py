@@ -140,11 +140,7 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
-    if c["model_type"] in (
-        "mellum",
-        "gemma4_text",
-        "gemma4_unified_text",
-    ):  # which transformers reads in no other
+    if c["model_type"] in NEW_SPELLING:
         return {"rope_parameters": nested}
     p = nested["full_attention"]
     keys = {"rope_parameters": nested if family.rope_by_type else p, "rope_theta": p["rope_theta"]}
