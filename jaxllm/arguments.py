@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxllm.config import TrainConfig, load_config
+from jaxllm.config.fields import home
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.data.inputs import check_options
 from jaxllm.errors import UserError
@@ -56,3 +58,39 @@ def run_config(args: Sequence[str]) -> TrainConfig:
     path = args[0] if args and not args[0].startswith("-") else None
     flags = args if path is None else args[1:]
     return load_config(find_objective(path, read_args(flags)), path, flags)[0]
+
+
+# ---- the flags of a model
+
+
+def model_options(parser: Parser, **use: Any) -> None:
+    """Adds the flags of a model, its adapters and its tokenizer."""
+    flag = parser.flag
+    flag("--model", "HF directory or hub id, of a model or an adapter", required=True, type=home)
+    about = "adapters in peft's format to load; the first one is active"
+    flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
+    about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
+    flag("--use", about, metavar="NAME", **use)
+    flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
+    about = "chat template: a file or a built-in name; default: the tokenizer's"
+    flag("--template", about, type=home)
+
+
+def adapters(options: argparse.Namespace) -> dict[str, str]:
+    """{name: directory} of --adapter; the default name is the directory's, or `default` for one."""
+    named: dict[str, str] = {}
+    for text in options.adapter:
+        name, equals, path = text.rpartition("=")
+        if not equals:
+            name = "default" if len(options.adapter) == 1 else Path(path).name
+        if name in named:
+            raise UserError(f"--adapter: two adapters are named {name}; write NAME=DIR")
+        named[name] = home(path)
+    return named
+
+
+def uses(texts: Sequence[str]) -> list[Any]:
+    """The choices among adapters of --use."""
+    from jaxllm.peft.combine import parse_choice
+
+    return [parse_choice(text) for text in texts]

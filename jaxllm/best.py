@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from jaxllm.config import EvalSection
 from jaxllm.errors import UserError
 
-LOWER_IS_BETTER = ("loss", "perplexity")  # suffixes of metric names
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "brier_score")  # suffixes of metric names
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Best:
         self, step: int, evals: dict[str, dict[str, float]], section: EvalSection
     ) -> Best:
         """The best after the evaluations {set: {metric: value}} at `step`, by eval.metric."""
-        if not evals:
-            return self
+        losses = [metrics["loss"] for metrics in evals.values() if "loss" in metrics]
+        if not losses and section.metric == EvalSection().metric:
+            return self  # nothing is evaluated, or only tasks of lm-eval
         best = self.after(step, metric_value(evals, section), section)
-        return replace(best, loss=metric_value(evals, EvalSection())) if best.step == step else best
+        if best.step != step:
+            return best
+        return replace(best, loss=sum(losses) / len(losses) if losses else None)
 
     def after(self, step: int, value: float, section: EvalSection) -> Best:
         """The best after an evaluation at `step`: a tie keeps the earlier one, and a value that is
@@ -55,18 +58,20 @@ class Best:
 def metric_value(evals: dict[str, dict[str, float]], section: EvalSection) -> float:
     """The value of eval.metric in evaluations {set: {metric: value}}.
 
-    METRIC is the mean over the sets that have it and NAME_METRIC that of one set; transformers'
-    prefix eval_ may precede either. Raises UserError that lists the metrics if it is not there.
+    METRIC is the mean over the sets that have it, NAME/METRIC or NAME_METRIC that of one set;
+    transformers' prefix eval_ may precede either. Raises UserError that lists the metrics if it is
+    not there.
     """
     for metric in (section.metric, section.metric.removeprefix("eval_")):
         values = [metrics[metric] for metrics in evals.values() if metric in metrics]
         if values:
             return sum(values) / len(values)
         for name, metrics in evals.items():
-            if metric.startswith(f"{name}_") and metric.removeprefix(f"{name}_") in metrics:
-                return metrics[metric.removeprefix(f"{name}_")]
+            inner = metric.removeprefix(name)
+            if inner[:1] in ("/", "_") and inner != metric and inner[1:] in metrics:
+                return metrics[inner[1:]]
     names = sorted({metric for metrics in evals.values() for metric in metrics})
     raise UserError(
         f"eval.metric {section.metric!r} is not logged by evaluations; choose from "
-        f"{', '.join(names)}, or NAME_METRIC with NAME one of {', '.join(evals)}"
+        f"{', '.join(names)}, or NAME/METRIC with NAME one of {', '.join(evals)}"
     )

@@ -9,11 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from jaxllm import __version__, config
-from jaxllm.arguments import Parser, integer, run_config
+from jaxllm.arguments import Parser, adapters, integer, model_options, run_config, uses
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
@@ -56,8 +55,9 @@ def _say_end(cfg: TrainConfig, result: Any) -> int:
     if not dist.is_main():
         return STOPPED if result.stopped else DONE
     for name, values in result.evals.items():
-        shown = ("loss", "perplexity") if "perplexity" in values else SHOWN
-        texts = [f"{key} {values[key]:{SHOWN[key]}}" for key in shown if key in values]
+        shown = dict.fromkeys(values, ".4f") if "loss" not in values else SHOWN  # a task, a set
+        shown = ("loss", "perplexity") if {"loss", "perplexity"} <= {*values} else shown
+        texts = [f"{key} {values[key]:{SHOWN.get(key, '.4f')}}" for key in shown if key in values]
         when = "" if result.evaluated == result.step else f" at step {result.evaluated}"
         print(f"{name}{when}: {'  '.join(texts)}")
     best, metric = result.best, cfg.eval.metric
@@ -84,37 +84,6 @@ class _Parser(Parser):
 
     def __init__(self, verb: str):
         super().__init__(verb, VERBS[verb.split()[0]][1])
-
-
-def _model_options(parser: _Parser, **use: Any) -> None:
-    flag = parser.flag
-    flag("--model", "HF directory or hub id, of a model or an adapter", required=True, type=home)
-    about = "adapters in peft's format to load; the first one is active"
-    flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
-    about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
-    flag("--use", about, metavar="NAME", **use)
-    flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
-    about = "chat template: a file or a built-in name; default: the tokenizer's"
-    flag("--template", about, type=home)
-
-
-def _adapters(options: argparse.Namespace) -> dict[str, str]:
-    """{name: directory} of --adapter; the default name is the directory's, or `default` for one."""
-    named: dict[str, str] = {}
-    for text in options.adapter:
-        name, equals, path = text.rpartition("=")
-        if not equals:
-            name = "default" if len(options.adapter) == 1 else Path(path).name
-        if name in named:
-            raise UserError(f"--adapter: two adapters are named {name}; write NAME=DIR")
-        named[name] = home(path)
-    return named
-
-
-def _uses(texts: Sequence[str]) -> list[Any]:
-    from jaxllm.peft.combine import parse_choice
-
-    return [parse_choice(text) for text in texts]
 
 
 def _need_chat(options: argparse.Namespace, *names: str) -> None:
@@ -146,7 +115,7 @@ def _decoding(options: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(**{name: getattr(options, name) for name in names})
     sampling.check()
     shared = {name: getattr(options, name) for name in ("system", "template", "stop", "dtype")}
-    return shared | {"sampling": sampling, "adapter": _adapters(options)}
+    return shared | {"sampling": sampling, "adapter": adapters(options)}
 
 
 def tokenizer(verb: str, args: list[str]) -> None:
@@ -170,16 +139,25 @@ def tokenizer(verb: str, args: list[str]) -> None:
 
 
 def evaluate(verb: str, args: list[str]) -> None:
+    from jaxllm import tasks
+
     parser = _Parser(verb)
-    _model_options(parser)
+    model_options(parser)
     flag = parser.flag
     about = "files or datasets, or {path, split, columns} as in data.eval"
-    flag("--data", about, required=True, nargs="+", metavar="FILE")
+    flag("--data", about, nargs="+", default=[], metavar="FILE")
     flag("--chat", "evaluate chats, on the assistant's tokens only", action="store_true")
-    flag("--max_length", "context length of a row, in tokens", type=integer(2), default=1024)
+    about = "context length in tokens; default: 1024, and with --tasks the model's positions"
+    flag("--max_length", about, type=integer(2))
     flag("--batch_size", "rows per batch; smaller values save memory", type=integer(1), default=8)
     flag("--json", "print one JSON object", action="store_true")
+    tasks.flags(parser, integer)
     options = parser.read(args)
+    tasks.check(options)
+    use = uses([options.use] if options.use else [])
+    if options.tasks:
+        tasks.command(options, adapters(options), use)
+        return
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
     check_options({"files": [source.path for source in data]})
@@ -191,12 +169,12 @@ def evaluate(verb: str, args: list[str]) -> None:
         options.model,
         data,
         objective="sft" if options.chat else "pretrain",
-        max_length=options.max_length,
+        max_length=options.max_length or 1024,
         batch_size=options.batch_size,
         dtype=options.dtype,
         template=options.template,
-        adapter=_adapters(options),
-        use=_uses([options.use])[0] if options.use else ...,
+        adapter=adapters(options),
+        use=use[0] if use else ...,
     )
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
     print(strict_json(found) if options.json else "\n".join(lines))
@@ -204,7 +182,7 @@ def evaluate(verb: str, args: list[str]) -> None:
 
 def generate(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
-    _model_options(parser, action="append", default=[])
+    model_options(parser, action="append", default=[])
     flag = parser.flag
     about = "text to complete; repeatable; default: the lines of standard input"
     flag("--prompt", about, action="append", metavar="TEXT")
@@ -226,7 +204,7 @@ def generate(verb: str, args: list[str]) -> None:
     from jaxllm.chat import generate_text
 
     use_cache()
-    use = _uses(options.use)
+    use = uses(options.use)
     answers = generate_text(
         options.model,
         [prompt for prompt in prompts for _ in range(options.best_of)],
@@ -245,13 +223,13 @@ def generate(verb: str, args: list[str]) -> None:
 
 def chat(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
-    _model_options(parser)
+    model_options(parser)
     _sampling_options(parser)
     options = parser.read(args)
     from jaxllm.chat import chat_loop
 
     use_cache()
-    use = _uses([options.use] if options.use else [])
+    use = uses([options.use] if options.use else [])
     chat_loop(options.model, use=use, **_decoding(options))
 
 
@@ -259,12 +237,12 @@ def serve(verb: str, args: list[str]) -> None:
     from jaxllm.serve import command, flags
 
     parser = _Parser(verb)
-    _model_options(parser)
+    model_options(parser)
     flags(parser, integer)
     if args and not args[0].startswith("-"):
         args = ["--model", *args]
     options = parser.read(args)
-    command(options, _adapters(options), _uses([options.use] if options.use else []))
+    command(options, adapters(options), uses([options.use] if options.use else []))
 
 
 def export(verb: str, args: list[str]) -> None:
@@ -431,7 +409,10 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
     "tokenize": (tokenize, "tokenize the data of a training run in advance"),
     "tokenizer": (tokenizer, "tokenizer train: train a byte-level BPE tokenizer on text files"),
-    "eval": (evaluate, "compute a model's loss and perplexity, or a reward model's scores"),
+    "eval": (
+        evaluate,
+        "compute a model's loss, results on tasks of lm-eval, or rewards",
+    ),
     "generate": (generate, "complete texts or answer messages"),
     "chat": (chat, "chat with a model in the terminal"),
     "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),

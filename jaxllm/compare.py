@@ -228,7 +228,8 @@ def _row(method: str, program: Any, seconds: float) -> Row:
     evals = [line for line in lines if line["kind"] == "eval"]
     ledgers = [line for line in lines if line["kind"] == "goodput"]  # of the run and its restarts
     spent = [sum(v for k, v in line.items() if k.endswith("_seconds")) for line in ledgers]
-    losses = [float(line["loss"]) for line in evals if line["step"] == evals[-1]["step"]]
+    last = [line for line in evals if line["step"] == evals[-1]["step"]]
+    losses = [float(line["loss"]) for line in last if "loss" in line]  # a task of lm-eval has none
     speeds = [line["tokens_per_second"] for line in trained[1:]]
     latest = max((run / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name.partition(".")[0]))
     trainable = program.adapter.count(program.policy)

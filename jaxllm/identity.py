@@ -39,6 +39,7 @@ FREE = {"output_dir", "overwrite", "resume", "resume_changed", "epochs", "steps"
 FREE |= {"micro_batch_size", "eval_every", "model.attention", "model.remat", "model.scan_unroll"}
 FREE |= {"model.loss_chunk", "model.loss_blocks", "model.mlp_blocks", "optim.offload"}
 FREE |= {"data.workers", "data.cache_dir", "eval.patience", "eval.min_delta"}
+FREE |= {"eval.tasks", "eval.tasks_limit", "eval.tasks_path"}
 FREE |= {"mesh", "cluster", "log", "save"}  # sections
 # Their values are shown in an error, since they are not hashes.
 SHOWN = ("config", "model_config", "generation_config", "own_objective")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -19,27 +19,24 @@ from typing import Any
 import jax
 
 from jaxllm import dist, reference
-from jaxllm.best import Best, metric_value
+from jaxllm.best import Best
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.compilation import use_cache
 from jaxllm.config import TrainConfig, to_dict
 from jaxllm.config.checks import check_run, recorded_config, resolve, warnings
 from jaxllm.data.batch import Batch
-from jaxllm.data.chat import prompt_tokens, run_tokenizer, stop_ids
-from jaxllm.data.dataset import Data, load_data, summarize
+from jaxllm.data.chat import run_tokenizer
+from jaxllm.data.dataset import load_data, summarize
 from jaxllm.data.loader import make_loader, unstacked
 from jaxllm.data.rows import Rows
-from jaxllm.data.template import apply_user_template
-from jaxllm.evaluate import evaluate, metric_names
+from jaxllm.evaluations import Evaluations, Samples, run_tasks
 from jaxllm.mesh import data_parallel, local_rows, make_mesh, put
 from jaxllm.monitor.flops import memory_gib, peak_flops, run_flops
 from jaxllm.monitor.meter import Meter
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.monitor.profile import Profile
 from jaxllm.monitor.progress import Progress
-from jaxllm.optim import eval_params
 from jaxllm.paths import first_line
-from jaxllm.peft.virtual_tokens import context_length
 from jaxllm.plan import planned_for
 from jaxllm.program import Program, build
 from jaxllm.report.live import reported
@@ -47,7 +44,6 @@ from jaxllm.rl import online
 from jaxllm.rl.rewards import load_rewards
 from jaxllm.rows import RowLog, first_example
 from jaxllm.run import RunFolder
-from jaxllm.sampling import Sampling, check_prompts, generate
 from jaxllm.saving import Save, write_final
 from jaxllm.signals import spare_the_save, stop_signal
 from jaxllm.step import TrainState
@@ -108,7 +104,7 @@ def train(
     use_cache(cfg.log.compile_cache)
     data = load_data(cfg, tokenizer)
     assert data.train is not None
-    check_metric(program, data)
+    tasks = run_tasks(program, tokenizer, data)
     timetable = Timetable(cfg, len(data.train))
     dist.say(*summarize(data.manifest), *notes(given, program, timetable.steps))
 
@@ -148,7 +144,7 @@ def train(
     sampler = program.models, frozen, rewards, tokenizer, log.metrics.samples
     batches = make_batches(program, data.train, start, log.rows, sampler, saved.get("feed", {}))
     best = valid_best(checkpoints, Best(**saved.get("best_eval", {})), cfg)
-    evals = Evaluations(program, data.evals, frozen, samples, log, best)
+    evals = Evaluations(program, data.evals, frozen, samples, tasks, log, best)
     save = Save(program, checkpoints, log, evals, batches, identity, timetable.steps, step)
     step_fn, stop, unlogged = None, False, False
 
@@ -226,16 +222,6 @@ def beginning(cfg: TrainConfig, resumed: int | None, rows: Rows, tokenizer: Any)
     begins = begins if resumed is None else f"resuming from step {resumed}"
     colour = sys.stderr.isatty()
     return [begins, *first_example(cfg, rows, tokenizer, resumed or 0, colour=colour)]
-
-
-def check_metric(program: Program, data: Data) -> None:
-    """Raises UserError if evaluations will not log eval.metric."""
-    section = program.cfg.eval
-    if not data.evals or section.metric in ("loss", "eval_loss"):
-        return
-    args = program.evaluate, program.state.trainable, program.frozen
-    names = {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
-    metric_value({name: dict.fromkeys(metrics, 0.0) for name, metrics in names.items()}, section)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
@@ -427,73 +413,3 @@ class Log:
             text = f"memory: planned {memory:.2f} GiB a device, used {memory_gib():.2f} GiB"
             known = most is not None and mfu is not None
             self.bar.say(text + (f"; MFU: at most {most:.0%}, reached {mfu:.0%}" if known else ""))
-
-
-class Samples:
-    """log.samples: texts to continue or, for a chat model, user messages to answer."""
-
-    def __init__(self, program: Program, tokenizer: Any):
-        cfg, self.tokenizer, self.texts = program.cfg, tokenizer, program.cfg.log.samples
-        new = cfg.rl.max_new_tokens if cfg.verb.online else 0
-        context = context_length(program.shape, program.adapter, cfg.data.length, new)
-        self.sampling = Sampling(cfg.log.sample_tokens, stop_ids=stop_ids(tokenizer))
-        if cfg.verb.data == "text":
-            self.prompts = [tokenizer(text).input_ids for text in self.texts]
-        else:
-            chats = [[{"role": "user", "content": text}] for text in self.texts]
-            chats = [apply_user_template(tokenizer, chat) for chat in chats]
-            self.prompts = [prompt_tokens(tokenizer, c, date=cfg.data.date).tolist() for c in chats]
-        if self.prompts:
-            check_prompts(context, self.prompts, self.sampling)
-
-    def write(self, step: int, model: Any, metrics: Metrics) -> None:
-        """Generates from each prompt and writes samples.jsonl."""
-        texts = map(self.tokenizer.decode, generate(model, self.prompts, self.sampling))
-        rows = [{"prompt": p, "text": text} for p, text in zip(self.texts, texts, strict=True)]
-        metrics.samples(step, rows)
-
-
-@dataclass
-class Evaluations:
-    """Evaluates every held-out set, writes samples, and records the run's best evaluation."""
-
-    program: Program
-    sets: dict[str, Rows]
-    frozen: Any
-    samples: Samples
-    log: Log
-    best: Best
-    latest: dict[str, dict[str, float]] = field(default_factory=dict)
-    """{set: {metric: value}}"""
-    step: int | None = None
-    """of `latest`"""
-
-    def __call__(self, step: int, state: TrainState) -> None:
-        program, log = self.program, self.log
-        self.step = step
-        options: Any = {"mesh": program.mesh}
-        options["batch_size"] = program.cfg.batch_size // program.micro_batches
-        with log.phase("eval", step):
-            weights = eval_params(state.opt_state, state.trainable)
-            for name, rows in self.sets.items():
-                values = evaluate(program.evaluate, weights, self.frozen, [rows], **options)
-                self.latest[name] = values
-                log.write("eval", step, name=name, **values)
-                log.bar.say(f"step {step}  {name}: loss {values['loss']:.4f}")
-            if self.samples.prompts:
-                self.samples.write(step, program.models(weights, self.frozen)[0], log.metrics)
-        self.best = self.best.after_evals(step, self.latest, program.cfg.eval)
-
-    @property
-    def over(self) -> bool:
-        """True if early stopping ends the run."""
-        return self.best.is_over(self.program.cfg.eval)
-
-    @property
-    def kept(self) -> int | None:
-        """The step of the best checkpoint, which is not deleted; None without save.keep_best."""
-        return self.best.step if self.program.cfg.save.keep_best else None
-
-    def meta(self, pending: bool) -> dict[str, Any]:
-        """The state that a checkpoint saves. pending: the resumed run evaluates its step first."""
-        return {"best_eval": asdict(self.best), "eval_pending": pending}

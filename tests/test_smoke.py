@@ -17,7 +17,7 @@ for module in pkgutil.walk_packages(jaxllm.__path__, "jaxllm."):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as missing:
-            if missing.name not in ("starlette", "uvicorn"):  # the extra `serve`
+            if missing.name not in ("starlette", "uvicorn", "lm_eval", "evaluate"):  # extras
                 raise
 import transformers
 assert not transformers.is_torch_available()

@@ -3,6 +3,7 @@
 
 verbs      the training commands and PEFT methods: what each reads, and its defaults
 sections   TrainConfig and its sections: documentation, ranges, units and short forms
+evaluation the section `eval`
 optimizers what each optimizer and schedule reads
 source     a source of data, which may be in the memory of a Python program
 aliases    names of transformers, TRL and LLaMA-Factory, from the tables in names, by the rules in

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,16 @@ def _align_contradictions(cfg: TrainConfig) -> Iterator[str]:
 
 def _eval_contradictions(cfg: TrainConfig) -> Iterator[str]:
     held_out = bool(cfg.data.eval or cfg.data.eval_fraction)
-    if cfg.eval_every and not (held_out or cfg.log.samples):
-        yield "eval_every requires data.eval, data.eval_fraction or log.samples"
-    for key in () if held_out else JUDGING:
+    if cfg.eval_every and not (held_out or cfg.log.samples or cfg.eval.tasks):
+        yield "eval_every requires data.eval, data.eval_fraction, eval.tasks or log.samples"
+    for key in () if held_out or cfg.eval.tasks else JUDGING:
         if key in _changed(cfg):
-            yield f"{key} requires data.eval or data.eval_fraction"
+            yield f"{key} requires data.eval, data.eval_fraction or eval.tasks"
+    for key in () if cfg.eval.tasks else ("eval.tasks_limit", "eval.tasks_path"):
+        if key in _changed(cfg):
+            yield f"{key} requires eval.tasks"
+    if cfg.eval.tasks and find_spec("lm_eval") is None:
+        yield "eval.tasks needs lm_eval: pip install 'jaxllm[eval]'"
     if cfg.eval.patience and not cfg.eval_every:
         yield "eval.patience requires eval_every: a number of steps, or epoch"
     if cfg.eval.min_delta and not cfg.eval.patience:

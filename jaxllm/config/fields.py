@@ -76,6 +76,15 @@ def trackers(value: Any) -> Any:
     return list(dict.fromkeys(name for one in value for name in trackers(one)))
 
 
+def names(value: Any) -> Any:
+    """A name, comma-separated names, or a list of these -> a list of names, each once."""
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, list) or not all(isinstance(one, str) for one in several):
+        return value
+    found = (name.strip() for text in several for name in text.split(","))
+    return list(dict.fromkeys(filter(None, found)))
+
+
 def cache_dir(value: Any) -> Any:
     """A directory, or off, which YAML reads as false."""
     return "off" if value is False else home(value)

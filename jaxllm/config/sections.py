@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
+from jaxllm.config.evaluation import EvalSection
 from jaxllm.config.fields import (
     TRACKER_PACKAGES,
     Amount,
@@ -262,21 +263,6 @@ class LogSection:
     """directory of XLA's compilation cache, or off; default: ~/.cache/jaxllm/compiled (2 GiB)"""
     profile: bool = False
     """trace steps 10 to 15 with jax.profiler, and print their time by named scope"""
-
-
-@dataclass(frozen=True)
-class EvalSection:
-    """Best checkpoint and early stopping."""
-
-    metric: str = "loss"
-    """evaluation metric that selects the best checkpoint: its mean over the evaluation sets, or
-    NAME_METRIC for one set"""
-    greater: bool | None = None
-    """true if a greater value is better; default: false for loss and perplexity, else true"""
-    patience: Annotated[Count, Unit("evaluations")] = 0
-    """stop after this many evaluations in a row without improvement; 0 = never"""
-    min_delta: Amount = 0.0
-    """smallest change of the metric that counts as an improvement for eval.patience"""
 
 
 @dataclass(frozen=True)

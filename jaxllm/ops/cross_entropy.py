@@ -444,3 +444,14 @@ def _logps_backward(head: Head, residuals, g):
 
 
 _token_logps.defvjp(_logps_forward, _logps_backward, symbolic_zeros=True)
+
+
+def token_scores(terms, targets, needed, head: Head) -> tuple[jax.Array, jax.Array]:
+    """(log p(target), 1 if no token is more likely) of each token, float32 [B, T]; 0 where `needed`
+    [B, T] is not > 0. Neither has a gradient."""
+
+    def both(terms: Any, targets: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
+        values, _, _ = _over_chunks(terms, targets, weights, head)
+        return -values[1], values[2]
+
+    return _per_context_shard(both, terms, targets, jnp.float32(needed > 0))
