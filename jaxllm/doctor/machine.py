@@ -180,7 +180,8 @@ def disks() -> Iterator[Finding]:
                 f"others can write to {compiled}, whose programs are executed",
                 f"chmod 700 {compiled}, or set JAX_COMPILATION_CACHE_DIR to a directory of yours",
             )
-    offline = "offline" if constants.HF_HUB_OFFLINE else f"at {constants.ENDPOINT}"
+    endpoint = re.sub(r"//[^/]*@", "//", constants.ENDPOINT)  # without a user and password
+    offline = "offline" if constants.HF_HUB_OFFLINE else f"at {endpoint}"
     yield Fact("hub", f"{offline}, {'with' if get_token() else 'without'} a token")
 
 

@@ -83,10 +83,12 @@ def test_a_disk_that_is_full_or_cannot_be_written_is_named(tmp_path, monkeypatch
 def test_a_cache_of_programs_that_others_can_write_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:secret@hub.example")
     (tmp_path / "compiled").mkdir(mode=0o700)
     found = [*machine.disks()]
     assert not problems(found) and "with a token" in facts(found)["hub"]
-    assert "secret" not in repr(found)
+    assert "secret" not in repr(found) and "at https://hub.example" in facts(found)["hub"]
     (tmp_path / "compiled").chmod(0o777)
     assert "others-can-write-compiled-programs" in problems(machine.disks())
 

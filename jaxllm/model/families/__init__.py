@@ -110,7 +110,10 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     config = unwrapped(config)
     family = _family(config)
     if config.get("quantization_config"):
-        raise UserError("the weights are quantized (quantization_config); load_hf dequantizes some")
+        raise UserError(
+            "the config is of quantized weights (quantization_config). Load the directory with its "
+            "weights, which dequantizes FP8 and MXFP4, or remove the key to start from random ones"
+        )
     keep = _floats(config)  # a copy: transformers writes into nested dicts
     keep.pop(WRAPPER, None)
     kind = keep.pop("model_type")
