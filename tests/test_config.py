@@ -400,7 +400,7 @@ def test_check_accepts_a_valid_config():
         ({"eval_every": 5}, "eval_every requires data.eval"),
         (
             {"eval": EvalSection(metric="accuracy")},
-            "eval.metric requires data.eval or data.eval_fraction",
+            "eval.metric requires data.eval, data.eval_fraction or eval.tasks",
         ),
         ({"save": SaveSection(load_best=True)}, "save.load_best requires data.eval"),
         ({"data": HELD_OUT, "eval": EvalSection(patience=2)}, "eval.patience requires eval_every"),

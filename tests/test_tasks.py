@@ -3,6 +3,7 @@
 
 import json
 import random
+import sys
 
 import jax
 import lm_eval
@@ -173,6 +174,7 @@ def test_greedy_continuations_are_recognized(model, theirs):
     found = ours._loglikelihood_tokens(asked)
     expected = theirs._loglikelihood_tokens(asked, disable_tqdm=True)
     assert [is_greedy for _, is_greedy in found] == [True, False] * 3
+    assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
 
@@ -322,7 +324,8 @@ def test_mistakes_in_a_run_are_found_before_it_starts(project, tasks, capsys):
 @pytest.mark.sweep
 def test_two_processes_give_the_numbers_of_one(model, tasks, ours, tmp_path):
     out = tmp_path / "out.json"
-    words = ["eval", "--model", model, "--tasks", *ALL, "--include_path", str(tasks)]
+    words = [sys.executable, "-m", "jaxllm", "eval", "--model", model]
+    words += ["--tasks", *ALL, "--include_path", str(tasks)]
     run = launched(2, 2, [*words, "--batch_size", "4", "--output", str(out)])
     status, printed = finished(run)
     assert status == 0, printed

@@ -184,11 +184,9 @@ class Model(TemplateLM):
     def batch(self, rows: Sequence[tuple[list[int], int]]) -> Batch:
         """A batch of (tokens, how many of the last ones count), of a fixed number of rows."""
         T = width(len(rows[0][0]) - 1, self.mesh.shape["context"])
-        fields = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), np.int32)
-        host: dict[str, Any] = {
-            name: np.zeros((self.size, T), dtype) for name, dtype in fields.items()
-        }
-        host["weights"] = np.zeros((self.size, T), np.float32)
+        ids, shape = ("tokens", "targets", "segment_ids", "positions"), (self.size, T)
+        host: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ids}
+        host["weights"] = np.zeros(shape, np.float32)
         for row, (tokens, count) in enumerate(rows):
             n = len(tokens) - 1
             host["tokens"][row, :n], host["targets"][row, :n] = tokens[:-1], tokens[1:]
