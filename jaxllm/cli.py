@@ -154,9 +154,9 @@ def evaluate(verb: str, args: list[str]) -> None:
     tasks.flags(parser, integer)
     options = parser.read(args)
     tasks.check(options)
-    use = uses([options.use] if options.use else [])
+    asked = [options.use] if options.use else []
     if options.tasks:
-        tasks.command(options, adapters(options), use)
+        tasks.command(options, adapters(options), uses(asked))
         return
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
@@ -174,7 +174,7 @@ def evaluate(verb: str, args: list[str]) -> None:
         dtype=options.dtype,
         template=options.template,
         adapter=adapters(options),
-        use=use[0] if use else ...,
+        use=uses(asked)[0] if asked else ...,
     )
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
     print(strict_json(found) if options.json else "\n".join(lines))

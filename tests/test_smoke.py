@@ -10,14 +10,15 @@ import numpy as np
 
 WITHOUT_TORCH = """
 import importlib, json, pkgutil, sys
-sys.modules["torch"] = None  # as if it were not installed
+# As if they were not installed. lm_eval imports scipy, which stumbles over this stand-in of torch.
+sys.modules |= {"torch": None, "lm_eval": None, "evaluate": None}
 import jaxllm
 for module in pkgutil.walk_packages(jaxllm.__path__, "jaxllm."):
     if not module.name.endswith("__main__"):
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as missing:
-            if missing.name not in ("starlette", "uvicorn", "lm_eval", "evaluate"):  # extras
+            if missing.name.split(".")[0] not in ("starlette", "uvicorn", "lm_eval", "evaluate"):
                 raise
 import transformers
 assert not transformers.is_torch_available()

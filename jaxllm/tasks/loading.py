@@ -237,8 +237,7 @@ def evaluate_tasks(
     """lm-eval's results of the model at `path`: {results, groups, versions, samples, …}.
 
     mesh: default: all devices, as fsdp. max_length: context length; default: all positions of the
-    model. options: of `Tasks`; the
-    others: of `evaluate_files`.
+    model. options: of `Tasks`; the others: of `evaluate_files`.
     """
     tasks = Tasks(names, **options)  # mistakes show before the model is loaded
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
