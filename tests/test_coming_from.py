@@ -334,8 +334,8 @@ FILES = re.compile(r"\.(py|json|jsonl|md|safetensors|yaml|txt|html|bin)\b")
 NO_ARGUMENTS = {
     "run_clm", "save_pretrained", "prepare_model_for_kbit_training", "merge_and_unload",
     "get_peft_model", "load_adapter", "set_adapter", "add_weighted_adapter",
-    "print_trainable_parameters", "formatting_func", "lm_eval", "accelerate", "deepspeed", "optimizer",
-    "scheduler", "false", "true", "null",
+    "print_trainable_parameters", "formatting_func", "lm_eval", "accelerate", "deepspeed",
+    "optimizer", "scheduler", "false", "true", "null",
 }  # fmt: skip
 
 
