@@ -309,7 +309,7 @@ def test_a_run_that_stopped_early_is_complete(early, capsys):
 
 def evaluating(monkeypatch, at, action):
     """Calls `action` before the evaluation number `at` of a run."""
-    from jaxllm import training as module
+    from jaxllm import evaluations as module
 
     calls, real = itertools.count(1), module.evaluate
 
@@ -646,7 +646,7 @@ def test_a_run_whose_evaluation_data_changed_does_not_go_on(project, capsys):
 
 def test_an_error_in_the_loop_leaves_the_checkpoint_before_it_whole(project, monkeypatch):
     """Saving goes on in the background when the loop ends, however that comes."""
-    from jaxllm import training as module
+    from jaxllm import evaluations as module
 
     def fail(*_, **__):
         raise RuntimeError("no evaluation today")
