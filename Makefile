@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 help:
 	@echo 'make demo     train a tokenizer, chat, reward and DPO models on the standard library'
 	@echo 'make test     run the tests'
-	@echo 'make sweep    run the tests of further model families, methods and options'
+	@echo 'make sweep    run the tests of further model families, methods and options [MINUTES=20: as many as fit]'
 	@echo 'make faults   read 10,000 odd files; kill runs, damage what they saved, fill disks; two thousand steps'
 	@echo 'make audit    list the core packages in sbom.json, and look for known vulnerabilities'
 	@echo 'make pages    run every command in README and docs, in an environment without torch'
@@ -75,7 +75,7 @@ test: $(VENV)/.zoo
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 sweep: $(VENV)/.zoo
-	@$(BIN)/python -m pytest -m sweep $(SIDE_BY_SIDE)
+	@$(BIN)/python -m pytest -m sweep $(SIDE_BY_SIDE) $(if $(MINUTES),--minutes $(MINUTES))
 
 faults: $(VENV)/.test
 	@$(BIN)/python tests/faults/fuzz.py

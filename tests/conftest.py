@@ -2,9 +2,11 @@
 """Eight host devices and no network: set before anything imports jax."""
 
 import gc
+import hashlib
 import os
 import signal
 import sys
+import time
 
 import pytest
 from runs import ENV, project  # noqa: F401, a fixture of every test
@@ -15,6 +17,8 @@ gc.set_threshold(200_000, 50, 100)  # else it scans millions of live traced obje
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+
+BEGAN = time.monotonic()  # of this process
 
 # A case for each structure of a decoder.
 STRUCTURES = (
@@ -179,11 +183,26 @@ def freed_programs():
         gc.collect()
 
 
+def pytest_addoption(parser):
+    about = "skip tests that would begin later than this; each run has another order of files"
+    parser.addoption("--minutes", type=float, default=0, help=about)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("minutes")
+    if minutes and time.monotonic() > BEGAN + 60 * minutes:
+        pytest.skip(f"it would begin after {minutes:g} minutes")
+
+
 def pytest_collection_modifyitems(config, items):
     """Files that train in a subprocess run first, because they take longest; each stays in one
     process."""
     long = {item.path for item in items if {"project", "workspace"} & set(item.fixturenames)}
     items.sort(key=lambda item: item.path not in long)
+    if config.getoption("minutes"):
+        seed = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")  # the same in all workers
+        items.sort(key=lambda item: hashlib.sha256(f"{seed}{item.path}".encode()).digest())
     unknown = {(name, case) for name, cases in SWEEPS.items() for case in (*cases, None)}
     for item in items:
         name, case = getattr(item, "originalname", item.name), getattr(item, "callspec", None)
