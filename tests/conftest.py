@@ -29,7 +29,7 @@ STRUCTURES = (
     *("gemma4_text experts", "granitemoehybrid"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The
-# other cases, and tests that have none here, run with `make sweep` and .ci/run.
+# other cases, and tests that have none here, run with `make sweep`; .ci/run takes those that fit.
 SWEEPS = {
     "test_logits_equal_transformers": STRUCTURES,
     "test_logits_equal_transformers_over_300_tokens": (
