@@ -253,15 +253,19 @@ def recomputed(model: Decoder, state: Decoding, adapter_weights: jax.Array | Non
     return replace(out.cache, length=old.length)
 
 
+class PromptTooLong(UserError):
+    """A prompt and its new tokens exceed the model's positions."""
+
+
 def check_prompts(positions: int, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    """Raises UserError for an empty prompt, for a prompt that exceeds the model's positions with
-    its new tokens, and for a value of `sampling` out of range."""
+    """Raises UserError for an empty prompt and for a value of `sampling` out of range, and
+    PromptTooLong for a prompt that exceeds the model's positions with its new tokens."""
     sampling.check()
     lengths = [len(p) for p in prompts]
     if min(lengths, default=0) == 0:
         raise UserError("a prompt has no tokens; give it some text")
     if max(lengths) + sampling.max_new_tokens > positions:
-        raise UserError(
+        raise PromptTooLong(
             f"{max(lengths)} prompt tokens and {sampling.max_new_tokens} new ones exceed the "
             f"model's {positions} positions; shorten the prompt or generate fewer"
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jaxllm serve`: OpenAI's API over HTTP, and the chat page."""
 
+import asyncio
 import http.client
 import json
 import re
@@ -20,6 +21,7 @@ import openai
 import pytest
 from flax import nnx
 from runs import MODEL, refused
+from starlette.requests import ClientDisconnect
 
 import jaxllm
 from jaxllm import hf
@@ -35,9 +37,9 @@ from jaxllm.peft.files import make_adapter
 from jaxllm.report.page import BROWSERS
 from jaxllm.sampling import Sampling, generate
 from jaxllm.serve import app, decoding, served
-from jaxllm.serve.app import application, bound, host_of, listening
+from jaxllm.serve.app import Stream, application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
-from jaxllm.serve.engine import WAITING, Engine
+from jaxllm.serve.engine import WAITING, Engine, Job
 from jaxllm.serve.protocol import ApiError, ChatRequest, Piece, TextRequest, Usage
 from jaxllm.tokenizer import token_bytes
 
@@ -117,6 +119,9 @@ def sent(address, method, path, body=None, **headers):
 def test_models_and_health(client, address):
     (model,) = client.models.list().data
     assert (model.id, model.owned_by, model.object) == ("talker", "jaxllm", "model")
+    assert client.models.retrieve("talker") == model
+    with pytest.raises(openai.NotFoundError, match="known: talker"):
+        client.models.retrieve("org/other")
     assert sent(address, "GET", "/health")[:2] == (200, {"status": "ok"})
 
 
@@ -356,6 +361,8 @@ def test_a_mistake_is_answered_in_openais_form(address, path, body, status, para
             continue
         body = body | more if isinstance(body, dict) else body
         error = error_of(sent(address, "POST", f"/v1/{path}", body), status)
+        is_long = "positions" in error["message"]
+        assert (error["code"] == "context_length_exceeded") == is_long
         assert words in error["message"] and error["type"] == "invalid_request_error"
         assert error["param"] == param or path == "nothing"
 
@@ -432,9 +439,29 @@ def test_too_many_requests_are_refused(talker, engine):
         full.submit(TextRequest.read(TEXT), events.append)
     with pytest.raises(ApiError, match="try again later"):
         full.submit(TextRequest.read(TEXT), events.append)
+    full._waiting[3].cancel()  # those whose clients have left make room
+    full.submit(TextRequest.read(TEXT), events.append)
     full.close()
     full.run()
-    assert [event.status for event in events] == [503] * WAITING
+    assert [event.status for event in events] == [503] * (WAITING + 1)
+
+
+def test_a_client_that_leaves_before_the_first_part_ends_its_answer(engine):
+    job = Job(ChatRequest.read(MESSAGES), "talker", lambda event: None)
+
+    async def parts():
+        yield ""
+
+    async def refuse(message):
+        raise OSError
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(Stream(job, parts())(scope, leave, refuse))
+    assert job.cancelled
 
 
 def test_a_request_whose_client_left_while_it_waited_is_not_answered(engine):

@@ -21,8 +21,10 @@ from jaxllm.doctor.findings import INSTALL, Doing, Fact, Finding, Problem, gib
 
 LOW = 1 << 30  # bytes of a disk or of memory, below which a run is likely to fail
 CGROUP = Path("/sys/fs/cgroup")
-LIMITS = (CGROUP / "memory.max", CGROUP / "memory" / "memory.limit_in_bytes")  # of v2 and v1
-KILLS = (CGROUP / "memory.events", CGROUP / "memory" / "memory.oom_control")
+OWN = Path("/proc/self/cgroup")
+# Files of a control group, in version 2 and 1.
+LIMITS = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
+KILLS = ("memory.events", "memory.oom_control")
 SHOWN = ("jax", "jaxlib", "libtpu", "tokamax", "flax", "optax", "orbax-checkpoint", "grain")
 SHOWN += ("datasets", "numpy", "transformers", "tokenizers")
 # The variables by which launchers tell a process its place, and what each group belongs to.
@@ -70,23 +72,38 @@ def memory() -> tuple[int, int]:
     with suppress(OSError):
         found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
         free = int(found[1]) << 10 if found else total
-    for file in LIMITS:
-        with suppress(OSError, ValueError):  # `max`: there is no limit
-            limit = int(file.read_text())
-            used = file.with_name(
-                "memory.current" if file == LIMITS[0] else "memory.usage_in_bytes"
-            )
-            if limit < total:
-                total, free = limit, min(free, limit - int(used.read_text()))
+    for folder in groups():
+        for limited, used in LIMITS.items():
+            with suppress(OSError, ValueError):  # `max`: there is no limit
+                limit = int((folder / limited).read_text())
+                if limit < total:
+                    total, free = limit, min(free, limit - int((folder / used).read_text()))
     return total, max(free, 0)
 
 
+def groups() -> Iterator[Path]:
+    """The control groups of this process that may limit its memory, the innermost first: those of a
+    container, a Slurm job or a service. Some may not be visible from within a container."""
+    with suppress(OSError):
+        for line in OWN.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = CGROUP / "memory" if controllers else CGROUP
+            folder = root / path.strip("/")
+            while folder != root:
+                yield folder
+                folder = folder.parent
+            yield root
+
+
 def memory_kills() -> int:
-    """How many processes of this container the kernel has ended because memory was full."""
-    for file in KILLS:
-        with suppress(OSError):
-            if found := re.search(r"^oom_kill (\d+)", file.read_text(), re.MULTILINE):
-                return int(found[1])
+    """How many processes of this container or job the kernel has ended because memory was full."""
+    for folder in groups():
+        for file in KILLS:
+            with suppress(OSError):
+                if found := re.search(r"^oom_kill (\d+)", (folder / file).read_text(), re.M):
+                    return int(found[1])
     return 0
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ class Profile:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         """Ends the trace of a run that ends within it; the checkpoint has waited for its steps."""
-        if self.traces:
+        if self.traces and kind is not None:
+            with suppress(RuntimeError):  # the error that ends the run is the one to be seen
+                jax.profiler.stop_trace()
+        elif self.traces:
             self._end(self.step)
         elif self.waits and kind is None:
             dist.say(f"warning: log.profile: no step was traced; the first would be {self.first}")

@@ -168,6 +168,7 @@ class Service:
         return [
             Route("/health", self.health),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", partial(self.generate, ChatRequest), methods=["POST"]),
             Route("/v1/completions", partial(self.generate, TextRequest), methods=["POST"]),
             *(Route(path, self.page) for path in PAGES),
@@ -181,9 +182,16 @@ class Service:
     async def health(self, request: HttpRequest) -> HttpResponse:
         return JSONResponse({"status": "ok"})
 
-    async def models(self, request: HttpRequest) -> HttpResponse:
+    def listed(self) -> dict[str, dict[str, Any]]:
         has_template = bool(self.engine.loaded.tokenizer.chat_template)
-        return JSONResponse(models(self.engine.names, has_template, self.began))
+        return models(self.engine.names, has_template, self.began)
+
+    async def models(self, request: HttpRequest) -> HttpResponse:
+        return JSONResponse({"object": "list", "data": list(self.listed().values())})
+
+    async def model(self, request: HttpRequest) -> HttpResponse:
+        name = self.engine.known(request.path_params["name"])
+        return JSONResponse(self.listed()[name])
 
     async def generate(self, kind: type[Request], request: HttpRequest) -> HttpResponse:
         wanted = kind.read(await read_body(request))
@@ -204,9 +212,23 @@ class Service:
         except BaseException:
             job.cancel()
             raise
-        parts = server_sent(response, job, first, events)
+        return Stream(job, server_sent(response, first, events))
+
+
+class Stream(StreamingResponse):
+    """A stream of events, whose job is cancelled when the client closes the connection, even before
+    the first part."""
+
+    def __init__(self, job: Job, parts: AsyncIterator[str]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(parts, media_type="text/event-stream", headers=headers)
+        super().__init__(parts, media_type="text/event-stream", headers=headers)
+        self.job = job
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
 
 
 async def following(events: asyncio.Queue[Event]) -> Piece | Usage:
@@ -224,7 +246,7 @@ async def collected(events: asyncio.Queue[Event]) -> list[Piece]:
 
 
 async def server_sent(
-    response: Response, job: Job, event: Piece | Usage, events: asyncio.Queue[Event]
+    response: Response, event: Piece | Usage, events: asyncio.Queue[Event]
 ) -> AsyncIterator[str]:
     """The parts of a stream, each an event of text/event-stream."""
     try:
@@ -236,8 +258,6 @@ async def server_sent(
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield as_event(error.body)
-    finally:  # the client has closed the connection
-        job.cancel()
 
 
 def as_event(value: Any) -> str:

@@ -26,7 +26,7 @@ from jaxllm.config import DataSection
 from jaxllm.data.messages import ParseContext, parse_message
 from jaxllm.errors import UserError, is_panic, mistake
 from jaxllm.peft.combine import Choice, choice_weights
-from jaxllm.sampling import Sampling, check_prompts
+from jaxllm.sampling import PromptTooLong, Sampling, check_prompts
 from jaxllm.serve.decoding import Logprobs, Text, Texts
 from jaxllm.serve.protocol import ApiError, Piece, Request, TokenLogprob, Usage
 from jaxllm.tokenizer import token_bytes
@@ -42,6 +42,7 @@ class Job:
     def __init__(self, request: Any, model: str, emit: Callable[[Event], None]) -> None:
         self.request: Any = request
         self.model, self.emit, self.usage = model, emit, Usage()
+        self.begun = False
         self.cancelled = False  # by its client
 
     def cancel(self) -> None:
@@ -66,6 +67,7 @@ class Engine:
         self._texts, peft = Texts(loaded.model), loaded.model.peft
         self._positions = loaded.model.cfg.max_positions - peft.length
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: list[Job] = []  # some may have begun, or been cancelled
         self._closed = False
 
         def weights(choice: Choice) -> Any:
@@ -80,16 +82,23 @@ class Engine:
         """Of the models that a request may ask for."""
         return list(self._weights)
 
-    def submit(self, request: Request, emit: Callable[[Event], None]) -> Job:
-        """Raises ApiError for an unknown model, and if too many requests wait."""
-        model = self.name if request.model is None else request.model
+    def known(self, model: str) -> str:
+        """The name of a model. Raises ApiError for an unknown one."""
         if model not in self._weights:
             known = ", ".join(self.names)
             message = f"there is no model {model[:200]!r}; known: {known}"
             raise ApiError(404, message, "model", "model_not_found")
-        if self._jobs.qsize() >= WAITING:
+        return model
+
+    def submit(self, request: Request, emit: Callable[[Event], None]) -> Job:
+        """Raises ApiError for an unknown model, and if too many requests wait. It is called in one
+        thread only."""
+        model = self.name if request.model is None else self.known(request.model)
+        self._waiting = [job for job in self._waiting if not (job.begun or job.cancelled)]
+        if len(self._waiting) >= WAITING:
             raise ApiError(429, f"{WAITING} requests wait; try again later")
         job = Job(request, model, emit)
+        self._waiting.append(job)
         self._jobs.put(job)
         return job
 
@@ -108,6 +117,7 @@ class Engine:
                 while len(active) < ACTIVE and not (active and self._jobs.empty()):
                     if (job := self._next()) is None:
                         return
+                    job.begun = True
                     if not job.cancelled:
                         active.append((job, self._answer(job)))
                 if next(active[0][1], "done") == "done":
@@ -168,7 +178,10 @@ class Engine:
         request, weights = job.request, self._weights[job.model]
         prompts = self._prompts(request)
         sampling = self._sampling(request, max(map(len, prompts)))
-        check_prompts(self._positions, prompts, sampling)
+        try:
+            check_prompts(self._positions, prompts, sampling)
+        except PromptTooLong as error:
+            raise ApiError(400, str(error), code="context_length_exceeded") from None
         job.usage.prompt = sum(map(len, prompts))
         for place, prompt in enumerate(prompts):
             echo = Piece(0)

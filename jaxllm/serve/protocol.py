@@ -292,7 +292,7 @@ def _finite(logprob: float | None) -> float | None:
     return logprob if logprob is None or math.isfinite(logprob) else LEAST_LOGPROB
 
 
-def models(names: Iterable[str], chat: bool, created: int) -> dict[str, Any]:
-    """The list of models. chat: True if they have a chat template."""
+def models(names: Iterable[str], chat: bool, created: int) -> dict[str, dict[str, Any]]:
+    """{name: what /v1/models says of the model}. chat: True if they have a chat template."""
     common = {"object": "model", "created": created, "owned_by": "jaxllm", "chat": chat}
-    return {"object": "list", "data": [{"id": name, **common} for name in names]}
+    return {name: {"id": name, **common} for name in names}

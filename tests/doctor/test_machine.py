@@ -7,6 +7,8 @@ import socket
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import jaxllm.ops.chosen
 from jaxllm.doctor import devices, machine
 from jaxllm.doctor.findings import Fact, Problem
@@ -41,17 +43,32 @@ def test_each_problem_has_an_entry_of_the_page_and_each_entry_a_problem():
 # ---- the machine
 
 
-def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("own", "group"),
+    [
+        ("0::/\n", "."),
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7"),
+        ("0::/not/visible/in/the/container\n", "."),
+        ("0::/../other\n", "."),
+        ("5:cpu,cpuacct:/cpu\n4:memory:/docker/1f\n0::/\n", "memory/docker/1f"),
+    ],
+)
+def test_memory_is_that_of_the_container_or_job(own, group, tmp_path, monkeypatch):
     whole, _ = machine.memory()
-    (tmp_path / "memory.max").write_text(f"{3 << 30}\n")
-    (tmp_path / "memory.current").write_text(f"{5 << 29}\n")
-    (tmp_path / "memory.events").write_text("oom 7\noom_kill 2\n")
-    monkeypatch.setattr(machine, "LIMITS", (tmp_path / "memory.max", tmp_path / "none"))
-    monkeypatch.setattr(machine, "KILLS", (tmp_path / "memory.events",))
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    folder = tmp_path / group
+    folder.mkdir(parents=True, exist_ok=True)
+    v1 = group.startswith("memory")
+    limit = folder / ("memory.limit_in_bytes" if v1 else "memory.max")
+    limit.write_text(f"{3 << 30}\n")
+    (folder / ("memory.usage_in_bytes" if v1 else "memory.current")).write_text(f"{5 << 29}\n")
+    (folder / ("memory.oom_control" if v1 else "memory.events")).write_text("oom 7\noom_kill 2\n")
     assert machine.memory() == (3 << 30, 1 << 29) and whole > 3 << 30
     assert machine.memory_kills() == 2
     assert "out-of-memory" in problems(machine.machine())
-    (tmp_path / "memory.max").write_text("max\n")
+    limit.write_text(f"{1 << 62}\n" if v1 else "max\n")
     assert machine.memory()[0] == whole
 
 

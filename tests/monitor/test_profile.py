@@ -83,5 +83,13 @@ def test_a_run_that_ends_before_says_so(tmp_path, capsys):
     assert not capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_an_error_within_the_trace_ends_it_and_is_the_one_to_be_seen(tmp_path, capsys):
+    for _ in range(2):  # another trace can begin afterwards
+        with pytest.raises(ZeroDivisionError), Profile(tmp_path, 0, 1, Meter(), True) as profile:
+            profile(10, None)
+            raise ZeroDivisionError
+    assert not capsys.readouterr().err
+
+
 def test_time_in_which_two_operations_run_counts_once():
     assert covered([(0, 2), (1, 3), (5, 6), (5, 6)]) == 4
