@@ -131,7 +131,7 @@ def tables(results: dict) -> str:
     first = results[MEASURED[0]]
     lines = ["", "## Measured", ""]
     lines += [
-        f"{first['hardware']}, {first['date']}. Time and memory: of the whole command.",
+        f"{first['hardware']}, {first['date']}. Time and peak memory of the whole command.",
         "",
     ]
     lines += ["| config | steps | time | GiB | held-out data |", "|---|---|---|---|---|"]

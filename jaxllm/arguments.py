@@ -66,7 +66,7 @@ def run_config(args: Sequence[str]) -> TrainConfig:
 def model_options(parser: Parser, **use: Any) -> None:
     """Adds the flags of a model, its adapters and its tokenizer."""
     flag = parser.flag
-    flag("--model", "HF directory or hub id, of a model or an adapter", required=True, type=home)
+    flag("--model", "HF directory or hub id of a model or an adapter", required=True, type=home)
     about = "adapters in peft's format to load; the first one is active"
     flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
     about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"

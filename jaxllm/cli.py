@@ -124,7 +124,7 @@ def tokenizer(verb: str, args: list[str]) -> None:
         raise UserError(f"jaxllm tokenizer: seen {seen}; the only command is `tokenizer train`")
     args = args[args[0] == "train" :]
     parser = _Parser("tokenizer train")
-    about = "text, JSON, JSONL, Parquet or Arrow files"
+    about = "text files, or JSON, JSONL, Parquet or Arrow files with texts or conversations"
     parser.flag("files", about, nargs="+", metavar="FILE")
     parser.flag("--out", "output directory", required=True, type=home, metavar="DIR")
     parser.flag("--vocab_size", "size of the vocabulary", type=integer(1), default=32_000)
@@ -147,7 +147,7 @@ def evaluate(verb: str, args: list[str]) -> None:
     about = "files or datasets, or {path, split, columns} as in data.eval"
     flag("--data", about, nargs="+", default=[], metavar="FILE")
     flag("--chat", "evaluate chats, on the assistant's tokens only", action="store_true")
-    about = "context length in tokens; default: 1024, and with --tasks the model's positions"
+    about = "context length in tokens; default: 1024, with --tasks that of the model"
     flag("--max_length", about, type=integer(2))
     flag("--batch_size", "rows per batch; smaller values save memory", type=integer(1), default=8)
     flag("--json", "print one JSON object", action="store_true")
@@ -248,16 +248,17 @@ def serve(verb: str, args: list[str]) -> None:
 def export(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     flag = parser.flag
-    flag("run", "run folder", type=home, metavar="RUN")
+    flag("run", "run folder, checkpoint, model or adapter", type=home, metavar="RUN")
     flag("out", "output directory", type=home, metavar="OUT")
     about = "checkpoint to export: a step, or best (evaluation); default: best with "
     about += "save.load_best, else the latest valid one"
     flag("--step", about, type=lambda text: text if text == "best" else integer(0)(text))
     about = "dtype of the weights; default: as trained"
     flag("--dtype", about, choices=("float32", "bfloat16"))
-    about = "merge a LoRA adapter into the base model and export a standalone model"
+    about = "merge a LoRA adapter into its base model"
     flag("--merge", about, action="store_true")
-    about = "compare the result in transformers or peft with jaxllm; needs the extra `parity`"
+    about = "load the result in transformers or peft and compare it with jaxllm; needs the "
+    about += "extra `parity`"
     flag("--check", about, action="store_true")
     options = parser.read(args)
     from jaxllm.exports import export as write
@@ -289,12 +290,12 @@ def verify(verb: str, args: list[str]) -> None:
 
 def report(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
-    parser.flag("runs", "run folders; several share their charts", nargs="+", metavar="RUN")
-    about = "the page; default: report.html in the run folder, or here for several runs"
+    parser.flag("runs", "run folders; several share one set of charts", nargs="+", metavar="RUN")
+    about = "path of the report; default: report.html in the run folder, or here for several runs"
     parser.flag("--out", about, type=home, metavar="FILE")
     about = "also write a picture of the headline and the curves; needs Chromium or Chrome"
     parser.flag("--png", about, type=home, metavar="FILE")
-    parser.flag("--open", "open the page in the browser", action="store_true")
+    parser.flag("--open", "open the report in the browser", action="store_true")
     options = parser.read(args)
     from jaxllm.report.page import publish
 
@@ -353,9 +354,9 @@ def planning(verb: str, args: list[str]) -> None:
     parser = _Parser(verb)
     parser.usage = (
         "jaxllm plan [CONFIG.yaml] [--objective VERB] --topology CHIP:SIZE [--key value ...]\n\n"
-        "Compiles a run's step from shapes, for devices that need not be attached. All arguments\n"
-        "but the following belong to the run (`jaxllm sft --help`). Neither data nor weights are\n"
-        "read. Plans for TPUs need the extra `plan`: pip install 'jaxllm[plan]'"
+        "Compiles the training step for devices that need not be attached. No data or weights are\n"
+        "read. All arguments except the following belong to the run (`jaxllm sft --help`). Plans\n"
+        "for TPUs need the extra `plan`: pip install 'jaxllm[plan]'"
     )
     flag = parser.flag
     about = "chips to plan for: v5p:4x4x4, v6e:16x16, h100:8x4 (GPUs of a node x nodes), cpu:8, or "
@@ -379,10 +380,10 @@ def proof_of_resume(verb: str, args: list[str]) -> int:
     parser.usage = (
         "jaxllm verify-resume [COMMAND] [CONFIG.yaml] [--after STEP] [--key value ...]\n\n"
         "Trains a config twice in a temporary folder, once killed and resumed, and compares the\n"
-        "results bit for bit (status 1 if they differ). All arguments but the following belong to\n"
-        "the run; COMMAND (sft, dpo, ...) is needed if the config does not state its `objective`."
+        "results bit for bit (status 1 if they differ). All arguments except the following belong\n"
+        "to the run. COMMAND (sft, dpo, ...) is needed if the config has no `objective`."
     )
-    about = "the second run is killed after the checkpoint of this step; both have twice as many"
+    about = "kill the second run after the checkpoint of this step; both runs have twice as many"
     parser.flag("--after", about, type=integer(1, 10**6), default=3, metavar="STEP")
     stated = ["--objective", args.pop(0)] if args and args[0] in config.VERBS else []
     options, words = parser.parse_known_args([*args, *stated])
@@ -406,26 +407,23 @@ def within(module: str) -> Callable[[str, list[str]], int | None]:
 # command -> (its function, which returns an exit status or None for DONE; help)
 VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
     **{name: (training, verb.about) for name, verb in config.VERBS.items()},
-    "compare": (comparison, "compare full, LoRA, adapter and prefix tuning on the same run"),
+    "compare": (comparison, "train one config with several PEFT methods, and compare them"),
     "tokenize": (tokenize, "tokenize the data of a training run in advance"),
-    "tokenizer": (tokenizer, "tokenizer train: train a byte-level BPE tokenizer on text files"),
-    "eval": (
-        evaluate,
-        "compute a model's loss, results on tasks of lm-eval, or rewards",
-    ),
+    "tokenizer": (tokenizer, "train a byte-level BPE tokenizer on text files (tokenizer train)"),
+    "eval": (evaluate, "compute loss and perplexity, run lm-eval tasks, or compute rewards"),
     "generate": (generate, "complete texts or answer messages"),
     "chat": (chat, "chat with a model in the terminal"),
     "serve": (serve, "serve a model on an OpenAI-compatible HTTP API, with a chat page"),
     "export": (export, "export a checkpoint or an adapter as a HuggingFace directory"),
-    "launch": (launch, "start a run on several processes: here, on Slurm, GKE or a TPU VM"),
-    "parity": (within("jaxllm.parity.command"), "compare a run of TRL with ours, and explain it"),
-    "plan": (planning, "compute a run's memory, communication and time on any devices"),
-    "preview": (within("jaxllm.preview.command"), "show the rows and problems of a run's data"),
-    "report": (report, "write runs as one HTML page: curves, samples, data, config, machine"),
-    "rows": (rows, "print the rows that a step of a run was trained on, and their sources"),
-    "doctor": (within("jaxllm.doctor.command"), "examine this machine, and a run"),
-    "verify-resume": (proof_of_resume, "train, kill and resume a config, and compare bit for bit"),
-    "verify": (verify, "check that a run was trained on the rows that its config and data give"),
+    "launch": (launch, "start a run of several processes: here, on Slurm, GKE or a TPU VM"),
+    "parity": (within("jaxllm.parity.command"), "compare a run with TRL and with jaxllm"),
+    "plan": (planning, "predict the memory, communication and step time of a run"),
+    "preview": (within("jaxllm.preview.command"), "show rows of a run and problems in its data"),
+    "report": (report, "write an HTML report of runs: curves, samples, data, config, machine"),
+    "rows": (rows, "print the rows that a step was trained on, and their sources"),
+    "verify": (verify, "check that a run was trained on the rows of its config and data"),
+    "verify-resume": (proof_of_resume, "check that a killed run resumes bit for bit"),
+    "doctor": (within("jaxllm.doctor.command"), "find problems of this machine and of a run"),
 }
 
 
@@ -471,7 +469,7 @@ def _usage() -> str:
     return f"""\
 usage: jaxllm COMMAND [...]
 
-Train language models with JAX, from HuggingFace directory to HuggingFace directory.
+Train language models with JAX. Reads and writes HuggingFace model directories.
 
 {verbs}
 

@@ -27,7 +27,7 @@ FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
 USAGE = (
     "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n\n"
-    "All arguments but the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
+    "All arguments except the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
     "the config does not state its `objective`."
 )
 CLIENTS = {  # and one of their options

@@ -20,12 +20,11 @@ from jaxllm.config.verbs import VERBS, unread
 TOKENIZE_HELP = """\
 usage: jaxllm tokenize [CONFIG.yaml] --objective VERB [--section.key value ...]
 
-Reads and tokenizes the data of a training run into data.cache_dir, and prints its counts. The run
-then starts without tokenizing anything. No accelerator is used and no weights are read. Several
-processes share the work; a command that was killed continues where it stopped.
+Tokenizes the data of a training run into data.cache_dir, and prints its counts. Reads no weights
+and uses no accelerator. Several processes share the work; after a kill, the same command continues.
 
   --objective VERB
-      the training verb of the run; also `objective:` in the file, or the config.json of a run
+      the training command of the run; also `objective:` in the file, or the config.json of a run
 
 All other keys are those of the run (`jaxllm sft --help`)."""
 

@@ -13,7 +13,7 @@ from jaxllm.config.fields import Amount, Count, Path, Read, Size, names
 
 @dataclass(frozen=True)
 class EvalSection:
-    """Tasks of lm-eval, best checkpoint and early stopping."""
+    """lm-eval tasks, best checkpoint and early stopping."""
 
     metric: str = "loss"
     """evaluation metric that selects the best checkpoint: its mean over the evaluation sets, or

@@ -50,12 +50,12 @@ else:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """The model and its arithmetic."""
+    """The model, its dtypes and memory."""
 
     path: Path | None = None
     """HF directory or hub id to load the initial weights from"""
     config: Path | None = None
-    """HF directory or config.json; training starts from random weights of that shape"""
+    """HF directory, hub id or config.json; training starts from random weights"""
     overrides: dict[str, Any] = field(default_factory=dict)
     """keys of the HF config to change; requires model.config"""
     tokenizer: Path | None = None
@@ -93,10 +93,10 @@ class ModelSection:
     router_z_loss: Amount = 0.0
     """mixtures of experts: coefficient of the routers' squared log-partition functions"""
     router_bias_rate: Amount = 0.0
-    """mixtures of experts whose routers have a bias: how much each step raises the bias of experts
-    with less than the mean load, and lowers that of the others"""
+    """mixtures of experts with a router bias: how much each step raises the bias of experts with
+    less than the mean load, and lowers that of the others"""
     mtp_loss: Amount = 0.0
-    """coefficient of the loss of multi-token prediction; 0 = its weights stay as they are"""
+    """coefficient of the loss of multi-token prediction; 0 = its weights are not trained"""
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class DataSection:
-    """The data and how it becomes rows of tokens."""
+    """The data and its tokenization."""
 
     train: Sources = ()
     """training data: a path, paths, or a list of {path, weight, split, columns, …}"""
@@ -137,7 +137,7 @@ class DataSection:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """chats: extra variables for the chat template"""
     date: str | None = None
-    """chats: today's date for templates that ask, YYYY-MM-DD; default: the day the run starts"""
+    """chats: date for templates that print one, YYYY-MM-DD; default: the day the run starts"""
     system: str | None = None
     """chats: system message for conversations that have none"""
     reasoning: Literal["learn", "drop"] = "learn"
@@ -226,7 +226,7 @@ class MeshSection:
 
 @dataclass(frozen=True)
 class ClusterSection:
-    """Several processes that run as one. The launchers set these by environment variables."""
+    """Runs of several processes. The launchers set these by environment variables."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)"""
@@ -235,9 +235,9 @@ class ClusterSection:
     process: Count | None = None
     """index of this process, from 0 (JAX_PROCESS_ID)"""
     timeout: Annotated[Positive, Unit("seconds")] = 300.0
-    """time to wait for a process that does not arrive, or is silent, before the others end"""
+    """time to wait for a process that does not connect or respond, before the others end"""
     hang_exit: Annotated[Positive, Unit("seconds")] = 1800.0
-    """time after which a step that hangs ends the run"""
+    """time after which a hanging step ends the run"""
 
 
 @dataclass(frozen=True)
@@ -245,8 +245,8 @@ class LogSection:
     """Metrics, samples and progress."""
 
     every: Annotated[Size, Unit("steps")] | Literal["epoch"] = 10
-    """interval between lines of metrics.jsonl, in steps or epoch; where there is no terminal, one
-    of them is also printed every 10 s at most"""
+    """interval between lines of metrics.jsonl, in steps or epoch; without a terminal, at
+    most one of them per 10 s is also printed"""
     report_to: Annotated[tuple[Tracker, ...], Read(trackers)] = ()
     """trackers to log to besides metrics.jsonl, or all installed: pip install 'jaxllm[wandb]'"""
     run_name: str | None = None
@@ -446,7 +446,7 @@ class TrainConfig:
     resume: bool = True
     """resume from the latest valid checkpoint in output_dir, if there is one"""
     resume_changed: tuple[str, ...] = ()
-    """what may have changed since the run that is resumed: keys of the config, or data, eval,
+    """what may differ from the run that is resumed: keys of the config, or data, eval,
     tokenizer, template, model_config, generation_config, weights, rewards, own_objective"""
     seed: Seed = 0
     """seed of initialization, data order, dropout and sampling"""

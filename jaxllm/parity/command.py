@@ -53,8 +53,8 @@ class Options:
 
 USAGE = (
     "jaxllm parity THEIRS --data FILE [--model DIR] [--objective VERB] [--key value ...]\n\n"
-    "Trains a few steps with TRL and with jaxllm on a cut of the model and the data, on CPU,\n"
-    "and explains why the losses differ. All flags but the following belong to our run\n"
+    "Trains a few steps with TRL and with jaxllm, with few layers and the first records, on CPU,\n"
+    "and explains why the losses differ. All flags except the following belong to jaxllm's run\n"
     "(`jaxllm sft --help`). Needs the extra `parity`: pip install 'jaxllm[parity]'"
 )
 
@@ -66,14 +66,14 @@ def run(parser: Parser, args: list[str]) -> int:
     """
     parser.usage = USAGE
     flag = parser.flag
-    about = "your run: a YAML or JSON file of TRL or LLaMA-Factory, a Python script, which is read "
-    about += "and not run, or a DeepSpeed file"
+    about = "your run: a YAML or JSON file of TRL or LLaMA-Factory, a DeepSpeed file, or a Python "
+    about += "script, which is parsed and not run"
     flag("theirs", about, type=home, metavar="THEIRS")
     flag("--data", "the data of your run; its first records are used", required=True, type=home)
     flag("--model", "HF directory or hub id; default: from THEIRS", type=home, metavar="DIR")
     flag("--objective", "sft, dpo or reward; default: from THEIRS", metavar="VERB")
     flag("--steps", "steps of both runs", type=integer(1, 1000), default=20, metavar="N")
-    flag("--layers", "layers of the cut model", type=integer(1), default=2, metavar="N")
+    flag("--layers", "layers of the model in both runs", type=integer(1), default=2, metavar="N")
     flag("--json", "print one JSON object", action="store_true")
     options, words = parser.parse_known_args(args)
     as_json = vars(options).pop("json")

@@ -15,15 +15,15 @@ def run(parser: Parser, args: list[str]) -> None:
     """Prints a preview or writes its page."""
     parser.usage = (
         "jaxllm preview [CONFIG.yaml] [--objective VERB] [--key value ...]\n\n"
-        "Shows the data of a run as the model will see them. Neither weights nor an accelerator\n"
-        "are used. All arguments but the following belong to the run (`jaxllm sft --help`)."
+        "Shows the data of a run as the model will see it. Reads no weights and runs on the CPU.\n"
+        "All arguments except the following belong to the run (`jaxllm sft --help`)."
     )
     flag = parser.flag
-    about = "the update whose rows are shown, from 1"
+    about = "step whose rows are shown, from 1"
     flag("--step", about, type=integer(1), default=1, metavar="N")
-    about = "rows of the update to print; 0 = all"
+    about = "rows to print; 0 = all"
     flag("--rows", about, type=integer(0), default=3, metavar="N")
-    about = "examples of a set to check for near duplicates and suspicious text; 0 = all"
+    about = "examples of each set to check for near duplicates and suspicious text; 0 = all"
     flag("--limit", about, type=integer(0), default=20_000, metavar="N")
     about = "write a page with all rows instead [preview.html]"
     flag("--html", about, nargs="?", const="preview.html", type=home, metavar="FILE.html")

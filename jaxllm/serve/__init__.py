@@ -21,10 +21,10 @@ def flags(parser: Any, integer: Callable[[int, int], Any]) -> None:
     """Adds the flags of the command to those of a model."""
     parser.usage = "jaxllm serve DIR [--port N] [--key value ...]"
     flag = parser.flag
-    about = "address to listen on; any but this machine's own lets other machines in"
+    about = "address to listen on; another one makes the server reachable from other machines"
     flag("--host", about, default="127.0.0.1", metavar="ADDRESS")
     flag("--port", "port; 0 = any free one", type=integer(0, 65535), default=8000, metavar="N")
-    about = "maximum length in tokens of a chat's answer whose request gives none"
+    about = "default of max_tokens for chats"
     flag("--max_new_tokens", about, type=integer(1, 2**31 - 1), default=1024, metavar="N")
 
 

@@ -32,11 +32,11 @@ def flags(parser: Any, integer: Callable[[int], Any]) -> None:
     flag = parser.flag
     about = "tasks, groups or tags of lm-eval, such as hellaswag mmlu 'arc_*'"
     flag("--tasks", about, nargs="+", default=[], metavar="TASK")
-    about = "--tasks: examples before each question; default: the task's"
+    about = "--tasks: number of few-shot examples; default: the task's"
     flag("--num_fewshot", about, type=integer(0), metavar="N")
     about = "--tasks: evaluate only the first N documents of each task"
     flag("--limit", about, type=integer(1), metavar="N")
-    about = "--tasks: render the prompts with the chat template, examples as earlier turns"
+    about = "--tasks: render prompts with the chat template, few-shot examples as earlier turns"
     flag("--apply_chat_template", about, action="store_true")
     about = "--tasks: directory with YAML files of your own tasks"
     flag("--include_path", about, type=home, metavar="DIR")
