@@ -13,6 +13,7 @@ from jaxllm.config.fields import home
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.data.inputs import check_options
 from jaxllm.errors import UserError
+from jaxllm.paths import as_path, hub_id, is_bucket
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,7 +67,8 @@ def run_config(args: Sequence[str]) -> TrainConfig:
 def model_options(parser: Parser, **use: Any) -> None:
     """Adds the flags of a model, its adapters and its tokenizer."""
     flag = parser.flag
-    flag("--model", "HF directory or hub id of a model or an adapter", required=True, type=home)
+    about = "HF directory or hub id of a model or an adapter, or run folder"
+    flag("--model", about, required=True, type=model, metavar="DIR")
     about = "adapters in peft's format to load; the first one is active"
     flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
     about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
@@ -74,6 +76,14 @@ def model_options(parser: Parser, **use: Any) -> None:
     flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
     about = "chat template: a file or a built-in name; default: the tokenizer's"
     flag("--template", about, type=home)
+
+
+def model(path: str) -> str:
+    """The value of --model; a run folder stands for its final model."""
+    path = home(path)
+    final = None if is_bucket(path) or hub_id(path) else as_path(path) / "final"
+    is_run = final and final.is_dir() and not any(final.parent.glob("*.safetensors"))
+    return str(final) if is_run else path
 
 
 def adapters(options: argparse.Namespace) -> dict[str, str]:

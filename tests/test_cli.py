@@ -414,6 +414,18 @@ def test_generate_passes_prompts_and_sampling(stand_in, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[1]) == {"prompt": "y", "text": "B"}
 
 
+def test_a_run_folder_stands_for_its_final_model(stand_in, capsys, tmp_path):
+    calls = stand_in("chat", "generate_text", lambda m, p, **k: ["A"])
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    for path, model in ((final.parent, final), (tmp_path, tmp_path), ("OWNER/NAME",) * 2):
+        assert cli.main(["generate", "--model", str(path), "--prompt", "x"]) == 0
+        assert calls.pop()[0][0] == str(model)
+    (final.parent / "model.safetensors").touch()  # a model with a folder of this name
+    assert cli.main(["generate", "--model", str(final.parent), "--prompt", "x"]) == 0
+    assert calls.pop()[0][0] == str(final.parent)
+
+
 def test_chat_tokenizer_and_export_call_their_functions(stand_in, capsys):
     chats = stand_in("chat", "chat_loop")
     assert cli.main(["chat", "--model", "m", "--system", "Be brief."]) == 0

@@ -36,7 +36,7 @@ from jaxllm.model.families import from_hf
 from jaxllm.peft.files import make_adapter
 from jaxllm.report.page import BROWSERS
 from jaxllm.sampling import Sampling, generate
-from jaxllm.serve import app, decoding, served
+from jaxllm.serve import app, decoding
 from jaxllm.serve.app import Stream, application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
 from jaxllm.serve.engine import WAITING, Engine, Job
@@ -609,12 +609,6 @@ def test_mistakes_of_the_command(capsys, talker, tmp_path):
         port = str(used.getsockname()[1])
         refused(capsys, ["serve", talker, "--port", port], port, "another --port")
     refused(capsys, ["serve", talker, "--host", "256.0.0.1"], "256.0.0.1")
-
-
-def test_the_model_of_a_run_folder_is_served(tmp_path):
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    assert served(str(tmp_path / "run")) == str(tmp_path / "run" / "final")
-    assert served(str(tmp_path)) == str(tmp_path) and served("OWNER/NAME") == "OWNER/NAME"
 
 
 # ---- the page

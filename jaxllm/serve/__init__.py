@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, hub_id, is_bucket
 
 
 def flags(parser: Any, integer: Callable[[int, int], Any]) -> None:
     """Adds the flags of the command to those of a model."""
-    parser.usage = "jaxllm serve DIR [--port N] [--key value ...]"
+    parser.usage = "jaxllm serve [--model] DIR [--port N] [--key value ...]"
     flag = parser.flag
     about = "address to listen on; another one makes the server reachable from other machines"
     flag("--host", about, default="127.0.0.1", metavar="ADDRESS")
@@ -38,7 +37,7 @@ def command(options: Any, adapters: dict[str, str], use: Sequence[Any]) -> None:
 
     use_cache()
     serve(
-        served(options.model),
+        options.model,
         options.host,
         options.port,
         use=use,
@@ -47,10 +46,3 @@ def command(options: Any, adapters: dict[str, str], use: Sequence[Any]) -> None:
         dtype=options.dtype,
         template=options.template,
     )
-
-
-def served(path: str) -> str:
-    """The model of a run folder; any other path is returned as it is."""
-    if is_bucket(path) or hub_id(path) or not (as_path(path) / "final").is_dir():
-        return path
-    return str(as_path(path) / "final")
