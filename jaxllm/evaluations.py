@@ -52,10 +52,11 @@ def check_metric(program: Program, data: Data, tasks: RunTasks | None) -> None:
     if section.metric in ("loss", "eval_loss") and (data.evals or not section.patience):
         return
     args = program.evaluate, program.state.trainable, program.frozen
-    found: dict[str, Any] = tasks.tasks.names() if tasks else {}
-    found |= {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
+    found = tasks.tasks.names() if tasks else {}
+    for name, rows in data.evals.items():
+        found[name] = dict.fromkeys(metric_names(*args, rows, 1), 0.0)
     if found:
-        metric_value({name: dict.fromkeys(names, 0.0) for name, names in found.items()}, section)
+        metric_value(found, section)
 
 
 class Samples:

@@ -84,6 +84,16 @@ def tasks(tmp_path_factory):
         generation_kwargs={"until": ["\n", "se"], "max_gen_toks": 24, "do_sample": False},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )  # fmt: skip
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("a", "b")]
+    exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    task(
+        folder, "tiny_filters", ask[:1], output_type="generate_until",
+        doc_to_text="{{q}}", doc_to_target="{{a}}", filter_list=filters, metric_list=exact,
+        generation_kwargs={"until": ["x"], "max_gen_toks": 2},
+    )  # fmt: skip
+    members = {"task": ["tiny_choice", {"group": "inner", "task": ["tiny_shots"]}]}
+    acc = {"aggregate_metric_list": [{"metric": "acc", "filter_list": "none"}]}
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "tiny_group"} | members | acc))
     return folder
 
 
@@ -177,6 +187,25 @@ def test_greedy_continuations_are_recognized(model, theirs):
     assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
+
+
+def test_the_metrics_of_groups_and_filters_are_known_before_an_evaluation(
+    model, tasks, monkeypatch
+):
+    def own(**keys):  # reading lm-eval's own takes seconds
+        return TaskManager(**keys | {"include_defaults": False})
+
+    monkeypatch.setattr("jaxllm.tasks.loading.TaskManager", own)
+    both = ["tiny_group", "tiny_filters"]
+    asked = Tasks(both, include_path=str(tasks), limit=1)
+    known = {name: set(row) for name, row in asked.names().items()}
+    filtered = {"exact_match,a", "exact_match,b"}
+    assert known == {"tiny_group": {"acc"}, "tiny_filters": filtered}
+    text = TextModel.load(model, mesh=one_device())
+    graph, weights = nnx.split(text.model)
+    ours = harness(alone(graph), text, one_device(), None, 4)
+    found = asked.metrics(ours, nnx.to_pure_dict(weights), {})
+    assert {name: set(row) for name, row in found.items()} == known
 
 
 MESHES = [{"fsdp": 4, "tensor": 2}]

@@ -178,9 +178,31 @@ class Tasks:
             for metric in (metric for metric, function in functions if function is None):
                 raise UserError(f"the task {name} has the metric {metric}, which lm-eval has not")
 
-    def names(self) -> dict[str, list[str]]:
-        """{task: its metrics}, as far as they are known before an evaluation."""
-        return {name: [*task.aggregation()] for name, task in self.loaded["tasks"].items()}
+    def names(self) -> dict[str, dict[str, float]]:
+        """What `metrics` returns, as far as it is known before an evaluation; all values are 0."""
+        rows: dict[str, Any] = {
+            name: {f"{metric},{one.name}": 0.0 for metric in task.aggregation() for one in filters}
+            for name, task in self.loaded["tasks"].items()
+            if (filters := task._filters)
+        }
+        sized = {name: row | {"sample_len": 1} for name, row in rows.items()}
+        with restricted():
+            groups = {name: group.aggregate(sized) for name, group in self._groups().items()}
+        return self._shown(rows | groups)
+
+    def _groups(self) -> dict[str, Any]:
+        """The groups that have metrics themselves."""
+        found = self.loaded.get("groups", {}).items()
+        return {name: group for name, group in found if group.has_aggregation}
+
+    def _shown(self, rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """The metrics of lm-eval's results, without those of the members of such groups."""
+        hidden = {
+            one.task_name for group in self._groups().values() for one in group.get_all_tasks()
+        }
+        hidden |= {one.name for group in self._groups().values() for one in group.get_all_groups()}
+        shown = {name: _numbers(row) for name, row in rows.items() if name not in hidden}
+        return {name: numbers for name, numbers in shown.items() if numbers}
 
     def results(self, model: Model, trainable: Any, frozen: Any, *, draws: int = 0) -> Any:
         """lm-eval's results, with each document's answers. draws: of a bootstrap; 0: no standard
@@ -202,13 +224,9 @@ class Tasks:
             model.weights = None, None
 
     def metrics(self, model: Model, trainable: Any, frozen: Any) -> dict[str, dict[str, float]]:
-        """{task or group: {metric: value}}; a metric after a filter is METRIC,FILTER. The tasks of
-        a group that has metrics itself are left out."""
-        found = self.results(model, trainable, frozen)
-        inside = found.get("group_subtasks", {})
-        hidden = {task for group in found.get("groups", {}) for task in inside.get(group, ())}
-        shown = {name: row for name, row in found["results"].items() if name not in hidden}
-        return {name: numbers for name, row in shown.items() if (numbers := _numbers(row))}
+        """{task or group: {metric: value}}; a metric after a filter is METRIC,FILTER. The members
+        of a group that has metrics itself are left out."""
+        return self._shown(self.results(model, trainable, frozen)["results"])
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
