@@ -4,6 +4,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import jax
 import lm_eval
@@ -290,6 +291,12 @@ def test_no_code_of_a_task_file_is_run(tasks, tmp_path):
     load(base.replace("metric: acc_norm", f"metric: {tmp_path}/utils.py"), "the metric", "utils.py")
     load(base.replace("metric: acc\n", "metric: acc\n  hf_evaluate: true\n"), "the metric acc")
     load(base + "unsafe_code: true\n", "mine", "code that models write")
+    # lm-eval's own function runs code of the dataset and of the model.
+    base_file = Path(lm_eval.__file__).parent / "tasks/cruxeval/cruxeval_common_yaml"
+    assert "unsafe_code: true" in base_file.read_text()
+    unlocked = f"include: {base_file}\nunsafe_code: false\n"
+    load(base + unlocked, "mine.yaml", "unsafe_code", "remove it")
+    load("group: mine\ntask: [{task: humaneval, unsafe_code: false}]\n", "mine.yaml", "unsafe_code")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "base.txt").write_text("process_docs: !function utils.run\n")
     load(base + f"include: {tasks / 'tiny_ppl.yaml'}\n", "include", "outside")

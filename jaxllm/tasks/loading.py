@@ -78,8 +78,8 @@ def restricted() -> Iterator[None]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError if a YAML file in a directory of tasks names Python code, or includes a file
-    that is neither in the directory nor lm-eval's own."""
+    """Raises UserError if a YAML file in a directory of tasks names Python code, says whether code
+    that models write is run, or includes a file that is neither in the directory nor lm-eval's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory of task files")
     package, inside = Path(lm_eval.__file__).resolve().parent, folder.resolve()
@@ -104,7 +104,14 @@ def _read(file: Path) -> Any:
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as lm-eval
 
     class Loader(base):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            made = super().construct_mapping(node, deep)
+            if "unsafe_code" in made:  # false would permit what a task of lm-eval's own says
+                raise UserError(
+                    f"{file}: unsafe_code is for tasks that run code that models write, which "
+                    "jaxllm does not; remove it"
+                )
+            return made
 
     def refuse(*_: Any) -> NoReturn:
         raise UserError(
