@@ -3,8 +3,10 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import lm_eval
@@ -24,7 +26,7 @@ from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.report.reading import read_run
 from jaxllm.step import alone
-from jaxllm.tasks.harness import width
+from jaxllm.tasks.harness import Model, width
 from jaxllm.tasks.loading import Tasks, evaluate_tasks, harness, restricted, table
 
 WORDS = ["import json", "def read(self):", "the value", "return None", "for line in file", "a list"]
@@ -154,6 +156,15 @@ def one_device():
     return make_mesh(MeshSection(), devices=jax.devices()[:1])
 
 
+def loaded(path: str) -> Model:
+    """Our model as lm-eval asks it, with batches of three rows."""
+    text = TextModel.load(path, mesh=one_device())
+    graph, weights = nnx.split(text.model)
+    ours = harness(alone(graph), text, one_device(), None, 3)
+    ours.weights = nnx.to_pure_dict(weights), {}
+    return ours
+
+
 @pytest.fixture(scope="module")
 def theirs(model):
     """lm-eval's `hf` model."""
@@ -171,10 +182,7 @@ def test_answers_and_metrics_equal_those_of_the_hf_model(ours, theirs, tasks):
 
 def test_greedy_continuations_are_recognized(model, theirs):
     """Contexts with the tokens that greedy decoding gives, and with another last token."""
-    text = TextModel.load(model, mesh=one_device())
-    graph, weights = nnx.split(text.model)
-    ours = harness(alone(graph), text, one_device(), None, 3)
-    ours.weights = nnx.to_pure_dict(weights), {}
+    ours = loaded(model)
     asked = []
     for seed in range(1, 4):
         context = ours.tok_encode(some_text(random.Random(seed), seed))
@@ -190,6 +198,27 @@ def test_greedy_continuations_are_recognized(model, theirs):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
 
 
+def test_a_special_token_as_stop_string_ends_a_text(model, theirs, tmp_path):
+    """One that the greedy text has becomes special, so that the decoded text no longer has it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = "return None for a list"
+    given = torch.tensor([tokenizer(prompt).input_ids])
+    made = theirs.model.generate(given, max_new_tokens=24, do_sample=False)[0, given.shape[1] :]
+    names = tokenizer.convert_ids_to_tokens(made.tolist())
+    stop = next(n for n in names[4:] if n.isascii() and n not in names[:4] and n not in prompt)
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [stop]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    kwargs = {"until": [stop, "never"], "max_gen_toks": 24, "do_sample": False}
+    asked = [SimpleNamespace(args=(prompt, kwargs))]
+    path = str(tmp_path / "model")
+    hf = HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=1)
+    expected = hf.generate_until(asked, disable_tqdm=True)
+    whole = tokenizer.decode(made, skip_special_tokens=True)
+    assert expected[0] and len(expected[0]) < len(whole)
+    assert loaded(path).generate_until(asked) == expected
+
+
 def test_the_metrics_of_groups_and_filters_are_known_before_an_evaluation(
     model, tasks, monkeypatch
 ):
@@ -202,10 +231,8 @@ def test_the_metrics_of_groups_and_filters_are_known_before_an_evaluation(
     known = {name: set(row) for name, row in asked.names().items()}
     filtered = {"exact_match,a", "exact_match,b"}
     assert known == {"tiny_group": {"acc"}, "tiny_filters": filtered}
-    text = TextModel.load(model, mesh=one_device())
-    graph, weights = nnx.split(text.model)
-    ours = harness(alone(graph), text, one_device(), None, 4)
-    found = asked.metrics(ours, nnx.to_pure_dict(weights), {})
+    ours = loaded(model)
+    found = asked.metrics(ours, *ours.weights)
     assert {name: set(row) for name, row in found.items()} == known
 
 

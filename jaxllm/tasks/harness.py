@@ -35,6 +35,7 @@ from jaxllm.objectives.lm import forward
 from jaxllm.ops.cross_entropy import Head, token_scores
 from jaxllm.sampling import CHUNK, Sampling, decode, decoding_layout, left_padded, prefill
 from jaxllm.step import Models
+from jaxllm.tokenizer import special_tokens
 
 NEW_TOKENS = 256  # of a text whose task gives no number, as in lm-eval
 # What a task may set for generation, after `normalize_gen_kwargs`.
@@ -81,6 +82,7 @@ class Model(TemplateLM):
     ):
         super().__init__()
         self.tokenizer, self.stop_ids, self.max_length = tokenizer, tuple(stop_ids), max_length
+        self.special = special_tokens(tokenizer)
         self.models, self.mesh = models, mesh
         self.size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
         self.weights: tuple[Any, Any] = (None, None)
@@ -230,9 +232,13 @@ class Model(TemplateLM):
             raise UserError(f"generation_kwargs: max_gen_toks {new} leaves no prompt in {limit}")
         kept = {k: v for k in ("top_k", "top_p", "min_p") if (v := kwargs.get(k)) is not None}
         temperature = kwargs.get("temperature", 0.0) if kwargs["do_sample"] else 0.0
-        sampling = Sampling(new, temperature, stop_ids=self.stop_ids, **kept)
+        until = [stop for stop in kwargs["until"] if stop]
+        # The decoded text has no special tokens, so it would never have these stop strings.
+        special = self.tokenizer.convert_tokens_to_ids([*{*until} & {*self.special}])
+        stop_ids = tuple(sorted({*self.stop_ids, *special}))
+        sampling = Sampling(new, temperature, stop_ids=stop_ids, **kept)
         sampling.check()
-        return sampling, [stop for stop in kwargs["until"] if stop]
+        return sampling, until
 
     def texts(
         self, layout: Any, prompts: Sequence[list[int]], sampling: Sampling, until: list[str]
@@ -240,11 +246,11 @@ class Model(TemplateLM):
         """(place, text) of each prompt, in any order."""
 
         def text(tokens: Sequence[int]) -> str:
-            end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
+            end = next((i for i, token in enumerate(tokens) if token in sampling.stop_ids), None)
             return self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
         def is_done(tokens: Sequence[int]) -> bool:
-            return bool({*tokens} & {*self.stop_ids}) or cut(text(tokens), until)[1]
+            return bool({*tokens} & {*sampling.stop_ids}) or cut(text(tokens), until)[1]
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         chunks = [order[i : i + self.size] for i in range(0, len(order), self.size)]
