@@ -277,10 +277,11 @@ class Model(TemplateLM):
         batch = put(self.mesh, {"tokens": tokens, "segment_ids": segment_ids})
         given, new = (batch["tokens"], batch["segment_ids"]), sampling.max_new_tokens
         state = prefill(graph, params, *given, key, new, sampling)
-        done, out = 1, []
+        done, waiting = 1, [*range(len(prompts))]
         while True:
             out = dist.gather(state.tokens)[: len(prompts), :done].tolist()
-            if done == new or all(map(is_done, out)):
+            waiting = [row for row in waiting if not is_done(out[row])]
+            if done == new or not waiting:
                 return out
             done = min(done + CHUNK, new)
             state = decode(graph, params, state, key, jnp.int32(done), sampling)
