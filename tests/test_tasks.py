@@ -283,6 +283,9 @@ def test_mistakes_of_the_command_are_one_line(model, tasks, tmp_path, capsys):
     base = ["eval", "--model", model]
     refused(capsys, base, "--data FILE", "--tasks TASK")
     refused(capsys, [*base, "--data", "x.txt", "--limit", "3"], "--limit requires --tasks")
+    asked = [*base, "--tasks", "x", "--output"]
+    refused(capsys, [*asked, str(tmp_path)], "--output", "is a directory")
+    refused(capsys, [*asked, str(tmp_path / "gone" / "x.json")], "--output", "no such directory")
     ours = [*base, "--include_path", str(tasks), "--tasks"]
     refused(capsys, [*ours, "tiny_text", "--max_length", "20"], "max_gen_toks 24", "20 tokens")
     task(tmp_path, "gone", [], output_type="multiple_choice", dataset_path="json")
