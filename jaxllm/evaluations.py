@@ -13,6 +13,7 @@ from jaxllm.data.chat import prompt_tokens, stop_ids
 from jaxllm.data.dataset import Data
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
+from jaxllm.errors import UserError
 from jaxllm.evaluate import evaluate, metric_names
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.optim import eval_params
@@ -40,8 +41,10 @@ class RunTasks:
 
 def run_tasks(program: Program, tokenizer: Any, data: Data) -> RunTasks | None:
     """The tasks of a run; None without eval.tasks. Raises UserError if neither they nor the sets of
-    `data` have the metric eval.metric."""
+    `data` have the metric eval.metric, and if one of each has the same name."""
     tasks = RunTasks(program, tokenizer) if program.cfg.eval.tasks else None
+    if both := sorted({*data.evals} & {*tasks.tasks.names()}) if tasks else []:
+        raise UserError(f"data.eval and eval.tasks both have {both[0]}; rename the file of the set")
     check_metric(program, data, tasks)
     return tasks
 

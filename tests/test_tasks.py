@@ -382,6 +382,8 @@ def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsy
 def test_mistakes_in_a_run_are_found_before_it_starts(project, tasks, capsys):
     other = arguments(project, "pretrain", "other", *flags(tasks))
     refused(capsys, [*other, "--eval.metric", "tiny_choice/f1"], "tiny_choice/f1", "acc_norm")
+    held_out = shutil.copy(project / "text.txt", project / "tiny_ppl.txt")
+    refused(capsys, [*other, "--data.eval", str(held_out)], "both have tiny_ppl", "rename the file")
     alone = arguments(project, "pretrain", "other", "--eval.tasks_limit", "5")
     refused(capsys, alone, "eval.tasks_limit requires eval.tasks")
     assert not (project / "other" / "metrics.jsonl").exists()
