@@ -288,6 +288,11 @@ def test_mistakes_of_the_command_are_one_line(model, tasks, tmp_path, capsys):
     refused(capsys, [*asked, str(tmp_path / "gone" / "x.json")], "--output", "no such directory")
     ours = [*base, "--include_path", str(tasks), "--tasks"]
     refused(capsys, [*ours, "tiny_text", "--max_length", "20"], "max_gen_toks 24", "20 tokens")
+    metric = {"metric": "acc", "aggregation": "meen", "higher_is_better": True}
+    record, keys = {"q": "a", "a": "b"}, {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    task(tmp_path, "odd", [record], output_type="loglikelihood", metric_list=[metric], **keys)
+    odd = [*base, "--include_path", str(tmp_path), "--tasks", "odd"]
+    refused(capsys, odd, "the task odd", "no such aggregation of acc")
     task(tmp_path, "gone", [], output_type="multiple_choice", dataset_path="json")
     (tmp_path / "gone.jsonl").unlink()
     mine = [*base, "--include_path", str(tmp_path), "--tasks", "gone"]

@@ -184,6 +184,8 @@ class Tasks:
         if task.get_config("process_results") is None:
             for metric in (metric for metric, function in functions if function is None):
                 raise UserError(f"the task {name} has the metric {metric}, which lm-eval has not")
+        for metric in (metric for metric, function in task.aggregation().items() if not function):
+            raise UserError(f"the task {name}: lm-eval has no such aggregation of {metric}")
 
     def names(self) -> dict[str, dict[str, float]]:
         """What `metrics` returns, as far as it is known before an evaluation; all values are 0."""
