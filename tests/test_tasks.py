@@ -279,6 +279,17 @@ def test_prompts_are_rendered_with_the_chat_template(model, tasks):
     assert prompt.count("<|im_start|>user") == 2 and prompt.endswith("<|im_start|>assistant\n")
 
 
+def test_a_chat_template_may_refuse_a_system_message_but_not_the_others(model):
+    ours = loaded(model)
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    ours.tokenizer.chat_template = no_system + CHAT
+    system, user = {"role": "system", "content": "x"}, {"role": "user", "content": "why"}
+    assert ours.apply_chat_template([system, user]) == ours.apply_chat_template([user])
+    ours.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="chat template refuses .*: roles must alternate"):
+        ours.apply_chat_template([user])
+
+
 def test_mistakes_of_the_command_are_one_line(model, tasks, tmp_path, capsys):
     base = ["eval", "--model", model]
     refused(capsys, base, "--data FILE", "--tasks TASK")

@@ -33,6 +33,7 @@ from jaxllm.mesh import data_parallel, local_rows, put
 from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import forward
 from jaxllm.ops.cross_entropy import Head, token_scores
+from jaxllm.paths import first_line
 from jaxllm.sampling import CHUNK, Sampling, decode, decoding_layout, left_padded, prefill
 from jaxllm.step import Models
 from jaxllm.tokenizer import special_tokens
@@ -117,7 +118,8 @@ class Model(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The rendered messages; without the system message if the template refuses it."""
+        """The rendered messages; without the system message if the template refuses it. Raises
+        UserError if it refuses the others."""
         template_source(self.tokenizer)  # raises UserError if there is none
         rendered = partial(
             self.tokenizer.apply_chat_template,
@@ -128,7 +130,12 @@ class Model(TemplateLM):
         try:
             return rendered(chat_history)
         except TemplateError:
-            return rendered([one for one in chat_history if one["role"] != "system"])
+            chat_history = [one for one in chat_history if one["role"] != "system"]
+        try:
+            return rendered(chat_history)
+        except TemplateError as error:
+            what = "the chat template refuses a prompt of the task"
+            raise UserError(f"{what}: {first_line(error)}") from error
 
     # ---- log-likelihoods
 
