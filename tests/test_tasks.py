@@ -18,6 +18,7 @@ from flax import nnx
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from runs import arguments, finished, launched, refused
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jaxllm.chat import TextModel
@@ -196,6 +197,27 @@ def test_greedy_continuations_are_recognized(model, theirs):
     assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
+
+
+def test_texts_are_encoded_as_by_the_hf_model_where_texts_begin_with_a_token(model, tmp_path):
+    path = str(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    begin = {
+        "single": "<|im_start|> $A",
+        "special_tokens": [("<|im_start|>", tokenizer.bos_token_id)],
+    }
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**begin)
+    tokenizer.save_pretrained(path)
+    ours, hf = loaded(path), HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=1)
+    assert ours.tok_encode("a b")[0] == ours.prefix_token_id == tokenizer.bos_token_id
+    for text in ("a b", "", " a", "<|im_start|>user\na<|im_end|>", "a<|im_start|>"):
+        assert ours.tok_encode(text) == hf.tok_encode(text)
+        for add in (False, True):
+            assert ours.tok_encode(text, add) == hf.tok_encode(text, add)
+    asked = [SimpleNamespace(args=pair) for pair in (("", " a"), ("<|im_start|>user", " a b"))]
+    for a, b in zip(ours.loglikelihood(asked), hf.loglikelihood(asked), strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-4)
 
 
 def test_a_special_token_as_stop_string_ends_a_text(model, theirs, tmp_path):
