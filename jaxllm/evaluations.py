@@ -32,6 +32,7 @@ class RunTasks:
         section, text = program.cfg.eval, TextModel.of(program.policy, tokenizer)
         rows = program.cfg.batch_size // program.micro_batches
         self.model = harness(program.models, text, program.mesh, None, rows)
+        self.model.progress = False  # the run has a bar of its own, or none
         options = {"include_path": section.tasks_path, "limit": section.tasks_limit}
         self.tasks = Tasks(section.tasks, **options)
 

@@ -10,7 +10,7 @@ Dims: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,12 @@ class Model(TemplateLM):
         """(trainable, frozen), while tasks are evaluated"""
         self.alive: Callable[[], Any] = lambda: None
         """called before each batch"""
+        self.progress = True
+        """whether to show how many batches are done"""
         self._scores = jax.jit(partial(scores, models))
+
+    def tracked(self, chunks: Sequence[list[int]], label: str) -> Iterable[list[int]]:
+        return track(chunks, label, len(chunks)) if self.progress else chunks
 
     # ---- text and tokens
 
@@ -180,7 +185,7 @@ class Model(TemplateLM):
 
         with jax.set_mesh(self.mesh):
             before: tuple[Any, ...] = ()
-            for chunk in track(chunks, "scoring", len(chunks)):
+            for chunk in self.tracked(chunks, "scoring"):
                 self.alive()
                 computed = self._scores(*self.weights, self.batch([rows[i] for i in chunk]))
                 if before:  # read while the next batch is computed
@@ -261,7 +266,7 @@ class Model(TemplateLM):
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         chunks = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        for number, chunk in enumerate(track(chunks, "generating", len(chunks))):
+        for number, chunk in enumerate(self.tracked(chunks, "generating")):
             key = jax.random.fold_in(jax.random.key(sampling.seed), number)
             rows = [prompts[i] for i in chunk]
             self.alive()

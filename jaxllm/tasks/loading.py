@@ -183,7 +183,9 @@ class Tasks:
         functions = getattr(task, "_metric_fn_list", {}).items()
         if task.get_config("process_results") is None:
             for metric in (metric for metric, function in functions if function is None):
-                raise UserError(f"the task {name} has the metric {metric}, which lm-eval has not")
+                raise UserError(
+                    f"the task {name} has the metric {metric}, which lm-eval does not have"
+                )
         for metric in (metric for metric, function in task.aggregation().items() if not function):
             raise UserError(f"the task {name}: lm-eval has no such aggregation of {metric}")
 
