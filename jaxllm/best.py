@@ -42,7 +42,8 @@ class Best:
         not finite is never better."""
         greater = section.greater
         if greater is None:
-            greater = not section.metric.endswith(LOWER_IS_BETTER)
+            names = section.metric, section.metric.rpartition(",")[0]  # without a filter's name
+            greater = not any(name.endswith(LOWER_IS_BETTER) for name in names)
         gain = math.inf
         if self.value is not None:
             gain = value - self.value if greater else self.value - value

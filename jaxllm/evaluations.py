@@ -13,6 +13,7 @@ from jaxllm.data.chat import prompt_tokens, stop_ids
 from jaxllm.data.dataset import Data
 from jaxllm.data.rows import Rows
 from jaxllm.data.template import apply_user_template
+from jaxllm.errors import UserError
 from jaxllm.evaluate import evaluate, metric_names
 from jaxllm.monitor.metrics import Metrics
 from jaxllm.optim import eval_params
@@ -31,6 +32,7 @@ class RunTasks:
         section, text = program.cfg.eval, TextModel.of(program.policy, tokenizer)
         rows = program.cfg.batch_size // program.micro_batches
         self.model = harness(program.models, text, program.mesh, None, rows)
+        self.model.progress = False  # the run has a bar of its own, or none
         options = {"include_path": section.tasks_path, "limit": section.tasks_limit}
         self.tasks = Tasks(section.tasks, **options)
 
@@ -40,8 +42,10 @@ class RunTasks:
 
 def run_tasks(program: Program, tokenizer: Any, data: Data) -> RunTasks | None:
     """The tasks of a run; None without eval.tasks. Raises UserError if neither they nor the sets of
-    `data` have the metric eval.metric."""
+    `data` have the metric eval.metric, and if one of each has the same name."""
     tasks = RunTasks(program, tokenizer) if program.cfg.eval.tasks else None
+    if both := sorted({*data.evals} & {*tasks.tasks.names()}) if tasks else []:
+        raise UserError(f"data.eval and eval.tasks both have {both[0]}; rename the file of the set")
     check_metric(program, data, tasks)
     return tasks
 
@@ -52,10 +56,11 @@ def check_metric(program: Program, data: Data, tasks: RunTasks | None) -> None:
     if section.metric in ("loss", "eval_loss") and (data.evals or not section.patience):
         return
     args = program.evaluate, program.state.trainable, program.frozen
-    found: dict[str, Any] = tasks.tasks.names() if tasks else {}
-    found |= {name: metric_names(*args, rows, 1) for name, rows in data.evals.items()}
+    found = tasks.tasks.names() if tasks else {}
+    for name, rows in data.evals.items():
+        found[name] = dict.fromkeys(metric_names(*args, rows, 1), 0.0)
     if found:
-        metric_value({name: dict.fromkeys(names, 0.0) for name, names in found.items()}, section)
+        metric_value(found, section)
 
 
 class Samples:

@@ -28,7 +28,7 @@ from jaxllm.config import MeshSection, TrainConfig
 from jaxllm.data.examples import Examples, tokenize_table
 from jaxllm.data.sources import locate, read
 from jaxllm.errors import UserError
-from jaxllm.files import header, local_dir, tensor_files
+from jaxllm.files import DTYPES, header, local_dir, tensor_files
 from jaxllm.hf import SCORE, load_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
@@ -149,7 +149,8 @@ def _dtype(folder: Path) -> str:
         for tensor in header(file)[1].values():
             first, end = tensor["data_offsets"]
             sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - first
-    return {"BF16": "bfloat16"}.get(max(sizes, key=lambda name: sizes[name]), "float32")
+    names = {stored: dtype for dtype, stored in DTYPES.items()}
+    return names.get(max(sizes, key=lambda name: sizes[name]), "float32")
 
 
 # ---- prompts

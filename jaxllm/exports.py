@@ -85,6 +85,8 @@ def _export(
     """Writes `out`; returns the run's config, the tokenizer, the base model, and the card."""
     folder, origin = as_path(run), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        if step not in (None, int(folder.name)):
+            raise UserError(f"{run} is checkpoint {int(folder.name)}; drop --step {step}")
         folder, step = folder.parent.parent, int(folder.name)
     config = {} if is_adapter(str(folder)) else _config(run, folder)
     if config and "model_type" not in config:

@@ -110,6 +110,8 @@ def test_a_card_says_how_the_model_was_made_and_has_no_secret(run, tmp_path):
     assert "jaxllm 0.1.0, jax " in text
     export(str(run), str(tmp_path / "first"), step=1)
     first = (tmp_path / "first" / CARD).read_text()
+    with pytest.raises(ValueError, match="is checkpoint 2; drop --step 1"):
+        export(str(run / "checkpoints" / "2"), str(tmp_path / "none"), step=1)
     assert "| checkpoint | step 1 |" in first and "| `few` | loss | 3 |" in first
 
 

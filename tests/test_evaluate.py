@@ -143,6 +143,8 @@ NAN = float("nan")
         ([NAN, 3, NAN, float("-inf")], {}, 2, 2),
         ([3, 2, 2.5], {"metric": "accuracy"}, 1, 2),
         ([3, 2, 2.5], {"metric": "eval_books_perplexity"}, 2, 1),
+        ([3, 2, 2.5], {"metric": "wikitext/bits_per_byte,first"}, 2, 1),
+        ([3, 2, 2.5], {"metric": "a,b_loss"}, 2, 1),
         ([3, 2, 2.5], {"metric": "accuracy", "greater": False}, 2, 1),
         ([3, 2, 2.5], {"greater": True}, 1, 2),
         ([3, 2.9, 2.8], {"min_delta": 0.5}, 3, 2),  # better, and yet no improvement worth waiting

@@ -37,8 +37,11 @@ def runs(project):
     torch.manual_seed(0)
     shape = {k: v for k, v in MODEL.items() if k != "model_type"}
     config = AutoConfig.for_model("llama", **shape, initializer_range=0.2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(project / "base")
-    AutoTokenizer.from_pretrained(project / "tokenizer").save_pretrained(project / "base")
+    made = AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(project / "base")
+    made.half().save_pretrained(project / "half")
+    for name in ("base", "half"):
+        AutoTokenizer.from_pretrained(project / "tokenizer").save_pretrained(project / name)
     args = arguments(project, "sft", "lora", "--peft.method", "lora", "--peft.r", "4")
     at = args.index("--model.config")
     args[at : at + 4] = ["--model.path", str(project / "base")]
@@ -71,6 +74,7 @@ def exported(capsys, run, out, *flags):
     [
         pytest.param("base", (), "float32", "transformers, torch", marks=pytest.mark.sweep),
         ("base", ("--dtype", "bfloat16"), "bfloat16", "transformers, torch"),
+        pytest.param("half", (), "float16", "transformers, torch", marks=pytest.mark.sweep),
         ("lora", (), "float32", "transformers, torch, peft"),
         ("lora", ("--merge",), "float32", "transformers, torch"),
         ("judge", (), "float32", "transformers, torch, peft"),

@@ -3,7 +3,10 @@
 
 import json
 import random
+import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import lm_eval
@@ -15,6 +18,7 @@ from flax import nnx
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from runs import arguments, finished, launched, refused
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jaxllm.chat import TextModel
@@ -23,7 +27,7 @@ from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.report.reading import read_run
 from jaxllm.step import alone
-from jaxllm.tasks.harness import width
+from jaxllm.tasks.harness import Model, width
 from jaxllm.tasks.loading import Tasks, evaluate_tasks, harness, restricted, table
 
 WORDS = ["import json", "def read(self):", "the value", "return None", "for line in file", "a list"]
@@ -84,6 +88,16 @@ def tasks(tmp_path_factory):
         generation_kwargs={"until": ["\n", "se"], "max_gen_toks": 24, "do_sample": False},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )  # fmt: skip
+    filters = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("a", "b")]
+    exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    task(
+        folder, "tiny_filters", ask[:1], output_type="generate_until",
+        doc_to_text="{{q}}", doc_to_target="{{a}}", filter_list=filters, metric_list=exact,
+        generation_kwargs={"until": ["x"], "max_gen_toks": 2},
+    )  # fmt: skip
+    members = {"task": ["tiny_choice", {"group": "inner", "task": ["tiny_shots"]}]}
+    acc = {"aggregate_metric_list": [{"metric": "acc", "filter_list": "none"}]}
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "tiny_group"} | members | acc))
     return folder
 
 
@@ -143,6 +157,15 @@ def one_device():
     return make_mesh(MeshSection(), devices=jax.devices()[:1])
 
 
+def loaded(path: str) -> Model:
+    """Our model as lm-eval asks it, with batches of three rows."""
+    text = TextModel.load(path, mesh=one_device())
+    graph, weights = nnx.split(text.model)
+    ours = harness(alone(graph), text, one_device(), None, 3)
+    ours.weights = nnx.to_pure_dict(weights), {}
+    return ours
+
+
 @pytest.fixture(scope="module")
 def theirs(model):
     """lm-eval's `hf` model."""
@@ -160,10 +183,7 @@ def test_answers_and_metrics_equal_those_of_the_hf_model(ours, theirs, tasks):
 
 def test_greedy_continuations_are_recognized(model, theirs):
     """Contexts with the tokens that greedy decoding gives, and with another last token."""
-    text = TextModel.load(model, mesh=one_device())
-    graph, weights = nnx.split(text.model)
-    ours = harness(alone(graph), text, one_device(), None, 3)
-    ours.weights = nnx.to_pure_dict(weights), {}
+    ours = loaded(model)
     asked = []
     for seed in range(1, 4):
         context = ours.tok_encode(some_text(random.Random(seed), seed))
@@ -177,6 +197,65 @@ def test_greedy_continuations_are_recognized(model, theirs):
     assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
+
+
+def test_texts_are_encoded_as_by_the_hf_model_where_texts_begin_with_a_token(model, tmp_path):
+    path = str(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+    begin = {
+        "single": "<|im_start|> $A",
+        "special_tokens": [("<|im_start|>", tokenizer.bos_token_id)],
+    }
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**begin)
+    tokenizer.save_pretrained(path)
+    ours, hf = loaded(path), HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=1)
+    assert ours.tok_encode("a b")[0] == ours.prefix_token_id == tokenizer.bos_token_id
+    for text in ("a b", "", " a", "<|im_start|>user\na<|im_end|>", "a<|im_start|>"):
+        assert ours.tok_encode(text) == hf.tok_encode(text)
+        for add in (False, True):
+            assert ours.tok_encode(text, add) == hf.tok_encode(text, add)
+    asked = [SimpleNamespace(args=pair) for pair in (("", " a"), ("<|im_start|>user", " a b"))]
+    for a, b in zip(ours.loglikelihood(asked), hf.loglikelihood(asked), strict=True):
+        assert a[0] == pytest.approx(b[0], rel=1e-4)
+
+
+def test_a_special_token_as_stop_string_ends_a_text(model, theirs, tmp_path):
+    """One that the greedy text has becomes special, so that the decoded text no longer has it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = "return None for a list"
+    given = torch.tensor([tokenizer(prompt).input_ids])
+    made = theirs.model.generate(given, max_new_tokens=24, do_sample=False)[0, given.shape[1] :]
+    names = tokenizer.convert_ids_to_tokens(made.tolist())
+    stop = next(n for n in names[4:] if n.isascii() and n not in names[:4] and n not in prompt)
+    shutil.copytree(model, tmp_path / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [stop]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    kwargs = {"until": [stop, "never"], "max_gen_toks": 24, "do_sample": False}
+    asked = [SimpleNamespace(args=(prompt, kwargs))]
+    path = str(tmp_path / "model")
+    hf = HFLM(pretrained=path, device="cpu", dtype="float32", batch_size=1)
+    expected = hf.generate_until(asked, disable_tqdm=True)
+    whole = tokenizer.decode(made, skip_special_tokens=True)
+    assert expected[0] and len(expected[0]) < len(whole)
+    assert loaded(path).generate_until(asked) == expected
+
+
+def test_the_metrics_of_groups_and_filters_are_known_before_an_evaluation(
+    model, tasks, monkeypatch
+):
+    def own(**keys):  # reading lm-eval's own takes seconds
+        return TaskManager(**keys | {"include_defaults": False})
+
+    monkeypatch.setattr("jaxllm.tasks.loading.TaskManager", own)
+    both = ["tiny_group", "tiny_filters"]
+    asked = Tasks(both, include_path=str(tasks), limit=1)
+    known = {name: set(row) for name, row in asked.names().items()}
+    filtered = {"exact_match,a", "exact_match,b"}
+    assert known == {"tiny_group": {"acc"}, "tiny_filters": filtered}
+    ours = loaded(model)
+    found = asked.metrics(ours, *ours.weights)
+    assert {name: set(row) for name, row in found.items()} == known
 
 
 MESHES = [{"fsdp": 4, "tensor": 2}]
@@ -222,12 +301,31 @@ def test_prompts_are_rendered_with_the_chat_template(model, tasks):
     assert prompt.count("<|im_start|>user") == 2 and prompt.endswith("<|im_start|>assistant\n")
 
 
+def test_a_chat_template_may_refuse_a_system_message_but_not_the_others(model):
+    ours = loaded(model)
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    ours.tokenizer.chat_template = no_system + CHAT
+    system, user = {"role": "system", "content": "x"}, {"role": "user", "content": "why"}
+    assert ours.apply_chat_template([system, user]) == ours.apply_chat_template([user])
+    ours.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="chat template refuses .*: roles must alternate"):
+        ours.apply_chat_template([user])
+
+
 def test_mistakes_of_the_command_are_one_line(model, tasks, tmp_path, capsys):
     base = ["eval", "--model", model]
     refused(capsys, base, "--data FILE", "--tasks TASK")
     refused(capsys, [*base, "--data", "x.txt", "--limit", "3"], "--limit requires --tasks")
+    asked = [*base, "--tasks", "x", "--output"]
+    refused(capsys, [*asked, str(tmp_path)], "--output", "is a directory")
+    refused(capsys, [*asked, str(tmp_path / "gone" / "x.json")], "--output", "no such directory")
     ours = [*base, "--include_path", str(tasks), "--tasks"]
     refused(capsys, [*ours, "tiny_text", "--max_length", "20"], "max_gen_toks 24", "20 tokens")
+    metric = {"metric": "acc", "aggregation": "meen", "higher_is_better": True}
+    record, keys = {"q": "a", "a": "b"}, {"doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    task(tmp_path, "odd", [record], output_type="loglikelihood", metric_list=[metric], **keys)
+    odd = [*base, "--include_path", str(tmp_path), "--tasks", "odd"]
+    refused(capsys, odd, "the task odd", "no such aggregation of acc")
     task(tmp_path, "gone", [], output_type="multiple_choice", dataset_path="json")
     (tmp_path / "gone.jsonl").unlink()
     mine = [*base, "--include_path", str(tmp_path), "--tasks", "gone"]
@@ -261,6 +359,12 @@ def test_no_code_of_a_task_file_is_run(tasks, tmp_path):
     load(base.replace("metric: acc_norm", f"metric: {tmp_path}/utils.py"), "the metric", "utils.py")
     load(base.replace("metric: acc\n", "metric: acc\n  hf_evaluate: true\n"), "the metric acc")
     load(base + "unsafe_code: true\n", "mine", "code that models write")
+    # lm-eval's own function runs code of the dataset and of the model.
+    base_file = Path(lm_eval.__file__).parent / "tasks/cruxeval/cruxeval_common_yaml"
+    assert "unsafe_code: true" in base_file.read_text()
+    unlocked = f"include: {base_file}\nunsafe_code: false\n"
+    load(base + unlocked, "mine.yaml", "unsafe_code", "remove it")
+    load("group: mine\ntask: [{task: humaneval, unsafe_code: false}]\n", "mine.yaml", "unsafe_code")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "base.txt").write_text("process_docs: !function utils.run\n")
     load(base + f"include: {tasks / 'tiny_ppl.yaml'}\n", "include", "outside")
@@ -293,9 +397,11 @@ def flags(tasks) -> list[str]:
     return [*asked, "--eval.metric", "tiny_choice/acc_norm", "--log.progress", "false"]
 
 
-def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsys):
+def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsys, monkeypatch):
     run = project / "tasks"
-    assert main(arguments(project, "pretrain", "tasks", *flags(tasks))) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxllm.tasks.harness.track", None)  # would be a second bar
+        assert main(arguments(project, "pretrain", "tasks", *flags(tasks))) == 0
     assert "tiny_choice: acc " in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
@@ -316,6 +422,8 @@ def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsy
 def test_mistakes_in_a_run_are_found_before_it_starts(project, tasks, capsys):
     other = arguments(project, "pretrain", "other", *flags(tasks))
     refused(capsys, [*other, "--eval.metric", "tiny_choice/f1"], "tiny_choice/f1", "acc_norm")
+    held_out = shutil.copy(project / "text.txt", project / "tiny_ppl.txt")
+    refused(capsys, [*other, "--data.eval", str(held_out)], "both have tiny_ppl", "rename the file")
     alone = arguments(project, "pretrain", "other", "--eval.tasks_limit", "5")
     refused(capsys, alone, "eval.tasks_limit requires eval.tasks")
     assert not (project / "other" / "metrics.jsonl").exists()

@@ -60,11 +60,15 @@ def command(options: Any, adapter: dict[str, str], use: Sequence[Any]) -> None:
     check_installed("jaxllm eval --tasks")
     from jaxllm import dist
     from jaxllm.compilation import use_cache
-    from jaxllm.files import strict_json
+    from jaxllm.files import strict, strict_json
     from jaxllm.tasks.loading import evaluate_tasks, table
 
-    if options.output and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output: no such directory: {Path(options.output).parent}")
+    if options.output:  # before an evaluation that may take hours
+        output = Path(options.output).absolute()
+        if output.is_dir():
+            raise UserError(f"--output: {output} is a directory; name a file")
+        if not output.parent.is_dir():
+            raise UserError(f"--output: no such directory: {Path(options.output).parent}")
     dist.start(ClusterSection())
     use_cache()
     found = evaluate_tasks(
@@ -83,8 +87,8 @@ def command(options: Any, adapter: dict[str, str], use: Sequence[Any]) -> None:
     )
     if not dist.is_main():
         return
-    if options.output:
-        text = json.dumps(json.loads(strict_json(found)), indent=2, ensure_ascii=False)
-        Path(options.output).write_text(text + "\n", encoding="utf-8")
-    found.pop("samples")
+    samples = found.pop("samples")
     print(strict_json(found) if options.json else table(found))
+    if options.output:
+        text = json.dumps(strict(found | {"samples": samples}), indent=2, ensure_ascii=False)
+        Path(options.output).write_text(text + "\n", encoding="utf-8")

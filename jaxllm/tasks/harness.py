@@ -10,7 +10,7 @@ Dims: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,8 +33,10 @@ from jaxllm.mesh import data_parallel, local_rows, put
 from jaxllm.monitor.progress import track
 from jaxllm.objectives.lm import forward
 from jaxllm.ops.cross_entropy import Head, token_scores
+from jaxllm.paths import first_line
 from jaxllm.sampling import CHUNK, Sampling, decode, decoding_layout, left_padded, prefill
 from jaxllm.step import Models
+from jaxllm.tokenizer import special_tokens
 
 NEW_TOKENS = 256  # of a text whose task gives no number, as in lm-eval
 # What a task may set for generation, after `normalize_gen_kwargs`.
@@ -81,13 +83,19 @@ class Model(TemplateLM):
     ):
         super().__init__()
         self.tokenizer, self.stop_ids, self.max_length = tokenizer, tuple(stop_ids), max_length
+        self.special = special_tokens(tokenizer)
         self.models, self.mesh = models, mesh
         self.size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
         self.weights: tuple[Any, Any] = (None, None)
         """(trainable, frozen), while tasks are evaluated"""
         self.alive: Callable[[], Any] = lambda: None
         """called before each batch"""
+        self.progress = True
+        """whether to show how many batches are done"""
         self._scores = jax.jit(partial(scores, models))
+
+    def tracked(self, chunks: Sequence[list[int]], label: str) -> Iterable[list[int]]:
+        return track(chunks, label, len(chunks)) if self.progress else chunks
 
     # ---- text and tokens
 
@@ -115,7 +123,8 @@ class Model(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The rendered messages; without the system message if the template refuses it."""
+        """The rendered messages; without the system message if the template refuses it. Raises
+        UserError if it refuses the others."""
         template_source(self.tokenizer)  # raises UserError if there is none
         rendered = partial(
             self.tokenizer.apply_chat_template,
@@ -126,7 +135,12 @@ class Model(TemplateLM):
         try:
             return rendered(chat_history)
         except TemplateError:
-            return rendered([one for one in chat_history if one["role"] != "system"])
+            chat_history = [one for one in chat_history if one["role"] != "system"]
+        try:
+            return rendered(chat_history)
+        except TemplateError as error:
+            what = "the chat template refuses a prompt of the task"
+            raise UserError(f"{what}: {first_line(error)}") from error
 
     # ---- log-likelihoods
 
@@ -171,7 +185,7 @@ class Model(TemplateLM):
 
         with jax.set_mesh(self.mesh):
             before: tuple[Any, ...] = ()
-            for chunk in track(chunks, "scoring", len(chunks)):
+            for chunk in self.tracked(chunks, "scoring"):
                 self.alive()
                 computed = self._scores(*self.weights, self.batch([rows[i] for i in chunk]))
                 if before:  # read while the next batch is computed
@@ -230,9 +244,13 @@ class Model(TemplateLM):
             raise UserError(f"generation_kwargs: max_gen_toks {new} leaves no prompt in {limit}")
         kept = {k: v for k in ("top_k", "top_p", "min_p") if (v := kwargs.get(k)) is not None}
         temperature = kwargs.get("temperature", 0.0) if kwargs["do_sample"] else 0.0
-        sampling = Sampling(new, temperature, stop_ids=self.stop_ids, **kept)
+        until = [stop for stop in kwargs["until"] if stop]
+        # The decoded text has no special tokens, so it would never have these stop strings.
+        special = self.tokenizer.convert_tokens_to_ids([*{*until} & {*self.special}])
+        stop_ids = tuple(sorted({*self.stop_ids, *special}))
+        sampling = Sampling(new, temperature, stop_ids=stop_ids, **kept)
         sampling.check()
-        return sampling, [stop for stop in kwargs["until"] if stop]
+        return sampling, until
 
     def texts(
         self, layout: Any, prompts: Sequence[list[int]], sampling: Sampling, until: list[str]
@@ -240,15 +258,15 @@ class Model(TemplateLM):
         """(place, text) of each prompt, in any order."""
 
         def text(tokens: Sequence[int]) -> str:
-            end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
+            end = next((i for i, token in enumerate(tokens) if token in sampling.stop_ids), None)
             return self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
         def is_done(tokens: Sequence[int]) -> bool:
-            return bool({*tokens} & {*self.stop_ids}) or cut(text(tokens), until)[1]
+            return bool({*tokens} & {*sampling.stop_ids}) or cut(text(tokens), until)[1]
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         chunks = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        for number, chunk in enumerate(track(chunks, "generating", len(chunks))):
+        for number, chunk in enumerate(self.tracked(chunks, "generating")):
             key = jax.random.fold_in(jax.random.key(sampling.seed), number)
             rows = [prompts[i] for i in chunk]
             self.alive()
@@ -271,10 +289,11 @@ class Model(TemplateLM):
         batch = put(self.mesh, {"tokens": tokens, "segment_ids": segment_ids})
         given, new = (batch["tokens"], batch["segment_ids"]), sampling.max_new_tokens
         state = prefill(graph, params, *given, key, new, sampling)
-        done, out = 1, []
+        done, waiting = 1, [*range(len(prompts))]
         while True:
             out = dist.gather(state.tokens)[: len(prompts), :done].tolist()
-            if done == new or all(map(is_done, out)):
+            waiting = [row for row in waiting if not is_done(out[row])]
+            if done == new or not waiting:
                 return out
             done = min(done + CHUNK, new)
             state = decode(graph, params, state, key, jnp.int32(done), sampling)

@@ -78,8 +78,8 @@ def restricted() -> Iterator[None]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError if a YAML file in a directory of tasks names Python code, or includes a file
-    that is neither in the directory nor lm-eval's own."""
+    """Raises UserError if a YAML file in a directory of tasks names Python code, says whether code
+    that models write is run, or includes a file that is neither in the directory nor lm-eval's."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such directory of task files")
     package, inside = Path(lm_eval.__file__).resolve().parent, folder.resolve()
@@ -104,7 +104,14 @@ def _read(file: Path) -> Any:
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as lm-eval
 
     class Loader(base):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            made = super().construct_mapping(node, deep)
+            if "unsafe_code" in made:  # false would permit what a task of lm-eval's own says
+                raise UserError(
+                    f"{file}: unsafe_code is for tasks that run code that models write, which "
+                    "jaxllm does not; remove it"
+                )
+            return made
 
     def refuse(*_: Any) -> NoReturn:
         raise UserError(
@@ -176,11 +183,37 @@ class Tasks:
         functions = getattr(task, "_metric_fn_list", {}).items()
         if task.get_config("process_results") is None:
             for metric in (metric for metric, function in functions if function is None):
-                raise UserError(f"the task {name} has the metric {metric}, which lm-eval has not")
+                raise UserError(
+                    f"the task {name} has the metric {metric}, which lm-eval does not have"
+                )
+        for metric in (metric for metric, function in task.aggregation().items() if not function):
+            raise UserError(f"the task {name}: lm-eval has no such aggregation of {metric}")
 
-    def names(self) -> dict[str, list[str]]:
-        """{task: its metrics}, as far as they are known before an evaluation."""
-        return {name: [*task.aggregation()] for name, task in self.loaded["tasks"].items()}
+    def names(self) -> dict[str, dict[str, float]]:
+        """What `metrics` returns, as far as it is known before an evaluation; all values are 0."""
+        rows: dict[str, Any] = {
+            name: {f"{metric},{one.name}": 0.0 for metric in task.aggregation() for one in filters}
+            for name, task in self.loaded["tasks"].items()
+            if (filters := task._filters)
+        }
+        sized = {name: row | {"sample_len": 1} for name, row in rows.items()}
+        with restricted():
+            groups = {name: group.aggregate(sized) for name, group in self._groups().items()}
+        return self._shown(rows | groups)
+
+    def _groups(self) -> dict[str, Any]:
+        """The groups that have metrics themselves."""
+        found = self.loaded.get("groups", {}).items()
+        return {name: group for name, group in found if group.has_aggregation}
+
+    def _shown(self, rows: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """The metrics of lm-eval's results, without those of the members of such groups."""
+        hidden = {
+            one.task_name for group in self._groups().values() for one in group.get_all_tasks()
+        }
+        hidden |= {one.name for group in self._groups().values() for one in group.get_all_groups()}
+        shown = {name: _numbers(row) for name, row in rows.items() if name not in hidden}
+        return {name: numbers for name, numbers in shown.items() if numbers}
 
     def results(self, model: Model, trainable: Any, frozen: Any, *, draws: int = 0) -> Any:
         """lm-eval's results, with each document's answers. draws: of a bootstrap; 0: no standard
@@ -202,13 +235,9 @@ class Tasks:
             model.weights = None, None
 
     def metrics(self, model: Model, trainable: Any, frozen: Any) -> dict[str, dict[str, float]]:
-        """{task or group: {metric: value}}; a metric after a filter is METRIC,FILTER. The tasks of
-        a group that has metrics itself are left out."""
-        found = self.results(model, trainable, frozen)
-        inside = found.get("group_subtasks", {})
-        hidden = {task for group in found.get("groups", {}) for task in inside.get(group, ())}
-        shown = {name: row for name, row in found["results"].items() if name not in hidden}
-        return {name: numbers for name, row in shown.items() if (numbers := _numbers(row))}
+        """{task or group: {metric: value}}; a metric after a filter is METRIC,FILTER. The members
+        of a group that has metrics itself are left out."""
+        return self._shown(self.results(model, trainable, frozen)["results"])
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
