@@ -76,7 +76,9 @@ def exported(capsys, run, out, *flags):
         ("base", ("--dtype", "bfloat16"), "bfloat16", "transformers, torch"),
         pytest.param("half", (), "float16", "transformers, torch", marks=pytest.mark.sweep),
         ("lora", (), "float32", "transformers, torch, peft"),
-        ("lora", ("--merge",), "float32", "transformers, torch"),
+        pytest.param(
+            "lora", ("--merge",), "float32", "transformers, torch", marks=pytest.mark.sweep
+        ),
         ("judge", (), "float32", "transformers, torch, peft"),
         pytest.param(
             "judge", ("--merge",), "float32", "transformers, torch", marks=pytest.mark.sweep
