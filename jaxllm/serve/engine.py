@@ -164,10 +164,10 @@ class Engine:
             traceback.print_exc()
             job.emit(ApiError(500, f"{type(error).__name__}; the server's log has more"))
         else:
-            job.emit(job.usage)
             usage, seconds = job.usage, time.perf_counter() - began
+            ended = ", cancelled" if job.cancelled else ""  # a client may leave once it has all
+            job.emit(usage)
             said = f"{job.request.kind}: {usage.prompt} prompt tokens, {usage.completion} new"
-            ended = ", cancelled" if job.cancelled else ""
             rate = usage.completion / max(seconds, 1e-9)
             print(f"{said}, {seconds:.1f} s, {rate:.0f} tokens/s{ended}", file=sys.stderr)
 
