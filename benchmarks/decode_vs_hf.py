@@ -2,8 +2,8 @@
 """Batched greedy decoding: new tokens/s of jaxllm and of `transformers.generate` on torch.
 
 Every row generates all its tokens; stop tokens are disabled. The time runs from prompts to tokens
-on the host and includes the prefill; for jaxllm it also includes the copy of the weights made for
-decoding. Both sides store the weights in the compute dtype.
+on the host and includes the prefill. Both sides store the weights in the compute dtype; jaxllm lays
+them out for decoding before, as `jaxllm generate` does.
 
     python benchmarks/decode_vs_hf.py --model SMOLLM2_DIR
 """
@@ -44,10 +44,10 @@ def jaxllm_step(a):
     from jaxllm.config import MeshSection
     from jaxllm.hf import load_hf
     from jaxllm.mesh import make_mesh
-    from jaxllm.sampling import Sampling, completions
+    from jaxllm.sampling import Sampling, completions, for_decoding
 
     mesh = make_mesh(MeshSection())
-    graph, weights = nnx.split(load_hf(a.model, dtype=a.dtype))
+    graph, weights = nnx.split(for_decoding(load_hf(a.model, dtype=a.dtype)))
     rows = prompts(a).tolist()
 
     def step():

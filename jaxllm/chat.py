@@ -22,7 +22,7 @@ from jaxllm.hf import load_hf
 from jaxllm.model.decoder import Decoder
 from jaxllm.peft.combine import Choice
 from jaxllm.peft.files import tokenizer_of
-from jaxllm.sampling import Sampling, generate, stream
+from jaxllm.sampling import Sampling, for_decoding, generate, stream
 from jaxllm.tokenizer import check_vocabulary
 
 
@@ -99,6 +99,10 @@ class TextModel:
         folder = local_dir(model.base) if model.base else None
         return TextModel(model, tokenizer, tuple(stop_ids(tokenizer, folder)))
 
+    def for_decoding(self) -> TextModel:
+        """Its model is for generation alone afterwards, in half the memory on a CPU."""
+        return replace(self, model=for_decoding(self.model))
+
     def summary(self, name: str, template: str | None) -> str:
         """What the model is, and its chat template."""
         family = json.loads(self.model.hf_config)["model_type"]
@@ -165,6 +169,7 @@ def generate_text(
         raise UserError("tokenizer is used only with a loaded model; a directory has its own")
     else:
         loaded = TextModel.load(model, template=template, dtype=dtype, adapter=adapter)
+        loaded = loaded.for_decoding()
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(use) not in (0, 1, len(prompts)):
         raise UserError(f"{len(use)} choices of adapters for {len(prompts)} prompts; give one each")
@@ -286,7 +291,7 @@ def chat_loop(
     """A conversation in the terminal, streamed, or with the lines of standard input if that is no
     terminal. options: of `load_with_tokenizer`.
     """
-    loaded, conversation = TextModel.load(model, **options), Conversation(system)
+    loaded, conversation = TextModel.load(model, **options).for_decoding(), Conversation(system)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         print(loaded.summary(model, options.get("template")))

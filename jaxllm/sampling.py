@@ -109,8 +109,18 @@ def _unstacked(graph: Any, params: Any) -> tuple[Any, Any]:
 
 def decoding_layout(graph: Any, params: Any) -> tuple[Any, Any]:
     """(graph, params) in the layout that decodes fastest: unstacked layers on a CPU, which takes
-    one copy of the weights."""
-    return _unstacked(graph, params) if prefers_unstacked() else (graph, params)
+    one copy of the weights unless they are so already."""
+    if not prefers_unstacked() or isinstance(nnx.merge(graph, params).first_stack, nnx.List):
+        return graph, params
+    return _unstacked(graph, params)
+
+
+def for_decoding(model: Decoder) -> Decoder:
+    """Changes a model that only generates to `decoding_layout`, in the same memory; returns it."""
+    if not prefers_unstacked() or isinstance(model.first_stack, nnx.List):
+        return model
+    with mesh_of(model):
+        return unstack(model, release=True)
 
 
 @jax.tree_util.register_dataclass

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation: the cache changes nothing, and neither do batch mates."""
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -302,6 +303,21 @@ def test_unstacked_layers_have_the_dtype_of_their_products():
     _, held = module._unstacked(*nnx.split(small))
     kept = {str(x.dtype) for path, x in nnx.to_flat_state(held) if path[-1] != "scale"}
     assert kept == {str(operand(jnp.zeros(1, jnp.bfloat16)).dtype)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_for_decoding_takes_the_place_of_its_own(dtype):
+    model = Decoder(CFG, rngs=nnx.Rngs(3), compute_dtype=dtype)
+    expected = module.generate(model, PROMPTS, Sampling(max_new_tokens=5))
+    gc.collect()
+    before = sum(x.nbytes for x in jax.live_arrays())
+    small = module.for_decoding(model)
+    del model
+    assert sum(x.nbytes for x in jax.live_arrays()) <= before
+    graph, params = nnx.split(small)
+    again = module.decoding_layout(graph, params)[1]  # no copy is made again
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (params, again)), strict=True))
+    assert module.generate(small, PROMPTS, Sampling(max_new_tokens=5)) == expected
 
 
 # ---- attention of prompts, and positions that depend on the length of the text

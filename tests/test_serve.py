@@ -85,7 +85,7 @@ class Recorded(Engine):
 
 @pytest.fixture(scope="module")
 def engine(talker):
-    return Recorded(TextModel.load(talker), "talker")
+    return Recorded(TextModel.load(talker).for_decoding(), "talker")
 
 
 @pytest.fixture(scope="module")

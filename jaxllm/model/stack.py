@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -254,32 +255,53 @@ def _select(values: list[Any], index: jax.Array) -> Any:
     return values[0] if len(set(values)) == 1 else jnp.asarray(values, jnp.int32)[index]
 
 
-def unstack(model: Any) -> Any:
+def unstack(model: Any, *, release: bool = False) -> Any:
     """Splits the stacked arrays of a Decoder by layer, for decoding; returns the model.
 
     Kernels, biases and the token table are rounded to the compute dtype once, and stored in the
     dtype in which they are multiplied: in a decoding step a cast costs more than its product.
+    release: outside of a jitted function, delete each array once it is split, so that the model
+    never needs twice its memory.
     """
 
-    def converted(state: Any, layer: int | None = None) -> Any:
-        def one(path: Any, variable: Any) -> Any:
-            value = variable.get_value()
-            if layer is not None:
-                value = jax.tree.map(lambda x: x[layer], value)
-            if path[-1] in ("kernel", "bias", "embedding") and not isinstance(value, Quantized):
-                axes = variable.get_metadata("axes")[-value.ndim :]
-                value = constrain(operand(value.astype(model.compute_dtype)), *axes)
-                value = kernel_for_decoding(value) if path[-1] == "kernel" else value
-            return variable.replace(value)
-
-        return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(state)])
+    def converted(path: Any, variable: Any, layers: int | None = None) -> list[Any]:
+        """The variable of each layer; of a module that is not stacked, of the module alone."""
+        value, name = variable.get_value(), path[-1]
+        axes = variable.get_metadata("axes") if name in ROUNDED else ()
+        parts = _converted(value, layers, name, tuple(axes), model.compute_dtype)
+        if release:
+            kept = {id(x) for x in jax.tree.leaves(jax.block_until_ready(parts))}
+            for x in jax.tree.leaves(value):
+                if id(x) not in kept:
+                    x.delete()
+        return [variable.replace(part) for part in parts]
 
     for name, layers in model.cfg.stacks.items():
         graph, stacked = nnx.split(getattr(model, name))
-        blocks = [nnx.merge(graph, converted(stacked, i)) for i in range(len(layers))]
-        setattr(model, name, nnx.List(blocks))
+        split = [(path, converted(path, v, len(layers))) for path, v in nnx.to_flat_state(stacked)]
+        states = [nnx.from_flat_state([(p, vs[i]) for p, vs in split]) for i in range(len(layers))]
+        setattr(model, name, nnx.List([nnx.merge(graph, state) for state in states]))
     for name in ("embed", "layer_embeds", "head"):
         if (module := getattr(model, name)) is not None:
             graph, state = nnx.split(module)
-            setattr(model, name, nnx.merge(graph, converted(state)))
+            flat = [(path, converted(path, v)[0]) for path, v in nnx.to_flat_state(state)]
+            setattr(model, name, nnx.merge(graph, nnx.from_flat_state(flat)))
     return model
+
+
+ROUNDED = ("kernel", "bias", "embedding")
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _converted(value: Any, layers: int | None, name: str, axes: tuple[Any, ...], dtype: Any) -> Any:
+    """What `unstack` makes of a value, one for each layer."""
+
+    def one(value: Any) -> Any:
+        if name not in ROUNDED or isinstance(value, Quantized):
+            return value
+        value = constrain(operand(value.astype(dtype)), *axes[-value.ndim :])
+        return kernel_for_decoding(value) if name == "kernel" else value
+
+    if layers is None:
+        return [one(value)]
+    return [one(jax.tree.map(itemgetter(i), value)) for i in range(layers)]

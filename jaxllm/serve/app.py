@@ -354,7 +354,7 @@ def serve(
     `TextModel.load`. Raises UserError if the model cannot be loaded, or the address not be used."""
     key = os.environ.get(KEY) or None
     socket_ = bound(host, port)
-    loaded = TextModel.load(model, **options)
+    loaded = TextModel.load(model, **options).for_decoding()
     engine = Engine(loaded, model, use=use, max_new_tokens=max_new_tokens)
     hosts = frozenset[str]()
     if not is_loopback(host):
