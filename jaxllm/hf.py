@@ -45,7 +45,14 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf, with_mtp
-from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
+from jaxllm.model.families.tensors import (
+    Key,
+    embed_name,
+    key_table,
+    keys_in,
+    stored_name,
+    tensor_names,
+)
 from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
@@ -247,7 +254,7 @@ def load_hf(
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
     locations = text_tensors(folder, cfg.wrapper, scheme)
-    embed, head = embed_name(cfg.wrapper), head_of(cfg.wrapper)
+    embed, head = embed_name(cfg.family, cfg.wrapper), head_of(cfg.wrapper)
     if cfg.tie_embeddings and embed not in locations and head in locations:
         locations[embed] = locations.pop(head)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
@@ -469,7 +476,8 @@ def save_hf(
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
-    tensors = passthrough.with_unused(model, {t.name: t for t in hf_tensors(model)}, path)
+    own = [replace(t, name=stored_name(model.cfg, t.name)) for t in hf_tensors(model)]
+    tensors = passthrough.with_unused(model, {t.name: t for t in own}, path)
     with new_folder(path, card) as part:
         _write_weights(tensors, part, dtype, max_shard_bytes)
         if dist.is_main():
@@ -488,7 +496,7 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None, *, card: str 
     tensors = [Tensor(n, v.shape, lambda _, v=v: v) for n, v in adapter.tensors(model).items()]
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
-        if t.name == embed_name(model.cfg.wrapper) and model.cfg.tied_head:
+        if t.name == embed_name(model.cfg.family, model.cfg.wrapper) and model.cfg.tied_head:
             tensors.append(
                 replace(t, name=adapter.root + head_of(model.cfg.wrapper))
             )  # peft saves the tied copy as well
