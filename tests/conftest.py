@@ -26,7 +26,7 @@ STRUCTURES = (
     *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
     *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", "gemma4_text"),
-    *("gemma4_text experts", "granitemoehybrid"),
+    *("gemma4_text experts", "granitemoehybrid", "nemotron_h"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The
 # other cases, and tests that have none here, run with `make sweep`; .ci/run takes those that fit.
