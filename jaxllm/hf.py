@@ -45,14 +45,7 @@ from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf, with_mtp
-from jaxllm.model.families.tensors import (
-    Key,
-    embed_name,
-    key_table,
-    keys_in,
-    stored_name,
-    tensor_names,
-)
+from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
 from jaxllm.model.families.wrappers import head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
@@ -476,8 +469,7 @@ def save_hf(
         raise UserError("save_hf writes plain models; use save_adapter, or save merged(model)")
     if model.quantized:
         raise UserError("the weights are quantized; load the model without quantize_base to save")
-    own = [replace(t, name=stored_name(model.cfg, t.name)) for t in hf_tensors(model)]
-    tensors = passthrough.with_unused(model, {t.name: t for t in own}, path)
+    tensors = passthrough.with_unused(model, {t.name: t for t in hf_tensors(model)}, path)
     with new_folder(path, card) as part:
         _write_weights(tensors, part, dtype, max_shard_bytes)
         if dist.is_main():

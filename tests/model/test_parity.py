@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     CASES,
     LLAMA3,
@@ -304,6 +304,21 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     np.testing.assert_array_equal(
         torch_logits(theirs, some_tokens()), torch_logits(again.eval(), some_tokens())
     )
+
+
+def test_nemotron_h_is_read_by_the_names_of_modules_too(pair, tmp_path):
+    """Without the prefix of its files, and with the experts of a layer in one tensor."""
+    theirs, ours = pair("nemotron_h")
+    theirs.config.save_pretrained(tmp_path)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    again = load_hf(str(tmp_path), mesh=one_device())
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(ours)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    save_hf(again, str(tmp_path / "out"))
+    names = load_file(tmp_path / "out/model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"backbone", "lm_head"}
 
 
 def test_what_decays_the_state_of_a_delta_net_stays_float32(pair, tmp_path):

@@ -124,8 +124,10 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
     with odd_values(f"config of a {kind} model", StrictDataclassError):
         filled = AutoConfig.for_model(kind, **keep)
         c, layers = filled.to_dict(), filled.num_hidden_layers
-        if keep.get("num_hidden_layers", layers) != layers:  # else transformers ignores it
+        if keep.get("num_hidden_layers", layers) != layers:  # which nemotron_h ignores
             raise UserError(f"num_hidden_layers is not the {layers} of layers_block_type")
+        if layers > LIMITS["num_hidden_layers"]:
+            raise UserError(f"layers_block_type has {layers:,} layers, which are too many")
         c["num_hidden_layers"] = layers
         # Published configs and transformers 5 may differ in the name of a key: both are set.
         c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
