@@ -782,7 +782,7 @@ TINY = dict(
     # The default of granitemoehybrid divides no hidden size as small.
     mamba_n_heads=4,
     # nemotron_h has four layers by default.
-    layers_block_type=["linear_attention", "moe"],
+    hybrid_override_pattern="ME",
 )
 
 
