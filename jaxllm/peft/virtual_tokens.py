@@ -45,7 +45,7 @@ class VirtualTokens(PeftAdapter):
     def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
         length = section.num_virtual_tokens
         alone = any(kind.mixer == "none" for kind in cfg.kinds)
-        if what := cfg.recurrent or ("MLPs alone" if alone else ""):
+        if what := cfg.recurrent or ("MLP layers" if alone else ""):
             raise UserError(
                 f"peft.method {cls.method} adds keys and values before each text, which the "
                 f"{what} of this model do not have; use method lora"
