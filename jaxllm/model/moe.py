@@ -118,16 +118,16 @@ class MoE(nnx.Module):
         zeros = jnp.zeros(E, dtype)
         self.router_bias = nnx.Param(zeros, axes=("router",)) if experts.bias else None
         self.router_lora = peft.linear(f"{path}.router_lora", ("embed", "router"), (D, E), rngs)
-        # N: features of what the experts read and give
-        N, gated = experts.latent_size or D, cfg.gated_mlp
-        self.gate = Kernels(cfg, f"{path}.gate", UP, (E, N, F), **keys) if gated else None
-        self.up = Kernels(cfg, f"{path}.up", UP, (E, N, F), **keys)
-        self.down = Kernels(cfg, f"{path}.down", DOWN, (E, F, N), **keys)
-        self.gate_up = peft.experts(f"{path}.gate_up", UP, (E, N, 2 * F), rngs) if gated else None
+        # W: features of what the experts read and give
+        W, gated = experts.latent_size or D, cfg.gated_mlp
+        self.gate = Kernels(cfg, f"{path}.gate", UP, (E, W, F), **keys) if gated else None
+        self.up = Kernels(cfg, f"{path}.up", UP, (E, W, F), **keys)
+        self.down = Kernels(cfg, f"{path}.down", DOWN, (E, F, W), **keys)
+        self.gate_up = peft.experts(f"{path}.gate_up", UP, (E, W, 2 * F), rngs) if gated else None
         linear = partial(Linear, cfg, bias=cfg.mlp_bias, **keys)
         narrow, wide = ("embed", "latent"), ("latent", "embed")
-        self.inward = linear(f"{path}.inward", narrow, (D, N)) if experts.latent_size else None
-        self.outward = linear(f"{path}.outward", wide, (N, D)) if experts.latent_size else None
+        self.inward = linear(f"{path}.inward", narrow, (D, W)) if experts.latent_size else None
+        self.outward = linear(f"{path}.outward", wide, (W, D)) if experts.latent_size else None
         self.shared = (
             MLP(cfg, f"{path}.shared", experts.shared_size, **keys) if experts.shared_size else None
         )
