@@ -247,7 +247,7 @@ def load_hf(
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
     locations = text_tensors(folder, cfg.wrapper, scheme)
-    embed, head = embed_name(cfg.wrapper), head_of(cfg.wrapper)
+    embed, head = embed_name(cfg.family, cfg.wrapper), head_of(cfg.wrapper)
     if cfg.tie_embeddings and embed not in locations and head in locations:
         locations[embed] = locations.pop(head)
     elif overrides.get("tie_word_embeddings") is False and embed in locations:
@@ -488,7 +488,7 @@ def save_adapter(model: Decoder, path: str, tokenizer: Any = None, *, card: str 
     tensors = [Tensor(n, v.shape, lambda _, v=v: v) for n, v in adapter.tensors(model).items()]
     for t in hf_tensors(model, adapter.saved):
         tensors.append(replace(t, name=adapter.root + t.name))
-        if t.name == embed_name(model.cfg.wrapper) and model.cfg.tied_head:
+        if t.name == embed_name(model.cfg.family, model.cfg.wrapper) and model.cfg.tied_head:
             tensors.append(
                 replace(t, name=adapter.root + head_of(model.cfg.wrapper))
             )  # peft saves the tied copy as well

@@ -18,6 +18,7 @@ from jaxllm.model.families.table import FAMILIES, SAME_AS
 from jaxllm.model.families.tensors import embed_name
 from jaxllm.model.families.wrappers import (
     WRAPPER,
+    family_of,
     head_of,
     is_text,
     module_name,
@@ -115,7 +116,7 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
         return False
     wrapper = wrapper_of(config)
     locations = text_tensors(folder, wrapper, scheme)
-    embed, head = embed_name(wrapper), head_of(wrapper)
+    embed, head = embed_name(family_of(config), wrapper), head_of(wrapper)
     if embed not in locations or head not in locations:
         return False
     with fp8.opened(locations, scheme) as tensor:

@@ -28,7 +28,7 @@ from jaxllm.hf_config import read_config, text_tensors
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import mtp_modules
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import mtp_copies
+from jaxllm.model.families.tensors import mtp_copies, stored_name
 from jaxllm.model.families.wrappers import WRAPPER, is_text, module_name, root_of
 from jaxllm.paths import as_path, copy, is_bucket
 
@@ -181,7 +181,7 @@ def base_of(model: Any) -> tuple[Path, dict[str, Any]]:
 
 
 def with_unused(model: Any, tensors: dict[str, Tensor], out: str) -> dict[str, Tensor]:
-    """A model's tensors under the names that they have in the files it was loaded from, and the
+    """A model's tensors under the names that they have in files, those it was loaded from, and the
     tensors there that it does not use, to be written to `out`. Trained modules of multi-token
     prediction have copies of the table and the head.
 
@@ -191,6 +191,8 @@ def with_unused(model: Any, tensors: dict[str, Tensor], out: str) -> dict[str, T
     cfg, config, problem = model.cfg, json.loads(model.hf_config or "{}"), ""
     copies = mtp_copies(cfg).items()
     tensors = tensors | {name: replace(tensors[of], name=name) for name, of in copies}
+    own = {name: stored_name(cfg, name) for name in tensors}
+    tensors = {own[name]: replace(t, name=own[name]) for name, t in tensors.items()}
     if not cfg.wrapper and (cfg.scores or not (model.base and _may_have_mtp(cfg, config))):
         return tensors
     try:

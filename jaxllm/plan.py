@@ -323,15 +323,17 @@ def step_flops(program: Program) -> tuple[float, float]:
     # (What an expert adds is weighted by the router, whose gradient reads it.)
     Q, F = shape.num_heads * shape.head_dim, shape.intermediate_size
     for kind in shape.kinds_by_layer + (shape.mtp_kind,) * shape.mtp:
-        mlp = F if shape.experts is None or kind.dense else 0
-        unread = {"pre": mlp, "parallel": mlp + Q}.get(shape.norm_placement, 0)
+        last = 0 if kind.routed and shape.experts else F
+        if not kind.mlp:
+            last = Q if shape.mamba is None or kind.mixer != "mamba" else shape.mamba.widths["x"]
+        unread = {"pre": last, "parallel": last + Q}.get(shape.norm_placement, 0)
         weights -= 2 * shape.hidden_size * unread
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:
         # Gate and up. Elsewhere the policy of the layers decides what is saved.
-        sizes = (shape.of(kind).intermediate_size for kind in shape.kinds_by_layer)
-        again += 4 * shape.hidden_size * sum(sizes)
+        sizes = (shape.of(k).intermediate_size for k in shape.kinds_by_layer if k.mlp)
+        again += 2 * (1 + shape.gated_mlp) * shape.hidden_size * sum(sizes)
     again *= 2 if cfg.verb.critic and cfg.rl.critic == "separate" else 1
     # `cross_entropy` computes logits once, `token_logps` twice if the head is trained.
     kernel = "embed" if program.policy.head is None else "head"

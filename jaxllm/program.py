@@ -274,7 +274,7 @@ def build(cfg: TrainConfig, mesh: Mesh, own: Callable[..., Any] | None = None) -
     if (blocks := cfg.model.mlp_blocks) > 1:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             stacks = [getattr(program.policy, name) for name in shape.stacks]
-            obstacles = [stack.mlp.obstacle(blocks) for stack in stacks]
+            obstacles = [stack.mlp.obstacle(blocks) for stack in stacks if stack.mlp is not None]
         for obstacle in filter(None, obstacles):
             raise UserError(f"model.mlp_blocks: {blocks} is not possible: {obstacle}; change it")
     if mesh.shape["context"] > 1 and (obstacle := context_obstacle(shape)):

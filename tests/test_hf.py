@@ -284,7 +284,7 @@ def test_one_number_of_the_head_is_enough_and_its_dtype_is_not(tmp_path):
     write_model(tmp_path, tie_word_embeddings=True, dtype=torch.bfloat16)
 
     def add(tensors):
-        tensors[HEAD] = tensors[embed_name("")].float()
+        tensors[HEAD] = tensors[embed_name("llama", "")].float()
 
     rewrite(tmp_path, add)
     assert load_hf(str(tmp_path)).head is None
@@ -302,7 +302,7 @@ def test_a_tied_model_kept_as_its_head_alone_is_read(tmp_path):
     model = write_model(tmp_path, tie_word_embeddings=True)
 
     def rename(tensors):
-        tensors[HEAD] = tensors.pop(embed_name(""))
+        tensors[HEAD] = tensors.pop(embed_name("llama", ""))
 
     rewrite(tmp_path, rename)
     want = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path), TOKENS)

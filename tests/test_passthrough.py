@@ -39,6 +39,10 @@ MTP = {
         "mtp.fc.weight": torch.randn(32, 64).bfloat16(),
         "mtp.layers.0.input_layernorm.weight": torch.randn(32),
     },
+    "nemotron_h": {
+        "mtp.layers.0.eh_proj.weight": torch.randn(32, 64).bfloat16(),
+        "mtp.layers.0.mixer.q_proj.weight": torch.randn(48, 32),
+    },
 }
 LINE = "tensors of multi-token prediction"
 
@@ -49,7 +53,7 @@ def base(tmp_path_factory):
     folders: dict[str, Path] = {}
     for kind, extra in MTP.items():
         folders[kind] = tmp_path_factory.mktemp("base") / kind
-        layers = {} if kind == "qwen3_next" else {"num_hidden_layers": 2}
+        layers = {} if kind in ("qwen3_next", "nemotron_h") else {"num_hidden_layers": 2}
         model = magnified(hf_config(kind) | layers)
         model.save_pretrained(folders[kind], max_shard_size="30KB")
         save_file(extra, folders[kind] / "model-mtp.safetensors", {"format": "pt"})

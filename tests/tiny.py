@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families.wrappers import WRAPPERS
+from jaxllm.model.families.wrappers import WRAPPERS, module_name
 
 B, T, V = 2, 24, 131
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -117,6 +117,15 @@ GRANITE_HYBRID: dict[str, Any] = dict(
     logits_scaling=0.7,
     residual_multiplier=0.4,
     attention_multiplier=0.2,
+)
+
+NEMOTRON_H: dict[str, Any] = dict(
+    layer_norm_epsilon=1e-2,  # a smaller one magnifies the roundings of small states
+    head_dim=12,
+    mamba_num_heads=8,
+    mamba_head_dim=8,
+    n_groups=2,
+    ssm_state_size=10,
 )
 
 # One entry for each family carries the family's name; the others turn its flags.
@@ -659,6 +668,50 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=dict(rope_type="default", rope_theta=500.0),
         ),
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        NEMOTRON_H
+        | dict(
+            num_hidden_layers=6,
+            hybrid_override_pattern="MEME*-",
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            moe_shared_expert_intermediate_size=28,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+        ),
+    ),
+    "nemotron_h without experts, biases, least steps": (
+        "nemotron_h",
+        NEMOTRON_H
+        | dict(
+            layers_block_type=["mlp", "mamba", "attention", "mlp"],  # of transformers 4
+            use_bias=True,
+            mlp_bias=True,
+            use_conv_bias=False,
+            n_groups=4,
+            time_step_min=0.4,
+            mlp_hidden_act="silu",
+            mamba_hidden_act="gelu",
+        ),
+    ),
+    "nemotron_h experts of latents, biases": (
+        "nemotron_h",
+        NEMOTRON_H
+        | dict(
+            num_hidden_layers=6,
+            hybrid_override_pattern="E*MEMM",
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            moe_shared_expert_intermediate_size=28,
+            moe_latent_size=16,
+            mlp_bias=True,
+            norm_topk_prob=False,
+        ),
+    ),
     "qwen3_next": ("qwen3_next", DELTA | DELTA_EXPERTS | dict(norm_topk_prob=True)),
     "qwen3_next some dense, biases": (
         "qwen3_next",
@@ -698,7 +751,7 @@ def magnified(config: dict[str, Any]) -> Any:
             noise = torch.randn_like(weight)
             if "norm" in path:
                 offset = kind.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
-                offset = offset and not kind.startswith("gemma4")
+                offset = offset and not kind.startswith(("gemma4", "nemotron_h"))
                 around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
             elif path.endswith("scale"):
@@ -718,10 +771,11 @@ def magnified(config: dict[str, Any]) -> Any:
 
 
 def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Tensors under the names that transformers saves: those of experts one by one."""
+    """Tensors as transformers saves them: those of experts one by one."""
     if not any(".experts." in name for name in tensors):
         return tensors
-    return revert_weight_conversion(model, tensors)
+    saved = revert_weight_conversion(model, tensors)
+    return {module_name(name, ""): tensor for name, tensor in saved.items()}
 
 
 def one_device() -> Any:

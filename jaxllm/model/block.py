@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer: attention, or what takes its place, and MLP around the residual stream.
+"""One layer: attention, or what takes its place, and MLP around the residual stream, or only one.
 
 Dims: B rows, T tokens, D model width.
 """
@@ -29,9 +29,9 @@ from jaxllm.model.moe import MoE
 
 
 class Block(nnx.Module):
-    """x + attention, x + MLP, with norms before, after, or on both sides of each; or x + attention
-    + MLP of the same normed x (`parallel`). Then x + what the layer's own embedding gates, and all
-    of it times a number, where the family has these.
+    """x + attention, x + MLP, or one of them alone, with norms before, after, or on both sides of
+    each; or x + attention + MLP of the same normed x (`parallel`). Then x + what the layer's own
+    embedding gates, and all of it times a number, where the family has these.
 
     path: the attribute of the decoder that holds the stack. kind: of one of its layers.
     """
@@ -55,38 +55,41 @@ class Block(nnx.Module):
         mixer = partial(Attention, kind=kind) if cfg.latent is None else LatentAttention
         others = {"delta": DeltaNet, "conv": ShortConv, "mamba": MambaMixer}
         mixer = others.get(kind.mixer, mixer)
-        self.attn = mixer(cfg, f"{path}.attn", **keys)
-        self.mlp = (
-            MoE(cfg, f"{path}.mlp", **keys)
-            if cfg.experts and not kind.dense
-            else MLP(cfg, f"{path}.mlp", cfg.intermediate_size, **keys)
-        )
-        self.attn_norm = norm() if before or self.parallel else None
-        self.attn_post_norm = norm() if after else None
-        self.mlp_norm = norm() if before else None
-        self.mlp_post_norm = norm() if after else None
+        mixes = kind.mixer != "none"
+        mlp = partial(MLP, F=cfg.intermediate_size)
+        mlp = MoE if cfg.experts and kind.routed else mlp
+        self.attn = mixer(cfg, f"{path}.attn", **keys) if mixes else None
+        self.mlp = mlp(cfg, f"{path}.mlp", **keys) if kind.mlp else None
+        self.attn_norm = norm() if mixes and (before or self.parallel) else None
+        self.attn_post_norm = norm() if mixes and after else None
+        self.mlp_norm = norm() if kind.mlp and before else None
+        self.mlp_post_norm = norm() if kind.mlp and after else None
         self.embed = LayerEmbed(cfg, f"{path}.embed", **keys) if cfg.layer_embeds else None
         self.scalar = nnx.Param(jnp.ones(1, dtype), axes=(None,)) if cfg.layer_scale else None
-        self.attn_adapter = peft.sublayer(f"{path}.attn_adapter", cfg.hidden_size, rngs)
-        self.mlp_adapter = peft.sublayer(f"{path}.mlp_adapter", cfg.hidden_size, rngs)
+        adapter = partial(peft.sublayer, size=cfg.hidden_size, rngs=rngs)
+        self.attn_adapter = adapter(f"{path}.attn_adapter") if mixes else None
+        self.mlp_adapter = adapter(f"{path}.mlp_adapter") if kind.mlp else None
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any, Any]:
         """(x_BTD, the layer's new past, its Routing or None without experts).
 
         past: a LayerCache, StateCache, VirtualTokens, or None.
         """
-        with jax.named_scope("attention"):
-            n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
-            h_BTD, past = self.attn(n_BTD, ctx, past)
-            x_BTD = self.added(x_BTD, h_BTD, self.attn_post_norm, self.attn_adapter)
-        with jax.named_scope("mlp"):
-            if not self.parallel:
-                n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
-            if isinstance(self.mlp, MoE):
-                h_BTD, routing = self.mlp(n_BTD, ctx, x_BTD)
-            else:
-                h_BTD, routing = self.mlp(n_BTD, ctx), None
-            x_BTD = self.added(x_BTD, h_BTD, self.mlp_post_norm, self.mlp_adapter)
+        n_BTD, routing = x_BTD, None
+        if self.attn is not None:
+            with jax.named_scope("attention"):
+                n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
+                h_BTD, past = self.attn(n_BTD, ctx, past)
+                x_BTD = self.added(x_BTD, h_BTD, self.attn_post_norm, self.attn_adapter)
+        if self.mlp is not None:
+            with jax.named_scope("mlp"):
+                if not self.parallel:
+                    n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+                if isinstance(self.mlp, MoE):
+                    h_BTD, routing = self.mlp(n_BTD, ctx, x_BTD)
+                else:
+                    h_BTD = self.mlp(n_BTD, ctx)
+                x_BTD = self.added(x_BTD, h_BTD, self.mlp_post_norm, self.mlp_adapter)
         if self.embed is not None:
             x_BTD = x_BTD + self.embed(x_BTD, ctx)
         if self.scalar is not None:

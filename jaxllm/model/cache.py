@@ -171,7 +171,7 @@ class Cache:
     """Keys and values of the past tokens. All rows write the same slots, short rows padding."""
 
     # of each stack: a LayerCache or StateCache, or a tuple of those of unstacked layers; None where
-    # layers use the keys and values of others
+    # layers use the keys and values of others, or have no mixer
     layers: tuple[Any, ...]
     segment_ids: Any  # int32 [B, S]; 0 = empty or padding
     length: Any  # slots that are written: a Python int where it is static, else an int32 scalar
@@ -180,10 +180,10 @@ class Cache:
     def empty(cfg: ModelConfig, rows: int, slots: int, dtype: Any) -> Cache:
         def stack(layers: range) -> LayerCache | StateCache | None:
             count, kind = len(layers), cfg.kinds_by_layer[layers[0]]
+            if kind.mixer == "none" or kind.uses is not None:
+                return None
             if kind.mixer != "attention":
                 return StateCache.empty(cfg, count, rows, dtype=dtype)
-            if kind.uses is not None:
-                return None
             heads, k_dim, v_dim = cfg.of(kind).cached_dims
             k = jnp.zeros((count, rows, heads, k_dim, slots), dtype)
             return LayerCache(k, jnp.zeros((count, rows, heads, slots, v_dim), dtype))

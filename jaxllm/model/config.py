@@ -49,7 +49,9 @@ class LayerKind:
     rope: int = 0  # index into ModelConfig.ropes
     window: int | None = None  # attend to this many last tokens, itself included; None = all
     dense: bool = False  # an MLP in a model whose other layers have experts
-    mixer: Literal["attention", "delta", "conv", "mamba"] = "attention"
+    # A layer may be one of the two alone: a mixer, or an MLP or experts.
+    mixer: Literal["attention", "delta", "conv", "mamba", "none"] = "attention"
+    mlp: bool = True
     # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
     head_dim: int | None = None
     num_kv_heads: int | None = None
@@ -60,10 +62,16 @@ class LayerKind:
     uses: int | None = None
 
     @property
+    def routed(self) -> bool:
+        """True if it has experts, in a model that has some."""
+        return self.mlp and not self.dense
+
+    @property
     def structure(self) -> tuple[Any, ...]:
         """Equal for layers that one stack can hold, whose weights have equal shapes."""
         rest = self.values_from_keys, self.keeps, self.uses
-        return (self.mixer, self.dense, *(getattr(self, size) for size in OWN_SIZES), *rest)
+        parts = self.mixer, self.mlp, self.dense
+        return (*parts, *(getattr(self, size) for size in OWN_SIZES), *rest)
 
 
 OWN_SIZES = "head_dim", "num_kv_heads", "intermediate_size"
@@ -97,6 +105,7 @@ class Experts:
     limit: float = 0.0
     alpha: float = 1.702
     on_input: bool = False  # the weights multiply the experts' inputs in place of their outputs
+    latent_size: int = 0  # features of their inputs and outputs, between projections; 0 = D
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ class Mamba:
     conv_bias: bool = True
     bias: bool = False  # of the projections
     activation: str = "silu"  # after the convolution
+    least_step: float = 0.0  # δ of a token is at least this
 
     @property
     def widths(self) -> dict[str, int]:
@@ -337,7 +347,8 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
             is_size = hint is int or (f.name in ("window", *OWN_SIZES) and value is not None)
-            optional = ("rope", "original_length", "query_shift", "q_rank", "shared_size", "mtp")
+            optional = ("rope", "original_length", "query_shift", "q_rank", "mtp")
+            optional += ("shared_size", "latent_size")
             low = 0 if f.name in optional else 1
             if is_size and not (type(value) is int and low <= value < 2**31):
                 raise UserError(

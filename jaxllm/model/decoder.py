@@ -108,7 +108,9 @@ class Decoder(nnx.Module):
     @property
     def quantized(self) -> bool:
         """True if the kernels of the layers are quantized."""
-        return isinstance(self.first_stack.attn.o.kernel.get_value(), Quantized)
+        first = self.first_stack
+        module = first.mlp.down if first.attn is None else first.attn.o
+        return isinstance(module.kernel.get_value(), Quantized)
 
     @property
     def first_stack(self) -> Any:

@@ -4,7 +4,7 @@
 The state S of a head adds each token's features under a key b, decays, and is read with a query c:
 
     S ← αS + b (δx)ᵀ,   y = Sᵀc + skip · x
-    δ = softplus(dt x + dt_bias),   α = exp(-exp(a_log) · δ)
+    δ = max(softplus(dt x + dt_bias), least_step),   α = exp(-exp(a_log) · δ)
 
 Before that, x, b and c pass a causal convolution over a few tokens. After it, y times silu(gate x)
 has a norm. Tokens are computed in chunks: all but the state that goes from chunk to chunk is
@@ -76,6 +76,7 @@ class MambaMixer(nnx.Module):
             for y, shape in pairs
         )
         dt_BTH = jax.nn.softplus(dt_BTH.astype(jnp.float32) + self.dt_bias[...])
+        dt_BTH = jnp.maximum(dt_BTH, least) if (least := self.mamba.least_step) > 0 else dt_BTH
         dt_BTH = jnp.where(real_BT[..., None], dt_BTH, 0)
         before = past or StateCache.empty(self.cfg, len(x_BTD), dtype=x_BTD.dtype)
         # Recomputed in the backward pass, as those of delta nets.

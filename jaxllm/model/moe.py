@@ -118,10 +118,16 @@ class MoE(nnx.Module):
         zeros = jnp.zeros(E, dtype)
         self.router_bias = nnx.Param(zeros, axes=("router",)) if experts.bias else None
         self.router_lora = peft.linear(f"{path}.router_lora", ("embed", "router"), (D, E), rngs)
-        self.gate = Kernels(cfg, f"{path}.gate", UP, (E, D, F), **keys)
-        self.up = Kernels(cfg, f"{path}.up", UP, (E, D, F), **keys)
-        self.down = Kernels(cfg, f"{path}.down", DOWN, (E, F, D), **keys)
-        self.gate_up = peft.experts(f"{path}.gate_up", UP, (E, D, 2 * F), rngs)
+        # W: features of what the experts read and give
+        W, gated = experts.latent_size or D, cfg.gated_mlp
+        self.gate = Kernels(cfg, f"{path}.gate", UP, (E, W, F), **keys) if gated else None
+        self.up = Kernels(cfg, f"{path}.up", UP, (E, W, F), **keys)
+        self.down = Kernels(cfg, f"{path}.down", DOWN, (E, F, W), **keys)
+        self.gate_up = peft.experts(f"{path}.gate_up", UP, (E, W, 2 * F), rngs) if gated else None
+        linear = partial(Linear, cfg, bias=cfg.mlp_bias, **keys)
+        narrow, wide = ("embed", "latent"), ("latent", "embed")
+        self.inward = linear(f"{path}.inward", narrow, (D, W)) if experts.latent_size else None
+        self.outward = linear(f"{path}.outward", wide, (W, D)) if experts.latent_size else None
         self.shared = (
             MLP(cfg, f"{path}.shared", experts.shared_size, **keys) if experts.shared_size else None
         )
@@ -160,7 +166,11 @@ class MoE(nnx.Module):
         if self.router_lora is not None:
             logits_BTE = self.router_lora(read_BTD, logits_BTE, None, ctx)
         run, kernels = partial(routed, self.cfg), self.kernels(ctx)
+        if self.inward is not None:
+            routed_BTD = self.inward(routed_BTD, ctx)
         y_BTD, chosen_BTC = over_mesh(run, routed_BTD, logits_BTE, bias, kernels)
+        if self.outward is not None:
+            y_BTD = self.outward(y_BTD, ctx)
         routing = routing_of(logits_BTE, chosen_BTC, ctx.segment_ids != 0)
         if self.shared is None:
             return y_BTD, routing
@@ -174,7 +184,7 @@ class MoE(nnx.Module):
     def kernels(self, ctx: Context) -> dict[str, Any]:
         """The weights of the experts, and A and B of LoRA, by their names in DIMS."""
         found: dict[str, Any] = {"scale": self.scale[...]} if self.branch else {}
-        for name in ("gate", "up", "down"):
+        for name in ("gate", "up", "down") if self.gate is not None else ("up", "down"):
             part: Kernels = getattr(self, name)
             found[name] = part.kernel.get_value()
             if part.bias is not None:
@@ -195,7 +205,7 @@ def routed(
     assert experts is not None
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     weights_NC, chosen_NC = route(logits_BTE.reshape(len(x_ND), -1), bias_E, experts)
-    if len(jax.tree.leaves(kernels["gate"])[0]) < experts.count:
+    if len(jax.tree.leaves(kernels["up"])[0]) < experts.count:
         run = partial(weighted_rows, cfg)
         y_ND: Any = over_experts(run, x_ND, weights_NC, chosen_NC, kernels)
     else:
@@ -247,8 +257,12 @@ def expert_rows(
         return y + grouped(inner, kernels[f"{name}_b"], sizes)
 
     inner = grouped(rows, kernels["gate_up_a"], sizes) if "gate_up_a" in kernels else None
-    gate, up = linear(rows, "gate", inner), linear(rows, "up", inner)
-    hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
+    gate = linear(rows, "gate", inner) if cfg.gated_mlp else None
+    up = linear(rows, "up", inner)
+    if gate is None:
+        hidden = activation(up)
+    else:
+        hidden = clamped(gate, up, experts) if experts.limit else activation(gate) * up
     y = linear(hidden, "down")
     if (scale_E := kernels.get("scale")) is None:
         return y

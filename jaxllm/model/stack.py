@@ -122,7 +122,7 @@ class Scan:
         """
         if isinstance(self.blocks[0], nnx.List):
             run = self.loop
-        elif isinstance(pasts[0], CACHES) or not context_splits(x_BTD.shape[1]):
+        elif _caches(pasts) or not context_splits(x_BTD.shape[1]):
             run = self.scan
         else:
             run = self.over_context
@@ -199,7 +199,7 @@ class Scan:
     def scan(self, x_BTD: jax.Array, ctx: Context, pasts: Any) -> tuple[jax.Array, Any, Any]:
         graphs, weights = zip(*map(nnx.split, self.blocks), strict=True)
         weights = tuple(narrowed(one, self.dtype) for one in weights)
-        decoding = isinstance(pasts[0], CACHES) and not manual_rows()
+        decoding = _caches(pasts) and not manual_rows()
         pairs = zip(graphs, weights, self.kinds, strict=True)
         period = [self.layer(*pair, ctx, decoding) for pair in pairs]
 
@@ -248,6 +248,11 @@ class Scan:
         if policy is None or decoding:
             return layer
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _caches(pasts: Any) -> bool:
+    """True if a stack of a scan has a cache: the model decodes."""
+    return any(isinstance(past, CACHES) for past in pasts)
 
 
 def _select(values: list[Any], index: jax.Array) -> Any:

@@ -37,16 +37,18 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     more.
     """
     D, H = model.hidden_size, model.num_heads
-    routed = 0
+    routed, matrices = 0, 3 if model.gated_mlp else 2
     if (experts := model.experts) is not None:  # those that a token passes, and the router
-        routed = 3 * (experts.top_k * experts.size + experts.shared_size)
-        routed += experts.count + experts.shared_gate
+        width = experts.latent_size or D
+        routed = matrices * (experts.top_k * experts.size * width + experts.shared_size * D)
+        routed += D * (experts.count + experts.shared_gate + 2 * experts.latent_size)
     # Of a token, summed over layers: products with weights, and FLOPs of attention and delta nets.
     weights = products_of_keys = state = 0.0
     for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
         layer = model.of(kind)
-        dense = (3 if model.gated_mlp else 2) * layer.intermediate_size
-        weights += D * (dense if kind.dense or experts is None else routed)
+        if kind.mlp:
+            dense = matrices * D * layer.intermediate_size
+            weights += routed if kind.routed and experts is not None else dense
         if model.layer_embeds is not None:  # of its gate, up, and part of the projection
             weights += 3 * D * model.layer_embeds.size
         if kind.mixer == "delta" and (delta := model.delta) is not None:
@@ -60,8 +62,8 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += D * (3 * inner + 2 * mamba.groups * mamba.state + mamba.heads)
             state += state_products(mamba, length)
             continue
-        if kind.mixer == "conv":
-            weights += 4 * D * D
+        if kind.mixer in ("conv", "none"):
+            weights += 4 * D * D * (kind.mixer == "conv")
             continue
         weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)

@@ -23,7 +23,9 @@ from jaxllm.untrusted import bounded
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
-UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe", "nemotron_h")
+# Modules that peft does not adapt, since kernels for state spaces pass them by.
+REFUSED = {"nemotron_h": (".out_proj",)}
 # The router's names where it is a Linear in transformers 5 too.
 LINEAR_ROUTER = (".wg", ".router.proj")
 EXPERTS = ".experts.", ".block_sparse_moe."  # in the names of tensors of experts
@@ -31,6 +33,7 @@ EXPERTS = ".experts.", ".block_sparse_moe."  # in the names of tensors of expert
 FUSED = {
     "conv.in_proj": "bcx",
     "mamba.in_proj": "inputs",
+    "mixer.in_proj": "inputs",
     "shared_mlp.input_linear": "gate_up",
 }
 PATTERN = r"(.*\.)?({})"  # a key of rank_pattern or alpha_pattern matches the end of a name
@@ -105,7 +108,7 @@ def adaptable_modules(cfg: ModelConfig) -> dict[str, str]:
             path = f"{path.rpartition('.')[0]}.{fused}"
         routed = any(part in key.name for part in EXPERTS) or leaf == "router"
         linear_router = leaf == "router" and module.endswith(LINEAR_ROUTER)
-        if key.path in score_paths(cfg):
+        if key.path in score_paths(cfg) or module.endswith(REFUSED.get(cfg.family, ())):
             continue
         if routed and not linear_router and not fuses_experts(cfg):
             continue
@@ -130,16 +133,18 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     if cfg.experts is None:
         return {}
     modules = FAMILIES[cfg.family].modules
-    mlp, router = modules.get("mlp", "mlp"), modules.get("mlp.router", "mlp.gate")
+    mlp = modules.get("mlp", "mlp")
+    router = modules.get("mlp.router", f"{mlp}.gate")
     experts = modules.get("mlp.experts", f"{mlp}.experts")
-    names = {"gate_up": f"{experts}.gate_up_proj", "down": f"{experts}.down_proj"}
+    up = "gate_up" if cfg.gated_mlp else "up"
+    names = {up: f"{experts}.{up}_proj", "down": f"{experts}.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
         router = router.removesuffix(".layer")  # granite's, which transformers 5 renames
         names["router_lora"] = (f"{mlp}.gate" if fuses_experts(cfg) else router) + ".weight"
     return {
         f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()
-        if not cfg.kinds_by_layer[layers[0]].dense
+        if cfg.kinds_by_layer[layers[0]].routed
         for name, end in names.items()
     }
 

@@ -44,10 +44,11 @@ class VirtualTokens(PeftAdapter):
     @classmethod
     def from_section(cls, cfg: ModelConfig, section: PeftSection, strict: bool = True) -> Self:
         length = section.num_virtual_tokens
-        if cfg.recurrent:
+        alone = any(kind.mixer == "none" for kind in cfg.kinds)
+        if what := cfg.recurrent or ("MLP layers" if alone else ""):
             raise UserError(
                 f"peft.method {cls.method} adds keys and values before each text, which the "
-                f"{cfg.recurrent} of this model do not have; use method lora"
+                f"{what} of this model do not have; use method lora"
             )
         if len({(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}) > 1:
             raise UserError(

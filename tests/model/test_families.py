@@ -20,7 +20,7 @@ from jaxllm.hf_config import updated_configs
 from jaxllm.mesh import axes_of, param_sharding
 from jaxllm.model.config import Delta, Experts, LayerKind, Mamba, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import as_reward, from_hf, normalised, to_hf
+from jaxllm.model.families import as_reward, from_hf, normalised, to_hf, with_mtp
 from jaxllm.model.families.rope import rope_keys
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.tensors import key_table, tensor_names
@@ -624,6 +624,107 @@ GRANITE_4_H_TINY = dict(
     tie_word_embeddings=True,
     vocab_size=100352,
 )
+# The keys of the published configs, of which transformers uses neither attention_head_dim nor
+# residual_in_fp32 nor those of RoPE.
+NEMOTRON_H_8B = dict(
+    model_type="nemotron_h",
+    attention_bias=False,
+    attention_head_dim=128,
+    chunk_size=256,
+    conv_kernel=4,
+    expand=2,
+    hidden_size=4096,
+    hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    initializer_range=0.02,
+    intermediate_size=21504,
+    layer_norm_epsilon=1e-5,
+    mamba_head_dim=64,
+    mamba_hidden_act="silu",
+    mamba_num_heads=128,
+    mamba_proj_bias=False,
+    max_position_embeddings=8192,
+    mlp_bias=False,
+    mlp_hidden_act="relu2",
+    n_groups=8,
+    num_attention_heads=32,
+    num_hidden_layers=52,
+    num_key_value_heads=8,
+    num_logits_to_keep=1,
+    rescale_prenorm_residual=True,
+    residual_in_fp32=True,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    ssm_state_size=128,
+    tie_word_embeddings=False,
+    time_step_floor=0.0001,
+    time_step_max=0.1,
+    time_step_min=0.001,
+    time_step_rank=256,
+    use_bias=False,
+    use_conv_bias=True,
+    use_mamba_kernels=True,
+    vocab_size=131072,
+)
+NEMOTRON_NANO_9B_V2 = NEMOTRON_H_8B | dict(
+    head_dim=128,
+    hidden_size=4480,
+    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    intermediate_size=15680,
+    mamba_head_dim=80,
+    max_position_embeddings=131072,
+    num_attention_heads=40,
+    num_hidden_layers=56,
+)
+NEMOTRON_3_NANO = dict(
+    model_type="nemotron_h",
+    attention_bias=False,
+    chunk_size=128,
+    conv_kernel=4,
+    expand=2,
+    head_dim=128,
+    hidden_size=2688,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    initializer_range=0.02,
+    intermediate_size=1856,
+    layer_norm_epsilon=1e-5,
+    mamba_head_dim=64,
+    mamba_hidden_act="silu",
+    mamba_num_heads=64,
+    mamba_proj_bias=False,
+    mamba_ssm_cache_dtype="float32",
+    max_position_embeddings=262144,
+    mlp_bias=False,
+    mlp_hidden_act="relu2",
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    n_group=1,
+    n_groups=8,
+    n_routed_experts=128,
+    n_shared_experts=1,
+    norm_eps=1e-5,
+    norm_topk_prob=True,
+    num_attention_heads=32,
+    num_experts_per_tok=6,
+    num_hidden_layers=52,
+    num_key_value_heads=2,
+    num_logits_to_keep=1,
+    partial_rotary_factor=1.0,
+    rescale_prenorm_residual=True,
+    residual_in_fp32=False,
+    rope_theta=10000,
+    routed_scaling_factor=2.5,
+    sliding_window=None,
+    ssm_state_size=128,
+    tie_word_embeddings=False,
+    time_step_floor=0.0001,
+    time_step_max=0.1,
+    time_step_min=0.001,
+    topk_group=1,
+    use_bias=False,
+    use_conv_bias=True,
+    use_mamba_kernels=True,
+    vocab_size=131072,
+)
 LLAMA_4_SCOUT = dict(
     model_type="llama4_text",
     attention_bias=False,
@@ -680,6 +781,8 @@ TINY = dict(
     topk_group=1,
     # The default of granitemoehybrid divides no hidden size as small.
     mamba_n_heads=4,
+    # nemotron_h has four layers by default.
+    hybrid_override_pattern="ME",
 )
 
 
@@ -758,7 +861,7 @@ def test_a_config_is_read_without_being_changed():
         *(QWEN3_30B_A3B, MIXTRAL_8X7B, COMMAND_R7B, GPT_OSS_20B, GPT_OSS_120B),
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
-        GRANITE_4_H_TINY,
+        *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -815,6 +918,29 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             r"time_step_limit is \[0.0, 2.0\]: transformers ignores it while decoding",
         ),
         ("granitemoehybrid", {"mamba_n_groups": 3}, "4 heads of state spaces are no multiple of 3"),
+        ("nemotron_h", {"n_groups": 3}, "128 heads of state spaces are no multiple of 3 groups"),
+        ("nemotron_h", {"attention_bias": True}, "attention_bias is True: transformers ignores it"),
+        (
+            "nemotron_h",
+            {"tie_word_embeddings": True},
+            "tie_word_embeddings is True: transformers ignores it for nemotron_h; set it to false",
+        ),
+        (
+            "nemotron_h",
+            {"num_hidden_layers": 3},
+            "num_hidden_layers is not the 2 of layers_block_type",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "conv"]},
+            "layer_types conv are not supported|conv",
+        ),
+        ("nemotron_h", {"mlp_hidden_act": "tanh"}, "activation 'tanh' is not supported; known: "),
+        (
+            "nemotron_h",
+            {"time_step_limit": [0.0, 2.0]},
+            r"time_step_limit is \[0.0, 2.0\]: transformers ignores it",
+        ),
         (
             "aya_vision",
             {"text_config": {"model_type": "cohere2"}},
@@ -907,7 +1033,11 @@ def test_architectures_are_those_of_transformers(kind):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     biases = dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied, sliding_window=8)
+    biases = {k: v for k, v in biases.items() if k not in FAMILIES[kind].refused}
     config = TINY | biases | {"model_type": kind}
+    if kind == "nemotron_h":
+        config |= {"num_hidden_layers": 4, "moe_latent_size": 12}
+        config |= {"layers_block_type": ["mamba", "moe", "attention", "mlp"]}
     if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"):  # torch has no default for it
         config |= {"head_dim": 4}
     if kind == "lfm2_moe":
@@ -965,6 +1095,9 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (LFM2_1_2B, 1_170_340_608),
         (LFM2_8B_A1B, 8_339_930_560),
         (GRANITE_4_H_TINY, 6_939_037_248),
+        (NEMOTRON_H_8B, 8_100_852_736),
+        (NEMOTRON_NANO_9B_V2, 8_888_227_328),
+        (NEMOTRON_3_NANO, 31_577_940_288),
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
@@ -1043,6 +1176,28 @@ def test_granite_4_has_state_spaces_and_attention_without_positions():
     assert from_hf(to_hf(plain)) == plain
     tagged = GRANITE_4_H_TINY | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
     assert from_hf(tagged) == cfg
+
+
+def test_nemotron_h_has_layers_that_are_one_sub_layer():
+    cfg, nano = from_hf(NEMOTRON_H_8B), from_hf(NEMOTRON_3_NANO)
+    mamba, mlp = LayerKind(mixer="mamba", mlp=False), LayerKind(mixer="none")
+    attention = LayerKind(mlp=False)
+    names = {"M": mamba, "-": mlp, "E": mlp, "*": attention}
+    assert kinds(cfg) == [names[c] for c in NEMOTRON_H_8B["hybrid_override_pattern"]]
+    assert kinds(nano) == [names[c] for c in NEMOTRON_3_NANO["hybrid_override_pattern"]]
+    assert cfg.ropes == nano.ropes == (Rope(kind="none"),) and cfg.experts is None
+    assert (cfg.head_dim, cfg.activation, cfg.gated_mlp) == (128, "relu2", False)
+    assert cfg.mamba == Mamba(128, 64, 8, 128, 4, least_step=0.001)
+    assert nano.experts == Experts(128, 6, 1856, "sigmoid", True, scale=2.5, shared_size=3712)
+    written = to_hf(nano)
+    assert "rope_parameters" not in written and from_hf(written) == nano
+    both = NEMOTRON_3_NANO | {"hybrid_override_pattern": "ME-*", "num_hidden_layers": 4}
+    assert [kind.dense for kind in kinds(from_hf(both))] == [False, False, True, False]
+    assert from_hf(to_hf(from_hf(both))) == from_hf(both)
+    config, _ = updated_configs(dict(NEMOTRON_H_8B), "float32", 131072, None)
+    assert config.items() >= NEMOTRON_H_8B.items() and "rope_theta" not in config
+    with pytest.raises(UserError, match="mtp_loss: the multi-token prediction of nemotron_h is no"):
+        with_mtp(nano, NEMOTRON_3_NANO)
 
 
 def test_llama4_has_chunks_in_the_layers_with_rope_and_experts_in_some():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     CASES,
     LLAMA3,
@@ -55,12 +55,14 @@ from jaxllm.sampling import Sampling, generate
 # does so for the structures of the other families.
 GEMMA4 = [name for name in CASES if name.startswith("gemma4")]
 MAMBA = [name for name in CASES if name.startswith("granitemoehybrid")]
+NEMOTRON = [name for name in CASES if name.startswith("nemotron_h")]
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
 LONGER += ["qwen2_moe", "qwen3_moe", "olmoe", "minimax_m2", "qwen2_moe some dense", "glm4_moe"]
 LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_moe", "gpt_oss"]
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
 LONGER += ["qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
+LONGER += NEMOTRON
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +179,7 @@ DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "q
 DECODED += ["qwen2_moe some dense", "glm4_moe", "dots1", "ernie4_5_moe intervals, tied"]
 DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss", "qwen3_next"]
 DECODED += ["qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
+DECODED += NEMOTRON
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -189,6 +192,8 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
+# transformers has no least step while decoding.
+GREEDY += [name for name in NEMOTRON if "least steps" not in name]
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -226,7 +231,10 @@ def ragged_batch() -> tuple[dict[str, np.ndarray], np.ndarray]:
 BUFFERS = "correction_bias", "expert_bias", "layer_scalar"
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:]])
+FLAGGED = ["qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:], *NEMOTRON[1:]]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FLAGGED])
 def test_loss_and_gradients_equal_transformers(pair, name):
     theirs, ours = pair(name)
     rows, labels = ragged_batch()
@@ -296,6 +304,21 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     np.testing.assert_array_equal(
         torch_logits(theirs, some_tokens()), torch_logits(again.eval(), some_tokens())
     )
+
+
+def test_nemotron_h_is_read_by_the_names_of_modules_too(pair, tmp_path):
+    """Without the prefix of its files, and with the experts of a layer in one tensor."""
+    theirs, ours = pair("nemotron_h")
+    theirs.config.save_pretrained(tmp_path)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    again = load_hf(str(tmp_path), mesh=one_device())
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(ours)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    save_hf(again, str(tmp_path / "out"))
+    names = load_file(tmp_path / "out/model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"backbone", "lm_head"}
 
 
 def test_what_decays_the_state_of_a_delta_net_stays_float32(pair, tmp_path):

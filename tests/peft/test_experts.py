@@ -49,6 +49,10 @@ PARAMETERS = {
         target_modules=["q_proj", "router.proj"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     ),
+    "experts without gates, router, modules": dict(
+        target_modules=["in_proj", "up_proj", "fc1_latent_proj"],
+        target_parameters=["experts.up_proj", "experts.down_proj", "gate.weight"],
+    ),
     "gate and up alone": dict(target_modules=[], target_parameters=["experts.gate_up_proj"]),
     "patterns": dict(
         target_modules=[],
@@ -60,11 +64,13 @@ PARAMETERS = {
 FUSED_TOO = ("experts, router, q", "gate and up alone")  # of families fused in checkpoints
 CONVOLVED = "experts, gate, dense MLPs, convolutions"
 ROUTED = "experts, router as a module, q"
-OTHERS = (*FUSED_TOO, CONVOLVED, ROUTED)
+UNGATED = "experts without gates, router, modules"
+OTHERS = (*FUSED_TOO, CONVOLVED, ROUTED, UNGATED)
 CASES = [("qwen3_moe", name) for name in PARAMETERS if name not in OTHERS]
 CASES += [("lfm2_moe", CONVOLVED), ("lfm2_moe", "all-linear"), ("gemma4_text experts", ROUTED)]
 CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for name in FUSED_TOO]
 CASES += [("granitemoehybrid", "experts, router, q")]
+CASES += [("nemotron_h experts of latents, biases", UNGATED)]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
 CASES += [(name, "experts and router") for name in STACKS] + [("hunyuan_v1_moe", "all-linear")]

@@ -123,7 +123,12 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key} is {seen(value)}; it must be an integer from 1 to {most:,}")
     with odd_values(f"config of a {kind} model", StrictDataclassError):
         filled = AutoConfig.for_model(kind, **keep)
-        c = filled.to_dict()
+        c, layers = filled.to_dict(), filled.num_hidden_layers
+        if keep.get("num_hidden_layers", layers) != layers:  # which nemotron_h ignores
+            raise UserError(f"num_hidden_layers is not the {layers} of layers_block_type")
+        if layers > LIMITS["num_hidden_layers"]:
+            raise UserError(f"layers_block_type has {layers:,} layers, which are too many")
+        c["num_hidden_layers"] = layers
         # Published configs and transformers 5 may differ in the name of a key: both are set.
         c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
@@ -230,7 +235,7 @@ def with_mtp(cfg: ModelConfig, config: dict[str, Any]) -> ModelConfig:
     Raises UserError if it has none, or such that are not supported.
     """
     place, count = FAMILIES[cfg.family].mtp, mtp_modules(cfg, config)
-    if count and place == "model.mtp_":
+    if count and not FAMILIES[cfg.family].mtp_trained:
         raise UserError(
             f"model.mtp_loss: the multi-token prediction of {cfg.family} is not supported; set it "
             "to 0, and its weights stay as they are"

@@ -18,6 +18,7 @@ LOCAL = {
     "chunked": ("chunked_attention", "attention_chunk_size"),
 }
 POSITIONS = "position_embedding_type"
+ALONE = ("mlp", "moe")  # layers without a mixer, in `layers_block_type`
 # Family.dense -> the key of how many layers come before those with experts
 FIRST = {"first": "first_k_dense_replace", "leading": "num_dense_layers"}
 
@@ -31,12 +32,13 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     if family.window in LOCAL or family.mixer:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
     other = MIXERS.get(family.mixer, local)
-    if strange := set(types) - {"full_attention", other}:
+    if strange := set(types) - {"full_attention", other, *(ALONE if family.alone else ())}:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
-    rope = c["rope_parameters"]
+    rope, rotates = c.get("rope_parameters", {}), family.nope != "always"
     names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
-    ropes = tuple(read_rope(rope[n] if family.rope_by_type else rope, c) for n in names)
-    rotated = [True] * count
+    which = names if rotates else ()
+    ropes = tuple(read_rope(rope[n] if family.rope_by_type else rope, c) for n in which)
+    rotated = [rotates] * count
     if family.nope == "listed":
         rotated = c["no_rope_layers"][:count]
     elif family.nope == "all":
@@ -51,7 +53,8 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
             rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else len(ropes) - 1,
             window=window if kind == local else None,
             dense=dense,
-            mixer=family.mixer if family.mixer and kind == other else "attention",
+            mixer=_mixer(family, kind),
+            mlp=kind in ALONE or not family.alone,
         )
         for kind, uses_rope, dense, own in zip(
             types, rotated, _read_dense(c), _read_shapes(c, types), strict=True
@@ -62,9 +65,25 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     return {"ropes": ropes, "kinds": kinds, "layer_kinds": index}
 
 
+def _mixer(family: Family, kind: str) -> Any:
+    """LayerKind.mixer of a layer that `layer_types` calls so."""
+    if family.alone and kind in ALONE:
+        return "none"
+    return family.mixer if family.mixer and kind == MIXERS[family.mixer] else "attention"
+
+
+def _type_of(cfg: ModelConfig, kind: LayerKind) -> str:
+    """The name in `layer_types` of a layer of a family that has mixers."""
+    if kind.mixer == "none":
+        return "moe" if cfg.experts is not None and kind.routed else "mlp"
+    return MIXERS.get(kind.mixer, "full_attention")
+
+
 def _read_dense(c: dict[str, Any]) -> list[bool]:
     """True for each layer with an MLP in place of experts."""
     family, layers = FAMILIES[c["model_type"]], range(c["num_hidden_layers"])
+    if family.alone:
+        return [kind == "mlp" and "moe" in c["layer_types"] for kind in c["layer_types"]]
     if family.dense in FIRST:
         return [i < c[FIRST[family.dense]] for i in layers]
     if family.dense == "steps":
@@ -150,11 +169,11 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     local, length = LOCAL.get(family.window, LOCAL["typed"])
     types = ["full_attention" if kind.window is None else local for kind in layers]
     if family.mixer:
-        types = [MIXERS.get(kind.mixer, "full_attention") for kind in layers]
+        types = [_type_of(cfg, kind) for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
     if family.mixer:
-        config["layer_types"] = types
+        config["layers_block_type" if family.alone else "layer_types"] = types
     elif family.window == "all":
         config[length] = window
     elif family.window != "none":
@@ -176,7 +195,7 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     if family.rope_by_type:
         by_type = {n: cfg.ropes[kind.rope] for n, kind in zip(types, layers, strict=True)}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
-    else:
+    elif family.nope != "always":
         config["rope_parameters"] = write_rope(cfg.ropes[0], family)
     if cfg.ropes[0].kind == "longrope":  # phi3 gives this one precedence over rope_parameters
         config["original_max_position_embeddings"] = cfg.ropes[0].original_length

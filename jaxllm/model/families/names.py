@@ -35,6 +35,21 @@ LFM2_MOE = LFM2 | {
     "mlp.experts.up": "feed_forward.experts.{expert}.w3",
     "mlp.experts.down": "feed_forward.experts.{expert}.w2",
 }
+NEMOTRON_H = (
+    {
+        "embed": "embeddings",
+        "norm": "norm_f",
+        "attn_norm": "norm",
+        "mlp_norm": "norm",
+        "mamba": "mixer",
+        "mlp": "mixer",
+        "mlp.choice_bias": "mixer.gate.e_score_correction_bias",
+        "mlp.inward": "mixer.fc1_latent_proj",
+        "mlp.outward": "mixer.fc2_latent_proj",
+    }
+    | {f"attn.{part}": f"mixer.{part}_proj" for part in "qkvo"}
+    | {f"mlp.shared.{part}": f"mixer.shared_experts.{part}_proj" for part in ("up", "down")}
+)
 GRANITE_HYBRID = {
     f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
     for mlp in ("mlp", "mlp.shared")

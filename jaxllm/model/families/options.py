@@ -218,6 +218,55 @@ MAMBA = (
 )
 
 
+def _present(field: str, key: str, absent: Any) -> Option:
+    """`absent` is written where the model lacks the group of the field."""
+    return Option(field, key, write=lambda value: absent if value is None else value)
+
+
+# The width of the shared experts is that of MLPs where it is 0, as in transformers.
+NEMOTRON_H = (
+    Option("norm_eps", "layer_norm_epsilon"),
+    _activation_under("mlp_hidden_act"),
+    *MLP_BIAS,
+    Option("mamba.heads", "mamba_num_heads"),
+    Option("mamba.head_dim", "mamba_head_dim"),
+    Option("mamba.groups", "n_groups"),
+    Option("mamba.state", "ssm_state_size"),
+    Option(
+        "mamba.taps",
+        "conv_kernel",
+        _unlimited,
+        lambda taps, _: taps,
+        beside="time_step_limit",
+    ),
+    Option("mamba.conv_bias", "use_conv_bias", bool),
+    Option("mamba.bias", "use_bias", bool),
+    Option("mamba.least_step", "time_step_min", float),
+    _activation_under("mamba_hidden_act", "mamba.activation"),
+    Option(
+        "experts.count",
+        "n_routed_experts",
+        lambda count, types: count if "moe" in types else None,
+        lambda count, _: count or 1,
+        beside="layer_types",
+    ),
+    _present("experts.top_k", "num_experts_per_tok", 1),
+    _present("experts.size", "moe_intermediate_size", 1),
+    Option(
+        "experts.shared_size",
+        "moe_shared_expert_intermediate_size",
+        lambda size, other: size or other,
+        lambda size, _: size or 1,
+        beside="intermediate_size",
+    ),
+    Option("experts.latent_size", "moe_latent_size", lambda n: n or 0, lambda n: n or None),
+    Option("experts.renormalised", "norm_topk_prob", bool, bool),
+    _present("experts.groups", "n_group", 1),
+    _present("experts.top_groups", "topk_group", 1),
+    _present("experts.scale", "routed_scaling_factor", 1.0),
+)
+
+
 def _adjusted(size: int, adjusts: bool, factor: float | None, multiple: int) -> int:
     """The hidden features of LFM2's MLPs, rounded up to a multiple."""
     if not adjusts:

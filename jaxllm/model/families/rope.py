@@ -137,7 +137,10 @@ NEW_SPELLING = ("mellum", "gemma4_text", "gemma4_unified_text")
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
     """RoPE of a `normalised` config in both spellings: `rope_parameters`, and the keys that
     transformers 4 reads. It would use its own defaults for missing keys."""
-    family, nested = FAMILIES[c["model_type"]], c["rope_parameters"]
+    family = FAMILIES[c["model_type"]]
+    if family.nope == "always":
+        return {}
+    nested = c["rope_parameters"]
     nested = nested if family.rope_by_type else {"full_attention": nested}
     nested = {n: {k: v for k, v in p.items() if k != "type"} for n, p in nested.items()}
     if c["model_type"] in NEW_SPELLING:

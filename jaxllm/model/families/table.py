@@ -30,6 +30,7 @@ from jaxllm.model.families.options import (
     MAMBA,
     MINICPM3,
     MLP_BIAS,
+    NEMOTRON_H,
     QWEN_EXPERTS,
     QWEN_SHARED,
     RENORMALISED,
@@ -57,13 +58,14 @@ class Family:
       if `use_sliding_window` says so too.
     mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
       ("linear_attention"), or a short convolution ("conv").
+    alone: a layer is a mixer, an MLP ("mlp") or experts ("moe"), which `layers_block_type` names.
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and
       `mlp_only_layers` leave out ("steps"), those outside `moe_layer_interval` ("interval"), those
       that `mlp_layer_types` names ("typed"), or those that `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, those
-      that see all keys while others have a window ("full"), or all unless
-      `position_embedding_type` is "rope".
+      that see all keys while others have a window ("full"), all unless
+      `position_embedding_type` is "rope", or "always" all.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
@@ -77,9 +79,11 @@ class Family:
       "expert_halves" if all columns of gate come first, "expert_rows" if these are rows;
       "expert_halves_turned" if transformers 5 saves that with the last two dims swapped.
     modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
+    root: what the names of tensors in files begin with, where those of modules do with "model.".
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
-      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. Those under
-      "model.mtp_" read hidden states before the final norm, and are not trained.
+      (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. mtp_trained:
+      False where they are not modules as in model/mtp.py, as those of ernie4_5_moe, which read
+      hidden states before the final norm.
     refused: HF keys that must be empty, each with the reason.
     """
 
@@ -89,8 +93,9 @@ class Family:
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     mixer: Literal["", "delta", "conv", "mamba"] = ""
+    alone: bool = False
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
-    nope: Literal["none", "listed", "full", "all"] = "none"
+    nope: Literal["none", "listed", "full", "all", "always"] = "none"
     rope_by_type: bool = False
     shapes_by_layer: bool = False
     partial_rope: bool = False
@@ -99,7 +104,9 @@ class Family:
     scaled_nope: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
+    root: str = "model."
     mtp: str = ""
+    mtp_trained: bool = True
     refused: dict[str, str] = field(default_factory=dict)
     scores_as: str | None = ""
 
@@ -320,6 +327,7 @@ FAMILIES: dict[str, Family] = {
         dense="interval",
         modules=names.DEEPSEEK | {"mlp.choice_bias": "mlp.moe_statics.e_score_correction_bias"},
         mtp="model.mtp_",
+        mtp_trained=False,
         refused={"use_bias": "a head with a bias is not supported"},
         scores_as=None,
     ),
@@ -418,6 +426,23 @@ FAMILIES: dict[str, Family] = {
         modules=names.GRANITE_HYBRID,
         scores_as=None,
     ),
+    "nemotron_h": Family(
+        "NemotronH",
+        _SIGMOID | {"gated_mlp": False, "tie_embeddings": False},
+        NEMOTRON_H,
+        mixer="mamba",
+        alone=True,
+        nope="always",
+        modules=names.NEMOTRON_H,
+        root="backbone.",
+        mtp="mtp.",
+        mtp_trained=False,
+        refused=dict.fromkeys(
+            ("attention_bias", "mamba_proj_bias", "tie_word_embeddings"),
+            "transformers ignores it for nemotron_h; set it to false",
+        ),
+        scores_as=None,
+    ),
     "qwen3_next": Family(
         "Qwen3Next",
         _HYBRID | {"delta.grouped": True, "experts.shared_gate": True},
@@ -460,7 +485,7 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
     "state-space layers of another form": (
-        *("mamba", "mamba2", "nemotron_h", "bamba", "jamba", "falcon_h1"),
+        *("mamba", "mamba2", "bamba", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
     "alternating updates of several residual streams": ("gemma3n_text",),

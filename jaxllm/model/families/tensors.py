@@ -14,9 +14,17 @@ from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
 
 
-def embed_name(wrapper: str) -> str:
+def embed_name(family: str, wrapper: str) -> str:
     """The HF name of the token table of a decoder, which may be in a wrapper."""
-    return root_of(wrapper) + "embed_tokens.weight"
+    return f"{root_of(wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
+
+
+def stored_name(cfg: ModelConfig, name: str) -> str:
+    """The name in files of a tensor that transformers' modules have under `name`."""
+    root = root_of(cfg.wrapper)
+    if cfg.wrapper or not name.startswith(root):
+        return name
+    return FAMILIES[cfg.family].root + name.removeprefix(root)
 
 
 def _indices(name: str) -> list[str]:
@@ -95,7 +103,8 @@ BRANCH = {  # of `Experts.branch`
 
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
-    keys, root = [Key("embed.embedding", embed_name(cfg.wrapper))], root_of(cfg.wrapper)
+    keys = [Key("embed.embedding", embed_name(cfg.family, cfg.wrapper))]
+    root = root_of(cfg.wrapper)
     if cfg.layer_embeds is not None:
         projection = f"{root}per_layer_model_projection.weight"
         keys += [
@@ -129,13 +138,14 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
         if not re.fullmatch(r"[^.]+\.mlp\.(gate|up|down)\.kernel", key.path):
             return key
         _, _, matrix, _ = key.path.split(".")
-        tensor = "down_proj" if matrix == "down" else "gate_up_proj"
+        fused = cfg.gated_mlp and matrix != "down"
+        tensor = "gate_up_proj" if fused else f"{matrix}_proj"
         one_by_one = "{expert}" in key.name
         end = tensor if one_by_one else f"{{expert}}.{matrix}_proj.weight"
         name = re.sub(r"(layers\.[^.]+)\..*", rf"\1.{mlp}.experts.{end}", key.name)
         if not any(one in names for one in tensor_names(cfg, name)):
             return key
-        parts = {"gate": range(F), "up": range(F, 2 * F)} if one_by_one else {}
+        parts = {"gate": range(F), "up": range(F, 2 * F)} if one_by_one and fused else {}
         return replace(key, name=name, transpose=True, part=parts.get(matrix), either=False)
 
     return list(map(stored, key_table(cfg)))
@@ -174,6 +184,43 @@ def _attention_parts(kind: LayerKind) -> str:
     return "qk" if kind.values_from_keys else "qkv"
 
 
+def _attention_keys(
+    cfg: ModelConfig, kind: LayerKind, stack: str, layer: str, linear: Any
+) -> list[Key]:
+    """The weights before the attention of a stack; those that are modules are added by `linear`."""
+    Q, KV = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    if cfg.latent is not None:
+        keys = list[Key]()
+        if cfg.latent.q_rank:
+            linear("attn.q_a", "self_attn.q_a_proj", cfg.qkv_bias)
+            keys += _norm_keys(cfg, f"{stack}.attn.q_norm", f"{layer}self_attn.q_a_layernorm")
+        linear("attn.q_b", f"self_attn.{'q_b' if cfg.latent.q_rank else 'q'}_proj", False)
+        linear("attn.kv_a", "self_attn.kv_a_proj_with_mqa", cfg.qkv_bias)
+        keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
+        linear("attn.kv_b", "self_attn.kv_b_proj", False)
+        return keys
+    if "qkv" in fused_in(cfg):
+        ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
+        for part, outputs in ends:
+            linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
+        return []
+    for part in _attention_parts(kind):
+        linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
+    return []
+
+
+def _mlp_keys(cfg: ModelConfig, fused: tuple[str, ...], linear: Any) -> None:
+    """Adds the weights of a stack's MLP by `linear`."""
+    F, mlp = cfg.intermediate_size, FAMILIES[cfg.family].modules.get("mlp", "mlp")
+    if "gate_up" in fused:
+        for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
+            linear(f"mlp.{part}", f"{mlp}.gate_up_proj", cfg.mlp_bias, outputs)
+    else:
+        for part in ("gate", "up") if cfg.gated_mlp else ("up",):
+            linear(f"mlp.{part}", f"{mlp}.{part}_proj", cfg.mlp_bias)
+    linear("mlp.down", f"{mlp}.down_proj", cfg.mlp_bias)
+
+
 def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: Any) -> list[Key]:
     """The weights of a stack's experts; those that are modules are added by `linear`."""
     family, experts, keys = FAMILIES[cfg.family], cfg.experts, list[Key]()
@@ -193,7 +240,8 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
         columns = {"gate": range(0, 2 * F, 2), "up": range(1, 2 * F, 2), "down": None}
     elif {"expert_halves", "expert_halves_turned", "expert_rows"} & {*fused}:
         columns = {"gate": range(F), "up": range(F, 2 * F), "down": None}
-    for part in ("gate", "up", "down") if not columns else ():
+    matrices = ("gate", "up", "down") if cfg.gated_mlp else ("up", "down")
+    for part in matrices if not columns else ():
         name = family.modules.get(f"mlp.experts.{part}", f"{mlp}.experts.{{expert}}.{part}_proj")
         keys.append(Key(f"{stack}.mlp.{part}.kernel", f"{layer}{name}.weight", True))
     for part, outputs in columns.items():  # [experts, in, out]
@@ -206,11 +254,13 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
             keys.append(Key(f"{stack}.mlp.{part}.bias", f"{name}_bias", part=outputs))
     S = experts.shared_size
     halves = {"gate": range(S), "up": range(S, 2 * S)} if "gate_up" in fused else {}
-    for part in ("gate", "up", "down") if S else ():
+    for part in matrices if S else ():
         name = f"{mlp}.shared_expert.{part}_proj"
         linear(f"mlp.shared.{part}", name, cfg.mlp_bias, halves.get(part))
     if experts.shared_gate:
         linear("mlp.shared_gate", f"{mlp}.shared_expert_gate", False)
+    for part in ("inward", "outward") if experts.latent_size else ():
+        linear(f"mlp.{part}", "", cfg.mlp_bias)
     for ours, name in BRANCH.items() if experts.branch else ():
         keys.append(Key(f"{stack}.mlp.{ours}", layer + name))
     return keys
@@ -280,7 +330,7 @@ def _mtp_keys(cfg: ModelConfig, module: str, depth: int) -> list[Key]:
 def mtp_copies(cfg: ModelConfig) -> dict[str, str]:
     """{tensor: the one that it is a copy of}: the table and the head that files have once more in
     each layer of multi-token prediction."""
-    table = embed_name(cfg.wrapper)
+    table = embed_name(cfg.family, cfg.wrapper)
     head = table if cfg.tie_embeddings else head_of(cfg.wrapper)
     layers = cfg.mtp if FAMILIES[cfg.family].mtp == "layers" else 0
     copies = {}
@@ -294,7 +344,6 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
     """The weights of layers of a kind, or of one. stack: their path in the decoder. layer: how
     their names begin."""
     cfg = cfg.of(kind)
-    Q, KV, F = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim, cfg.intermediate_size
     family, fused, keys = FAMILIES[cfg.family], fused_in(cfg), list[Key]()
 
     def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
@@ -306,36 +355,17 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
     attends = kind.mixer == "attention"
     if kind.mixer == "conv":
         keys += _conv_keys(cfg, f"{stack}.attn.", f"{layer}conv.")
-    elif cfg.mamba is not None and not attends:
-        keys += _mamba_keys(cfg.mamba, f"{stack}.attn.", f"{layer}mamba.")
-    elif cfg.delta is not None and not attends:
+    elif cfg.mamba is not None and kind.mixer == "mamba":
+        name = f"{layer}{family.modules.get('mamba', 'mamba')}."
+        keys += _mamba_keys(cfg.mamba, f"{stack}.attn.", name)
+    elif cfg.delta is not None and kind.mixer == "delta":
         keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
-    elif cfg.latent is not None:
-        if cfg.latent.q_rank:
-            linear("attn.q_a", "self_attn.q_a_proj", cfg.qkv_bias)
-            keys += _norm_keys(cfg, f"{stack}.attn.q_norm", f"{layer}self_attn.q_a_layernorm")
-        linear("attn.q_b", f"self_attn.{'q_b' if cfg.latent.q_rank else 'q'}_proj", False)
-        linear("attn.kv_a", "self_attn.kv_a_proj_with_mqa", cfg.qkv_bias)
-        keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
-        linear("attn.kv_b", "self_attn.kv_b_proj", False)
-    elif "qkv" in fused:
-        ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
-        for part, outputs in ends:
-            linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
-    else:
-        for part in _attention_parts(kind):
-            linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
-    experts, mlp = None if kind.dense else cfg.experts, family.modules.get("mlp", "mlp")
-    if experts is not None:
+    elif attends:
+        keys += _attention_keys(cfg, kind, stack, layer, linear)
+    if kind.routed and cfg.experts is not None:
         keys += _expert_keys(cfg, stack, layer, fused, linear)
-    elif "gate_up" in fused:
-        for part, outputs in (("gate", range(F)), ("up", range(F, 2 * F))):
-            linear(f"mlp.{part}", f"{mlp}.gate_up_proj", cfg.mlp_bias, outputs)
-    else:
-        for part in ("gate", "up") if cfg.gated_mlp else ("up",):
-            linear(f"mlp.{part}", f"{mlp}.{part}_proj", cfg.mlp_bias)
-    if experts is None:
-        linear("mlp.down", f"{mlp}.down_proj", cfg.mlp_bias)
+    elif kind.mlp:
+        _mlp_keys(cfg, fused, linear)
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if cfg.sinks:
@@ -350,6 +380,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
         keys += _norm_keys(cfg, f"{stack}.embed.norm", f"{layer}post_per_layer_input_norm")
     if cfg.layer_scale:
         keys.append(Key(f"{stack}.scalar", f"{layer}layer_scalar"))
-    for ours, name in NORMS[cfg.norm_placement].items():
+    has = {"attn": kind.mixer != "none", "mlp": kind.mlp}
+    present = {n: name for n, name in NORMS[cfg.norm_placement].items() if has[n.split("_")[0]]}
+    for ours, name in present.items():
         keys += _norm_keys(cfg, f"{stack}.{ours}", layer + family.modules.get(ours, name))
     return keys

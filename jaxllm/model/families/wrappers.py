@@ -48,6 +48,8 @@ class Wrapper:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+# `Wrapper.stored` of models without one: files of nemotron_h, which transformers renames so.
+STORED = ((r"backbone\.", "model."),)
 _QWEN = ((r"model\.(?!language_model\.|visual\.)", ROOT),)
 _LLAVA = ((r"language_model\.model\.", ROOT), (r"language_model\.lm_head\.", "lm_head."))
 
@@ -91,7 +93,7 @@ def head_of(wrapper: str) -> str:
 
 def module_name(stored: str, wrapper: str) -> str:
     """The name of a tensor in files as transformers' modules have it today."""
-    for pattern, start in WRAPPERS[wrapper].stored if wrapper else ():
+    for pattern, start in WRAPPERS[wrapper].stored if wrapper else STORED:
         if found := re.match(pattern, stored):
             return start + stored[found.end() :]
     return stored
