@@ -26,7 +26,7 @@ from jaxllm.model.families.wrappers import (
     unwrapped,
     wrapper_of,
 )
-from jaxllm.paths import as_path, check_no_checkpoint
+from jaxllm.paths import as_path, check_no_checkpoint, run_folder
 from jaxllm.tokenizer import generation_stop_ids
 
 # Key of a model's hf_config that holds the content of generation_config.json.
@@ -47,7 +47,7 @@ def read_config(path: str) -> dict[str, Any]:
     config = read_json(file)
     config.pop(WRAPPER, None)  # only `unwrapped` gives this one
     if {"objective", "optim", "data"} <= config.keys():
-        raise UserError(f"{file.parent} is a run folder; its model is {file.parent / 'final'}")
+        raise run_folder(file.parent)
     for kind, same in SAME_AS.items():
         names = [FAMILIES[same].name + CAUSAL]
         if config.get("model_type") == kind and config.get("architectures") == names:

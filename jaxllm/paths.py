@@ -66,6 +66,17 @@ def check_no_checkpoint(folder: Path) -> None:
         )
 
 
+def run_folder(folder: Path) -> UserError:
+    """The error of a run folder in place of a model."""
+    final = folder / "final"
+    if final.is_dir():
+        return UserError(f"{folder} is a run folder; its model is {final}")
+    return UserError(
+        f"{folder} is a run folder without a final model; `jaxllm export {folder} OUT` makes a "
+        "model of a checkpoint"
+    )
+
+
 def as_path(path: str | Path) -> Path:
     """The path of a local file or of an object; `~` is expanded.
 

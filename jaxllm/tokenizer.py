@@ -12,7 +12,15 @@ from typing import Any
 
 from jaxllm.errors import UserError, seen
 from jaxllm.files import TEMPLATES, read_json, write_json
-from jaxllm.paths import as_path, check_no_checkpoint, check_tokenizer, copy, files_in, is_bucket
+from jaxllm.paths import (
+    as_path,
+    check_no_checkpoint,
+    check_tokenizer,
+    copy,
+    files_in,
+    is_bucket,
+    run_folder,
+)
 from jaxllm.untrusted import check_regular, rust
 
 # A directory with none of these can still "load", as an empty tokenizer.
@@ -155,7 +163,7 @@ def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
         config = {}
     is_run = {"objective", "optim", "data"} <= config.keys()
     if is_run or (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder} is a run folder; its model is {folder / 'final'}")
+        raise run_folder(folder)
     is_file = as_path(path).is_file()
     problem = "is a file in a directory without a tokenizer" if is_file else "has no tokenizer"
     raise UserError(

@@ -736,8 +736,10 @@ def test_an_override_that_is_no_key_of_the_family_is_refused(tmp_path):
         load_hf(str(tmp_path / "model"), overrides={"num_hidden_layers": 0})
 
 
-def test_a_run_folder_given_as_a_model_names_the_model(run):
-    with pytest.raises(ValueError, match="run is a run folder; its model is .*final"):
+def test_a_run_folder_given_as_a_model_names_the_command(run):
+    with pytest.raises(
+        ValueError, match="run is a run folder without a final model; `jaxllm export"
+    ):
         load_hf(str(run[0]))
 
 

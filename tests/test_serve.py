@@ -441,9 +441,13 @@ def test_too_many_requests_are_refused(talker, engine):
         full.submit(TextRequest.read(TEXT), events.append)
     full._waiting[3].cancel()  # those whose clients have left make room
     full.submit(TextRequest.read(TEXT), events.append)
+    with pytest.raises(ApiError, match="try again later"):  # but not without end
+        for _ in range(WAITING + 1):
+            full._waiting[-1].cancel()
+            full.submit(TextRequest.read(TEXT), events.append)
     full.close()
     full.run()
-    assert [event.status for event in events] == [503] * (WAITING + 1)
+    assert [event.status for event in events] == [503] * (2 * WAITING)
 
 
 def test_a_client_that_leaves_before_the_first_part_ends_its_answer(engine):

@@ -80,6 +80,9 @@ def test_a_run_folder_says_where_its_model_is(sign, tmp_path):
     folder = write(tmp_path / "run", config__json=config)
     if sign == "checkpoints":
         (folder / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="run is a run folder without a final.*jaxllm export"):
+        load_tokenizer(folder)
+    (folder / "final").mkdir()
     with pytest.raises(ValueError, match="run is a run folder; its model is .*run/final$"):
         load_tokenizer(folder)
 

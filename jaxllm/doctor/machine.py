@@ -76,8 +76,8 @@ def memory() -> tuple[int, int]:
         for limited, used in LIMITS.items():
             with suppress(OSError, ValueError):  # `max`: there is no limit
                 limit = int((folder / limited).read_text())
-                if limit < total:
-                    total, free = limit, min(free, limit - int((folder / used).read_text()))
+                free = min(free, limit - int((folder / used).read_text()))
+                total = min(total, limit)
     return total, max(free, 0)
 
 
@@ -98,11 +98,13 @@ def groups() -> Iterator[Path]:
 
 
 def memory_kills() -> int:
-    """How many processes of this container or job the kernel has ended because memory was full."""
+    """How many processes the kernel has ended because memory was full, in the innermost control
+    group that had any: a run and the command that examines it may be steps of one job."""
     for folder in groups():
         for file in KILLS:
             with suppress(OSError):
-                if found := re.search(r"^oom_kill (\d+)", (folder / file).read_text(), re.M):
+                found = re.search(r"^oom_kill (\d+)", (folder / file).read_text(), re.M)
+                if found and int(found[1]):
                     return int(found[1])
     return 0
 

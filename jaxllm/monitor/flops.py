@@ -62,8 +62,9 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             weights += D * (3 * inner + 2 * mamba.groups * mamba.state + mamba.heads)
             state += state_products(mamba, length)
             continue
+        if kind.mixer == "conv":
+            weights += 4 * D * D
         if kind.mixer in ("conv", "none"):
-            weights += 4 * D * D * (kind.mixer == "conv")
             continue
         weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)

@@ -74,7 +74,7 @@ def cut_model(spec: dict[str, Any], folder: Path) -> tuple[int, int]:
     if "text_config" in values:
         raise ValueError(f"{spec['model']} is a multimodal model, of which parity makes no cut")
     tokenizer = AutoTokenizer.from_pretrained(spec["tokenizer"], trust_remote_code=False)
-    whole = values["num_hidden_layers"]
+    whole = config.num_hidden_layers  # which the dict of nemotron_h lacks
     layers = min(spec["layers"], whole)
     values = {
         name: value[:layers] if isinstance(value, list) and len(value) == whole else value

@@ -95,7 +95,8 @@ class Engine:
         thread only."""
         model = self.name if request.model is None else self.known(request.model)
         self._waiting = [job for job in self._waiting if not (job.begun or job.cancelled)]
-        if len(self._waiting) >= WAITING:
+        # A request whose client has left stays in the queue, and in memory, until its turn.
+        if len(self._waiting) >= WAITING or self._jobs.qsize() >= 2 * WAITING:
             raise ApiError(429, f"{WAITING} requests wait; try again later")
         job = Job(request, model, emit)
         self._waiting.append(job)

@@ -72,6 +72,19 @@ def test_memory_is_that_of_the_container_or_job(own, group, tmp_path, monkeypatc
     assert machine.memory()[0] == whole
 
 
+def test_memory_is_what_all_steps_of_a_job_leave(tmp_path, monkeypatch):
+    (tmp_path / "own").write_text("0::/job/step\n")
+    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    for folder, used, kills in (("job", 5 << 29, 2), ("job/step", 1 << 29, 0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{3 << 30}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / folder / "memory.events").write_text(f"oom_kill {kills}\n")
+    assert machine.memory() == (3 << 30, 1 << 29)
+    assert machine.memory_kills() == 2
+
+
 def test_packages_that_are_too_old_are_named(monkeypatch):
     assert not problems(machine.versions())
     needs = [

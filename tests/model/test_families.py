@@ -928,7 +928,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         (
             "nemotron_h",
             {"num_hidden_layers": 3},
-            "num_hidden_layers is not the 2 of layers_block_type",
+            "num_hidden_layers is 3, but layers_block_type or hybrid_override_pattern has 2 layers",
         ),
         (
             "nemotron_h",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import refused
+from tiny import hf_config
 
 from jaxllm.errors import UserError
 from jaxllm.parity import command
@@ -138,6 +139,16 @@ def test_no_cut_is_made_of_a_multimodal_model(tmp_path):
     written(tmp_path, "config.json", '{"model_type": "gemma3"}')
     with pytest.raises(ValueError, match="is a multimodal model, of which parity makes no cut"):
         cut_model({"model": str(tmp_path)}, tmp_path / "cut")
+
+
+def test_a_cut_has_the_first_kinds_of_layers(tmp_path, project):
+    config = hf_config("nemotron_h without experts, biases, least steps")
+    written(tmp_path, "config.json", json.dumps(config | {"num_hidden_layers": 4}))
+    spec = {"model": str(tmp_path), "tokenizer": str(project / "tokenizer"), "layers": 2}
+    cut = tmp_path / "cut"
+    _, whole = cut_model(spec | {"verb": "sft", "seed": 0}, cut)
+    kinds = json.loads((cut / "config.json").read_text())["layers_block_type"]
+    assert (whole, kinds) == (4, ["mlp", "linear_attention"])
 
 
 def test_mistakes_of_the_command_are_one_line(tmp_path, project, capsys, monkeypatch):

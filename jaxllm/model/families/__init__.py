@@ -125,7 +125,10 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
         filled = AutoConfig.for_model(kind, **keep)
         c, layers = filled.to_dict(), filled.num_hidden_layers
         if keep.get("num_hidden_layers", layers) != layers:  # which nemotron_h ignores
-            raise UserError(f"num_hidden_layers is not the {layers} of layers_block_type")
+            raise UserError(
+                f"num_hidden_layers is {seen(keep['num_hidden_layers'])}, but layers_block_type or "
+                f"hybrid_override_pattern has {layers} layers; make them agree"
+            )
         if layers > LIMITS["num_hidden_layers"]:
             raise UserError(f"layers_block_type has {layers:,} layers, which are too many")
         c["num_hidden_layers"] = layers
