@@ -193,6 +193,10 @@ def _unlimited(taps: int, limit: Any) -> int:
     return taps
 
 
+def _mamba_taps(key: str) -> Option:
+    return Option("mamba.taps", key, _unlimited, lambda taps, _: taps, beside="time_step_limit")
+
+
 MAMBA = (
     Option(
         "mamba",
@@ -205,13 +209,7 @@ MAMBA = (
     Option("mamba.head_dim", "mamba_d_head"),
     Option("mamba.groups", "mamba_n_groups"),
     Option("mamba.state", "mamba_d_state"),
-    Option(
-        "mamba.taps",
-        "mamba_d_conv",
-        _unlimited,
-        lambda taps, _: taps,
-        beside="time_step_limit",
-    ),
+    _mamba_taps("mamba_d_conv"),
     Option("mamba.conv_bias", "mamba_conv_bias", bool),
     Option("mamba.bias", "mamba_proj_bias", bool),
     _activation_under("hidden_act", "mamba.activation"),
@@ -232,13 +230,7 @@ NEMOTRON_H = (
     Option("mamba.head_dim", "mamba_head_dim"),
     Option("mamba.groups", "n_groups"),
     Option("mamba.state", "ssm_state_size"),
-    Option(
-        "mamba.taps",
-        "conv_kernel",
-        _unlimited,
-        lambda taps, _: taps,
-        beside="time_step_limit",
-    ),
+    _mamba_taps("conv_kernel"),
     Option("mamba.conv_bias", "use_conv_bias", bool),
     Option("mamba.bias", "use_bias", bool),
     Option("mamba.least_step", "time_step_min", float),
