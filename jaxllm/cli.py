@@ -436,12 +436,15 @@ WITH_TORCH = ("eval", "export", "parity")
 
 
 class _NoTorch(PathFinder):
-    """Finds the modules in sys.path except torch. It is not needed, but transformers, datasets and
-    tensorboardX import it where it is installed, which takes seconds and hundreds of MiB."""
-
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return None if fullname == "torch" else super().find_spec(fullname, path, target)
+
+
+def hide_torch() -> None:
+    """Makes this process unable to import torch. transformers, datasets and tensorboardX import it
+    where it is installed, which takes seconds and hundreds of MiB."""
+    sys.meta_path[:] = [_NoTorch if f is PathFinder else f for f in sys.meta_path]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -461,8 +464,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"jaxllm {__version__}")
             return DONE
         verb = args.pop(0)
-        if argv is None and verb not in WITH_TORCH:  # None: the process is this command's own
-            sys.meta_path[:] = [_NoTorch if f is PathFinder else f for f in sys.meta_path]
+        if argv is None and verb not in WITH_TORCH:  # None: the process is the command's own
+            hide_torch()
         if verb not in VERBS:
             near = nearest(verb, VERBS)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(VERBS)}"
