@@ -2,6 +2,8 @@
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
     table      the families
+    family     what a row of the table says
+    dense, experts, hybrid   the rows
     names      HF names of modules of some of them
     options    ModelConfig fields that a family sets, and the HF keys they are kept under
     rope       RoPE of a config
@@ -32,9 +34,10 @@ from jaxllm.model.config import (
     ModelConfig,
     check_numbers,
 )
+from jaxllm.model.families.family import Family
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
-from jaxllm.model.families.table import FAMILIES, MISSING, Family
+from jaxllm.model.families.table import FAMILIES, MISSING
 from jaxllm.model.families.wrappers import (
     TOKEN_IDS,
     WRAPPER,

@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxllm.errors import UserError
 from jaxllm.model.config import LayerKind, ModelConfig
+from jaxllm.model.families.family import Family
 from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
-from jaxllm.model.families.table import FAMILIES, Family
+from jaxllm.model.families.table import FAMILIES
 
 # Their names in `layer_types`.
 MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}

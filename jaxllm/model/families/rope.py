@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxllm.errors import UserError, seen
 from jaxllm.model.config import Rope
-from jaxllm.model.families.table import FAMILIES, Family
+from jaxllm.model.families.family import Family
+from jaxllm.model.families.table import FAMILIES
 
 # Rope field -> HF key, by kind. `theta` and `partial` belong to all.
 ROPE_KEYS: dict[str, dict[str, str]] = {
