@@ -346,6 +346,55 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(use_bias=False, tie_word_embeddings=False),
     ),
     "arcee": ("arcee", dict(head_dim=12)),
+    "iquestcoder": ("iquestcoder", dict(head_dim=12)),
+    "cwm": (
+        "cwm",
+        dict(head_dim=12, sliding_window=5, mlp_bias=True, rope_parameters=LLAMA3)
+        | dict(bos_token_id=0),  # which must be a number
+    ),
+    "helium": ("helium", dict(head_dim=8)),
+    "helium biases, tied": (
+        "helium",
+        dict(head_dim=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
+    "hyperclovax": (
+        "hyperclovax",
+        dict(
+            embedding_multiplier=3.0,
+            logits_scaling=0.7,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+        ),
+    ),
+    "hyperclovax without norms after, biases, tied": (
+        "hyperclovax",
+        dict(
+            head_dim=12,
+            use_post_norm=False,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "cohere": ("cohere", dict(logit_scale=0.7)),
+    "cohere biases, untied": (
+        "cohere",
+        dict(attention_bias=True, tie_word_embeddings=False, logit_scale=0.5),
+    ),
+    "stablelm": ("stablelm", dict()),
+    "stablelm parallel, biases, whole": (
+        "stablelm",
+        dict(use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=1.0),
+    ),
+    "jais2": ("jais2", dict()),
+    "jais2 no biases, tied": (
+        "jais2",
+        dict(head_dim=12, attention_bias=False, mlp_bias=False, tie_word_embeddings=True),
+    ),
+    "vaultgemma": (
+        "vaultgemma",
+        GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=8.0),
+    ),
     "nemotron": ("nemotron", dict(attention_bias=True)),
     "nemotron whole": ("nemotron", dict(head_dim=12, mlp_bias=True, partial_rotary_factor=1.0)),
     "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], head_dim=12)),
@@ -411,6 +460,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             q_lora_rank=None,
             tie_word_embeddings=False,
             rope_parameters=YARN | dict(mscale=0.8, mscale_all_dim=1.3),
+        ),
+    ),
+    "youtu": ("youtu", LATENT | dict(q_lora_rank=20)),
+    "youtu without q_lora, halves, biases, untied": (
+        "youtu",
+        LATENT
+        | dict(
+            q_lora_rank=None,
+            rope_interleave=False,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
         ),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=6, sliding_window=5, head_dim=12)),
@@ -737,6 +798,10 @@ def hf_config(name: str) -> dict[str, Any]:
     return SHAPE | changes | {"model_type": family}
 
 
+# Families that multiply by 1 + the weight of a norm.
+OFFSET = "gemma", "vaultgemma", "nemotron", "qwen3_next", "qwen3_5"
+
+
 def magnified(config: dict[str, Any]) -> Any:
     """A torch model of random weights, none of them near its usual start."""
     kind = config["model_type"]
@@ -750,7 +815,9 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in path:
-                offset = kind.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
+                offset = kind.startswith(
+                    ("gemma", "vaultgemma", "nemotron", "qwen3_next", "qwen3_5")
+                )
                 offset = offset and not kind.startswith(("gemma4", "nemotron_h"))
                 around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))

@@ -296,7 +296,7 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     written = to_hf(cfg)
     assert from_hf(written) == cfg
     kind = written.pop("model_type")
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     again = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **written, **ids), attn_implementation="eager"
     )

@@ -274,7 +274,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     else:
         config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config = as_reward(config) if cfg.scores else config
-    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
+    # Defaults may be outside the vocabulary, and not every class accepts null.
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS, 0))
     back = replace(back, mtp=cfg.mtp)
     if cfg.mtp and family.mtp == "layers":
         config[MTP_COUNT] = cfg.mtp

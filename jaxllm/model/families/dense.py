@@ -15,11 +15,14 @@ from jaxllm.model.families.options import (
     GEMMA4,
     GEMMA4_DENSE,
     GRANITE,
+    INTERLEAVED,
     LATENT,
     MINICPM3,
     MLP_BIAS,
+    MUP,
     Option,
     biases,
+    norm_placement,
 )
 
 _CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
@@ -40,6 +43,12 @@ _GEMMA4_LAYERS: dict[str, Any] = {
     | {f"mlp.shared.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
     "scores_as": None,
 }
+_COHERE = {"norm": "layer", "norm_placement": "parallel", "rope_pairs": "neighbours"}
+_COHERE_OPTIONS = (
+    Option("norm_eps", "layer_norm_eps"),
+    Option("logit_scale", "logit_scale"),
+    *ATTENTION_BIAS,
+)
 _SANDWICH = {"norm_offset": 1.0, "norm_placement": "sandwich"}
 
 DENSE: dict[str, Family] = {
@@ -63,6 +72,14 @@ DENSE: dict[str, Family] = {
         refused=_CAUSAL
         | {"attn_logit_softcapping": "transformers ignores it for gemma3_text; set it to null"},
     ),
+    "vaultgemma": Family(
+        "VaultGemma",
+        {"norm_offset": 1.0},
+        GEMMA2 + ATTENTION_SOFTCAP,
+        window="typed",
+        modules={"mlp_norm": "pre_feedforward_layernorm"},
+        scores_as=None,
+    ),
     "gemma4_text": Family("Gemma4", _GEMMA4 | {"experts.branch": True}, GEMMA4, **_GEMMA4_LAYERS),
     "gemma4_unified_text": Family("Gemma4Unified", _GEMMA4, GEMMA4_DENSE, **_GEMMA4_LAYERS),
     "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
@@ -83,6 +100,11 @@ DENSE: dict[str, Family] = {
     "seed_oss": Family(
         "SeedOss",
         options=biases("attention_bias", "qkv") + biases("attention_out_bias", "o") + MLP_BIAS,
+    ),
+    "iquestcoder": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS, scores_as=None),
+    "cwm": Family("Cwm", options=MLP_BIAS, window="typed", scores_as=None),
+    "helium": Family(
+        "Helium", {"rope_pairs": "neighbours"}, biases("attention_bias", "qkv") + MLP_BIAS
     ),
     "internlm3": Family("Llama", options=ATTENTION_BIAS + MLP_BIAS, scores_as=None),
     "ernie4_5": Family(
@@ -111,14 +133,33 @@ DENSE: dict[str, Family] = {
         },
     ),
     "granite": Family("Granite", options=ATTENTION_BIAS + MLP_BIAS + GRANITE, scores_as=None),
+    "hyperclovax": Family(
+        "HyperCLOVAX",
+        options=(
+            *ATTENTION_BIAS,
+            *MLP_BIAS,
+            *MUP,
+            Option("logit_scale", "logits_scaling"),
+            norm_placement("use_post_norm", "sandwich"),
+        ),
+        modules={
+            "attn_post_norm": "post_norm1",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_norm2",
+        },
+        scores_as=None,
+    ),
+    "cohere": Family(
+        "Cohere",
+        _COHERE,
+        _COHERE_OPTIONS,
+        refused={"use_qk_norm": "norms whose weights differ from head to head are not supported"},
+        scores_as=None,
+    ),
     "cohere2": Family(
         "Cohere2",
-        {"norm": "layer", "norm_placement": "parallel", "rope_pairs": "neighbours"},
-        (
-            Option("norm_eps", "layer_norm_eps"),
-            Option("logit_scale", "logit_scale"),
-            *ATTENTION_BIAS,
-        ),
+        _COHERE,
+        _COHERE_OPTIONS,
         window="typed",
         nope="full",
         scores_as=None,
@@ -131,6 +172,23 @@ DENSE: dict[str, Family] = {
         modules={"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
         refused=_NO_TYPES,
     ),
+    "stablelm": Family(
+        "StableLm",
+        {"norm": "layer", "norm_bias": True},
+        (
+            Option("norm_eps", "layer_norm_eps"),
+            *biases("use_qkv_bias", "qkv"),
+            norm_placement("use_parallel_residual", "parallel"),
+        ),
+        partial_rope=True,
+        refused={"qk_layernorm": "norms whose weights differ from head to head are not supported"},
+    ),
+    "jais2": Family(
+        "Jais2",
+        {"norm": "layer", "norm_bias": True, "gated_mlp": False},
+        (Option("norm_eps", "layer_norm_eps"), *ATTENTION_BIAS, *MLP_BIAS),
+        scores_as=None,
+    ),
     "arcee": Family("Arcee", {"gated_mlp": False}, ATTENTION_BIAS + MLP_BIAS),
     "nemotron": Family(
         "Nemotron",
@@ -138,6 +196,7 @@ DENSE: dict[str, Family] = {
         (Option("norm_eps", "norm_eps"), *ATTENTION_BIAS, *MLP_BIAS),
         partial_rope=True,
     ),
+    "youtu": Family("Youtu", options=(*LATENT, INTERLEAVED), scores_as=None),
     "minicpm3": Family("MiniCPM3", options=LATENT + MLP_BIAS + MINICPM3),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1",

@@ -79,6 +79,13 @@ def qk_norm(key: str, kind: str) -> Option:
     return Option("qk_norm", key, lambda yes: kind if yes else "none", lambda norm: norm == kind)
 
 
+def norm_placement(key: str, kind: str) -> Option:
+    """`kind` of placement if the key is true."""
+    return Option(
+        "norm_placement", key, lambda yes: kind if yes else "pre", lambda placed: placed == kind
+    )
+
+
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
@@ -160,10 +167,13 @@ GEMMA4 = (
     ),
 )
 ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
-GRANITE = (
+MUP = (
     Option("embed_scale", "embedding_multiplier"),
     Option("query_scale", "attention_multiplier"),
     Option("residual_scale", "residual_multiplier"),
+)
+GRANITE = (
+    *MUP,
     Option("logit_scale", "logits_scaling", _inverse, _inverse),
 )
 
