@@ -105,7 +105,13 @@ DELTA_EXPERTS: dict[str, Any] = dict(
     num_experts_per_tok=2,
 )
 
-GRANITE_HYBRID: dict[str, Any] = dict(
+GRANITE: dict[str, Any] = dict(
+    embedding_multiplier=3.0,
+    logits_scaling=0.7,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+)
+GRANITE_HYBRID: dict[str, Any] = GRANITE | dict(
     rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
     shared_intermediate_size=28,
     layer_types=[LINEAR, FULL, LINEAR, FULL],
@@ -113,10 +119,6 @@ GRANITE_HYBRID: dict[str, Any] = dict(
     mamba_n_groups=2,
     mamba_d_head=8,
     mamba_d_state=10,
-    embedding_multiplier=3.0,
-    logits_scaling=0.7,
-    residual_multiplier=0.4,
-    attention_multiplier=0.2,
 )
 
 NEMOTRON_H: dict[str, Any] = dict(
@@ -582,6 +584,98 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "flex_olmo": ("flex_olmo", dict(num_experts=6, num_experts_per_tok=3)),
+    "flex_olmo renormalised, biases, tied": (
+        "flex_olmo",
+        dict(
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granitemoe": (
+        "granitemoe",
+        GRANITE | dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=20),
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        GRANITE
+        | dict(
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            intermediate_size=20,
+            shared_intermediate_size=28,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granitemoeshared without shared experts": (
+        "granitemoeshared",
+        GRANITE | dict(num_local_experts=6, num_experts_per_tok=2, intermediate_size=20),
+    ),
+    "solar_open": (
+        "solar_open",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+        ),
+    ),
+    "solar_open biases, not renormalised": (
+        "solar_open",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            norm_topk_prob=False,
+            attention_bias=True,
+        ),
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            sliding_window=5,
+            sliding_window_pattern=3,
+        ),
+    ),
+    "hy_v3": (
+        "hy_v3",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+        ),
+    ),
+    "hy_v3 biases, tied": (
+        "hy_v3",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense",
         dict(

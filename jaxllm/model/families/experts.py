@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxllm.model.families import names
 from jaxllm.model.families.family import Family
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
+    GRANITE_MOE,
+    GROUPED_EXPERTS,
     INTERLEAVED,
     LATENT,
     LLAMA4_EXPERTS,
@@ -25,6 +29,11 @@ from jaxllm.model.families.options import (
     shared_experts,
 )
 
+_GRANITE: dict[str, Any] = {
+    "fused": ("gate_up", "expert_rows"),
+    "modules": names.GRANITE,
+    "scores_as": None,
+}
 _SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 
 EXPERTS: dict[str, Family] = {
@@ -90,6 +99,22 @@ EXPERTS: dict[str, Family] = {
         refused={"clip_qkv": "clipped queries, keys and values are not supported"},
         scores_as=None,
     ),
+    "flex_olmo": Family(
+        "FlexOlmo",
+        {"norm_placement": "post", "qk_norm": "full"},
+        (
+            *experts("num_experts", "intermediate_size"),
+            RENORMALISED,
+            *ATTENTION_BIAS,
+        ),
+        scores_as=None,
+    ),
+    "granitemoe": Family("GraniteMoe", options=GRANITE_MOE, **_GRANITE),
+    "granitemoeshared": Family(
+        "GraniteMoeShared",
+        options=(*GRANITE_MOE, Option("experts.shared_size", "shared_intermediate_size")),
+        **_GRANITE,
+    ),
     "glm4_moe": Family(
         "Glm4Moe",
         _SIGMOID,
@@ -102,6 +127,45 @@ EXPERTS: dict[str, Family] = {
         partial_rope=True,
         modules=names.DEEPSEEK,
         mtp="layers",
+        scores_as=None,
+    ),
+    "solar_open": Family(
+        "SolarOpen",
+        _SIGMOID,
+        (
+            *DEEPSEEK_EXPERTS,
+            Option("intermediate_size", "moe_intermediate_size"),  # no layer has an MLP
+            *biases("attention_bias", "qkv"),
+        ),
+        modules=names.DEEPSEEK,
+        scores_as=None,
+    ),
+    "exaone_moe": Family(
+        "ExaoneMoe",
+        _SIGMOID | {"qk_norm": "head"},
+        (*experts("num_experts"), shared_experts("num_shared_experts"), *GROUPED_EXPERTS),
+        window="typed",
+        dense="typed",
+        nope="full",
+        modules=names.DEEPSEEK | {"mlp.choice_bias": "mlp.e_score_correction_bias"},
+        mtp="mtp.",
+        mtp_trained=False,
+        scores_as=None,
+    ),
+    "hy_v3": Family(
+        "HYV3",
+        _SIGMOID | {"qk_norm": "head"},
+        (
+            *experts("num_experts"),
+            shared_experts("num_shared_experts"),
+            Option("experts.scale", "router_scaling_factor"),
+            *ATTENTION_BIAS,
+            *MLP_BIAS,
+        ),
+        dense="typed",
+        modules=names.HY3,
+        mtp="layers",
+        mtp_trained=False,
         scores_as=None,
     ),
     "dots1": Family(

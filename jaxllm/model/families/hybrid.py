@@ -46,7 +46,7 @@ HYBRID: dict[str, Family] = {
         mixer="mamba",
         nope="all",
         fused=("gate_up", "expert_rows"),
-        modules=names.GRANITE_HYBRID,
+        modules=names.GRANITE,
         scores_as=None,
     ),
     "nemotron_h": Family(

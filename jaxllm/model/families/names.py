@@ -12,6 +12,9 @@ MIXTRAL = {
 DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
     f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
 }
+HY3 = {"mlp.router": "mlp.router.gate", "mlp.choice_bias": "mlp.expert_bias"} | {
+    f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")
+}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",
@@ -50,7 +53,7 @@ NEMOTRON_H = (
     | {f"attn.{part}": f"mixer.{part}_proj" for part in "qkvo"}
     | {f"mlp.shared.{part}": f"mixer.shared_experts.{part}_proj" for part in ("up", "down")}
 )
-GRANITE_HYBRID = {
+GRANITE = {
     f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
     for mlp in ("mlp", "mlp.shared")
     for part in ("gate", "up", "down")

@@ -339,13 +339,16 @@ def shared_experts(key: str) -> Option:
 
 
 RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
-DEEPSEEK_EXPERTS = (
-    *experts("n_routed_experts"),
+GROUPED_EXPERTS = (
     RENORMALISED,
-    shared_experts("n_shared_experts"),
     Option("experts.groups", "n_group"),
     Option("experts.top_groups", "topk_group"),
     Option("experts.scale", "routed_scaling_factor"),
+)
+DEEPSEEK_EXPERTS = (
+    *experts("n_routed_experts"),
+    shared_experts("n_shared_experts"),
+    *GROUPED_EXPERTS,
 )
 
 
@@ -379,6 +382,11 @@ LLAMA4_EXPERTS = (
     *experts("num_local_experts", "intermediate_size"),
     Option("experts.shared_size", "intermediate_size"),
     Option("intermediate_size", "intermediate_size_mlp"),
+)
+GRANITE_MOE = (
+    *ATTENTION_BIAS,
+    *GRANITE,
+    *experts("num_local_experts", "intermediate_size"),
 )
 GRANITE_EXPERTS = (
     Option("intermediate_size", "shared_intermediate_size"),
