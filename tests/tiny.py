@@ -653,29 +653,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window_pattern=3,
         ),
     ),
-    "hy_v3": (
-        "hy_v3",
-        dict(
-            head_dim=12,
-            moe_intermediate_size=20,
-            num_experts=8,
-            num_experts_per_tok=3,
-            num_shared_experts=2,
-        ),
-    ),
-    "hy_v3 biases, tied": (
-        "hy_v3",
-        dict(
-            head_dim=8,
-            moe_intermediate_size=20,
-            num_experts=6,
-            num_experts_per_tok=2,
-            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
-            attention_bias=True,
-            mlp_bias=True,
-            tie_word_embeddings=True,
-        ),
-    ),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense",
         dict(

@@ -152,22 +152,6 @@ EXPERTS: dict[str, Family] = {
         mtp_trained=False,
         scores_as=None,
     ),
-    "hy_v3": Family(
-        "HYV3",
-        _SIGMOID | {"qk_norm": "head"},
-        (
-            *experts("num_experts"),
-            shared_experts("num_shared_experts"),
-            Option("experts.scale", "router_scaling_factor"),
-            *ATTENTION_BIAS,
-            *MLP_BIAS,
-        ),
-        dense="typed",
-        modules=names.HY3,
-        mtp="layers",
-        mtp_trained=False,
-        scores_as=None,
-    ),
     "dots1": Family(
         "Dots1",
         _SIGMOID | {"qk_norm": "head"},

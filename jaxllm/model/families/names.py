@@ -12,9 +12,6 @@ MIXTRAL = {
 DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
     f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
 }
-HY3 = {"mlp.router": "mlp.router.gate", "mlp.choice_bias": "mlp.expert_bias"} | {
-    f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")
-}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",
