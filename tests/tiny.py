@@ -16,7 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families.wrappers import WRAPPERS, module_name
+from jaxllm.model.families.tensors import module_name
+from jaxllm.model.families.wrappers import WRAPPERS
 
 B, T, V = 2, 24, 131
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -653,6 +654,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window_pattern=3,
         ),
     ),
+    "hy_v3": (
+        "hy_v3",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+        ),
+    ),
+    "hy_v3 biases, tied": (
+        "hy_v3",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense",
         dict(
@@ -913,7 +937,8 @@ def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     if not any(".experts." in name for name in tensors):
         return tensors
     saved = revert_weight_conversion(model, tensors)
-    return {module_name(name, ""): tensor for name, tensor in saved.items()}
+    kind = model.config.model_type
+    return {module_name(name, kind, ""): tensor for name, tensor in saved.items()}
 
 
 def one_device() -> Any:

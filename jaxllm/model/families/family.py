@@ -43,7 +43,8 @@ class Family:
       "expert_halves" if all columns of gate come first, "expert_rows" if these are rows;
       "expert_halves_turned" if transformers 5 saves that with the last two dims swapped.
     modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
-    root: what the names of tensors in files begin with, where those of modules do with "model.".
+    stored: (a part of the names of tensors in files, what modules of transformers have there), for
+      names that differ.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
       (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. mtp_trained:
       False where they are not modules as in model/mtp.py, as those of ernie4_5_moe, which read
@@ -68,7 +69,7 @@ class Family:
     scaled_nope: bool = False
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
-    root: str = "model."
+    stored: tuple[tuple[str, str], ...] = ()
     mtp: str = ""
     mtp_trained: bool = True
     refused: dict[str, str] = field(default_factory=dict)

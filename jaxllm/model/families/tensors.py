@@ -19,12 +19,21 @@ def embed_name(family: str, wrapper: str) -> str:
     return f"{root_of(wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
 
 
+def module_name(stored: str, family: str, wrapper: str) -> str:
+    """The name of a tensor in files as transformers' modules have it today."""
+    for pattern, start in WRAPPERS[wrapper].stored if wrapper else ():
+        if found := re.match(pattern, stored):
+            return start + stored[found.end() :]
+    for there, here in () if wrapper else FAMILIES[family].stored:
+        stored = stored.replace(there, here, 1)
+    return stored
+
+
 def stored_name(cfg: ModelConfig, name: str) -> str:
-    """The name in files of a tensor that transformers' modules have under `name`."""
-    root = root_of(cfg.wrapper)
-    if cfg.wrapper or not name.startswith(root):
-        return name
-    return FAMILIES[cfg.family].root + name.removeprefix(root)
+    """The inverse of `module_name`; a model in a wrapper is written by the names of modules."""
+    for there, here in () if cfg.wrapper else FAMILIES[cfg.family].stored:
+        name = name.replace(here, there, 1)
+    return name
 
 
 def _indices(name: str) -> list[str]:
