@@ -654,6 +654,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             sliding_window_pattern=3,
         ),
     ),
+    "afmoe": (
+        "afmoe",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            route_scale=1.7,
+            sliding_window=5,
+            global_attn_every_n_layers=2,
+            mup_enabled=True,
+        ),
+    ),
+    "afmoe biases, tied": (
+        "afmoe",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            num_dense_layers=2,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "hy_v3": (
         "hy_v3",
         dict(

@@ -218,7 +218,9 @@ class ModelConfig:
     delta: Delta | None = None
     conv: Convolution | None = None
     mamba: Mamba | None = None
-    output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
+    # Attention's output is multiplied by the sigmoid of a part of q's output, or of a projection of
+    # its own, with a number for each feature or for each head.
+    output_gate: Literal["none", "query", "feature", "head"] = "none"
     experts: Experts | None = None
     layer_embeds: LayerEmbeds | None = None
     mtp: int = 0  # modules of multi-token prediction that are trained with the model (model/mtp.py)

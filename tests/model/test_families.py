@@ -1155,7 +1155,7 @@ def test_qwen3_next_has_three_delta_nets_to_a_layer_of_attention():
     assert kinds(cfg) == ([LayerKind(mixer="delta")] * 3 + [LayerKind()]) * 12
     assert [len(layers) for layers in cfg.stacks.values()] == [12] * 4  # one scan of periods
     assert cfg.delta == Delta(16, 32, 128, 128, 4, grouped=True)
-    assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate
+    assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate == "query"
     with pytest.raises(UserError, match="linear_num_value_heads 24 is no multiple of linear_num_k"):
         from_hf(QWEN3_NEXT_80B_A3B | {"linear_num_value_heads": 24})
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxllm.model.families import names
@@ -172,6 +173,33 @@ EXPERTS: dict[str, Family] = {
         ),
         mtp="layers",
         mtp_trained=False,
+        scores_as=None,
+    ),
+    "afmoe": Family(
+        "Afmoe",
+        _SIGMOID
+        | {
+            "norm_placement": "sandwich",
+            "qk_norm": "head",
+            "output_gate": "feature",
+        },
+        (
+            *experts("num_experts"),
+            shared_experts("num_shared_experts"),
+            Option("experts.scale", "route_scale"),
+            *ATTENTION_BIAS,
+            Option(
+                "embed_scale",
+                "mup_enabled",
+                lambda scales, size: math.sqrt(size) if scales else 1.0,
+                lambda scale, _: scale != 1.0,
+                beside="hidden_size",
+            ),
+        ),
+        window="typed",
+        dense="leading",
+        nope="full",
+        modules=names.DEEPSEEK | names.AFMOE,
         scores_as=None,
     ),
     "dots1": Family(

@@ -20,7 +20,7 @@ from jaxllm.model.families.options import (
     experts,
 )
 
-_HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": True}
+_HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": "query"}
 
 HYBRID: dict[str, Family] = {
     "lfm2": Family(

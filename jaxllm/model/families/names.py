@@ -12,6 +12,12 @@ MIXTRAL = {
 DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
     f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
 }
+AFMOE = {
+    "mlp.router": "mlp.router.gate",
+    "mlp.choice_bias": "mlp.expert_bias",
+    "mlp_norm": "pre_mlp_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
+}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",

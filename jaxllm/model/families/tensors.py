@@ -377,6 +377,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
         _mlp_keys(cfg, fused, linear)
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
+    if attends and cfg.output_gate in ("feature", "head"):
+        linear("attn.gate", "self_attn.gate_proj", False)
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
     if cfg.qk_norm not in ("none", "unit") and attends:
