@@ -122,6 +122,13 @@ GRANITE_HYBRID: dict[str, Any] = GRANITE | dict(
     mamba_d_state=10,
 )
 
+BAMBA: dict[str, Any] = dict(
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    mamba_n_heads=8,
+    mamba_d_state=10,
+    rope_parameters=dict(rope_type="default", rope_theta=500.0),
+)
+
 NEMOTRON_H: dict[str, Any] = dict(
     layer_norm_epsilon=1e-2,  # a smaller one magnifies the roundings of small states
     head_dim=12,
@@ -849,6 +856,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
             hidden_act="gelu",
             rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "bamba": (
+        "bamba",
+        BAMBA | dict(attn_layer_indices=[1, 3], mamba_n_groups=2),
+    ),
+    "bamba biases, tied": (
+        "bamba",
+        BAMBA
+        | dict(
+            attn_layer_indices=[2],
+            mamba_n_groups=4,
+            mamba_conv_bias=False,
+            mamba_proj_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
         ),
     ),
     "nemotron_h": (

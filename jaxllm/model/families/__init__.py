@@ -136,7 +136,9 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"layers_block_type has {layers:,} layers, which are too many")
         c["num_hidden_layers"] = layers
         # Published configs and transformers 5 may differ in the name of a key: both are set.
-        c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
+        for name, other in filled.attribute_map.items():
+            if hasattr(filled, other):
+                c[name] = getattr(filled, other)
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         c["model_type"] = family_of(config)
     if c.get("is_causal") is False:

@@ -22,6 +22,7 @@ class Family:
       if `use_sliding_window` says so too.
     mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
       ("linear_attention"), or a short convolution ("conv").
+    attention_listed: `attn_layer_indices` lists those with attention, in place of `layer_types`.
     alone: a layer is a mixer, an MLP ("mlp") or experts ("moe"), which `layers_block_type` names.
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
       the `num_dense_layers` first ("leading"), those that `decoder_sparse_step` and
@@ -58,6 +59,7 @@ class Family:
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     mixer: Literal["", "delta", "conv", "mamba"] = ""
+    attention_listed: bool = False
     alone: bool = False
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full", "all", "always"] = "none"

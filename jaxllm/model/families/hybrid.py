@@ -13,6 +13,7 @@ from jaxllm.model.families.options import (
     LFM2,
     LFM2_MOE,
     MAMBA,
+    MLP_BIAS,
     NEMOTRON_H,
     QWEN_EXPERTS,
     QWEN_SHARED,
@@ -47,6 +48,15 @@ HYBRID: dict[str, Family] = {
         nope="all",
         fused=("gate_up", "expert_rows"),
         modules=names.GRANITE,
+        scores_as=None,
+    ),
+    "bamba": Family(
+        "Bamba",
+        options=(*ATTENTION_BIAS, *MLP_BIAS, *MAMBA),
+        mixer="mamba",
+        attention_listed=True,
+        partial_rope=True,
+        modules=names.BAMBA,
         scores_as=None,
     ),
     "nemotron_h": Family(

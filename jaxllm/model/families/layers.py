@@ -173,7 +173,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         types = [_type_of(cfg, kind) for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
-    if family.mixer:
+    if family.attention_listed:
+        config["attn_layer_indices"] = [i for i, n in enumerate(types) if n == "full_attention"]
+    elif family.mixer:
         config["layers_block_type" if family.alone else "layer_types"] = types
     elif family.window == "all":
         config[length] = window

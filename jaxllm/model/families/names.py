@@ -18,6 +18,9 @@ AFMOE = {
     "mlp_norm": "pre_mlp_layernorm",
     "mlp_post_norm": "post_mlp_layernorm",
 }
+BAMBA = {"mlp_norm": "pre_ff_layernorm", "norm": "final_layernorm"} | {
+    f"mlp.{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")
+}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",

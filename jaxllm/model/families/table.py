@@ -19,7 +19,7 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
     "state-space layers of another form": (
-        *("mamba", "mamba2", "bamba", "jamba", "falcon_h1"),
+        *("mamba", "mamba2", "jamba", "falcon_h1"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
     "alternating updates of several residual streams": ("gemma3n_text",),
