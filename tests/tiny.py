@@ -838,6 +838,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "lfm3": (
+        "lfm3",
+        dict(
+            head_dim=12,
+            layer_types=["conv", FULL, SLIDING, "conv", FULL],
+            num_hidden_layers=5,
+            sliding_window=5,
+            rope_parameters=GEMMA4["rope_parameters"],
+        ),
+    ),
+    "lfm3 without norms after, not gated, biases, untied": (
+        "lfm3",
+        dict(
+            head_dim=8,
+            layer_types=["conv", SLIDING, "conv", SLIDING],
+            sliding_window=9,
+            conv_L_cache=4,
+            conv_bias=True,
+            use_sandwich_norm=False,
+            use_attention_gate=False,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         GRANITE_HYBRID | dict(intermediate_size=20, num_local_experts=6, num_experts_per_tok=3),

@@ -32,11 +32,16 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     types = [local if family.window == "all" else "full_attention"] * count
     if family.window in LOCAL or family.mixer:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
-    other = MIXERS.get(family.mixer, local)
-    if strange := set(types) - {"full_attention", other, *(ALONE if family.alone else ())}:
+    known = {"full_attention", *(ALONE if family.alone else ())}
+    known |= {MIXERS[family.mixer]} if family.mixer else set()
+    known |= {local} if family.window != "none" else set()
+    if strange := set(types) - known:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
     rope, rotates = c.get("rope_parameters", {}), family.nope != "always"
-    names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
+    names = ["full_attention"]
+    if family.rope_by_type:
+        attending = [kind for kind in types if _mixer(family, kind) == "attention"]
+        names = list(dict.fromkeys(attending)) or names
     which = names if rotates else ()
     ropes = tuple(read_rope(rope[n] if family.rope_by_type else rope, c) for n in which)
     rotated = [rotates] * count
@@ -51,7 +56,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     layers = [
         LayerKind(
             **own,
-            rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else len(ropes) - 1,
+            rope=(names.index(kind) if kind in names else 0) if uses_rope else len(ropes) - 1,
             window=window if kind == local else None,
             dense=dense,
             mixer=_mixer(family, kind),
@@ -73,11 +78,11 @@ def _mixer(family: Family, kind: str) -> Any:
     return family.mixer if family.mixer and kind == MIXERS[family.mixer] else "attention"
 
 
-def _type_of(cfg: ModelConfig, kind: LayerKind) -> str:
-    """The name in `layer_types` of a layer of a family that has mixers."""
+def _type_of(cfg: ModelConfig, kind: LayerKind, local: str) -> str:
+    """The name in `layer_types` of a layer. local: that of one with a window."""
     if kind.mixer == "none":
         return "moe" if cfg.experts is not None and kind.routed else "mlp"
-    return MIXERS.get(kind.mixer, "full_attention")
+    return MIXERS.get(kind.mixer, "full_attention" if kind.window is None else local)
 
 
 def _read_dense(c: dict[str, Any]) -> list[bool]:
@@ -168,16 +173,14 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     layers = cfg.kinds_by_layer
     rotated = [cfg.ropes[kind.rope].kind != "none" for kind in layers]
     local, length = LOCAL.get(family.window, LOCAL["typed"])
-    types = ["full_attention" if kind.window is None else local for kind in layers]
-    if family.mixer:
-        types = [_type_of(cfg, kind) for kind in layers]
+    types = [_type_of(cfg, kind, local) for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
     if family.attention_listed:
         config["attn_layer_indices"] = [i for i, n in enumerate(types) if n == "full_attention"]
     elif family.mixer:
         config["layers_block_type" if family.alone else "layer_types"] = types
-    elif family.window == "all":
+    if family.window == "all":
         config[length] = window
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
@@ -196,7 +199,8 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     if family.shapes_by_layer:
         config |= _write_shapes(cfg)
     if family.rope_by_type:
-        by_type = {n: cfg.ropes[kind.rope] for n, kind in zip(types, layers, strict=True)}
+        pairs = [(n, kind) for n, kind in zip(types, layers, strict=True) if n != MIXERS["conv"]]
+        by_type = {n: cfg.ropes[kind.rope] for n, kind in pairs} or {"full_attention": cfg.ropes[0]}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     elif family.nope != "always":
         config["rope_parameters"] = write_rope(cfg.ropes[0], family)

@@ -38,6 +38,17 @@ LFM2 = {
     "mlp_norm": "ffn_norm",
     "norm": "embedding_norm",
 }
+LFM3 = {
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+    "attn.gate": "self_attn.g_proj",
+    "attn_norm": "operator_norm",
+    "attn_post_norm": "post_operator_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_post_norm": "post_ffn_norm",
+    "norm": "embedding_norm",
+}
 LFM2_MOE = LFM2 | {
     "mlp.choice_bias": "feed_forward.expert_bias",
     "mlp.experts.gate": "feed_forward.experts.{expert}.w1",

@@ -294,6 +294,17 @@ LFM2 = (
     # It has one activation, and what is written is the size as it is.
     Option("activation", "block_auto_adjust_ff_dim", lambda _: "silu", lambda _: False),
 )
+LFM3 = (
+    *SHORT_CONV,
+    *ATTENTION_BIAS,
+    norm_placement("use_sandwich_norm", "sandwich"),
+    Option(
+        "output_gate",
+        "use_attention_gate",
+        lambda yes: "head" if yes else "none",
+        lambda gate: gate == "head",
+    ),
+)
 INTERLEAVED = Option(
     "rope_pairs",
     "rope_interleave",

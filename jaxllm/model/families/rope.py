@@ -132,7 +132,7 @@ OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotar
 
 
 # Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
-NEW_SPELLING = ("mellum", "gemma4_text", "gemma4_unified_text")
+NEW_SPELLING = ("mellum", "lfm3", "gemma4_text", "gemma4_unified_text")
 
 
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
