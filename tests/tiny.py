@@ -256,6 +256,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in GEMMA4.items() if "per_layer_input" not in key}
         | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=8.0),
     ),
+    "olmo": ("olmo", dict(clip_qkv=0.8)),  # near the standard deviation, so that it matters
+    "olmo not clipped, biases, tied": (
+        "olmo",
+        dict(head_dim=12, attention_bias=True, tie_word_embeddings=True),
+    ),
     "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     "olmo2 mqa, biases, tied": (
         "olmo2",
@@ -592,6 +597,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "olmoe clipped": ("olmoe", dict(num_experts=6, num_experts_per_tok=2, clip_qkv=0.8)),
     "flex_olmo": ("flex_olmo", dict(num_experts=6, num_experts_per_tok=3)),
     "flex_olmo renormalised, biases, tied": (
         "flex_olmo",

@@ -75,11 +75,15 @@ class Attention(nnx.Module):
             y = jnp.where(rotated, unit_rms(y, cfg.norm_eps), y)
         return norm(y) if cfg.qk_norm == "rotated" else y
 
+    def clipped(self, y: jax.Array) -> jax.Array:
+        limit = self.cfg.qkv_clip
+        return jnp.clip(y, -limit, limit) if limit else y
+
     def queries(self, q: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         """Queries [B, T, H, K], and what gates the output, where it is a part of q's."""
         cfg = self.cfg
         _, _, *scale = ctx.rope_tables[cfg.head_dim]
-        q = self.q_norm(q) if cfg.qk_norm == "full" else q
+        q = self.clipped(self.q_norm(q) if cfg.qk_norm == "full" else q)
         q = q.reshape(*q.shape[:2], cfg.num_heads, -1)
         q, *gate = jnp.split(q, 2, -1) if cfg.output_gate == "query" else [q]
         q = self.placed(q, self.q_norm, ctx)
@@ -90,7 +94,7 @@ class Attention(nnx.Module):
         """Each [B, T, N, K]."""
         cfg = self.cfg
         k = self.k_norm(k) if cfg.qk_norm == "full" else k
-        k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
+        k, v = (self.clipped(y).reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
         v = unit_rms(v, cfg.norm_eps) if cfg.value_norm else v
         return self.placed(k, self.k_norm, ctx), v
 

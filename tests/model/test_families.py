@@ -975,7 +975,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
         ),
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
-        ("olmoe", {"clip_qkv": 3.0}, "clipped queries"),
+        ("cohere", {"use_qk_norm": True}, "norms whose weights differ from head to head"),
         ("glm4_moe", {"n_group": 3}, "n_group 3, topk_group 1: 8 experts are not in such groups"),
         ("dots1", {"n_group": 4, "num_experts_per_tok": 3}, "have fewer than 3 to choose"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),

@@ -10,6 +10,7 @@ from jaxllm.model.families.family import Family
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     ATTENTION_SOFTCAP,
+    CLIPPED,
     GEMMA,
     GEMMA2,
     GEMMA4,
@@ -82,6 +83,11 @@ DENSE: dict[str, Family] = {
     ),
     "gemma4_text": Family("Gemma4", _GEMMA4 | {"experts.branch": True}, GEMMA4, **_GEMMA4_LAYERS),
     "gemma4_unified_text": Family("Gemma4Unified", _GEMMA4, GEMMA4_DENSE, **_GEMMA4_LAYERS),
+    "olmo": Family(
+        "Olmo",
+        {"norm": "layer", "norm_weight": False, "norm_eps": 1e-5},
+        (*ATTENTION_BIAS, CLIPPED),
+    ),
     "olmo2": Family("Olmo2", {"norm_placement": "post", "qk_norm": "full"}, ATTENTION_BIAS),
     "olmo3": Family(
         "Olmo3",

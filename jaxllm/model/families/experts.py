@@ -10,6 +10,7 @@ from jaxllm.model.families import names
 from jaxllm.model.families.family import Family
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
+    CLIPPED,
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
     GRANITE_MOE,
@@ -96,8 +97,8 @@ EXPERTS: dict[str, Family] = {
             *experts("num_experts", "intermediate_size"),
             RENORMALISED,
             *ATTENTION_BIAS,
+            CLIPPED,
         ),
-        refused={"clip_qkv": "clipped queries, keys and values are not supported"},
         scores_as=None,
     ),
     "flex_olmo": Family(

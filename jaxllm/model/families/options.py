@@ -90,6 +90,9 @@ def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
 
+CLIPPED = Option("qkv_clip", "clip_qkv", lambda limit: limit or 0.0, lambda limit: limit or None)
+
+
 def positive(value: float) -> float:
     if not value > 0:
         raise UserError(f"swiglu_limit is {seen(value)}; it must be positive")

@@ -161,7 +161,7 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
 
 
 def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
-    keys = [Key(f"{path}.scale", f"{name}.weight")]
+    keys = [Key(f"{path}.scale", f"{name}.weight")] if cfg.norm_weight else []
     return [*keys, Key(f"{path}.shift", f"{name}.bias")] if cfg.norm_bias else keys
 
 
