@@ -609,6 +609,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
         ),
     ),
+    "granite_swa": (
+        "granite_swa",
+        GRANITE
+        | dict(head_dim=12, sliding_window=5, layer_types=[FULL, SLIDING] * 2)
+        | dict(layer_rope_theta=[0, 100.0, 0, 500.0]),
+    ),
+    "granite_swa one base, biases, untied": (
+        "granite_swa",
+        GRANITE
+        | dict(
+            sliding_window=9,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=700.0),
+        ),
+    ),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        GRANITE
+        | dict(
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            intermediate_size=20,
+            shared_intermediate_size=28,
+            sliding_window=5,
+            layer_rope_theta=[500.0, 100.0, 100.0, 0],
+        ),
+    ),
     "granitemoe": (
         "granitemoe",
         GRANITE | dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=20),

@@ -139,9 +139,8 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     up = "gate_up" if cfg.gated_mlp else "up"
     names = {up: f"{experts}.{up}_proj", "down": f"{experts}.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
-        # transformers 5 renames those of granite and mixtral.
-        names["router_lora"] = router.removesuffix(".layer").replace("block_sparse_moe", mlp)
-        names["router_lora"] += ".weight"
+        # transformers 5 renames mixtral's.
+        names["router_lora"] = router.replace("block_sparse_moe", mlp) + ".weight"
     return {
         f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()

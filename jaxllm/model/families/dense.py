@@ -139,6 +139,14 @@ DENSE: dict[str, Family] = {
         },
     ),
     "granite": Family("Granite", options=ATTENTION_BIAS + MLP_BIAS + GRANITE, scores_as=None),
+    "granite_swa": Family(
+        "GraniteSWA",
+        {"sinks": True},
+        ATTENTION_BIAS + MLP_BIAS + GRANITE,
+        window="typed",
+        theta_listed=True,
+        scores_as=None,
+    ),
     "hyperclovax": Family(
         "HyperCLOVAX",
         options=(

@@ -14,6 +14,7 @@ from jaxllm.model.families.options import (
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
     GRANITE_MOE,
+    GRANITE_MOE_SHARED,
     GROUPED_EXPERTS,
     INTERLEAVED,
     LATENT,
@@ -111,10 +112,18 @@ EXPERTS: dict[str, Family] = {
         ),
         scores_as=None,
     ),
-    "granitemoe": Family("GraniteMoe", options=GRANITE_MOE, **_GRANITE),
+    "granitemoe": Family(
+        "GraniteMoe", options=GRANITE_MOE, stored=names.GRANITE_STORED, **_GRANITE
+    ),
     "granitemoeshared": Family(
-        "GraniteMoeShared",
-        options=(*GRANITE_MOE, Option("experts.shared_size", "shared_intermediate_size")),
+        "GraniteMoeShared", options=GRANITE_MOE_SHARED, stored=names.GRANITE_STORED, **_GRANITE
+    ),
+    "granitemoe_swa": Family(
+        "GraniteMoeSWA",
+        {"sinks": True},
+        GRANITE_MOE_SHARED,
+        window="typed",
+        theta_listed=True,
         **_GRANITE,
     ),
     "glm4_moe": Family(

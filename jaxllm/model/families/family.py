@@ -32,6 +32,7 @@ class Family:
       that see all keys while others have a window ("full"), all unless
       `position_embedding_type` is "rope", or "always" all.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
+    theta_listed: `layer_rope_theta` has the base of each layer's RoPE, 0 for none.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
       and values of the last layer of their type before them.
@@ -64,6 +65,7 @@ class Family:
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full", "all", "always"] = "none"
     rope_by_type: bool = False
+    theta_listed: bool = False
     shapes_by_layer: bool = False
     partial_rope: bool = False
     static_ntk: bool = False

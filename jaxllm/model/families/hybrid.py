@@ -60,6 +60,7 @@ HYBRID: dict[str, Family] = {
         nope="all",
         fused=("gate_up", "expert_rows"),
         modules=names.GRANITE,
+        stored=names.GRANITE_STORED,
         scores_as=None,
     ),
     "bamba": Family(

@@ -76,7 +76,11 @@ GRANITE = {
     for part in ("gate", "up", "down")
 } | {
     "mlp": "block_sparse_moe",
-    "mlp.router": "block_sparse_moe.router.layer",
-    "mlp.experts.gate_up": "block_sparse_moe.input_linear.weight",
-    "mlp.experts.down": "block_sparse_moe.output_linear.weight",
+    "mlp.router": "block_sparse_moe.router",
 }
+# `Family.stored`
+GRANITE_STORED = (
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+)

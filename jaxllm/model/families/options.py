@@ -402,6 +402,10 @@ GRANITE_MOE = (
     *GRANITE,
     *experts("num_local_experts", "intermediate_size"),
 )
+GRANITE_MOE_SHARED = (
+    *GRANITE_MOE,
+    Option("experts.shared_size", "shared_intermediate_size"),
+)
 GRANITE_EXPERTS = (
     Option("intermediate_size", "shared_intermediate_size"),
     Option("experts.count", "num_local_experts", lambda n: n or None, lambda n: n or 0),

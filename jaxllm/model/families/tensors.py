@@ -255,8 +255,7 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
         keys.append(Key(f"{stack}.mlp.{part}.kernel", f"{layer}{name}.weight", True))
     for part, outputs in columns.items():  # [experts, in, out]
         matrix = "gate_up" if outputs else "down"
-        name = f"{family.modules.get('mlp.experts', f'{mlp}.experts')}.{matrix}_proj"
-        name = layer + family.modules.get(f"mlp.experts.{matrix}", name)
+        name = f"{layer}{family.modules.get('mlp.experts', f'{mlp}.experts')}.{matrix}_proj"
         either, rows = "expert_halves_turned" in fused, "expert_rows" in fused
         keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
         if experts.bias:
