@@ -123,7 +123,7 @@ GRANITE_HYBRID: dict[str, Any] = GRANITE | dict(
 )
 
 BAMBA: dict[str, Any] = dict(
-    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    rms_norm_eps=1e-2,  # a smaller one magnifies the roundings of small states
     mamba_n_heads=8,
     mamba_d_state=10,
     rope_parameters=dict(rope_type="default", rope_theta=500.0),

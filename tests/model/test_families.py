@@ -588,104 +588,7 @@ LFM2_8B_A1B = dict(
     use_expert_bias=True,
     vocab_size=65536,
 )
-GRANITE_4_H_OLMO_1B = dict(
-    model_type="olmo",
-    attention_bias=False,
-    clip_qkv=None,
-    hidden_act="silu",
-    hidden_size=2048,
-    intermediate_size=8192,
-    max_position_embeddings=2048,
-    num_attention_heads=16,
-    num_hidden_layers=16,
-    num_key_value_heads=16,
-    rope_scaling=None,
-    rope_theta=10000.0,
-    tie_word_embeddings=True,
-    vocab_size=50304,
-)
-STABLELM_2_1_6B = dict(
-    model_type="stablelm",
-    hidden_act="silu",
-    hidden_size=2048,
-    intermediate_size=5632,
-    layer_norm_eps=1e-5,
-    max_position_embeddings=4096,
-    num_attention_heads=32,
-    num_hidden_layers=24,
-    num_key_value_heads=32,
-    partial_rotary_factor=0.25,
-    rope_theta=10000,
-    tie_word_embeddings=False,
-    use_qkv_bias=True,
-    vocab_size=100352,
-)
-COMMAND_R = dict(
-    model_type="cohere",
-    attention_bias=False,
-    hidden_act="silu",
-    hidden_size=8192,
-    intermediate_size=22528,
-    layer_norm_eps=1e-5,
-    logit_scale=0.0625,
-    max_position_embeddings=8192,
-    num_attention_heads=64,
-    num_hidden_layers=40,
-    num_key_value_heads=64,
-    rope_theta=8000000.0,
-    use_qk_norm=False,
-    vocab_size=256000,
-)
-GRANITE_3_1B_A400M = dict(
-    model_type="granitemoe",
-    attention_bias=False,
-    attention_multiplier=0.015625,
-    embedding_multiplier=12.0,
-    hidden_act="silu",
-    hidden_size=1024,
-    intermediate_size=512,
-    logits_scaling=6.0,
-    max_position_embeddings=4096,
-    num_attention_heads=16,
-    num_experts_per_tok=8,
-    num_hidden_layers=24,
-    num_key_value_heads=8,
-    num_local_experts=32,
-    residual_multiplier=0.22,
-    rms_norm_eps=1e-6,
-    rope_scaling=None,
-    rope_theta=10000,
-    tie_word_embeddings=True,
-    vocab_size=49155,
-)
-BAMBA_9B = dict(
-    model_type="bamba",
-    attention_bias=False,
-    attn_layer_indices=[9, 18, 27],
-    attn_rotary_emb=64,
-    hidden_act="silu",
-    hidden_size=4096,
-    intermediate_size=14336,
-    mamba_chunk_size=256,
-    mamba_conv_bias=True,
-    mamba_d_conv=4,
-    mamba_d_head=64,
-    mamba_d_state=128,
-    mamba_expand=2,
-    mamba_n_groups=1,
-    mamba_n_heads=128,
-    mamba_proj_bias=False,
-    max_position_embeddings=262144,
-    mlp_bias=False,
-    num_attention_heads=32,
-    num_hidden_layers=32,
-    num_key_value_heads=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_word_embeddings=False,
-    vocab_size=128256,
-)
-TINY = dict(
+GRANITE_4_H_TINY = dict(
     model_type="granitemoehybrid",
     attention_bias=False,
     attention_multiplier=0.0078125,
@@ -1297,6 +1200,11 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
+        (OLMO_1B, 1_176_764_416),
+        (STABLELM_2_1_6B, 1_644_515_328),
+        (COMMAND_R, 34_980_831_232),
+        (GRANITE_3_1B_A400M, 1_334_628_352),
+        (BAMBA_9B, 9_780_235_392),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1394,6 +1302,33 @@ def test_nemotron_h_has_layers_that_are_one_sub_layer():
     assert config.items() >= NEMOTRON_H_8B.items() and "rope_theta" not in config
     with pytest.raises(UserError, match="mtp_loss: the multi-token prediction of nemotron_h is no"):
         with_mtp(nano, NEMOTRON_3_NANO)
+
+
+def test_bamba_lists_its_layers_with_attention():
+    cfg = from_hf(BAMBA_9B)
+    attends = [kind.mixer == "attention" for kind in kinds(cfg)]
+    assert [i for i, one in enumerate(attends) if one] == [9, 18, 27]
+    assert cfg.mamba == Mamba(128, 64, 1, 128, 4) and cfg.ropes == (Rope(10_000.0, partial=0.5),)
+    assert to_hf(cfg)["attn_layer_indices"] == [9, 18, 27]
+
+
+def test_lfm3_has_convolutions_and_attention_with_and_without_a_window():
+    config = TINY | {"model_type": "lfm3", "num_hidden_layers": 5, "sliding_window": 8}
+    cfg = from_hf(config)
+    conv, full, local = LayerKind(mixer="conv"), LayerKind(0), LayerKind(1, 8)
+    assert kinds(cfg) == [conv, conv, full, conv, local]
+    whole = Rope(1_000_000.0, "proportional", partial=0.5)
+    assert cfg.ropes == (whole, Rope(10_000.0)) and cfg.output_gate == "head"
+    assert "conv" not in to_hf(cfg)["rope_parameters"] and from_hf(to_hf(cfg)) == cfg
+
+
+def test_granite_swa_has_a_base_of_rope_for_each_layer():
+    config = TINY | {"model_type": "granite_swa", "num_hidden_layers": 4, "sliding_window": 8}
+    cfg = from_hf(config | {"layer_rope_theta": [0, 500.0, 500.0, 1e6]})
+    assert cfg.ropes == (Rope(kind="none"), Rope(500.0), Rope(1e6))
+    assert kinds(cfg) == [LayerKind(0), LayerKind(1, 8), LayerKind(1, 8), LayerKind(2, 8)]
+    unrotated = from_hf(config | {"layer_rope_theta": [0] * 4})
+    assert unrotated.ropes == (Rope(kind="none"),) and from_hf(to_hf(unrotated)) == unrotated
 
 
 def test_llama4_has_chunks_in_the_layers_with_rope_and_experts_in_some():

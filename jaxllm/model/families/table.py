@@ -18,10 +18,22 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
+    "norms before some of its layers and after others": ("olmo_hybrid",),
     "state-space layers of another form": (
-        *("mamba", "mamba2", "jamba", "falcon_h1"),
+        *("mamba", "mamba2", "jamba"),
         *("zamba", "zamba2", "falcon_mamba"),
     ),
+    "attention and a state space side by side in a layer": ("falcon_h1",),
+    "attention to the keys that an indexer chooses": (
+        *("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"),
+    ),
+    "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
+    "attention and an MLP side by side with a norm each": ("gpt_neox",),
+    "a norm of the embeddings": ("nanochat",),
+    "an activation with learned parameters": ("apertus",),
+    "the mean of routed and shared experts": ("cohere2_moe",),
+    "routing by SparseMixer": ("phimoe",),
+    "a head with a bias": ("phi",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }
