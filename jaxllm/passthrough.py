@@ -122,7 +122,8 @@ def check_unused(
 ) -> None:
     """Says what becomes of the tensors `mtp` of multi-token prediction. Raises UserError for
     tensors that an export could not copy."""
-    unused = {t.name: t for t in unused_tensors(folder, cfg, config, scheme)}
+    unused = unused_tensors(folder, cfg, config, scheme)
+    unused = {module_name(t.name, cfg.family, cfg.wrapper): t for t in unused}
     if cfg.mtp:
         return _check_copies(folder, cfg, scheme, mtp)
     if not (names := sorted(fp8.without_scales(mtp, scheme))):

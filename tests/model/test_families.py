@@ -1071,6 +1071,11 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             {"text_config": TINY | {"num_hidden_layers": 10**9}},
             "num_hidden_layers is 1000000000; it must be",
         ),
+        (
+            "phi",
+            {},
+            "'phi' is not supported: it needs a head with a bias, which this ",
+        ),
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
         ("cohere", {"use_qk_norm": True}, "norms whose weights differ from head to head"),
