@@ -246,7 +246,7 @@ def load_hf(
     mesh = make_mesh(MeshSection()) if mesh is None else mesh
     options |= {"dtype": dtype, "compute_dtype": compute_dtype}
     model = abstract_model(cfg, mesh, config, base=path, peft=peft, **options)
-    locations = text_tensors(folder, cfg.wrapper, scheme)
+    locations = text_tensors(folder, cfg.family, cfg.wrapper, scheme)
     embed, head = embed_name(cfg.family, cfg.wrapper), head_of(cfg.wrapper)
     if cfg.tie_embeddings and embed not in locations and head in locations:
         locations[embed] = locations.pop(head)

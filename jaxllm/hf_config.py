@@ -15,13 +15,12 @@ from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
 from jaxllm.model.families.rope import OLD_ROPE, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
-from jaxllm.model.families.tensors import embed_name
+from jaxllm.model.families.tensors import embed_name, module_name
 from jaxllm.model.families.wrappers import (
     WRAPPER,
     family_of,
     head_of,
     is_text,
-    module_name,
     rewrapped,
     unwrapped,
     wrapper_of,
@@ -114,9 +113,9 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
     has_weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     if not has_weights or is_reward(config) or not normalised(config)["tie_word_embeddings"]:
         return False
-    wrapper = wrapper_of(config)
-    locations = text_tensors(folder, wrapper, scheme)
-    embed, head = embed_name(family_of(config), wrapper), head_of(wrapper)
+    family, wrapper = family_of(config), wrapper_of(config)
+    locations = text_tensors(folder, family, wrapper, scheme)
+    embed, head = embed_name(family, wrapper), head_of(wrapper)
     if embed not in locations or head not in locations:
         return False
     with fp8.opened(locations, scheme) as tensor:
@@ -132,12 +131,12 @@ def _has_untied_head(config: dict[str, Any], folder: Path, scheme: fp8.Fp8 | Non
 
 
 def text_tensors(
-    folder: Path, wrapper: str, scheme: fp8.Fp8 | None = None
+    folder: Path, family: str, wrapper: str, scheme: fp8.Fp8 | None = None
 ) -> dict[str, tuple[Path, str]]:
     """Where the tensors of the language model are (fp8.located), by their names in transformers'
     modules, which differ from those in the files of some wrappers."""
     stored = fp8.located(tensor_files(folder), scheme)
-    named = {module_name(name, wrapper): place for name, place in stored.items()}
+    named = {module_name(name, family, wrapper): place for name, place in stored.items()}
     return {name: place for name, place in named.items() if is_text(name, wrapper)}
 
 

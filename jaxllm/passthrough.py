@@ -28,8 +28,8 @@ from jaxllm.hf_config import read_config, text_tensors
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import mtp_modules
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import mtp_copies, stored_name
-from jaxllm.model.families.wrappers import WRAPPER, is_text, module_name, root_of
+from jaxllm.model.families.tensors import module_name, mtp_copies, stored_name
+from jaxllm.model.families.wrappers import WRAPPER, is_text, root_of
 from jaxllm.paths import as_path, copy, is_bucket
 
 VISION = "vision_config"
@@ -83,7 +83,7 @@ def unused_tensors(
     scheme: of its quantized weights. Raises UserError for a quantized tensor that it does not fit.
     """
     places = fp8.located(tensor_files(folder), scheme)
-    modules = {name: module_name(name, cfg.wrapper) for name in places}
+    modules = {name: module_name(name, cfg.family, cfg.wrapper) for name in places}
     own = set() if cfg.scores or cfg.mtp else mtp_names(modules.values(), cfg, config)
     own |= unread_names(modules.values(), cfg)
     unused = {
@@ -122,7 +122,8 @@ def check_unused(
 ) -> None:
     """Says what becomes of the tensors `mtp` of multi-token prediction. Raises UserError for
     tensors that an export could not copy."""
-    unused = {t.name: t for t in unused_tensors(folder, cfg, config, scheme)}
+    unused = unused_tensors(folder, cfg, config, scheme)
+    unused = {module_name(t.name, cfg.family, cfg.wrapper): t for t in unused}
     if cfg.mtp:
         return _check_copies(folder, cfg, scheme, mtp)
     if not (names := sorted(fp8.without_scales(mtp, scheme))):
@@ -143,7 +144,7 @@ def check_unused(
 
 def _check_copies(folder: Path, cfg: ModelConfig, scheme: fp8.Fp8 | None, copies: set[str]) -> None:
     """Warns of copies that differ from the model's table or head, in evenly spaced rows."""
-    files, copied = text_tensors(folder, cfg.wrapper, scheme), mtp_copies(cfg)
+    files, copied = text_tensors(folder, cfg.family, cfg.wrapper, scheme), mtp_copies(cfg)
     with fp8.opened(files, scheme) as tensor:
         for name in sorted(name for name in copies if copied[name] in files):
             own, ours = tensor(name), tensor(copied[name])
@@ -211,7 +212,9 @@ def with_unused(model: Any, tensors: dict[str, Tensor], out: str) -> dict[str, T
     if is_bucket(out) and as_path(out) == folder:  # which is emptied first (`new_folder`)
         raise UserError(f"{out} is what the model was loaded from; choose another directory")
     scheme = fp8.split_quantization(stored, folder)[1]
-    names = {name: there for name, (_, there) in text_tensors(folder, cfg.wrapper).items()}
+    names = {
+        name: there for name, (_, there) in text_tensors(folder, cfg.family, cfg.wrapper).items()
+    }
     everything = [replace(t, name=names.get(t.name, t.name)) for t in tensors.values()]
     unused = unused_tensors(folder, cfg, config, scheme)
     return {t.name: t for t in everything + unused}

@@ -23,9 +23,9 @@ BEGAN = time.monotonic()  # of this process
 # A case for each structure of a decoder.
 STRUCTURES = (
     *("llama", "llama yarn", "gemma2", "gemma3_text", "qwen3", "phi3 longrope, long", "olmo2"),
-    *("exaone4", "glm4", "granite", "cohere2", "starcoder2", "nemotron", "hunyuan_v1_dense"),
+    *("olmo", "glm4", "granite", "cohere2", "nemotron", "hunyuan_v1_dense", "afmoe"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
-    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", "gemma4_text"),
+    *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm3", "lfm2_moe", "gemma4_text"),
     *("gemma4_text experts", "granitemoehybrid", "nemotron_h"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The

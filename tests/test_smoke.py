@@ -37,7 +37,7 @@ shape |= dict(num_key_value_heads=1, head_dim=8, vocab_size=300, max_position_em
 shape |= dict(n_routed_experts=16, num_experts_per_tok=1)  # of which dots1 has no defaults
 shape |= dict(mamba_n_heads=4)  # granitemoehybrid's default divides no size as small
 shape |= dict(hybrid_override_pattern="M")  # nemotron_h has four by default
-ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
 for name, family in FAMILIES.items():
     # Past the length that YaRN has by default; transformers warns if its factor is another.
     longest = 2**17 if name == "gpt_oss" else 2**18

@@ -16,7 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
-from jaxllm.model.families.wrappers import WRAPPERS, module_name
+from jaxllm.model.families.tensors import module_name
+from jaxllm.model.families.wrappers import WRAPPERS
 
 B, T, V = 2, 24, 131
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -105,7 +106,13 @@ DELTA_EXPERTS: dict[str, Any] = dict(
     num_experts_per_tok=2,
 )
 
-GRANITE_HYBRID: dict[str, Any] = dict(
+GRANITE: dict[str, Any] = dict(
+    embedding_multiplier=3.0,
+    logits_scaling=0.7,
+    residual_multiplier=0.4,
+    attention_multiplier=0.2,
+)
+GRANITE_HYBRID: dict[str, Any] = GRANITE | dict(
     rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
     shared_intermediate_size=28,
     layer_types=[LINEAR, FULL, LINEAR, FULL],
@@ -113,10 +120,13 @@ GRANITE_HYBRID: dict[str, Any] = dict(
     mamba_n_groups=2,
     mamba_d_head=8,
     mamba_d_state=10,
-    embedding_multiplier=3.0,
-    logits_scaling=0.7,
-    residual_multiplier=0.4,
-    attention_multiplier=0.2,
+)
+
+BAMBA: dict[str, Any] = dict(
+    rms_norm_eps=1e-2,  # a smaller one magnifies the roundings of small states
+    mamba_n_heads=8,
+    mamba_d_state=10,
+    rope_parameters=dict(rope_type="default", rope_theta=500.0),
 )
 
 NEMOTRON_H: dict[str, Any] = dict(
@@ -246,6 +256,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in GEMMA4.items() if "per_layer_input" not in key}
         | dict(attention_k_eq_v=True, num_global_key_value_heads=1, final_logit_softcapping=8.0),
     ),
+    "olmo": ("olmo", dict(clip_qkv=0.8)),  # near the standard deviation, so that it matters
+    "olmo not clipped, biases, tied": (
+        "olmo",
+        dict(head_dim=12, attention_bias=True, tie_word_embeddings=True),
+    ),
     "olmo2": ("olmo2", dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))),
     "olmo2 mqa, biases, tied": (
         "olmo2",
@@ -346,6 +361,55 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(use_bias=False, tie_word_embeddings=False),
     ),
     "arcee": ("arcee", dict(head_dim=12)),
+    "iquestcoder": ("iquestcoder", dict(head_dim=12)),
+    "cwm": (
+        "cwm",
+        dict(head_dim=12, sliding_window=5, mlp_bias=True, rope_parameters=LLAMA3)
+        | dict(bos_token_id=0),  # which must be a number
+    ),
+    "helium": ("helium", dict(head_dim=8)),
+    "helium biases, tied": (
+        "helium",
+        dict(head_dim=8, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    ),
+    "hyperclovax": (
+        "hyperclovax",
+        dict(
+            embedding_multiplier=3.0,
+            logits_scaling=0.7,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+        ),
+    ),
+    "hyperclovax without norms after, biases, tied": (
+        "hyperclovax",
+        dict(
+            head_dim=12,
+            use_post_norm=False,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "cohere": ("cohere", dict(logit_scale=0.7)),
+    "cohere biases, untied": (
+        "cohere",
+        dict(attention_bias=True, tie_word_embeddings=False, logit_scale=0.5),
+    ),
+    "stablelm": ("stablelm", dict()),
+    "stablelm parallel, biases, whole": (
+        "stablelm",
+        dict(use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=1.0),
+    ),
+    "jais2": ("jais2", dict()),
+    "jais2 no biases, tied": (
+        "jais2",
+        dict(head_dim=12, attention_bias=False, mlp_bias=False, tie_word_embeddings=True),
+    ),
+    "vaultgemma": (
+        "vaultgemma",
+        GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=8.0),
+    ),
     "nemotron": ("nemotron", dict(attention_bias=True)),
     "nemotron whole": ("nemotron", dict(head_dim=12, mlp_bias=True, partial_rotary_factor=1.0)),
     "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], head_dim=12)),
@@ -411,6 +475,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             q_lora_rank=None,
             tie_word_embeddings=False,
             rope_parameters=YARN | dict(mscale=0.8, mscale_all_dim=1.3),
+        ),
+    ),
+    "youtu": ("youtu", LATENT | dict(q_lora_rank=20)),
+    "youtu without q_lora, halves, biases, untied": (
+        "youtu",
+        LATENT
+        | dict(
+            q_lora_rank=None,
+            rope_interleave=False,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0),
         ),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=6, sliding_window=5, head_dim=12)),
@@ -521,6 +597,155 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3)),
+    "olmoe clipped": ("olmoe", dict(num_experts=6, num_experts_per_tok=2, clip_qkv=0.8)),
+    "flex_olmo": ("flex_olmo", dict(num_experts=6, num_experts_per_tok=3)),
+    "flex_olmo renormalised, biases, tied": (
+        "flex_olmo",
+        dict(
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granite_swa": (
+        "granite_swa",
+        GRANITE
+        | dict(head_dim=12, sliding_window=5, layer_types=[FULL, SLIDING] * 2)
+        | dict(layer_rope_theta=[0, 100.0, 0, 500.0]),
+    ),
+    "granite_swa one base, biases, untied": (
+        "granite_swa",
+        GRANITE
+        | dict(
+            sliding_window=9,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+            rope_parameters=dict(rope_type="default", rope_theta=700.0),
+        ),
+    ),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        GRANITE
+        | dict(
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            intermediate_size=20,
+            shared_intermediate_size=28,
+            sliding_window=5,
+            layer_rope_theta=[500.0, 100.0, 100.0, 0],
+        ),
+    ),
+    "granitemoe": (
+        "granitemoe",
+        GRANITE | dict(num_local_experts=6, num_experts_per_tok=3, intermediate_size=20),
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        GRANITE
+        | dict(
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            intermediate_size=20,
+            shared_intermediate_size=28,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "granitemoeshared without shared experts": (
+        "granitemoeshared",
+        GRANITE | dict(num_local_experts=6, num_experts_per_tok=2, intermediate_size=20),
+    ),
+    "solar_open": (
+        "solar_open",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+        ),
+    ),
+    "solar_open biases, not renormalised": (
+        "solar_open",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            norm_topk_prob=False,
+            attention_bias=True,
+        ),
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            n_group=4,
+            topk_group=2,
+            sliding_window=5,
+            sliding_window_pattern=3,
+        ),
+    ),
+    "afmoe": (
+        "afmoe",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            route_scale=1.7,
+            sliding_window=5,
+            global_attn_every_n_layers=2,
+            mup_enabled=True,
+        ),
+    ),
+    "afmoe biases, tied": (
+        "afmoe",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            num_dense_layers=2,
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "hy_v3": (
+        "hy_v3",
+        dict(
+            head_dim=12,
+            moe_intermediate_size=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+        ),
+    ),
+    "hy_v3 biases, tied": (
+        "hy_v3",
+        dict(
+            head_dim=8,
+            moe_intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "hunyuan_v1_dense": (
         "hunyuan_v1_dense",
         dict(
@@ -648,6 +873,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=False,
         ),
     ),
+    "lfm3": (
+        "lfm3",
+        dict(
+            head_dim=12,
+            layer_types=["conv", FULL, SLIDING, "conv", FULL],
+            num_hidden_layers=5,
+            sliding_window=5,
+            rope_parameters=GEMMA4["rope_parameters"],
+        ),
+    ),
+    "lfm3 without norms after, not gated, biases, untied": (
+        "lfm3",
+        dict(
+            head_dim=8,
+            layer_types=["conv", SLIDING, "conv", SLIDING],
+            sliding_window=9,
+            conv_L_cache=4,
+            conv_bias=True,
+            use_sandwich_norm=False,
+            use_attention_gate=False,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         GRANITE_HYBRID | dict(intermediate_size=20, num_local_experts=6, num_experts_per_tok=3),
@@ -666,6 +915,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             tie_word_embeddings=True,
             hidden_act="gelu",
             rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
+    "bamba": (
+        "bamba",
+        BAMBA | dict(attn_layer_indices=[1, 3], mamba_n_groups=2),
+    ),
+    "bamba biases, tied": (
+        "bamba",
+        BAMBA
+        | dict(
+            attn_layer_indices=[2],
+            mamba_n_groups=4,
+            mamba_conv_bias=False,
+            mamba_proj_bias=True,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
         ),
     ),
     "nemotron_h": (
@@ -737,6 +1004,10 @@ def hf_config(name: str) -> dict[str, Any]:
     return SHAPE | changes | {"model_type": family}
 
 
+# Families that multiply by 1 + the weight of a norm.
+OFFSET = "gemma", "vaultgemma", "nemotron", "qwen3_next", "qwen3_5"
+
+
 def magnified(config: dict[str, Any]) -> Any:
     """A torch model of random weights, none of them near its usual start."""
     kind = config["model_type"]
@@ -750,7 +1021,9 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in path:
-                offset = kind.startswith(("gemma", "nemotron", "qwen3_next", "qwen3_5"))
+                offset = kind.startswith(
+                    ("gemma", "vaultgemma", "nemotron", "qwen3_next", "qwen3_5")
+                )
                 offset = offset and not kind.startswith(("gemma4", "nemotron_h"))
                 around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
@@ -775,7 +1048,8 @@ def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     if not any(".experts." in name for name in tensors):
         return tensors
     saved = revert_weight_conversion(model, tensors)
-    return {module_name(name, ""): tensor for name, tensor in saved.items()}
+    kind = model.config.model_type
+    return {module_name(name, kind, ""): tensor for name, tensor in saved.items()}
 
 
 def one_device() -> Any:

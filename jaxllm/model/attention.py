@@ -45,10 +45,14 @@ class Attention(nnx.Module):
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
         own_k = kind.uses is None
         own_v = own_k and not kind.values_from_keys
-        # With an output gate, a head's outputs of q are its query, then its gate.
-        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q * (1 + cfg.output_gate)))
+        # With a gate in q, a head's outputs of q are its query, then its gate.
+        in_q = cfg.output_gate == "query"
+        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q * (1 + in_q)))
         self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV)) if own_k else None
         self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV)) if own_v else None
+        gates = {"feature": Q, "head": cfg.num_heads}.get(cfg.output_gate)
+        gate = partial(Linear, cfg, f"{path}.gate", ("embed", heads), **options)
+        self.gate = gate((D, gates)) if gates else None
         self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
         self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
         if cfg.sinks:
@@ -71,13 +75,17 @@ class Attention(nnx.Module):
             y = jnp.where(rotated, unit_rms(y, cfg.norm_eps), y)
         return norm(y) if cfg.qk_norm == "rotated" else y
 
+    def clipped(self, y: jax.Array) -> jax.Array:
+        limit = self.cfg.qkv_clip
+        return jnp.clip(y, -limit, limit) if limit else y
+
     def queries(self, q: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
-        """Queries [B, T, H, K], and what gates the output, where the family does."""
+        """Queries [B, T, H, K], and what gates the output, where it is a part of q's."""
         cfg = self.cfg
         _, _, *scale = ctx.rope_tables[cfg.head_dim]
-        q = self.q_norm(q) if cfg.qk_norm == "full" else q
+        q = self.clipped(self.q_norm(q) if cfg.qk_norm == "full" else q)
         q = q.reshape(*q.shape[:2], cfg.num_heads, -1)
-        q, *gate = jnp.split(q, 2, -1) if cfg.output_gate else [q]
+        q, *gate = jnp.split(q, 2, -1) if cfg.output_gate == "query" else [q]
         q = self.placed(q, self.q_norm, ctx)
         q = q * scale[0][ctx.rope].astype(q.dtype) if scale else q
         return q, *gate
@@ -86,7 +94,7 @@ class Attention(nnx.Module):
         """Each [B, T, N, K]."""
         cfg = self.cfg
         k = self.k_norm(k) if cfg.qk_norm == "full" else k
-        k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
+        k, v = (self.clipped(y).reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
         v = unit_rms(v, cfg.norm_eps) if cfg.value_norm else v
         return self.placed(k, self.k_norm, ctx), v
 
@@ -119,6 +127,8 @@ class Attention(nnx.Module):
             sinks=self.sinks[...] if self.cfg.sinks else None,
             kernel=ctx.kernel,
         )
+        if self.gate is not None:
+            gate = [self.gate(x_BTD, ctx).reshape(*out_BTHK.shape[:-1], -1)]
         if gate:
             out_BTHK = out_BTHK * jax.nn.sigmoid(gate[0])
         return self.o(out_BTHK.reshape(*x_BTD.shape[:2], -1), ctx), past

@@ -192,6 +192,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # gemma multiplies by (1 + weight)
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
+    norm_weight: bool = True
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
@@ -199,6 +200,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"
     value_norm: bool = False  # each head's values are divided by their root mean square
     qkv_bias: bool = False
+    qkv_clip: float = 0.0  # queries, keys and values are clipped to ± this; 0 = not clipped
     o_bias: bool = False
     sinks: bool = False  # each head has a learned score of no key, which adds to its softmax's sum
     mlp_bias: bool = False
@@ -218,7 +220,9 @@ class ModelConfig:
     delta: Delta | None = None
     conv: Convolution | None = None
     mamba: Mamba | None = None
-    output_gate: bool = False  # attention's output is multiplied by sigmoid of a part of q's
+    # Attention's output is multiplied by the sigmoid of a part of q's output, or of a projection of
+    # its own, with a number for each feature or for each head.
+    output_gate: Literal["none", "query", "feature", "head"] = "none"
     experts: Experts | None = None
     layer_embeds: LayerEmbeds | None = None
     mtp: int = 0  # modules of multi-token prediction that are trained with the model (model/mtp.py)

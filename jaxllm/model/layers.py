@@ -108,15 +108,16 @@ class RMSNorm(nnx.Module):
     """x / rms(x) · (offset + scale) over the last dim, statistics in float32 (arXiv:1910.07467)."""
 
     def __init__(self, cfg: ModelConfig, size: int, *, dtype: Any = jnp.float32):
-        start = 1.0 - cfg.norm_offset
-        self.scale = nnx.Param(jnp.full(size, start, dtype), axes=("norm",))
+        start = jnp.full(size, 1.0 - cfg.norm_offset, dtype)
+        self.scale = nnx.Param(start, axes=("norm",)) if cfg.norm_weight else None
         self.eps, self.offset = cfg.norm_eps, cfg.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.scaled(x.astype(jnp.float32)).astype(x.dtype)
 
     def scaled(self, x: jax.Array) -> jax.Array:
-        return unit_rms(x, self.eps) * (self.offset + self.scale[...].astype(jnp.float32))
+        y = unit_rms(x, self.eps)
+        return y if self.scale is None else y * (self.offset + self.scale[...].astype(jnp.float32))
 
 
 class LayerNorm(RMSNorm):

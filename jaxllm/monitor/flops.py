@@ -84,7 +84,8 @@ def _attention_weights(model: ModelConfig, kind: LayerKind) -> int:
     (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
     if (latent := model.latent) is None:
         own = (QK + V * (not kind.values_from_keys)) * (kind.uses is None)
-        return D * (H * QK * (1 + model.output_gate) + H * V + model.num_kv_heads * own)
+        gate = {"none": 0, "head": 1}.get(model.output_gate, QK)  # outputs of a head
+        return D * (H * (QK + gate + V) + model.num_kv_heads * own)
     # The products with low-rank weights, and of latents with those that expand them.
     weights = latent.q_rank * D + (latent.q_rank or D) * H * QK
     weights += D * (latent.kv_rank + model.head_dim) + H * V * D

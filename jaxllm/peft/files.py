@@ -27,8 +27,8 @@ from jaxllm.files import (
 )
 from jaxllm.model.adapter import NO_ADAPTER, Adapter
 from jaxllm.model.config import ModelConfig
-from jaxllm.model.families.tensors import key_table, tensor_names
-from jaxllm.model.families.wrappers import head_of, is_text, module_name
+from jaxllm.model.families.tensors import key_table, module_name, tensor_names
+from jaxllm.model.families.wrappers import head_of, is_text
 from jaxllm.paths import as_path, hub_id
 from jaxllm.peft import METHODS
 from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
@@ -145,7 +145,7 @@ def _stored_names(cfg: ModelConfig, files: AdapterFiles) -> dict[str, str]:
     names = {}
     for stored in header(files.weights)[1]:
         root, found, module = stored.rpartition(PeftAdapter.root)
-        names[root + found + module_name(module, cfg.wrapper)] = stored
+        names[root + found + module_name(module, cfg.family, cfg.wrapper)] = stored
     return names
 
 

@@ -23,7 +23,7 @@ from jaxllm.untrusted import bounded
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
-UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe", "nemotron_h")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe", "nemotron_h", "hy_v3")
 # Modules that peft does not adapt, since kernels for state spaces pass them by.
 REFUSED = {"nemotron_h": (".out_proj",)}
 # The router's names where it is a Linear in transformers 5 too.
@@ -139,8 +139,8 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
     up = "gate_up" if cfg.gated_mlp else "up"
     names = {up: f"{experts}.{up}_proj", "down": f"{experts}.down_proj"}
     if not router.endswith(LINEAR_ROUTER):
-        router = router.removesuffix(".layer")  # granite's, which transformers 5 renames
-        names["router_lora"] = (f"{mlp}.gate" if fuses_experts(cfg) else router) + ".weight"
+        # transformers 5 renames mixtral's.
+        names["router_lora"] = router.replace("block_sparse_moe", mlp) + ".weight"
     return {
         f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()

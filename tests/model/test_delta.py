@@ -44,7 +44,7 @@ GROUPED = replace(
     norm_eps=1e-2,  # a smaller one magnifies the roundings of small states
     norm_offset=1.0,
     qk_norm="head",
-    output_gate=True,
+    output_gate="query",
     delta=Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=16, taps=4, grouped=True),
 )
 PARTS = replace(GROUPED, family="qwen3_5_text", delta=replace(GROUPED.delta, grouped=False))

@@ -764,6 +764,103 @@ LLAMA_4_MAVERICK = LLAMA_4_SCOUT | dict(
     rope_scaling=None,
     use_qk_norm=False,
 )
+OLMO_1B = dict(
+    model_type="olmo",
+    attention_bias=False,
+    clip_qkv=None,
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=8192,
+    max_position_embeddings=2048,
+    num_attention_heads=16,
+    num_hidden_layers=16,
+    num_key_value_heads=16,
+    rope_scaling=None,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    vocab_size=50304,
+)
+STABLELM_2_1_6B = dict(
+    model_type="stablelm",
+    hidden_act="silu",
+    hidden_size=2048,
+    intermediate_size=5632,
+    layer_norm_eps=1e-5,
+    max_position_embeddings=4096,
+    num_attention_heads=32,
+    num_hidden_layers=24,
+    num_key_value_heads=32,
+    partial_rotary_factor=0.25,
+    rope_theta=10000,
+    tie_word_embeddings=False,
+    use_qkv_bias=True,
+    vocab_size=100352,
+)
+COMMAND_R = dict(
+    model_type="cohere",
+    attention_bias=False,
+    hidden_act="silu",
+    hidden_size=8192,
+    intermediate_size=22528,
+    layer_norm_eps=1e-5,
+    logit_scale=0.0625,
+    max_position_embeddings=8192,
+    num_attention_heads=64,
+    num_hidden_layers=40,
+    num_key_value_heads=64,
+    rope_theta=8000000.0,
+    use_qk_norm=False,
+    vocab_size=256000,
+)
+GRANITE_3_1B_A400M = dict(
+    model_type="granitemoe",
+    attention_bias=False,
+    attention_multiplier=0.015625,
+    embedding_multiplier=12.0,
+    hidden_act="silu",
+    hidden_size=1024,
+    intermediate_size=512,
+    logits_scaling=6.0,
+    max_position_embeddings=4096,
+    num_attention_heads=16,
+    num_experts_per_tok=8,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    num_local_experts=32,
+    residual_multiplier=0.22,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=10000,
+    tie_word_embeddings=True,
+    vocab_size=49155,
+)
+BAMBA_9B = dict(
+    model_type="bamba",
+    attention_bias=False,
+    attn_layer_indices=[9, 18, 27],
+    attn_rotary_emb=64,
+    hidden_act="silu",
+    hidden_size=4096,
+    intermediate_size=14336,
+    mamba_chunk_size=256,
+    mamba_conv_bias=True,
+    mamba_d_conv=4,
+    mamba_d_head=64,
+    mamba_d_state=128,
+    mamba_expand=2,
+    mamba_n_groups=1,
+    mamba_n_heads=128,
+    mamba_proj_bias=False,
+    max_position_embeddings=262144,
+    mlp_bias=False,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    vocab_size=128256,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -862,6 +959,7 @@ def test_a_config_is_read_without_being_changed():
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
+        *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -973,9 +1071,14 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             {"text_config": TINY | {"num_hidden_layers": 10**9}},
             "num_hidden_layers is 1000000000; it must be",
         ),
+        (
+            "phi",
+            {},
+            "'phi' is not supported: it needs a head with a bias, which this ",
+        ),
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
-        ("olmoe", {"clip_qkv": 3.0}, "clipped queries"),
+        ("cohere", {"use_qk_norm": True}, "norms whose weights differ from head to head"),
         ("glm4_moe", {"n_group": 3}, "n_group 3, topk_group 1: 8 experts are not in such groups"),
         ("dots1", {"n_group": 4, "num_experts_per_tok": 3}, "have fewer than 3 to choose"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
@@ -1038,7 +1141,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     if kind == "nemotron_h":
         config |= {"num_hidden_layers": 4, "moe_latent_size": 12}
         config |= {"layers_block_type": ["mamba", "moe", "attention", "mlp"]}
-    if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"):  # torch has no default for it
+    # torch has no default for it, and that of helium does not fit
+    if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe", "helium"):
         config |= {"head_dim": 4}
     if kind == "lfm2_moe":
         config |= {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
@@ -1101,6 +1205,11 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GEMMA_4_E2B, 4_628_569_379),
         (GEMMA_4_31B, 30_697_345_340),
         (GEMMA_4_26B_A4B, 25_233_141_790),
+        (OLMO_1B, 1_176_764_416),
+        (STABLELM_2_1_6B, 1_644_515_328),
+        (COMMAND_R, 34_980_831_232),
+        (GRANITE_3_1B_A400M, 1_334_628_352),
+        (BAMBA_9B, 9_780_235_392),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1154,7 +1263,7 @@ def test_qwen3_next_has_three_delta_nets_to_a_layer_of_attention():
     assert kinds(cfg) == ([LayerKind(mixer="delta")] * 3 + [LayerKind()]) * 12
     assert [len(layers) for layers in cfg.stacks.values()] == [12] * 4  # one scan of periods
     assert cfg.delta == Delta(16, 32, 128, 128, 4, grouped=True)
-    assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate
+    assert cfg.ropes == (Rope(10_000_000.0, partial=0.25),) and cfg.output_gate == "query"
     with pytest.raises(UserError, match="linear_num_value_heads 24 is no multiple of linear_num_k"):
         from_hf(QWEN3_NEXT_80B_A3B | {"linear_num_value_heads": 24})
 
@@ -1198,6 +1307,33 @@ def test_nemotron_h_has_layers_that_are_one_sub_layer():
     assert config.items() >= NEMOTRON_H_8B.items() and "rope_theta" not in config
     with pytest.raises(UserError, match="mtp_loss: the multi-token prediction of nemotron_h is no"):
         with_mtp(nano, NEMOTRON_3_NANO)
+
+
+def test_bamba_lists_its_layers_with_attention():
+    cfg = from_hf(BAMBA_9B)
+    attends = [kind.mixer == "attention" for kind in kinds(cfg)]
+    assert [i for i, one in enumerate(attends) if one] == [9, 18, 27]
+    assert cfg.mamba == Mamba(128, 64, 1, 128, 4) and cfg.ropes == (Rope(10_000.0, partial=0.5),)
+    assert to_hf(cfg)["attn_layer_indices"] == [9, 18, 27]
+
+
+def test_lfm3_has_convolutions_and_attention_with_and_without_a_window():
+    config = TINY | {"model_type": "lfm3", "num_hidden_layers": 5, "sliding_window": 8}
+    cfg = from_hf(config)
+    conv, full, local = LayerKind(mixer="conv"), LayerKind(0), LayerKind(1, 8)
+    assert kinds(cfg) == [conv, conv, full, conv, local]
+    whole = Rope(1_000_000.0, "proportional", partial=0.5)
+    assert cfg.ropes == (whole, Rope(10_000.0)) and cfg.output_gate == "head"
+    assert "conv" not in to_hf(cfg)["rope_parameters"] and from_hf(to_hf(cfg)) == cfg
+
+
+def test_granite_swa_has_a_base_of_rope_for_each_layer():
+    config = TINY | {"model_type": "granite_swa", "num_hidden_layers": 4, "sliding_window": 8}
+    cfg = from_hf(config | {"layer_rope_theta": [0, 500.0, 500.0, 1e6]})
+    assert cfg.ropes == (Rope(kind="none"), Rope(500.0), Rope(1e6))
+    assert kinds(cfg) == [LayerKind(0), LayerKind(1, 8), LayerKind(1, 8), LayerKind(2, 8)]
+    unrotated = from_hf(config | {"layer_rope_theta": [0] * 4})
+    assert unrotated.ropes == (Rope(kind="none"),) and from_hf(to_hf(unrotated)) == unrotated
 
 
 def test_llama4_has_chunks_in_the_layers_with_rope_and_experts_in_some():

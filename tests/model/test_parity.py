@@ -63,6 +63,11 @@ LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_mo
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
 LONGER += ["qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
 LONGER += NEMOTRON
+MORE = ["cwm", "helium", "hyperclovax", "cohere", "stablelm parallel, biases, whole", "jais2"]
+MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemoe", "granite_swa"]
+MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]
+MORE += ["bamba", "bamba biases, tied", "lfm3"]
+LONGER += MORE
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +184,7 @@ DECODED += ["exaone4", "glm4", "granite", "cohere2", "starcoder2", "mixtral", "q
 DECODED += ["qwen2_moe some dense", "glm4_moe", "dots1", "ernie4_5_moe intervals, tied"]
 DECODED += ["mellum", "hunyuan_v1_moe", "minicpm3", "deepseek_v3", "gpt_oss", "qwen3_next"]
 DECODED += ["qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
-DECODED += NEMOTRON
+DECODED += [*NEMOTRON, *MORE]
 
 
 @pytest.mark.parametrize("name", DECODED)
@@ -191,6 +196,7 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
+GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3"]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 # transformers has no least step while decoding.
 GREEDY += [name for name in NEMOTRON if "least steps" not in name]
@@ -296,7 +302,7 @@ def test_a_config_of_our_own_builds_the_same_torch_model(pair, name):
     written = to_hf(cfg)
     assert from_hf(written) == cfg
     kind = written.pop("model_type")
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     again = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **written, **ids), attn_implementation="eager"
     )

@@ -46,9 +46,11 @@ def flops_per_token(cfg, length, objective="pretrain", align=None, rl=None, **ke
     return found.layers + found.head
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_products_with_weights_are_six_flops_a_weight(tied):
-    cfg = config(tie_embeddings=tied)
+@pytest.mark.parametrize(
+    ("tied", "gate"), [(True, "none"), (False, "query"), (False, "feature"), (False, "head")]
+)
+def test_products_with_weights_are_six_flops_a_weight(tied, gate):
+    cfg = config(tie_embeddings=tied, output_gate=gate)
     without_attention = flops_per_token(cfg, 1) - 3 * 4 * 3 * 4 * 12  # one key in three layers
     assert without_attention == 6 * products(cfg)
 

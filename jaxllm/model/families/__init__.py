@@ -2,6 +2,8 @@
 """Model families as tables: HF config <-> ModelConfig, and the name of every weight.
 
     table      the families
+    family     what a row of the table says
+    dense, experts, hybrid   the rows
     names      HF names of modules of some of them
     options    ModelConfig fields that a family sets, and the HF keys they are kept under
     rope       RoPE of a config
@@ -32,9 +34,10 @@ from jaxllm.model.config import (
     ModelConfig,
     check_numbers,
 )
+from jaxllm.model.families.family import Family
 from jaxllm.model.families.layers import read_layers, write_layers
 from jaxllm.model.families.rope import renamed
-from jaxllm.model.families.table import FAMILIES, MISSING, Family
+from jaxllm.model.families.table import FAMILIES, MISSING
 from jaxllm.model.families.wrappers import (
     TOKEN_IDS,
     WRAPPER,
@@ -133,7 +136,9 @@ def normalised(config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"layers_block_type has {layers:,} layers, which are too many")
         c["num_hidden_layers"] = layers
         # Published configs and transformers 5 may differ in the name of a key: both are set.
-        c |= {name: c[other] for name, other in filled.attribute_map.items() if other in c}
+        for name, other in filled.attribute_map.items():
+            if hasattr(filled, other):
+                c[name] = getattr(filled, other)
         c["head_dim"] = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
         c["model_type"] = family_of(config)
     if c.get("is_causal") is False:
@@ -271,7 +276,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     else:
         config |= {"model_type": cfg.family, "architectures": [family.name + CAUSAL]}
     config = as_reward(config) if cfg.scores else config
-    back = from_hf(config | dict.fromkeys(TOKEN_IDS))  # defaults may be outside the vocabulary
+    # Defaults may be outside the vocabulary, and not every class accepts null.
+    back = from_hf(config | dict.fromkeys(TOKEN_IDS, 0))
     back = replace(back, mtp=cfg.mtp)
     if cfg.mtp and family.mtp == "layers":
         config[MTP_COUNT] = cfg.mtp

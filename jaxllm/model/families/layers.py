@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.errors import UserError
-from jaxllm.model.config import LayerKind, ModelConfig
+from jaxllm.model.config import LayerKind, ModelConfig, Rope
+from jaxllm.model.families.family import Family
 from jaxllm.model.families.rope import read_nope, read_rope, write_nope, write_rope
-from jaxllm.model.families.table import FAMILIES, Family
+from jaxllm.model.families.table import FAMILIES
 
 # Their names in `layer_types`.
 MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
@@ -31,38 +32,54 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
     types = [local if family.window == "all" else "full_attention"] * count
     if family.window in LOCAL or family.mixer:
         types = c.get("layer_types") or types  # the text of qwen3_vl has none
-    other = MIXERS.get(family.mixer, local)
-    if strange := set(types) - {"full_attention", other, *(ALONE if family.alone else ())}:
+    known = {"full_attention", *(ALONE if family.alone else ())}
+    known |= {MIXERS[family.mixer]} if family.mixer else set()
+    known |= {local} if family.window != "none" else set()
+    if strange := set(types) - known:
         raise UserError(f"layer_types {', '.join(sorted(strange))} are not supported")
-    rope, rotates = c.get("rope_parameters", {}), family.nope != "always"
-    names = list(dict.fromkeys(types)) if family.rope_by_type else ["full_attention"]
-    which = names if rotates else ()
-    ropes = tuple(read_rope(rope[n] if family.rope_by_type else rope, c) for n in which)
-    rotated = [rotates] * count
-    if family.nope == "listed":
-        rotated = c["no_rope_layers"][:count]
-    elif family.nope == "all":
-        rotated = [c[POSITIONS] == "rope"] * count
-    elif family.nope == "full" and window is not None:
-        rotated = [kind == local for kind in types]
-    if not all(rotated):
-        ropes += (read_nope(c),)
+    ropes, which = _read_ropes(c, types)
     layers = [
         LayerKind(
             **own,
-            rope=(names.index(kind) if family.rope_by_type else 0) if uses_rope else len(ropes) - 1,
+            rope=rope,
             window=window if kind == local else None,
             dense=dense,
             mixer=_mixer(family, kind),
             mlp=kind in ALONE or not family.alone,
         )
-        for kind, uses_rope, dense, own in zip(
-            types, rotated, _read_dense(c), _read_shapes(c, types), strict=True
+        for kind, rope, dense, own in zip(
+            types, which, _read_dense(c), _read_shapes(c, types), strict=True
         )
     ]
     kinds = tuple(dict.fromkeys(layers))
     index = tuple(map(kinds.index, layers)) if len(kinds) > 1 else ()
     return {"ropes": ropes, "kinds": kinds, "layer_kinds": index}
+
+
+def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], list[int]]:
+    """(`ropes`, the index of each layer's)"""
+    family, p = FAMILIES[c["model_type"]], c.get("rope_parameters", {})
+    if family.theta_listed:
+        bases = list(dict.fromkeys(listed := c["layer_rope_theta"]))
+        each = (read_rope(p | {"rope_theta": n}, c) if n else read_nope(c) for n in bases)
+        return tuple(each), [bases.index(n) for n in listed]
+    names, rotates = ["full_attention"], family.nope != "always"
+    if family.rope_by_type:
+        attending = [kind for kind in types if _mixer(family, kind) == "attention"]
+        names = list(dict.fromkeys(attending)) or names
+    which = names if rotates else ()
+    ropes = tuple(read_rope(p[n] if family.rope_by_type else p, c) for n in which)
+    local, length = LOCAL.get(family.window, LOCAL["typed"])
+    rotated = [rotates] * len(types)
+    if family.nope == "listed":
+        rotated = c["no_rope_layers"][: len(types)]
+    elif family.nope == "all":
+        rotated = [c[POSITIONS] == "rope"] * len(types)
+    elif family.nope == "full" and c.get(length) is not None:
+        rotated = [kind == local for kind in types]
+    ropes += () if all(rotated) else (read_nope(c),)
+    by_type = [names.index(kind) if kind in names else 0 for kind in types]
+    return ropes, [n if one else len(ropes) - 1 for n, one in zip(by_type, rotated, strict=True)]
 
 
 def _mixer(family: Family, kind: str) -> Any:
@@ -72,11 +89,11 @@ def _mixer(family: Family, kind: str) -> Any:
     return family.mixer if family.mixer and kind == MIXERS[family.mixer] else "attention"
 
 
-def _type_of(cfg: ModelConfig, kind: LayerKind) -> str:
-    """The name in `layer_types` of a layer of a family that has mixers."""
+def _type_of(cfg: ModelConfig, kind: LayerKind, local: str) -> str:
+    """The name in `layer_types` of a layer. local: that of one with a window."""
     if kind.mixer == "none":
         return "moe" if cfg.experts is not None and kind.routed else "mlp"
-    return MIXERS.get(kind.mixer, "full_attention")
+    return MIXERS.get(kind.mixer, "full_attention" if kind.window is None else local)
 
 
 def _read_dense(c: dict[str, Any]) -> list[bool]:
@@ -167,14 +184,14 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     layers = cfg.kinds_by_layer
     rotated = [cfg.ropes[kind.rope].kind != "none" for kind in layers]
     local, length = LOCAL.get(family.window, LOCAL["typed"])
-    types = ["full_attention" if kind.window is None else local for kind in layers]
-    if family.mixer:
-        types = [_type_of(cfg, kind) for kind in layers]
+    types = [_type_of(cfg, kind, local) for kind in layers]
     window = next((kind.window for kind in layers if kind.window is not None), None)
     config: dict[str, Any] = {}
-    if family.mixer:
+    if family.attention_listed:
+        config["attn_layer_indices"] = [i for i, n in enumerate(types) if n == "full_attention"]
+    elif family.mixer:
         config["layers_block_type" if family.alone else "layer_types"] = types
-    elif family.window == "all":
+    if family.window == "all":
         config[length] = window
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
@@ -193,10 +210,15 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     if family.shapes_by_layer:
         config |= _write_shapes(cfg)
     if family.rope_by_type:
-        by_type = {n: cfg.ropes[kind.rope] for n, kind in zip(types, layers, strict=True)}
+        pairs = [(n, kind) for n, kind in zip(types, layers, strict=True) if n != MIXERS["conv"]]
+        by_type = {n: cfg.ropes[kind.rope] for n, kind in pairs} or {"full_attention": cfg.ropes[0]}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     elif family.nope != "always":
-        config["rope_parameters"] = write_rope(cfg.ropes[0], family)
+        first = next((rope for rope in cfg.ropes if rope.kind != "none"), Rope())
+        config["rope_parameters"] = write_rope(first, family)
+    if family.theta_listed:
+        ropes = [cfg.ropes[kind.rope] for kind in layers]
+        config["layer_rope_theta"] = [0 if r.kind == "none" else r.theta for r in ropes]
     if cfg.ropes[0].kind == "longrope":  # phi3 gives this one precedence over rope_parameters
         config["original_max_position_embeddings"] = cfg.ropes[0].original_length
     return config

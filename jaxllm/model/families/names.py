@@ -12,6 +12,15 @@ MIXTRAL = {
 DEEPSEEK = {"mlp.choice_bias": "mlp.gate.e_score_correction_bias"} | {
     f"mlp.shared.{part}": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
 }
+AFMOE = {
+    "mlp.router": "mlp.router.gate",
+    "mlp.choice_bias": "mlp.expert_bias",
+    "mlp_norm": "pre_mlp_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
+}
+BAMBA = {"mlp_norm": "pre_ff_layernorm", "norm": "final_layernorm"} | {
+    f"mlp.{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")
+}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",
@@ -27,6 +36,17 @@ LFM2 = {
     "attn.k_norm": "self_attn.k_layernorm",
     "attn_norm": "operator_norm",
     "mlp_norm": "ffn_norm",
+    "norm": "embedding_norm",
+}
+LFM3 = {
+    "mlp.gate": "feed_forward.w1",
+    "mlp.up": "feed_forward.w3",
+    "mlp.down": "feed_forward.w2",
+    "attn.gate": "self_attn.g_proj",
+    "attn_norm": "operator_norm",
+    "attn_post_norm": "post_operator_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp_post_norm": "post_ffn_norm",
     "norm": "embedding_norm",
 }
 LFM2_MOE = LFM2 | {
@@ -50,13 +70,17 @@ NEMOTRON_H = (
     | {f"attn.{part}": f"mixer.{part}_proj" for part in "qkvo"}
     | {f"mlp.shared.{part}": f"mixer.shared_experts.{part}_proj" for part in ("up", "down")}
 )
-GRANITE_HYBRID = {
+GRANITE = {
     f"{mlp}.{part}": f"shared_mlp.{'output' if part == 'down' else 'input'}_linear"
     for mlp in ("mlp", "mlp.shared")
     for part in ("gate", "up", "down")
 } | {
     "mlp": "block_sparse_moe",
-    "mlp.router": "block_sparse_moe.router.layer",
-    "mlp.experts.gate_up": "block_sparse_moe.input_linear.weight",
-    "mlp.experts.down": "block_sparse_moe.output_linear.weight",
+    "mlp.router": "block_sparse_moe.router",
 }
+# `Family.stored`
+GRANITE_STORED = (
+    (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
+    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+)

@@ -79,8 +79,18 @@ def qk_norm(key: str, kind: str) -> Option:
     return Option("qk_norm", key, lambda yes: kind if yes else "none", lambda norm: norm == kind)
 
 
+def norm_placement(key: str, kind: str) -> Option:
+    """`kind` of placement if the key is true."""
+    return Option(
+        "norm_placement", key, lambda yes: kind if yes else "pre", lambda placed: placed == kind
+    )
+
+
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
+
+
+CLIPPED = Option("qkv_clip", "clip_qkv", lambda limit: limit or 0.0, lambda limit: limit or None)
 
 
 def positive(value: float) -> float:
@@ -160,10 +170,13 @@ GEMMA4 = (
     ),
 )
 ATTENTION_SOFTCAP = (_softcap("attention_softcap", "attn_logit_softcapping"),)
-GRANITE = (
+MUP = (
     Option("embed_scale", "embedding_multiplier"),
     Option("query_scale", "attention_multiplier"),
     Option("residual_scale", "residual_multiplier"),
+)
+GRANITE = (
+    *MUP,
     Option("logit_scale", "logits_scaling", _inverse, _inverse),
 )
 
@@ -284,6 +297,17 @@ LFM2 = (
     # It has one activation, and what is written is the size as it is.
     Option("activation", "block_auto_adjust_ff_dim", lambda _: "silu", lambda _: False),
 )
+LFM3 = (
+    *SHORT_CONV,
+    *ATTENTION_BIAS,
+    norm_placement("use_sandwich_norm", "sandwich"),
+    Option(
+        "output_gate",
+        "use_attention_gate",
+        lambda yes: "head" if yes else "none",
+        lambda gate: gate == "head",
+    ),
+)
 INTERLEAVED = Option(
     "rope_pairs",
     "rope_interleave",
@@ -329,13 +353,16 @@ def shared_experts(key: str) -> Option:
 
 
 RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
-DEEPSEEK_EXPERTS = (
-    *experts("n_routed_experts"),
+GROUPED_EXPERTS = (
     RENORMALISED,
-    shared_experts("n_shared_experts"),
     Option("experts.groups", "n_group"),
     Option("experts.top_groups", "topk_group"),
     Option("experts.scale", "routed_scaling_factor"),
+)
+DEEPSEEK_EXPERTS = (
+    *experts("n_routed_experts"),
+    shared_experts("n_shared_experts"),
+    *GROUPED_EXPERTS,
 )
 
 
@@ -369,6 +396,15 @@ LLAMA4_EXPERTS = (
     *experts("num_local_experts", "intermediate_size"),
     Option("experts.shared_size", "intermediate_size"),
     Option("intermediate_size", "intermediate_size_mlp"),
+)
+GRANITE_MOE = (
+    *ATTENTION_BIAS,
+    *GRANITE,
+    *experts("num_local_experts", "intermediate_size"),
+)
+GRANITE_MOE_SHARED = (
+    *GRANITE_MOE,
+    Option("experts.shared_size", "shared_intermediate_size"),
 )
 GRANITE_EXPERTS = (
     Option("intermediate_size", "shared_intermediate_size"),

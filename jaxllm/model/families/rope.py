@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxllm.errors import UserError, seen
 from jaxllm.model.config import Rope
-from jaxllm.model.families.table import FAMILIES, Family
+from jaxllm.model.families.family import Family
+from jaxllm.model.families.table import FAMILIES
 
 # Rope field -> HF key, by kind. `theta` and `partial` belong to all.
 ROPE_KEYS: dict[str, dict[str, str]] = {
@@ -131,7 +132,7 @@ OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotar
 
 
 # Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
-NEW_SPELLING = ("mellum", "gemma4_text", "gemma4_unified_text")
+NEW_SPELLING = ("mellum", "lfm3", "gemma4_text", "gemma4_unified_text")
 
 
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:

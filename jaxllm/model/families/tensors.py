@@ -19,12 +19,21 @@ def embed_name(family: str, wrapper: str) -> str:
     return f"{root_of(wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
 
 
+def module_name(stored: str, family: str, wrapper: str) -> str:
+    """The name of a tensor in files as transformers' modules have it today."""
+    for pattern, start in WRAPPERS[wrapper].stored if wrapper else ():
+        if found := re.match(pattern, stored):
+            return start + stored[found.end() :]
+    for there, here in () if wrapper else FAMILIES[family].stored:
+        stored = stored.replace(there, here, 1)
+    return stored
+
+
 def stored_name(cfg: ModelConfig, name: str) -> str:
-    """The name in files of a tensor that transformers' modules have under `name`."""
-    root = root_of(cfg.wrapper)
-    if cfg.wrapper or not name.startswith(root):
-        return name
-    return FAMILIES[cfg.family].root + name.removeprefix(root)
+    """The inverse of `module_name`; a model in a wrapper is written by the names of modules."""
+    for there, here in () if cfg.wrapper else FAMILIES[cfg.family].stored:
+        name = name.replace(here, there, 1)
+    return name
 
 
 def _indices(name: str) -> list[str]:
@@ -152,7 +161,7 @@ def keys_in(cfg: ModelConfig, names: Container[str]) -> list[Key]:
 
 
 def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
-    keys = [Key(f"{path}.scale", f"{name}.weight")]
+    keys = [Key(f"{path}.scale", f"{name}.weight")] if cfg.norm_weight else []
     return [*keys, Key(f"{path}.shift", f"{name}.bias")] if cfg.norm_bias else keys
 
 
@@ -246,8 +255,7 @@ def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: A
         keys.append(Key(f"{stack}.mlp.{part}.kernel", f"{layer}{name}.weight", True))
     for part, outputs in columns.items():  # [experts, in, out]
         matrix = "gate_up" if outputs else "down"
-        name = f"{family.modules.get('mlp.experts', f'{mlp}.experts')}.{matrix}_proj"
-        name = layer + family.modules.get(f"mlp.experts.{matrix}", name)
+        name = f"{layer}{family.modules.get('mlp.experts', f'{mlp}.experts')}.{matrix}_proj"
         either, rows = "expert_halves_turned" in fused, "expert_rows" in fused
         keys.append(Key(f"{stack}.mlp.{part}.kernel", name, rows, outputs, either=either))
         if experts.bias:
@@ -368,6 +376,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
         _mlp_keys(cfg, fused, linear)
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
+    if attends and cfg.output_gate in ("feature", "head"):
+        linear("attn.gate", "self_attn.gate_proj", False)
     if cfg.sinks:
         keys.append(Key(f"{stack}.attn.sinks", f"{layer}self_attn.sinks"))
     if cfg.qk_norm not in ("none", "unit") and attends:

@@ -8,7 +8,6 @@ rest of the package sees a language model, and `rewrapped` puts the trained one 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +47,6 @@ class Wrapper:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-# `Wrapper.stored` of models without one: files of nemotron_h, which transformers renames so.
-STORED = ((r"backbone\.", "model."),)
 _QWEN = ((r"model\.(?!language_model\.|visual\.)", ROOT),)
 _LLAVA = ((r"language_model\.model\.", ROOT), (r"language_model\.lm_head\.", "lm_head."))
 
@@ -89,14 +86,6 @@ def root_of(wrapper: str) -> str:
 def head_of(wrapper: str) -> str:
     """The HF name of a decoder's head."""
     return WRAPPERS[wrapper].head if wrapper else HEAD
-
-
-def module_name(stored: str, wrapper: str) -> str:
-    """The name of a tensor in files as transformers' modules have it today."""
-    for pattern, start in WRAPPERS[wrapper].stored if wrapper else STORED:
-        if found := re.match(pattern, stored):
-            return start + stored[found.end() :]
-    return stored
 
 
 def is_text(name: str, wrapper: str) -> bool:
