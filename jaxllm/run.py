@@ -54,6 +54,7 @@ from jaxllm.paths import (
     unfinished,
     write_text,
 )
+from jaxllm.run_folder import is_run_config
 from jaxllm.watch import STARTS
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
@@ -295,7 +296,7 @@ def read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
-        if {"objective", "optim", "data"} <= config.keys():
+        if is_run_config(config):
             return config
         problem = "it is not the config of a run"  # a HF directory has a config.json too
     except (OSError, ValueError, AttributeError) as error:

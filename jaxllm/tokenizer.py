@@ -14,13 +14,12 @@ from jaxllm.errors import UserError, seen
 from jaxllm.files import TEMPLATES, read_json, write_json
 from jaxllm.paths import (
     as_path,
-    check_no_checkpoint,
     check_tokenizer,
     copy,
     files_in,
     is_bucket,
-    run_folder,
 )
+from jaxllm.run_folder import check_is_model
 from jaxllm.untrusted import check_regular, rust
 
 # A directory with none of these can still "load", as an empty tokenizer.
@@ -156,14 +155,7 @@ def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
     check_regular(folder, _SUFFIXES)
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return
-    check_no_checkpoint(folder)
-    try:
-        config = read_json(folder / "config.json")
-    except UserError:
-        config = {}
-    is_run = {"objective", "optim", "data"} <= config.keys()
-    if is_run or (folder / "checkpoints").is_dir():
-        raise run_folder(folder)
+    check_is_model(folder)
     is_file = as_path(path).is_file()
     problem = "is a file in a directory without a tokenizer" if is_file else "has no tokenizer"
     raise UserError(

@@ -82,8 +82,11 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_resumes(project, capsys, tmp_p
         assert main(["eval", *args]) == 0
         evaluated.append(json.loads(capsys.readouterr().out))
     assert evaluated[0]["loss"] == evaluated[1]["loss"]
-    args = ["--model", str(final), "--prompt", "def ", "--max_new_tokens", "4"]
-    assert main(["generate", *args]) == 0
+    for model in (f"{B}/run", str(final)):  # a run folder stands for its final model
+        args = ["--model", model, "--prompt", "def ", "--max_new_tokens", "4"]
+        assert main(["generate", *args]) == 0
+    generated = capsys.readouterr().out
+    assert generated[: len(generated) // 2] * 2 == generated != ""
     assert main(["export", f"{B}/run", f"{B}/export", "--step", "2"]) == 0
     assert (as_path(f"{B}/export") / "config.json").is_file()
     assert (as_path(f"{B}/export") / "tokenizer.json").is_file()

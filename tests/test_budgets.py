@@ -26,7 +26,7 @@ FLOORS = (
     ("paths",),
     ("untrusted", "lock"),
     ("config",),
-    ("best",),
+    ("best", "run_folder"),
     (
         "compilation",
         "rendezvous",

@@ -22,6 +22,7 @@ from jaxllm.lock import Lock
 from jaxllm.paths import absolute, as_path, entries, is_bucket, modified
 from jaxllm.report.charts import charts_of
 from jaxllm.report.columns import Columns, histogram, number, parsed, reduced
+from jaxllm.run_folder import is_run_config
 
 POINTS = 900  # of a curve, shared by the runs of a page
 FEW = 150  # at least, of each run
@@ -41,7 +42,7 @@ def read_run(
     folder = as_path(run)
     lines = lines if lines is not None and lines.is_dir() else folder
     config = object_in(folder / "config.json")
-    if not {"objective", "optim", "data"} <= config.keys():
+    if not is_run_config(config):
         raise UserError(f"{run} is not a run folder: it has no config.json of a run")
     cfg = _config(config)
     starts = list(parsed(lines_in(folder / "starts.jsonl")))
