@@ -31,7 +31,10 @@ class RunTasks:
 
         section, text = program.cfg.eval, TextModel.of(program.policy, tokenizer)
         rows = program.cfg.batch_size // program.micro_batches
-        self.model = harness(program.models, text, program.mesh, None, rows)
+        # The memory of a run is planned for rows of training. One of all positions of a model with
+        # a long context would be many times as large.
+        window = program.row_length
+        self.model = harness(program.models, text, program.mesh, rows, window=window)
         self.model.progress = False  # the run has a bar of its own, or none
         options = {"include_path": section.tasks_path, "limit": section.tasks_limit}
         self.tasks = Tasks(section.tasks, **options)

@@ -157,11 +157,11 @@ def one_device():
     return make_mesh(MeshSection(), devices=jax.devices()[:1])
 
 
-def loaded(path: str) -> Model:
+def loaded(path: str, **sizes: int) -> Model:
     """Our model as lm-eval asks it, with batches of three rows."""
     text = TextModel.load(path, mesh=one_device())
     graph, weights = nnx.split(text.model)
-    ours = harness(alone(graph), text, one_device(), None, 3)
+    ours = harness(alone(graph), text, one_device(), 3, **sizes)
     ours.weights = nnx.to_pure_dict(weights), {}
     return ours
 
@@ -197,6 +197,17 @@ def test_greedy_continuations_are_recognized(model, theirs):
     assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
+
+
+def test_texts_are_scored_in_windows_as_long_as_is_asked(model):
+    """The windows alone are shorter than the positions of the model; contexts are not cut there."""
+    theirs = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=4, max_length=32)
+    requests = [SimpleNamespace(args=(some_text(random.Random(n), n),)) for n in (1, 20, 50)]
+    ours = loaded(model, window=32)
+    found = ours.loglikelihood_rolling(requests)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(requests, True), rel=1e-4)
+    assert found != pytest.approx(loaded(model).loglikelihood_rolling(requests), rel=1e-4)
+    assert ours.max_length == LENGTH
 
 
 def test_texts_are_encoded_as_by_the_hf_model_where_texts_begin_with_a_token(model, tmp_path):
@@ -401,7 +412,8 @@ def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsy
     run = project / "tasks"
     with monkeypatch.context() as patch:
         patch.setattr("jaxllm.tasks.harness.track", None)  # would be a second bar
-        assert main(arguments(project, "pretrain", "tasks", *flags(tasks))) == 0
+        shorter = ("--data.max_length", "8")  # than the 64 positions of the model
+        assert main(arguments(project, "pretrain", "tasks", *flags(tasks), *shorter)) == 0
     assert "tiny_choice: acc " in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
@@ -412,11 +424,17 @@ def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsy
     found = read_run(run)
     assert found["best"]["value"] == pytest.approx(max(norms.values()))
     assert found["evals"]["tiny_ppl"]["about"]["bits_per_byte"]
-    final, both = str(run / "final"), ["tiny_choice", "tiny_ppl"]
+    final = str(run / "final")
     options = {"include_path": str(tasks), "limit": 5, "mesh": one_device()}
-    after = evaluate_tasks(final, both, **options)["results"]
+    after = evaluate_tasks(final, ["tiny_choice"], **options)["results"]
     assert after["tiny_choice"]["acc_norm,none"] == pytest.approx(norms[4])
-    assert after["tiny_ppl"]["bits_per_byte,none"] == pytest.approx(evals[3]["bits_per_byte"], 1e-3)
+    bits = [
+        evaluate_tasks(final, ["tiny_ppl"], max_length=n, **options)["results"]["tiny_ppl"]
+        for n in (8, 64)
+    ]
+    short, long = (one["bits_per_byte,none"] for one in bits)
+    assert short == pytest.approx(evals[3]["bits_per_byte"], 1e-4)
+    assert long != pytest.approx(evals[3]["bits_per_byte"], 1e-4)
 
 
 def test_mistakes_in_a_run_are_found_before_it_starts(project, tasks, capsys):

@@ -275,7 +275,7 @@ def evaluate_tasks(
     if use is not ...:
         choose(text.model, use)
     graph, weights = nnx.split(text.model)
-    model = harness(alone(graph), text, mesh, max_length, batch_size)
+    model = harness(alone(graph), text, mesh, batch_size, max_length=max_length)
     found = tasks.results(model, nnx.to_pure_dict(weights), {}, draws=DRAWS)
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better")
     kept += ("n-samples", "samples")
@@ -283,12 +283,22 @@ def evaluate_tasks(
 
 
 def harness(
-    models: Any, text: TextModel, mesh: Mesh, max_length: int | None, batch_size: int
+    models: Any,
+    text: TextModel,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    window: int | None = None,
 ) -> Model:
-    """The model of `models(trainable, frozen)`, which has the shape and the tokenizer of `text`."""
+    """The model of `models(trainable, frozen)`, which has the shape and the tokenizer of `text`.
+
+    max_length, window: as of `Model`; default: as many tokens as the model has positions.
+    """
     room = text.model.cfg.max_positions - text.model.peft.length
-    sizes: dict[str, Any] = {"max_length": min(max_length or room, room), "batch_size": batch_size}
-    return Model(models, text.tokenizer, text.stop_ids, mesh=mesh, **sizes)
+    longest = min(max_length or room, room)
+    sizes = {"max_length": longest, "window": min(window or longest, longest)}
+    return Model(models, text.tokenizer, text.stop_ids, mesh=mesh, batch_size=batch_size, **sizes)
 
 
 def table(found: dict[str, Any]) -> str:
