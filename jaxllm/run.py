@@ -177,10 +177,10 @@ class RunFolder:
             dist.check_all(self.checkpoints.missing_space(state))
             dist.check_all(_hub_problem(self.cfg) if dist.is_main() else None)
 
-    def note(self, program: Any, step: int, steps: int) -> dict[str, Any] | None:
+    def note(self, program: Any, step: int, steps: int, tasks: Any) -> dict[str, Any] | None:
         """What STARTS says of this start, after `step` of `steps` steps: the program's devices and
-        size, versions, the origins of the config's values, and what changed of the run's identity.
-        None if the run is complete."""
+        size, versions, what the run's tasks say of eval.metric, the origins of the config's values,
+        and what changed of the run's identity. None if the run is complete."""
         if step >= steps:
             return None
         devices, mesh = program.mesh.devices, program.mesh.shape
@@ -195,6 +195,8 @@ class RunFolder:
             "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
             "versions": versions(),
         }
+        if tasks is not None and tasks.greater is not None:
+            found["greater"] = tasks.greater
         if self.origins is not None:
             found["origins"] = {k: o for k, o in self.origins.items() if o != "default"}
         return found | ({"changed": self.changed} if self.changed else {})

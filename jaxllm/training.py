@@ -137,7 +137,7 @@ def train(
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
-    watch.restore(saved, run.note(program, start, timetable.steps))
+    watch.restore(saved, run.note(program, start, timetable.steps, tasks))
     dist.say(*timetable.jump(saved, start))
     log = make_log(program, watch, timetable, start, saved, on_step)
     log.metrics.manifest(data.manifest)

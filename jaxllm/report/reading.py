@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def read_run(
         "left": _left(rows, times, starts, steps) if running else None,
         "train": reduced(log.train, began, points),
         "evals": {name: reduced(columns, began, points) for name, columns in log.evals.items()},
-        "best": _best(log.evals, cfg),
+        "best": _best(log.evals, cfg, starts),
         "step_seconds": histogram(metrics.get("step_seconds", np.array([]))),
         # While the run trains on, the one before is of the session before.
         "ledger": log.last.get("goodput") if ended or not running else None,
@@ -193,9 +194,13 @@ def _start(start: dict[str, Any]) -> dict[str, Any]:
 # ---- the best evaluation
 
 
-def _best(evals: dict[str, Columns], cfg: TrainConfig | None) -> dict[str, Any] | None:
+def _best(
+    evals: dict[str, Columns], cfg: TrainConfig | None, starts: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     """{"step", "value", "metric"} of the best evaluation by eval.metric."""
     section, best = cfg.eval if cfg else EvalSection(), Best()
+    if section.greater is None and starts and isinstance(starts[-1].get("greater"), bool):
+        section = replace(section, greater=starts[-1]["greater"])
     sets: dict[int, dict[str, dict[str, float]]] = {}
     for name, columns in evals.items():
         steps, _, metrics = columns.arrays()

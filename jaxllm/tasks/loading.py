@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -190,12 +191,15 @@ class Tasks:
             raise UserError(f"the task {name}: lm-eval has no such aggregation of {metric}")
 
     def names(self) -> dict[str, dict[str, float]]:
-        """What `metrics` returns, as far as it is known before an evaluation; all values are 0."""
-        rows: dict[str, Any] = {
-            name: {f"{metric},{one.name}": 0.0 for metric in task.aggregation() for one in filters}
-            for name, task in self.loaded["tasks"].items()
-            if (filters := task._filters)
-        }
+        """What `metrics` returns, as far as it is known before an evaluation. Its values: 1 if the
+        task says that higher is better, 0 if lower is, NaN if it does not say; of a group their
+        mean."""
+        rows: dict[str, Any] = {}
+        for name, task in self.loaded["tasks"].items():
+            says = {True: 1.0, False: 0.0}
+            signs = {m: says.get(task.higher_is_better().get(m), nan) for m in task.aggregation()}
+            if filters := task._filters:
+                rows[name] = {f"{m},{one.name}": v for m, v in signs.items() for one in filters}
         sized = {name: row | {"sample_len": 1} for name, row in rows.items()}
         with restricted():
             groups = {name: group.aggregate(sized) for name, group in self._groups().items()}
