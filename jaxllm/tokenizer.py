@@ -25,6 +25,7 @@ from jaxllm.untrusted import check_regular, rust
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 TRIAL = "a é\n\U0010ffff"  # tokenized when a tokenizer is loaded: some fail only then
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a token of ByteFallback
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of the files that a tokenizer is read from
 
 
@@ -118,9 +119,19 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     if added is None and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         by_character = {character: byte for byte, character in bytes_to_unicode().items()}
         return bytes(by_character[c] for c in name if c in by_character)
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+    if byte := _BYTE.fullmatch(name):
         return bytes.fromhex(byte[1])
     return name.replace("\u2581", " ").encode()  # a space of SentencePiece
+
+
+def is_settled(tokenizer: Any, token_id: int) -> bool:
+    """True if no later token changes the text before or of this one, unless that text ends within a
+    character. ByteFallback decodes a run of bytes as a whole. False if the decoder is not known."""
+    if tokenizer.clean_up_tokenization_spaces:
+        return False
+    kind = str(tokenizer.backend_tokenizer.decoder)
+    name = tokenizer.convert_ids_to_tokens(token_id) or ""
+    return "ByteLevel" in kind or ("ByteFallback" in kind and not _BYTE.fullmatch(name))
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
