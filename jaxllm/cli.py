@@ -161,9 +161,11 @@ def evaluate(verb: str, args: list[str]) -> None:
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
     check_options({"files": [source.path for source in data]})
+    from jaxllm import dist
     from jaxllm.evaluate import evaluate_files
     from jaxllm.files import strict_json
 
+    dist.start(config.ClusterSection())
     use_cache()
     found = evaluate_files(
         options.model,
@@ -176,6 +178,8 @@ def evaluate(verb: str, args: list[str]) -> None:
         adapter=adapters(options),
         use=uses(asked)[0] if asked else ...,
     )
+    if not dist.is_main():
+        return
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
     print(strict_json(found) if options.json else "\n".join(lines))
 

@@ -468,3 +468,15 @@ def test_two_processes_give_the_numbers_of_one(model, tasks, ours, tmp_path):
     assert status == 0, printed
     assert printed.count("|tiny_choice|") == 1
     assert_equal(json.loads(out.read_text()), ours)
+
+
+@pytest.mark.sweep
+def test_two_processes_evaluate_files_and_one_prints(model, project, capsys):
+    words = ["eval", "--model", model, "--data", str(project / "few.jsonl"), "--chat", "--json"]
+    words += ["--max_length", "64"]
+    assert main(words) == 0
+    expected = json.loads(capsys.readouterr().out)
+    status, printed = finished(launched(2, 2, [sys.executable, "-m", "jaxllm", *words]))
+    assert status == 0, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("{")]
+    assert json.loads(line) == pytest.approx(expected, rel=1e-5)
