@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Any:
         with _on_disk(folder if is_local else path) as source, rust("it panics"):
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
             tokenizer.decode(tokenizer(TRIAL)["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exceptions for broken files
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         reason = str(error).strip().split("\n")[0]
         what = "the tokenizer" if is_local else "no such directory, and the hub's tokenizer"
         raise UserError(f"{path}: {what} cannot be loaded: {reason}") from error

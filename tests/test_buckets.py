@@ -286,11 +286,11 @@ def test_checkpoints_are_listed_checked_kept_and_tidied_as_on_disk(capsys):
     (as_path(folder) / "4" / "state" / "part").write_bytes(b"of a killed save")
     broken = Checkpoints(folder, 2)
     assert broken.latest() == 2
-    assert "checkpoint 3 is broken" in capsys.readouterr().err
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
     broken.save(4, state, {})
     broken.close()
     names = {f.relative_to(folder).parts[0] for f in files_in(as_path(folder))}
-    assert names == {"2", "3.broken", "4"}
+    assert names == {"2", "3.damaged", "4"}
     assert not (as_path(folder) / "4" / "state" / "part").exists()
 
 
