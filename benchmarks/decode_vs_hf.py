@@ -39,6 +39,9 @@ def torch_step(a):
 
 
 def jaxllm_step(a):
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     from flax import nnx
 
     from jaxllm.config import MeshSection

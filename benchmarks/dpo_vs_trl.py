@@ -56,6 +56,9 @@ def trl_side(a) -> None:
 
 
 def jaxllm_step(a):
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     import jax
 
     from jaxllm.config import (

@@ -116,6 +116,9 @@ def program(a, model, chunk: int):
 
 
 def jaxllm_step(a):
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     import jax
 
     from jaxllm.hf import load_hf

@@ -62,6 +62,9 @@ def settle() -> None:
 
 def one_side(a) -> None:
     """Trains; after each block, waits for the parent's request."""
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     from jaxllm import train, training
     from jaxllm.config import LogSection
 

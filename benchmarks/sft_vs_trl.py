@@ -46,6 +46,9 @@ def trl_side(a) -> None:
 
 
 def jaxllm_step(a):
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     from functools import partial
 
     import jax

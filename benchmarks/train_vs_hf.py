@@ -67,6 +67,9 @@ def torch_step(a):
 
 
 def jaxllm_step(a):
+    from jaxllm.cli import hide_torch
+
+    hide_torch()  # as a command does
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from jaxllm import __version__, config
@@ -433,6 +435,21 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
 
 # ---- entry point
 
+# The commands that use torch, or a library that may. Reward functions have a process of their own.
+WITH_TORCH = ("eval", "export", "parity")
+
+
+class _NoTorch(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return None if fullname == "torch" else super().find_spec(fullname, path, target)
+
+
+def hide_torch() -> None:
+    """Makes this process unable to import torch. transformers, datasets and tensorboardX import it
+    where it is installed, which takes seconds and hundreds of MiB."""
+    sys.meta_path[:] = [_NoTorch if f is PathFinder else f for f in sys.meta_path]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
@@ -441,6 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C. Any other exception is a bug and propagates.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    # It has a handler, and absl, which Orbax imports, gives the root logger another one.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         if not args or args[0] in ("-h", "--help"):
             print(_usage())
@@ -449,6 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"jaxllm {__version__}")
             return DONE
         verb = args.pop(0)
+        if argv is None and verb not in WITH_TORCH:  # None: the process is the command's own
+            hide_torch()
         if verb not in VERBS:
             near = nearest(verb, VERBS)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(VERBS)}"

@@ -3,6 +3,7 @@
 share. Nothing here imports jax."""
 
 import atexit
+import importlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +76,25 @@ def project(tmp_path_factory):
     (folder / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     (folder / "few.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats[:40]))
     return folder
+
+
+@contextmanager
+def one_device():
+    """Runs inside, in this process, are on one device, which compiles sooner."""
+    import jax
+
+    from jaxllm.mesh import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("jaxllm.training")
+        patch.setattr(module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with one_device():
+        yield
 
 
 def arguments(project: Path, verb: str, out: str, *more: str) -> list[str]:

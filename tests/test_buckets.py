@@ -29,6 +29,8 @@ from jaxllm.errors import UserError
 from jaxllm.monitor import metrics
 from jaxllm.paths import as_path, copy, files_in, is_bucket
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 def lines(run: str, kind: str = "train") -> dict[int, dict]:
     text = (as_path(run) / "metrics.jsonl").read_text()

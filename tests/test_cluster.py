@@ -18,7 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import DEVICES, ENV, arguments, command, finished, launched, lines_of, processes_of
+from runs import (
+    DEVICES,
+    ENV,
+    arguments,
+    command,
+    finished,
+    launched,
+    lines_of,
+    one_device,
+    processes_of,
+)
 
 from jaxllm import dist
 from jaxllm.cli import main
@@ -106,7 +116,8 @@ def layouts(project):
     prompts = [{"prompt": a[:20]} for a, _ in texts]
     for name, records in (("pairs", pairs), ("prompts", prompts)):
         (project / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert main(arguments(project, "pretrain", "start", "--steps", "1")) == 0
+    with one_device():
+        assert main(arguments(project, "pretrain", "start", "--steps", "1")) == 0
     shutil.copytree(project / "start" / "final", project / "base")
     for layout in ("1x8", *LAYOUTS):
         log = repr(str(project / f"calls-{layout}"))

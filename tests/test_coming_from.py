@@ -26,6 +26,8 @@ from jaxllm.config.verbs import VERBS
 from jaxllm.mesh import make_mesh
 from jaxllm.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 

@@ -25,6 +25,8 @@ from jaxllm.model.families import from_hf
 from jaxllm.peft.files import make_adapter
 from jaxllm.tokenizer import load_tokenizer, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 @pytest.fixture(scope="module")
 def final(project):

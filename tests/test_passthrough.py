@@ -24,6 +24,8 @@ from jaxllm.model.families import from_hf
 from jaxllm.peft.combine import merged
 from jaxllm.peft.files import make_adapter
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 MTP = {
     "deepseek_v3": {
         "model.layers.2.eh_proj.weight": torch.randn(32, 64),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -193,6 +194,9 @@ def test_sigterm_saves_and_exits_75(project):
     deadline = time.time() + 120
     while not (file.is_file() and file.read_text()) and time.time() < deadline:
         time.sleep(0.05)
+    # transformers imports torch, where it is installed, for a config: a command prevents it.
+    mapped = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "libtorch" not in mapped and "jaxlib" in mapped
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     assert [p for p in (project / "stopped" / "checkpoints").iterdir() if p.name.isdigit()]

@@ -240,9 +240,11 @@ def outcome(tokenizer, chat: list[dict], tools) -> tuple[str, str]:
 LACKS = re.compile(r"has (reasoning_content|tools|tool_calls), which the chat template does not")
 
 
-@pytest.fixture(scope="module")
-def zoo() -> dict[str, PreTrainedTokenizerFast]:
-    found = {name: tokenizer_for(source) for name, source in templates().items()}
+@pytest.fixture(scope="module", params=range(3))
+def zoo(request) -> dict[str, PreTrainedTokenizerFast]:
+    """A third of the templates."""
+    third = sorted(templates().items())[request.param :: 3]
+    found = {name: tokenizer_for(source) for name, source in third}
     if not found:
         pytest.skip(f"no archives with chat templates in {FOLDER} (make zoo)")
     return found
@@ -301,4 +303,4 @@ def test_what_is_learned_is_what_trls_training_templates_mark(zoo, outcomes):
         ):
             assert bool(learn) == bool(mark) or not tokenizer.decode([token]).strip(), (name, key)
         compared += 1
-    assert compared > 200
+    assert compared > 60

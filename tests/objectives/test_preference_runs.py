@@ -3,7 +3,6 @@
 runs resume exactly."""
 
 import gc
-import importlib
 import json
 import shutil
 import sys
@@ -11,14 +10,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import arguments, killed, lines_of, refused
+from runs import arguments, killed, lines_of, one_device, refused
 from safetensors.numpy import load_file, save_file
 from steps import judged_rows, pair_rows, trajectory, unpacked_slots
 
 from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import AlignSection, MeshSection, TrainConfig
-from jaxllm.mesh import make_mesh
 from jaxllm.objectives.table import make_objective
 
 # ---- the step
@@ -91,17 +89,6 @@ def base(project):
     for name, records in (("pairs", pairs), ("judged", judged)):
         (project / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return project
-
-
-class one_device(pytest.MonkeyPatch):
-    """Runs inside are on one device, which compiles sooner."""
-
-    def __enter__(self):
-        module = importlib.import_module("jaxllm.training")
-        self.setattr(module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
-
-    def __exit__(self, *_):
-        self.undo()
 
 
 def aligning(project, verb, out, *more):

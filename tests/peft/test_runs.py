@@ -20,6 +20,8 @@ from jaxllm.hf import load_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.ops.quantized import Quantized, dense, quantize
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 LORA = ("--peft.method", "lora", "--peft.r", "4", "--peft.target_modules", "q_proj", "down_proj")
 LORA += ("--peft.lora_dropout", "0.1")
 

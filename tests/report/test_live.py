@@ -16,6 +16,8 @@ from jaxllm.lock import Lock
 from jaxllm.report import live
 from jaxllm.report.reading import read_run
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 def wait_for(condition):
     until = time.monotonic() + 20
@@ -108,7 +110,7 @@ def test_a_run_leaves_its_page(project, tmp_path, capsys, monkeypatch):
     assert origins["seed"] == f"{tmp_path / 'run.yaml'}:1" and origins["steps"] == "--steps"
     assert origins["optim.clip"] == "default" and origins["model.config"] == "--model.config"
     start = run["starts"][0]
-    assert start["devices"] == "8 x cpu" and start["versions"]["jax"]
+    assert start["devices"] == "1 x cpu" and start["versions"]["jax"]
     assert start["parameters"] == start["trainable"] > 0
     source = run["data"]["train"]["sources"][0]
     assert sum(source["lengths"]["counts"]) == source["examples"]

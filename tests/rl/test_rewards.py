@@ -19,6 +19,8 @@ from jaxllm.mesh import make_mesh
 from jaxllm.rl import rewards
 from jaxllm.rl.rewards import RewardModel, evaluate_rewards
 
+pytestmark = pytest.mark.usefixtures("on_one_device")
+
 
 @pytest.fixture(scope="module")
 def pairs(project):
