@@ -180,10 +180,9 @@ def evaluate(verb: str, args: list[str]) -> None:
         adapter=adapters(options),
         use=uses(asked)[0] if asked else ...,
     )
-    if not dist.is_main():
-        return
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
-    print(strict_json(found) if options.json else "\n".join(lines))
+    if dist.is_main():
+        print(strict_json(found) if options.json else "\n".join(lines))
 
 
 def generate(verb: str, args: list[str]) -> None:

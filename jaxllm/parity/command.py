@@ -134,7 +134,8 @@ def compare(
     from jaxllm.parity.causes import State, explain, first_difference, our_dropout, run_ours, start
 
     count, converted = cut_data(cfg, theirs, options, folder / "data.jsonl")
-    spec = specification(cfg, theirs, options, folder) | {"dropout": our_dropout(cfg)}
+    spec = specification(cfg, theirs, options, folder)
+    spec["dropout"] = our_dropout(cfg)
     if cfg.verb.data != "text":  # TRL has Jinja's sandbox and no limits
         for template in {None, cfg.data.template}:
             check_limits(chat_tokenizer(spec["tokenizer"], template))
