@@ -4,7 +4,8 @@
     make audit
 
 Writes sbom.json (CycloneDX). Exits with status 1 if a package has a known vulnerability that
-ACCEPTED does not name. A database that cannot be reached is a warning.
+ACCEPTED does not name. If the database cannot be reached in TRIES attempts, the audit does not take
+place; a warning says so, and the status is 0, since that is no fault of the packages.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 # {id of a vulnerability that does not concern jaxllm: why}
 ACCEPTED: dict[str, str] = {}
+TRIES, PAUSE = 4, 30  # attempts to reach the database, and seconds between them
 UNREACHABLE = re.compile(
     r"ConnectionError|ConnectTimeout|ReadTimeout|Timeout|ProxyError|SSLError|Max retries|"
     r"[Ff]ailed to connect|Temporary failure in name resolution|5\d\d Server Error"
@@ -31,6 +34,18 @@ def bill(python: str, file: Path) -> int:
     return len(json.loads(file.read_text())["components"])
 
 
+def pip_audit(command: list[str]) -> tuple[int, str, str]:
+    """(status, report, log) of pip-audit, run again while it does not reach the database."""
+    for left in reversed(range(TRIES)):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if left and not done.stdout.strip() and UNREACHABLE.search(done.stderr):
+            print(f"the database cannot be reached; again in {PAUSE} s", flush=True)
+            time.sleep(PAUSE)
+        else:
+            break
+    return done.returncode, done.stdout, done.stderr
+
+
 def verdict(status: int, report: str, log: str) -> tuple[int, list[str]]:
     """(exit status, lines) of what pip-audit returned and wrote."""
     try:
@@ -38,7 +53,8 @@ def verdict(status: int, report: str, log: str) -> tuple[int, list[str]]:
     except ValueError:
         why = log.strip().splitlines()[-1:] or [f"pip-audit ended with status {status}"]
         if UNREACHABLE.search(log):
-            return 0, [f"warning: not audited, the database cannot be reached: {why[0]}"]
+            lines = [f"warning: the database cannot be reached: {why[0]}"]
+            return 0, [*lines, f"THE AUDIT DID NOT TAKE PLACE, in {TRIES} attempts"]
         return 1, [f"pip-audit failed: {why[0]}"]
     found = [
         f"{one['name']} {one['version']}: {problem['id']}, fixed in "
@@ -71,8 +87,7 @@ def main() -> int:
     ]
     command += ["--vulnerability-service", "osv", "--progress-spinner", "off", "--skip-editable"]
     command += ["--timeout", "20"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    status, lines = verdict(done.returncode, done.stdout, done.stderr)
+    status, lines = verdict(*pip_audit(command))
     print(*lines, sep="\n")
     return status
 

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -73,22 +74,23 @@ def verb(config: str) -> str:
 
 def processor() -> str:
     """Cores, model and widest vector instructions of this machine."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    kinds = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
-    widest = next((kind for flag, kind in kinds.items() if f" {flag} " in info), "no AVX2")
-    model = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
-    name = model[1] if model else "CPU"
-    return f"{len(os.sched_getaffinity(0))} cores of an {name} ({widest})"
+    from turns import cpu  # beside this file
+
+    found = cpu()
+    kinds = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+    flags = found.get("Flags", "").split()
+    widest = next((kind for flag, kind in kinds.items() if flag in flags), platform.machine())
+    return f"{len(os.sched_getaffinity(0))} cores of an {found.get('Model name', 'CPU')} ({widest})"
 
 
 def measure(config: str) -> dict:
     """Trains a config of the demo: seconds of the whole command, GiB, the last evaluation."""
     command = [sys.executable, "-m", "jaxllm", verb(config), f"configs/{config}.yaml"]
     began = time.perf_counter()
-    subprocess.run([*command, "--overwrite", "--log.compile_cache", "off"], check=True)
+    subprocess.run([*command, "--overwrite", "--log.compile_cache", "off"], check=True, cwd=ROOT)
     seconds = time.perf_counter() - began
     (folder,) = re.findall(r"^output_dir: (\S+)", (ROOT / command[4]).read_text(), re.MULTILINE)
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
     evaluation = [line for line in lines if line["kind"] == "eval"][-1]
     return {
         "hardware": processor(),
@@ -109,7 +111,7 @@ def plan(config: str) -> dict:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         command = [sys.executable, "-m", "jaxllm", "plan", f"configs/{config}.yaml", "--json"]
         command += ["--objective", verb(config), f"--model.{given}", folder, "--topology", devices]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     found = json.loads(done.stdout)
     return {
         "hardware": devices,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import resource
 import statistics
@@ -22,6 +23,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+# Of x86 and of ARM, the widest first.
+WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sme", "sve2", "sve", "bf16", "asimd")
 
 
 class Side:
@@ -189,16 +193,25 @@ def compare(
     return found
 
 
+def cpu() -> dict[str, str]:
+    """What lscpu says of the processor, by its names; {} where there is none."""
+    try:
+        env = os.environ | {"LC_ALL": "C"}
+        text = subprocess.run(["lscpu"], env=env, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(re.findall(r"^ *([^:\n]+?): +(.*)$", text, re.M))
+
+
 def processor() -> str:
     """The processor's vendor, family and the widest matrix instructions it has."""
-    text = Path("/proc/cpuinfo").read_text()
-    name, vendor, family, model = (
-        re.search(rf"^{key}\s*: (.*)$", text, re.M)[1]  # type: ignore[index]
-        for key in ("model name", "vendor_id", "cpu family", "model")
-    )
-    flags = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())  # type: ignore[index]
-    widest = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-    return f"{name} ({vendor} {family}/{model}), {next((f for f in widest if f in flags), 'x86')}"
+    found = cpu()
+    name = found.get("Model name") or platform.processor() or platform.machine()
+    kind = "/".join(found[key] for key in ("CPU family", "Model") if key in found)
+    about = " ".join(filter(None, [found.get("Vendor ID"), kind]))
+    flags = found.get("Flags", "").split()
+    widest = next((one for one in WIDEST if one in flags), platform.machine())
+    return f"{name} ({about or platform.system()}), {widest}"
 
 
 def results_file() -> Path:

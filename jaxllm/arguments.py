@@ -13,7 +13,7 @@ from jaxllm.config.fields import home
 from jaxllm.config.loading import find_objective, parse, read_args
 from jaxllm.data.inputs import check_options
 from jaxllm.errors import UserError
-from jaxllm.paths import as_path, hub_id, is_bucket
+from jaxllm.run_folder import final_model
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +31,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`{self.prog} --help` shows the flags)")
 
     def read(self, args: list[str]) -> argparse.Namespace:
-        """Parse the arguments. Raises UserError for a list given twice and for missing files."""
+        """Parse the arguments; in --model a run folder stands for its final model.
+
+        Raises UserError for a list given twice and for missing files.
+        """
         flags = [arg.partition("=")[0] for arg in args]
         lists = [flag for one in self._actions if one.nargs == "+" for flag in one.option_strings]
         for flag in lists:
@@ -39,6 +42,8 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{flag} is given twice; give all its values after one {flag}")
         options = self.parse_args(args)
         check_options(vars(options))
+        if given := vars(options).get("model"):
+            options.model = final_model(given)
         return options
 
 
@@ -68,7 +73,7 @@ def model_options(parser: Parser, **use: Any) -> None:
     """Adds the flags of a model, its adapters and its tokenizer."""
     flag = parser.flag
     about = "HF directory or hub id of a model or an adapter, or run folder"
-    flag("--model", about, required=True, type=model, metavar="DIR")
+    flag("--model", about, required=True, type=home, metavar="DIR")
     about = "adapters in peft's format to load; the first one is active"
     flag("--adapter", about, nargs="+", default=[], metavar="[NAME=]DIR")
     about = "active adapter: a name, none, or a weighted sum NAME:0.7,NAME:0.3"
@@ -76,14 +81,6 @@ def model_options(parser: Parser, **use: Any) -> None:
     flag("--dtype", "compute dtype", default="float32", choices=("float32", "bfloat16"))
     about = "chat template: a file or a built-in name; default: the tokenizer's"
     flag("--template", about, type=home)
-
-
-def model(path: str) -> str:
-    """The value of --model; a run folder stands for its final model."""
-    path = home(path)
-    final = None if is_bucket(path) or hub_id(path) else as_path(path) / "final"
-    is_run = final and final.is_dir() and not any(final.parent.glob("*.safetensors"))
-    return str(final) if is_run else path
 
 
 def adapters(options: argparse.Namespace) -> dict[str, str]:

@@ -23,7 +23,7 @@ from jaxllm.model.decoder import Decoder
 from jaxllm.peft.combine import Choice
 from jaxllm.peft.files import tokenizer_of
 from jaxllm.sampling import Sampling, for_decoding, generate, stream
-from jaxllm.tokenizer import check_vocabulary
+from jaxllm.tokenizer import check_vocabulary, is_settled
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -32,26 +32,51 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+WINDOW, OVERLAP = 32, 8  # tokens, of `Streamed`
+
+
 class Streamed:
     """The text of an answer while its tokens are generated.
 
-    Each part is of whole characters, and holds back what may begin a stop string.
+    Each part is of whole characters, and holds back what may begin a stop string. settled: true for
+    a token after which the text before it stays as it is (`tokenizer.is_settled`).
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
-        self.decode, self.stops = decode, stops
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str],
+        settled: Callable[[int], bool],
+    ) -> None:
+        self.decode, self.stops, self.settled = decode, stops, settled
         self.shown, self.ended = "", False  # text so far; True after a stop string
+        self._start, self._skipped, self._before = 0, 0, ""
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """What can be shown in addition, now that there are these tokens. last: there are no
         more."""
-        text, self.ended = cut(self.decode(tokens), self.stops)
+        text, self.ended = cut(self._decoded(tokens), self.stops)
         if not (last or self.ended):
             text = text.rstrip("\ufffd")  # an incomplete UTF-8 character
             begun = (n for stop in self.stops for n in range(1, len(stop)) if text[-n:] == stop[:n])
             text = text[: len(text) - max(begun, default=0)]
         before, self.shown = len(self.shown), max(text, self.shown, key=len)
         return self.shown[before:]
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        """`decode(tokens)`, in a time that does not grow with the answer.
+
+        `_before` is the text up to a token that is settled. Tokens are decoded from `_start`, a few
+        before that one, because a decoder may drop a space at the beginning; `_skipped` is the
+        length of their text.
+        """
+        text = self._before + self.decode(tokens[self._start :])[self._skipped :]
+        start = len(tokens) - OVERLAP
+        if start - self._start >= WINDOW and self.settled(tokens[-1]):
+            last = self.decode(tokens[start:])
+            if last and text.endswith(last) and not text.endswith("\ufffd"):
+                self._start, self._skipped, self._before = start, len(last), text
+        return text
 
 
 def load_with_tokenizer(
@@ -123,7 +148,7 @@ class TextModel:
     ) -> Iterator[str]:
         """The text of an answer to the messages, as it is generated."""
         tokens: list[int] = []
-        text = Streamed(self.text, stop)
+        text = Streamed(self.text, stop, self.settled)
         for new in stream(self.model, [self.prompt(messages)], sampling, 1, use):
             tokens.append(int(new[0, 0]))
             last = tokens[-1] in (*sampling.stop_ids, *self.stop_ids)
@@ -138,6 +163,10 @@ class TextModel:
     def text(self, tokens: Sequence[int]) -> str:
         """Decoded tokens without stop ids."""
         return self.tokenizer.decode([t for t in tokens if t not in self.stop_ids])
+
+    def settled(self, token: int) -> bool:
+        """True if no later token changes the text before this one (`is_settled`)."""
+        return is_settled(self.tokenizer, token)
 
 
 def generate_text(

@@ -73,7 +73,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
-                lightweight_initialize=True,  # latest() finds broken files
+                lightweight_initialize=True,  # latest() finds damaged files
                 temporary_path_class=COMMIT_FILE if self.remote else None,
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=self._list_files, barrier_sync_fn=self._meet
@@ -85,7 +85,7 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
-        self._problems: dict[int, str] = {}  # step -> why it is broken; "" if it is valid
+        self._problems: dict[int, str] = {}  # step -> why it is damaged; "" if it is valid
         self._best: int | None = None  # kept, however old
         self._saving: int | None = None
         self._digests: dict[str, str | None] = {}  # of the files that each process has written
@@ -141,16 +141,16 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def _tidy(self) -> None:
-        """Deletes the partial files of a killed run and renames broken checkpoints."""
-        broken = [step for step, problem in self._problems.items() if problem]
+        """Deletes the partial files of a killed run and renames damaged checkpoints."""
+        damaged = [step for step, problem in self._problems.items() if problem]
         if dist.is_main():
             for path in self._unfinished("*"):
                 delete(path)
-            for step in broken:
-                aside = self.directory / f"{step}.broken"
+            for step in damaged:
+                aside = self.directory / f"{step}.damaged"
                 delete(aside)
                 rename_folder(self.directory / str(step), aside)
-        for step in broken:
+        for step in damaged:
             del self._problems[step]
         dist.barrier("tidy")
         self.manager.reload()
@@ -230,16 +230,16 @@ class Checkpoints:
     # ---- reading
 
     def latest(self) -> int | None:
-        """The latest valid step, None if there is no checkpoint; broken ones are reported.
+        """The latest valid step, None if there is no checkpoint; damaged ones are reported.
 
-        Raises UserError if all checkpoints are broken.
+        Raises UserError if all checkpoints are damaged.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
         valid = next((step for step in steps if self._is_valid(step)), None)
         if steps and valid is None:
             raise UserError(
-                f"{self.directory}: all checkpoints are broken ({', '.join(map(str, steps))}); "
+                f"{self.directory}: all checkpoints are damaged ({', '.join(map(str, steps))}); "
                 "move them away to start from step 0"
             )
         return valid
@@ -255,14 +255,14 @@ class Checkpoints:
         return step in self.manager.all_steps() and self._is_valid(step)
 
     def check(self, step: int) -> None:
-        """Raises UserError if there is no checkpoint `step`, or if it is broken."""
+        """Raises UserError if there is no checkpoint `step`, or if it is damaged."""
         self.wait()
         if step not in self.manager.all_steps():
             steps = ", ".join(map(str, self.manager.all_steps())) or "none"
             raise UserError(f"{self.directory} has no checkpoint {step}; it has {steps}")
         if not self._is_valid(step):
             problem = self._problems[step]
-            raise UserError(f"{self.directory / str(step)} is broken ({problem}); use another")
+            raise UserError(f"{self.directory / str(step)} is damaged ({problem}); use another")
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON values saved with the state."""
@@ -274,7 +274,7 @@ class Checkpoints:
 
         like: a pytree of ShapeDtypeStructs, which may be sharded over another mesh than the saved
         state. partial: `like` is a dict of some fields of the state; no others are read. Raises
-        UserError if there is no such step, or if it is broken or has other shapes.
+        UserError if there is no such step, or if it is damaged or has other shapes.
         """
         self.check(step)
         with self._reading(step):
@@ -295,7 +295,7 @@ class Checkpoints:
 
     def arrays(self, step: int) -> Iterator[tuple[str, np.ndarray]]:
         """(name, array on the host) of all arrays in the state of `step`, one after another, so
-        that memory holds one. Raises UserError if there is no such step, or if it is broken."""
+        that memory holds one. Raises UserError if there is no such step, or if it is damaged."""
         self.check(step)
         tree = self.manager.item_metadata(step)["state"].tree
         leaves, structure = jax.tree.flatten(tree)
@@ -324,7 +324,7 @@ class Checkpoints:
             problems = dist.everyone(damage(self.directory / str(step)))
             self._problems[step] = problem = next(filter(None, problems), "")
             if problem and dist.is_main():
-                print(f"jaxllm: checkpoint {step} is broken, skipped: {problem}", file=sys.stderr)
+                print(f"jaxllm: checkpoint {step} is damaged, skipped: {problem}", file=sys.stderr)
         return not self._problems[step]
 
 
@@ -359,7 +359,7 @@ def changed_file(folder: Path, start: int = 0, every: int = 1) -> str:
 
 
 def damage(folder: Path) -> str:
-    """Why a checkpoint is broken, one line, or "". Each process looks at its share of the files."""
+    """Why a checkpoint is damaged, or "". Each process looks at its share of the files."""
     try:
         for path in () if is_bucket(folder) else folder.rglob("*"):
             if not (path.is_file() or path.is_dir()):  # a pipe, for which orbax would wait

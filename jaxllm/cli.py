@@ -163,9 +163,11 @@ def evaluate(verb: str, args: list[str]) -> None:
     _need_chat(options, "template")
     data = config.read_sources(options.data, "--data")
     check_options({"files": [source.path for source in data]})
+    from jaxllm import dist
     from jaxllm.evaluate import evaluate_files
     from jaxllm.files import strict_json
 
+    dist.start(config.ClusterSection())
     use_cache()
     found = evaluate_files(
         options.model,
@@ -179,7 +181,8 @@ def evaluate(verb: str, args: list[str]) -> None:
         use=uses(asked)[0] if asked else ...,
     )
     lines = [f"{k:<12} {v:>14{',' if isinstance(v, int) else '.4f'}}" for k, v in found.items()]
-    print(strict_json(found) if options.json else "\n".join(lines))
+    if dist.is_main():
+        print(strict_json(found) if options.json else "\n".join(lines))
 
 
 def generate(verb: str, args: list[str]) -> None:

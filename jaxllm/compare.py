@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxllm.config import (
     PEFT_METHODS,
+    VERBS,
     MeshSection,
     PeftSection,
     TrainConfig,
@@ -38,6 +39,8 @@ from jaxllm.paths import local_path, write_text
 # Name of a method -> peft.method.
 METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
 DEFAULT = ("full", "lora", "adapter", "prefix")
+# Those whose runs have a loss on held-out data.
+OBJECTIVES = [name for name, verb in VERBS.items() if not verb.online]
 TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, next to the runs
 HELP = f"""\
 usage: jaxllm compare [CONFIG.yaml] [--methods METHOD ...] [--section.key value ...]
@@ -49,8 +52,9 @@ After Ctrl-C or SIGTERM, the same command resumes.
 
   --methods METHOD ... [{" ".join(DEFAULT)}]
       the methods, in this order: {", ".join(METHODS)}
-  --objective pretrain|sft [pretrain]
-      the objective of each run; also `objective:` in the file
+  --objective NAME [pretrain]
+      the objective of each run, also `objective:` in the file; one of
+      {", ".join(OBJECTIVES)}
   --overwrite
       delete the runs of an earlier comparison
 
@@ -151,8 +155,11 @@ def _config_of(cfg: TrainConfig, method: str) -> TrainConfig:
 
 def _check(cfg: TrainConfig, origins: dict[str, str], methods: list[str]) -> None:
     """Raises UserError for a config that cannot be compared."""
-    if cfg.verb.data not in ("text", "chat"):
-        raise UserError(f"objective is {cfg.objective!r}; a comparison runs pretrain or sft")
+    if cfg.objective not in OBJECTIVES:
+        raise UserError(
+            f"objective is {cfg.objective!r}, whose runs have no loss on held-out data to compare; "
+            f"use one of {', '.join(OBJECTIVES)}"
+        )
     if not cfg.data.eval and not cfg.data.eval_fraction:
         raise UserError("no held-out data to compare on; give data.eval or data.eval_fraction")
     if cfg.save.hub:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,13 @@ class RunTasks:
         from jaxllm.tasks.loading import Tasks, harness
 
         section, text = program.cfg.eval, TextModel.of(program.policy, tokenizer)
+        self.greater: bool | None = None
+        """whether the tasks say that a greater value of eval.metric is better"""
         rows = program.cfg.batch_size // program.micro_batches
-        self.model = harness(program.models, text, program.mesh, None, rows)
+        # The memory of a run is planned for rows of training. One of all positions of a model with
+        # a long context would be many times as large.
+        window = program.row_length
+        self.model = harness(program.models, text, program.mesh, rows, window=window)
         self.model.progress = False  # the run has a bar of its own, or none
         options = {"include_path": section.tasks_path, "limit": section.tasks_limit}
         self.tasks = Tasks(section.tasks, **options)
@@ -46,21 +52,24 @@ def run_tasks(program: Program, tokenizer: Any, data: Data) -> RunTasks | None:
     tasks = RunTasks(program, tokenizer) if program.cfg.eval.tasks else None
     if both := sorted({*data.evals} & {*tasks.tasks.names()}) if tasks else []:
         raise UserError(f"data.eval and eval.tasks both have {both[0]}; rename the file of the set")
-    check_metric(program, data, tasks)
+    greater = _greater(program, data, tasks)
+    if tasks:
+        tasks.greater = greater
     return tasks
 
 
-def check_metric(program: Program, data: Data, tasks: RunTasks | None) -> None:
-    """Raises UserError if evaluations will not log eval.metric."""
+def _greater(program: Program, data: Data, tasks: RunTasks | None) -> bool | None:
+    """Whether the tasks that have eval.metric say that a greater value is better; None if none
+    does, or if they differ. Raises UserError if evaluations will not log it."""
     section = program.cfg.eval
     if section.metric in ("loss", "eval_loss") and (data.evals or not section.patience):
-        return
+        return None
     args = program.evaluate, program.state.trainable, program.frozen
     found = tasks.tasks.names() if tasks else {}
     for name, rows in data.evals.items():
-        found[name] = dict.fromkeys(metric_names(*args, rows, 1), 0.0)
-    if found:
-        metric_value(found, section)
+        found[name] = dict.fromkeys(metric_names(*args, rows, 1), math.nan)
+    mean = metric_value(found, section) if found else math.nan
+    return {1.0: True, 0.0: False}.get(mean)
 
 
 class Samples:
@@ -121,7 +130,10 @@ class Evaluations:
                 log.bar.say(f"step {step}  {name}: {shown(values)}")
             if self.samples.prompts:
                 self.samples.write(step, program.models(weights, self.frozen)[0], log.metrics)
-        self.best = self.best.after_evals(step, self.latest, program.cfg.eval)
+        section = program.cfg.eval
+        if section.greater is None and self.tasks is not None:
+            section = replace(section, greater=self.tasks.greater)
+        self.best = self.best.after_evals(step, self.latest, section)
 
     def of_tasks(self, step: int, weights: Any) -> dict[str, dict[str, float]]:
         """{task: {metric: value}}. Each batch begins the phase anew, so that it is no hang."""

@@ -36,6 +36,7 @@ from jaxllm.peft.files import is_adapter, tokenizer_of
 from jaxllm.peft.lora import LoraStart
 from jaxllm.program import build, load_model
 from jaxllm.run import START
+from jaxllm.run_folder import checkpoint_step, is_run
 from jaxllm.tokenizer import load_tokenizer
 
 Step = int | Literal["best"] | None  # a checkpoint
@@ -84,10 +85,10 @@ def _export(
 ) -> tuple[TrainConfig | None, Any, str, str]:
     """Writes `out`; returns the run's config, the tokenizer, the base model, and the card."""
     folder, origin = as_path(run), None
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        if step not in (None, int(folder.name)):
-            raise UserError(f"{run} is checkpoint {int(folder.name)}; drop --step {step}")
-        folder, step = folder.parent.parent, int(folder.name)
+    if (named := checkpoint_step(folder)) is not None:
+        if step not in (None, named):
+            raise UserError(f"{run} is checkpoint {named}; drop --step {step}")
+        folder, step = folder.parent.parent, named
     config = {} if is_adapter(str(folder)) else _config(run, folder)
     if config and "model_type" not in config:
         cfg = from_dict(config)
@@ -116,13 +117,13 @@ def _export(
 
 def _config(run: str, folder: Path) -> dict[str, Any]:
     """The config.json of a run folder or HF directory."""
-    file, is_run = folder / "config.json", (folder / "checkpoints").is_dir()
-    if not file.is_file() and not is_run:
+    file, ours = folder / "config.json", is_run(folder)
+    if not file.is_file() and not ours:
         raise UserError(f"{run} is neither a run folder nor a HF directory: it has no config.json")
     try:
         return read_json(file)
     except UserError as error:
-        if not is_run:
+        if not ours:
             raise
         remedy = "delete it and resume the run" if file.is_file() else "resume the run"
         raise UserError(f"{error}; {remedy}, which writes the file again") from None

@@ -25,7 +25,8 @@ from jaxllm.model.families.wrappers import (
     unwrapped,
     wrapper_of,
 )
-from jaxllm.paths import as_path, check_no_checkpoint, run_folder
+from jaxllm.paths import as_path
+from jaxllm.run_folder import check_is_model, is_run_config, not_a_model
 from jaxllm.tokenizer import generation_stop_ids
 
 # Key of a model's hf_config that holds the content of generation_config.json.
@@ -39,14 +40,14 @@ def read_config(path: str) -> dict[str, Any]:
     if not file.is_file():
         file = local_dir(path) / "config.json"
     if not file.is_file():
-        check_no_checkpoint(file.parent)
+        check_is_model(file.parent)
         raise UserError(
             f"{file.parent} has no config.json, so it is not a HuggingFace model directory"
         )
     config = read_json(file)
     config.pop(WRAPPER, None)  # only `unwrapped` gives this one
-    if {"objective", "optim", "data"} <= config.keys():
-        raise run_folder(file.parent)
+    if is_run_config(config):
+        raise not_a_model(file.parent)
     for kind, same in SAME_AS.items():
         names = [FAMILIES[same].name + CAUSAL]
         if config.get("model_type") == kind and config.get("architectures") == names:

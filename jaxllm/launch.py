@@ -26,7 +26,8 @@ from jaxllm.paths import PACKAGES, hub_id
 FILES = Path(__file__).parent / "launchers"
 PLACES = ("local", "slurm", "gke", "tpu-vm")
 USAGE = (
-    "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n\n"
+    "jaxllm launch [COMMAND] CONFIG.yaml [--section.key value ...] --on WHERE ...\n"
+    "       jaxllm launch eval --model DIR ... --on WHERE ...\n\n"
     "All arguments except the following belong to the run. COMMAND (sft, dpo, ...) is needed if\n"
     "the config does not state its `objective`."
 )
@@ -63,24 +64,18 @@ class Launch:
 
 
 def launch(words: list[str], to: Launch) -> None:
-    """Starts, or with `dry_run` prints, the run of `words`: [COMMAND] CONFIG [--key value …].
+    """Starts, or with `dry_run` prints, the run of `words`: [COMMAND] CONFIG [--key value …], or
+    eval [--flag value …].
 
     A run on this machine replaces this process. Raises UserError for a mistake in the config,
-    before anything is submitted, and if the scheduler's client is missing or fails.
+    before anything is submitted, and if the scheduler's client is missing or fails. The flags of an
+    evaluation are read where it runs, which has its files.
     """
-    verb, path, args = _run(words)
-    try:
-        cfg, _ = load_config(verb, path, args)
-    except UnknownFlag as error:
-        more = f"; options of {CLIENTS[to.on]}" if to.on in CLIENTS else ""
-        raise UserError(f"{error}{more}") from None
-    if to.on != "local" and (cfg.overwrite or not cfg.resume):
-        raise UserError(
-            "--overwrite and --no-resume would act again at each restart; delete "
-            f"{cfg.output_dir} yourself, or choose another output_dir"
-        )
-    name = to.name or re.sub("[^a-z0-9]+", "-", Path(path).stem.lower()).strip("-")
-    here = [sys.executable, "-P", "-m", "jaxllm", verb, path, *args]
+    path, cfg = None, None
+    if words[:1] != ["eval"]:
+        path, cfg, words = _training(words, to)
+    name = to.name or re.sub("[^a-z0-9]+", "-", Path(path or "eval").stem.lower()).strip("-")
+    here = [sys.executable, "-P", "-m", "jaxllm", *words]
     options = shlex.split(to.options)
     manifest = None
     if to.on == "local":
@@ -89,11 +84,11 @@ def launch(words: list[str], to: Launch) -> None:
         flags = [f"--nodes={to.nodes or 1}", f"--job-name={name}", *options]
         commands = [["sbatch", *flags, str(FILES / "slurm.sbatch"), *here]]
     elif to.on == "tpu-vm":
-        commands = _tpu_vm(to, options, path, [verb, Path(path).name, *args])
+        commands = _tpu_vm(to, options, path, words)
     else:
         commands = [["kubectl", "apply", *options, "-f", "-"]]
-        manifest = _manifest(to, name, cfg, Path(path).read_text(), [verb, CONFIG, *args])
-    if to.on in ("gke", "tpu-vm") and (relative := _relative_paths(cfg)):
+        manifest = _manifest(to, name, cfg, path, words)
+    if to.on in ("gke", "tpu-vm") and cfg and (relative := _relative_paths(cfg)):
         warning = f"warning: {', '.join(relative)}: relative paths, which the workers do not have; "
         print(f"jaxllm: {warning}use gs://… or a path that is mounted on all", file=sys.stderr)
     if to.dry_run:
@@ -103,8 +98,9 @@ def launch(words: list[str], to: Launch) -> None:
         _call(command, manifest)
 
 
-def _run(words: list[str]) -> tuple[str, str, list[str]]:
-    """(command, config file, further arguments) of a run; a config may state its `objective`."""
+def _training(words: list[str], to: Launch) -> tuple[str, TrainConfig, list[str]]:
+    """(config file, config, words with the command first) of a run; a config may state its
+    `objective`."""
     verb, rest = (words[0], words[1:]) if words[:1] and words[0] in VERBS else (None, words)
     if not rest or rest[0].startswith("-"):
         raise UserError("no config; write `jaxllm launch [COMMAND] CONFIG.yaml --on WHERE`")
@@ -116,7 +112,17 @@ def _run(words: list[str]) -> tuple[str, str, list[str]]:
             f"{path} does not state its objective; write the command of the run before it, "
             f"`jaxllm launch sft {path} …`"
         )
-    return verb, path, args
+    try:
+        cfg, _ = load_config(verb, path, args)
+    except UnknownFlag as error:
+        more = f"; options of {CLIENTS[to.on]}" if to.on in CLIENTS else ""
+        raise UserError(f"{error}{more}") from None
+    if to.on != "local" and (cfg.overwrite or not cfg.resume):
+        raise UserError(
+            "--overwrite and --no-resume would act again at each restart; delete "
+            f"{cfg.output_dir} yourself, or choose another output_dir"
+        )
+    return path, cfg, [verb, path, *args]
 
 
 def _relative_paths(cfg: TrainConfig) -> list[str]:
@@ -146,8 +152,9 @@ def _call(command: list[str], text: str | None) -> None:
         raise UserError(f"{program} failed with status {done.returncode}; its message is above")
 
 
-def _tpu_vm(to: Launch, options: list[str], path: str, args: list[str]) -> list[list[str]]:
-    """Copies the config and the script to all workers, and starts it there in the background."""
+def _tpu_vm(to: Launch, options: list[str], path: str | None, words: list[str]) -> list[list[str]]:
+    """Copies the config, if any, and the script to all workers, and starts it there in the
+    background."""
     if to.name is None:
         raise UserError("--on tpu-vm needs --name, the name of the TPU VM")
     if to.nodes is not None:
@@ -157,15 +164,18 @@ def _tpu_vm(to: Launch, options: list[str], path: str, args: list[str]) -> list[
     gcloud = ["gcloud", "compute", "tpus", "tpu-vm"]
     everywhere = ["--worker=all", *options]
     script = FILES / "tpu-vm.sh"
-    run = shlex.join(["bash", script.name, "python3", "-m", "jaxllm", *args])
+    words = [words[0], Path(path).name, *words[2:]] if path else words
+    run = shlex.join(["bash", script.name, "python3", "-m", "jaxllm", *words])
     start = f"nohup {run} >>jaxllm.log 2>&1 </dev/null &"
     return [
-        [*gcloud, "scp", str(script), path, f"{to.name}:", *everywhere],
+        [*gcloud, "scp", str(script), *([path] if path else []), f"{to.name}:", *everywhere],
         [*gcloud, "ssh", to.name, *everywhere, "--command", start],
     ]
 
 
-def _manifest(to: Launch, name: str, cfg: TrainConfig, config: str, args: list[str]) -> str:
+def _manifest(
+    to: Launch, name: str, cfg: TrainConfig | None, path: str | None, words: list[str]
+) -> str:
     """The filled launchers/gke-jobset.yaml."""
     import yaml
 
@@ -179,15 +189,16 @@ def _manifest(to: Launch, name: str, cfg: TrainConfig, config: str, args: list[s
     claim, _, mount = (to.volume or "").partition(":")
     if to.volume and not (claim and mount.startswith("/")):
         raise UserError(f"--volume: {to.volume!r}; must be CLAIM:/PATH")
-    if "://" not in cfg.output_dir and not (mount and Path(cfg.output_dir).is_relative_to(mount)):
+    out = cfg.output_dir if cfg else "://"
+    if "://" not in out and not (mount and Path(out).is_relative_to(mount)):
         raise UserError(
-            f"output_dir {cfg.output_dir} would be lost with its container; put it in a bucket, or "
+            f"output_dir {out} would be lost with its container; put it in a bucket, or "
             "on a volume: --volume CLAIM:/PATH --output_dir /PATH/…"
         )
     limits = dict([_pair("--resource", to.resource)]) if to.resource else {}
     settings, jobset = yaml.safe_load_all((FILES / "gke-jobset.yaml").read_text())
     settings["metadata"]["name"] = jobset["metadata"]["name"] = name
-    settings["data"]["config.yaml"] = config
+    settings["data"]["config.yaml"] = Path(path).read_text() if path else ""
     if TPU not in limits:
         del jobset["metadata"]["annotations"]
     (group,) = jobset["spec"]["replicatedJobs"]
@@ -199,7 +210,7 @@ def _manifest(to: Launch, name: str, cfg: TrainConfig, config: str, args: list[s
     pod["volumes"][0]["configMap"]["name"] = name
     (container,) = pod["containers"]
     container["image"] = to.image
-    container["args"] = ["jaxllm", *args]
+    container["args"] = ["jaxllm", *([words[0], CONFIG, *words[2:]] if path else words)]
     container["resources"]["limits"] = limits
     first = f"{name}-{group['name']}-0-0.{name}"  # host name of the first container
     values: dict[str, Any] = {one["name"]: one for one in container["env"]}

@@ -58,25 +58,6 @@ def check_tokenizer(path: str) -> None:
         )
 
 
-def check_no_checkpoint(folder: Path) -> None:
-    """Raises UserError for a checkpoint of a run, which is no model."""
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        raise UserError(
-            f"{folder} is a checkpoint of a run; `jaxllm export {folder} OUT` makes a model of it"
-        )
-
-
-def run_folder(folder: Path) -> UserError:
-    """The error of a run folder in place of a model."""
-    final = folder / "final"
-    if final.is_dir():
-        return UserError(f"{folder} is a run folder; its model is {final}")
-    return UserError(
-        f"{folder} is a run folder without a final model; `jaxllm export {folder} OUT` makes a "
-        "model of a checkpoint"
-    )
-
-
 def as_path(path: str | Path) -> Path:
     """The path of a local file or of an object; `~` is expanded.
 

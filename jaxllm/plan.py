@@ -31,7 +31,7 @@ from jaxllm.config import Source, TrainConfig
 from jaxllm.config.checks import check, resolve
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh
-from jaxllm.monitor.flops import Flops, forward_flops, run_flops
+from jaxllm.monitor.flops import Flops, forward_flops, run_flops, unread_weights
 from jaxllm.ops.cross_entropy import ACCELERATOR_CHUNK, BLOCKS
 from jaxllm.ops.decoding import shared_length
 from jaxllm.paths import as_path, hub_id
@@ -319,15 +319,7 @@ def step_flops(program: Program) -> tuple[float, float]:
     )
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
-    # Nothing in the backward pass reads a product that is added to the residual stream at the end.
-    # (What an expert adds is weighted by the router, whose gradient reads it.)
-    Q, F = shape.num_heads * shape.head_dim, shape.intermediate_size
-    for kind in shape.kinds_by_layer + (shape.mtp_kind,) * shape.mtp:
-        last = 0 if kind.routed and shape.experts else F
-        if not kind.mlp:
-            last = Q if shape.mamba is None or kind.mixer != "mamba" else shape.mamba.widths["x"]
-        unread = {"pre": last, "parallel": last + Q}.get(shape.norm_placement, 0)
-        weights -= 2 * shape.hidden_size * unread
+    weights -= 2 * unread_weights(shape)
     full = weights + attention
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:

@@ -34,6 +34,7 @@ from jaxllm.files import read_json
 from jaxllm.paths import as_path, is_bucket, naming
 from jaxllm.reference import RowsWithLogps
 from jaxllm.rl.online import prompts_per_rollout
+from jaxllm.run_folder import is_run_config
 
 FILE = "rows.bin"
 # The fields of `Batch` that come from the data; positions follow from segment_ids.
@@ -131,7 +132,7 @@ def _load(run: str) -> tuple[Path, TrainConfig, Any, Rows]:
     folder = as_path(run)
     file = folder / "config.json"
     values = read_json(file) if file.is_file() else {}
-    if not {"objective", "optim", "data"} <= values.keys():
+    if not is_run_config(values):
         raise UserError(f"{run} is not a run folder")
     cfg = from_dict(values)
     tokenizer = run_tokenizer(cfg)

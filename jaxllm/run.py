@@ -54,6 +54,7 @@ from jaxllm.paths import (
     unfinished,
     write_text,
 )
+from jaxllm.run_folder import is_run_config
 from jaxllm.watch import STARTS
 
 START = "model"  # in a run folder: the configs and tokenizer that the run started from
@@ -176,10 +177,10 @@ class RunFolder:
             dist.check_all(self.checkpoints.missing_space(state))
             dist.check_all(_hub_problem(self.cfg) if dist.is_main() else None)
 
-    def note(self, program: Any, step: int, steps: int) -> dict[str, Any] | None:
+    def note(self, program: Any, step: int, steps: int, tasks: Any) -> dict[str, Any] | None:
         """What STARTS says of this start, after `step` of `steps` steps: the program's devices and
-        size, versions, the origins of the config's values, and what changed of the run's identity.
-        None if the run is complete."""
+        size, versions, what the run's tasks say of eval.metric, the origins of the config's values,
+        and what changed of the run's identity. None if the run is complete."""
         if step >= steps:
             return None
         devices, mesh = program.mesh.devices, program.mesh.shape
@@ -194,6 +195,8 @@ class RunFolder:
             "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
             "versions": versions(),
         }
+        if tasks is not None and tasks.greater is not None:
+            found["greater"] = tasks.greater
         if self.origins is not None:
             found["origins"] = {k: o for k, o in self.origins.items() if o != "default"}
         return found | ({"changed": self.changed} if self.changed else {})
@@ -295,7 +298,7 @@ def read_config(folder: Path, overwrite: bool = False) -> dict[str, Any] | None:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
-        if {"objective", "optim", "data"} <= config.keys():
+        if is_run_config(config):
             return config
         problem = "it is not the config of a run"  # a HF directory has a config.json too
     except (OSError, ValueError, AttributeError) as error:

@@ -14,18 +14,18 @@ from jaxllm.errors import UserError, seen
 from jaxllm.files import TEMPLATES, read_json, write_json
 from jaxllm.paths import (
     as_path,
-    check_no_checkpoint,
     check_tokenizer,
     copy,
     files_in,
     is_bucket,
-    run_folder,
 )
+from jaxllm.run_folder import check_is_model
 from jaxllm.untrusted import check_regular, rust
 
 # A directory with none of these can still "load", as an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 TRIAL = "a é\n\U0010ffff"  # tokenized when a tokenizer is loaded: some fail only then
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a token of ByteFallback
 _SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of the files that a tokenizer is read from
 
 
@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Any:
         with _on_disk(folder if is_local else path) as source, rust("it panics"):
             tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
             tokenizer.decode(tokenizer(TRIAL)["input_ids"])
-    except Exception as error:  # tokenizers raises bare Exceptions for broken files
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         reason = str(error).strip().split("\n")[0]
         what = "the tokenizer" if is_local else "no such directory, and the hub's tokenizer"
         raise UserError(f"{path}: {what} cannot be loaded: {reason}") from error
@@ -119,9 +119,19 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     if added is None and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         by_character = {character: byte for byte, character in bytes_to_unicode().items()}
         return bytes(by_character[c] for c in name if c in by_character)
-    if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+    if byte := _BYTE.fullmatch(name):
         return bytes.fromhex(byte[1])
     return name.replace("\u2581", " ").encode()  # a space of SentencePiece
+
+
+def is_settled(tokenizer: Any, token_id: int) -> bool:
+    """True if no later token changes the text before or of this one, unless that text ends within a
+    character. ByteFallback decodes a run of bytes as a whole. False if the decoder is not known."""
+    if tokenizer.clean_up_tokenization_spaces:
+        return False
+    kind = str(tokenizer.backend_tokenizer.decoder)
+    name = tokenizer.convert_ids_to_tokens(token_id) or ""
+    return "ByteLevel" in kind or ("ByteFallback" in kind and not _BYTE.fullmatch(name))
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -156,14 +166,7 @@ def _check_has_tokenizer(folder: Path, path: str | Path) -> None:
     check_regular(folder, _SUFFIXES)
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return
-    check_no_checkpoint(folder)
-    try:
-        config = read_json(folder / "config.json")
-    except UserError:
-        config = {}
-    is_run = {"objective", "optim", "data"} <= config.keys()
-    if is_run or (folder / "checkpoints").is_dir():
-        raise run_folder(folder)
+    check_is_model(folder)
     is_file = as_path(path).is_file()
     problem = "is a file in a directory without a tokenizer" if is_file else "has no tokenizer"
     raise UserError(

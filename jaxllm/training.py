@@ -137,7 +137,7 @@ def train(
 
     # ---- batches, metrics and progress, continued from the checkpoint
     step = start = resumed or 0
-    watch.restore(saved, run.note(program, start, timetable.steps))
+    watch.restore(saved, run.note(program, start, timetable.steps, tasks))
     dist.say(*timetable.jump(saved, start))
     log = make_log(program, watch, timetable, start, saved, on_step)
     log.metrics.manifest(data.manifest)
@@ -225,13 +225,13 @@ def beginning(cfg: TrainConfig, resumed: int | None, rows: Rows, tokenizer: Any)
 
 
 def valid_best(checkpoints: Checkpoints, best: Best, cfg: TrainConfig) -> Best:
-    """The best evaluation of the resumed run; none if its checkpoint is missing or broken."""
+    """The best evaluation of the resumed run; none if its checkpoint is missing or damaged."""
     if best.step is None or not cfg.save.keep_best or checkpoints.is_good(best.step):
         return best
     last = ", or else the last weights" if cfg.save.load_best else ""
     dist.say(
-        f"warning: checkpoint {best.step}, the best so far, is missing or broken; the best will be "
-        f"one of the evaluations from here on{last}"
+        f"warning: checkpoint {best.step}, the best so far, is missing or damaged; the best will "
+        f"be one of the evaluations from here on{last}"
     )
     return Best(waited=best.waited)
 

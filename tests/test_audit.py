@@ -3,6 +3,7 @@
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 AUDIT = runpy.run_path(str(Path(__file__).parents[1] / ".ci" / "audit.py"))
@@ -32,6 +33,31 @@ def test_packages_without_vulnerabilities_pass():
 
 def test_a_database_that_cannot_be_reached_is_a_warning_and_another_failure_is_none():
     status, lines = verdict(None, 1, "ERROR:pip_audit._cli:Max retries exceeded with url: /v1")
-    assert status == 0 and "warning: not audited" in lines[0]
+    assert status == 0 and lines[0].startswith("warning: the database cannot be reached: ERROR")
+    assert "DID NOT TAKE PLACE" in lines[1]
     assert verdict(None, 1, "TypeError: a bug")[0] == 1
     assert verdict(None, 1)[0] == 1
+
+
+def test_a_database_that_cannot_be_reached_is_asked_again(tmp_path, monkeypatch, capsys):
+    """Until it answers, or TRIES times; another failure is not repeated."""
+    monkeypatch.setitem(AUDIT["pip_audit"].__globals__, "PAUSE", 0)
+    count = tmp_path / "count"
+    count.touch()
+    for failures, message, calls in ((1, "Timeout", 2), (9, "Timeout", 4), (9, "TypeError", 1)):
+        count.write_text("")
+        code = f"""if True:
+            import sys
+            with open({str(count)!r}, "a+") as file:
+                file.write("x")
+                file.seek(0)
+                done = len(file.read())
+            if done <= {failures}:
+                sys.exit("{message}")
+            print("{{}}")
+        """
+        status, report, log = AUDIT["pip_audit"]([sys.executable, "-c", code])
+        assert len(count.read_text()) == calls
+        assert (status, report.strip()) == ((0, "{}") if calls == 2 else (1, ""))
+        assert (message in log) == bool(status)
+    assert capsys.readouterr().out.count("again in") == 4

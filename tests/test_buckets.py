@@ -84,8 +84,11 @@ def test_a_run_in_a_bucket_equals_a_local_one_and_resumes(project, capsys, tmp_p
         assert main(["eval", *args]) == 0
         evaluated.append(json.loads(capsys.readouterr().out))
     assert evaluated[0]["loss"] == evaluated[1]["loss"]
-    args = ["--model", str(final), "--prompt", "def ", "--max_new_tokens", "4"]
-    assert main(["generate", *args]) == 0
+    for model in (f"{B}/run", str(final)):  # a run folder stands for its final model
+        args = ["--model", model, "--prompt", "def ", "--max_new_tokens", "4"]
+        assert main(["generate", *args]) == 0
+    generated = capsys.readouterr().out
+    assert generated[: len(generated) // 2] * 2 == generated != ""
     assert main(["export", f"{B}/run", f"{B}/export", "--step", "2"]) == 0
     assert (as_path(f"{B}/export") / "config.json").is_file()
     assert (as_path(f"{B}/export") / "tokenizer.json").is_file()
@@ -285,11 +288,11 @@ def test_checkpoints_are_listed_checked_kept_and_tidied_as_on_disk(capsys):
     (as_path(folder) / "4" / "state" / "part").write_bytes(b"of a killed save")
     broken = Checkpoints(folder, 2)
     assert broken.latest() == 2
-    assert "checkpoint 3 is broken" in capsys.readouterr().err
+    assert "checkpoint 3 is damaged" in capsys.readouterr().err
     broken.save(4, state, {})
     broken.close()
     names = {f.relative_to(folder).parts[0] for f in files_in(as_path(folder))}
-    assert names == {"2", "3.broken", "4"}
+    assert names == {"2", "3.damaged", "4"}
     assert not (as_path(folder) / "4" / "state" / "part").exists()
 
 

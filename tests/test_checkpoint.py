@@ -131,14 +131,14 @@ def test_the_best_is_never_rotated_away(tmp_path):
     assert steps_in(tmp_path) == [7]
 
 
-def test_the_best_of_before_a_broken_checkpoint_is_found(tmp_path):
+def test_the_best_of_before_a_damaged_checkpoint_is_found(tmp_path):
     saves = Checkpoints(tmp_path, keep=2)
     for step, best in ((1, 1), (2, 1), (3, 3)):  # 3 is the best that only 3 knows of
         saves.save(step, make_state(), {}, best)
     saves.close()
     (tmp_path / "3" / "files.json").unlink()
     assert Checkpoints(tmp_path).best() == 1
-    with pytest.raises(ValueError, match="3 is broken .*use another"):
+    with pytest.raises(ValueError, match="3 is damaged .*use another"):
         Checkpoints(tmp_path).restore(3, abstract(make_state()))
 
 
@@ -202,7 +202,7 @@ def test_a_damaged_file_sends_latest_to_the_checkpoint_before(tmp_path, capsys, 
         saves = Checkpoints(copy)
         assert saves.latest() == 1, name
         assert_same(saves.restore(1, abstract(make_state())), make_state(1))
-        assert capsys.readouterr().err.startswith("jaxllm: checkpoint 2 is broken, skipped")
+        assert capsys.readouterr().err.startswith("jaxllm: checkpoint 2 is damaged, skipped")
         assert saves.latest() == 1
         assert capsys.readouterr().err == ""  # said once
 
@@ -212,7 +212,7 @@ def test_a_list_of_files_of_another_form_is_damage_too(tmp_path, capsys, value):
     saved(tmp_path)
     (tmp_path / "2" / "files.json").write_text(json.dumps(value))
     assert Checkpoints(tmp_path).latest() == 1
-    assert "checkpoint 2 is broken, skipped: files.json" in capsys.readouterr().err
+    assert "checkpoint 2 is damaged, skipped: files.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["torn", "changed"])
@@ -233,7 +233,7 @@ def test_sizes_are_checked_where_files_are_too_many_to_read(tmp_path, monkeypatc
     assert Checkpoints(tmp_path).latest() == 1
 
 
-def test_a_broken_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
+def test_a_damaged_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_path):
     saved(tmp_path, keep=2)
     shutil.rmtree(tmp_path / "2" / "state")
     saves = Checkpoints(tmp_path, keep=2)
@@ -243,14 +243,14 @@ def test_a_broken_checkpoint_is_moved_aside_when_its_step_is_saved_again(tmp_pat
     assert_same(saves.restore(2, abstract(make_state())), make_state(5))
     saves.close()
     assert steps_in(tmp_path) == [1, 2]
-    assert (tmp_path / "2.broken").is_dir()
+    assert (tmp_path / "2.damaged").is_dir()
 
 
-def test_when_all_are_broken_a_run_does_not_start_anew_by_itself(tmp_path):
+def test_when_all_are_damaged_a_run_does_not_start_anew_by_itself(tmp_path):
     saved(tmp_path)
     for step in (1, 2):
         (tmp_path / str(step) / "files.json").unlink()
-    with pytest.raises(ValueError, match=r"all checkpoints are broken \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"all checkpoints are damaged \(2, 1\)"):
         Checkpoints(tmp_path).latest()
 
 

@@ -422,6 +422,7 @@ def test_a_run_folder_stands_for_its_final_model(stand_in, capsys, tmp_path):
         assert cli.main(["generate", "--model", str(path), "--prompt", "x"]) == 0
         assert calls.pop()[0][0] == str(model)
     (final.parent / "model.safetensors").touch()  # a model with a folder of this name
+    (final.parent / "config.json").write_text('{"model_type": "llama"}')
     assert cli.main(["generate", "--model", str(final.parent), "--prompt", "x"]) == 0
     assert calls.pop()[0][0] == str(final.parent)
 

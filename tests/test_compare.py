@@ -228,10 +228,10 @@ def test_the_objective_of_the_file_counts_where_no_flag_says_another(project, st
     file.write_text(
         "objective: sft\n" + (project / "run.yaml").read_text().replace("\n        ", "\n")
     )
-    for n, more in enumerate([[], ["--objective=pretrain"]]):
+    for n, more in enumerate([[], ["--objective=pretrain"], ["--objective=dpo"]]):
         out = ["--output_dir", str(tmp_path / str(n)), "--methods=full"]
         assert cli.main(["compare", str(file), *out, *more]) == 0
-    assert [verb for verb, _ in given()] == ["sft", "pretrain"]
+    assert [verb for verb, _ in given()] == ["sft", "pretrain", "dpo"]
 
 
 # ---- a run that does not end well
@@ -337,7 +337,7 @@ def test_a_killed_run_gives_the_shells_status(project, stand_in, tmp_path, capfd
             + ["--optim.schedule", "constant"],
             "is not supported with schedule_free_adamw",
         ),
-        (["--objective", "dpo"], "objective is 'dpo'"),
+        (["--objective", "grpo"], "objective is 'grpo', whose runs have no loss on held-out data"),
         (["--objective"], "objective needs a value, seen true"),
         (["--stepz", "3"], "unknown flag --stepz; did you mean --steps?"),
     ],

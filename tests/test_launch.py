@@ -502,6 +502,25 @@ def test_the_verb_stands_before_a_config_that_does_not_state_it(capsys, tmp_path
     assert f" sft {path}\n" in capsys.readouterr().out
 
 
+def test_an_evaluation_is_launched_without_a_config(capsys, tmp_path, monkeypatch):
+    words = ["eval", "--model", "gs://b/m", "--tasks", "arc_easy", "mmlu", "--output", "o.json"]
+    scripts = {
+        "local": "local.sh 2 PYTHON -P -m jaxllm",
+        "slurm": "slurm.sbatch PYTHON -P -m jaxllm",
+        "tpu-vm": "bash tpu-vm.sh python3 -m jaxllm",
+    }
+    for where, script in scripts.items():
+        more = ["--name", "vm"] if where == "tpu-vm" else ["--nodes", "2"]
+        assert main(["launch", *words, "--on", where, *more, "--dry-run"]) == 0
+        shown = capsys.readouterr().out.replace(sys.executable, "PYTHON")
+        assert f"{script} {shlex.join(words)}" in shown, where
+    assert main(["launch", *words, "--on", "gke", "--image", "i", "--dry-run"]) == 0
+    settings, jobset = yaml.safe_load_all(capsys.readouterr().out)
+    assert settings["metadata"]["name"] == "eval"
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"] == ["jaxllm", *words]
+
+
 CLIENTS = {"slurm": "sbatch", "gke": "kubectl", "tpu-vm": "gcloud"}
 
 

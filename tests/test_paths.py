@@ -130,7 +130,7 @@ def test_checkpoints_copied_from_a_disk_are_resumed(tmp_path, capsys):
     copied.save(3, state, {"x": 3})
     copied.close()
     assert [path.name for path in entries(copied.directory)] == ["1", "2", "3"]
-    assert "broken" not in capsys.readouterr().err
+    assert "damaged" not in capsys.readouterr().err
 
 
 # ---- the cache

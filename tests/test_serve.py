@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ import pytest
 from flax import nnx
 from runs import MODEL, refused
 from starlette.requests import ClientDisconnect
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import jaxllm
 from jaxllm import hf
@@ -41,7 +44,7 @@ from jaxllm.serve.app import Stream, application, bound, host_of, listening
 from jaxllm.serve.decoding import Texts, padded_length
 from jaxllm.serve.engine import WAITING, Engine, Job
 from jaxllm.serve.protocol import ApiError, ChatRequest, Piece, TextRequest, Usage
-from jaxllm.tokenizer import token_bytes
+from jaxllm.tokenizer import is_settled, token_bytes
 
 POSITIONS = 4096
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is é?"}]
@@ -435,16 +438,15 @@ def test_a_key_is_required_if_there_is_one(engine):
 
 def test_too_many_requests_are_refused(talker, engine):
     full, events = Engine(engine.loaded, "talker"), []  # it does not run yet
-    for _ in range(WAITING):
-        full.submit(TextRequest.read(TEXT), events.append)
+    jobs = [full.submit(TextRequest.read(TEXT), events.append) for _ in range(WAITING)]
     with pytest.raises(ApiError, match="try again later"):
         full.submit(TextRequest.read(TEXT), events.append)
-    full._waiting[3].cancel()  # those whose clients have left make room
-    full.submit(TextRequest.read(TEXT), events.append)
+    jobs[3].cancel()  # those whose clients have left make room
+    jobs.append(full.submit(TextRequest.read(TEXT), events.append))
     with pytest.raises(ApiError, match="try again later"):  # but not without end
         for _ in range(WAITING + 1):
-            full._waiting[-1].cancel()
-            full.submit(TextRequest.read(TEXT), events.append)
+            jobs[-1].cancel()
+            jobs.append(full.submit(TextRequest.read(TEXT), events.append))
     full.close()
     full.run()
     assert [event.status for event in events] == [503] * (2 * WAITING)
@@ -563,7 +565,7 @@ def test_parts_of_a_text_are_whole_characters_without_a_stop_string():
     tokens = list("ab€c STOP d€".encode())
 
     def parts(stops, count):
-        text = Streamed(lambda some: bytes(some).decode(errors="replace"), stops)
+        text = Streamed(lambda some: bytes(some).decode(errors="replace"), stops, bool)
         found = []
         for n in range(1, count + 1):
             found.append(text.add(tokens[:n], n == count))
@@ -575,6 +577,62 @@ def test_parts_of_a_text_are_whole_characters_without_a_stop_string():
     assert parts(["STOP", "€x"], len(tokens)) == ["a", "b", "€c", " "]
     assert parts([], len(tokens) - 1)[-1] == "\ufffd"  # the end cuts a character
     assert parts(["OPEN"], len(tokens)) == [*"ab€c ST", "OP ", *"d€"]
+
+
+def fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer with the decoder of SentencePiece's: a space of the first word is dropped, and a
+    run of bytes that is no text becomes one U+FFFD for each."""
+    words = [
+        "\u2581",
+        "\u2581\u2581",
+        "\u2581the",
+        "\u2581STOP",
+        "ing",
+        "n't",
+        ".",
+        "\u2581é",
+        "</s>",
+    ]
+    names = [*words, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="."))
+    kinds = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()
+    made.decoder = decoders.Sequence([*kinds, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "ByteFallback"])
+def test_a_text_that_is_decoded_in_parts_equals_one_that_is_decoded_whole(kind, project):
+    is_bytes = kind == "ByteLevel"
+    tokenizer = jaxllm.load_tokenizer(project / "tokenizer") if is_bytes else fallback()
+    known, rng = len(tokenizer), np.random.default_rng(0)
+    plain = tokenizer("The é of 叫 and 🙂 don't STOP . ").input_ids if is_bytes else [*range(8)]
+    sizes: list[int] = []
+
+    def counted(some):
+        sizes.append(len(some))
+        return tokenizer.decode(some)
+
+    euro = [9 + byte for byte in "€".encode()]  # of SentencePiece
+    for noise in (0.0, 0.02, 0.3, 1.0):
+        tokens: list[int] = []
+        while len(tokens) < 300:
+            if rng.random() < noise:
+                tokens += rng.integers(0, known, rng.integers(1, 4)).tolist()
+            elif is_bytes:
+                tokens += plain
+            else:
+                tokens += euro if rng.random() < 0.2 else [int(rng.choice(plain))]
+        for stops in ([], [" STOP S", "\ufffd STOP"]):
+            settled = partial(is_settled, tokenizer)
+            parts = Streamed(counted, stops, settled)
+            whole = Streamed(tokenizer.decode, stops, lambda _: False)
+            for n in range(1, len(tokens) + 1):
+                last = n == len(tokens)
+                assert parts.add(tokens[:n], last) == whole.add(tokens[:n], last), (noise, n)
+                assert (parts.shown, parts.ended) == (whole.shown, whole.ended)
+        if noise < 0.1:
+            assert max(sizes) < 80
+        sizes.clear()
 
 
 # ---- the command

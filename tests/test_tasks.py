@@ -22,6 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jaxllm.chat import TextModel
+from jaxllm.checkpoint import Checkpoints
 from jaxllm.cli import main
 from jaxllm.config import MeshSection
 from jaxllm.mesh import make_mesh
@@ -81,6 +82,11 @@ def tasks(tmp_path_factory):
         folder, "tiny_ppl", texts, output_type="loglikelihood_rolling",
         doc_to_text="", doc_to_target="{{text}}",
         metric_list=[{"metric": m} for m in ("byte_perplexity", "bits_per_byte")],
+    )  # fmt: skip
+    task(
+        folder, "tiny_high", texts, output_type="loglikelihood_rolling",
+        doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte", "higher_is_better": True}],
     )  # fmt: skip
     task(
         folder, "tiny_text", ask, output_type="generate_until",
@@ -157,11 +163,11 @@ def one_device():
     return make_mesh(MeshSection(), devices=jax.devices()[:1])
 
 
-def loaded(path: str) -> Model:
+def loaded(path: str, **sizes: int) -> Model:
     """Our model as lm-eval asks it, with batches of three rows."""
     text = TextModel.load(path, mesh=one_device())
     graph, weights = nnx.split(text.model)
-    ours = harness(alone(graph), text, one_device(), None, 3)
+    ours = harness(alone(graph), text, one_device(), 3, **sizes)
     ours.weights = nnx.to_pure_dict(weights), {}
     return ours
 
@@ -197,6 +203,17 @@ def test_greedy_continuations_are_recognized(model, theirs):
     assert ours._scores._cache_size() == 1  # two batches, one program
     for a, b in zip(found, expected, strict=True):
         assert a[0] == pytest.approx(b[0], rel=1e-4) and a[1] == b[1]
+
+
+def test_texts_are_scored_in_windows_as_long_as_is_asked(model):
+    """The windows alone are shorter than the positions of the model; contexts are not cut there."""
+    theirs = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=4, max_length=32)
+    requests = [SimpleNamespace(args=(some_text(random.Random(n), n),)) for n in (1, 20, 50)]
+    ours = loaded(model, window=32)
+    found = ours.loglikelihood_rolling(requests)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(requests, True), rel=1e-4)
+    assert found != pytest.approx(loaded(model).loglikelihood_rolling(requests), rel=1e-4)
+    assert ours.max_length == LENGTH
 
 
 def test_texts_are_encoded_as_by_the_hf_model_where_texts_begin_with_a_token(model, tmp_path):
@@ -250,6 +267,9 @@ def test_the_metrics_of_groups_and_filters_are_known_before_an_evaluation(
     monkeypatch.setattr("jaxllm.tasks.loading.TaskManager", own)
     both = ["tiny_group", "tiny_filters"]
     asked = Tasks(both, include_path=str(tasks), limit=1)
+    assert asked.names()["tiny_group"]["acc"] == 1  # higher is better
+    low = Tasks(["tiny_ppl"], include_path=str(tasks), limit=1).names()["tiny_ppl"]
+    assert {*low.values()} == {0} and len(low) == 2
     known = {name: set(row) for name, row in asked.names().items()}
     filtered = {"exact_match,a", "exact_match,b"}
     assert known == {"tiny_group": {"acc"}, "tiny_filters": filtered}
@@ -392,38 +412,47 @@ def test_templates_reach_no_python_and_random_numbers_continue(model, tasks, tmp
 
 
 def flags(tasks) -> list[str]:
-    asked = ["--eval.tasks", "tiny_choice", "tiny_ppl", "--eval.tasks_path", str(tasks)]
+    asked = ["--eval.tasks", "tiny_choice", "tiny_high", "--eval.tasks_path", str(tasks)]
     asked += ["--eval.tasks_limit", "5", "--eval_every", "2", "--steps", "4"]
-    return [*asked, "--eval.metric", "tiny_choice/acc_norm", "--log.progress", "false"]
+    return [*asked, "--eval.metric", "tiny_high/bits_per_byte", "--log.progress", "false"]
 
 
 def test_a_run_evaluates_tasks_and_selects_its_best_by_one(project, tasks, capsys, monkeypatch):
     run = project / "tasks"
     with monkeypatch.context() as patch:
         patch.setattr("jaxllm.tasks.harness.track", None)  # would be a second bar
-        assert main(arguments(project, "pretrain", "tasks", *flags(tasks))) == 0
+        shorter = ("--data.max_length", "8")  # than the 64 positions of the model
+        assert main(arguments(project, "pretrain", "tasks", *flags(tasks), *shorter)) == 0
     assert "tiny_choice: acc " in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evals = [line for line in lines if line["kind"] == "eval"]
     assert [(one["step"], one["name"]) for one in evals] == [
-        (step, name) for step in (2, 4) for name in ("tiny_choice", "tiny_ppl")
+        (step, name) for step in (2, 4) for name in ("tiny_choice", "tiny_high")
     ]
-    norms = {one["step"]: one["acc_norm"] for one in evals if "acc_norm" in one}
+    bits = {one["step"]: one["bits_per_byte"] for one in evals if "bits_per_byte" in one}
     found = read_run(run)
-    assert found["best"]["value"] == pytest.approx(max(norms.values()))
-    assert found["evals"]["tiny_ppl"]["about"]["bits_per_byte"]
-    final, both = str(run / "final"), ["tiny_choice", "tiny_ppl"]
+    assert found["best"]["value"] == pytest.approx(bits[2]) and bits[2] > bits[4]  # as it says
+    assert Checkpoints(run / "checkpoints").meta(4)["best_eval"]["step"] == 2
+    assert found["evals"]["tiny_high"]["about"]["bits_per_byte"]
+    final = str(run / "final")
     options = {"include_path": str(tasks), "limit": 5, "mesh": one_device()}
-    after = evaluate_tasks(final, both, **options)["results"]
-    assert after["tiny_choice"]["acc_norm,none"] == pytest.approx(norms[4])
-    assert after["tiny_ppl"]["bits_per_byte,none"] == pytest.approx(evals[3]["bits_per_byte"], 1e-3)
+    after = evaluate_tasks(final, ["tiny_choice"], **options)["results"]
+    assert after["tiny_choice"]["acc_norm,none"] == pytest.approx(evals[2]["acc_norm"])
+    short, long = (
+        evaluate_tasks(final, ["tiny_ppl"], max_length=n, **options)["results"]["tiny_ppl"]
+        for n in (8, 64)
+    )
+    assert short["bits_per_byte,none"] == pytest.approx(bits[4], 1e-4)
+    assert long["bits_per_byte,none"] != pytest.approx(bits[4], 1e-4)
 
 
 def test_mistakes_in_a_run_are_found_before_it_starts(project, tasks, capsys):
     other = arguments(project, "pretrain", "other", *flags(tasks))
     refused(capsys, [*other, "--eval.metric", "tiny_choice/f1"], "tiny_choice/f1", "acc_norm")
-    held_out = shutil.copy(project / "text.txt", project / "tiny_ppl.txt")
-    refused(capsys, [*other, "--data.eval", str(held_out)], "both have tiny_ppl", "rename the file")
+    held_out = shutil.copy(project / "text.txt", project / "tiny_high.txt")
+    refused(
+        capsys, [*other, "--data.eval", str(held_out)], "both have tiny_high", "rename the file"
+    )
     alone = arguments(project, "pretrain", "other", "--eval.tasks_limit", "5")
     refused(capsys, alone, "eval.tasks_limit requires eval.tasks")
     assert not (project / "other" / "metrics.jsonl").exists()
@@ -439,3 +468,15 @@ def test_two_processes_give_the_numbers_of_one(model, tasks, ours, tmp_path):
     assert status == 0, printed
     assert printed.count("|tiny_choice|") == 1
     assert_equal(json.loads(out.read_text()), ours)
+
+
+@pytest.mark.sweep
+def test_two_processes_evaluate_files_and_one_prints(model, project, capsys):
+    words = ["eval", "--model", model, "--data", str(project / "few.jsonl"), "--chat", "--json"]
+    words += ["--max_length", "64"]
+    assert main(words) == 0
+    expected = json.loads(capsys.readouterr().out)
+    status, printed = finished(launched(2, 2, [sys.executable, "-m", "jaxllm", *words]))
+    assert status == 0, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("{")]
+    assert json.loads(line) == pytest.approx(expected, rel=1e-5)

@@ -85,6 +85,9 @@ def test_a_run_folder_says_where_its_model_is(sign, tmp_path):
     (folder / "final").mkdir()
     with pytest.raises(ValueError, match="run is a run folder; its model is .*run/final$"):
         load_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="run: has no tokenizer"):  # a model with such folders
+        load_tokenizer(folder)
 
 
 def test_a_missing_path_is_not_looked_for_elsewhere(tmp_path):

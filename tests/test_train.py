@@ -387,7 +387,7 @@ def test_a_best_checkpoint_that_is_gone_is_named_before_the_first_step(project, 
     capsys.readouterr()
     assert main([*args, "--steps", "4", "--save.load_best"]) == 0
     said = capsys.readouterr()
-    assert "warning: checkpoint 1, the best so far, is missing or broken" in said.err
+    assert "warning: checkpoint 1, the best so far, is missing or damaged" in said.err
     assert "best: step 3" in said.out
     kept = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()}
     assert {"3", "4"} <= kept
@@ -621,7 +621,7 @@ def test_no_damaged_file_of_a_checkpoint_is_exported(straight, capsys, tmp_path,
         data = file.read_bytes()
         file.unlink() if how == "gone" else file.write_bytes(DAMAGES[how](data))
         for name in ([str(run), out, "--step", "8"], [str(step), out]):
-            refused(capsys, ["export", *name], f"{step} is broken (", "use another")
+            refused(capsys, ["export", *name], f"{step} is damaged (", "use another")
         file.write_bytes(data)
     (run / "model" / "tokenizer.json").write_text("{}")
     refused(capsys, ["export", str(run), out], f"{run / 'model'} is damaged (tokenizer.json has")

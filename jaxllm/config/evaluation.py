@@ -19,8 +19,8 @@ class EvalSection:
     """evaluation metric that selects the best checkpoint: its mean over the evaluation sets, or
     NAME/METRIC for one set or task, such as hellaswag/acc_norm"""
     greater: bool | None = None
-    """true if a greater value is better; default: false for a loss, a perplexity, bits_per_byte and
-    brier_score, else true"""
+    """true if a greater value is better; default: what the task of the metric says, else false for
+    a loss, a perplexity, bits_per_byte and brier_score, and true for the others"""
     patience: Annotated[Count, Unit("evaluations")] = 0
     """stop after this many evaluations in a row without improvement; 0 = never"""
     min_delta: Amount = 0.0

@@ -115,6 +115,16 @@ def template_fields(user_template: str) -> set[str]:
     return {re.split(r"[.\[]", name)[0] for name in names}
 
 
+def check_limits(tokenizer: Any) -> None:
+    """Raises Exceeded if a chat template of the tokenizer takes too long or too much memory for one
+    message: for what then renders it elsewhere, without limits."""
+    source = tokenizer.chat_template or {}
+    for one in source.values() if isinstance(source, dict) else [source]:
+        ChatTemplate(one, tokenizer.special_tokens_map, None).can_render(
+            [{"role": "user", "content": "?"}]
+        )
+
+
 def _embed_settings(source: str, data: DataSection, special_tokens: dict[str, Any]) -> str:
     user_template, embedded = data.user_template, _USER_TEMPLATE.match(source)
     if embedded:

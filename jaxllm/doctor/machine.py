@@ -76,9 +76,20 @@ def memory() -> tuple[int, int]:
         for limited, used in LIMITS.items():
             with suppress(OSError, ValueError):  # `max`: there is no limit
                 limit = int((folder / limited).read_text())
-                free = min(free, limit - int((folder / used).read_text()))
+                free = min(free, limit - _used(folder, used))
                 total = min(total, limit)
     return total, max(free, 0)
+
+
+def _used(folder: Path, file: str) -> int:
+    """Bytes that a control group uses, without page cache that the kernel takes back first: data
+    that was read or written once stays in it, so it would seem full after every large file."""
+    cached = 0
+    with suppress(OSError):  # `total_` is that of the groups below, which version 2 always counts
+        text = (folder / "memory.stat").read_text()
+        found = re.findall(r"^(?:total_)?inactive_file (\d+)", text, re.M)
+        cached = max(map(int, found), default=0)
+    return max(int((folder / file).read_text()) - cached, 0)
 
 
 def groups() -> Iterator[Path]:

@@ -53,7 +53,7 @@ class Checkpoint:
     step: int
     size: int
     problem: str
-    """why it is broken; empty if it is whole"""
+    """why it is damaged; empty if it is whole"""
 
 
 def run(folder: str) -> Iterator[Finding]:
@@ -76,12 +76,12 @@ def run(folder: str) -> Iterator[Finding]:
     for one in _checkpoints(path):
         if isinstance(one, Checkpoint):
             saved.append(one)
-            state = f"broken: {one.problem}" if one.problem else "whole"
+            state = f"damaged: {one.problem}" if one.problem else "whole"
             yield Fact(f"checkpoint {one.step}", f"{state}, {gib(one.size)}")
         else:
             yield one
     whole = [one.step for one in saved if not one.problem]
-    yield from (_broken(path, one, whole) for one in saved if one.problem)
+    yield from (_damaged(path, one, whole) for one in saved if one.problem)
     yield from _ended(path, values, whole)
     yield from _files(path)
     yield from _space(path, values, saved)
@@ -151,11 +151,11 @@ def _checkpoints(path: Path) -> Iterator[Checkpoint | Finding]:
         if UNFINISHED in one.name:
             name = one.name.partition(".")[0]
             yield Fact("unfinished", f"checkpoint {name}, which a resumed run deletes")
-        elif one.name.endswith(".broken"):
-            yield Fact("set aside", f"{one}, a broken checkpoint, which you may delete")
+        elif one.name.endswith(".damaged"):
+            yield Fact("set aside", f"{one}, a damaged checkpoint, which you may delete")
 
 
-def _broken(path: Path, one: Checkpoint, whole: list[int]) -> Problem:
+def _damaged(path: Path, one: Checkpoint, whole: list[int]) -> Problem:
     earlier = [step for step in whole if step < one.step]
     if whole and whole[-1] > one.step:
         remedy = "nothing to do, because a later checkpoint is whole; do not export this one"
@@ -165,7 +165,7 @@ def _broken(path: Path, one: Checkpoint, whole: list[int]) -> Problem:
     else:
         remedy = "restore its files from a copy, or move it away: the run then starts from step 0"
     where = path / "checkpoints" / str(one.step)
-    return Problem("a-checkpoint-is-broken", f"{where} is broken: {one.problem}", remedy)
+    return Problem("a-checkpoint-is-damaged", f"{where} is damaged: {one.problem}", remedy)
 
 
 # ---- how it ended

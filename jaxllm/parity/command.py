@@ -129,10 +129,16 @@ def compare(
     cfg: TrainConfig, theirs: Theirs, options: Options, folder: Path
 ) -> tuple[dict[str, Any], str]:
     from jaxllm.compilation import use_cache
+    from jaxllm.data.chat import chat_tokenizer
+    from jaxllm.data.template import check_limits
     from jaxllm.parity.causes import State, explain, first_difference, our_dropout, run_ours, start
 
     count, converted = cut_data(cfg, theirs, options, folder / "data.jsonl")
-    spec = specification(cfg, theirs, options, folder) | {"dropout": our_dropout(cfg)}
+    spec = specification(cfg, theirs, options, folder)
+    spec["dropout"] = our_dropout(cfg)
+    if cfg.verb.data != "text":  # TRL has Jinja's sandbox and no limits
+        for template in {None, cfg.data.template}:
+            check_limits(chat_tokenizer(spec["tokenizer"], template))
     say(f"your run: {options.steps} steps on {count:,} records …")
     again = cache_switches(partial(run_theirs, spec))
     recorded = again(())

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxllm.lock import Lock
 from jaxllm.paths import absolute, as_path, entries, is_bucket, modified
 from jaxllm.report.charts import charts_of
 from jaxllm.report.columns import Columns, histogram, number, parsed, reduced
+from jaxllm.run_folder import is_run_config
 
 POINTS = 900  # of a curve, shared by the runs of a page
 FEW = 150  # at least, of each run
@@ -41,7 +43,7 @@ def read_run(
     folder = as_path(run)
     lines = lines if lines is not None and lines.is_dir() else folder
     config = object_in(folder / "config.json")
-    if not {"objective", "optim", "data"} <= config.keys():
+    if not is_run_config(config):
         raise UserError(f"{run} is not a run folder: it has no config.json of a run")
     cfg = _config(config)
     starts = list(parsed(lines_in(folder / "starts.jsonl")))
@@ -68,7 +70,7 @@ def read_run(
         "left": _left(rows, times, starts, steps) if running else None,
         "train": reduced(log.train, began, points),
         "evals": {name: reduced(columns, began, points) for name, columns in log.evals.items()},
-        "best": _best(log.evals, cfg),
+        "best": _best(log.evals, cfg, starts),
         "step_seconds": histogram(metrics.get("step_seconds", np.array([]))),
         # While the run trains on, the one before is of the session before.
         "ledger": log.last.get("goodput") if ended or not running else None,
@@ -192,9 +194,13 @@ def _start(start: dict[str, Any]) -> dict[str, Any]:
 # ---- the best evaluation
 
 
-def _best(evals: dict[str, Columns], cfg: TrainConfig | None) -> dict[str, Any] | None:
+def _best(
+    evals: dict[str, Columns], cfg: TrainConfig | None, starts: list[dict[str, Any]]
+) -> dict[str, Any] | None:
     """{"step", "value", "metric"} of the best evaluation by eval.metric."""
     section, best = cfg.eval if cfg else EvalSection(), Best()
+    if section.greater is None and starts and isinstance(starts[-1].get("greater"), bool):
+        section = replace(section, greater=starts[-1]["greater"])
     sets: dict[int, dict[str, dict[str, float]]] = {}
     for name, columns in evals.items():
         steps, _, metrics = columns.arrays()

@@ -42,7 +42,6 @@ class Job:
     def __init__(self, request: Any, model: str, emit: Callable[[Event], None]) -> None:
         self.request: Any = request
         self.model, self.emit, self.usage = model, emit, Usage()
-        self.begun = False
         self.cancelled = False  # by its client
 
     def cancel(self) -> None:
@@ -66,8 +65,7 @@ class Engine:
         self.loaded, self.name, self.max_new_tokens = loaded, name, max_new_tokens
         self._texts, peft = Texts(loaded.model), loaded.model.peft
         self._positions = loaded.model.cfg.max_positions - peft.length
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._waiting: list[Job] = []  # some may have begun, or been cancelled
+        self._jobs: queue.Queue[Job] = queue.Queue(2 * WAITING)  # some may have been cancelled
         self._closed = False
 
         def weights(choice: Choice) -> Any:
@@ -91,16 +89,18 @@ class Engine:
         return model
 
     def submit(self, request: Request, emit: Callable[[Event], None]) -> Job:
-        """Raises ApiError for an unknown model, and if too many requests wait. It is called in one
-        thread only."""
+        """Raises ApiError for an unknown model, and if too many requests wait."""
         model = self.name if request.model is None else self.known(request.model)
-        self._waiting = [job for job in self._waiting if not (job.begun or job.cancelled)]
-        # A request whose client has left stays in the queue, and in memory, until its turn.
-        if len(self._waiting) >= WAITING or self._jobs.qsize() >= 2 * WAITING:
-            raise ApiError(429, f"{WAITING} requests wait; try again later")
         job = Job(request, model, emit)
-        self._waiting.append(job)
-        self._jobs.put(job)
+        with self._jobs.mutex:
+            waiting = sum(not job.cancelled for job in self._jobs.queue)
+        try:
+            if waiting >= WAITING:
+                raise queue.Full
+            # A request whose client has left stays in the queue, and in memory, until its turn.
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            raise ApiError(429, f"{WAITING} requests wait; try again later") from None
         return job
 
     # ---- the loop
@@ -118,7 +118,6 @@ class Engine:
                 while len(active) < ACTIVE and not (active and self._jobs.empty()):
                     if (job := self._next()) is None:
                         return
-                    job.begun = True
                     if not job.cancelled:
                         active.append((job, self._answer(job)))
                 if next(active[0][1], "done") == "done":
@@ -127,7 +126,7 @@ class Engine:
         finally:
             unanswered = [job for job, _ in active]
             while not self._jobs.empty():
-                unanswered += filter(None, [self._jobs.get()])
+                unanswered.append(self._jobs.get())
             for job in unanswered:
                 job.emit(ApiError(503, "the server stops"))
 
@@ -142,7 +141,6 @@ class Engine:
     def close(self) -> None:
         """Ends `run` after the current step. A signal handler may call it."""
         self._closed = True
-        self._jobs.put(None)
 
     def _answer(self, job: Job) -> Iterator[None]:
         """Answers a request, step by step."""
@@ -236,7 +234,7 @@ class Engine:
         """The parts of one choice. start: characters of the prompt before it; row: which of the
         prompt's choices it is."""
         request, weights = job.request, self._weights[job.model]
-        shown, piece = Streamed(self.loaded.text, request.stops), Piece(index)
+        shown, piece = Streamed(self.loaded.text, request.stops, self.loaded.settled), Piece(index)
         new: list[int] = []
         for step in range(sampling.max_new_tokens):
             token = self._texts.next_token(text, sampling, step, row)

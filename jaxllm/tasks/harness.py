@@ -67,8 +67,9 @@ def scores(models: Models, trainable: Any, frozen: Any, batch: Batch) -> tuple[A
 class Model(TemplateLM):
     """A model of ours, given as `models(trainable, frozen)`, which `weights` are set for.
 
-    max_length: the longest row in tokens. batch_size: rows of a batch, rounded up to a multiple of
-    the data-parallel devices.
+    max_length: the longest row in tokens. window: the longest row of a whole text, whose
+    log-likelihood is asked for. batch_size: rows of a batch, rounded up to a multiple of the
+    data-parallel devices.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class Model(TemplateLM):
         *,
         mesh: Mesh,
         max_length: int,
+        window: int,
         batch_size: int,
     ):
         super().__init__()
-        self.tokenizer, self.stop_ids, self.max_length = tokenizer, tuple(stop_ids), max_length
+        self.tokenizer, self.stop_ids = tokenizer, tuple(stop_ids)
+        self.max_length, self.window = max_length, window
         self.special = special_tokens(tokenizer)
         self.models, self.mesh = models, mesh
         self.size = -(-batch_size // data_parallel(mesh)) * data_parallel(mesh)
@@ -151,12 +154,12 @@ class Model(TemplateLM):
         return self.scored([(context, more) for _, context, more in requests])
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """log p of whole texts, in windows that share no token and have max_length tokens."""
+        """log p of whole texts, in windows that share no token."""
         pairs: list[Pair] = []
         counts = []
         for request in requests:
             tokens = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.window, 1)
             before = len(pairs)
             pairs += map(make_disjoint_window, windows)
             counts.append(len(pairs) - before)

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -190,12 +191,15 @@ class Tasks:
             raise UserError(f"the task {name}: lm-eval has no such aggregation of {metric}")
 
     def names(self) -> dict[str, dict[str, float]]:
-        """What `metrics` returns, as far as it is known before an evaluation; all values are 0."""
-        rows: dict[str, Any] = {
-            name: {f"{metric},{one.name}": 0.0 for metric in task.aggregation() for one in filters}
-            for name, task in self.loaded["tasks"].items()
-            if (filters := task._filters)
-        }
+        """What `metrics` returns, as far as it is known before an evaluation. Its values: 1 if the
+        task says that higher is better, 0 if lower is, NaN if it does not say; of a group their
+        mean."""
+        rows: dict[str, Any] = {}
+        for name, task in self.loaded["tasks"].items():
+            says = {True: 1.0, False: 0.0}
+            signs = {m: says.get(task.higher_is_better().get(m), nan) for m in task.aggregation()}
+            if filters := task._filters:
+                rows[name] = {f"{m},{one.name}": v for m, v in signs.items() for one in filters}
         sized = {name: row | {"sample_len": 1} for name, row in rows.items()}
         with restricted():
             groups = {name: group.aggregate(sized) for name, group in self._groups().items()}
@@ -275,7 +279,7 @@ def evaluate_tasks(
     if use is not ...:
         choose(text.model, use)
     graph, weights = nnx.split(text.model)
-    model = harness(alone(graph), text, mesh, max_length, batch_size)
+    model = harness(alone(graph), text, mesh, batch_size, max_length=max_length)
     found = tasks.results(model, nnx.to_pure_dict(weights), {}, draws=DRAWS)
     kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better")
     kept += ("n-samples", "samples")
@@ -283,12 +287,22 @@ def evaluate_tasks(
 
 
 def harness(
-    models: Any, text: TextModel, mesh: Mesh, max_length: int | None, batch_size: int
+    models: Any,
+    text: TextModel,
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    max_length: int | None = None,
+    window: int | None = None,
 ) -> Model:
-    """The model of `models(trainable, frozen)`, which has the shape and the tokenizer of `text`."""
+    """The model of `models(trainable, frozen)`, which has the shape and the tokenizer of `text`.
+
+    max_length, window: as of `Model`; default: as many tokens as the model has positions.
+    """
     room = text.model.cfg.max_positions - text.model.peft.length
-    sizes: dict[str, Any] = {"max_length": min(max_length or room, room), "batch_size": batch_size}
-    return Model(models, text.tokenizer, text.stop_ids, mesh=mesh, **sizes)
+    longest = min(max_length or room, room)
+    sizes = {"max_length": longest, "window": min(window or longest, longest)}
+    return Model(models, text.tokenizer, text.stop_ids, mesh=mesh, batch_size=batch_size, **sizes)
 
 
 def table(found: dict[str, Any]) -> str:

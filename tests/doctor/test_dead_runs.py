@@ -105,19 +105,20 @@ def test_a_run_of_several_processes_is_resumed_by_its_launcher(killed):
     assert following.command.endswith("--on local --nodes 2")
 
 
-def test_a_broken_checkpoint_is_named_with_the_one_before_it(killed):
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(killed):
     file = largest(killed / "checkpoints" / "8")
     flip(file)
     problems, facts, (following,) = findings(killed)
-    problem = problems["a-checkpoint-is-broken"]
+    problem = problems["a-checkpoint-is-damaged"]
     assert f"{file.name} has changed" in problem.seen
     assert "continues from step 4" in problem.remedy and following.what == "to resume from step 4"
-    assert facts["checkpoint 8"].startswith("broken") and facts["checkpoint 4"].startswith("whole")
+    assert facts["checkpoint 8"].startswith("damaged") and facts["checkpoint 4"].startswith("whole")
     assert facts["lost"].startswith("steps 5 to 12")
     (killed / "checkpoints" / "4" / "files.json").unlink()
     problems, _, (following,) = findings(killed)
     assert (
-        "move it away: the run then starts from step 0" in problems["a-checkpoint-is-broken"].remedy
+        "move it away: the run then starts from step 0"
+        in problems["a-checkpoint-is-damaged"].remedy
     )
     assert following.what == "to start again, from step 0"
 

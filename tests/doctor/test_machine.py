@@ -68,6 +68,9 @@ def test_memory_is_that_of_the_container_or_job(own, group, tmp_path, monkeypatc
     assert machine.memory() == (3 << 30, 1 << 29) and whole > 3 << 30
     assert machine.memory_kills() == 2
     assert "out-of-memory" in problems(machine.machine())
+    cached = f"inactive_file {1 << 20 if v1 else 1 << 30}\nactive_file {1 << 30}\n"
+    (folder / "memory.stat").write_text(cached + f"total_inactive_file {1 << 30}\n" * v1)
+    assert machine.memory() == (3 << 30, 3 << 29)  # the cache of files is given back
     limit.write_text(f"{1 << 62}\n" if v1 else "max\n")
     assert machine.memory()[0] == whole
 

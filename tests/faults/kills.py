@@ -304,7 +304,7 @@ class Killed:
     def ended(self, what: str, status: int | str, worker: Worker) -> None:
         """A start of the run has ended, by itself (status 0) or by a kill (-9)."""
         worker.kill()
-        if status not in (0, -9) or " is broken" in worker.said():
+        if status not in (0, -9) or " is damaged" in worker.said():
             self.row.lost.append(f"{what}: {status}\n{worker.said()[-3000:]}")
         if (self.run / "final").exists():
             if contents(self.run / "final") != contents(self.straight / "final"):
@@ -406,7 +406,7 @@ def random_kills(name: str, processes: int, project: Path, folder: Path, seed: i
         group.start(build(place))
         results = group.results()
         group.kill()
-        if results != [0] * processes or " is broken" in group.said():
+        if results != [0] * processes or " is damaged" in group.said():
             row.lost.append(f"{place.name}: {results}\n{group.said()[-3000:]}")
         return time.monotonic() - began
 
@@ -550,7 +550,7 @@ class Damaged:
         # Without its amendment, a checkpoint is that of before: what is due is evaluated again.
         is_before = pattern.endswith("amended.json") and how == "removal"
         if NEWEST in pattern and pattern not in UNUSED and not is_before:
-            named = f"checkpoint {STEPS} is broken, skipped"
+            named = f"checkpoint {STEPS} is damaged, skipped"
             if named not in said or f"resuming from step {STEPS - EVERY}" not in said:
                 return "lost", f"the damage is not named: {said[-1500:]}"
         if problem := difference(self.straight, place, pattern, intact):

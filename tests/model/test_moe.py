@@ -35,7 +35,7 @@ from jaxllm.model.config import Experts, LayerKind, Rope
 from jaxllm.model.expert_axis import over_experts
 from jaxllm.model.moe import route
 from jaxllm.model.stack import unstack
-from jaxllm.monitor.flops import forward_flops
+from jaxllm.monitor.flops import forward_flops, unread_weights
 from jaxllm.objectives.lm import lm_loss
 from jaxllm.ops.grouped import grouped
 from jaxllm.ops.quantized import Quantized
@@ -155,6 +155,32 @@ def test_flops_of_dense_layers_and_experts_are_those_that_xla_counts(monkeypatch
     forward = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
     cost = forward.lower(state, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile().cost_analysis()
     assert cost["flops"] == pytest.approx(want, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        dict(latent_size=128),
+        dict(latent_size=96, shared_size=192),
+        dict(shared_size=192, shared_gate=True),
+    ],
+    ids=lambda parts: " ".join(parts),
+)
+def test_remat_computes_all_weights_again_but_those_that_no_gradient_reads(parts, monkeypatch):
+    monkeypatch.setattr(moe, "grouped", lambda x, w, sizes: x @ w[0])
+    experts = Experts(count=1, top_k=1, size=192, **parts)
+    kinds = (LayerKind(mixer="none"),)
+    cfg = replace(PLAIN, hidden_size=256, experts=experts, kinds=kinds, num_layers=1)
+    flops = []
+    for remat in ("none", "full"):
+        made = partial(decoder, shape=cfg, remat=remat)
+        graph, state = nnx.split(nnx.eval_shape(made))
+        loss = jax.grad(lambda state, tokens, g=graph: jnp.sum(nnx.merge(g, state)(tokens) ** 2))
+        tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        flops.append(jax.jit(loss).lower(state, tokens).compile().cost_analysis()["flops"])
+    weights = forward_flops(cfg, T)[0]
+    again = T * (weights - 2 * unread_weights(cfg))
+    assert flops[1] - flops[0] == pytest.approx(again, rel=0.04)
 
 
 def test_an_evaluation_over_a_mesh_equals_that_of_one_device():

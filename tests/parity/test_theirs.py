@@ -2,11 +2,12 @@
 """The user's run is read from YAML, JSON, DeepSpeed files and scripts, and no script is run."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import refused
+from runs import MODEL, refused
 from tiny import hf_config
 
 from jaxllm.errors import UserError
@@ -149,6 +150,22 @@ def test_a_cut_has_the_first_kinds_of_layers(tmp_path, project):
     _, whole = cut_model(spec | {"verb": "sft", "seed": 0}, cut)
     kinds = json.loads((cut / "config.json").read_text())["layers_block_type"]
     assert (whole, kinds) == (4, ["mlp", "linear_attention"])
+
+
+def test_a_template_that_does_not_end_is_stopped_before_trl_runs_it(
+    tmp_path, project, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "NEEDED", ())
+    monkeypatch.setattr(command, "run_theirs", None)
+    monkeypatch.setattr("jaxllm.untrusted.SECONDS", 1)
+    model = tmp_path / "model"
+    shutil.copytree(project / "tokenizer", model)
+    (model / "config.json").write_text(json.dumps(MODEL))
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(endless)
+    run = written(tmp_path, "run.yaml", "learning_rate: 1e-4\n")
+    line = ["parity", run, "--data", str(project / "few.jsonl"), "--objective", "sft"]
+    refused(capsys, [*line, "--model", str(model)], "the chat template takes more than 1 seconds")
 
 
 def test_mistakes_of_the_command_are_one_line(tmp_path, project, capsys, monkeypatch):
