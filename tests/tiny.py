@@ -1021,10 +1021,7 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, weight in model.named_parameters():
             noise = torch.randn_like(weight)
             if "norm" in path:
-                offset = kind.startswith(
-                    ("gemma", "vaultgemma", "nemotron", "qwen3_next", "qwen3_5")
-                )
-                offset = offset and not kind.startswith(("gemma4", "nemotron_h"))
+                offset = kind.startswith(OFFSET) and not kind.startswith(("gemma4", "nemotron_h"))
                 around = 0.0 if offset and "linear_attn" not in path else 1.0
                 weight.copy_(0.4 * noise + (0.0 if path.endswith("bias") else around))
             elif path.endswith("scale"):
