@@ -402,6 +402,22 @@ def test_eval_prints_one_json_object_or_a_table(stand_in, capsys):
     assert "1,200" in capsys.readouterr().out
 
 
+def test_torch_is_hidden_from_commands_that_do_not_use_it(monkeypatch, capsys):
+    def found(*given: list[str]) -> bool:
+        """Whether torch can be imported after a mistaken command."""
+        monkeypatch.setattr(sys, "meta_path", [*finders])
+        assert cli.main(*given) == 2
+        assert any(finder.find_spec("numpy", None) for finder in sys.meta_path)
+        return any(finder.find_spec("torch", None) for finder in sys.meta_path)
+
+    finders = sys.meta_path
+    monkeypatch.setattr(sys, "argv", ["jaxllm", "sft", "--stepz", "1"])
+    assert not found()
+    assert found(["sft", "--stepz", "1"])  # in the process of a caller
+    monkeypatch.setattr(sys, "argv", ["jaxllm", "eval", "--stepz", "1"])
+    assert found()
+
+
 def test_generate_passes_prompts_and_sampling(stand_in, capsys):
     calls = stand_in("chat", "generate_text", lambda m, p, **k: ["A", "B"])
     args = ["generate", "--model", "m", "--prompt", "x", "--prompt", "y", "--chat", "--top_k", "5"]
