@@ -127,9 +127,10 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
 def is_settled(tokenizer: Any, token_id: int) -> bool:
     """True if no later token changes the text before or of this one, unless that text ends within a
     character. ByteFallback decodes a run of bytes as a whole. False if the decoder is not known."""
-    if tokenizer.clean_up_tokenization_spaces:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those in Python have none
+    if backend is None or tokenizer.clean_up_tokenization_spaces:
         return False
-    kind = str(tokenizer.backend_tokenizer.decoder)
+    kind = str(backend.decoder)
     name = tokenizer.convert_ids_to_tokens(token_id) or ""
     return "ByteLevel" in kind or ("ByteFallback" in kind and not _BYTE.fullmatch(name))
 

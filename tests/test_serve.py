@@ -24,7 +24,7 @@ from flax import nnx
 from runs import MODEL, refused
 from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import jaxllm
 from jaxllm import hf
@@ -633,6 +633,10 @@ def test_a_text_that_is_decoded_in_parts_equals_one_that_is_decoded_whole(kind, 
         if noise < 0.1:
             assert max(sizes) < 80
         sizes.clear()
+
+
+def test_a_text_of_a_tokenizer_in_python_is_decoded_whole():
+    assert not is_settled(ByT5Tokenizer(), 100)
 
 
 # ---- the command
