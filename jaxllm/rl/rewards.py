@@ -172,7 +172,7 @@ def evaluate_rewards(
         data=DataSection(eval=tuple(sources), max_length=max_length, train_on_prompt=not paired),
     )
     data = load_data(cfg, reward_model.tokenizer)
-    print(*summarize(data.manifest), sep="\n", file=sys.stderr)
+    dist.say(*summarize(data.manifest))
     parts = data_parallel(reward_model.mesh)
     size = -(-batch_size // parts) * parts
     scored: list[np.ndarray] = []  # [1 or 2 answers, examples] of each batch
