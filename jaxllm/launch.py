@@ -189,8 +189,8 @@ def _manifest(
     claim, _, mount = (to.volume or "").partition(":")
     if to.volume and not (claim and mount.startswith("/")):
         raise UserError(f"--volume: {to.volume!r}; must be CLAIM:/PATH")
-    out = cfg.output_dir if cfg else "://"
-    if "://" not in out and not (mount and Path(out).is_relative_to(mount)):
+    out = Path(cfg.output_dir) if cfg and "://" not in cfg.output_dir else None
+    if out and not (mount and out.is_relative_to(mount)):
         raise UserError(
             f"output_dir {out} would be lost with its container; put it in a bucket, or "
             "on a volume: --volume CLAIM:/PATH --output_dir /PATH/…"
