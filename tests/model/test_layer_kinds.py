@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from steps import TINY, V
+from steps import MESHES, TINY, V, ragged_rows, same_over_mesh, trajectory
 
 from jaxllm.config import MeshSection
 from jaxllm.data.batch import Batch, make_row
@@ -43,3 +43,14 @@ def test_windows_and_ropes_by_layer_do_not_depend_on_the_mesh():
     alone = figures(MeshSection(), 1)
     for section in (MeshSection(), MeshSection(data=2, fsdp=2, tensor=2)):
         assert figures(section, 8) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("gate", ["head", "feature"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gates_of_attention_do_not_depend_on_the_mesh(gate, mesh):
+    shape = replace(TINY, output_gate=gate, norm="layer", norm_weight=False, qkv_clip=0.8)
+    want = trajectory(ragged_rows(16), shape=shape)[:2]
+    kernel = same_over_mesh(mesh, shape, *want)["layers"]["attn"]["gate"]["kernel"]
+    parts = MESHES[mesh].fsdp * MESHES[mesh].tensor
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
