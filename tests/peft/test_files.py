@@ -120,13 +120,19 @@ def test_lora_and_its_options_round_trip_with_peft(tmp_path, options):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-RECURRENT = [("lfm2", "w1"), ("granitemoehybrid", "input_linear"), ("nemotron_h", "up_proj")]
+RECURRENT = [
+    ("lfm2", "w1"),
+    ("lfm3", "w1"),
+    ("granitemoehybrid", "input_linear"),
+    ("nemotron_h", "up_proj"),
+]
 
 
 @pytest.mark.parametrize(("name", "mlp"), RECURRENT)
 def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
     """in_proj is one module, of which three or five parts have one A."""
-    other = "q_proj" if name == "nemotron_h" else "out_proj"  # which peft refuses there
+    # peft refuses nemotron_h's out_proj; g_proj gates the heads of lfm3.
+    other = {"nemotron_h": "q_proj", "lfm3": "g_proj"}.get(name, "out_proj")
     config = peft.LoraConfig(r=4, target_modules=["in_proj", other, mlp], use_rslora=True)
     ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
     for got in (here, back, logits_of(merged(ours), some_tokens())):
