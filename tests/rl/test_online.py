@@ -455,11 +455,16 @@ LORA += ("--steps", "4", "--save.every", "2")
 
 @pytest.fixture(scope="module")
 def straight(asked):
-    """Undisturbed runs: grpo and ppo of all weights; then ppo of LoRA with a critic of its own."""
+    """Undisturbed runs of all weights, by grpo and ppo."""
     assert main(online(asked, "grpo", "grpo", *GRPO, rewards=TWO)) == 0
     assert main(online(asked, "ppo", "ppo", *PPO, rewards=["es"])) == 0
-    assert main(on_base(asked, online(asked, "ppo", "lora", *LORA))) == 0
     return asked
+
+
+@pytest.fixture(scope="module")
+def lora(straight):
+    """An undisturbed run of ppo with LoRA and a critic of its own."""
+    assert main(on_base(straight, online(straight, "ppo", "lora", *LORA))) == 0
 
 
 def test_grpo_logs_rewards_and_rollout_metrics(straight):
@@ -538,7 +543,7 @@ def test_ppo_stopped_by_a_signal_and_then_by_its_reward_resumes_bit_for_bit(stra
     assert_same_run(straight / "ppo", run, 48)
 
 
-def test_ppo_of_lora_with_a_separate_critic_resumes_bit_for_bit(straight):
+def test_ppo_of_lora_with_a_separate_critic_resumes_bit_for_bit(straight, lora):
     run = straight / "lora-again"
     shutil.copytree(straight / "lora", run)
     shutil.rmtree(run / "checkpoints" / "4")
@@ -549,7 +554,9 @@ def test_ppo_of_lora_with_a_separate_critic_resumes_bit_for_bit(straight):
 
 
 @pytest.mark.parametrize("run", ["ppo", "lora"])
-def test_a_policy_is_exported_without_its_critic(straight, run):
+def test_a_policy_is_exported_without_its_critic(request, straight, run):
+    if run == "lora":
+        request.getfixturevalue("lora")
     out = straight / f"{run}-exported"
     assert main(["export", str(straight / run), str(out)]) == 0
     assert weights_of(out) == weights_of(straight / run / "final")
