@@ -192,7 +192,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # gemma multiplies by (1 + weight)
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
-    norm_weight: bool = True
+    norm_weight: bool = True  # olmo has none
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is

@@ -63,6 +63,7 @@ LONGER += ["dots1", "ernie4_5_moe", "mellum", "hunyuan_v1_dense", "hunyuan_v1_mo
 LONGER += ["minicpm3", "minicpm3 without q_lora, biases, yarn", "deepseek_v3", "glm4_moe_lite"]
 LONGER += ["qwen3_next", "qwen3_5_text", "llama4_text", "lfm2", "lfm2_moe", *GEMMA4, *MAMBA]
 LONGER += NEMOTRON
+# Families that are rows, or rows with a small option.
 MORE = ["cwm", "helium", "hyperclovax", "cohere", "stablelm parallel, biases, whole", "jais2"]
 MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemoe", "granite_swa"]
 MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]

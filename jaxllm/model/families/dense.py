@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families whose layers have attention and an MLP (in gemma4, experts beside it)."""
+"""Families in which every layer has attention and an MLP; gemma4 may have experts beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxllm.model.families.options import (
     MUP,
     Option,
     biases,
-    norm_placement,
+    either,
 )
 
 _CAUSAL = {"use_bidirectional_attention": "only causal attention is supported"}
@@ -154,7 +154,7 @@ DENSE: dict[str, Family] = {
             *MLP_BIAS,
             *MUP,
             Option("logit_scale", "logits_scaling"),
-            norm_placement("use_post_norm", "sandwich"),
+            either("norm_placement", "use_post_norm", "sandwich", "pre"),
         ),
         modules={
             "attn_post_norm": "post_norm1",
@@ -192,7 +192,7 @@ DENSE: dict[str, Family] = {
         (
             Option("norm_eps", "layer_norm_eps"),
             *biases("use_qkv_bias", "qkv"),
-            norm_placement("use_parallel_residual", "parallel"),
+            either("norm_placement", "use_parallel_residual", "parallel", "pre"),
         ),
         partial_rope=True,
         refused={"qk_layernorm": "norms whose weights differ from head to head are not supported"},

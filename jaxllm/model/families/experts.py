@@ -23,21 +23,22 @@ from jaxllm.model.families.options import (
     QWEN_EXPERTS,
     QWEN_SHARED,
     RENORMALISED,
+    SIGMOID,
     Option,
     biases,
+    either,
     experts,
     positive,
-    qk_norm,
     same_for_all_layers,
     shared_experts,
 )
 
+_OLMO = (*experts("num_experts", "intermediate_size"), RENORMALISED, *ATTENTION_BIAS)
 _GRANITE: dict[str, Any] = {
     "fused": ("gate_up", "expert_rows"),
     "modules": names.GRANITE,
     "scores_as": None,
 }
-_SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}
 
 EXPERTS: dict[str, Family] = {
     "deepseek_v2": Family(
@@ -50,7 +51,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "deepseek_v3": Family(
         "DeepseekV3",
-        _SIGMOID,
+        SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="first",
         modules=names.DEEPSEEK,
@@ -58,7 +59,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "glm4_moe_lite": Family(
         "Glm4MoeLite",
-        _SIGMOID,
+        SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
         dense="typed",
         modules=names.DEEPSEEK,
@@ -94,22 +95,13 @@ EXPERTS: dict[str, Family] = {
     "olmoe": Family(
         "Olmoe",
         {"qk_norm": "full"},
-        (
-            *experts("num_experts", "intermediate_size"),
-            RENORMALISED,
-            *ATTENTION_BIAS,
-            CLIPPED,
-        ),
+        (*_OLMO, CLIPPED),
         scores_as=None,
     ),
     "flex_olmo": Family(
         "FlexOlmo",
         {"norm_placement": "post", "qk_norm": "full"},
-        (
-            *experts("num_experts", "intermediate_size"),
-            RENORMALISED,
-            *ATTENTION_BIAS,
-        ),
+        _OLMO,
         scores_as=None,
     ),
     "granitemoe": Family(
@@ -128,11 +120,11 @@ EXPERTS: dict[str, Family] = {
     ),
     "glm4_moe": Family(
         "Glm4Moe",
-        _SIGMOID,
+        SIGMOID,
         (
             *DEEPSEEK_EXPERTS,
             *biases("attention_bias", "qkv"),
-            qk_norm("use_qk_norm", "head"),
+            either("qk_norm", "use_qk_norm", "head", "none"),
         ),
         dense="first",
         partial_rope=True,
@@ -142,7 +134,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "solar_open": Family(
         "SolarOpen",
-        _SIGMOID,
+        SIGMOID,
         (
             *DEEPSEEK_EXPERTS,
             Option("intermediate_size", "moe_intermediate_size"),  # no layer has an MLP
@@ -153,7 +145,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "exaone_moe": Family(
         "ExaoneMoe",
-        _SIGMOID | {"qk_norm": "head"},
+        SIGMOID | {"qk_norm": "head"},
         (*experts("num_experts"), shared_experts("num_shared_experts"), *GROUPED_EXPERTS),
         window="typed",
         dense="typed",
@@ -166,7 +158,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "hy_v3": Family(
         "HYV3",
-        _SIGMOID | {"qk_norm": "head"},
+        SIGMOID | {"qk_norm": "head"},
         (
             *experts("num_experts"),
             shared_experts("num_shared_experts"),
@@ -187,7 +179,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "afmoe": Family(
         "Afmoe",
-        _SIGMOID
+        SIGMOID
         | {
             "norm_placement": "sandwich",
             "qk_norm": "head",
@@ -214,7 +206,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "dots1": Family(
         "Dots1",
-        _SIGMOID | {"qk_norm": "head"},
+        SIGMOID | {"qk_norm": "head"},
         DEEPSEEK_EXPERTS + ATTENTION_BIAS,
         window="typed",
         dense="first",
@@ -256,7 +248,7 @@ EXPERTS: dict[str, Family] = {
     ),
     "minimax_m2": Family(
         "MiniMaxM2",
-        {"qk_norm": "full", "experts.score": "sigmoid", "experts.has_bias": True},
+        SIGMOID | {"qk_norm": "full"},
         experts("num_local_experts", "intermediate_size"),
         partial_rope=True,
         modules=names.MIXTRAL,
@@ -271,7 +263,7 @@ EXPERTS: dict[str, Family] = {
             "experts.renormalised": False,
             "experts.on_input": True,
         },
-        (*LLAMA4_EXPERTS, qk_norm("use_qk_norm", "unit"), *ATTENTION_BIAS),
+        (*LLAMA4_EXPERTS, either("qk_norm", "use_qk_norm", "unit", "none"), *ATTENTION_BIAS),
         window="chunked",
         dense="unlisted",
         nope="listed",

@@ -18,6 +18,7 @@ from jaxllm.model.families.options import (
     NEMOTRON_H,
     QWEN_EXPERTS,
     QWEN_SHARED,
+    SIGMOID,
     Option,
     experts,
 )
@@ -74,12 +75,7 @@ HYBRID: dict[str, Family] = {
     ),
     "nemotron_h": Family(
         "NemotronH",
-        {
-            "gated_mlp": False,
-            "tie_embeddings": False,
-            "experts.score": "sigmoid",
-            "experts.has_bias": True,
-        },
+        SIGMOID | {"gated_mlp": False, "tie_embeddings": False},
         NEMOTRON_H,
         mixer="mamba",
         alone=True,

@@ -210,8 +210,11 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     if family.shapes_by_layer:
         config |= _write_shapes(cfg)
     if family.rope_by_type:
-        pairs = [(n, kind) for n, kind in zip(types, layers, strict=True) if n != MIXERS["conv"]]
-        by_type = {n: cfg.ropes[kind.rope] for n, kind in pairs} or {"full_attention": cfg.ropes[0]}
+        attending = (
+            pair for pair in zip(types, layers, strict=True) if pair[1].mixer == "attention"
+        )
+        by_type = {n: cfg.ropes[kind.rope] for n, kind in attending}
+        by_type = by_type or {"full_attention": cfg.ropes[0]}
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     elif family.nope != "always":
         first = next((rope for rope in cfg.ropes if rope.kind != "none"), Rope())

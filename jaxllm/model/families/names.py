@@ -26,28 +26,24 @@ HUNYUAN = {
     "attn.k_norm": "self_attn.key_layernorm",
     "mlp.router": "mlp.gate.wg",
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
-LFM2 = {
-    "mlp": "feed_forward",
+_LFM = {
     "mlp.gate": "feed_forward.w1",
     "mlp.up": "feed_forward.w3",
     "mlp.down": "feed_forward.w2",
-    "attn.o": "self_attn.out_proj",
-    "attn.q_norm": "self_attn.q_layernorm",
-    "attn.k_norm": "self_attn.k_layernorm",
     "attn_norm": "operator_norm",
     "mlp_norm": "ffn_norm",
     "norm": "embedding_norm",
 }
-LFM3 = {
-    "mlp.gate": "feed_forward.w1",
-    "mlp.up": "feed_forward.w3",
-    "mlp.down": "feed_forward.w2",
+LFM2 = _LFM | {
+    "mlp": "feed_forward",
+    "attn.o": "self_attn.out_proj",
+    "attn.q_norm": "self_attn.q_layernorm",
+    "attn.k_norm": "self_attn.k_layernorm",
+}
+LFM3 = _LFM | {
     "attn.gate": "self_attn.g_proj",
-    "attn_norm": "operator_norm",
     "attn_post_norm": "post_operator_norm",
-    "mlp_norm": "ffn_norm",
     "mlp_post_norm": "post_ffn_norm",
-    "norm": "embedding_norm",
 }
 LFM2_MOE = LFM2 | {
     "mlp.choice_bias": "feed_forward.expert_bias",
@@ -78,7 +74,7 @@ GRANITE = {
     "mlp": "block_sparse_moe",
     "mlp.router": "block_sparse_moe.router",
 }
-# `Family.stored`
+# A value of `Family.stored`.
 GRANITE_STORED = (
     (".block_sparse_moe.router.layer.", ".block_sparse_moe.router."),
     (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),

@@ -74,16 +74,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.12g}")
 
 
-def qk_norm(key: str, kind: str) -> Option:
-    """`kind` of norm if the key is true."""
-    return Option("qk_norm", key, lambda yes: kind if yes else "none", lambda norm: norm == kind)
-
-
-def norm_placement(key: str, kind: str) -> Option:
-    """`kind` of placement if the key is true."""
-    return Option(
-        "norm_placement", key, lambda yes: kind if yes else "pre", lambda placed: placed == kind
-    )
+def either(field: str, key: str, yes: str, no: str) -> Option:
+    """The field is `yes` if the key is true, else `no`."""
+    return Option(field, key, lambda true: yes if true else no, lambda value: value == yes)
 
 
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
@@ -300,20 +293,10 @@ LFM2 = (
 LFM3 = (
     *SHORT_CONV,
     *ATTENTION_BIAS,
-    norm_placement("use_sandwich_norm", "sandwich"),
-    Option(
-        "output_gate",
-        "use_attention_gate",
-        lambda yes: "head" if yes else "none",
-        lambda gate: gate == "head",
-    ),
+    either("norm_placement", "use_sandwich_norm", "sandwich", "pre"),
+    either("output_gate", "use_attention_gate", "head", "none"),
 )
-INTERLEAVED = Option(
-    "rope_pairs",
-    "rope_interleave",
-    lambda yes: "neighbours" if yes else "halves",
-    lambda pairs: pairs == "neighbours",
-)
+INTERLEAVED = either("rope_pairs", "rope_interleave", "neighbours", "halves")
 MINICPM3 = (
     Option("embed_scale", "scale_emb"),
     Option(
@@ -352,6 +335,7 @@ def shared_experts(key: str) -> Option:
     )
 
 
+SIGMOID = {"experts.score": "sigmoid", "experts.has_bias": True}  # fixed fields of their router
 RENORMALISED = Option("experts.renormalised", "norm_topk_prob", bool)
 GROUPED_EXPERTS = (
     RENORMALISED,
