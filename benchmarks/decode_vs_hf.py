@@ -39,7 +39,7 @@ def torch_step(a):
 
 
 def jaxllm_step(a):
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     from flax import nnx

@@ -56,7 +56,7 @@ def trl_side(a) -> None:
 
 
 def jaxllm_step(a):
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     import jax

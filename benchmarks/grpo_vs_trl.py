@@ -64,7 +64,7 @@ def trl_side(a) -> None:
 
 
 def jaxllm_side(a) -> None:
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     from jaxllm import load_config, train

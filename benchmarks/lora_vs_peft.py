@@ -116,7 +116,7 @@ def program(a, model, chunk: int):
 
 
 def jaxllm_step(a):
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     import jax

@@ -62,7 +62,7 @@ def settle() -> None:
 
 def one_side(a) -> None:
     """Trains; after each block, waits for the parent's request."""
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     from jaxllm import train, training

@@ -67,7 +67,7 @@ def torch_step(a):
 
 
 def jaxllm_step(a):
-    from jaxllm.cli import hide_torch
+    from jaxllm.libraries import hide_torch
 
     hide_torch()  # as a command does
     import jax

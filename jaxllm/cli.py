@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 from jaxllm import __version__, config
@@ -20,6 +18,7 @@ from jaxllm.config import TrainConfig, checks, describe, load_config
 from jaxllm.config.fields import home
 from jaxllm.data.inputs import check_inputs, check_options
 from jaxllm.errors import DONE, INTERRUPTED, MISTAKE, STOPPED, UserError, mistake, nearest
+from jaxllm.libraries import hide_torch, log_once
 
 # Metrics of an evaluation to print; with a perplexity, only the loss and the perplexity.
 SHOWN = dict.fromkeys(("loss", "accuracy", "margin", "reward_mean"), ".4f") | {"perplexity": ".2f"}
@@ -438,18 +437,6 @@ VERBS: dict[str, tuple[Callable[[str, list[str]], int | None], str]] = {
 WITH_TORCH = ("eval", "export", "parity")
 
 
-class _NoTorch(PathFinder):
-    @classmethod
-    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return None if fullname == "torch" else super().find_spec(fullname, path, target)
-
-
-def hide_torch() -> None:
-    """Makes this process unable to import torch. transformers, datasets and tensorboardX import it
-    where it is installed, which takes seconds and hundreds of MiB."""
-    sys.meta_path[:] = [_NoTorch if f is PathFinder else f for f in sys.meta_path]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
@@ -457,8 +444,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C. Any other exception is a bug and propagates.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    # It has a handler, and absl, which Orbax imports, gives the root logger another one.
-    logging.getLogger("huggingface_hub").propagate = False
     try:
         if not args or args[0] in ("-h", "--help"):
             print(_usage())
@@ -467,8 +452,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"jaxllm {__version__}")
             return DONE
         verb = args.pop(0)
-        if argv is None and verb not in WITH_TORCH:  # None: the process is the command's own
-            hide_torch()
+        if argv is None:  # the process is the command's own
+            if verb not in WITH_TORCH:
+                hide_torch()
+            log_once()
         if verb not in VERBS:
             near = nearest(verb, VERBS)
             hint = f"did you mean {near}?" if near else f"known: {', '.join(VERBS)}"

@@ -22,7 +22,7 @@ MODULES = {
 # Imports run downward, from a later line to the same or an earlier one; a package's own `__init__`
 # may import what is in it.
 FLOORS = (
-    ("errors",),
+    ("errors", "libraries"),
     ("paths",),
     ("untrusted", "lock"),
     ("config",),
