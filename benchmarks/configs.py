@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -74,13 +73,11 @@ def verb(config: str) -> str:
 
 def processor() -> str:
     """Cores, model and widest vector instructions of this machine."""
-    from turns import cpu  # beside this file
+    from turns import WIDEST, cpu, widest  # beside this file
 
     found = cpu()
-    kinds = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
-    flags = found.get("Flags", "").split()
-    widest = next((kind for flag, kind in kinds.items() if flag in flags), platform.machine())
-    return f"{len(os.sched_getaffinity(0))} cores of an {found.get('Model name', 'CPU')} ({widest})"
+    kind = WIDEST.get(flag := widest(found), flag)
+    return f"{len(os.sched_getaffinity(0))} cores of an {found.get('Model name', 'CPU')} ({kind})"
 
 
 def measure(config: str) -> dict:
@@ -90,7 +87,9 @@ def measure(config: str) -> dict:
     subprocess.run([*command, "--overwrite", "--log.compile_cache", "off"], check=True, cwd=ROOT)
     seconds = time.perf_counter() - began
     (folder,) = re.findall(r"^output_dir: (\S+)", (ROOT / command[4]).read_text(), re.MULTILINE)
-    lines = [json.loads(line) for line in (ROOT / folder / "metrics.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (ROOT / folder / "metrics.jsonl").read_text().splitlines()
+    ]
     evaluation = [line for line in lines if line["kind"] == "eval"][-1]
     return {
         "hardware": processor(),

@@ -24,8 +24,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# Of x86 and of ARM, the widest first.
-WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sme", "sve2", "sve", "bf16", "asimd")
+# Flags of x86 and of ARM, the widest instructions first, and what these are called.
+WIDEST = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "avx512f": "AVX-512", "avx2": "AVX2"}
+WIDEST |= {"sme": "SME", "sve2": "SVE2", "sve": "SVE", "bf16": "NEON", "asimd": "NEON"}
 
 
 class Side:
@@ -203,15 +204,19 @@ def cpu() -> dict[str, str]:
     return dict(re.findall(r"^ *([^:\n]+?): +(.*)$", text, re.M))
 
 
+def widest(found: dict[str, str]) -> str:
+    """A key of WIDEST; the architecture if there is none."""
+    flags = found.get("Flags", "").split()
+    return next((one for one in WIDEST if one in flags), platform.machine())
+
+
 def processor() -> str:
     """The processor's vendor, family and the widest matrix instructions it has."""
     found = cpu()
     name = found.get("Model name") or platform.processor() or platform.machine()
     kind = "/".join(found[key] for key in ("CPU family", "Model") if key in found)
     about = " ".join(filter(None, [found.get("Vendor ID"), kind]))
-    flags = found.get("Flags", "").split()
-    widest = next((one for one in WIDEST if one in flags), platform.machine())
-    return f"{name} ({about or platform.system()}), {widest}"
+    return f"{name} ({about or platform.system()}), {widest(found)}"
 
 
 def results_file() -> Path:

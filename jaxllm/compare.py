@@ -39,7 +39,7 @@ from jaxllm.paths import local_path, write_text
 # Name of a method -> peft.method.
 METHODS = {"full" if name == "none" else name: name for name in PEFT_METHODS}
 DEFAULT = ("full", "lora", "adapter", "prefix")
-# Those whose runs have a loss on held-out data.
+# The objectives that have a loss on held-out data.
 OBJECTIVES = [name for name, verb in VERBS.items() if not verb.online]
 TABLE, OBJECTS = "compare.md", "compare.json"  # in output_dir, next to the runs
 HELP = f"""\
