@@ -412,6 +412,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron": ("nemotron", dict(attention_bias=True)),
     "nemotron whole": ("nemotron", dict(head_dim=12, mlp_bias=True, partial_rotary_factor=1.0)),
+    "nanochat": ("nanochat", dict(final_logit_softcapping=3.0)),
+    "nanochat not capped, biases, tied": (
+        "nanochat",
+        dict(
+            head_dim=12,
+            num_key_value_heads=1,
+            attention_bias=True,
+            final_logit_softcapping=None,
+            tie_word_embeddings=True,
+        ),
+    ),
     "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], head_dim=12)),
     "smollm3 sliding, biases, untied": (
         "smollm3",

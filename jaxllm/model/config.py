@@ -192,7 +192,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # gemma multiplies by (1 + weight)
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
-    norm_weight: bool = True  # olmo has none
+    norm_weight: bool = True  # olmo and nanochat have none
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
     norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
@@ -206,13 +206,15 @@ class ModelConfig:
     mlp_bias: bool = False
     gated_mlp: bool = True  # down(act(gate x) · up x); False: down(act(up x))
     activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
-    rope_pairs: Literal["halves", "neighbours"] = "halves"  # which features are rotated together
+    # Which features are rotated together; "swapped" turns the halves the other way round.
+    rope_pairs: Literal["halves", "swapped", "neighbours"] = "halves"
     query_scale: float = 0.0  # multiplies q·k; 0 = head_dim ** -0.5
     attention_softcap: float = 0.0  # 0 = none
     # The tokens of a text are in chunks as long as a layer's window; a query sees those of its own.
     chunked: bool = False
     logit_softcap: float = 0.0
     embed_scale: float = 1.0
+    embed_norm: bool = False  # each embedding is divided by its root mean square
     residual_scale: float = 1.0  # multiplies what a sub-layer adds to the residual stream
     layer_scale: bool = False  # each layer multiplies the residual stream by a number, not trained
     logit_scale: float = 1.0

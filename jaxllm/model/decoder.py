@@ -23,7 +23,7 @@ from jaxllm.model.cache import Cache, virtual_tokens
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
 from jaxllm.model.layer_embeds import LayerEmbeds
-from jaxllm.model.layers import NORMS, Embed, Linear
+from jaxllm.model.layers import NORMS, Embed, Linear, unit_rms
 from jaxllm.model.mtp import MTP, predict_ahead
 from jaxllm.model.rope import rope_tables
 from jaxllm.model.routing import router_metrics
@@ -177,6 +177,7 @@ class Decoder(nnx.Module):
     ) -> Forward:
         """`hidden` from the scaled embeddings x_BTD on."""
         cfg, (B, T), embedded_BTD = self.cfg, x_BTD.shape[:2], x_BTD
+        x_BTD = unit_rms(x_BTD, cfg.norm_eps) if cfg.embed_norm else x_BTD
         if segment_ids is None:
             segment_ids = jnp.ones((B, T), jnp.int32)
         if positions is None:

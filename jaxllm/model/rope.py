@@ -138,7 +138,8 @@ def rope_tables(
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str = "halves") -> jax.Array:
     """Rotates the first R features of x [B, T, H, K] in pairs; cos, sin [B, T, 1, R/2].
 
-    pairs: "halves", feature i with i + R/2; "neighbours", feature 2i with 2i + 1.
+    pairs: "halves", feature i with i + R/2; "swapped", feature i + R/2 with i, which turns them the
+    other way round; "neighbours", feature 2i with 2i + 1.
     """
     return _rotate(x, cos, sin, pairs)
 
@@ -154,6 +155,7 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str) -> Any:
         turned = turned.reshape(*x.shape[:-1], 2 * half)
         return jnp.concatenate([turned, rest], -1).astype(x.dtype)
     a, b = wide[..., :half], wide[..., half : 2 * half]
+    sin = -sin if pairs == "swapped" else sin
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 

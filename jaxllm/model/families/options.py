@@ -109,6 +109,7 @@ SHARED = (
 )
 ATTENTION_BIAS = biases("attention_bias", "qkv", "o")
 MLP_BIAS = biases("mlp_bias", "mlp")
+LOGIT_SOFTCAP = _softcap("logit_softcap", "final_logit_softcapping")
 GEMMA = (
     Option("embed_scale", "hidden_size", math.sqrt, lambda scale: round(scale**2)),
     *ATTENTION_BIAS,
@@ -122,12 +123,12 @@ GEMMA2 = (
         lambda width: width**-0.5,
         lambda scale: round(scale**-2),
     ),
-    _softcap("logit_softcap", "final_logit_softcapping"),
+    LOGIT_SOFTCAP,
 )
 GEMMA4_DENSE = (
     *GEMMA,
     _activation_under("hidden_activation"),
-    _softcap("logit_softcap", "final_logit_softcapping"),
+    LOGIT_SOFTCAP,
 )
 GEMMA4 = (
     *GEMMA4_DENSE,

@@ -29,7 +29,6 @@ MISSING = {
     ),
     "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
     "attention and an MLP side by side with a norm each": ("gpt_neox",),
-    "a norm of the embeddings": ("nanochat",),
     "an activation with learned parameters": ("apertus",),
     "the mean of routed and shared experts": ("cohere2_moe",),
     "routing by SparseMixer": ("phimoe",),
