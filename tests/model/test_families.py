@@ -861,6 +861,22 @@ BAMBA_9B = dict(
     tie_word_embeddings=False,
     vocab_size=128256,
 )
+NANOCHAT_D32 = dict(
+    model_type="nanochat",
+    attention_bias=False,
+    final_logit_softcapping=15.0,
+    hidden_act="relu2",
+    hidden_size=2048,
+    intermediate_size=8192,
+    max_position_embeddings=2048,
+    num_attention_heads=16,
+    num_hidden_layers=32,
+    num_key_value_heads=16,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    vocab_size=65536,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -960,6 +976,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
         *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
+        *(NANOCHAT_D32,),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -1210,6 +1227,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (COMMAND_R, 34_980_831_232),
         (GRANITE_3_1B_A400M, 1_334_628_352),
         (BAMBA_9B, 9_780_235_392),
+        (NANOCHAT_D32, 1_879_048_192),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )

@@ -139,6 +139,18 @@ def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+DENSE = {"nanochat": ["q_proj", "o_proj", "fc1", "fc2"]}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_lora_of_other_dense_layers_round_trips_with_peft_and_merges(tmp_path, name):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=DENSE[name], task_type="CAUSAL_LM")
+    ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
+    assert {t.module.rpartition(".")[2] for t in ours.peft.targets} == {*DENSE[name]}
+    for got in (here, back, logits_of(merged(ours), some_tokens())):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 STACKS = {
     "other ranks in some layers": dict(
         target_modules=["q_proj", "k_proj", "o_proj"],
@@ -218,10 +230,11 @@ def test_adapters_of_tied_weights_round_trip_with_peft_and_merge(tmp_path, optio
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "nanochat"])
 @pytest.mark.parametrize("kind", [peft.PrefixTuningConfig, peft.PromptTuningConfig])
 def test_virtual_tokens_round_trip_with_peft(tmp_path, family, kind):
-    """mistral and gemma2 have windows shorter than the row; gemma2 scales its embeddings."""
+    """mistral and gemma2 have windows shorter than the row; gemma2 scales its embeddings, and
+    nanochat has a norm of these and of the virtual ones."""
     config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
     _, want, *found = both_ways(tmp_path, base_in(tmp_path, family), config)
     for got in found:
