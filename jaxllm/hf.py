@@ -53,7 +53,8 @@ from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
 # Buffers in old files, which no model reads.
-UNUSED = ("rotary_emb.inv_freq",)
+# Suffixes of tensors that no model reads: frequencies, and masks in files of gpt_neox.
+UNUSED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 SCORE = "score.weight"
 
 
@@ -121,20 +122,15 @@ def _fitting(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int)
     return part
 
 
-def _within(key: Key, index: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Where a slice of a part of a fused tensor is in the tensor."""
-    assert key.part is not None
-    outputs = key.part[index[key.out_dim]]
-    found = list(index)
-    found[key.out_dim] = slice(outputs[0], outputs[-1] + 1, outputs.step)
-    return tuple(found)
-
-
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice."""
-    index = _swapped(index) if key.transpose else index
-    index = index if key.part is None else _within(key, index)
-    value = part[key.with_unit(index, 0)]
+    """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice, and what is
+    between outputs that no slice of a fused tensor has."""
+    index = key.within(_swapped(index) if key.transpose else index)
+    if isinstance(outputs := index[key.out_dim], np.ndarray):
+        around = slice(outputs[0], outputs[-1] + 1)
+        value = part[key.at_outputs(index, around)].take(outputs - outputs[0], key.out_dim)
+    else:
+        value = part[key.with_unit(index, 0)]
     return value.swapaxes(-1, -2) if key.transpose else value
 
 
@@ -396,7 +392,7 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
                 return np.ascontiguousarray(host[0])
             whole, everything = np.empty(shape, host[0].dtype), (slice(None),) * len(shape)
             for part, x in zip(parts, host, strict=True):
-                whole[_within(part, everything)] = x
+                whole[part.within(everything)] = x
             return whole
 
         exact = ("F32", 4 * prod(shape)) if key.exact else None

@@ -29,7 +29,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import mtp_modules
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.tensors import module_name, mtp_copies, stored_name
-from jaxllm.model.families.wrappers import WRAPPER, is_text, root_of
+from jaxllm.model.families.wrappers import WRAPPER, is_text
 from jaxllm.paths import as_path, copy, is_bucket
 
 VISION = "vision_config"
@@ -47,7 +47,7 @@ def mtp_names(names: Iterable[str], cfg: ModelConfig, config: dict[str, Any]) ->
     if place != "layers":
         return {name for name in names if place and name.startswith(place)}
     layers = range(cfg.num_layers, cfg.num_layers + mtp_modules(cfg, config))
-    pattern = re.compile(rf"{root_of(cfg.wrapper)}layers\.(\d+)\.")
+    pattern = re.compile(rf"{root_of(cfg.family, cfg.wrapper)}layers\.(\d+)\.")
     return {n for n in names if (found := pattern.match(n)) and int(found[1]) in layers}
 
 
@@ -68,7 +68,7 @@ def kept_names(
 def unread_names(names: Iterable[str], cfg: ModelConfig) -> set[str]:
     """The names of what makes keys and values in layers that use those of others."""
     starts = tuple(
-        f"{root_of(cfg.wrapper)}layers.{layer}.self_attn.{part}_"
+        f"{root_of(cfg.family, cfg.wrapper)}layers.{layer}.self_attn.{part}_"
         for layer, kind in enumerate(cfg.kinds_by_layer)
         for part in ("kv" if kind.uses is not None else "")
     )

@@ -119,6 +119,7 @@ def tokenizer(tmp_path_factory):
         ("llama", {"attention_bias": True}),
         ("phi3", {"tie_word_embeddings": True}),
         ("olmo2", {"vocab_size": 131}),
+        ("gpt_neox", {}),
     ],
 )
 def test_every_mesh_gets_the_same_weights_in_shards(tmp_path, mesh, kind, changes):
@@ -154,6 +155,15 @@ def test_no_written_file_passes_the_limit_and_torch_reads_them_as_one(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for path, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[path]), path
+
+
+def test_masks_in_files_of_gpt_neox_are_passed_over(tmp_path):
+    write_model(tmp_path, "gpt_neox")
+    before = load_hf(str(tmp_path))
+    masks = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    name = "gpt_neox.layers.0.attention."
+    rewrite(tmp_path, lambda tensors: tensors.update({name + k: v for k, v in masks.items()}))
+    assert_same_weights(load_hf(str(tmp_path)), before)
 
 
 def test_a_sharded_model_is_written_as_a_whole_one(tmp_path):

@@ -401,6 +401,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         dict(use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=1.0),
     ),
+    "gpt_neox": ("gpt_neox", dict()),
+    "gpt_neox in sequence, no biases, whole, tied": (
+        "gpt_neox",
+        dict(
+            use_parallel_residual=False,
+            attention_bias=False,
+            hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+            rotary_pct=1.0,
+            rotary_emb_base=500,
+        ),
+    ),
     "jais2": ("jais2", dict()),
     "jais2 no biases, tied": (
         "jais2",

@@ -30,7 +30,7 @@ from jaxllm.model.moe import MoE
 
 class Block(nnx.Module):
     """x + attention, x + MLP, or one of them alone, with norms before, after, or on both sides of
-    each; or x + attention + MLP of the same normed x (`parallel`). Then x + what the layer's own
+    each; or x + attention + MLP of the same x (`parallel`), normed once or for each. Then x + what the layer's own
     embedding gates, and all of it times a number, where the family has these.
 
     path: the attribute of the decoder that holds the stack. kind: of one of its layers.
@@ -48,8 +48,8 @@ class Block(nnx.Module):
     ):
         cfg = cfg.of(kind)
         norm = partial(NORMS[cfg.norm], cfg, cfg.hidden_size, dtype=dtype)
-        before = cfg.norm_placement in ("pre", "sandwich")
-        self.parallel, self.scale = cfg.norm_placement == "parallel", cfg.residual_scale
+        before = cfg.norm_placement in ("pre", "sandwich", "parallel_each")
+        self.parallel, self.scale = cfg.norm_placement.startswith("parallel"), cfg.residual_scale
         after = cfg.norm_placement in ("post", "sandwich")
         keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         mixer = partial(Attention, kind=kind) if cfg.latent is None else LatentAttention
@@ -75,7 +75,8 @@ class Block(nnx.Module):
 
         past: a LayerCache, StateCache, VirtualTokens, or None.
         """
-        n_BTD, routing = x_BTD, None
+        given_BTD = n_BTD = x_BTD
+        routing = None
         if self.attn is not None:
             with jax.named_scope("attention"):
                 n_BTD = x_BTD if self.attn_norm is None else self.attn_norm(x_BTD)
@@ -83,8 +84,10 @@ class Block(nnx.Module):
                 x_BTD = self.added(x_BTD, h_BTD, self.attn_post_norm, self.attn_adapter)
         if self.mlp is not None:
             with jax.named_scope("mlp"):
-                if not self.parallel:
-                    n_BTD = x_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+                if self.mlp_norm is not None:
+                    n_BTD = self.mlp_norm(given_BTD if self.parallel else x_BTD)
+                elif not self.parallel:
+                    n_BTD = x_BTD
                 if isinstance(self.mlp, MoE):
                     h_BTD, routing = self.mlp(n_BTD, ctx, x_BTD)
                 else:

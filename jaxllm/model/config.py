@@ -193,8 +193,9 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     norm_weight: bool = True  # olmo and nanochat have none
-    # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+    # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP;
+    # gpt_neox: parallel_each, one before each of them
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "parallel_each"] = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
     # that without weights, in layers with RoPE (llama4).
     qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"

@@ -91,7 +91,8 @@ def unread_weights(model: ModelConfig) -> int:
             last = 0 if experts.branch else experts.latent_size + shared
         if not kind.mlp:
             last = Q if model.mamba is None or kind.mixer != "mamba" else model.mamba.widths["x"]
-        features += {"pre": last, "parallel": last + Q}.get(model.norm_placement, 0)
+        if model.norm_placement not in ("post", "sandwich"):
+            features += last + Q * model.norm_placement.startswith("parallel")
     return model.hidden_size * features
 
 

@@ -26,20 +26,27 @@ SEQUENCE_CLASSIFICATION = "SEQ_CLS"  # peft's task_type of a reward model
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of an adapter file and its place in the model, `variable[index]`."""
+    """A tensor of an adapter file and its place in the model, `variable[index]`.
+
+    transpose: the file has the transpose, as torch's Linear does. outputs: where it has each of our
+    outputs, the last dim, if in another order.
+    """
 
     name: str
     variable: Any
     index: Any = ...
-    transpose: bool = False  # True if the file has the transpose, as torch's Linear does
+    transpose: bool = False
+    outputs: tuple[int, ...] = ()
 
     def to_file(self, value: np.ndarray) -> np.ndarray:
         """The file's tensor, from the value in the model."""
+        value = value[..., np.argsort(self.outputs)] if self.outputs else value
         return value.T if self.transpose else value
 
     def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The value in the model, which has this shape."""
-        return tensor.T if self.transpose else tensor
+        value = tensor.T if self.transpose else tensor
+        return value[..., self.outputs] if self.outputs else value
 
 
 def read_slots(slots: Iterable[Slot]) -> dict[str, np.ndarray]:

@@ -33,22 +33,19 @@ class FusedSlot(Slot):
     are sorted by expert; B [O, R E], whose columns are sorted by rank.
 
     order: of our dims in peft's tensor before two of them are merged: the first two of its A, the
-    last two of its B. outputs: where HF's parameter has each of our outputs, if in another order.
+    last two of its B.
     """
 
     order: tuple[int, int, int] = (0, 1, 2)
-    outputs: np.ndarray | None = None
 
     def to_file(self, value: np.ndarray) -> np.ndarray:
-        if self.outputs is not None:
-            value = value[..., np.argsort(self.outputs)]
-        value = value.transpose(self.order)
+        value = super().to_file(value).transpose(self.order)
         shape = (-1, value.shape[2]) if self.order[0] == 0 else (len(value), -1)
         return value.reshape(shape)
 
     def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         value = tensor.reshape([shape[dim] for dim in self.order]).transpose(np.argsort(self.order))
-        return value if self.outputs is None else value[..., self.outputs]
+        return super().from_file(value, shape)
 
 
 def expert_slots(
@@ -79,9 +76,8 @@ def expert_slots(
         yield FusedSlot(f"{prefix}A.weight", branch.b, b)
         yield FusedSlot(f"{prefix}B.weight", branch.a, a, order=(1, 2, 0))
         return
-    outputs = np.asarray(target.outputs) if target.outputs else None
     yield FusedSlot(f"{prefix}A.weight", branch.a, a, order=(0, 2, 1))
-    yield FusedSlot(f"{prefix}B.weight", branch.b, b, order=(2, 1, 0), outputs=outputs)
+    yield FusedSlot(f"{prefix}B.weight", branch.b, b, outputs=target.outputs, order=(2, 1, 0))
 
 
 def check_experts(targets: tuple[Target, ...], plain: bool) -> None:

@@ -258,9 +258,10 @@ class LoraAdapter(PeftAdapter):
                 name = "embedding_A" if embedding else "A.weight"
                 yield Slot(prefix + name, a, (*stack, slice(None), ranks), transpose=True)
                 name = "embedding_B" if embedding else "B.weight"
-                yield Slot(prefix + name, b, (*stack, ranks), transpose=True)
+                yield Slot(prefix + name, b, (*stack, ranks), True, target.outputs)
                 if branch.magnitude is not None and not initial:
-                    yield Slot(prefix + "magnitude_vector", branch.magnitude, stack or ...)
+                    at = branch.magnitude, stack or ...
+                    yield Slot(prefix + "magnitude_vector", *at, outputs=target.outputs)
 
     def tensors(self, model: Any) -> dict[str, np.ndarray]:
         """PiSSA's A and B have twice the rank, [A, A0] and [B, -B0], so that their product is the

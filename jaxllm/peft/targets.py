@@ -16,8 +16,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import fused_in, key_table, tensor_names
-from jaxllm.model.families.wrappers import root_of
+from jaxllm.model.families.tensors import fused_in, key_table, root_of, tensor_names
 from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
@@ -31,6 +30,7 @@ LINEAR_ROUTER = (".wg", ".router.proj")
 EXPERTS = ".experts.", ".block_sparse_moe."  # in the names of tensors of experts
 # HF's fused tensors whose branch has another name here.
 FUSED = {
+    "attention.query_key_value": "qkv",
     "conv.in_proj": "bcx",
     "mamba.in_proj": "inputs",
     "mixer.in_proj": "inputs",
@@ -49,7 +49,7 @@ class Target:
     parameter: True if peft names it in target_parameters; `module` is then a parameter of
       transformers 5.
     ranks, alphas: [adapters][layers of the stack]; rank 0 = the layer is not adapted.
-    outputs: where the parameter has each of our outputs; () = in the same order.
+    outputs: where HF's weight has each of our outputs; () = in the same order.
     turned: True if peft takes the parameter's inputs for outputs, so that its A is our B.
     """
 
@@ -142,20 +142,21 @@ def adaptable_parameters(cfg: ModelConfig) -> dict[str, str]:
         # transformers 5 renames mixtral's.
         names["router_lora"] = router.replace("block_sparse_moe", mlp) + ".weight"
     return {
-        f"{stack}.mlp.{name}": f"{root_of(cfg.wrapper)}layers.{{{stack}}}.{end}"
+        f"{stack}.mlp.{name}": f"{root_of(cfg.family, cfg.wrapper)}layers.{{{stack}}}.{end}"
         for stack, layers in cfg.stacks.items()
         if cfg.kinds_by_layer[layers[0]].routed
         for name, end in names.items()
     }
 
 
-def layout_of(cfg: ModelConfig, path: str) -> dict[str, Any]:
-    """`outputs` and `turned` of a Target whose path is that of a parameter."""
-    mlp, _, name = path.rpartition(".")
-    parts = [f"{mlp}.{part}.kernel" for part in ("gate", "up") if name == "gate_up"]
+def layout_of(cfg: ModelConfig, path: str, parameter: bool) -> dict[str, Any]:
+    """`outputs` and `turned` of a Target."""
+    container, _, name = path.rpartition(".")
+    fused = {"gate_up": ("gate", "up"), "qkv": ("q", "k", "v")}.get(name, ())
+    parts = [f"{container}.{part}.kernel" for part in fused]
     columns = [o for key in key_table(cfg) if key.path in parts for o in key.part or ()]
     plain = columns == [*range(len(columns))]
-    turned = not is_router(path) and "expert_halves" in fused_in(cfg)
+    turned = parameter and not is_router(path) and "expert_halves" in fused_in(cfg)
     return {"outputs": () if plain else tuple(columns), "turned": turned}
 
 
@@ -248,7 +249,7 @@ def find_targets(cfg: ModelConfig, section: PeftSection, strict: bool) -> tuple[
             )
         ranks, alphas = zip(*(each.pop() for each in found), strict=True)
         if max(ranks):
-            layout = layout_of(cfg, path) if parameter else {}
+            layout = layout_of(cfg, path, parameter)
             targets.append(Target(path, module, (ranks,), (alphas,), parameter, **layout))
     if not targets:
         raise UserError("peft: no module is left to adapt; see target_modules and exclude_modules")

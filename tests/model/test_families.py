@@ -877,6 +877,31 @@ NANOCHAT_D32 = dict(
     tie_word_embeddings=False,
     vocab_size=65536,
 )
+PYTHIA_1_4B = dict(
+    model_type="gpt_neox",
+    hidden_act="gelu",
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=8192,
+    layer_norm_eps=1e-5,
+    max_position_embeddings=2048,
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    rotary_emb_base=10000,
+    rotary_pct=0.25,
+    tie_word_embeddings=False,
+    use_cache=True,
+    use_parallel_residual=True,
+    vocab_size=50304,
+)
+GPT_NEOX_20B = PYTHIA_1_4B | dict(
+    hidden_act="gelu_fast",
+    hidden_size=6144,
+    intermediate_size=24576,
+    num_attention_heads=64,
+    num_hidden_layers=44,
+    vocab_size=50432,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -976,7 +1001,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
         *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
-        *(NANOCHAT_D32,),
+        *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -1000,6 +1025,7 @@ def test_to_hf_inverts_from_hf(config):
             ),
         ),
         (GEMMA_3_1B, dict(rope_theta=1000000, rope_scaling=None, rope_local_base_freq=10000)),
+        (PYTHIA_1_4B, dict(rotary_emb_base=10000, rope_scaling=None, rotary_pct=0.25)),
     ],
     ids=lambda c: c.get("model_type", ""),
 )
@@ -1228,6 +1254,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GRANITE_3_1B_A400M, 1_334_628_352),
         (BAMBA_9B, 9_780_235_392),
         (NANOCHAT_D32, 1_879_048_192),
+        (PYTHIA_1_4B, 1_414_647_808),
+        (GPT_NEOX_20B, 20_554_567_680),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1343,6 +1371,15 @@ def test_lfm3_has_convolutions_and_attention_with_and_without_a_window():
     whole = Rope(1_000_000.0, "proportional", partial=0.5)
     assert cfg.ropes == (whole, Rope(10_000.0)) and cfg.output_gate == "head"
     assert "conv" not in to_hf(cfg)["rope_parameters"] and from_hf(to_hf(cfg)) == cfg
+
+
+def test_gpt_neox_has_a_norm_each_for_attention_and_mlp_side_by_side():
+    cfg = from_hf(PYTHIA_1_4B)
+    assert (cfg.norm_placement, cfg.norm_bias, cfg.num_kv_heads) == ("parallel_each", True, 16)
+    assert cfg.ropes == (Rope(10000, partial=0.25),) and cfg.qkv_bias and cfg.mlp_bias
+    names = {name for key in key_table(cfg) for name in tensor_names(cfg, key.name)}
+    assert {n.partition(".")[0] for n in names} == {"gpt_neox", "lm_head"}
+    assert from_hf(GPT_NEOX_20B).activation == "gelu_tanh"
 
 
 def test_granite_swa_has_a_base_of_rope_for_each_layer():

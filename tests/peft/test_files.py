@@ -139,7 +139,10 @@ def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-DENSE = {"nanochat": ["q_proj", "o_proj", "fc1", "fc2"]}
+DENSE = {
+    "nanochat": ["q_proj", "o_proj", "fc1", "fc2"],
+    "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h", "embed_in"],
+}
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -198,6 +198,21 @@ DENSE: dict[str, Family] = {
         partial_rope=True,
         refused={"qk_layernorm": "norms whose weights differ from head to head are not supported"},
     ),
+    "gpt_neox": Family(
+        "GPTNeoX",
+        {"norm": "layer", "norm_bias": True, "gated_mlp": False, "mlp_bias": True},
+        (
+            Option("norm_eps", "layer_norm_eps"),
+            Option("num_kv_heads", "num_attention_heads"),
+            *ATTENTION_BIAS,
+            either("norm_placement", "use_parallel_residual", "parallel_each", "pre"),
+        ),
+        partial_rope=True,
+        root="gpt_neox.",
+        fused=("qkv_heads",),
+        modules=names.GPT_NEOX,
+        stored=(("embed_out.", "lm_head."),),
+    ),
     "jais2": Family(
         "Jais2",
         {"norm": "layer", "norm_bias": True, "gated_mlp": False},

@@ -40,7 +40,9 @@ class Family:
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     scaled_nope: `attn_scale` does so in layers without rotary positions.
-    fused: "qkv" if q, k and v are concatenated in one tensor, "gate_up" if gate and up are,
+    root: what the names of modules but the head begin with.
+    fused: "qkv" if q, k and v are concatenated in one tensor, "qkv_heads" if those of each head
+      are, "gate_up" if gate and up are concatenated,
       "experts" if those of all experts are one tensor, columns of gate and up in turn,
       "expert_halves" if all columns of gate come first, "expert_rows" if these are rows;
       "expert_halves_turned" if transformers 5 saves that with the last two dims swapped.
@@ -71,6 +73,7 @@ class Family:
     static_ntk: bool = False
     scaled_queries: bool = False
     scaled_nope: bool = False
+    root: str = "model."
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
     stored: tuple[tuple[str, str], ...] = ()

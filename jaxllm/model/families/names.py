@@ -26,6 +26,13 @@ HUNYUAN = {
     "attn.k_norm": "self_attn.key_layernorm",
     "mlp.router": "mlp.gate.wg",
 } | {f"mlp.shared.{part}": f"mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")}
+GPT_NEOX = {
+    "embed": "embed_in",
+    "norm": "final_layer_norm",
+    "attn.o": "attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+} | {f"attn.{part}": "attention.query_key_value" for part in "qkv"}
 _LFM = {
     "mlp.gate": "feed_forward.w1",
     "mlp.up": "feed_forward.w3",

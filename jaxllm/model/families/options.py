@@ -12,6 +12,7 @@ from jaxllm.errors import UserError, seen
 
 ACTIVATIONS = {
     "silu": "silu",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
     "relu2": "relu2",

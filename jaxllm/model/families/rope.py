@@ -131,6 +131,10 @@ def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
 OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
 
+# Names of their own that a family has for such keys.
+NAMED = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+
+
 # Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
 NEW_SPELLING = ("mellum", "lfm3", "gemma4_text", "gemma4_unified_text")
 
@@ -164,4 +168,6 @@ def rope_keys(c: dict[str, Any]) -> dict[str, Any]:
         scaling = {"type": scaling.pop("rope_type")} | scaling
         scaling.pop("original_max_position_embeddings", None)
     plain = kind == "default" and "mrope_section" not in p  # which transformers 4 reads there
-    return keys | {"rope_scaling": None if plain else scaling}
+    keys["rope_scaling"] = None if plain else scaling
+    names = NAMED.get(c["model_type"], {})
+    return {names.get(key, key): value for key, value in keys.items()}

@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from jaxllm.model.config import Delta, LayerKind, Mamba, ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.wrappers import WRAPPERS, head_of, root_of
+from jaxllm.model.families.wrappers import WRAPPERS, head_of
+
+
+def root_of(family: str, wrapper: str) -> str:
+    """What the names of a decoder's weights begin with, except for the head's."""
+    return WRAPPERS[wrapper].root if wrapper else FAMILIES[family].root
 
 
 def embed_name(family: str, wrapper: str) -> str:
     """The HF name of the token table of a decoder, which may be in a wrapper."""
-    return f"{root_of(wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
+    return f"{root_of(family, wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
 
 
 def module_name(stored: str, family: str, wrapper: str) -> str:
@@ -65,7 +72,7 @@ class Key:
     path: str
     name: str
     transpose: bool = False
-    part: range | None = None
+    part: Sequence[int] | None = None
     unit: int | None = None
     either: bool = False
     exact: bool = False
@@ -78,6 +85,21 @@ class Key:
     def with_unit(self, dims: tuple[Any, ...], entry: int) -> tuple[Any, ...]:
         """The shape or index of a tensor, from the weight's: `entry` for the dim that it lacks."""
         return dims if self.unit is None else (*dims[: self.unit], entry, *dims[self.unit :])
+
+    def at_outputs(self, index: tuple[Any, ...], outputs: Any) -> tuple[Any, ...]:
+        """The index of a tensor with other outputs."""
+        dim = len(index) + self.out_dim
+        return (*index[:dim], outputs, *index[dim + 1 :])
+
+    def within(self, index: tuple[slice, ...]) -> tuple[Any, ...]:
+        """Where a slice of the weight is in a tensor of which it may be a part: slices, or an array
+        of the outputs that no slice has."""
+        if self.part is None:
+            return index
+        outputs = self.part[index[self.out_dim]]
+        if isinstance(outputs, range):
+            return self.at_outputs(index, slice(outputs[0], outputs[-1] + 1, outputs.step))
+        return self.at_outputs(index, np.asarray(outputs))
 
     @property
     def stacked(self) -> int:
@@ -98,6 +120,7 @@ NORMS: dict[str, dict[str, str]] = {
         "mlp_post_norm": "post_feedforward_layernorm",
     },
     "parallel": {"attn_norm": "input_layernorm"},
+    "parallel_each": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
 }
 
 
@@ -113,7 +136,7 @@ BRANCH = {  # of `Experts.branch`
 def key_table(cfg: ModelConfig) -> list[Key]:
     """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
     keys = [Key("embed.embedding", embed_name(cfg.family, cfg.wrapper))]
-    root = root_of(cfg.wrapper)
+    root = root_of(cfg.family, cfg.wrapper)
     if cfg.layer_embeds is not None:
         projection = f"{root}per_layer_model_projection.weight"
         keys += [
@@ -208,9 +231,12 @@ def _attention_keys(
         keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
         linear("attn.kv_b", "self_attn.kv_b_proj", False)
         return keys
-    if "qkv" in fused_in(cfg):
-        ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
-        for part, outputs in ends:
+    if {"qkv", "qkv_heads"} & {*fused_in(cfg)}:
+        parts = {"q": range(Q), "k": range(Q, Q + KV), "v": range(Q + KV, Q + 2 * KV)}
+        if "qkv_heads" in fused_in(cfg):
+            heads = np.arange(3 * Q).reshape(cfg.num_heads, 3, cfg.head_dim)
+            parts = {part: (*heads[:, i].flatten().tolist(),) for i, part in enumerate("qkv")}
+        for part, outputs in parts.items():
             linear(f"attn.{part}", "self_attn.qkv_proj", cfg.qkv_bias, outputs)
         return []
     for part in _attention_parts(kind):
@@ -314,7 +340,7 @@ def fused_in(cfg: ModelConfig) -> tuple[str, ...]:
 
 def _mtp_layer(cfg: ModelConfig, depth: int) -> str:
     """How the names of a module of multi-token prediction begin, whose layer is after the last."""
-    return f"{root_of(cfg.wrapper)}layers.{cfg.num_layers + depth}."
+    return f"{root_of(cfg.family, cfg.wrapper)}layers.{cfg.num_layers + depth}."
 
 
 def _mtp_keys(cfg: ModelConfig, module: str, depth: int) -> list[Key]:
@@ -354,7 +380,7 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
     cfg = cfg.of(kind)
     family, fused, keys = FAMILIES[cfg.family], fused_in(cfg), list[Key]()
 
-    def linear(path: str, name: str, bias: bool, part: range | None = None) -> None:
+    def linear(path: str, name: str, bias: bool, part: Sequence[int] | None = None) -> None:
         name = family.modules.get(path, name)
         keys.append(Key(f"{stack}.{path}.kernel", f"{layer}{name}.weight", True, part))
         if bias:

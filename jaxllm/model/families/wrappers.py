@@ -78,11 +78,6 @@ WRAPPERS = {
 }
 
 
-def root_of(wrapper: str) -> str:
-    """What the names of a decoder's weights begin with, except for the head's."""
-    return WRAPPERS[wrapper].root if wrapper else "model."
-
-
 def head_of(wrapper: str) -> str:
     """The HF name of a decoder's head."""
     return WRAPPERS[wrapper].head if wrapper else HEAD
@@ -91,8 +86,10 @@ def head_of(wrapper: str) -> str:
 def is_text(name: str, wrapper: str) -> bool:
     """True if a tensor, by its `module_name`, belongs to the language model or to its multi-token
     prediction."""
-    starts = root_of(wrapper), head_of(wrapper).removesuffix("weight"), "mtp."
-    return not wrapper or name.startswith(starts)
+    if not wrapper:
+        return True
+    head = head_of(wrapper).removesuffix("weight")
+    return name.startswith((WRAPPERS[wrapper].root, head, "mtp."))
 
 
 def family_of(config: dict[str, Any]) -> Any:
