@@ -13,7 +13,7 @@ from jaxllm.data.chat import stop_ids
 from jaxllm.errors import UserError, nearest, seen
 from jaxllm.files import INDEX, SINGLE, local_dir, read_json, tensor_files
 from jaxllm.model.families import CAUSAL, TOKEN_IDS, as_reward, is_reward, normalised
-from jaxllm.model.families.rope import OLD_ROPE, rope_keys
+from jaxllm.model.families.rope import old_rope, rope_keys
 from jaxllm.model.families.table import FAMILIES, SAME_AS
 from jaxllm.model.families.tensors import embed_name, module_name
 from jaxllm.model.families.wrappers import (
@@ -90,18 +90,18 @@ def _override(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     merged = config | overrides
     kind = normalised(merged)["model_type"]
     # Spellings before transformers 5, which reads them and writes others.
-    old_keys = (*OLD_ROPE, "torch_dtype", "sliding_window_pattern")
+    old_keys = (*old_rope(kind), "torch_dtype", "sliding_window_pattern")
     valid = {*config, *normalised({"model_type": kind}), *old_keys}
     for key in overrides:
         if key not in valid:
             near = nearest(key, valid)
             hint = f"; did you mean {near}?" if near else ""
             raise UserError(f"model.overrides.{key} is not a key of a {kind} config{hint}")
-    if "rope_parameters" in overrides or overrides.keys() & set(OLD_ROPE):
+    if "rope_parameters" in overrides or overrides.keys() & {*old_rope(kind)}:
         # transformers mixes the two spellings of RoPE when a file has both, so write only one.
         both = rope_keys(normalised(config))
         other = "rope_scaling" if "rope_parameters" in overrides else "rope_parameters"
-        rope = {key: both[key] for key in (*OLD_ROPE, "rope_parameters") if key in both}
+        rope = {key: both[key] for key in (*old_rope(kind), "rope_parameters") if key in both}
         merged = {k: v for k, v in (config | rope).items() if k != other} | overrides
     return merged
 

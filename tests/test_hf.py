@@ -467,6 +467,19 @@ def test_overrides_of_rope_hold_in_either_spelling_over_either(tmp_path, rope):
         assert model_config(TrainConfig(model=source))[0].ropes == (want,), overrides
 
 
+def test_overrides_of_rope_have_the_familys_names(tmp_path):
+    write_model(tmp_path / "in", "gpt_neox")
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"))  # with both spellings
+    for folder in ("in", "out"):
+        source = ModelSection(
+            path=str(tmp_path / folder), overrides={"rotary_emb_base": 9e3, "rotary_pct": 0.5}
+        )
+        assert model_config(TrainConfig(model=source))[0].ropes == (Rope(9e3, partial=0.5),)
+        source = replace(source, overrides={"rope_theta": 9e3})
+        with pytest.raises(ValueError, match="rope_theta is not a key of a gpt_neox config"):
+            model_config(TrainConfig(model=source))
+
+
 def test_a_random_model_does_not_depend_on_the_mesh(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(SHAPE | {"model_type": "llama"}))

@@ -131,8 +131,14 @@ def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
 OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
 
-# Names of their own that a family has for such keys.
+# Names of their own that families have for such keys.
 NAMED = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+
+
+def old_rope(kind: str) -> tuple[str, ...]:
+    """The keys of RoPE before transformers 5 in a config of a family."""
+    names = NAMED.get(kind, {})
+    return tuple(names.get(key, key) for key in OLD_ROPE)
 
 
 # Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
