@@ -126,7 +126,7 @@ def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice, and what is
     between outputs that no slice of a fused tensor has."""
     index = key.within(_swapped(index) if key.transpose else index)
-    if isinstance(outputs := index[key.out_dim], np.ndarray):
+    if key.part is not None and isinstance(outputs := index[key.out_dim], np.ndarray):
         around = slice(outputs[0], outputs[-1] + 1)
         value = part[key.at_outputs(index, around)].take(outputs - outputs[0], key.out_dim)
     else:
@@ -149,10 +149,11 @@ def _read_shards(
         wanted = stack[*index[: key.stacked], ...]
         reads += [(i, len(outs) - 1, at) for at, i in np.ndenumerate(wanted)]
     for i, which, at in sorted(reads):
-        first, *rest = indices[which][key.stacked :]
-        if len(rest) < 2:
-            outs[which][at] = _read(parts[i], key, (first, *rest))
+        inner = indices[which][key.stacked :]
+        if len(inner) < 3:
+            outs[which][at] = _read(parts[i], key, inner)
             continue
+        first, *rest = inner
         for n, expert in enumerate(range(*first.indices(like.shape[key.stacked]))):
             outs[which][at][n] = _read(parts[i], key, (slice(expert, expert + 1), *rest))[0]
     return outs
@@ -380,7 +381,8 @@ def hf_tensors(model: Decoder, only: tuple[str, ...] | None = None) -> Iterator[
         shapes = [a.shape[key.stacked :] for a in arrays]
         shapes = [_swapped(s) if key.transpose else key.with_unit(s, 1) for s in shapes]
         shape = list(shapes[0])
-        shape[key.out_dim] = sum(s[key.out_dim] for s in shapes)
+        if len(parts) > 1:
+            shape[key.out_dim] = sum(s[key.out_dim] for s in shapes)
 
         def read(process: int = 0) -> np.ndarray | None:
             host = dist.gather([a[at] for a in arrays] if at else arrays, process)

@@ -38,12 +38,14 @@ DECAYED = {
     "a_log": False,
     "dt_bias": False,
     "skip": False,
+    "above": False,
+    "below": False,
     "embedding": True,
     "scale": False,
     "shift": False,
     "bias": False,
 }
-WITHOUT_GRADIENT = ("choice_bias", "scalar")
+WITHOUT_GRADIENT = ("choice_bias", "scalar", "slope", "limit")
 for adapter in METHODS.values():
     DECAYED |= adapter.decayed
 

@@ -26,7 +26,7 @@ STRUCTURES = (
     *("olmo", "glm4", "granite", "cohere2", "nemotron", "hunyuan_v1_dense", "afmoe"),
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
     *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm3", "lfm2_moe", "gemma4_text"),
-    *("gemma4_text experts", "granitemoehybrid", "nemotron_h", "nanochat"),
+    *("gemma4_text experts", "granitemoehybrid", "nemotron_h", "nanochat", "gpt_neox"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The
 # other cases, and tests that have none here, run with `make sweep`; .ci/run takes those that fit.
@@ -179,7 +179,7 @@ SWEEPS = {
     "test_a_device_multiplies_its_part_of_the_features": (),
     "test_lora_branches_complete_as_the_merged_model_does": (),
     "test_lora_of_recurrent_layers_round_trips_with_peft": ("lfm2-w1",),
-    "test_lora_of_other_dense_layers_round_trips_with_peft_and_merges": (),
+    "test_lora_of_other_dense_layers_round_trips_with_peft_and_merges": ("gpt_neox",),
     "test_virtual_tokens_round_trip_with_peft": (
         *("PrefixTuningConfig-mistral", "PrefixTuningConfig-gemma2"),
         *("PromptTuningConfig-mistral", "PromptTuningConfig-gemma2"),

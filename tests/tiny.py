@@ -422,6 +422,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "vaultgemma",
         GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=8.0),
     ),
+    "apertus": ("apertus", dict(head_dim=12)),
+    "apertus biases, tied": (
+        "apertus",
+        dict(
+            num_key_value_heads=1,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
     "nemotron": ("nemotron", dict(attention_bias=True)),
     "nemotron whole": ("nemotron", dict(head_dim=12, mlp_bias=True, partial_rotary_factor=1.0)),
     "nanochat": ("nanochat", dict(final_logit_softcapping=3.0)),
@@ -1058,6 +1068,8 @@ def magnified(config: dict[str, Any]) -> Any:
         for path, buffer in model.named_buffers():
             if path.endswith(("correction_bias", "expert_bias")):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            if path.endswith(("act_fn.beta", "act_fn.eps")):
+                buffer.copy_(buffer - 0.3 * torch.rand_like(buffer))
             if path.endswith("layer_scalar"):
                 buffer.copy_(1 + 0.3 * torch.randn_like(buffer))
     return model.eval()

@@ -206,7 +206,7 @@ class ModelConfig:
     sinks: bool = False  # each head has a learned score of no key, which adds to its softmax's sum
     mlp_bias: bool = False
     gated_mlp: bool = True  # down(act(gate x) · up x); False: down(act(up x))
-    activation: Literal["silu", "gelu_tanh", "gelu", "relu2"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"] = "silu"
     # Which features are rotated together; "swapped" turns the halves the other way round.
     rope_pairs: Literal["halves", "swapped", "neighbours"] = "halves"
     query_scale: float = 0.0  # multiplies q·k; 0 = head_dim ** -0.5

@@ -7,6 +7,7 @@ Weights are float32 or bfloat16; activations keep the dtype they come in.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -132,6 +133,28 @@ class LayerNorm(RMSNorm):
         return y if self.shift is None else y + self.shift[...].astype(jnp.float32)
 
 
+class XIELU(nnx.Module):
+    """α x² + β x for positive x, else α' (e^min(x, ε) - 1 - x) + β x (arXiv:2411.13010).
+
+    α is softplus(above), α' is β + softplus(below). β and ε, the slope and the limit, are not
+    trained.
+    """
+
+    def __init__(self, dtype: Any):
+        def learned(alpha: float) -> nnx.Param:
+            return nnx.Param(jnp.full(1, math.log(math.expm1(alpha)), dtype), axes=(None,))
+
+        self.above, self.below = learned(0.8), learned(0.3)
+        self.slope = nnx.Param(jnp.asarray(0.5, dtype), axes=())
+        self.limit = nnx.Param(jnp.asarray(-1e-6, dtype), axes=())
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        above, below = (jax.nn.softplus(w[...]).astype(x.dtype) for w in (self.above, self.below))
+        slope, limit = (lax.stop_gradient(w[...]).astype(x.dtype) for w in (self.slope, self.limit))
+        negative = (slope + below) * (jnp.expm1(jnp.minimum(x, limit)) - x)
+        return jnp.where(x > 0, above * x * x, negative) + slope * x
+
+
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
@@ -148,12 +171,13 @@ class MLP(nnx.Module):
         self.up = linear(f"{path}.up")
         self.down = Linear(cfg, f"{path}.down", ("mlp", "embed"), (F, D), **keys)
         self.gate_up = peft.linear(f"{path}.gate_up", ("embed", "mlp"), (D, 2 * F), rngs)
+        self.xielu = XIELU(dtype) if cfg.activation == "xielu" else None
         self.activation = cfg.activation
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         if ctx.mlp_blocks > 1:
             return self.in_blocks(x, ctx)
-        activation = ACTIVATIONS[self.activation]
+        activation = self.xielu or ACTIVATIONS[self.activation]
         if self.gate is None:
             return self.down(activation(self.up(x, ctx)), ctx)
         gate, up = fused(self.gate_up, x, (self.gate, self.up), ctx)

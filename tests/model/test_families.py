@@ -877,6 +877,29 @@ NANOCHAT_D32 = dict(
     tie_word_embeddings=False,
     vocab_size=65536,
 )
+APERTUS_8B = dict(
+    model_type="apertus",
+    attention_bias=False,
+    hidden_act="xielu",
+    hidden_size=4096,
+    initializer_range=0.02,
+    intermediate_size=21504,
+    max_position_embeddings=65536,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(
+        factor=8.0,
+        high_freq_factor=4.0,
+        low_freq_factor=1.0,
+        original_max_position_embeddings=8192,
+        rope_type="llama3",
+    ),
+    rope_theta=12000000,
+    tie_word_embeddings=False,
+    vocab_size=131072,
+)
 PYTHIA_1_4B = dict(
     model_type="gpt_neox",
     hidden_act="gelu",
@@ -1001,7 +1024,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
         *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
-        *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B),
+        *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B, APERTUS_8B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -1203,7 +1226,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     theirs = {k: v for k, v in model.state_dict().items() if k not in rotary}
     if cfg.tie_embeddings:
         del theirs["lm_head.weight"]
-    theirs = {k: tuple(v.shape) for k, v in as_saved(model, theirs).items()}
+    theirs = {k: tuple(v.shape) or (1,) for k, v in as_saved(model, theirs).items()}
     outputs: dict[str, set[int]] = {name: set() for name in theirs}
     sizes = {}
     for key in table:
@@ -1212,7 +1235,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         for name in tensor_names(cfg, key.name):
             one = shape[key.stacked :]
             one = (*one[:-2], one[-1], one[-2]) if key.transpose else one
-            one = key.with_unit(one, 1)
+            one = key.with_unit(one, 1) or (1,)
             part = key.part or range(one[key.out_dim])
             assert len(part) == one[key.out_dim] and not outputs[name] & set(part)
             outputs[name] |= set(part)
@@ -1256,6 +1279,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (NANOCHAT_D32, 1_879_048_192),
         (PYTHIA_1_4B, 1_414_647_808),
         (GPT_NEOX_20B, 20_554_567_680),
+        (APERTUS_8B, 8_053_338_240),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1267,7 +1291,7 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     with torch.device("meta"):
         values = {k: v for k, v in config.items() if k != "model_type"}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(cfg.family, **values))
-    kept = ("correction_bias", "expert_bias", "layer_scalar")
+    kept = ("correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_fn.eps")
     buffers = [b for name, b in model.named_buffers() if name.endswith(kept)]
     assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 

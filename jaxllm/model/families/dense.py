@@ -22,6 +22,7 @@ from jaxllm.model.families.options import (
     MINICPM3,
     MLP_BIAS,
     MUP,
+    XIELU,
     Option,
     biases,
     either,
@@ -220,6 +221,13 @@ DENSE: dict[str, Family] = {
         scores_as=None,
     ),
     "arcee": Family("Arcee", {"gated_mlp": False}, ATTENTION_BIAS + MLP_BIAS),
+    "apertus": Family(
+        "Apertus",
+        {"gated_mlp": False, "qk_norm": "head"},
+        (*ATTENTION_BIAS, XIELU),
+        modules={"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+        scores_as=None,
+    ),
     "nemotron": Family(
         "Nemotron",
         {"norm": "layer", "norm_bias": True, "norm_offset": 1.0, "gated_mlp": False},

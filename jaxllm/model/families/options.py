@@ -84,6 +84,13 @@ def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
 
+def _learned(name: Any) -> str:
+    if name != "xielu":
+        raise UserError(f"activation {seen(name)} is not supported for this family; use xielu")
+    return name
+
+
+XIELU = Option("activation", "hidden_act", _learned)
 CLIPPED = Option("qkv_clip", "clip_qkv", lambda limit: limit or 0.0, lambda limit: limit or None)
 
 

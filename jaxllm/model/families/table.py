@@ -28,7 +28,6 @@ MISSING = {
         *("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"),
     ),
     "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
-    "an activation with learned parameters": ("apertus",),
     "the mean of routed and shared experts": ("cohere2_moe",),
     "routing by SparseMixer": ("phimoe",),
     "a head with a bias": ("phi",),

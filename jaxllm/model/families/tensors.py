@@ -256,6 +256,9 @@ def _mlp_keys(cfg: ModelConfig, fused: tuple[str, ...], linear: Any) -> None:
     linear("mlp.down", f"{mlp}.down_proj", cfg.mlp_bias)
 
 
+XIELU = {"above": "alpha_p", "below": "alpha_n", "slope": "beta", "limit": "eps"}
+
+
 def _expert_keys(cfg: ModelConfig, stack: str, layer: str, fused: Any, linear: Any) -> list[Key]:
     """The weights of a stack's experts; those that are modules are added by `linear`."""
     family, experts, keys = FAMILIES[cfg.family], cfg.experts, list[Key]()
@@ -400,6 +403,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
         keys += _expert_keys(cfg, stack, layer, fused, linear)
     elif kind.mlp:
         _mlp_keys(cfg, fused, linear)
+        for ours, name in XIELU.items() if cfg.activation == "xielu" else ():
+            keys.append(Key(f"{stack}.mlp.xielu.{ours}", f"{layer}mlp.act_fn.{name}"))
     if attends:
         linear("attn.o", "self_attn.o_proj", cfg.o_bias)
     if attends and cfg.output_gate in ("feature", "head"):
