@@ -46,7 +46,7 @@ from jaxllm.model.config import ModelConfig
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import TOKEN_IDS, from_hf, to_hf, with_mtp
 from jaxllm.model.families.tensors import Key, embed_name, key_table, keys_in, tensor_names
-from jaxllm.model.families.wrappers import head_of
+from jaxllm.model.families.wrappers import head_bias_of, head_of
 from jaxllm.ops.quantized import quantize
 from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
@@ -81,8 +81,9 @@ def _check_names(folder: Path, cfg: ModelConfig, found: set[str], scheme: fp8.Fp
     wanted = {name for key in keys_in(cfg, found) for name in tensor_names(cfg, key.name)}
     missing = sorted(wanted - found - {SCORE})  # a missing score head is drawn
     spare = sorted(n for n in fp8.without_scales(found, scheme) - wanted if not n.endswith(UNUSED))
-    if (cfg.tie_embeddings or cfg.scores) and (head := head_of(cfg.wrapper)) in spare:
-        spare.remove(head)  # a second copy of the embedding, or the head of a causal model
+    if cfg.tie_embeddings or cfg.scores:  # a second copy of the table, or a causal model's head
+        heads = head_of(cfg.wrapper), head_bias_of(cfg.wrapper) if cfg.head_bias else ""
+        spare = [name for name in spare if name not in heads]
     problems = [
         f"{verb} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
         for verb, names in (

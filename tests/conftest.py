@@ -27,6 +27,7 @@ STRUCTURES = (
     *("qwen2_moe", "minimax_m2", "ernie4_5_moe", "gpt_oss", "deepseek_v3", "minicpm3"),
     *("qwen3_next", "qwen3_5_text", "llama4_text", "lfm3", "lfm2_moe", "gemma4_text"),
     *("gemma4_text experts", "granitemoehybrid", "nemotron_h", "nanochat", "gpt_neox"),
+    *("apertus", "phi"),
 )
 # Costly tests -> the cases that `make test` runs: one of each structure, way and objective. The
 # other cases, and tests that have none here, run with `make sweep`; .ci/run takes those that fit.
@@ -179,6 +180,8 @@ SWEEPS = {
     "test_a_device_multiplies_its_part_of_the_features": (),
     "test_lora_branches_complete_as_the_merged_model_does": (),
     "test_lora_of_recurrent_layers_round_trips_with_peft": ("lfm2-w1",),
+    "test_blocks_of_mlp_and_vocabulary_change_nothing": (),
+    "test_a_mesh_changes_none_of_them": (),
     "test_lora_of_other_dense_layers_round_trips_with_peft_and_merges": ("gpt_neox",),
     "test_virtual_tokens_round_trip_with_peft": (
         *("PrefixTuningConfig-mistral", "PrefixTuningConfig-gemma2"),

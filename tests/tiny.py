@@ -266,6 +266,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "olmo2",
         dict(num_key_value_heads=1, attention_bias=True, tie_word_embeddings=True, head_dim=12),
     ),
+    "phi": ("phi", dict()),
+    "phi mqa, gelu, whole": (
+        "phi",
+        dict(num_key_value_heads=1, hidden_act="gelu", partial_rotary_factor=1.0),
+    ),
     "phi3": ("phi3", dict(original_max_position_embeddings=32, rope_parameters=LONGROPE)),
     "phi3 longrope, long": (
         "phi3",

@@ -229,6 +229,7 @@ class ModelConfig:
     experts: Experts | None = None
     layer_embeds: LayerEmbeds | None = None
     mtp: int = 0  # modules of multi-token prediction that are trained with the model (model/mtp.py)
+    head_bias: bool = False
     tie_embeddings: bool = True
     initializer_range: float = 0.02
     scores: bool = False  # a reward model: a score of each text in place of the next token's logits

@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if cfg.tie_embeddings or cfg.scores
-            else Linear(cfg, "head", HEAD_AXES, head_shape, **keys)
+            else Linear(cfg, "head", HEAD_AXES, head_shape, bias=cfg.head_bias, **keys)
         )
         self.prefix = peft.prefix(cfg, rngs)
         self.value: Any = nnx.data(None)  # PPO's critic (objectives/ppo.py)
@@ -245,9 +245,12 @@ class Decoder(nnx.Module):
     def head_terms(
         self, hidden: jax.Array, rng: jax.Array | None = None, adapter_weights: Any = None
     ) -> list[tuple[jax.Array, jax.Array]]:
-        """[(x [..., K], w [K, V])], whose products add up to the logits: the head's, and LoRA's."""
+        """[(x [..., K], w [K, V])], whose products add up to the logits: the head's, of ones and
+        its bias, and LoRA's."""
         hidden = self.head_input(hidden)
         terms = [(hidden, self.head_kernel())]
+        if self.head is not None and self.head.bias is not None:
+            terms.append((jnp.ones_like(hidden[..., :1]), self.head.bias[...][None]))
         if self.head is not None and self.head.lora is not None:
             terms += self.head.lora.terms(hidden, self.context(rng, adapter_weights))
         return terms

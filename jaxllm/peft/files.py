@@ -35,6 +35,9 @@ from jaxllm.peft.base import SEQUENCE_CLASSIFICATION, PeftAdapter
 from jaxllm.peft.combine import combine
 from jaxllm.untrusted import odd_values
 
+# Names of copies of the base, which peft saves of an adapted token table or head.
+COPIES = (".base_layer.weight", ".base_layer.bias")
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -176,7 +179,7 @@ def load_weights(model: Any, files: AdapterFiles, which: int = 0) -> None:
     if model.head is None:
         expected.add(head_of(model.cfg.wrapper))  # a second copy of the token table
     for name in tensors:
-        base, module = name.endswith(".base_layer.weight"), name.removeprefix(adapter.root)
+        base, module = name.endswith(COPIES), name.removeprefix(adapter.root)
         if not base and module not in expected:
             what = "which its config does not name"
             if not is_text(module, model.cfg.wrapper):

@@ -900,6 +900,24 @@ APERTUS_8B = dict(
     tie_word_embeddings=False,
     vocab_size=131072,
 )
+PHI_2 = dict(
+    model_type="phi",
+    hidden_act="gelu_new",
+    hidden_size=2560,
+    initializer_range=0.02,
+    intermediate_size=10240,
+    layer_norm_eps=1e-5,
+    max_position_embeddings=2048,
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=32,
+    partial_rotary_factor=0.4,
+    qk_layernorm=False,
+    rope_scaling=None,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    vocab_size=51200,
+)
 PYTHIA_1_4B = dict(
     model_type="gpt_neox",
     hidden_act="gelu",
@@ -1024,7 +1042,7 @@ def test_a_config_is_read_without_being_changed():
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
         *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
-        *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B, APERTUS_8B),
+        *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B, APERTUS_8B, PHI_2),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -1138,10 +1156,12 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             "num_hidden_layers is 1000000000; it must be",
         ),
         (
-            "phi",
+            "opt",
             {},
-            "'phi' is not supported: it needs a head with a bias, which this ",
+            "'opt' is not supported: it needs learned positions, which this ",
         ),
+        ("apertus", {"hidden_act": "silu"}, "activation 'silu' is not supported for this family"),
+        ("phi", {"tie_word_embeddings": True}, "a head with a bias cannot be the token table"),
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
         ("cohere", {"use_qk_norm": True}, "norms whose weights differ from head to head"),
@@ -1280,6 +1300,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (PYTHIA_1_4B, 1_414_647_808),
         (GPT_NEOX_20B, 20_554_567_680),
         (APERTUS_8B, 8_053_338_240),
+        (PHI_2, 2_779_683_840),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )

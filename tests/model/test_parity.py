@@ -68,7 +68,7 @@ MORE = ["cwm", "helium", "hyperclovax", "cohere", "stablelm parallel, biases, wh
 MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemoe", "granite_swa"]
 MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]
 MORE += ["bamba", "bamba biases, tied", "lfm3"]
-MORE += ["nanochat", "nanochat not capped, biases, tied", "gpt_neox", "apertus"]
+MORE += ["nanochat", "nanochat not capped, biases, tied", "gpt_neox", "apertus", "phi"]
 LONGER += MORE
 
 
@@ -198,7 +198,18 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
-GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3", "nanochat", "gpt_neox", "apertus"]
+GREEDY += [
+    "stablelm",
+    "olmo",
+    "granite_swa",
+    "afmoe",
+    "bamba",
+    "lfm3",
+    "nanochat",
+    "gpt_neox",
+    "apertus",
+    "phi",
+]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 # transformers has no least step while decoding.
 GREEDY += [name for name in NEMOTRON if "least steps" not in name]

@@ -142,6 +142,7 @@ def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
 DENSE = {
     "nanochat": ["q_proj", "o_proj", "fc1", "fc2"],
     "apertus": ["q_proj", "o_proj", "up_proj", "down_proj"],
+    "phi": ["q_proj", "dense", "fc2", "lm_head"],
     "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h", "embed_in"],
 }
 

@@ -11,6 +11,7 @@ from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     ATTENTION_SOFTCAP,
     CLIPPED,
+    GELU_NEW,
     GEMMA,
     GEMMA2,
     GEMMA4,
@@ -100,6 +101,18 @@ DENSE: dict[str, Family] = {
     ),
     "exaone4": Family(
         "Exaone4", {"norm_placement": "post", "qk_norm": "head"}, window="typed", nope="full"
+    ),
+    "phi": Family(
+        "Phi",
+        {"norm": "layer", "norm_bias": True, "norm_placement": "parallel", "gated_mlp": False}
+        | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+        (Option("norm_eps", "layer_norm_eps"), GELU_NEW),
+        partial_rope=True,
+        modules=names.PHI,
+        refused={
+            "qk_layernorm": "LayerNorm of queries and keys is not supported",
+            "tie_word_embeddings": "a head with a bias cannot be the token table",
+        },
     ),
     "phi3": Family("Phi3", window="all", partial_rope=True, fused=("qkv", "gate_up")),
     "smollm3": Family(

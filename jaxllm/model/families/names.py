@@ -33,6 +33,12 @@ GPT_NEOX = {
     "mlp.up": "mlp.dense_h_to_4h",
     "mlp.down": "mlp.dense_4h_to_h",
 } | {f"attn.{part}": "attention.query_key_value" for part in "qkv"}
+PHI = {
+    "norm": "final_layernorm",
+    "attn.o": "self_attn.dense",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
 _LFM = {
     "mlp.gate": "feed_forward.w1",
     "mlp.up": "feed_forward.w3",

@@ -12,8 +12,9 @@ from jaxllm.errors import UserError, seen
 
 ACTIVATIONS = {
     "silu": "silu",
-    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu2": "relu2",
 }
@@ -49,8 +50,11 @@ class Option:
         return value, *(config.get(key) for key in self.beside.split())
 
 
-def _activation_under(key: str, field: str = "activation") -> Option:
-    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+def _activation_under(
+    key: str, field: str = "activation", tanh: str = "gelu_pytorch_tanh"
+) -> Option:
+    """tanh: the name under which gelu_tanh is written."""
+    back = {ours: theirs for theirs, ours in ACTIVATIONS.items()} | {"gelu_tanh": tanh}
     return Option(field, key, _activation, back.__getitem__)
 
 
@@ -90,6 +94,7 @@ def _learned(name: Any) -> str:
     return name
 
 
+GELU_NEW = _activation_under("hidden_act", tanh="gelu_new")
 XIELU = Option("activation", "hidden_act", _learned)
 CLIPPED = Option("qkv_clip", "clip_qkv", lambda limit: limit or 0.0, lambda limit: limit or None)
 

@@ -30,7 +30,6 @@ MISSING = {
     "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
     "the mean of routed and shared experts": ("cohere2_moe",),
     "routing by SparseMixer": ("phimoe",),
-    "a head with a bias": ("phi",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxllm.model.config import Delta, LayerKind, Mamba, ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.wrappers import WRAPPERS, head_of
+from jaxllm.model.families.wrappers import WRAPPERS, head_bias_of, head_of
 
 
 def root_of(family: str, wrapper: str) -> str:
@@ -23,7 +23,9 @@ def root_of(family: str, wrapper: str) -> str:
 
 def embed_name(family: str, wrapper: str) -> str:
     """The HF name of the token table of a decoder, which may be in a wrapper."""
-    return f"{root_of(family, wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
+    return (
+        f"{root_of(family, wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
+    )
 
 
 def module_name(stored: str, family: str, wrapper: str) -> str:
@@ -154,6 +156,8 @@ def key_table(cfg: ModelConfig) -> list[Key]:
         keys.append(Key("score.kernel", "score.weight", True))
     elif not cfg.tie_embeddings:
         keys.append(Key("head.kernel", head_of(cfg.wrapper), True))
+        if cfg.head_bias:
+            keys.append(Key("head.bias", head_bias_of(cfg.wrapper)))
     return keys
 
 

@@ -83,6 +83,10 @@ def head_of(wrapper: str) -> str:
     return WRAPPERS[wrapper].head if wrapper else HEAD
 
 
+def head_bias_of(wrapper: str) -> str:
+    return head_of(wrapper).removesuffix("weight") + "bias"
+
+
 def is_text(name: str, wrapper: str) -> bool:
     """True if a tensor, by its `module_name`, belongs to the language model or to its multi-token
     prediction."""
