@@ -28,7 +28,7 @@ from jaxllm.hf_config import read_config, text_tensors
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families import mtp_modules
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import module_name, mtp_copies, stored_name
+from jaxllm.model.families.tensors import module_name, mtp_copies, root_of, stored_name
 from jaxllm.model.families.wrappers import WRAPPER, is_text
 from jaxllm.paths import as_path, copy, is_bucket
 

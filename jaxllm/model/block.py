@@ -30,8 +30,9 @@ from jaxllm.model.moe import MoE
 
 class Block(nnx.Module):
     """x + attention, x + MLP, or one of them alone, with norms before, after, or on both sides of
-    each; or x + attention + MLP of the same x (`parallel`), normed once or for each. Then x + what the layer's own
-    embedding gates, and all of it times a number, where the family has these.
+    each; or x + attention + MLP of the same x (`parallel`), normed once or for each of them. Then x
+    + what the layer's own embedding gates, and all of it times a number, where the family has
+    these.
 
     path: the attribute of the decoder that holds the stack. kind: of one of its layers.
     """
