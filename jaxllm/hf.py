@@ -124,8 +124,8 @@ def _fitting(part: Any, name: str, key: Key, shape: tuple[int, ...], fused: int)
 
 
 def _read(part: Any, key: Key, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of one layer's weight, [in, out] or [out]; reads no more than the slice, and what is
-    between outputs that no slice of a fused tensor has."""
+    """A slice of one layer's weight, [in, out] or [out]. Reads no more than it, and the outputs of
+    other weights that are between its own in a tensor fused by heads."""
     index = key.within(_swapped(index) if key.transpose else index)
     if key.part is not None and isinstance(outputs := index[key.out_dim], np.ndarray):
         around = slice(outputs[0], outputs[-1] + 1)

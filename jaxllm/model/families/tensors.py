@@ -23,9 +23,8 @@ def root_of(family: str, wrapper: str) -> str:
 
 def embed_name(family: str, wrapper: str) -> str:
     """The HF name of the token table of a decoder, which may be in a wrapper."""
-    return (
-        f"{root_of(family, wrapper)}{FAMILIES[family].modules.get('embed', 'embed_tokens')}.weight"
-    )
+    table = FAMILIES[family].modules.get("embed", "embed_tokens")
+    return f"{root_of(family, wrapper)}{table}.weight"
 
 
 def module_name(stored: str, family: str, wrapper: str) -> str:
@@ -94,8 +93,8 @@ class Key:
         return (*index[:dim], outputs, *index[dim + 1 :])
 
     def within(self, index: tuple[slice, ...]) -> tuple[Any, ...]:
-        """Where a slice of the weight is in a tensor of which it may be a part: slices, or an array
-        of the outputs that no slice has."""
+        """Where a slice of the weight is in a tensor of which it may be a part. Its outputs are a
+        slice, or an array where those of other weights are between them."""
         if self.part is None:
             return index
         outputs = self.part[index[self.out_dim]]
