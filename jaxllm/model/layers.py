@@ -66,6 +66,9 @@ class Linear(nnx.Module):
         y = saveable(y, "dot")
         if self.lora is not None:
             y = self.lora(x, y, self.dense, ctx)
+        return self.biased(y)
+
+    def biased(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense(self) -> jax.Array:
@@ -235,13 +238,14 @@ def products(x: jax.Array, parts: tuple[Linear, ...]) -> list[jax.Array]:
 
 def fused(lora: Any, x: jax.Array, parts: tuple[Linear, ...], ctx: Context) -> list[jax.Array]:
     """The output of each part. `lora` is one branch for all parts, if HF has them in one tensor."""
-    pairs = zip(parts, products(x, parts), strict=True)
-    ys = [part.output(x, y, ctx) for part, y in pairs]
+    ys = products(x, parts)
     if lora is None:
-        return ys
+        return [part.output(x, y, ctx) for part, y in zip(parts, ys, strict=True)]
+    ys = [saveable(y, "dot") for y in ys]
     ends = np.cumsum([y.shape[-1] for y in ys])[:-1]
 
     def kernel() -> jax.Array:
         return jnp.concatenate([part.dense() for part in parts], -1)
 
-    return jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, ctx), ends, -1)
+    ys = jnp.split(lora(x, jnp.concatenate(ys, -1), kernel, ctx), ends, -1)
+    return [part.biased(y) for part, y in zip(parts, ys, strict=True)]
