@@ -72,6 +72,8 @@ def context_obstacle(cfg: ModelConfig) -> str:
     """Why the mesh axis `context` cannot split rows; empty if it can."""
     if cfg.recurrent:
         return OBSTACLE.format(cfg.recurrent)
+    if cfg.indexer is not None:
+        return OBSTACLE.format("indexers")
     uses = any(kind.uses is not None for kind in cfg.kinds)
     return WHOLE_ROWS if uses or cfg.layer_embeds is not None else ""
 
