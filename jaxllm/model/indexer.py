@@ -23,9 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxllm.errors import UserError
+from jaxllm.mesh import context_shards, context_splits
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.delta import OBSTACLE
 from jaxllm.model.layers import LayerNorm, Linear
 from jaxllm.model.rope import rotate
 from jaxllm.ops.attention_blocks import block_size, split
@@ -34,6 +37,7 @@ from jaxllm.ops.matmul import operand
 from jaxllm.ops.residuals import saveable_in_vjp
 
 NORM_EPS = 1e-6
+WHOLE_ROWS = OBSTACLE.format("indexers")
 
 
 class Indexer(nnx.Module):
@@ -64,6 +68,8 @@ class Indexer(nnx.Module):
     ) -> jax.Array | None:
         """The keys that each query attends to among those that it sees, bool [B, T, S]; None if it
         attends to all."""
+        if context_shards() > 1 or context_splits(x_BTD.shape[1]):
+            raise UserError(f"mesh.context is not possible: {WHOLE_ROWS}")
         H, K = self.indexer.heads, self.indexer.head_dim
         if k_BSK.shape[1] <= self.indexer.top_k:
             return None
