@@ -122,9 +122,9 @@ class Latent:
 class Indexer:
     """What chooses the keys of each query of latent attention (model/indexer.py)."""
 
-    top_k: int  # keys of a query
+    top_keys: int  # of a query
     heads: int
-    head_dim: int  # as many of its features are rotated as in the attention
+    dim: int  # features of a head; as many are rotated as in the attention
     pairs: Literal["halves", "neighbours"] = "halves"  # which are rotated together
 
 
@@ -289,7 +289,7 @@ class ModelConfig:
         head: the rotated part of all heads' keys with the indexer's key, and the latent."""
         if self.latent is None:
             return self.num_kv_heads, self.head_dim, self.head_dim
-        index_dim = 0 if self.indexer is None else self.indexer.head_dim
+        index_dim = 0 if self.indexer is None else self.indexer.dim
         return 1, self.head_dim + index_dim, self.latent.kv_rank
 
     @property

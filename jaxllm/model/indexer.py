@@ -46,7 +46,7 @@ class Indexer(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, path: str, *, peft: Adapter, dtype: Any, rngs: nnx.Rngs):
         assert cfg.indexer is not None and cfg.latent is not None
-        D, Q, H, K = cfg.hidden_size, cfg.latent.q_rank, cfg.indexer.heads, cfg.indexer.head_dim
+        D, Q, H, K = cfg.hidden_size, cfg.latent.q_rank, cfg.indexer.heads, cfg.indexer.dim
         linear = partial(Linear, cfg, peft=peft, dtype=dtype, rngs=rngs)
         self.q = linear(f"{path}.q", ("latent", None), (Q, H * K))
         self.k = linear(f"{path}.k", ("embed", None), (D, K))
@@ -70,23 +70,24 @@ class Indexer(nnx.Module):
         attends to all."""
         if context_shards() > 1 or context_splits(x_BTD.shape[1]):
             raise UserError(f"mesh.context is not possible: {WHOLE_ROWS}")
-        H, K = self.indexer.heads, self.indexer.head_dim
-        if k_BSK.shape[1] <= self.indexer.top_k:
+        H, K = self.indexer.heads, self.indexer.dim
+        if k_BSK.shape[1] <= self.indexer.top_keys:
             return None
         x_BTD, low_BTQ = lax.stop_gradient((x_BTD, low_BTQ))
         q_BTHK = self.rotated(self.q(low_BTQ, ctx).reshape(*x_BTD.shape[:2], H, K), ctx)
         w_BTH = self.weigh(x_BTD, ctx).astype(jnp.float32) * (H * K) ** -0.5
-        chosen = select(*lax.stop_gradient((q_BTHK, w_BTH, k_BSK)), ctx, self.indexer.top_k)
+        chosen = select(*lax.stop_gradient((q_BTHK, w_BTH, k_BSK)), ctx, self.indexer.top_keys)
         return saveable_in_vjp(chosen, "attention")
 
 
 def select(
-    q_BTHK: jax.Array, w_BTH: jax.Array, k_BSK: jax.Array, ctx: Context, top_k: int
+    q_BTHK: jax.Array, w_BTH: jax.Array, k_BSK: jax.Array, ctx: Context, count: int
 ) -> jax.Array:
-    """True for the `top_k` keys of the highest scores among those that a query sees, bool [B, T, S].
+    """True for the `count` keys with the highest scores among those that a query sees, or for all
+    of them if they are fewer, bool [B, T, S].
 
-    Scores are float32, and exist for one block of queries at a time; those of all heads for one
-    pair of blocks.
+    Scores are float32. They exist for one block of queries at a time, and those of each head for
+    one pair of blocks.
     """
     (B, T), S = q_BTHK.shape[:2], k_BSK.shape[1]
     k_segments = ctx.segment_ids if ctx.key_segment_ids is None else ctx.key_segment_ids
@@ -107,7 +108,7 @@ def select(
         scores = jnp.moveaxis(lax.map(scored, k_mBSK), 0, 2).reshape(B, size, -1)[..., :S]
         indices = start + jnp.arange(size), jnp.arange(S)
         seen = visible(q_segments, k_segments, q_positions, *indices, None)
-        return seen & highest(jnp.where(seen, scores, -jnp.inf), top_k)
+        return seen & highest(jnp.where(seen, scores, -jnp.inf), count)
 
     blocks = (
         queries(q_BTHK.astype(k_BSK.dtype)),

@@ -30,12 +30,11 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window or chunks, or if an indexer chooses them (whose
-    own cost is `indexer_flops`). A delta net or a state space costs
-    the same at each token (`delta.products`, `mamba.products`). Packed rows are counted as one
-    document, although segments do less. A reward model's head reads one token per text and counts
-    as 0. A module of multi-token prediction is one more layer, its projection, and the head once
-    more.
+    (length + 1) / 2, or fewer within a layer's window or chunks, or if an indexer chooses them (its
+    own cost is `indexer_flops`). A delta net or a state space costs the same at each token
+    (`delta.products`, `mamba.products`). Packed rows are counted as one document, although segments
+    do less. A reward model's head reads one token per text and counts as 0. A module of multi-token
+    prediction is one more layer, its projection, and the head once more.
     """
     D, H = model.hidden_size, model.num_heads
     routed, matrices = 0, 3 if model.gated_mlp else 2
@@ -69,7 +68,7 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             continue
         weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)
-        window = min(model.indexer.top_k, window) if model.indexer is not None else window
+        window = min(model.indexer.top_keys, window) if model.indexer is not None else window
         if model.chunked:
             rest = length % window
             keys = ((length - rest) * (window + 1) + rest * (rest + 1)) / (2 * length)
@@ -83,10 +82,10 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
 def indexer_flops(model: ModelConfig, length: int) -> float:
     """FLOPs of the indexers per token: their weights, and the scores of all keys that a query sees.
-    They have no gradient, and choose nothing in rows of at most `top_k` tokens."""
-    if (indexer := model.indexer) is None or model.latent is None or length <= indexer.top_k:
+    They have no gradient, and choose nothing in rows of at most `top_keys`."""
+    if (indexer := model.indexer) is None or model.latent is None or length <= indexer.top_keys:
         return 0.0
-    H, K = indexer.heads, indexer.head_dim
+    H, K = indexer.heads, indexer.dim
     weights = model.latent.q_rank * H * K + model.hidden_size * (K + H)
     scores = (H * K + H) * (length + 1) / 2  # and their weighted sum
     return 2 * (weights + scores) * (model.num_layers + model.mtp)

@@ -22,14 +22,12 @@ from steps import (
     unpacked,
 )
 
-from jaxllm.config import MeshSection, OptimSection, PeftSection
+from jaxllm.config import MeshSection, PeftSection
 from jaxllm.errors import UserError
 from jaxllm.mesh import make_mesh
 from jaxllm.model.cache import Cache
 from jaxllm.model.config import Indexer, Latent, LayerKind, Rope
 from jaxllm.model.context import Context
-from jaxllm.model.decoder import Decoder
-from jaxllm.model.families import from_hf
 from jaxllm.model.indexer import highest, select
 from jaxllm.model.stack import unstack
 from jaxllm.monitor.flops import forward_flops, indexer_flops
@@ -47,7 +45,7 @@ SHAPE = replace(
     num_layers=2,
     num_kv_heads=4,
     latent=Latent(kv_rank=24, nope_dim=12, value_dim=10, q_rank=16),
-    indexer=Indexer(top_k=3, heads=16, head_dim=12),
+    indexer=Indexer(top_keys=3, heads=16, dim=12),
 )
 LORA = PeftSection(method="lora", r=4, target_modules=("all-linear",))
 PROMPT = PeftSection(method="prompt", num_virtual_tokens=3)
@@ -60,7 +58,7 @@ def logits(model, tokens):
 
 def test_texts_of_no_more_keys_than_it_chooses_are_those_of_latent_attention():
     """With the same weights, bit for bit; longer ones are not."""
-    model = decoder(shape=replace(SHAPE, indexer=replace(SHAPE.indexer, top_k=20)))
+    model = decoder(shape=replace(SHAPE, indexer=replace(SHAPE.indexer, top_keys=20)))
     plain = decoder(shape=replace(SHAPE, indexer=None))
     mine = nnx.state(model)
     for stack in plain.cfg.stacks:
@@ -88,7 +86,8 @@ def test_keys_are_chosen_in_blocks_as_in_one(monkeypatch, before):
     T = rows["tokens"].shape[1]
     keys = iter(jax.random.split(jax.random.key(0), 9))
     q, w, k = (
-        jax.random.normal(next(keys), shape) for shape in ((3, T, 4, 6), (3, T, 4), (3, T + before, 6))
+        jax.random.normal(next(keys), shape)
+        for shape in ((3, T, 4, 6), (3, T, 4), (3, T + before, 6))
     )
     segments = jnp.asarray(rows["segment_ids"])
     k_segments = jnp.pad(segments, ((0, 0), (before, 0)), constant_values=attention.EVERYWHERE)
@@ -213,7 +212,9 @@ def test_the_cache_has_the_indexers_key_beside_the_rotated_one():
 def test_no_fused_kernel_takes_chosen_keys(monkeypatch):
     assert "indexer" in attention_tpu.obstacle(dtype=jnp.bfloat16, selected=True)
     monkeypatch.setattr(attention_gpu.jax, "devices", lambda: [type("D", (), {"platform": "gpu"})])
-    monkeypatch.setattr(attention_gpu.metadata, "version", lambda _: attention_gpu.TOKAMAX_VERSIONS[0])
+    monkeypatch.setattr(
+        attention_gpu.metadata, "version", lambda _: attention_gpu.TOKAMAX_VERSIONS[0]
+    )
     facts = dict(dtype=jnp.bfloat16, softcap=0.0, head_dims=(64, 64))
     assert attention_gpu.obstacle(**facts) == ""
     assert "indexer" in attention_gpu.obstacle(**facts, selected=True)
@@ -225,9 +226,9 @@ def test_rows_that_are_split_over_devices_are_refused():
         trajectory(ragged_rows(8), shape=SHAPE, devices=8, mesh=mesh, steps=1)
 
 
-def test_flops_are_those_that_xla_counts():
+def test_flops_of_indexers_are_those_that_xla_counts():
     """Of layers that are not in a loop, and of one block, in which all keys have a score."""
-    T, indexer = 64, Indexer(top_k=16, heads=32, head_dim=64)
+    T, indexer = 64, Indexer(top_keys=16, heads=32, dim=64)
     cfg = replace(SHAPE, hidden_size=256, latent=replace(SHAPE.latent, q_rank=96), indexer=indexer)
 
     def counted(cfg):
@@ -236,7 +237,7 @@ def test_flops_are_those_that_xla_counts():
         lowered = forward.lower(state, jax.ShapeDtypeStruct((1, T), jnp.int32))
         return lowered.compile().cost_analysis()["flops"]
 
-    all_keys = replace(cfg, indexer=replace(indexer, top_k=T))
+    all_keys = replace(cfg, indexer=replace(indexer, top_keys=T))
     assert indexer_flops(all_keys, T) == 0
     weights = 2 * cfg.num_layers * (96 * 32 * 64 + 256 * (64 + 32))
     scores = (indexer_flops(cfg, T) - weights) * 2 * T / (T + 1)

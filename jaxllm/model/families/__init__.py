@@ -208,9 +208,9 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
             f"num_attention_heads {cfg.num_heads} is no multiple of "
             f"num_key_value_heads {cfg.num_kv_heads}"
         )
-    if (indexer := cfg.indexer) is not None and indexer.head_dim < cfg.head_dim:
+    if (indexer := cfg.indexer) is not None and indexer.dim < cfg.head_dim:
         raise UserError(
-            f"index_head_dim {indexer.head_dim} is less than qk_rope_head_dim {cfg.head_dim}"
+            f"index_head_dim {indexer.dim} is less than qk_rope_head_dim {cfg.head_dim}"
         )
     if (delta := cfg.delta) is not None and delta.value_heads % delta.key_heads:
         raise UserError(

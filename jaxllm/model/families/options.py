@@ -194,14 +194,14 @@ def _chosen_by_all(count: int, types: Any) -> int:
 
 INDEXER = (
     Option(
-        "indexer.top_k",
+        "indexer.top_keys",
         "index_topk",
         _chosen_by_all,
         lambda count, _: count,
         beside="indexer_types",
     ),
     Option("indexer.heads", "index_n_heads"),
-    Option("indexer.head_dim", "index_head_dim"),
+    Option("indexer.dim", "index_head_dim"),
 )
 DELTA = (
     Option("delta.key_heads", "linear_num_key_heads"),
