@@ -220,7 +220,7 @@ def test_no_fused_kernel_takes_chosen_keys(monkeypatch):
     assert "indexer" in attention_gpu.obstacle(**facts, selected=True)
 
 
-def test_rows_that_are_split_over_devices_are_refused():
+def test_rows_that_are_split_over_devices_choose_no_keys():
     mesh = MESHES["context 2 x tensor 2 x fsdp 2"]
     with pytest.raises(UserError, match="mesh.context is not possible: indexers do not support"):
         trajectory(ragged_rows(8), shape=SHAPE, devices=8, mesh=mesh, steps=1)
