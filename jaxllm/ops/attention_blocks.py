@@ -110,7 +110,7 @@ def _visible_pairs(
     A pair is visible if some query of some row may see one of its keys. aligned: the last blocks of
     queries and keys are the same tokens, so no later block of keys is seen.
     """
-    q_segments, k_segments, q_positions, (starts, first_key), _ = where
+    q_segments, k_segments, q_positions, (starts, first_key), *_ = where
     (n, _, T), (m, _, S) = q_segments.shape, k_segments.shape
     if chunked:  # the window of a block's first query that has in it the chunk of every query
         window = jnp.max(q_positions % window + 1 - jnp.arange(T), (1, 2))[:, None]
