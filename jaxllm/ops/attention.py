@@ -191,11 +191,10 @@ def _per_shard(
 
     A kernel cannot be partitioned by XLA, and the list of visible blocks needs no other device's
     rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]; given: window, sinks and
-    selected.
-    Inside, all mesh axes are manual, also those that are not yet in a shard_map around it: rows are
-    split along data and fsdp, heads along tensor where both H and N divide, queries and keys along
-    context where T divides, and everything else is replicated. Only context communicates
-    (`attention_context`).
+    selected. Inside, all mesh axes are manual, also those that are not yet in a shard_map around
+    it: rows are split along data and fsdp, heads along tensor where both H and N divide, queries
+    and keys along context where T divides, and everything else is replicated. Only context
+    communicates (`attention_context`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if context_splits(q.shape[1]):
