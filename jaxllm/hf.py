@@ -52,8 +52,7 @@ from jaxllm.paths import is_bucket, read_bytes
 from jaxllm.peft import files as adapter_files
 from jaxllm.tokenizer import save_tokenizer
 
-# Buffers in old files, which no model reads.
-# Suffixes of tensors that no model reads: frequencies, and masks in files of gpt_neox.
+# Suffixes of buffers in old files, which no model reads: frequencies, and masks of gpt_neox.
 UNUSED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 SCORE = "score.weight"
 
