@@ -138,6 +138,16 @@ NEMOTRON_H: dict[str, Any] = dict(
     ssm_state_size=10,
 )
 
+OLMO_HYBRID: dict[str, Any] = dict(
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    # transformers saves the convolution in three equal parts, whatever the widths of q, k and v.
+    linear_key_head_dim=20,
+    linear_value_head_dim=10,
+)
+NO_BASE = dict(rope_type="default", rope_theta=None)
+
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", dict(head_dim=12)),
@@ -996,6 +1006,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | DELTA_EXPERTS),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        OLMO_HYBRID | dict(layer_types=[LINEAR, FULL] * 2, rope_parameters=NO_BASE),
+    ),
+    "olmo_hybrid rotated, β up to 1, biases, tied": (
+        "olmo_hybrid",
+        OLMO_HYBRID
+        | dict(
+            layer_types=[FULL, LINEAR, LINEAR, FULL],
+            linear_allow_neg_eigval=False,
+            linear_num_value_heads=2,
+            linear_value_head_dim=20,
+            linear_conv_kernel_dim=3,
+            hidden_act="gelu",
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
 }
 
 
@@ -1042,7 +1071,7 @@ def magnified(config: dict[str, Any]) -> Any:
 
 def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Tensors as transformers saves them: those of experts one by one."""
-    if not any(".experts." in name for name in tensors):
+    if not any(".experts." in n or ".linear_attn.q_" in n for n in tensors):
         return tensors
     saved = revert_weight_conversion(model, tensors)
     kind = model.config.model_type

@@ -52,10 +52,11 @@ class LayerKind:
     # A layer may be one of the two alone: a mixer, or an MLP or experts.
     mixer: Literal["attention", "delta", "conv", "mamba", "none"] = "attention"
     mlp: bool = True
-    # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
+    # Sizes of such a layer, and where its norms are, if they differ (`ModelConfig.of`).
     head_dim: int | None = None
     num_kv_heads: int | None = None
     intermediate_size: int | None = None
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] | None = None
     values_from_keys: bool = False  # its values are its keys before their norm and positions
     # A layer keeps its keys and values under a number, and later ones that have none use them.
     keeps: int | None = None
@@ -71,10 +72,11 @@ class LayerKind:
         """Equal for layers that one stack can hold, whose weights have equal shapes."""
         rest = self.values_from_keys, self.keeps, self.uses
         parts = self.mixer, self.mlp, self.dense
-        return (*parts, *(getattr(self, size) for size in OWN_SIZES), *rest)
+        return (*parts, *(getattr(self, name) for name in OWN), *rest)
 
 
 OWN_SIZES = "head_dim", "num_kv_heads", "intermediate_size"
+OWN = *OWN_SIZES, "norm_placement"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Delta:
     # q, k, v and the gate are one tensor, in which the heads follow one another; so are beta and
     # decay. Else q, k and v follow one another in one tensor, and the others have their own.
     grouped: bool = False
+    negative: bool = False  # β is up to 2: a token may turn what it corrects into its negative
+    norm_eps: float = 0.0  # of the norm of the output; 0 = the model's
 
 
 @dataclass(frozen=True)
@@ -232,9 +236,9 @@ class ModelConfig:
     wrapper: str = ""  # model_type of the multimodal model that it is a part of (families.wrappers)
 
     def of(self, kind: LayerKind) -> ModelConfig:
-        """The config with the sizes of a layer of that kind."""
-        own = {size: getattr(kind, size) for size in OWN_SIZES}
-        return replace(self, **{size: value for size, value in own.items() if value is not None})
+        """The config with the sizes and norms of a layer of that kind."""
+        own = {name: getattr(kind, name) for name in OWN}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
     @property
     def kinds_by_layer(self) -> tuple[LayerKind, ...]:

@@ -84,14 +84,15 @@ def unread_weights(model: ModelConfig) -> int:
     the layers: nothing in the backward pass reads such a product, so remat leaves it out."""
     features, Q = 0, model.num_heads * model.head_dim
     for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
-        last = model.of(kind).intermediate_size
+        layer = model.of(kind)
+        last = layer.intermediate_size
         if (experts := model.experts) is not None and kind.routed:
             # The router weighs what an expert gives, and a gate the shared one: gradients read it.
             shared = 0 if experts.shared_gate else experts.shared_size
             last = 0 if experts.branch else experts.latent_size + shared
         if not kind.mlp:
             last = Q if model.mamba is None or kind.mixer != "mamba" else model.mamba.widths["x"]
-        features += {"pre": last, "parallel": last + Q}.get(model.norm_placement, 0)
+        features += {"pre": last, "parallel": last + Q}.get(layer.norm_placement, 0)
     return model.hidden_size * features
 
 

@@ -861,6 +861,26 @@ BAMBA_9B = dict(
     tie_word_embeddings=False,
     vocab_size=128256,
 )
+OLMO_HYBRID_7B = dict(
+    model_type="olmo_hybrid",
+    hidden_size=3840,
+    intermediate_size=11008,
+    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 8,
+    linear_allow_neg_eigval=True,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=96,
+    linear_num_key_heads=30,
+    linear_num_value_heads=30,
+    linear_value_head_dim=192,
+    max_position_embeddings=65536,
+    num_attention_heads=30,
+    num_hidden_layers=32,
+    num_key_value_heads=30,
+    rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_theta=None, rope_type="default"),
+    tie_word_embeddings=False,
+    vocab_size=100352,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -959,7 +979,7 @@ def test_a_config_is_read_without_being_changed():
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B),
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
-        *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
+        *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B, OLMO_HYBRID_7B),
     ],
     ids=lambda c: c["model_type"],
 )
@@ -1144,6 +1164,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     # torch has no default for it, and that of helium does not fit
     if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe", "helium"):
         config |= {"head_dim": 4}
+    if kind == "olmo_hybrid":  # else transformers does not divide the convolution as files do
+        config |= {"linear_value_head_dim": 3}
     if kind == "lfm2_moe":
         config |= {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
     cfg = from_hf(config)
@@ -1210,6 +1232,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (COMMAND_R, 34_980_831_232),
         (GRANITE_3_1B_A400M, 1_334_628_352),
         (BAMBA_9B, 9_780_235_392),
+        (OLMO_HYBRID_7B, 7_430_870_688),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1226,8 +1249,9 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 
     # On 64 devices no array of 1 GiB is replicated, and each holds less than twice its share.
-    sizes = dict(data=1, fsdp=8, expert=8 if cfg.experts else 1, context=1)
-    sizes |= dict(tensor=64 // prod(sizes.values()))
+    sizes = dict(data=1, expert=8, tensor=1) if cfg.experts else dict(data=1, expert=1)
+    sizes = dict(tensor=math.gcd(8, cfg.num_heads)) | sizes  # which divides no head
+    sizes |= dict(fsdp=64 // prod(sizes.values()), context=1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     whole, own = [], 0
     for _, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
@@ -1307,6 +1331,16 @@ def test_nemotron_h_has_layers_that_are_one_sub_layer():
     assert config.items() >= NEMOTRON_H_8B.items() and "rope_theta" not in config
     with pytest.raises(UserError, match="mtp_loss: the multi-token prediction of nemotron_h is no"):
         with_mtp(nano, NEMOTRON_3_NANO)
+
+
+def test_olmo_hybrid_has_norms_before_delta_nets_and_after_attention():
+    cfg = from_hf(OLMO_HYBRID_7B)
+    delta, attention = LayerKind(mixer="delta", norm_placement="pre"), LayerKind()
+    assert kinds(cfg) == ([delta] * 3 + [attention]) * 8 and cfg.norm_placement == "post"
+    assert cfg.delta == Delta(30, 30, 96, 192, 4, negative=True, norm_eps=1e-5)
+    assert cfg.ropes == (Rope(kind="none"),) and to_hf(cfg)["rope_parameters"]["rope_theta"] is None
+    rotated = from_hf(OLMO_HYBRID_7B | {"rope_parameters": {"rope_theta": 5e5}})
+    assert rotated.ropes == (Rope(500_000.0),) and from_hf(to_hf(rotated)) == rotated
 
 
 def test_bamba_lists_its_layers_with_attention():

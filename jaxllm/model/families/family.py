@@ -22,6 +22,7 @@ class Family:
       if `use_sliding_window` says so too.
     mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
       ("linear_attention"), or a short convolution ("conv").
+    norms_of_mixer: `norm_placement` of those layers, where it is not that of attention's.
     attention_listed: `attn_layer_indices` lists those with attention, in place of `layer_types`.
     alone: a layer is a mixer, an MLP ("mlp") or experts ("moe"), which `layers_block_type` names.
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
@@ -30,7 +31,8 @@ class Family:
       that `mlp_layer_types` names ("typed"), or those that `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, those
       that see all keys while others have a window ("full"), all unless
-      `position_embedding_type` is "rope", or "always" all.
+      `position_embedding_type` is "rope", all if `rope_theta` is null ("baseless"), or "always"
+      all.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     theta_listed: `layer_rope_theta` has the base of each layer's RoPE, 0 for none.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
@@ -60,10 +62,11 @@ class Family:
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     mixer: Literal["", "delta", "conv", "mamba"] = ""
+    norms_of_mixer: Literal["pre"] | None = None
     attention_listed: bool = False
     alone: bool = False
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
-    nope: Literal["none", "listed", "full", "all", "always"] = "none"
+    nope: Literal["none", "listed", "full", "all", "baseless", "always"] = "none"
     rope_by_type: bool = False
     theta_listed: bool = False
     shapes_by_layer: bool = False

@@ -46,6 +46,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
             dense=dense,
             mixer=_mixer(family, kind),
             mlp=kind in ALONE or not family.alone,
+            norm_placement=None if _mixer(family, kind) == "attention" else family.norms_of_mixer,
         )
         for kind, rope, dense, own in zip(
             types, which, _read_dense(c), _read_shapes(c, types), strict=True
@@ -63,7 +64,8 @@ def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], 
         bases = list(dict.fromkeys(listed := c["layer_rope_theta"]))
         each = (read_rope(p | {"rope_theta": n}, c) if n else read_nope(c) for n in bases)
         return tuple(each), [bases.index(n) for n in listed]
-    names, rotates = ["full_attention"], family.nope != "always"
+    baseless = family.nope == "baseless" and p["rope_theta"] is None
+    names, rotates = ["full_attention"], family.nope != "always" and not baseless
     if family.rope_by_type:
         attending = [kind for kind in types if _mixer(family, kind) == "attention"]
         names = list(dict.fromkeys(attending)) or names
@@ -218,7 +220,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     elif family.nope != "always":
         first = next((rope for rope in cfg.ropes if rope.kind != "none"), Rope())
-        config["rope_parameters"] = write_rope(first, family)
+        rope = write_rope(first, family)
+        baseless = family.nope == "baseless" and not any(rotated)
+        config["rope_parameters"] = rope | ({"rope_theta": None} if baseless else {})
     if family.theta_listed:
         ropes = [cfg.ropes[kind.rope] for kind in layers]
         config["layer_rope_theta"] = [0 if r.kind == "none" else r.theta for r in ropes]

@@ -188,6 +188,11 @@ DELTA = (
     Option("delta.value_dim", "linear_value_head_dim"),
     Option("delta.taps", "linear_conv_kernel_dim"),
 )
+OLMO_HYBRID = (
+    *ATTENTION_BIAS,
+    *DELTA,
+    Option("delta.negative", "linear_allow_neg_eigval", bool),
+)
 
 
 def _unlimited(taps: int, limit: Any) -> int:

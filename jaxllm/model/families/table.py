@@ -18,7 +18,6 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
-    "norms before some of its layers and after others": ("olmo_hybrid",),
     "state-space layers of another form": (
         *("mamba", "mamba2", "jamba"),
         *("zamba", "zamba2", "falcon_mamba"),
