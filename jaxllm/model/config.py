@@ -98,6 +98,7 @@ class Experts:
     group_best: int = 2
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
+    shared_mean: bool = False  # the output is the mean of those of the chosen and shared experts
     # The router, the other experts and their output have norms apart from the shared expert's, and
     # the output of each expert a learned scale.
     branch: bool = False

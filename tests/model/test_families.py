@@ -1343,6 +1343,24 @@ def test_olmo_hybrid_has_norms_before_delta_nets_and_after_attention():
     assert rotated.ropes == (Rope(500_000.0),) and from_hf(to_hf(rotated)) == rotated
 
 
+def test_cohere2_moe_has_rotary_positions_in_dense_layers_too():
+    dense = dict(first_k_dense_replace=1, prefix_dense_intermediate_size=48, sliding_window=8)
+    config = TINY | dense | {"model_type": "cohere2_moe", "num_hidden_layers": 5}
+    cfg = from_hf(config | {"num_shared_experts": 2})
+    local, first = LayerKind(0, 8), LayerKind(0, dense=True)
+    assert kinds(cfg) == [first, local, local, local, LayerKind(1)] and cfg.intermediate_size == 48
+    assert cfg.experts == Experts(8, 1, 24, shared_size=48, shared_mean=True)
+    assert (cfg.norm, cfg.norm_eps) == ("layer", 1e-5) and from_hf(to_hf(cfg)) == cfg
+    other = from_hf(config | {"prefix_dense_sliding_window_pattern": 4, "rms_norm_eps": 1e-3})
+    assert kinds(other)[0] == LayerKind(0, 8, dense=True) and other.norm_eps == 1e-3
+    full = config | {"layer_types": ["full_attention"] * 5}
+    for pattern, rope in ((1, "default"), (2, "none")):
+        cfg = from_hf(full | {"prefix_dense_sliding_window_pattern": pattern})
+        assert cfg.ropes[kinds(cfg)[0].rope].kind == rope and from_hf(to_hf(cfg)) == cfg
+    with pytest.raises(UserError, match="config of a cohere2_moe model"):
+        from_hf(config | {"shared_expert_combination_strategy": "best"})
+
+
 def test_bamba_lists_its_layers_with_attention():
     cfg = from_hf(BAMBA_9B)
     attends = [kind.mixer == "attention" for kind in kinds(cfg)]

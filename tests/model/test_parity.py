@@ -56,6 +56,7 @@ from jaxllm.sampling import Sampling, generate
 GEMMA4 = [name for name in CASES if name.startswith("gemma4")]
 MAMBA = [name for name in CASES if name.startswith("granitemoehybrid")]
 OLMO_HYBRID = [name for name in CASES if name.startswith("olmo_hybrid")]
+COHERE_MOE = [name for name in CASES if name.startswith("cohere2_moe")]
 NEMOTRON = [name for name in CASES if name.startswith("nemotron_h")]
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
@@ -68,7 +69,7 @@ LONGER += NEMOTRON
 MORE = ["cwm", "helium", "hyperclovax", "cohere", "stablelm parallel, biases, whole", "jais2"]
 MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemoe", "granite_swa"]
 MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]
-MORE += ["bamba", "bamba biases, tied", "lfm3", *OLMO_HYBRID]
+MORE += ["bamba", "bamba biases, tied", "lfm3", *OLMO_HYBRID, *COHERE_MOE]
 LONGER += MORE
 
 
@@ -198,7 +199,7 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
-GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3", *OLMO_HYBRID]
+GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3", *OLMO_HYBRID, "cohere2_moe"]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 # transformers has no least step while decoding.
 GREEDY += [name for name in NEMOTRON if "least steps" not in name]

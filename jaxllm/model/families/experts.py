@@ -11,6 +11,7 @@ from jaxllm.model.families.family import Family
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     CLIPPED,
+    COHERE_EXPERTS,
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
     GRANITE_MOE,
@@ -231,6 +232,17 @@ EXPERTS: dict[str, Family] = {
         window="typed",
         rope_by_type=True,
         dense="typed",
+        scores_as=None,
+    ),
+    "cohere2_moe": Family(
+        "Cohere2Moe",
+        {"norm_placement": "parallel", "rope_pairs": "neighbours"},
+        COHERE_EXPERTS,
+        window="typed",
+        dense="typed",
+        nope="full",
+        rotates_dense=True,
+        modules=names.DEEPSEEK,
         scores_as=None,
     ),
     "hunyuan_v1_moe": Family(

@@ -33,6 +33,8 @@ class Family:
       that see all keys while others have a window ("full"), all unless
       `position_embedding_type` is "rope", all if `rope_theta` is null ("baseless"), or "always"
       all.
+    rotates_dense: layers with an MLP in place of experts have rotary positions whatever `nope` says
+      if `prefix_dense_sliding_window_pattern` is 1.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     theta_listed: `layer_rope_theta` has the base of each layer's RoPE, 0 for none.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
@@ -67,6 +69,7 @@ class Family:
     alone: bool = False
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
     nope: Literal["none", "listed", "full", "all", "baseless", "always"] = "none"
+    rotates_dense: bool = False
     rope_by_type: bool = False
     theta_listed: bool = False
     shapes_by_layer: bool = False

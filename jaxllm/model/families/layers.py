@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from operator import or_
 from typing import Any
 
 from jaxllm.errors import UserError
@@ -14,6 +15,7 @@ from jaxllm.model.families.table import FAMILIES
 # Their names in `layer_types`.
 MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
 # Family.window -> the name there of layers with a window, and the key of its length
+DENSE_PATTERN = "prefix_dense_sliding_window_pattern"
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
@@ -79,6 +81,8 @@ def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], 
         rotated = [c[POSITIONS] == "rope"] * len(types)
     elif family.nope == "full" and c.get(length) is not None:
         rotated = [kind == local for kind in types]
+    if family.rotates_dense and c[DENSE_PATTERN] == 1:
+        rotated = [*map(or_, rotated, _read_dense(c))]
     ropes += () if all(rotated) else (read_nope(c),)
     by_type = [names.index(kind) if kind in names else 0 for kind in types]
     return ropes, [n if one else len(ropes) - 1 for n, one in zip(by_type, rotated, strict=True)]
@@ -198,7 +202,7 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
         # full layers lack RoPE if there are windows, none means that they have it.
-        unused = None if family.nope == "full" and rotated[0] else cfg.max_positions
+        unused = None if family.nope == "full" and all(rotated) else cfg.max_positions
         config |= {"layer_types": types, length: window or unused}
     if family.switched:
         config["use_sliding_window"] = window is not None
@@ -207,6 +211,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         config["no_rope_layers"] = [*map(int, rotated)]
     if family.nope == "all":
         config[POSITIONS] = "rope" if rotated[0] else None
+    if family.rotates_dense:
+        dense = [one for one, kind in zip(rotated, layers, strict=True) if kind.dense]
+        config[DENSE_PATTERN] = 1 if all(dense) else 2
     if family.scaled_nope:
         config |= write_nope(cfg.ropes[-1])
     if family.shapes_by_layer:

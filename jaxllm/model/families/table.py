@@ -30,7 +30,6 @@ MISSING = {
     "attention and an MLP side by side with a norm each": ("gpt_neox",),
     "a norm of the embeddings": ("nanochat",),
     "an activation with learned parameters": ("apertus",),
-    "the mean of routed and shared experts": ("cohere2_moe",),
     "routing by SparseMixer": ("phimoe",),
     "a head with a bias": ("phi",),
     "alternating updates of several residual streams": ("gemma3n_text",),
