@@ -557,6 +557,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             norm_topk_prob=False,
         ),
     ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        dict(
+            head_dim=12,
+            v_head_dim=10,
+            num_key_value_heads=1,
+            moe_intermediate_size=20,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+            sliding_window=5,
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+            rope_parameters={
+                FULL: dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.334),
+                SLIDING: dict(rope_type="default", rope_theta=100.0),
+            },
+        ),
+    ),
+    "mimo_v2_flash not renormalised, values wider than keys, biases, tied": (
+        "mimo_v2_flash",
+        dict(
+            head_dim=8,
+            v_head_dim=14,
+            attention_value_scale=None,
+            moe_intermediate_size=20,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            sliding_window_size=8,
+            layer_types=[SLIDING, FULL] * 2,
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "dots1": (
         "dots1",
         dict(

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -21,7 +22,7 @@ from jaxllm.mesh import axes_of, param_sharding
 from jaxllm.model.config import Delta, Experts, LayerKind, Mamba, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf, with_mtp
-from jaxllm.model.families.rope import rope_keys
+from jaxllm.model.families.rope import rope_keys, write_rope
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.tensors import key_table, tensor_names
 
@@ -1359,6 +1360,26 @@ def test_cohere2_moe_has_rotary_positions_in_dense_layers_too():
         assert cfg.ropes[kinds(cfg)[0].rope].kind == rope and from_hf(to_hf(cfg)) == cfg
     with pytest.raises(UserError, match="config of a cohere2_moe model"):
         from_hf(config | {"shared_expert_combination_strategy": "best"})
+
+
+def test_mimo_v2_flash_has_sinks_and_more_heads_in_layers_with_a_window():
+    config = TINY | {"model_type": "mimo_v2_flash", "num_hidden_layers": 7, "v_head_dim": 6}
+    cfg = from_hf(config | {"head_dim": 12, "sliding_window_size": 8})
+    local = LayerKind(1, 9, num_kv_heads=4, sinks=True)
+    full = LayerKind(0, dense=True), LayerKind(0)
+    assert kinds(cfg) == [full[0], *[local] * 4, full[1], local] and not cfg.sinks
+    assert cfg.ropes == (Rope(5e6, partial=0.334), Rope(1e4, partial=0.334))
+    assert cfg.attention_dims == (12, 6) and cfg.value_scale == 0.707
+    assert cfg.of(local).cached_dims == (4, 12, 6) and from_hf(to_hf(cfg)) == cfg
+    with pytest.raises(UserError, match="4 is no multiple of num_key_value_heads 4"):
+        from_hf(config | {"num_key_value_heads": 4})
+    ropes = {
+        "full_attention": cfg.ropes[0],
+        "sliding_attention": replace(cfg.ropes[1], partial=1.0),
+    }
+    ropes = {n: write_rope(rope, FAMILIES["mimo_v2_flash"]) for n, rope in ropes.items()}
+    with pytest.raises(UserError, match="partial_rotary_factor differs among layers"):
+        from_hf(config | {"rope_parameters": ropes})
 
 
 def test_bamba_lists_its_layers_with_attention():

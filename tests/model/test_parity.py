@@ -57,6 +57,7 @@ GEMMA4 = [name for name in CASES if name.startswith("gemma4")]
 MAMBA = [name for name in CASES if name.startswith("granitemoehybrid")]
 OLMO_HYBRID = [name for name in CASES if name.startswith("olmo_hybrid")]
 COHERE_MOE = [name for name in CASES if name.startswith("cohere2_moe")]
+MIMO = [name for name in CASES if name.startswith("mimo_v2_flash")]
 NEMOTRON = [name for name in CASES if name.startswith("nemotron_h")]
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
@@ -69,7 +70,7 @@ LONGER += NEMOTRON
 MORE = ["cwm", "helium", "hyperclovax", "cohere", "stablelm parallel, biases, whole", "jais2"]
 MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemoe", "granite_swa"]
 MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]
-MORE += ["bamba", "bamba biases, tied", "lfm3", *OLMO_HYBRID, *COHERE_MOE]
+MORE += ["bamba", "bamba biases, tied", "lfm3", *OLMO_HYBRID, *COHERE_MOE, *MIMO]
 LONGER += MORE
 
 
@@ -199,7 +200,8 @@ def test_decoding_through_the_cache_equals_transformers(pair, name):
 
 
 GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_oss"]
-GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3", *OLMO_HYBRID, "cohere2_moe"]
+GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3"]
+GREEDY += [*OLMO_HYBRID, "cohere2_moe", *MIMO]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 # transformers has no least step while decoding.
 GREEDY += [name for name in NEMOTRON if "least steps" not in name]
@@ -240,7 +242,8 @@ def ragged_batch() -> tuple[dict[str, np.ndarray], np.ndarray]:
 BUFFERS = "correction_bias", "expert_bias", "layer_scalar"
 
 
-FLAGGED = ["qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:], *NEMOTRON[1:], *OLMO_HYBRID[1:]]
+FLAGGED = ["qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:], *NEMOTRON[1:]]
+FLAGGED += [*OLMO_HYBRID[1:], *MIMO[1:]]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *FLAGGED])

@@ -40,7 +40,9 @@ class Family:
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
       and values of the last layer of their type before them.
-    partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
+    doubled_windows: layers with a window have twice the key/value heads of others, and sinks.
+    partial_rope: `partial_rotary_factor` may rotate only the first part of each head; partial: that
+      where RoPE of type "default" has none.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     scaled_nope: `attn_scale` does so in layers without rotary positions.
@@ -73,7 +75,9 @@ class Family:
     rope_by_type: bool = False
     theta_listed: bool = False
     shapes_by_layer: bool = False
+    doubled_windows: bool = False
     partial_rope: bool = False
+    partial: float = 1.0
     static_ntk: bool = False
     scaled_queries: bool = False
     scaled_nope: bool = False

@@ -73,6 +73,8 @@ def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], 
         names = list(dict.fromkeys(attending)) or names
     which = names if rotates else ()
     ropes = tuple(read_rope(p[n] if family.rope_by_type else p, c) for n in which)
+    if len({rope.partial for rope in ropes if rope.kind != "proportional"}) > 1:
+        raise UserError("partial_rotary_factor differs among layers, which is not supported")
     local, length = LOCAL.get(family.window, LOCAL["typed"])
     rotated = [rotates] * len(types)
     if family.nope == "listed":
@@ -150,8 +152,11 @@ SIZES = {
 
 def _read_shapes(c: dict[str, Any], types: list[str]) -> list[dict[str, Any]]:
     """The sizes of each layer that differ from the model's, and whose keys and values it uses."""
-    if not FAMILIES[c["model_type"]].shapes_by_layer:
-        return [{} for _ in types]
+    family = FAMILIES[c["model_type"]]
+    if not family.shapes_by_layer:
+        doubled = {"num_kv_heads": 2 * c["num_key_value_heads"], "sinks": True}
+        own = family.doubled_windows and doubled
+        return [own if own and kind == "sliding_attention" else {} for kind in types]
     first = len(types) - c["num_kv_shared_layers"]  # of those without keys and values
     last = {kind: i for i, kind in enumerate(types[:first]) if kind in types[first:]}
     wide = 2 * c["intermediate_size"] if c["use_double_wide_mlp"] else None

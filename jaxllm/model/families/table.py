@@ -26,7 +26,7 @@ MISSING = {
     "attention to the keys that an indexer chooses": (
         *("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"),
     ),
-    "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
+    "layers with other numbers of heads, and other gates": ("laguna",),
     "attention and an MLP side by side with a norm each": ("gpt_neox",),
     "a norm of the embeddings": ("nanochat",),
     "an activation with learned parameters": ("apertus",),
