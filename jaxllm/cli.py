@@ -261,8 +261,8 @@ def export(verb: str, args: list[str]) -> None:
     flag("--dtype", about, choices=("float32", "bfloat16"))
     about = "merge a LoRA adapter into its base model"
     flag("--merge", about, action="store_true")
-    about = "load the result in transformers or peft and compare it with jaxllm; needs the "
-    about += "extra `parity`"
+    about = "load the result in transformers or peft, and in vLLM if installed, and compare it "
+    about += "with jaxllm; needs the extra `parity`"
     flag("--check", about, action="store_true")
     options = parser.read(args)
     from jaxllm.exports import export as write

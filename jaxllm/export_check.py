@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxllm export --check`: the written directory in transformers or peft, and in jaxllm.
+"""`jaxllm export --check`: the written directory in transformers or peft, in vLLM, and in jaxllm.
 
-Both sides read the files and compute in float32, whatever the dtype of the weights: bfloat16 values
+All sides read the files and compute in float32, whatever the dtype of the weights: bfloat16 values
 are float32 values too, so what is left is the order of float32 sums. That is 1e-5 to 1e-4 for
 log-probabilities, and one tolerance holds for all dtypes. In bfloat16 arithmetic each side would
 differ from the other by several hundredths, which hides a wrong weight.
@@ -9,6 +9,7 @@ differ from the other by several hundredths, which hides a wrong weight.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ from jaxllm.files import DTYPES, header, local_dir, tensor_files
 from jaxllm.hf import SCORE, load_hf
 from jaxllm.mesh import make_mesh
 from jaxllm.model.decoder import Decoder
-from jaxllm.parity.exported import token_values
+from jaxllm.parity.exported import python_of_vllm, token_values, vllm_values
 from jaxllm.paths import as_path, file_size, is_bucket
 from jaxllm.peft.files import is_adapter
 from jaxllm.rl.rewards import RewardModel
@@ -47,6 +48,8 @@ TOLERANCE = 1e-3  # of a log-probability or score
 class Check:
     """The figures of a check."""
 
+    where: str
+    """the library that jaxllm is compared with"""
     what: str
     """log-probabilities or scores"""
     values: int
@@ -90,14 +93,16 @@ class Check:
         if self.changed is not None:
             rows.append(("merged against base", f"differs by up to {self.changed:.1e}"))
         rows.append(("result", "they agree" if self.agrees else "**they differ**"))
-        return "\n".join(["", "## Check of the export", "", *table(("", ""), rows), ""])
+        return "\n".join(["", f"## Check in {self.where}", "", *table(("", ""), rows), ""])
 
 
-def check(out: str, cfg: TrainConfig | None, tokenizer: Any, base: str | None) -> Check:
-    """Compares an exported directory in transformers or peft with itself in jaxllm.
+def check(out: str, cfg: TrainConfig | None, tokenizer: Any, base: str | None) -> list[Check]:
+    """Compares an exported directory in transformers or peft with itself in jaxllm, and in vLLM
+    where it is installed and loads the directory.
 
     cfg: of the run, whose data gives the prompts. base: the model that an adapter was merged into.
-    Raises UserError if the directory does not load there, and if merging changed nothing.
+    Raises UserError if transformers or peft do not load the directory, and if merging changed
+    nothing.
     """
     folder, adapter = as_path(out), is_adapter(out)
     stored = "float32" if adapter else _dtype(folder)
@@ -128,18 +133,29 @@ def check(out: str, cfg: TrainConfig | None, tokenizer: Any, base: str | None) -
         theirs, versions = token_values(folder, prompts, scores=scores, wrapped=wrapped)
     except UserError as error:
         raise UserError(f"{out} is written, but {error}") from error
-    difference = np.abs(ours - np.concatenate(theirs))
-    return Check(
-        what="scores" if scores else "log-probabilities",
-        values=len(ours),
-        largest=float(difference.max()),
-        mean=float(difference.mean()),
-        dtype=stored,
-        prompts=about,
-        tokens=sum(map(len, prompts)),
-        versions={"jaxllm": __version__} | versions,
-        changed=changed,
-    )
+
+    def compared(where: str, theirs: list[np.ndarray], versions: dict[str, str]) -> Check:
+        difference = np.abs(ours - np.concatenate(theirs))
+        return Check(
+            where=where,
+            what="scores" if scores else "log-probabilities",
+            values=len(ours),
+            largest=float(difference.max()),
+            mean=float(difference.mean()),
+            dtype=stored,
+            prompts=about,
+            tokens=sum(map(len, prompts)),
+            versions={"jaxllm": __version__} | versions,
+            changed=changed,
+        )
+
+    found = [compared("peft" if adapter else "transformers", theirs, versions)]
+    if not scores and (python := python_of_vllm()):
+        try:
+            found.append(compared("vLLM", *vllm_values(python, folder, prompts)))
+        except UserError as error:
+            print(f"check: not compared with vLLM: {error}", file=sys.stderr)
+    return found
 
 
 def _dtype(folder: Path) -> str:

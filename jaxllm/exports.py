@@ -57,7 +57,7 @@ def export(
     one of a run with save.load_best, else the latest valid one. dtype: of the written weights;
     default: the run's save.dtype, else that of the weights. merge: merge the adapter into the base
     model in float32, and print how much the logits change. check: compare what was written in
-    transformers or peft (export_check.py), which needs the extra `parity`.
+    transformers or peft, which needs the extra `parity`, and in vLLM if there (export_check.py).
 
     Raises UserError for a missing file or checkpoint, for arguments that contradict each other, and
     if the check fails; then `out` stays.
@@ -69,14 +69,17 @@ def export(
     if check:
         gc.collect()  # the model, whose memory the check needs
         found = compare(out, cfg, tokenizer, base if merge else None)
-        write_card(as_path(out), card + found.section(), own_card(as_path(out)))
-        print(found.line(), file=sys.stderr)
-        if not found.agrees:
-            raise UserError(
-                f"{out} is written, but its {found.what} differ by up to {found.largest:.1e} "
-                f"between jaxllm and transformers; up to {TOLERANCE:g} is rounding. Do not use it, "
-                "and please report this"
-            )
+        card += "".join(one.section() for one in found)
+        write_card(as_path(out), card, own_card(as_path(out)))
+        for one in found:
+            print(one.line(), file=sys.stderr)
+        for one in found:
+            if not one.agrees:
+                raise UserError(
+                    f"{out} is written, but its {one.what} differ by up to {one.largest:.1e} "
+                    f"between jaxllm and {one.where}; up to {TOLERANCE:g} is rounding. Do not use "
+                    f"it, and please report this"
+                )
     return out
 
 

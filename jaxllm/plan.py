@@ -31,7 +31,7 @@ from jaxllm.config import Source, TrainConfig
 from jaxllm.config.checks import check, resolve
 from jaxllm.errors import UserError
 from jaxllm.mesh import data_parallel, make_mesh
-from jaxllm.monitor.flops import Flops, forward_flops, run_flops, unread_weights
+from jaxllm.monitor.flops import Flops, forward_flops, indexer_flops, run_flops, unread_weights
 from jaxllm.ops.cross_entropy import ACCELERATOR_CHUNK, BLOCKS
 from jaxllm.ops.decoding import shared_length
 from jaxllm.paths import as_path, hub_id
@@ -320,7 +320,7 @@ def step_flops(program: Program) -> tuple[float, float]:
     shape = program.shape
     weights, attention, head = forward_flops(shape, length)
     weights -= 2 * unread_weights(shape)
-    full = weights + attention
+    full = weights + attention + indexer_flops(shape, length)
     again = {"full": full, "offload": full, "names": weights}.get(cfg.model.remat, 0.0)
     if cfg.model.mlp_blocks > 1 and cfg.model.remat == "none" and program.mesh.size == 1:
         # Gate and up. Elsewhere the policy of the layers decides what is saved.

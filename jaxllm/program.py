@@ -130,6 +130,8 @@ class Program:
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
         facts |= {"sinks": any(self.shape.of(kind).sinks for kind in self.shape.kinds)}
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
+        indexer = self.shape.indexer
+        facts["selected"] = indexer is not None and indexer.top_keys < self.row_length
         kinds, stacks = self.shape.kinds_by_layer, self.shape.stacks.values()
         windows = [{kinds[layer].window for layer in layers} for layers in stacks]
         mixed = any(len(some) > 1 for some in windows)

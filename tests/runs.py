@@ -80,7 +80,8 @@ def project(tmp_path_factory):
 
 @contextmanager
 def one_device():
-    """Runs inside, in this process, are on one device, which compiles sooner."""
+    """Runs inside, in this process or one with ENV, are on one device, which compiles sooner.
+    Sums over eight devices round otherwise, so a run is not compared with one of the other kind."""
     import jax
 
     from jaxllm.mesh import make_mesh
@@ -88,6 +89,7 @@ def one_device():
     with pytest.MonkeyPatch.context() as patch:
         module = importlib.import_module("jaxllm.training")
         patch.setattr(module, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+        patch.setitem(ENV, "XLA_FLAGS", DEVICES + "1")
         yield
 
 

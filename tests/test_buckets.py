@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from bucket import SECRET, B, server, upload  # noqa: F401, a fixture of every test
 from jax.sharding import NamedSharding, PartitionSpec
-from runs import DEVICES, ENV, arguments, finished, launched, refused
+from runs import ENV, arguments, finished, launched, refused
 from safetensors import safe_open
 
 import jaxllm
@@ -404,7 +404,6 @@ def test_a_run_in_a_bucket_of_google_resumes(project, tmp_path, monkeypatch):
     service.start()
     url = f"http://127.0.0.1:{port}"
     env = ENV | {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
-    env["XLA_FLAGS"] = DEVICES + "1"  # as the run on the disk: sums over 8 devices round otherwise
     env |= {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
     args = arguments(project, "pretrain", "unused", "--output_dir", "gs://bucket/run")
     python = "from jaxllm.cli import main; from jaxllm import load_hf; import sys\n"

@@ -89,7 +89,7 @@ def verbs(project: Path, layout: str) -> dict[str, list[str]]:
     held_out = ["--data.eval", str(project / "few.jsonl")]
     sample = ["--log.samples", "import", "--log.sample_tokens", "4"]
     more = {
-        "pretrain": ["--data.eval", str(project / "text.txt"), *sample],
+        "pretrain": ["--data.eval", str(project / "held_out.txt"), *sample],
         "sft": ["--peft.method", "lora", "--data.packing", "true", *held_out],
         "dpo": pairs,
         "grpo": rl,
@@ -116,6 +116,7 @@ def layouts(project):
     prompts = [{"prompt": a[:20]} for a, _ in texts]
     for name, records in (("pairs", pairs), ("prompts", prompts)):
         (project / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (project / "held_out.txt").write_text((project / "text.txt").read_text()[:8000])
     with one_device():
         assert main(arguments(project, "pretrain", "start", "--steps", "1")) == 0
     shutil.copytree(project / "start" / "final", project / "base")

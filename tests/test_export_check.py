@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`jaxllm export --check`: what is written, in transformers and peft, and what a check finds."""
+"""`jaxllm export --check`: a directory in transformers, peft and vLLM; what a check finds."""
 
 import json
+import os
 import re
+import sys
 from dataclasses import replace
 
 import jax
@@ -22,6 +24,7 @@ from jaxllm.files import CARD
 from jaxllm.hf import load_hf, save_adapter
 from jaxllm.hf_config import source_config
 from jaxllm.model.families import from_hf
+from jaxllm.parity.exported import python_of_vllm
 from jaxllm.peft.files import make_adapter
 from jaxllm.tokenizer import load_tokenizer
 
@@ -36,6 +39,7 @@ def runs(project):
     """A base model, a run that trained LoRA and has evaluation data, and a LoRA reward model."""
     torch.manual_seed(0)
     shape = {k: v for k, v in MODEL.items() if k != "model_type"}
+    shape["head_dim"] = 32  # vLLM has no kernel for a smaller one
     config = AutoConfig.for_model("llama", **shape, initializer_range=0.2)
     made = AutoModelForCausalLM.from_config(config)
     made.save_pretrained(project / "base")
@@ -56,6 +60,12 @@ def runs(project):
     tokenizer = load_tokenizer(project / "tokenizer")
     save_adapter(nnx.merge(graph, moved, rest), str(project / "judge"), tokenizer)
     return project
+
+
+@pytest.fixture(autouse=True)
+def without_vllm(monkeypatch):
+    """As on a machine without it."""
+    monkeypatch.setattr(export_check, "python_of_vllm", lambda: None)
 
 
 def exported(capsys, run, out, *flags):
@@ -155,6 +165,104 @@ def test_what_transformers_does_not_load_is_an_error(runs, capsys, tmp_path, mon
     monkeypatch.setattr(export_check, "token_values", without_weights)
     args = ["export", str(runs / "base"), str(tmp_path / "out"), "--check"]
     refused(capsys, args, "out is written, but transformers does not load it")
+
+
+# What the program for vLLM uses of it, computed by transformers.
+VLLM = """
+from types import SimpleNamespace
+import peft, torch, transformers
+
+__version__ = "0.0.test"
+
+
+class SamplingParams:
+    def __init__(self, max_tokens, prompt_logprobs, detokenize):
+        assert (max_tokens, prompt_logprobs, detokenize) == (1, 0, False)
+
+
+class LLM:
+    def __init__(self, path, dtype, max_model_len, max_lora_rank=0, **options):
+        assert dtype == "float32" and not options["trust_remote_code"]
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        self.longest, self.rank = max_model_len, max_lora_rank
+
+    def generate(self, prompts, params, lora_request, use_tqdm):
+        if lora_request:
+            self.model = peft.PeftModel.from_pretrained(self.model, lora_request.path)
+            assert self.model.peft_config["default"].r <= self.rank
+        return [self.logps(prompt["prompt_token_ids"]) for prompt in prompts]
+
+    @torch.no_grad()
+    def logps(self, prompt):
+        assert len(prompt) < self.longest
+        logps = self.model(torch.tensor([prompt])).logits[0].log_softmax(-1) + OFFSET
+        some = [{t: SimpleNamespace(logprob=float(x[t]))} for t, x in zip(prompt[1:], logps)]
+        return SimpleNamespace(prompt_logprobs=[None, *some])
+"""
+LORA = """
+from collections import namedtuple
+LoRARequest = namedtuple("LoRARequest", "name number path")
+"""
+
+
+def with_vllm(monkeypatch, folder, text):
+    """A command `vllm` whose environment has this text for the module."""
+    package = folder / "packages" / "vllm"
+    (package / "lora").mkdir(parents=True)
+    (package / "__init__.py").write_text(text)
+    (package / "lora" / "request.py").write_text(LORA)
+    (folder / "bin").mkdir()
+    for name in ("vllm", "python"):
+        program = folder / "bin" / name
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={package.parent} exec {sys.executable} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin", prepend=os.pathsep)
+    monkeypatch.setattr(export_check, "python_of_vllm", python_of_vllm)
+    assert python_of_vllm() == str(folder / "bin" / "python")
+
+
+@pytest.mark.parametrize("run", ["lora", pytest.param("base", marks=pytest.mark.sweep)])
+def test_an_export_is_compared_in_vllm_where_it_is(runs, capsys, tmp_path, monkeypatch, run):
+    with_vllm(monkeypatch, tmp_path, VLLM.replace("+ OFFSET", ""))
+    assert main(["export", str(runs / run), str(tmp_path / "out"), "--check"]) == 0
+    first, second = FIGURES.finditer(capsys.readouterr().err)
+    assert second[7].endswith(", vllm 0.0.test") and second[1] == first[1]
+    assert float(second[5]) < 1e-4
+    assert "## Check in vLLM\n" in (tmp_path / "out" / CARD).read_text()
+
+
+def test_other_values_in_vllm_are_an_error(runs, capsys, tmp_path, monkeypatch):
+    with_vllm(monkeypatch, tmp_path, VLLM.replace("OFFSET", "0.01"))
+    args = ["export", str(runs / "base"), str(tmp_path / "out"), "--check"]
+    refused(capsys, args, "differ by up to 1.0e-02 between jaxllm and vLLM")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise ValueError('no kernel\\nfor it')", "ValueError: no kernel\n"),
+        pytest.param("import os; os._exit(3)", "ended with status 3", marks=pytest.mark.sweep),
+    ],
+)
+def test_what_vllm_does_not_load_is_said(runs, capsys, tmp_path, monkeypatch, text, words):
+    with_vllm(monkeypatch, tmp_path, text)
+    assert main(["export", str(runs / "base"), str(tmp_path / "out"), "--check"]) == 0
+    said = capsys.readouterr().err
+    assert "check: not compared with vLLM: " in said and words in said
+    assert len(FIGURES.findall(said)) == 1
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("run", ["base", "lora"])
+def test_an_export_computes_the_same_in_vllm(runs, capsys, tmp_path, monkeypatch, run):
+    if not python_of_vllm():
+        pytest.skip("vLLM is not installed")
+    monkeypatch.setattr(export_check, "python_of_vllm", python_of_vllm)
+    assert main(["export", str(runs / run), str(tmp_path / "out"), "--check"]) == 0
+    said = capsys.readouterr().err
+    assert "not compared" not in said, said
+    _, (*_, largest, _, versions, _, _) = FIGURES.findall(said)
+    assert "vllm" in versions and float(largest) < 2e-4
 
 
 def test_a_check_without_the_extra_is_refused_before_anything_is_written(

@@ -41,7 +41,7 @@ LAYOUTS = {
     "blocks": ("qwen3", fine_grained(weight_block_size=[16, 8]), "_scale_inv", (16, 8), None),
     "fused": ("phi3", fine_grained(weight_block_size=[24, 16]), "_scale_inv", (24, 16), None),
     "latent": (
-        "deepseek_v3",
+        "deepseek_v32",
         fine_grained(weight_block_size=[16, 8]),
         "_scale_inv",
         (16, 8),
@@ -90,7 +90,7 @@ def quantised(folder, name, scale_dtype=torch.float32):
         tensors = dict(one for item in tensors.items() for one in as_modules(*item))
     whole = dict(tensors)
     for key, weight in list(tensors.items()):
-        if "_proj" not in key or key.endswith("bias"):
+        if not any(part in key for part in ("_proj", ".wk.", ".wq_b.")) or key.endswith("bias"):
             continue
         m, n = (b or size for b, size in zip(block, weight.shape, strict=True))
         scale = (torch.rand(-(-weight.shape[0] // m), -(-weight.shape[1] // n)) + 0.5) / 100
@@ -158,7 +158,7 @@ def test_bfloat16_weights_are_rounded_once(blocks):
     np.testing.assert_array_equal(kernel[0].astype(np.float32), want)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3", "deepseek_v32"])
 def test_logits_equal_those_of_transformers_dequantised_model(tmp_path, monkeypatch, kind):
     """With blocks that divide the weights; transformers accepts no others."""
     even = (kind, fine_grained(weight_block_size=[4, 4]), "_scale_inv", (4, 4), None)

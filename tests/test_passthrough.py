@@ -33,6 +33,10 @@ MTP = {
         "model.layers.2.shared_head.head.weight": torch.randn(131, 32).half(),
         "model.layers.2.mlp.gate.e_score_correction_bias": torch.randn(8),
     },
+    "deepseek_v32": {
+        "model.layers.2.eh_proj.weight": torch.randn(32, 64).bfloat16(),
+        "model.layers.2.self_attn.indexer.wk.weight": torch.randn(12, 32),
+    },
     "exaone_moe": {
         "mtp.fc.weight": torch.randn(32, 64).bfloat16(),
         "mtp.layers.0.input_layernorm.weight": torch.randn(32),
@@ -64,7 +68,7 @@ def base(tmp_path_factory):
     for kind, extra in MTP.items():
         folders[kind] = tmp_path_factory.mktemp("base") / kind
         layers = {} if kind in ("qwen3_next", "nemotron_h") else {"num_hidden_layers": 2}
-        layers |= {"num_nextn_predict_layers": 1} if kind == "hy_v3" else {}
+        layers |= {"num_nextn_predict_layers": 1} if kind in ("hy_v3", "deepseek_v32") else {}
         model = magnified(hf_config(kind) | layers)
         model.save_pretrained(folders[kind], max_shard_size="30KB")
         save_file(extra, folders[kind] / "model-mtp.safetensors", {"format": "pt"})

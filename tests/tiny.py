@@ -87,6 +87,10 @@ DEEPSEEK: dict[str, Any] = dict(
     routed_scaling_factor=1.7,
     first_k_dense_replace=1,
 )
+# So many heads that no two scores are equal: a score is 0 if relu makes all its terms 0.
+INDEXED: dict[str, Any] = (
+    LATENT | DEEPSEEK | dict(q_lora_rank=20, index_topk=7, index_n_heads=16, index_head_dim=12)
+)
 
 LINEAR = "linear_attention"
 DELTA: dict[str, Any] = dict(
@@ -472,6 +476,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": (
         "glm4_moe_lite",
         LATENT | DEEPSEEK | dict(q_lora_rank=20, mlp_layer_types=["dense"] + ["sparse"] * 3),
+    ),
+    "deepseek_v32": (
+        "deepseek_v32",
+        INDEXED | dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0)),
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        INDEXED | dict(attention_bias=True, norm_topk_prob=False, first_k_dense_replace=0),
     ),
     "minicpm3": (
         "minicpm3",

@@ -123,6 +123,16 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """What chooses the keys of each query of latent attention (model/indexer.py)."""
+
+    top_keys: int  # of a query
+    heads: int
+    dim: int  # features of a head; as many are rotated as in the attention
+    pairs: Literal["halves", "neighbours"] = "halves"  # which are rotated together
+
+
+@dataclass(frozen=True)
 class Delta:
     """The gated delta net of layers whose mixer it is (model/delta.py)."""
 
@@ -225,6 +235,7 @@ class ModelConfig:
     layer_scale: bool = False  # each layer multiplies the residual stream by a number, not trained
     logit_scale: float = 1.0
     latent: Latent | None = None
+    indexer: Indexer | None = None
     delta: Delta | None = None
     conv: Convolution | None = None
     mamba: Mamba | None = None
@@ -283,10 +294,11 @@ class ModelConfig:
     @property
     def cached_dims(self) -> tuple[int, int, int]:
         """Heads of the cache, features of a key, and of a value. That of latent attention has one
-        head: the rotated part of all heads' keys, and the latent."""
+        head: the rotated part of all heads' keys with the indexer's key, and the latent."""
         if self.latent is None:
             return self.num_kv_heads, *self.attention_dims
-        return 1, self.head_dim, self.latent.kv_rank
+        index_dim = 0 if self.indexer is None else self.indexer.dim
+        return 1, self.head_dim + index_dim, self.latent.kv_rank
 
     @property
     def recurrent(self) -> str:
@@ -352,7 +364,7 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     keys: {field: the name of its key, for messages}.
     """
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
-    groups = cfg.latent, cfg.delta, cfg.conv, cfg.mamba, cfg.experts, cfg.layer_embeds
+    groups = cfg.latent, cfg.indexer, cfg.delta, cfg.conv, cfg.mamba, cfg.experts, cfg.layer_embeds
     parts += [part for part in groups if part is not None]
     optional_sizes = "window", "value_dim", *OWN_SIZES
     for part in parts:

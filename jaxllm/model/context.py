@@ -34,6 +34,7 @@ class Context:
     rope_tables: Any = field(default_factory=dict)
     rope: Any = 0  # index of the layer's table; an int, or int32 scalar where layers differ
     window: Any = None  # of the layer: an int or int32 scalar; None = all keys
+    selected: Any = None  # bool [B, T, S], the keys that an indexer chose; None = all
     embeds: Any = None  # [L, B, T, E], of every layer; in a layer its own, [B, T, E]
     # {LayerKind.keeps: keys and values [B, S, N, K]} of earlier layers
     kept: Any = field(default_factory=dict)

@@ -9,7 +9,8 @@ rotated part besides, which all heads share. There are two forms of the same att
                of the cache: decoding, where one token would otherwise expand the whole cache
 
 Dims: B rows, T tokens, S keys, D model width, H heads, R features of the latent, P rotated features
-of a head (head_dim), N the others, V features of its values, C = N + V, r LoRA's rank (or R).
+of a head (head_dim), N the others, V features of its values, C = N + V, r LoRA's rank (or R),
+Q features of the queries' latent (or D).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from flax import nnx
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.context import Context
+from jaxllm.model.indexer import Indexer
 from jaxllm.model.layers import Linear, RMSNorm, fused
 from jaxllm.model.rope import rotate
 from jaxllm.ops.attention import attention
@@ -58,29 +60,39 @@ class LatentAttention(nnx.Module):
         self.kv_norm = norm(R)
         self.kv_b = linear(f"{path}.kv_b", ("latent", heads), (R, H * (latent.nope_dim + V)))
         self.o = linear(f"{path}.o", (heads, "embed"), (H * V, D), bias=cfg.o_bias)
+        keys: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
+        self.indexer = Indexer(cfg, f"{path}.indexer", **keys) if cfg.indexer else None
         self.cfg, self.latent, self.scale = cfg, latent, softmax_scale(cfg)
 
     def project(self, x_BTD: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
         """Queries [B, T, H, N] and [B, T, H, P], latents [B, T, 1, R] and keys [B, T, 1, P]; those
-        of P features are rotated."""
+        of P features are rotated. And what queries are made from, [B, T, Q]."""
+        low_BTQ = x_BTD
         if self.q_a is None or self.q_norm is None:
             q, kv = fused(None, x_BTD, (self.q_b, self.kv_a), ctx)
         else:
             low, kv = fused(None, x_BTD, (self.q_a, self.kv_a), ctx)
-            q = self.q_b(self.q_norm(low), ctx)
+            low_BTQ = self.q_norm(low)
+            q = self.q_b(low_BTQ, ctx)
         cos, sin = [table[ctx.rope] for table in ctx.rope_tables[self.cfg.head_dim]]
         turned = partial(rotate, cos=cos, sin=sin, pairs=self.cfg.rope_pairs)
         q = q.reshape(*q.shape[:2], self.cfg.num_heads, -1)
         q_BTHN, q_BTHP = jnp.split(q, [self.latent.nope_dim], -1)
         latent, k = jnp.split(kv[:, :, None], [self.latent.kv_rank], -1)
-        return q_BTHN, turned(q_BTHP), self.kv_norm(latent), turned(k)
+        return q_BTHN, turned(q_BTHP), self.kv_norm(latent), turned(k), low_BTQ
 
     def __call__(self, x_BTD: jax.Array, ctx: Context, past: Any) -> tuple[jax.Array, Any]:
         """(output [B, T, D], new past). past: a LayerCache or VirtualTokens, whose keys are the
-        rotated ones and whose values are the latents; or None."""
-        q_BTHN, q_BTHP, latent_BS1R, k_BS1P = self.project(x_BTD, ctx)
+        rotated ones, each before the indexer's key, and whose values are the latents; or None."""
+        q_BTHN, q_BTHP, latent_BS1R, k_BS1P, low_BTQ = self.project(x_BTD, ctx)
+        if self.indexer is not None:
+            k_BS1P = jnp.concatenate([k_BS1P, self.indexer.keys(x_BTD, ctx)], -1)
         if past is not None:
             past, k_BS1P, latent_BS1R = past.extend(k_BS1P, latent_BS1R, ctx.offset)
+        if self.indexer is not None:
+            k_BS1P, index_BS1K = jnp.split(k_BS1P, [self.cfg.head_dim], -1)
+            selected = self.indexer(x_BTD, low_BTQ, index_BS1K[:, :, 0], ctx)
+            ctx = replace(ctx, selected=selected)
         decoding = not isinstance(ctx.offset, int)
         form = self.absorbed if decoding else self.expanded
         out_BTHV = form(q_BTHN, q_BTHP, latent_BS1R, k_BS1P, ctx)
@@ -134,6 +146,7 @@ class LatentAttention(nnx.Module):
             ctx.positions,
             offset=ctx.offset,
             window=ctx.window,
+            selected=ctx.selected,
             scale=self.scale,
             kernel=ctx.kernel,
         )

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.errors import UserError
 from jaxllm.mesh import constrain, context_splits, manual_rows
+from jaxllm.model import indexer
 from jaxllm.model.adapter import Adapter
 from jaxllm.model.block import Block
 from jaxllm.model.cache import Kept, LayerCache, StateCache
@@ -72,6 +73,8 @@ def context_obstacle(cfg: ModelConfig) -> str:
     """Why the mesh axis `context` cannot split rows; empty if it can."""
     if cfg.recurrent:
         return OBSTACLE.format(cfg.recurrent)
+    if cfg.indexer is not None:
+        return indexer.WHOLE_ROWS
     uses = any(kind.uses is not None for kind in cfg.kinds)
     return WHOLE_ROWS if uses or cfg.layer_embeds is not None else ""
 

@@ -30,11 +30,11 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
 
     A matmul costs 2 FLOPs per weight. Causal attention over rows of `length` tokens costs 2 · 2
     FLOPs (q·k and p·v) per feature of all heads and per key that a query sees, on average
-    (length + 1) / 2, or fewer within a layer's window or chunks. A delta net or a state space costs
-    the same at each token (`delta.products`, `mamba.products`). Packed rows are counted as one
-    document, although segments do less. A reward model's head reads one token per text and counts
-    as 0. A module of multi-token prediction is one more layer, its projection, and the head once
-    more.
+    (length + 1) / 2, or fewer within a layer's window or chunks, or if an indexer chooses them (its
+    own cost is `indexer_flops`). A delta net or a state space costs the same at each token
+    (`delta.products`, `mamba.products`). Packed rows are counted as one document, although segments
+    do less. A reward model's head reads one token per text and counts as 0. A module of multi-token
+    prediction is one more layer, its projection, and the head once more.
     """
     D, H = model.hidden_size, model.num_heads
     routed, matrices = 0, 3 if model.gated_mlp else 2
@@ -68,6 +68,7 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
             continue
         weights += _attention_weights(layer, kind)
         window = min(kind.window or length, length)
+        window = min(model.indexer.top_keys, window) if model.indexer is not None else window
         if model.chunked:
             rest = length % window
             keys = ((length - rest) * (window + 1) + rest * (rest + 1)) / (2 * length)
@@ -77,6 +78,17 @@ def forward_flops(model: ModelConfig, length: int) -> tuple[float, float, float]
     weights += model.mtp * 2 * D * D  # of a token's hidden state and the next one's embedding
     head = 0 if model.scores else D * model.vocab_size * (1 + model.mtp)
     return 2 * weights, 2 * H * products_of_keys + state, 2 * head
+
+
+def indexer_flops(model: ModelConfig, length: int) -> float:
+    """FLOPs of the indexers per token: their weights, and the scores of all keys that a query sees.
+    They have no gradient, and choose nothing in rows of at most `top_keys`."""
+    if (indexer := model.indexer) is None or model.latent is None or length <= indexer.top_keys:
+        return 0.0
+    H, K = indexer.heads, indexer.dim
+    weights = model.latent.q_rank * H * K + model.hidden_size * (K + H)
+    scores = (H * K + H) * (length + 1) / 2  # and their weighted sum
+    return 2 * (weights + scores) * (model.num_layers + model.mtp)
 
 
 def unread_weights(model: ModelConfig) -> int:
@@ -130,6 +142,7 @@ def run_flops(
     rollout, as its time is. A separate critic costs as much as the policy without its head.
     """
     weights, attention, head = forward_flops(model, length)
+    chosen = indexer_flops(model, length)
     share = 1 / (cfg.rl.iterations or 1)  # of a rollout's cost, for each update that reuses it
     if cfg.verb.online:
         extra = (2 + compares - on_policy) * share
@@ -137,9 +150,9 @@ def run_flops(
         live = compares and cfg.align.reference == "model"
         extra = live + baseline * (1 + live)
     passes = 2 if frozen else 3
-    layers = (passes + extra) * weights + (3 + extra) * attention
+    layers = (passes + extra) * weights + (3 + extra) * attention + (1 + extra) * chosen
     if cfg.verb.critic and cfg.rl.critic == "separate":
-        layers += (passes + share) * weights + (3 + share) * attention
+        layers += (passes + share) * weights + (3 + share) * attention + (1 + share) * chosen
     return Flops(layers, (passes + extra) * head)
 
 

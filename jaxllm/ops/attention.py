@@ -71,7 +71,7 @@ def choose(kernel: str, **facts: Any) -> tuple[str, str]:
 
     facts, where known: dtype of q; softcap; head_dims of (q, v); prefix, True if keys precede each
     text; length of a row; mixed_windows, True if layers of one scan have different windows; sinks,
-    True if each head has one.
+    True if each head has one; selected, True if an indexer chooses the keys of each query.
 
     "auto" is the first of KERNELS that is the fastest measured on the platform and can run, else
     xla: `attention_blocks`. Raises UserError for a requested kernel that cannot run.
@@ -116,6 +116,7 @@ def attention(
     softcap: float = 0.0,
     scale: float,
     sinks: jax.Array | None = None,
+    selected: jax.Array | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """softmax(softcap(scale q·k)) v under the mask of `attention_mask.visible`, [B, T, H, V].
@@ -132,6 +133,7 @@ def attention(
       chunked: the keys that a query sees begin with its chunk, of `window` tokens of its text.
       softcap: scores are within (-softcap, softcap); 0 = unbounded.
       sinks: [H], for each head a score of no key, which adds to the sum of its softmax alone.
+      selected: bool [B, T, S], which of the visible keys each query attends to; None = all.
       kernel: auto | xla | splash | mosaic | triton, as `choose` describes.
 
     Raises UserError if `kernel` cannot run here.
@@ -140,12 +142,14 @@ def attention(
     options: dict[str, Any] = dict(scale=scale, softcap=softcap)
     options["chunked"] = chunked = chunked and window is not None
     given: dict[str, Any] = dict(window=window, sinks=sinks)  # may be arrays
+    given |= {} if selected is None else {"selected": selected}
     own = k_segments is None
     inputs = (q_BTHK, k_BNSK, v_BNSV, q_segments, q_segments if own else k_segments, q_positions)
     if own:
         length = T * context_shards()
         facts: dict[str, Any] = dict(dtype=q_BTHK.dtype, softcap=softcap, length=length)
         facts |= dict(head_dims=(q_BTHK.shape[-1], v_BNSV.shape[-1]), sinks=sinks is not None)
+        facts["selected"] = selected is not None
         mixed = isinstance(window, jax.Array) and not chunked
         name, _ = choose(kernel, mixed_windows=mixed, **facts)
         for row in KERNELS:
@@ -186,11 +190,11 @@ def _per_shard(
     """`attend`, with these arguments, on each device's own rows and heads.
 
     A kernel cannot be partitioned by XLA, and the list of visible blocks needs no other device's
-    rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]; given: window and sinks.
-    Inside, all mesh axes are manual, also those that are not yet in a shard_map around it: rows are
-    split along data and fsdp, heads along tensor where both H and N divide, queries and keys along
-    context where T divides, and everything else is replicated. Only context communicates
-    (`attention_context`).
+    rows. q is [B, T, H, K], k and v are [B, N, S, .], the others [B, .]; given: window, sinks and
+    selected. Inside, all mesh axes are manual, also those that are not yet in a shard_map around
+    it: rows are split along data and fsdp, heads along tensor where both H and N divide, queries
+    and keys along context where T divides, and everything else is replicated. Only context
+    communicates (`attention_context`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if context_splits(q.shape[1]):
@@ -214,7 +218,7 @@ def _per_shard(
     q_spec, kv_spec, token_spec = P(rows, None, heads), P(rows, heads), P(rows)
     inputs = (q, k, v, q_segments, k_segments, q_positions)
     arrays = context.arrays_of(given)
-    array_specs = {n: P(heads) if n == "sinks" else P() for n in arrays}
+    array_specs = {n: {"sinks": P(heads), "selected": token_spec}.get(n, P()) for n in arrays}
     specs = (q_spec, kv_spec, kv_spec, *[token_spec] * 3, array_specs)
 
     def run(*inputs) -> Any:

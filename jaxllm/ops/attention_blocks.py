@@ -50,6 +50,7 @@ def attend(
     size: int,
     offset: Any,
     sinks: jax.Array | None = None,
+    selected: jax.Array | None = None,
     chunked: bool = False,
     **options,
 ) -> jax.Array:
@@ -63,8 +64,8 @@ def attend(
     N, S = k_BNSK.shape[1:3]
     # Blocks of keys begin where blocks of queries do, if that is known now.
     front: Any = -offset % size if size < T and isinstance(offset, int) else 0
-    queries = partial(_split, size=size)
-    keys = partial(_split, size=size if size < T else S, front=front)
+    queries = partial(split, size=size)
+    keys = partial(split, size=size if size < T else S, front=front)
     q = queries(q_BTHK.astype(k_BNSK.dtype), 1).reshape(-1, B, size, N, H // N, K)
     q, k, v = q.transpose(0, 1, 3, 4, 2, 5), keys(k_BNSK, 2), keys(v_BNSV, 2)
     parts = jnp.reshape(offset, (-1, 1))
@@ -73,6 +74,7 @@ def attend(
         keys(k_segments, 1, fill=NOWHERE),
         queries(q_positions, 1),
         ((parts + size * jnp.arange(len(q) // len(parts))).ravel(), jnp.asarray(-front)),
+        None if selected is None else keys(queries(selected, 1), 3).swapaxes(0, 1),
     )
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(N, -1, 1, 1)
     # [n, B, N, G, size, V]
@@ -82,7 +84,7 @@ def attend(
     return out.astype(q_BTHK.dtype)
 
 
-def _split(x: jax.Array, axis: int, size: int, front: int = 0, fill: int = 0) -> jax.Array:
+def split(x: jax.Array, axis: int, size: int, front: int = 0, fill: int = 0) -> jax.Array:
     """[..., T, ...] -> [n, ..., size, ...]: the axis in blocks, padded with `fill`.
 
     `front` elements are added before the axis, and after it as many as the last block lacks.
@@ -108,7 +110,7 @@ def _visible_pairs(
     A pair is visible if some query of some row may see one of its keys. aligned: the last blocks of
     queries and keys are the same tokens, so no later block of keys is seen.
     """
-    q_segments, k_segments, q_positions, (starts, first_key) = where
+    q_segments, k_segments, q_positions, (starts, first_key), *_ = where
     (n, _, T), (m, _, S) = q_segments.shape, k_segments.shape
     if chunked:  # the window of a block's first query that has in it the chunk of every query
         window = jnp.max(q_positions % window + 1 - jnp.arange(T), (1, 2))[:, None]
@@ -137,7 +139,8 @@ def _attend(
     """q [n, B, N, G, T, K], k [m, B, N, S, K] and v [m, B, N, S, V] -> [n, B, N, G, T, V].
 
     sinks: float32 [N, G, 1, 1], or None. where: segments of queries [n, B, T] and keys [m, B, S],
-    positions [n, B, T], and the indices of the first query of each block [n] and of the first key.
+    positions [n, B, T], the indices of the first query of each block [n] and of the first key, and
+    bool [n, m, B, T, S] or None: `selected` of `attention.attention`.
     window: an int32 scalar or None. aligned: as in `_visible_pairs`. chunked: as in `visible`.
     """
     return _forward(q, k, v, sinks, where, window, scale, softcap, aligned, chunked)[0]
@@ -148,13 +151,15 @@ def _scores(q, k, where: Any, i: Any, j: Any, scale, window, softcap, chunked) -
 
     They are scaled in float32: a bfloat16 scale or product would be off by up to 0.4 %.
     """
-    q_segments, k_segments, q_positions, (starts, first_key) = where
+    q_segments, k_segments, q_positions, (starts, first_key), selected = where
     (_, B, N, G, T, _), S = q.shape, k.shape[3]
     scores = _product(_merged(_block(q, i)), _block(k, j), (3, 3))
     scores = softcapped(scale * scores.reshape(B, N, G, T, S), softcap)
     segments = _block(q_segments, i), _block(k_segments, j)
     indices = _block(starts, i) + jnp.arange(T), first_key + j * S + jnp.arange(S)
     mask = visible(*segments, _block(q_positions, i), *indices, window, chunked)
+    if selected is not None:
+        mask &= _block(_block(selected, i), j)
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 

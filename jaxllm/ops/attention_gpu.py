@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention_mask import first_visible, in_chunks
+from jaxllm.ops.attention_mask import SELECTED, first_visible, in_chunks
 from jaxllm.ops.residuals import saveable
 
 IMPLEMENTATIONS = {"mosaic": "mosaic_gpu", "triton": "triton"}  # tokamax's names
@@ -41,6 +41,7 @@ def obstacle(
     prefix: bool = False,
     context: int = 1,
     sinks: bool = False,
+    selected: bool = False,
     soft_caps: bool = True,
     **_: Any,
 ) -> str:
@@ -67,6 +68,8 @@ def obstacle(
         return f"head_dim is {head_dims[0]} for queries and {head_dims[1]} for values"
     if sinks:
         return "it has no attention sinks, and this model has them"
+    if selected:
+        return SELECTED
     if context > 1:
         return "mesh.context splits the rows"
     return "keys of a prefix precede each text" if prefix else ""

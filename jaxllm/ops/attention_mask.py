@@ -12,6 +12,7 @@ from jax import lax
 
 EVERYWHERE = -1  # segment id of a prefix that precedes each text of a row
 NOWHERE = -2  # segment id of what fills a row's last block
+SELECTED = "an indexer chooses the keys of each query"  # why a fused kernel cannot run
 
 
 def visible(

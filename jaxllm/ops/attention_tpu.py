@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxllm.ops.attention_mask import in_chunks, visible_blocks
+from jaxllm.ops.attention_mask import SELECTED, in_chunks, visible_blocks
 
 SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"  # imported when a kernel is traced
 LANES = 128  # blocks are multiples of it
@@ -33,17 +33,25 @@ PACKED_TOKENS = 2**16
 
 
 def obstacle(
-    *, dtype: Any, prefix: bool = False, length: int = 0, mixed_windows: bool = False, **_: Any
+    *,
+    dtype: Any,
+    prefix: bool = False,
+    length: int = 0,
+    mixed_windows: bool = False,
+    selected: bool = False,
+    **_: Any,
 ) -> str:
     """Why the kernel cannot run; empty if it can.
 
     dtype is that of q. prefix: keys precede each text. length: tokens in a row. mixed_windows:
-    layers of one scan have different windows.
+    layers of one scan have different windows. selected: an indexer chooses the keys.
     """
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"it needs model.compute_dtype bfloat16 or float32, not {jnp.dtype(dtype)}"
     if prefix:
         return "keys of a prefix precede each text"
+    if selected:
+        return SELECTED
     if mixed_windows and length > PACKED_TOKENS:
         return f"layers have different windows and rows are longer than {PACKED_TOKENS} tokens"
     return ""

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported directory in transformers or peft: what `jaxllm export --check` compares with.
+"""An exported directory in transformers, peft or vLLM: what `jaxllm export --check` compares with.
 
 Like the rest of this package it imports torch, and only when a function of it is called.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +25,8 @@ from jaxllm.errors import UserError
 from jaxllm.files import ADAPTER_CONFIG
 from jaxllm.paths import first_line
 from jaxllm.untrusted import read_json
+
+VLLM_SECONDS = 3600
 
 
 def check_installed(adapter: bool) -> None:
@@ -80,6 +87,41 @@ def _load(folder: Path, adapter: bool, scores: bool, wrapped: bool) -> Any:
 
         model = peft.PeftModel.from_pretrained(model, str(folder))
     return model.eval()
+
+
+def python_of_vllm() -> str | None:
+    """The Python that has vLLM: this one, or that of the command `vllm`, which is often installed
+    by itself, since it needs other versions of torch and transformers."""
+    if find_spec("vllm"):
+        return sys.executable
+    command = shutil.which("vllm")
+    return str(Path(command).resolve().with_name("python")) if command else None
+
+
+def vllm_values(
+    python: str, folder: Path, prompts: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], dict[str, str]]:
+    """As `token_values` of log-probabilities, in vLLM, which runs in a process of its own.
+
+    Raises UserError with the reason if vLLM does not load the directory.
+    """
+    program = Path(__file__).with_name("in_vllm.py")
+    with tempfile.TemporaryDirectory(prefix="jaxllm-vllm-") as place:
+        asked, answer = Path(place, "prompts.json"), Path(place, "values.json")
+        asked.write_text(json.dumps([prompt.tolist() for prompt in prompts]))
+        command = [python, "-P", str(program), str(folder), str(asked), str(answer)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=VLLM_SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(first_line(error)) from error
+        if not answer.exists():
+            last = done.stderr.strip().splitlines()[-1:]
+            raise UserError(*last or [f"{python} ended with status {done.returncode}"])
+        found = read_json(answer)
+    if error := found.get("error"):
+        raise UserError(error.splitlines()[0])
+    values = [np.asarray(some, np.float32) for some in found["values"]]
+    return values, {"vllm": found["version"]}
 
 
 @contextmanager

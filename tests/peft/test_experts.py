@@ -77,7 +77,7 @@ CASES += [("nemotron_h experts of latents, biases", UNGATED)]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]
 CASES += [(name, "experts and router") for name in STACKS] + [("hunyuan_v1_moe", "all-linear")]
-CASES += [(name, "all-linear") for name in ("glm4_moe", "deepseek_v3", "mellum")]
+CASES += [(name, "all-linear") for name in ("glm4_moe", "deepseek_v3", "deepseek_v32", "mellum")]
 
 
 @pytest.mark.parametrize(("family", "name"), dict.fromkeys(CASES))

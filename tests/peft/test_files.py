@@ -182,6 +182,7 @@ LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
     [
         ("minicpm3", dict(target_modules="all-linear")),
         ("deepseek_v3", dict(target_modules=LATENT, use_dora=True)),
+        ("glm_moe_dsa", dict(target_modules=[*LATENT, "wq_b", "wk", "weights_proj"])),
     ],
 )
 def test_lora_of_latent_attention_round_trips_with_peft_and_merges(tmp_path, name, options):

@@ -28,6 +28,7 @@ from jaxllm.model.config import (
     Convolution,
     Delta,
     Experts,
+    Indexer,
     Latent,
     LayerEmbeds,
     Mamba,
@@ -54,6 +55,7 @@ CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 GROUPS = {
     "experts": Experts,
     "latent": Latent,
+    "indexer": Indexer,
     "delta": Delta,
     "conv": Convolution,
     "mamba": Mamba,
@@ -205,6 +207,10 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
         raise UserError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "
             f"num_key_value_heads {cfg.num_kv_heads}"
+        )
+    if (indexer := cfg.indexer) is not None and indexer.dim < cfg.head_dim:
+        raise UserError(
+            f"index_head_dim {indexer.dim} is less than qk_rope_head_dim {cfg.head_dim}"
         )
     if (delta := cfg.delta) is not None and delta.value_heads % delta.key_heads:
         raise UserError(

@@ -17,6 +17,7 @@ from jaxllm.model.families.options import (
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     GROUPED_EXPERTS,
+    INDEXER,
     INTERLEAVED,
     LATENT,
     LLAMA4_EXPERTS,
@@ -35,6 +36,7 @@ from jaxllm.model.families.options import (
 )
 
 _OLMO = (*experts("num_experts", "intermediate_size"), RENORMALISED, *ATTENTION_BIAS)
+_INDEXED = (*LATENT, *INDEXER, *DEEPSEEK_EXPERTS)
 _GRANITE: dict[str, Any] = {
     "fused": ("gate_up", "expert_rows"),
     "modules": names.GRANITE,
@@ -62,6 +64,24 @@ EXPERTS: dict[str, Family] = {
         "Glm4MoeLite",
         SIGMOID,
         (*LATENT, INTERLEAVED, *DEEPSEEK_EXPERTS),
+        dense="typed",
+        modules=names.DEEPSEEK,
+        mtp="layers",
+        scores_as=None,
+    ),
+    "deepseek_v32": Family(
+        "DeepseekV32",
+        SIGMOID | {"rope_pairs": "neighbours", "indexer.pairs": "halves"},
+        _INDEXED,
+        dense="typed",
+        modules=names.DEEPSEEK,
+        mtp="layers",
+        scores_as=None,
+    ),
+    "glm_moe_dsa": Family(
+        "GlmMoeDsa",
+        SIGMOID | {"rope_pairs": "neighbours", "indexer.pairs": "neighbours"},
+        _INDEXED,
         dense="typed",
         modules=names.DEEPSEEK,
         mtp="layers",

@@ -181,6 +181,28 @@ LATENT = (
     Option("head_dim", "qk_rope_head_dim"),
     *ATTENTION_BIAS,
 )
+
+
+def _chosen_by_all(count: int, types: Any) -> int:
+    if "shared" in (types or ()):
+        raise UserError(
+            "indexer_types names shared layers: layers that attend to the keys which an earlier "
+            "layer chose are not supported"
+        )
+    return count
+
+
+INDEXER = (
+    Option(
+        "indexer.top_keys",
+        "index_topk",
+        _chosen_by_all,
+        lambda count, _: count,
+        beside="indexer_types",
+    ),
+    Option("indexer.heads", "index_n_heads"),
+    Option("indexer.dim", "index_head_dim"),
+)
 DELTA = (
     Option("delta.key_heads", "linear_num_key_heads"),
     Option("delta.value_heads", "linear_num_value_heads"),

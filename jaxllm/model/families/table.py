@@ -23,8 +23,8 @@ MISSING = {
         *("zamba", "zamba2", "falcon_mamba"),
     ),
     "attention and a state space side by side in a layer": ("falcon_h1",),
-    "attention to the keys that an indexer chooses": (
-        *("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"),
+    "attention to the blocks of keys that an indexer chooses for each key/value head": (
+        "minimax_m3_vl_text",
     ),
     "layers with other numbers of heads, and other gates": ("laguna",),
     "attention and an MLP side by side with a norm each": ("gpt_neox",),

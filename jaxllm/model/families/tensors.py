@@ -210,7 +210,7 @@ def _attention_keys(
         linear("attn.kv_a", "self_attn.kv_a_proj_with_mqa", cfg.qkv_bias)
         keys += _norm_keys(cfg, f"{stack}.attn.kv_norm", f"{layer}self_attn.kv_a_layernorm")
         linear("attn.kv_b", "self_attn.kv_b_proj", False)
-        return keys
+        return keys + (_indexer_keys(f"{stack}.attn", layer, linear) if cfg.indexer else [])
     if "qkv" in fused_in(cfg):
         ends = (("q", range(Q)), ("k", range(Q, Q + KV)), ("v", range(Q + KV, Q + 2 * KV)))
         for part, outputs in ends:
@@ -219,6 +219,14 @@ def _attention_keys(
     for part in _attention_parts(kind):
         linear(f"attn.{part}", f"self_attn.{part}_proj", cfg.qkv_bias)
     return []
+
+
+def _indexer_keys(path: str, layer: str, linear: Any) -> list[Key]:
+    """The weights of the indexers of a stack; those that are modules are added by `linear`."""
+    for ours, theirs in {"q": "wq_b", "k": "wk", "weigh": "weights_proj"}.items():
+        linear(f"attn.indexer.{ours}", f"self_attn.indexer.{theirs}", False)
+    norm, name = f"{path}.indexer.k_norm", f"{layer}self_attn.indexer.k_norm"
+    return [Key(f"{norm}.scale", f"{name}.weight"), Key(f"{norm}.shift", f"{name}.bias")]
 
 
 def _mlp_keys(cfg: ModelConfig, fused: tuple[str, ...], linear: Any) -> None:
