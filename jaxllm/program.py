@@ -128,7 +128,7 @@ class Program:
     def summary(self) -> list[str]:
         """Lines that a run prints at the start."""
         facts = {"dtype": self.cfg.model.compute_dtype, "softcap": self.shape.attention_softcap}
-        facts |= {"sinks": self.shape.sinks}
+        facts |= {"sinks": any(self.shape.of(kind).sinks for kind in self.shape.kinds)}
         facts |= {"prefix": self.adapter.length > 0, "length": self.row_length}
         indexer = self.shape.indexer
         facts["selected"] = indexer is not None and indexer.top_keys < self.row_length

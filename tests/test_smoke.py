@@ -43,6 +43,8 @@ for name, family in FAMILIES.items():
     longest = 2**17 if name == "gpt_oss" else 2**18
     # transformers warns if the last layer of gemma4 is another.
     full = dict(layer_types=["full_attention"]) if name.startswith("gemma4") else {}
+    # olmo_hybrid has layers of two kinds.
+    full |= dict(num_hidden_layers=2) if name == "olmo_hybrid" else {}
     own = full | dict(model_type=name, max_position_embeddings=longest)
     config = to_hf(from_hf(shape | ids | own))
     reward = family.scores_as is not None and to_hf(from_hf(as_reward(config | ids)))

@@ -142,6 +142,16 @@ NEMOTRON_H: dict[str, Any] = dict(
     ssm_state_size=10,
 )
 
+OLMO_HYBRID: dict[str, Any] = dict(
+    rms_norm_eps=1e-3,  # a smaller one magnifies the roundings of small states
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    # transformers saves the convolution in three equal parts, whatever the widths of q, k and v.
+    linear_key_head_dim=20,
+    linear_value_head_dim=10,
+)
+NO_BASE = dict(rope_type="default", rope_theta=None)
+
 # One entry for each family carries the family's name; the others turn its flags.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", dict(head_dim=12)),
@@ -597,6 +607,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             norm_topk_prob=False,
         ),
     ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        dict(
+            head_dim=12,
+            v_head_dim=10,
+            num_key_value_heads=1,
+            moe_intermediate_size=20,
+            n_routed_experts=8,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.7,
+            sliding_window=5,
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+            rope_parameters={
+                FULL: dict(rope_type="default", rope_theta=500.0, partial_rotary_factor=0.334),
+                SLIDING: dict(rope_type="default", rope_theta=100.0),
+            },
+        ),
+    ),
+    "mimo_v2_flash not renormalised, values wider than keys, biases, tied": (
+        "mimo_v2_flash",
+        dict(
+            head_dim=8,
+            v_head_dim=14,
+            attention_value_scale=None,
+            moe_intermediate_size=20,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            sliding_window_size=8,
+            layer_types=[SLIDING, FULL] * 2,
+            mlp_layer_types=["dense", "sparse", "dense", "sparse"],
+            attention_bias=True,
+            tie_word_embeddings=True,
+        ),
+    ),
     "dots1": (
         "dots1",
         dict(
@@ -806,6 +853,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense biases, tied": (
         "hunyuan_v1_dense",
         dict(head_dim=8, attention_bias=True, tie_word_embeddings=True),
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        dict(
+            head_dim=12,
+            intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            layer_types=[FULL, SLIDING, SLIDING, FULL],
+            mlp_layer_types=["dense"] + ["sparse"] * 3,
+            prefix_dense_intermediate_size=44,
+            sliding_window=5,
+            logit_scale=0.7,
+        ),
+    ),
+    "cohere2_moe sigmoid, summed, rms norms, biases, untied": (
+        "cohere2_moe",
+        dict(
+            head_dim=8,
+            num_experts=8,
+            num_shared_experts=1,
+            shared_expert_combination_strategy="sum",
+            expert_selection_fn="sigmoid",
+            norm_topk_prob=False,
+            first_k_dense_replace=2,
+            prefix_dense_sliding_window_pattern=2,
+            sliding_window_pattern=2,
+            sliding_window=9,
+            rms_norm_eps=1e-5,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            logit_scale=0.5,
+        ),
     ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", dict(head_dim=12, num_experts=6, moe_topk=[2] * 4)),
     "minimax_m2": (
@@ -1046,6 +1127,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | DELTA_EXPERTS),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        OLMO_HYBRID | dict(layer_types=[LINEAR, FULL] * 2, rope_parameters=NO_BASE),
+    ),
+    "olmo_hybrid rotated, β up to 1, biases, tied": (
+        "olmo_hybrid",
+        OLMO_HYBRID
+        | dict(
+            layer_types=[FULL, LINEAR, LINEAR, FULL],
+            linear_allow_neg_eigval=False,
+            linear_num_value_heads=2,
+            linear_value_head_dim=20,
+            linear_conv_kernel_dim=3,
+            hidden_act="gelu",
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=dict(rope_type="default", rope_theta=500.0),
+        ),
+    ),
 }
 
 
@@ -1094,7 +1194,7 @@ def magnified(config: dict[str, Any]) -> Any:
 
 def as_saved(model: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Tensors as transformers saves them: those of experts one by one."""
-    if not any(".experts." in name for name in tensors):
+    if not any(".experts." in n or ".linear_attn.q_" in n for n in tensors):
         return tensors
     saved = revert_weight_conversion(model, tensors)
     kind = model.config.model_type

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of a block: projections, rotary positions, cache.
 
-Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim.
+Dims: B rows, T tokens, D model width, H heads, N key/value heads, K head_dim, V that of values.
 """
 
 from __future__ import annotations
@@ -38,30 +38,31 @@ class Attention(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        D, Q, KV = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        D, H, N, (K, V) = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.attention_dims
         # The unit in which a mesh axis divides these dims is a head.
-        heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
+        heads, kv_heads = ("heads", H), ("kv_heads", N)
         options: dict[str, Any] = dict(peft=peft, dtype=dtype, rngs=rngs)
         qkv = partial(Linear, cfg, bias=cfg.qkv_bias, **options)
         own_k = kind.uses is None
         own_v = own_k and not kind.values_from_keys
         # With a gate in q, a head's outputs of q are its query, then its gate.
         in_q = cfg.output_gate == "query"
-        self.q = qkv(f"{path}.q", ("embed", heads), (D, Q * (1 + in_q)))
-        self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, KV)) if own_k else None
-        self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, KV)) if own_v else None
-        gates = {"feature": Q, "head": cfg.num_heads}.get(cfg.output_gate)
+        self.q = qkv(f"{path}.q", ("embed", heads), (D, H * K * (1 + in_q)))
+        self.k = qkv(f"{path}.k", ("embed", kv_heads), (D, N * K)) if own_k else None
+        self.v = qkv(f"{path}.v", ("embed", kv_heads), (D, N * V)) if own_v else None
+        gates = {"feature": H * V, "head": H}.get(cfg.output_gate)
         gate = partial(Linear, cfg, f"{path}.gate", ("embed", heads), **options)
         self.gate = gate((D, gates)) if gates else None
-        self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (Q, D), bias=cfg.o_bias, **options)
-        self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, Q + 2 * KV), rngs)
+        self.o = Linear(cfg, f"{path}.o", (heads, "embed"), (H * V, D), bias=cfg.o_bias, **options)
+        outputs = H * K + N * (K + V)
+        self.qkv = peft.linear(f"{path}.qkv", ("embed", "heads"), (D, outputs), rngs)
         if cfg.sinks:
-            drawn = jax.random.normal(rngs.params(), (cfg.num_heads,)) * cfg.initializer_range
+            drawn = jax.random.normal(rngs.params(), (H,)) * cfg.initializer_range
             self.sinks = nnx.Param(drawn.astype(dtype), axes=(heads,))
         full, normed = cfg.qk_norm == "full", cfg.qk_norm not in ("none", "unit")
         norm = partial(RMSNorm, cfg, dtype=dtype)
-        self.q_norm: Any = norm(Q if full else cfg.head_dim) if normed else None
-        self.k_norm: Any = norm(KV if full else cfg.head_dim) if normed and own_k else None
+        self.q_norm: Any = norm(H * K if full else K) if normed else None
+        self.k_norm: Any = norm(N * K if full else K) if normed and own_k else None
         self.cfg, self.kind = cfg, kind
 
     def placed(self, y: jax.Array, norm: Any, ctx: Context) -> jax.Array:
@@ -91,10 +92,11 @@ class Attention(nnx.Module):
         return q, *gate
 
     def keys_and_values(self, k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, ...]:
-        """Each [B, T, N, K]."""
+        """[B, T, N, K] and [B, T, N, V]."""
         cfg = self.cfg
         k = self.k_norm(k) if cfg.qk_norm == "full" else k
-        k, v = (self.clipped(y).reshape(*y.shape[:2], -1, cfg.head_dim) for y in (k, v))
+        k, v = (self.clipped(y).reshape(*y.shape[:2], cfg.num_kv_heads, -1) for y in (k, v))
+        v = v if cfg.value_scale == 1 else v * cfg.value_scale
         v = unit_rms(v, cfg.norm_eps) if cfg.value_norm else v
         return self.placed(k, self.k_norm, ctx), v
 

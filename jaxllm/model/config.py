@@ -52,10 +52,12 @@ class LayerKind:
     # A layer may be one of the two alone: a mixer, or an MLP or experts.
     mixer: Literal["attention", "delta", "conv", "mamba", "none"] = "attention"
     mlp: bool = True
-    # Sizes of such a layer where they differ from the model's (`ModelConfig.of`).
+    # Of such a layer where they differ from the model's (`ModelConfig.of`).
     head_dim: int | None = None
     num_kv_heads: int | None = None
     intermediate_size: int | None = None
+    norm_placement: Literal["pre", "post", "sandwich", "parallel"] | None = None
+    sinks: bool | None = None
     values_from_keys: bool = False  # its values are its keys before their norm and positions
     # A layer keeps its keys and values under a number, and later ones that have none use them.
     keeps: int | None = None
@@ -71,10 +73,11 @@ class LayerKind:
         """Equal for layers that one stack can hold, whose weights have equal shapes."""
         rest = self.values_from_keys, self.keeps, self.uses
         parts = self.mixer, self.mlp, self.dense
-        return (*parts, *(getattr(self, size) for size in OWN_SIZES), *rest)
+        return (*parts, *(getattr(self, name) for name in OWN), *rest)
 
 
 OWN_SIZES = "head_dim", "num_kv_heads", "intermediate_size"
+OWN = *OWN_SIZES, "norm_placement", "sinks"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Experts:
     group_best: int = 2
     shared_size: int = 0  # hidden features of the MLP that every token passes; 0 = none
     shared_gate: bool = False  # its output is multiplied by sigmoid(w · x)
+    shared_mean: bool = False  # the output is the mean of those of the chosen and shared experts
     # The router, the other experts and their output have norms apart from the shared expert's, and
     # the output of each expert a learned scale.
     branch: bool = False
@@ -140,6 +144,8 @@ class Delta:
     # q, k, v and the gate are one tensor, in which the heads follow one another; so are beta and
     # decay. Else q, k and v follow one another in one tensor, and the others have their own.
     grouped: bool = False
+    negative: bool = False  # β is up to 2: a token may turn what it corrects into its negative
+    norm_eps: float = 0.0  # of the norm of the output; 0 = the model's
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,8 @@ class ModelConfig:
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
     # that without weights, in layers with RoPE (llama4).
     qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"
+    value_dim: int | None = None  # features of a head's values; None = head_dim
+    value_scale: float = 1.0  # multiplies values
     value_norm: bool = False  # each head's values are divided by their root mean square
     qkv_bias: bool = False
     qkv_clip: float = 0.0  # queries, keys and values are clipped to ± this; 0 = not clipped
@@ -247,9 +255,9 @@ class ModelConfig:
     wrapper: str = ""  # model_type of the multimodal model that it is a part of (families.wrappers)
 
     def of(self, kind: LayerKind) -> ModelConfig:
-        """The config with the sizes of a layer of that kind."""
-        own = {size: getattr(kind, size) for size in OWN_SIZES}
-        return replace(self, **{size: value for size, value in own.items() if value is not None})
+        """The config with what a layer of that kind has of its own."""
+        own = {name: getattr(kind, name) for name in OWN}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
     @property
     def kinds_by_layer(self) -> tuple[LayerKind, ...]:
@@ -284,7 +292,7 @@ class ModelConfig:
     def attention_dims(self) -> tuple[int, int]:
         """Features of a head's queries and keys, and of its values."""
         if (latent := self.latent) is None:
-            return self.head_dim, self.head_dim
+            return self.head_dim, self.value_dim or self.head_dim
         return latent.nope_dim + self.head_dim, latent.value_dim
 
     @property
@@ -292,7 +300,7 @@ class ModelConfig:
         """Heads of the cache, features of a key, and of a value. That of latent attention has one
         head: the rotated part of all heads' keys with the indexer's key, and the latent."""
         if self.latent is None:
-            return self.num_kv_heads, self.head_dim, self.head_dim
+            return self.num_kv_heads, *self.attention_dims
         index_dim = 0 if self.indexer is None else self.indexer.dim
         return 1, self.head_dim + index_dim, self.latent.kv_rank
 
@@ -362,11 +370,12 @@ def check_numbers(cfg: ModelConfig, keys: Mapping[str, str]) -> None:
     parts: list[Any] = [cfg, *cfg.ropes, *cfg.kinds]
     groups = cfg.latent, cfg.indexer, cfg.delta, cfg.conv, cfg.mamba, cfg.experts, cfg.layer_embeds
     parts += [part for part in groups if part is not None]
+    optional_sizes = "window", "value_dim", *OWN_SIZES
     for part in parts:
         hints = get_type_hints(type(part))
         for f in fields(part):
             value, hint = getattr(part, f.name), hints[f.name]
-            is_size = hint is int or (f.name in ("window", *OWN_SIZES) and value is not None)
+            is_size = hint is int or (f.name in optional_sizes and value is not None)
             optional = ("rope", "original_length", "query_shift", "q_rank", "mtp")
             optional += ("shared_size", "latent_size")
             low = 0 if f.name in optional else 1

@@ -7,10 +7,11 @@ the token's key, and reads it:
     S ← αS,   S ← S + k (β (v - Sᵀk))ᵀ,   y = Sᵀq / √K
     α = exp(-exp(a_log) · softplus(decay x + dt_bias)),   β = sigmoid(beta x)
 
-where q and k have length 1. Before that, q, k and v pass a causal convolution over a few tokens.
-Tokens are computed in chunks (arXiv:2406.06484): the corrections of a chunk solve a triangular
-system, so all but the state that goes from chunk to chunk is products of matrices. Neither the
-state nor the convolution crosses texts of a packed row, and padding changes nothing.
+where q and k have length 1; β is twice that in some models (arXiv:2411.12537). Before that, q, k
+and v pass a causal convolution over a few tokens. Tokens are computed in chunks (arXiv:2406.06484):
+the corrections of a chunk solve a triangular system, so all but the state that goes from chunk to
+chunk is products of matrices. Neither the state nor the convolution crosses texts of a packed row,
+and padding changes nothing.
 
 Dims: B rows, T tokens, D model width, G heads of queries and keys, H heads of values, R = H / G,
 K features of a key, V of a value, W taps of the convolution; n chunks of C tokens.
@@ -63,11 +64,15 @@ class DeltaNet(nnx.Module):
             self.gate = linear(f"{path}.gate", ("embed", heads), (D, HV))
             self.beta = linear(f"{path}.beta", ("embed", heads), (D, H))
             self.decay = linear(f"{path}.decay", ("embed", heads), (D, H))
-        taps = jax.random.normal(rngs.params(), (2 * QK + HV, delta.taps)) * cfg.initializer_range
-        self.conv = nnx.Param(taps.astype(dtype), axes=(None, None))  # of q, then k, then v
+
+        def taps(channels: int) -> nnx.Param:
+            drawn = jax.random.normal(rngs.params(), (channels, delta.taps)) * cfg.initializer_range
+            return nnx.Param(drawn.astype(dtype), axes=(None, None))
+
+        self.q_conv, self.k_conv, self.v_conv = taps(QK), taps(QK), taps(HV)
         a = jax.random.uniform(rngs.params(), (H,), minval=0.01, maxval=16.0)
         self.a_log, self.dt_bias = (nnx.Param(x, axes=(heads,)) for x in (jnp.log(a), jnp.ones(H)))
-        plain = replace(cfg, norm_offset=0.0)
+        plain = replace(cfg, norm_offset=0.0, norm_eps=delta.norm_eps or cfg.norm_eps)
         self.norm = RMSNorm(plain, delta.value_dim, dtype=jnp.float32)
         self.o = linear(f"{path}.o", (heads, "embed"), (HV, D))
         self.cfg, self.delta, self.activation = cfg, delta, cfg.activation
@@ -79,6 +84,7 @@ class DeltaNet(nnx.Module):
         real_BT, text_BT = ctx.segment_ids != 0, carried(ctx.segment_ids)
         inputs = tuple(jnp.where(real_BT[..., None, None], x, 0) for x in (q, k, v))
         beta_BTH = jnp.where(real_BT[..., None], jax.nn.sigmoid(beta_BTH.astype(jnp.float32)), 0)
+        beta_BTH = 2 * beta_BTH if self.delta.negative else beta_BTH
         rate_BTH = jax.nn.softplus(decay_BTH.astype(jnp.float32) + self.dt_bias[...])
         log_BTH = jnp.where(real_BT[..., None], -jnp.exp(self.a_log[...]) * rate_BTH, 0)
         before = past or StateCache.empty(self.cfg, len(x_BTD), dtype=x_BTD.dtype)
@@ -112,8 +118,8 @@ class DeltaNet(nnx.Module):
         self, inputs: Any, beta_BTH: Any, log_BTH: Any, text_BT: Any, before: StateCache
     ) -> tuple[jax.Array, jax.Array]:
         """(output [B, T, H, V] in the inputs' dtype, state after the last token)."""
-        ends = np.cumsum([x.shape[-2] * x.shape[-1] for x in inputs])[:-1]
-        parts = zip(inputs, before.windows, jnp.split(self.conv[...], ends), strict=True)
+        taps = (conv[...] for conv in (self.q_conv, self.k_conv, self.v_conv))
+        parts = zip(inputs, before.windows, taps, strict=True)
         activation, dtype = ACTIVATIONS[self.activation], inputs[0].dtype
         q, k, v = (activation(convolved(*part, text_BT)).astype(dtype) for part in parts)
         q, k = (unit(x.astype(jnp.float32)) for x in (q, k))

@@ -141,7 +141,7 @@ class MoE(nnx.Module):
             self.norm, self.post_norm, self.shared_post_norm = norm(), norm(), norm()
             self.router_scale = nnx.Param(jnp.ones(D, dtype), axes=("norm",))
             self.scale = nnx.Param(jnp.ones(E, dtype), axes=("experts",))
-        self.cfg, self.branch = cfg, experts.branch
+        self.cfg, self.branch, self.mean = cfg, experts.branch, experts.shared_mean
 
     def obstacle(self, blocks: int) -> str:
         """As `MLP.obstacle`: why the hidden features cannot be computed in blocks."""
@@ -179,7 +179,8 @@ class MoE(nnx.Module):
             shared_BTD = shared_BTD * jax.nn.sigmoid(self.shared_gate(x_BTD, ctx))
         if self.branch:
             y_BTD, shared_BTD = self.post_norm(y_BTD), self.shared_post_norm(shared_BTD)
-        return y_BTD + shared_BTD, routing
+        total_BTD = y_BTD + shared_BTD
+        return (total_BTD / 2 if self.mean else total_BTD), routing
 
     def kernels(self, ctx: Context) -> dict[str, Any]:
         """The weights of the experts, and A and B of LoRA, by their names in DIMS."""

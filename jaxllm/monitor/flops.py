@@ -96,15 +96,16 @@ def unread_weights(model: ModelConfig) -> int:
     the layers: nothing in the backward pass reads such a product, so remat leaves it out."""
     features, Q = 0, model.num_heads * model.head_dim
     for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
-        last = model.of(kind).intermediate_size
+        layer = model.of(kind)
+        last = layer.intermediate_size
         if (experts := model.experts) is not None and kind.routed:
             # The router weighs what an expert gives, and a gate the shared one: gradients read it.
             shared = 0 if experts.shared_gate else experts.shared_size
             last = 0 if experts.branch else experts.latent_size + shared
         if not kind.mlp:
             last = Q if model.mamba is None or kind.mixer != "mamba" else model.mamba.widths["x"]
-        if model.norm_placement not in ("post", "sandwich"):
-            features += last + Q * model.norm_placement.startswith("parallel")
+        if layer.norm_placement not in ("post", "sandwich"):
+            features += last + Q * layer.norm_placement.startswith("parallel")
     return model.hidden_size * features
 
 

@@ -50,7 +50,8 @@ class VirtualTokens(PeftAdapter):
                 f"peft.method {cls.method} adds keys and values before each text, which the "
                 f"{what} of this model do not have; use method lora"
             )
-        if len({(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}) > 1:
+        shapes = {(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}
+        if len(shapes) > 1 or cfg.value_dim:
             raise UserError(
                 f"peft.method {cls.method} adds keys and values of one shape to every layer, and "
                 "the layers of this model differ in these; use method lora"

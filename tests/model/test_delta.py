@@ -48,6 +48,16 @@ GROUPED = replace(
     delta=Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=16, taps=4, grouped=True),
 )
 PARTS = replace(GROUPED, family="qwen3_5_text", delta=replace(GROUPED.delta, grouped=False))
+SEPARATE = replace(
+    PARTS,
+    family="olmo_hybrid",
+    kinds=(LayerKind(mixer="delta", norm_placement="pre"), LayerKind()),
+    norm_offset=0.0,
+    norm_placement="post",
+    qk_norm="full",
+    output_gate="none",
+    delta=replace(PARTS.delta, negative=True),
+)
 LORA = PeftSection(method="lora", r=4, target_modules=("all-linear",))
 
 
@@ -58,7 +68,7 @@ def remembering(section=WHOLE, **options):
         x = v.get_value()
         if path[-1] in ("a_log", "dt_bias"):
             v.set_value(jax.random.normal(next(key), x.shape) - 2)
-        elif path[-1] == "conv":
+        elif path[-1].endswith("_conv"):
             v.set_value(jax.random.normal(next(key), x.shape))
         elif model.peft.frozen and model.peft.trains(path, v):
             v.set_value(x + 0.3 * jax.random.normal(next(key), x.shape))
@@ -138,10 +148,17 @@ def test_a_mesh_remat_and_micro_batches_change_no_delta_net(alone, mesh):
         assert kernel.addressable_shards[0].data.size * parts == kernel.size, name
 
 
-@pytest.mark.parametrize("shape", [GROUPED, PARTS], ids=["grouped", "parts"])
-def test_lora_over_quantized_delta_nets_does_not_depend_on_the_mesh(shape):
+@pytest.mark.parametrize(
+    ("shape", "own"),
+    [
+        (GROUPED, {"qkvz", "ba"}),
+        (PARTS, {"qkv", "gate", "beta", "decay"}),
+        (SEPARATE, {"q", "k", "v", "gate", "beta", "decay"}),
+    ],
+    ids=["grouped", "parts", "separate"],
+)
+def test_lora_over_quantized_delta_nets_does_not_depend_on_the_mesh(shape, own):
     trained, frozen = same_lora_over_mesh(shape=shape, section=LORA, quantize_base="int8")
-    own = {"qkvz", "ba"} if shape.delta.grouped else {"qkv", "gate", "beta", "decay"}
     assert set(trained["layers_0"]["attn"]) == own | {"o"}
     assert isinstance(frozen["layers_0"]["attn"]["o"]["kernel"], Quantized)
 

@@ -3,6 +3,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -21,7 +22,7 @@ from jaxllm.mesh import axes_of, param_sharding
 from jaxllm.model.config import Delta, Experts, LayerKind, Mamba, ModelConfig, Rope
 from jaxllm.model.decoder import Decoder
 from jaxllm.model.families import as_reward, from_hf, normalised, to_hf, with_mtp
-from jaxllm.model.families.rope import rope_keys
+from jaxllm.model.families.rope import rope_keys, write_rope
 from jaxllm.model.families.table import FAMILIES
 from jaxllm.model.families.tensors import key_table, tensor_names
 
@@ -986,6 +987,26 @@ GPT_NEOX_20B = PYTHIA_1_4B | dict(
     num_hidden_layers=44,
     vocab_size=50432,
 )
+OLMO_HYBRID_7B = dict(
+    model_type="olmo_hybrid",
+    hidden_size=3840,
+    intermediate_size=11008,
+    layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 8,
+    linear_allow_neg_eigval=True,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=96,
+    linear_num_key_heads=30,
+    linear_num_value_heads=30,
+    linear_value_head_dim=192,
+    max_position_embeddings=65536,
+    num_attention_heads=30,
+    num_hidden_layers=32,
+    num_key_value_heads=30,
+    rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_theta=None, rope_type="default"),
+    tie_word_embeddings=False,
+    vocab_size=100352,
+)
 TINY = dict(
     vocab_size=31,
     hidden_size=16,
@@ -1084,7 +1105,7 @@ def test_a_config_is_read_without_being_changed():
         *(DEEPSEEK_V2_LITE, DEEPSEEK_V3, GLM_4_7_FLASH, MINICPM3_4B, DEEPSEEK_V3_2, GLM_5),
         *(LLAMA_4_SCOUT, LLAMA_4_MAVERICK, LFM2_1_2B, LFM2_8B_A1B),
         *(GRANITE_4_H_TINY, NEMOTRON_H_8B, NEMOTRON_NANO_9B_V2, NEMOTRON_3_NANO),
-        *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B),
+        *(OLMO_1B, STABLELM_2_1_6B, COMMAND_R, GRANITE_3_1B_A400M, BAMBA_9B, OLMO_HYBRID_7B),
         *(NANOCHAT_D32, PYTHIA_1_4B, GPT_NEOX_20B, APERTUS_8B, PHI_2),
     ],
     ids=lambda c: c["model_type"],
@@ -1285,6 +1306,8 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
     # torch has no default for it, and that of helium does not fit
     if kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe", "helium"):
         config |= {"head_dim": 4}
+    if kind == "olmo_hybrid":  # else transformers does not divide the convolution as files do
+        config |= {"linear_value_head_dim": 3}
     if kind == "lfm2_moe":
         config |= {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
     cfg = from_hf(config)
@@ -1358,6 +1381,7 @@ def test_the_key_table_names_every_weight_with_its_shape(kind, tied):
         (GPT_NEOX_20B, 20_554_567_680),
         (APERTUS_8B, 8_053_338_240),
         (PHI_2, 2_779_683_840),
+        (OLMO_HYBRID_7B, 7_430_870_688),
     ],
     ids=lambda c: c["model_type"] if isinstance(c, dict) else "",
 )
@@ -1374,8 +1398,9 @@ def test_a_large_model_costs_nothing_to_describe(config, want):
     assert sum(p.numel() for p in [*model.parameters(), *buffers]) == want
 
     # On 64 devices no array of 1 GiB is replicated, and each holds less than twice its share.
-    sizes = dict(data=1, fsdp=8, expert=8 if cfg.experts else 1, context=1)
-    sizes |= dict(tensor=64 // prod(sizes.values()))
+    sizes = dict(data=1, expert=8, tensor=1) if cfg.experts else dict(data=1, expert=1)
+    sizes = dict(tensor=math.gcd(8, cfg.num_heads)) | sizes  # which divides no head
+    sizes |= dict(fsdp=64 // prod(sizes.values()), context=1)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     whole, own = [], 0
     for _, variable in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
@@ -1455,6 +1480,54 @@ def test_nemotron_h_has_layers_that_are_one_sub_layer():
     assert config.items() >= NEMOTRON_H_8B.items() and "rope_theta" not in config
     with pytest.raises(UserError, match="mtp_loss: the multi-token prediction of nemotron_h is no"):
         with_mtp(nano, NEMOTRON_3_NANO)
+
+
+def test_olmo_hybrid_has_norms_before_delta_nets_and_after_attention():
+    cfg = from_hf(OLMO_HYBRID_7B)
+    delta, attention = LayerKind(mixer="delta", norm_placement="pre"), LayerKind()
+    assert kinds(cfg) == ([delta] * 3 + [attention]) * 8 and cfg.norm_placement == "post"
+    assert cfg.delta == Delta(30, 30, 96, 192, 4, negative=True, norm_eps=1e-5)
+    assert cfg.ropes == (Rope(kind="none"),) and to_hf(cfg)["rope_parameters"]["rope_theta"] is None
+    rotated = from_hf(OLMO_HYBRID_7B | {"rope_parameters": {"rope_theta": 5e5}})
+    assert rotated.ropes == (Rope(500_000.0),) and from_hf(to_hf(rotated)) == rotated
+
+
+def test_cohere2_moe_has_rotary_positions_in_dense_layers_too():
+    dense = dict(first_k_dense_replace=1, prefix_dense_intermediate_size=48, sliding_window=8)
+    config = TINY | dense | {"model_type": "cohere2_moe", "num_hidden_layers": 5}
+    cfg = from_hf(config | {"num_shared_experts": 2})
+    local, first = LayerKind(0, 8), LayerKind(0, dense=True)
+    assert kinds(cfg) == [first, local, local, local, LayerKind(1)] and cfg.intermediate_size == 48
+    assert cfg.experts == Experts(8, 1, 24, shared_size=48, shared_mean=True)
+    assert (cfg.norm, cfg.norm_eps) == ("layer", 1e-5) and from_hf(to_hf(cfg)) == cfg
+    other = from_hf(config | {"prefix_dense_sliding_window_pattern": 4, "rms_norm_eps": 1e-3})
+    assert kinds(other)[0] == LayerKind(0, 8, dense=True) and other.norm_eps == 1e-3
+    full = config | {"layer_types": ["full_attention"] * 5}
+    for pattern, rope in ((1, "default"), (2, "none")):
+        cfg = from_hf(full | {"prefix_dense_sliding_window_pattern": pattern})
+        assert cfg.ropes[kinds(cfg)[0].rope].kind == rope and from_hf(to_hf(cfg)) == cfg
+    with pytest.raises(UserError, match="config of a cohere2_moe model"):
+        from_hf(config | {"shared_expert_combination_strategy": "best"})
+
+
+def test_mimo_v2_flash_has_sinks_and_more_heads_in_layers_with_a_window():
+    config = TINY | {"model_type": "mimo_v2_flash", "num_hidden_layers": 7, "v_head_dim": 6}
+    cfg = from_hf(config | {"head_dim": 12, "sliding_window_size": 8})
+    local = LayerKind(1, 9, num_kv_heads=4, sinks=True)
+    full = LayerKind(0, dense=True), LayerKind(0)
+    assert kinds(cfg) == [full[0], *[local] * 4, full[1], local] and not cfg.sinks
+    assert cfg.ropes == (Rope(5e6, partial=0.334), Rope(1e4, partial=0.334))
+    assert cfg.attention_dims == (12, 6) and cfg.value_scale == 0.707
+    assert cfg.of(local).cached_dims == (4, 12, 6) and from_hf(to_hf(cfg)) == cfg
+    with pytest.raises(UserError, match="4 is no multiple of num_key_value_heads 4"):
+        from_hf(config | {"num_key_value_heads": 4})
+    ropes = {
+        "full_attention": cfg.ropes[0],
+        "sliding_attention": replace(cfg.ropes[1], partial=1.0),
+    }
+    ropes = {n: write_rope(rope, FAMILIES["mimo_v2_flash"]) for n, rope in ropes.items()}
+    with pytest.raises(UserError, match="partial_rotary_factor differs among layers"):
+        from_hf(config | {"rope_parameters": ropes})
 
 
 def test_bamba_lists_its_layers_with_attention():

@@ -55,6 +55,9 @@ from jaxllm.sampling import Sampling, generate
 # does so for the structures of the other families.
 GEMMA4 = [name for name in CASES if name.startswith("gemma4")]
 MAMBA = [name for name in CASES if name.startswith("granitemoehybrid")]
+OLMO_HYBRID = [name for name in CASES if name.startswith("olmo_hybrid")]
+COHERE_MOE = [name for name in CASES if name.startswith("cohere2_moe")]
+MIMO = [name for name in CASES if name.startswith("mimo_v2_flash")]
 NEMOTRON = [name for name in CASES if name.startswith("nemotron_h")]
 LONGER = ["ministral", "ministral3", "gemma", "olmo3", "exaone4", "seed_oss", "internlm3", "glm"]
 LONGER += ["ernie4_5", "glm4", "granite", "cohere2", "starcoder2", "arcee", "nemotron", "mixtral"]
@@ -70,6 +73,7 @@ MORE += ["vaultgemma", "youtu", "olmo", "olmoe clipped", "flex_olmo", "granitemo
 MORE += ["granitemoeshared", "granitemoe_swa", "solar_open", "exaone_moe", "hy_v3", "afmoe"]
 MORE += ["bamba", "bamba biases, tied", "lfm3"]
 MORE += ["nanochat", "nanochat not capped, biases, tied", "gpt_neox", "apertus", "phi"]
+MORE += [*OLMO_HYBRID, *COHERE_MOE, *MIMO]
 LONGER += MORE
 
 
@@ -203,6 +207,7 @@ GREEDY = ["cohere2", "ministral3", "qwen2_moe", "glm4_moe", "deepseek_v3", "gpt_
 GREEDY += ["deepseek_v32", "glm_moe_dsa"]
 GREEDY += ["stablelm", "olmo", "granite_swa", "afmoe", "bamba", "lfm3"]
 GREEDY += ["nanochat", "gpt_neox", "apertus", "phi"]
+GREEDY += [*OLMO_HYBRID, "cohere2_moe", *MIMO]
 GREEDY += ["qwen3_next", "llama4_text", "lfm2_moe", "gemma4_text", *MAMBA]
 # transformers has no least step while decoding.
 GREEDY += [name for name in NEMOTRON if "least steps" not in name]
@@ -244,6 +249,7 @@ BUFFERS = "correction_bias", "expert_bias", "layer_scalar", "act_fn.beta", "act_
 
 
 FLAGGED = ["qwen2_moe some dense", *GEMMA4[1:], *MAMBA[1:], *NEMOTRON[1:]]
+FLAGGED += [*OLMO_HYBRID[1:], *MIMO[1:]]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *FLAGGED])

@@ -72,6 +72,7 @@ CASES += [("gpt_oss", name) for name in FUSED_TOO] + [("llama4_text", name) for 
 CASES += [(name, "experts, router, q") for name in ("granitemoehybrid", "granitemoeshared")]
 CASES += [("flex_olmo", "all-linear")]
 CASES += [(name, "experts and router") for name in ("solar_open", "exaone_moe", "hy_v3", "afmoe")]
+CASES += [(name, "experts and router") for name in ("cohere2_moe", "mimo_v2_flash")]
 CASES += [("nemotron_h experts of latents, biases", UNGATED)]
 CASES += [(f, "all-linear") for f in FAMILIES]
 STACKS = ["glm4_moe", "dots1", "ernie4_5_moe", "mellum", "qwen2_moe some dense"]

@@ -125,14 +125,18 @@ RECURRENT = [
     ("lfm3", "w1"),
     ("granitemoehybrid", "input_linear"),
     ("nemotron_h", "up_proj"),
+    ("olmo_hybrid", "gate_proj"),
 ]
 
 
 @pytest.mark.parametrize(("name", "mlp"), RECURRENT)
 def test_lora_of_recurrent_layers_round_trips_with_peft(tmp_path, name, mlp):
     """in_proj is one module, of which three or five parts have one A."""
-    # peft refuses nemotron_h's out_proj; g_proj gates the heads of lfm3.
-    other = {"nemotron_h": "q_proj", "lfm3": "g_proj"}.get(name, "out_proj")
+    # peft refuses nemotron_h's out_proj; g_proj gates the heads of lfm3; all layers of olmo_hybrid
+    # have a q_proj.
+    other = {"nemotron_h": "q_proj", "lfm3": "g_proj", "olmo_hybrid": "q_proj"}.get(
+        name, "out_proj"
+    )
     config = peft.LoraConfig(r=4, target_modules=["in_proj", other, mlp], use_rslora=True)
     ours, want, here, back = both_ways(tmp_path, base_in(tmp_path, name), config)
     for got in (here, back, logits_of(merged(ours), some_tokens())):

@@ -203,7 +203,7 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
             values |= {name: group(**parts)} if parts and None not in parts.values() else {}
         cfg = ModelConfig(**values)
     check_numbers(cfg, {o.field.rpartition(".")[2]: o.key for o in family.every_option()})
-    if cfg.num_heads % cfg.num_kv_heads:
+    if any(cfg.num_heads % cfg.of(kind).num_kv_heads for kind in cfg.kinds):
         raise UserError(
             f"num_attention_heads {cfg.num_heads} is no multiple of "
             f"num_key_value_heads {cfg.num_kv_heads}"

@@ -22,6 +22,7 @@ class Family:
       if `use_sliding_window` says so too.
     mixer: of the layers without attention, which `layer_types` names: a delta net or a state space
       ("linear_attention"), or a short convolution ("conv").
+    norms_of_mixer: `norm_placement` of those layers, where it is not that of attention's.
     attention_listed: `attn_layer_indices` lists those with attention, in place of `layer_types`.
     alone: a layer is a mixer, an MLP ("mlp") or experts ("moe"), which `layers_block_type` names.
     dense: which layers have an MLP in place of experts: none, the `first_k_dense_replace` first,
@@ -30,13 +31,18 @@ class Family:
       that `mlp_layer_types` names ("typed"), or those that `moe_layers` does not list ("unlisted").
     nope: which layers have no rotary positions: none, those that `no_rope_layers` lists, those
       that see all keys while others have a window ("full"), all unless
-      `position_embedding_type` is "rope", or "always" all.
+      `position_embedding_type` is "rope", all if `rope_theta` is null ("baseless"), or "always"
+      all.
+    rotates_dense: layers with an MLP in place of experts have rotary positions whatever `nope` says
+      if `prefix_dense_sliding_window_pattern` is 1.
     rope_by_type: `rope_parameters` holds one entry for each kind of `layer_types`.
     theta_listed: `layer_rope_theta` has the base of each layer's RoPE, 0 for none.
     shapes_by_layer: layers have sizes of their own (`per_layer_config`), take the values of full
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
       and values of the last layer of their type before them.
-    partial_rope: `partial_rotary_factor` may rotate only the first part of each head.
+    doubled_windows: layers with a window have twice the key/value heads of others, and sinks.
+    partial_rope: `partial_rotary_factor` may rotate only the first part of each head; partial: that
+      where RoPE of type "default" has none.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     scaled_nope: `attn_scale` does so in layers without rotary positions.
@@ -62,14 +68,18 @@ class Family:
     window: Literal["none", "all", "typed", "chunked"] = "none"
     switched: bool = False
     mixer: Literal["", "delta", "conv", "mamba"] = ""
+    norms_of_mixer: Literal["pre"] | None = None
     attention_listed: bool = False
     alone: bool = False
     dense: Literal["none", "first", "leading", "steps", "interval", "typed", "unlisted"] = "none"
-    nope: Literal["none", "listed", "full", "all", "always"] = "none"
+    nope: Literal["none", "listed", "full", "all", "baseless", "always"] = "none"
+    rotates_dense: bool = False
     rope_by_type: bool = False
     theta_listed: bool = False
     shapes_by_layer: bool = False
+    doubled_windows: bool = False
     partial_rope: bool = False
+    partial: float = 1.0
     static_ntk: bool = False
     scaled_queries: bool = False
     scaled_nope: bool = False

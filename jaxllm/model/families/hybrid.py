@@ -16,6 +16,7 @@ from jaxllm.model.families.options import (
     MAMBA,
     MLP_BIAS,
     NEMOTRON_H,
+    OLMO_HYBRID,
     QWEN_EXPERTS,
     QWEN_SHARED,
     SIGMOID,
@@ -121,6 +122,20 @@ HYBRID: dict[str, Family] = {
         mixer="delta",
         partial_rope=True,
         mtp="mtp.",
+        scores_as=None,
+    ),
+    "olmo_hybrid": Family(
+        "OlmoHybrid",
+        {"norm_placement": "post", "qk_norm": "full", "delta.norm_eps": 1e-5},
+        OLMO_HYBRID,
+        mixer="delta",
+        norms_of_mixer="pre",
+        nope="baseless",
+        modules=names.OLMO_HYBRID,
+        stored=(
+            (".attention_layer_norm.", ".input_layernorm."),
+            (".feedforward_layer_norm.", ".post_attention_layernorm."),
+        ),
         scores_as=None,
     ),
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from operator import or_
 from typing import Any
 
 from jaxllm.errors import UserError
@@ -14,6 +15,7 @@ from jaxllm.model.families.table import FAMILIES
 # Their names in `layer_types`.
 MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
 # Family.window -> the name there of layers with a window, and the key of its length
+DENSE_PATTERN = "prefix_dense_sliding_window_pattern"
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
@@ -46,6 +48,7 @@ def read_layers(c: dict[str, Any]) -> dict[str, Any]:
             dense=dense,
             mixer=_mixer(family, kind),
             mlp=kind in ALONE or not family.alone,
+            norm_placement=None if _mixer(family, kind) == "attention" else family.norms_of_mixer,
         )
         for kind, rope, dense, own in zip(
             types, which, _read_dense(c), _read_shapes(c, types), strict=True
@@ -63,12 +66,15 @@ def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], 
         bases = list(dict.fromkeys(listed := c["layer_rope_theta"]))
         each = (read_rope(p | {"rope_theta": n}, c) if n else read_nope(c) for n in bases)
         return tuple(each), [bases.index(n) for n in listed]
-    names, rotates = ["full_attention"], family.nope != "always"
+    baseless = family.nope == "baseless" and p["rope_theta"] is None
+    names, rotates = ["full_attention"], family.nope != "always" and not baseless
     if family.rope_by_type:
         attending = [kind for kind in types if _mixer(family, kind) == "attention"]
         names = list(dict.fromkeys(attending)) or names
     which = names if rotates else ()
     ropes = tuple(read_rope(p[n] if family.rope_by_type else p, c) for n in which)
+    if len({rope.partial for rope in ropes if rope.kind != "proportional"}) > 1:
+        raise UserError("partial_rotary_factor differs among layers, which is not supported")
     local, length = LOCAL.get(family.window, LOCAL["typed"])
     rotated = [rotates] * len(types)
     if family.nope == "listed":
@@ -77,6 +83,8 @@ def _read_ropes(c: dict[str, Any], types: list[str]) -> tuple[tuple[Rope, ...], 
         rotated = [c[POSITIONS] == "rope"] * len(types)
     elif family.nope == "full" and c.get(length) is not None:
         rotated = [kind == local for kind in types]
+    if family.rotates_dense and c[DENSE_PATTERN] == 1:
+        rotated = [*map(or_, rotated, _read_dense(c))]
     ropes += () if all(rotated) else (read_nope(c),)
     by_type = [names.index(kind) if kind in names else 0 for kind in types]
     return ropes, [n if one else len(ropes) - 1 for n, one in zip(by_type, rotated, strict=True)]
@@ -144,8 +152,11 @@ SIZES = {
 
 def _read_shapes(c: dict[str, Any], types: list[str]) -> list[dict[str, Any]]:
     """The sizes of each layer that differ from the model's, and whose keys and values it uses."""
-    if not FAMILIES[c["model_type"]].shapes_by_layer:
-        return [{} for _ in types]
+    family = FAMILIES[c["model_type"]]
+    if not family.shapes_by_layer:
+        doubled = {"num_kv_heads": 2 * c["num_key_value_heads"], "sinks": True}
+        own = family.doubled_windows and doubled
+        return [own if own and kind == "sliding_attention" else {} for kind in types]
     first = len(types) - c["num_kv_shared_layers"]  # of those without keys and values
     last = {kind: i for i, kind in enumerate(types[:first]) if kind in types[first:]}
     wide = 2 * c["intermediate_size"] if c["use_double_wide_mlp"] else None
@@ -196,7 +207,7 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
     elif family.window != "none":
         # A length even where no layer uses it: transformers builds gemma's mask from it. But where
         # full layers lack RoPE if there are windows, none means that they have it.
-        unused = None if family.nope == "full" and rotated[0] else cfg.max_positions
+        unused = None if family.nope == "full" and all(rotated) else cfg.max_positions
         config |= {"layer_types": types, length: window or unused}
     if family.switched:
         config["use_sliding_window"] = window is not None
@@ -205,6 +216,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         config["no_rope_layers"] = [*map(int, rotated)]
     if family.nope == "all":
         config[POSITIONS] = "rope" if rotated[0] else None
+    if family.rotates_dense:
+        dense = [one for one, kind in zip(rotated, layers, strict=True) if kind.dense]
+        config[DENSE_PATTERN] = 1 if all(dense) else 2
     if family.scaled_nope:
         config |= write_nope(cfg.ropes[-1])
     if family.shapes_by_layer:
@@ -218,7 +232,9 @@ def write_layers(cfg: ModelConfig) -> dict[str, Any]:
         config["rope_parameters"] = {n: write_rope(rope, family) for n, rope in by_type.items()}
     elif family.nope != "always":
         first = next((rope for rope in cfg.ropes if rope.kind != "none"), Rope())
-        config["rope_parameters"] = write_rope(first, family)
+        rope = write_rope(first, family)
+        baseless = family.nope == "baseless" and not any(rotated)
+        config["rope_parameters"] = rope | ({"rope_theta": None} if baseless else {})
     if family.theta_listed:
         ropes = [cfg.ropes[kind.rope] for kind in layers]
         config["layer_rope_theta"] = [0 if r.kind == "none" else r.theta for r in ropes]

@@ -21,6 +21,11 @@ AFMOE = {
 BAMBA = {"mlp_norm": "pre_ff_layernorm", "norm": "final_layernorm"} | {
     f"mlp.{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")
 }
+# One tensor for each projection, and for each part of the convolution.
+OLMO_HYBRID = {
+    f"delta.{ours}": f"{theirs}_proj"
+    for ours, theirs in zip(("q", "k", "v", "gate", "beta", "decay", "o"), "qkvgbao", strict=True)
+} | {"delta.norm": "o_norm", **{f"delta.{part}_conv": f"{part}_conv1d" for part in "qkv"}}
 HUNYUAN = {
     "attn.q_norm": "self_attn.query_layernorm",
     "attn.k_norm": "self_attn.key_layernorm",

@@ -224,6 +224,11 @@ DELTA = (
     Option("delta.value_dim", "linear_value_head_dim"),
     Option("delta.taps", "linear_conv_kernel_dim"),
 )
+OLMO_HYBRID = (
+    *ATTENTION_BIAS,
+    *DELTA,
+    Option("delta.negative", "linear_allow_neg_eigval", bool),
+)
 
 
 def _unlimited(taps: int, limit: Any) -> int:
@@ -444,6 +449,54 @@ GRANITE_EXPERTS = (
         lambda _, size: size,
         beside="shared_intermediate_size",
     ),
+)
+COHERE_EXPERTS = (
+    *experts("num_experts", "intermediate_size"),
+    Option(
+        "experts.shared_size",
+        "num_shared_experts",
+        lambda count, size: count * size,
+        lambda total, size: total // size,
+        beside="intermediate_size",
+    ),
+    Option(
+        "experts.shared_mean",
+        "shared_expert_combination_strategy",
+        {"average": True, "sum": False}.__getitem__,
+        lambda mean: "average" if mean else "sum",
+    ),
+    Option("experts.score", "expert_selection_fn"),
+    Option(
+        "experts.renormalised",
+        "norm_topk_prob",
+        lambda sums, score: sums or score == "softmax",
+        lambda sums, _: sums,
+        beside="expert_selection_fn",
+    ),
+    Option(
+        "intermediate_size",
+        "prefix_dense_intermediate_size",
+        lambda size, other: size or other,
+        lambda size, _: size,
+        beside="intermediate_size",
+    ),
+    # Norms of the root mean square where `rms_norm_eps` is set.
+    Option(
+        "norm_eps",
+        "layer_norm_eps",
+        lambda eps, rms: eps if rms is None else rms,
+        lambda eps, _: eps,
+        beside="rms_norm_eps",
+    ),
+    Option(
+        "norm",
+        "rms_norm_eps",
+        lambda rms, _: "layer" if rms is None else "rms",
+        lambda norm, eps: eps if norm == "rms" else None,
+        beside="layer_norm_eps",
+    ),
+    Option("logit_scale", "logit_scale"),
+    *ATTENTION_BIAS,
 )
 QWEN_EXPERTS = (*experts("num_experts"), RENORMALISED)
 QWEN_SHARED = Option("experts.shared_size", "shared_expert_intermediate_size")

@@ -71,7 +71,8 @@ def read_rope(p: dict[str, Any], c: dict[str, Any]) -> Rope:
     if kind not in ROPE_KEYS:
         raise UserError(f"rope_type {seen(kind)} is not supported; known: {', '.join(ROPE_KEYS)}")
     partial = p.get("partial_rotary_factor")
-    partial = 1.0 if partial is None else float(partial)
+    absent = family.partial if kind == "default" else 1.0
+    partial = absent if partial is None else float(partial)
     if partial != 1.0 and not (family.partial_rope or kind == "proportional"):
         raise UserError(f"partial_rotary_factor {partial} is not supported for {c['model_type']}")
     p = dict(p)
@@ -142,7 +143,7 @@ def old_rope(kind: str) -> tuple[str, ...]:
 
 
 # Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
-NEW_SPELLING = ("mellum", "lfm3", "gemma4_text", "gemma4_unified_text")
+NEW_SPELLING = ("mellum", "lfm3", "mimo_v2_flash", "gemma4_text", "gemma4_unified_text")
 
 
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:

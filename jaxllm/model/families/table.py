@@ -18,7 +18,6 @@ SAME_AS = {"kimi_k2": "deepseek_v3"}
 # Features that the decoder lacks, and the model types that need them.
 MISSING = {
     "delta-net layers with a gate of each feature": ("kimi_linear",),
-    "norms before some of its layers and after others": ("olmo_hybrid",),
     "state-space layers of another form": (
         *("mamba", "mamba2", "jamba"),
         *("zamba", "zamba2", "falcon_mamba"),
@@ -27,8 +26,7 @@ MISSING = {
     "attention to the blocks of keys that an indexer chooses for each key/value head": (
         "minimax_m3_vl_text",
     ),
-    "layers with other numbers of heads, and other gates or values": ("laguna", "mimo_v2_flash"),
-    "the mean of routed and shared experts": ("cohere2_moe",),
+    "layers with other numbers of heads, and other gates": ("laguna",),
     "routing by SparseMixer": ("phimoe",),
     "alternating updates of several residual streams": ("gemma3n_text",),
     "learned positions": ("gpt2", "gpt_bigcode", "opt"),

@@ -81,7 +81,7 @@ class Key:
     @property
     def out_dim(self) -> int:
         """The dim of a tensor that counts outputs."""
-        return -2 if self.transpose else -1
+        return -2 if self.transpose else -1 if self.unit is None else 0
 
     def with_unit(self, dims: tuple[Any, ...], entry: int) -> tuple[Any, ...]:
         """The shape or index of a tensor, from the weight's: `entry` for the dim that it lacks."""
@@ -191,24 +191,27 @@ def _norm_keys(cfg: ModelConfig, path: str, name: str) -> list[Key]:
     return [*keys, Key(f"{path}.shift", f"{name}.bias")] if cfg.norm_bias else keys
 
 
-def _delta_keys(delta: Delta, path: str, name: str) -> list[Key]:
-    """The weights of a stack of delta nets."""
+def _delta_keys(delta: Delta, path: str, name: str, modules: dict[str, str]) -> list[Key]:
+    """The weights of a stack of delta nets. modules: names of their own, in place of fused ones."""
     QK, HV = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
     parts = {"q": range(QK), "k": range(QK, 2 * QK), "v": range(2 * QK, 2 * QK + HV)}
-    keys = [
-        Key(f"{path}{n}.kernel", f"{name}in_proj_qkv.weight", True, p) for n, p in parts.items()
-    ]
     others = {"gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a"}
     if delta.grouped:
-        keys, others = [], {"qkvz": "in_proj_qkvz", "ba": "in_proj_ba"}
-    others |= {"o": "out_proj"}
-    keys += [Key(f"{path}{n}.kernel", f"{name}{t}.weight", True) for n, t in others.items()]
+        others = {"qkvz": "in_proj_qkvz", "ba": "in_proj_ba"}
+    linears = {n: modules.get(n, t) for n, t in (others | {"o": "out_proj"}).items()}
+    keys = [Key(f"{path}{n}.kernel", f"{name}{t}.weight", True) for n, t in linears.items()]
+    for n, part in parts.items():
+        linear, conv = modules.get(n, "in_proj_qkv"), modules.get(f"{n}_conv", "conv1d")
+        part = None if n in modules else part
+        if not delta.grouped:
+            keys.append(Key(f"{path}{n}.kernel", f"{name}{linear}.weight", True, part))
+        keys.append(Key(f"{path}{n}_conv", f"{name}{conv}.weight", False, part, unit=1))
+    norm = modules.get("norm", "norm")
     return [
         *keys,
-        Key(f"{path}conv", f"{name}conv1d.weight", unit=1),
         Key(f"{path}a_log", f"{name}A_log", exact=True),
         Key(f"{path}dt_bias", f"{name}dt_bias", exact=True),
-        Key(f"{path}norm.scale", f"{name}norm.weight", exact=True),
+        Key(f"{path}norm.scale", f"{name}{norm}.weight", exact=True),
     ]
 
 
@@ -407,7 +410,8 @@ def _layer_keys(cfg: ModelConfig, stack: str, layer: str, kind: LayerKind) -> li
         name = f"{layer}{family.modules.get('mamba', 'mamba')}."
         keys += _mamba_keys(cfg.mamba, f"{stack}.attn.", name)
     elif cfg.delta is not None and kind.mixer == "delta":
-        keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.")
+        own = {n[6:]: name for n, name in family.modules.items() if n.startswith("delta.")}
+        keys += _delta_keys(cfg.delta, f"{stack}.attn.", f"{layer}linear_attn.", own)
     elif attends:
         keys += _attention_keys(cfg, kind, stack, layer, linear)
     if kind.routed and cfg.experts is not None:
