@@ -7,32 +7,34 @@ import math
 from typing import Any
 
 from jaxllm.model.families import names
-from jaxllm.model.families.family import Family
-from jaxllm.model.families.options import (
-    ATTENTION_BIAS,
-    CLIPPED,
+from jaxllm.model.families.expert_options import (
     COHERE_EXPERTS,
     DEEPSEEK_EXPERTS,
     DEEPSEEK_V2_EXPERTS,
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     GROUPED_EXPERTS,
-    INDEXER,
-    INTERLEAVED,
-    LATENT,
     LLAMA4_EXPERTS,
-    MLP_BIAS,
     QWEN_EXPERTS,
     QWEN_SHARED,
     RENORMALISED,
     SIGMOID,
+    experts,
+    shared_experts,
+)
+from jaxllm.model.families.family import Family
+from jaxllm.model.families.options import (
+    ATTENTION_BIAS,
+    CLIPPED,
+    INDEXER,
+    INTERLEAVED,
+    LATENT,
+    MLP_BIAS,
     Option,
     biases,
     either,
-    experts,
     positive,
     same_for_all_layers,
-    shared_experts,
 )
 
 _OLMO = (*experts("num_experts", "intermediate_size"), RENORMALISED, *ATTENTION_BIAS)

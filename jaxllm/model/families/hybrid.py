@@ -4,24 +4,26 @@
 from __future__ import annotations
 
 from jaxllm.model.families import names
+from jaxllm.model.families.expert_options import (
+    GRANITE_EXPERTS,
+    LFM2_MOE,
+    QWEN_EXPERTS,
+    QWEN_SHARED,
+    SIGMOID,
+    experts,
+)
 from jaxllm.model.families.family import Family
 from jaxllm.model.families.options import (
     ATTENTION_BIAS,
     DELTA,
     GRANITE,
-    GRANITE_EXPERTS,
     LFM2,
-    LFM2_MOE,
     LFM3,
     MAMBA,
     MLP_BIAS,
     NEMOTRON_H,
     OLMO_HYBRID,
-    QWEN_EXPERTS,
-    QWEN_SHARED,
-    SIGMOID,
     Option,
-    experts,
 )
 
 _HYBRID = {"norm_offset": 1.0, "qk_norm": "head", "output_gate": "query"}
