@@ -15,11 +15,11 @@ from jaxllm.model.families.table import FAMILIES
 # Their names in `layer_types`.
 MIXERS = {"delta": "linear_attention", "conv": "conv", "mamba": "linear_attention"}
 # Family.window -> the name there of layers with a window, and the key of its length
-DENSE_PATTERN = "prefix_dense_sliding_window_pattern"
 LOCAL = {
     "typed": ("sliding_attention", "sliding_window"),
     "chunked": ("chunked_attention", "attention_chunk_size"),
 }
+DENSE_PATTERN = "prefix_dense_sliding_window_pattern"  # 1 where dense layers rotate
 POSITIONS = "position_embedding_type"
 ALONE = ("mlp", "moe")  # layers without a mixer, in `layers_block_type`
 # Family.dense -> the key of how many layers come before those with experts
