@@ -89,7 +89,7 @@ class Key:
 
     def at_outputs(self, index: tuple[Any, ...], outputs: Any) -> tuple[Any, ...]:
         """The index of a tensor with other outputs."""
-        dim = len(index) + self.out_dim
+        dim = self.out_dim % len(index)
         return (*index[:dim], outputs, *index[dim + 1 :])
 
     def within(self, index: tuple[slice, ...]) -> tuple[Any, ...]:
