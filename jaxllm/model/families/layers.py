@@ -154,9 +154,10 @@ def _read_shapes(c: dict[str, Any], types: list[str]) -> list[dict[str, Any]]:
     """The sizes of each layer that differ from the model's, and whose keys and values it uses."""
     family = FAMILIES[c["model_type"]]
     if not family.shapes_by_layer:
+        if not family.doubled_windows:
+            return [{} for _ in types]
         doubled = {"num_kv_heads": 2 * c["num_key_value_heads"], "sinks": True}
-        own = family.doubled_windows and doubled
-        return [own if own and kind == "sliding_attention" else {} for kind in types]
+        return [doubled if kind == "sliding_attention" else {} for kind in types]
     first = len(types) - c["num_kv_shared_layers"]  # of those without keys and values
     last = {kind: i for i, kind in enumerate(types[:first]) if kind in types[first:]}
     wide = 2 * c["intermediate_size"] if c["use_double_wide_mlp"] else None
