@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_fp8 import quantised, rewrite
+from test_fp8 import change, quantised, rewrite
 from tiny import hf_config, magnified, one_device
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,6 +131,7 @@ def test_quantised_multi_token_prediction_is_dequantised_as_the_weights_are(tmp_
         tensors["model.layers.4.hnorm.weight"] = plain
 
     whole = quantised(tmp_path / "in", "latent")
+    change(tmp_path / "in", num_nextn_predict_layers=1)
     rewrite(tmp_path / "in", add)
     save_hf(load_hf(str(tmp_path / "in"), mesh=one_device()), str(tmp_path / "out"))
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -159,6 +160,7 @@ def test_quantised_multi_token_prediction_is_dequantised_to_be_trained(tmp_path)
         tensors["model.layers.4.eh_proj.weight"] = torch.randn(32, 64)
 
     whole = quantised(tmp_path / "in", "latent")
+    change(tmp_path / "in", num_nextn_predict_layers=1)
     rewrite(tmp_path / "in", add)
     module = load_hf(str(tmp_path / "in"), mesh=one_device(), mtp=True).mtp_1
     for part, name in (
