@@ -231,6 +231,7 @@ def test_an_export_is_compared_in_vllm_where_it_is(runs, capsys, tmp_path, monke
     assert "## Check in vLLM\n" in (tmp_path / "out" / CARD).read_text()
 
 
+@pytest.mark.sweep
 def test_other_values_in_vllm_are_an_error(runs, capsys, tmp_path, monkeypatch):
     with_vllm(monkeypatch, tmp_path, VLLM.replace("OFFSET", "0.01"))
     args = ["export", str(runs / "base"), str(tmp_path / "out"), "--check"]

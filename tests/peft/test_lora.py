@@ -116,7 +116,9 @@ def test_a_mesh_with_accumulation_and_remat_does_not_change_the_other_methods(re
     assert_same_trajectory(norms, references[name][1], rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["lora", "prompt", pytest.param("prefix", marks=pytest.mark.sweep)]
+)
 def test_packed_rows_equal_unpacked_ones(references, name):
     """Each text of a packed row has the virtual tokens before it, also in sliding windows."""
     losses, norms, _, _ = trajectory(unpacked(ragged_rows()), SECTIONS[name])
