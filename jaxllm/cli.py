@@ -265,6 +265,8 @@ def export(verb: str, args: list[str]) -> None:
     about += "with jaxllm; needs the extra `parity`"
     flag("--check", about, action="store_true")
     options = parser.read(args)
+    if options.check:  # vLLM may need the accelerator's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from jaxllm.exports import export as write
 
     use_cache()

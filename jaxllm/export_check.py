@@ -134,7 +134,9 @@ def check(out: str, cfg: TrainConfig | None, tokenizer: Any, base: str | None) -
     except UserError as error:
         raise UserError(f"{out} is written, but {error}") from error
 
-    def compared(where: str, theirs: list[np.ndarray], versions: dict[str, str]) -> Check:
+    def compared(
+        where: str, theirs: list[np.ndarray], versions: dict[str, str], changed: float | None = None
+    ) -> Check:
         difference = np.abs(ours - np.concatenate(theirs))
         return Check(
             where=where,
@@ -149,8 +151,9 @@ def check(out: str, cfg: TrainConfig | None, tokenizer: Any, base: str | None) -
             changed=changed,
         )
 
-    found = [compared("peft" if adapter else "transformers", theirs, versions)]
+    found = [compared("peft" if adapter else "transformers", theirs, versions, changed)]
     if not scores and (python := python_of_vllm()):
+        print("check: loading it in vLLM", file=sys.stderr)
         try:
             found.append(compared("vLLM", *vllm_values(python, folder, prompts)))
         except UserError as error:

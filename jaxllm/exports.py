@@ -73,13 +73,16 @@ def export(
         write_card(as_path(out), card, own_card(as_path(out)))
         for one in found:
             print(one.line(), file=sys.stderr)
-        for one in found:
-            if not one.agrees:
-                raise UserError(
-                    f"{out} is written, but its {one.what} differ by up to {one.largest:.1e} "
-                    f"between jaxllm and {one.where}; up to {TOLERANCE:g} is rounding. Do not use "
-                    f"it, and please report this"
-                )
+        if differ := [one for one in found if not one.agrees]:
+            advice = "Do not use it"
+            if agree := [one.where for one in found if one.agrees]:
+                advice = f"In {agree[0]} they agree, so do not use it in {differ[0].where}"
+            raise UserError(
+                f"{out} is written, but its {differ[0].what} differ by up to "
+                f"{max(one.largest for one in differ):.1e} between jaxllm and "
+                f"{' and '.join(one.where for one in differ)}; up to {TOLERANCE:g} is rounding. "
+                f"{advice}, and please report this"
+            )
     return out
 
 

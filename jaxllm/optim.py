@@ -4,7 +4,7 @@
 Weights are a nested dict whose leaves are called kernel, embedding, scale or bias. The layers'
 leaves are stacked (a leading dim L), so a leaf's name tells its role, not its rank. Optimizers do
 not see those that have no gradient: the routers' biases, `choice_bias` (`step.balanced` moves
-them), the `scalar` of a layer, and all of an `indexer`.
+them), the `scalar` of a layer, `slope` and `limit` of xIELU, and all of an `indexer`.
 """
 
 from __future__ import annotations

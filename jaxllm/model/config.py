@@ -11,6 +11,8 @@ from typing import Any, Literal, get_type_hints
 
 from jaxllm.errors import UserError, seen
 
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_each"]  # of norms in a layer
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -56,7 +58,7 @@ class LayerKind:
     head_dim: int | None = None
     num_kv_heads: int | None = None
     intermediate_size: int | None = None
-    norm_placement: Literal["pre", "post", "sandwich", "parallel"] | None = None
+    norm_placement: Placement | None = None
     sinks: bool | None = None
     values_from_keys: bool = False  # its values are its keys before their norm and positions
     # A layer keeps its keys and values under a number, and later ones that have none use them.
@@ -211,7 +213,7 @@ class ModelConfig:
     norm_weight: bool = True  # olmo and nanochat have none
     # olmo2: post; gemma2: sandwich; cohere2: parallel, one norm before both attention and MLP;
     # gpt_neox: parallel_each, one before each of them
-    norm_placement: Literal["pre", "post", "sandwich", "parallel", "parallel_each"] = "pre"
+    norm_placement: Placement = "pre"
     # Over each head (qwen3), over all (olmo2), or over each head after RoPE (hunyuan); "unit" is
     # that without weights, in layers with RoPE (llama4).
     qk_norm: Literal["none", "head", "full", "rotated", "unit"] = "none"

@@ -94,10 +94,10 @@ def indexer_flops(model: ModelConfig, length: int) -> float:
 def unread_weights(model: ModelConfig) -> int:
     """Weights of products that are added to the residual stream at the end of a layer, summed over
     the layers: nothing in the backward pass reads such a product, so remat leaves it out."""
-    features, Q = 0, model.num_heads * model.head_dim
+    features = 0
     for kind in model.kinds_by_layer + (model.mtp_kind,) * model.mtp:
         layer = model.of(kind)
-        last = layer.intermediate_size
+        last, Q = layer.intermediate_size, layer.num_heads * layer.attention_dims[1]
         if (experts := model.experts) is not None and kind.routed:
             # The router weighs what an expert gives, and a gate the shared one: gradients read it.
             shared = 0 if experts.shared_gate else experts.shared_size
@@ -114,7 +114,7 @@ def _attention_weights(model: ModelConfig, kind: LayerKind) -> int:
     (QK, V), D, H = model.attention_dims, model.hidden_size, model.num_heads
     if (latent := model.latent) is None:
         own = (QK + V * (not kind.values_from_keys)) * (kind.uses is None)
-        gate = {"none": 0, "head": 1}.get(model.output_gate, QK)  # outputs of a head
+        gate = {"none": 0, "head": 1, "feature": V, "query": QK}[model.output_gate]  # of a head
         return D * (H * (QK + gate + V) + model.num_kv_heads * own)
     # The products with low-rank weights, and of latents with those that expand them.
     weights = latent.q_rank * D + (latent.q_rank or D) * H * QK

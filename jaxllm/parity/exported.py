@@ -92,10 +92,15 @@ def _load(folder: Path, adapter: bool, scores: bool, wrapped: bool) -> Any:
 def python_of_vllm() -> str | None:
     """The Python that has vLLM: this one, or that of the command `vllm`, which is often installed
     by itself, since it needs other versions of torch and transformers."""
-    if find_spec("vllm"):
+    if (spec := find_spec("vllm")) and spec.origin:  # a folder of that name has none
         return sys.executable
-    command = shutil.which("vllm")
-    return str(Path(command).resolve().with_name("python")) if command else None
+    if not (command := shutil.which("vllm")):
+        return None
+    with open(command, "rb") as script:
+        first = script.readline(4096).decode(errors="replace").strip()
+    named = first.removeprefix("#!").strip()
+    beside = str(Path(command).resolve().with_name("python"))
+    return named if "python" in Path(named).name and Path(named).exists() else beside
 
 
 def vllm_values(
@@ -119,7 +124,7 @@ def vllm_values(
             raise UserError(*last or [f"{python} ended with status {done.returncode}"])
         found = read_json(answer)
     if error := found.get("error"):
-        raise UserError(error.splitlines()[0])
+        raise UserError(error)
     values = [np.asarray(some, np.float32) for some in found["values"]]
     return values, {"vllm": found["version"]}
 

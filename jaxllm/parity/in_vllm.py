@@ -19,6 +19,7 @@ CACHE = 1 << 30  # bytes
 def logps(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
     """The log-probabilities of each prompt's tokens but the first, computed in float32."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that errors are raised here
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # else its attention rounds to tf32 on a GPU
     os.environ["VLLM_NO_USAGE_STATS"] = "1"  # nothing is sent to its makers
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the token after the longest prompt
     vllm: Any = import_module("vllm")
@@ -32,7 +33,7 @@ def logps(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
         if adapter["peft_type"] != "LORA":
             raise ValueError("of adapters, it has LoRA only")
         model = adapter["base_model_name_or_path"]
-        ranks = [adapter["r"], *adapter.get("rank_pattern", {}).values()]
+        ranks = [adapter["r"], *(adapter.get("rank_pattern") or {}).values()]
         options["max_lora_rank"] = next((rank for rank in RANKS if rank >= max(ranks)), RANKS[-1])
         options["enable_lora"] = True
         options["max_num_seqs"] = 1  # on a CPU, vLLM 0.32 fails with LoRA and several prompts
@@ -68,5 +69,7 @@ if __name__ == "__main__":
         found: dict[str, Any] = {"version": import_module("vllm").__version__}
         found["values"] = logps(folder, json.loads(prompts.read_text()))
     except Exception as error:
-        found = {"error": f"{type(error).__name__}: {error}"}
+        # A ValueError within pydantic's message, or the message.
+        reason = str(error).rpartition("Value error, ")[2].strip().splitlines()
+        found = {"error": f"{type(error).__name__}: {reason[0][:300] if reason else ''}"}
     values.write_text(json.dumps(found))

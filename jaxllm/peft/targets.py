@@ -16,7 +16,7 @@ from jaxllm.errors import UserError
 from jaxllm.model.adapter import score_paths
 from jaxllm.model.config import ModelConfig
 from jaxllm.model.families.table import FAMILIES
-from jaxllm.model.families.tensors import fused_in, key_table, root_of, tensor_names
+from jaxllm.model.families.tensors import embed_name, fused_in, key_table, root_of, tensor_names
 from jaxllm.untrusted import bounded
 
 ALL_LINEAR = "all-linear"
@@ -310,7 +310,8 @@ def _check_names(cfg: ModelConfig, key: str, entries: Iterable[str], form: str =
         if not any(_matches(form.format(entry), name) for name in names):
             if not suffixes:
                 raise UserError(f"peft.{key}: the model has no parameters that it can name")
-            tied = " (the head is the token table: embed_tokens)" if cfg.tied_head else ""
+            table = embed_name(cfg.family, cfg.wrapper).split(".")[-2]
+            tied = f" (the head is the token table: {table})" if cfg.tied_head else ""
             raise UserError(
                 f"peft.{key}: {entry!r} matches nothing; the model has {', '.join(suffixes)}"
                 f"{tied}, or use {ALL_LINEAR}"

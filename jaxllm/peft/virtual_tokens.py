@@ -52,9 +52,10 @@ class VirtualTokens(PeftAdapter):
             )
         shapes = {(kind.head_dim, kind.num_kv_heads, kind.uses) for kind in cfg.kinds}
         if len(shapes) > 1 or cfg.value_dim:
+            differ = "values have another width" if len(shapes) == 1 else "layers differ in these"
             raise UserError(
                 f"peft.method {cls.method} adds keys and values of one shape to every layer, and "
-                "the layers of this model differ in these; use method lora"
+                f"in this model {differ}; use method lora"
             )
         if length >= cfg.max_positions:
             raise UserError(

@@ -1224,7 +1224,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             {},
             "'opt' is not supported: it needs learned positions, which this ",
         ),
-        ("apertus", {"hidden_act": "silu"}, "activation 'silu' is not supported for this family"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act 'silu' is not supported; use xielu"),
         ("phi", {"tie_word_embeddings": True}, "a head with a bias cannot be the token table"),
         (None, {}, "the config has no model_type; set it to the family"),
         ("qwen3_moe", {"num_experts_per_tok": 200}, "num_experts_per_tok 200 is more than the 128"),
@@ -1506,8 +1506,11 @@ def test_cohere2_moe_has_rotary_positions_in_dense_layers_too():
     for pattern, rope in ((1, "default"), (2, "none")):
         cfg = from_hf(full | {"prefix_dense_sliding_window_pattern": pattern})
         assert cfg.ropes[kinds(cfg)[0].rope].kind == rope and from_hf(to_hf(cfg)) == cfg
-    with pytest.raises(UserError, match="config of a cohere2_moe model"):
-        from_hf(config | {"shared_expert_combination_strategy": "best"})
+    strategy = "shared_expert_combination_strategy"
+    with pytest.raises(UserError, match=f"{strategy} 'best' is not supported; use average or sum"):
+        from_hf(config | {strategy: "best"})
+    with pytest.raises(UserError, match="expert_selection_fn 'topk' is not supported; use softmax"):
+        from_hf(config | {"expert_selection_fn": "topk"})
 
 
 def test_mimo_v2_flash_has_sinks_and_more_heads_in_layers_with_a_window():
@@ -1519,7 +1522,7 @@ def test_mimo_v2_flash_has_sinks_and_more_heads_in_layers_with_a_window():
     assert cfg.ropes == (Rope(5e6, partial=0.334), Rope(1e4, partial=0.334))
     assert cfg.attention_dims == (12, 6) and cfg.value_scale == 0.707
     assert cfg.of(local).cached_dims == (4, 12, 6) and from_hf(to_hf(cfg)) == cfg
-    with pytest.raises(UserError, match="4 is no multiple of num_key_value_heads 4"):
+    with pytest.raises(UserError, match="heads 4, of which layers with a window have 8"):
         from_hf(config | {"num_key_value_heads": 4})
     ropes = {
         "full_attention": cfg.ropes[0],

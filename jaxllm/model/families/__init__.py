@@ -5,7 +5,7 @@
     family     what a row of the table says
     dense, experts, hybrid   the rows
     names      HF names of modules of some of them
-    options    ModelConfig fields that a family sets, and the HF keys they are kept under
+    options, expert_options   ModelConfig fields that a family sets, and the HF keys they are under
     rope       RoPE of a config
     layers     the kinds of layers
     tensors    the HF name of every weight
@@ -203,11 +203,15 @@ def from_hf(config: dict[str, Any]) -> ModelConfig:
             values |= {name: group(**parts)} if parts and None not in parts.values() else {}
         cfg = ModelConfig(**values)
     check_numbers(cfg, {o.field.rpartition(".")[2]: o.key for o in family.every_option()})
-    if any(cfg.num_heads % cfg.of(kind).num_kv_heads for kind in cfg.kinds):
-        raise UserError(
-            f"num_attention_heads {cfg.num_heads} is no multiple of "
-            f"num_key_value_heads {cfg.num_kv_heads}"
-        )
+    for heads in {cfg.of(kind).num_kv_heads for kind in cfg.kinds}:
+        if cfg.num_heads % heads:
+            doubled = f", of which layers with a window have {heads}" * (heads != cfg.num_kv_heads)
+            raise UserError(
+                f"num_attention_heads {cfg.num_heads} is no multiple of "
+                f"num_key_value_heads {cfg.num_kv_heads}{doubled}"
+            )
+    if cfg.indexer is not None and not (cfg.latent and cfg.latent.q_rank):
+        raise UserError("q_lora_rank is 0, which is not supported with an indexer")
     if (indexer := cfg.indexer) is not None and indexer.dim < cfg.head_dim:
         raise UserError(
             f"index_head_dim {indexer.dim} is less than qk_rope_head_dim {cfg.head_dim}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.errors import UserError, seen
-from jaxllm.model.families.options import ATTENTION_BIAS, GRANITE, SHORT_CONV, Option
+from jaxllm.model.families.options import ATTENTION_BIAS, GRANITE, SHORT_CONV, Option, one_of
 
 
 def experts(count: str, size: str = "moe_intermediate_size") -> tuple[Option, ...]:
@@ -111,13 +111,12 @@ COHERE_EXPERTS = (
         lambda total, size: total // size,
         beside="intermediate_size",
     ),
-    Option(
+    one_of(
         "experts.shared_mean",
         "shared_expert_combination_strategy",
-        {"average": True, "sum": False}.__getitem__,
-        lambda mean: "average" if mean else "sum",
+        {"average": True, "sum": False},
     ),
-    Option("experts.score", "expert_selection_fn"),
+    one_of("experts.score", "expert_selection_fn", {name: name for name in ("softmax", "sigmoid")}),
     Option(
         "experts.renormalised",
         "norm_topk_prob",

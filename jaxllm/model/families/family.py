@@ -41,8 +41,8 @@ class Family:
       layers from their keys (`attention_k_eq_v`), and the last `num_kv_shared_layers` use the keys
       and values of the last layer of their type before them.
     doubled_windows: layers with a window have twice the key/value heads of others, and sinks.
-    partial_rope: `partial_rotary_factor` may rotate only the first part of each head; partial: that
-      where RoPE of type "default" has none.
+    partial_rope: `partial_rotary_factor` may rotate only the first part of each head. partial: its
+      value where a RoPE of type "default" gives none.
     static_ntk: `alpha` of `rope_parameters` stretches the base of type "dynamic" once and for all.
     scaled_queries: `llama_4_scaling_beta` of `rope_parameters` scales queries by their position.
     scaled_nope: `attn_scale` does so in layers without rotary positions.
@@ -54,7 +54,7 @@ class Family:
       "expert_halves_turned" if transformers 5 saves that with the last two dims swapped.
     modules: HF names of modules that are named otherwise than in Llama; "mlp" of all in it.
     stored: (a part of the names of tensors in files, what modules of transformers have there), for
-      names that differ.
+      names that differ. read: the same, of names that are read and not written.
     mtp: where checkpoints have weights of multi-token prediction: in "layers" after the last one
       (`num_nextn_predict_layers`), or in tensors whose names begin so; "" = nowhere. mtp_trained:
       False where they are not modules as in model/mtp.py, as those of ernie4_5_moe, which read
@@ -87,6 +87,7 @@ class Family:
     fused: tuple[str, ...] = ()
     modules: dict[str, str] = field(default_factory=dict)
     stored: tuple[tuple[str, str], ...] = ()
+    read: tuple[tuple[str, str], ...] = ()
     mtp: str = ""
     mtp_trained: bool = True
     refused: dict[str, str] = field(default_factory=dict)

@@ -134,7 +134,7 @@ HYBRID: dict[str, Family] = {
         norms_of_mixer="pre",
         nope="baseless",
         modules=names.OLMO_HYBRID,
-        stored=(
+        read=(
             (".attention_layer_norm.", ".input_layernorm."),
             (".feedforward_layer_norm.", ".post_attention_layernorm."),
         ),

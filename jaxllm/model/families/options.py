@@ -84,18 +84,23 @@ def either(field: str, key: str, yes: str, no: str) -> Option:
     return Option(field, key, lambda true: yes if true else no, lambda value: value == yes)
 
 
+def one_of(field: str, key: str, values: dict[str, Any]) -> Option:
+    """The field is what `values` has for the name under the key."""
+
+    def read(name: Any) -> Any:
+        if not isinstance(name, str) or name not in values:
+            raise UserError(f"{key} {seen(name)} is not supported; use {' or '.join(values)}")
+        return values[name]
+
+    return Option(field, key, read, {ours: name for name, ours in values.items()}.__getitem__)
+
+
 def biases(key: str, *fields: str) -> tuple[Option, ...]:
     return tuple(Option(f"{field}_bias", key, bool) for field in fields)
 
 
-def _learned(name: Any) -> str:
-    if name != "xielu":
-        raise UserError(f"activation {seen(name)} is not supported for this family; use xielu")
-    return name
-
-
 GELU_NEW = _activation_under("hidden_act", tanh="gelu_new")
-XIELU = Option("activation", "hidden_act", _learned)
+XIELU = one_of("activation", "hidden_act", {"xielu": "xielu"})
 CLIPPED = Option("qkv_clip", "clip_qkv", lambda limit: limit or 0.0, lambda limit: limit or None)
 
 

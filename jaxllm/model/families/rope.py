@@ -130,20 +130,16 @@ def write_rope(rope: Rope, family: Family) -> dict[str, Any]:
 
 # The keys of RoPE before transformers 5.
 OLD_ROPE = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
-
-
 # Names of their own that families have for such keys.
 NAMED = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+# Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
+NEW_SPELLING = ("mellum", "lfm3", "mimo_v2_flash", "gemma4_text", "gemma4_unified_text")
 
 
 def old_rope(kind: str) -> tuple[str, ...]:
     """The keys of RoPE before transformers 5 in a config of a family."""
     names = NAMED.get(kind, {})
-    return tuple(names.get(key, key) for key in OLD_ROPE)
-
-
-# Families of transformers 5, which reads their RoPE in `rope_parameters` alone.
-NEW_SPELLING = ("mellum", "lfm3", "mimo_v2_flash", "gemma4_text", "gemma4_unified_text")
+    return () if kind in NEW_SPELLING else tuple(names.get(key, key) for key in OLD_ROPE)
 
 
 def rope_keys(c: dict[str, Any]) -> dict[str, Any]:

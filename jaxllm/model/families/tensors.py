@@ -32,7 +32,7 @@ def module_name(stored: str, family: str, wrapper: str) -> str:
     for pattern, start in WRAPPERS[wrapper].stored if wrapper else ():
         if found := re.match(pattern, stored):
             return start + stored[found.end() :]
-    for there, here in () if wrapper else FAMILIES[family].stored:
+    for there, here in () if wrapper else FAMILIES[family].stored + FAMILIES[family].read:
         stored = stored.replace(there, here, 1)
     return stored
 
@@ -135,7 +135,7 @@ BRANCH = {  # of `Experts.branch`
 
 
 def key_table(cfg: ModelConfig) -> list[Key]:
-    """Every weight of the decoder once. Parts of a fused tensor follow one another in its order."""
+    """Every weight of the decoder once. Parts of a fused tensor are in its order."""
     keys = [Key("embed.embedding", embed_name(cfg.family, cfg.wrapper))]
     root = root_of(cfg.family, cfg.wrapper)
     if cfg.layer_embeds is not None:
