@@ -41,7 +41,7 @@ GROUPED = replace(
     ropes=(Rope(partial=0.5),),
     kinds=(LayerKind(mixer="delta"), LayerKind()),
     layer_kinds=(0, 1, 0, 1),
-    norm_eps=1e-2,  # a smaller one magnifies the roundings of small states
+    norm_eps=3e-2,  # a smaller one magnifies the roundings of small states
     norm_offset=1.0,
     qk_norm="head",
     output_gate="query",
