@@ -38,7 +38,7 @@ OTHERWISE = {
     "granitemoehybrid": LISTED,
     "granitemoehybrid without experts, rotated, biases": LISTED,
     "bamba": "it repeats groups in another order",
-    "bamba biases, tied": "it repeats groups in another order",
+    "bamba biases": "it repeats groups in another order",
     "qwen3_moe": LISTED,
     "qwen3_moe renormalised, sliding, biases": LISTED,
     "qwen3_moe some dense": LISTED,

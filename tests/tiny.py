@@ -1052,7 +1052,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "bamba",
         BAMBA | dict(attn_layer_indices=[1, 3], mamba_n_groups=2),
     ),
-    "bamba biases, tied": (
+    "bamba biases": (
         "bamba",
         BAMBA
         | dict(
@@ -1062,7 +1062,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             mamba_proj_bias=True,
             attention_bias=True,
             mlp_bias=True,
-            tie_word_embeddings=True,
             hidden_act="gelu",
         ),
     ),
