@@ -22,7 +22,7 @@ from jaxllm.untrusted import bounded
 ALL_LINEAR = "all-linear"
 EMBED, HEAD = "embed", "head"  # paths in the model
 CONVERTED = (".gate_proj", ".up_proj", ".down_proj")
-UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe", "nemotron_h", "hy_v3")
+UNCONVERTED = ("qwen2_moe", "qwen3_5_moe_text", "lfm2_moe", "nemotron_h", "hy_v3", "mimo_v2_flash")
 # Modules that peft does not adapt, since kernels for state spaces pass them by.
 REFUSED = {"nemotron_h": (".out_proj",)}
 # The router's names where it is a Linear in transformers 5 too.
