@@ -480,6 +480,27 @@ def test_overrides_of_rope_have_the_familys_names(tmp_path):
             model_config(TrainConfig(model=source))
 
 
+@pytest.mark.parametrize("key", ["rope_theta", "partial_rotary_factor"])
+def test_overrides_of_rope_that_transformers_would_ignore_are_refused(tmp_path, key):
+    write_model(tmp_path, "mimo_v2_flash")
+    source = ModelSection(path=str(tmp_path), overrides={key: 0.5})
+    with pytest.raises(ValueError, match=f"{key} is not a key of a mimo_v2_flash config"):
+        model_config(TrainConfig(model=source))
+
+
+def test_norms_of_olmo_hybrid_are_written_under_the_names_of_modules(tmp_path):
+    """vLLM reads these only; transformers 5.23 saves those of delta nets under others."""
+    magnified(hf_config("olmo_hybrid")).save_pretrained(tmp_path / "in")
+    save_hf(load_hf(str(tmp_path / "in")), str(tmp_path / "out"))
+    read, written = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    names = {name.partition("layers.")[2] for name in written if "norm" in name.split(".")[-2]}
+    assert not any("layer_norm." in name for name in names)
+    assert {"0.input_layernorm.weight", "0.post_attention_layernorm.weight"} <= names
+    assert {"3.post_attention_layernorm.weight", "3.post_feedforward_layernorm.weight"} <= names
+    old, new = "model.layers.0.attention_layer_norm.weight", "model.layers.0.input_layernorm.weight"
+    assert torch.equal(read[old], written[new])
+
+
 def test_a_random_model_does_not_depend_on_the_mesh(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(SHAPE | {"model_type": "llama"}))

@@ -20,7 +20,7 @@ def logps(folder: Path, prompts: list[list[int]]) -> list[list[float]]:
     """The log-probabilities of each prompt's tokens but the first, computed in float32."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that errors are raised here
     os.environ["TRITON_F32_DEFAULT"] = "ieee"  # else its attention rounds to tf32 on a GPU
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # nothing is sent to its makers
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report its use over the network
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # for the token after the longest prompt
     vllm: Any = import_module("vllm")
     lora: Any = import_module("vllm.lora.request")

@@ -1243,6 +1243,7 @@ def test_to_hf_refuses_what_the_family_cannot_express():
             {"index_head_dim": 32},
             "index_head_dim 32 is less than qk_rope_head_dim 64",
         ),
+        ("deepseek_v32", {"q_lora_rank": 0}, "q_lora_rank is 0, which is not supported with an"),
         ("deepseek_v32", {"index_topk": 0}, "index_topk is 0; it must be an integer from 1"),
         ("minimax_m3_vl_text", {}, "it needs attention to the blocks of keys that an indexer"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias is True: a head with a bias"),

@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from steps import (
     MESHES,
-    TINY,
     batch_of,
     decoder,
     ragged_rows,
@@ -21,12 +20,13 @@ from steps import (
     trajectory,
     unpacked,
 )
+from test_mla import LOW
 
 from jaxllm.config import MeshSection, PeftSection
 from jaxllm.errors import UserError
 from jaxllm.mesh import make_mesh
 from jaxllm.model.cache import Cache
-from jaxllm.model.config import Indexer, Latent, LayerKind, Rope
+from jaxllm.model.config import Indexer
 from jaxllm.model.context import Context
 from jaxllm.model.indexer import highest, select
 from jaxllm.model.stack import unstack
@@ -37,15 +37,7 @@ from jaxllm.ops.attention_mask import visible
 from jaxllm.sampling import Sampling, generate
 
 SHAPE = replace(
-    TINY,
-    family="deepseek_v32",
-    ropes=(Rope(),),
-    kinds=(LayerKind(),),
-    layer_kinds=(),
-    num_layers=2,
-    num_kv_heads=4,
-    latent=Latent(kv_rank=24, nope_dim=12, value_dim=10, q_rank=16),
-    indexer=Indexer(top_keys=3, heads=16, dim=12),
+    LOW, family="deepseek_v32", qkv_bias=False, indexer=Indexer(top_keys=3, heads=16, dim=12)
 )
 LORA = PeftSection(method="lora", r=4, target_modules=("all-linear",))
 PROMPT = PeftSection(method="prompt", num_virtual_tokens=3)

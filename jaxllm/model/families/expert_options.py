@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of families with experts, beside those in options.py."""
+"""Options of mixtures of experts: ModelConfig fields and the HF keys they are kept under."""
 
 from __future__ import annotations
 

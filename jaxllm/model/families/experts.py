@@ -38,12 +38,25 @@ from jaxllm.model.families.options import (
 )
 
 _OLMO = (*experts("num_experts", "intermediate_size"), RENORMALISED, *ATTENTION_BIAS)
-_INDEXED = (*LATENT, *INDEXER, *DEEPSEEK_EXPERTS)
 _GRANITE: dict[str, Any] = {
     "fused": ("gate_up", "expert_rows"),
     "modules": names.GRANITE,
     "scores_as": None,
 }
+
+
+def _indexed(name: str, pairs: str) -> Family:
+    """Latent attention to the keys that an indexer chooses, which rotates `pairs`."""
+    return Family(
+        name,
+        SIGMOID | {"rope_pairs": "neighbours", "indexer.pairs": pairs},
+        (*LATENT, *INDEXER, *DEEPSEEK_EXPERTS),
+        dense="typed",
+        modules=names.DEEPSEEK,
+        mtp="layers",
+        scores_as=None,
+    )
+
 
 EXPERTS: dict[str, Family] = {
     "deepseek_v2": Family(
@@ -71,24 +84,8 @@ EXPERTS: dict[str, Family] = {
         mtp="layers",
         scores_as=None,
     ),
-    "deepseek_v32": Family(
-        "DeepseekV32",
-        SIGMOID | {"rope_pairs": "neighbours", "indexer.pairs": "halves"},
-        _INDEXED,
-        dense="typed",
-        modules=names.DEEPSEEK,
-        mtp="layers",
-        scores_as=None,
-    ),
-    "glm_moe_dsa": Family(
-        "GlmMoeDsa",
-        SIGMOID | {"rope_pairs": "neighbours", "indexer.pairs": "neighbours"},
-        _INDEXED,
-        dense="typed",
-        modules=names.DEEPSEEK,
-        mtp="layers",
-        scores_as=None,
-    ),
+    "deepseek_v32": _indexed("DeepseekV32", "halves"),
+    "glm_moe_dsa": _indexed("GlmMoeDsa", "neighbours"),
     "mixtral": Family(
         "Mixtral",
         options=experts("num_local_experts", "intermediate_size"),

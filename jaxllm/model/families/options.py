@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of families: ModelConfig fields and the HF keys they are kept under."""
+"""Options of families: ModelConfig fields and the HF keys they are kept under.
+
+Those of mixtures of experts are in expert_options.py.
+"""
 
 from __future__ import annotations
 
